@@ -1,0 +1,45 @@
+# Everything a user or a developer types. The virtual environment makes itself.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help venv demo test check format sample clean
+
+help:           ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
+
+venv: $(READY)  ## .venv with everything, kept up to date
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	@touch $@
+
+demo: $(READY)  ## train the two-column network on bundled images: minutes on two CPU cores
+	$(BIN)/alexnet-dist prepare fashion_mnist configs/fashion-mnist-sample data/demo
+	$(BIN)/alexnet-dist train configs/demo.yaml
+
+test: $(READY)  ## the tests
+	$(BIN)/python -m pytest
+
+check: $(READY) ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## mend style where it can be
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-mnist
+	$(BIN)/python tests/cut_fashion_mnist.py \
+		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
+
+clean:          ## remove what `make` made, except data and runs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,150 @@
+"""The command line: parse, call, print."""
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from alexnet_dist.config import load_config
+from alexnet_dist.errors import AlexNetDistError, ConfigError
+
+if TYPE_CHECKING:
+    from alexnet_dist.evaluate import Score
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        return int(options.run(options, arguments))
+    except AlexNetDistError as error:
+        if not (error.on_every_rank and rank):
+            print(f"alexnet-dist: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except Exception:
+        print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        code = 1
+    if rank or "WORLD_SIZE" in os.environ:
+        os._exit(code)  # leave fast: peers and their threads may never answer again
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="alexnet-dist",
+        description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("train", _train, "train, or continue, a run")
+    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+
+    sub = command("evaluate", _evaluate, "score checkpoints; several are averaged")
+    sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
+    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = command("prepare", _prepare, "turn a source of images into a packed data set")
+    sub.add_argument("source", choices=("fashion_mnist",))
+    sub.add_argument("path", type=Path, help="folder of the source's files")
+    sub.add_argument("out", type=Path, help="folder to make")
+
+    sub = command("figures", _figures, "draw a run's kernels and curves")
+    sub.add_argument("run_folder", type=Path)
+
+    sub = command("doctor", _doctor, "what is here, and what a run would use")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import ranks, topology
+
+    config = load_config(options.config)
+    if topology.launched():
+        ranks.leave_with_parent()
+    elif topology.ranks_wanted(config) > 1:
+        return ranks.start(arguments, topology.ranks_wanted(config), config.folder)
+
+    from alexnet_dist import checkpoint, figures
+    from alexnet_dist.train import train
+
+    outcome = train(config)
+    if not outcome.leads:
+        return outcome.exit
+    if outcome.score is None:
+        print(f"{config.folder}: stopped at step {outcome.step}, saved; the same command continues")
+        return outcome.exit
+    best = checkpoint.best(config.folder / "checkpoints")
+    print(f"{config.folder}: done, {outcome.step} steps; {_words(outcome.score)}")
+    print(f"best checkpoint: {best.path}")
+    print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
+    print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
+    print(f"next: alexnet-dist evaluate {config.folder} --views 10")
+    return outcome.exit
+
+
+def _evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.evaluate import evaluate_checkpoints
+
+    overrides = [text for text in options.path if "=" in text]
+    paths = [Path(text) for text in options.path if "=" not in text]
+    if not paths:
+        raise ConfigError("evaluate: name a run folder or a checkpoint")
+    if options.views:
+        overrides.append(f"evaluate.views={options.views}")
+    score, found = evaluate_checkpoints(paths, overrides)
+    names = [str(checkpoint.path) for checkpoint in found]
+    if options.json:
+        print(json.dumps({**vars(score), "top1": score.top1, "top5": score.top5, "of": names}))
+    else:
+        print(f"{' + '.join(names)}: {_words(score)}")
+    return 0
+
+
+def _words(score: "Score") -> str:
+    return (
+        f"top-1 {score.top1:.2%} ({score.correct1} of {score.samples} right), "
+        f"top-5 {score.top5:.2%} ({score.correct5}), loss {score.loss:.4f}"
+    )
+
+
+def _prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.data.prepare import prepare_fashion_mnist
+
+    print(prepare_fashion_mnist(options.path, options.out))
+    return 0
+
+
+def _figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import figures
+
+    print("\n".join(map(str, figures.draw(options.run_folder))))
+    return 0
+
+
+def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import doctor
+
+    rows = doctor.report(Path(load_config([]).output_dir))
+    if options.json:
+        print(json.dumps(dict(rows)))
+    else:
+        for what, finding in rows:
+            print(f"{what:22}{finding}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,251 @@
+"""Checkpoints that know no layout: whole tensors, safetensors and JSON, no pickle.
+
+    runs/NAME/checkpoints/step-00012000/
+        model.safetensors       conv1.weight, conv1.bias, …
+        optimizer.safetensors   momentum_buffer/conv1.weight, … as the optimiser holds them
+        progress.json           step, schedule, best, what the metrics need to go on
+        manifest.json           size and SHA-256 of the three, the config, the data set's digest
+
+A checkpoint is written aside, synced, and renamed into place, the manifest last: what carries the
+name is whole, or its manifest says that it is not.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alexnet_dist.config import Config, fingerprint, flat, load_config
+from alexnet_dist.errors import CheckpointError
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are what its manifest says."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    progress: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["step"])
+
+    @property
+    def error(self) -> float | None:
+        """The validation error measured at this step, if one was."""
+        value = self.manifest["error"]
+        return None if value is None else float(value)
+
+    @property
+    def config(self) -> Config:
+        """The config it was made with; keys younger than it have base.yaml's values."""
+        return load_config([self.manifest["config"]])
+
+    def parameters(self) -> "TensorFile":
+        return TensorFile(self.path / "model.safetensors")
+
+    def optimizer(self) -> "TensorFile":
+        return TensorFile(self.path / "optimizer.safetensors")
+
+
+class TensorFile:
+    """Whole tensors in a safetensors file, of which rows can be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows (dim 0) of a tensor; a scalar whole."""
+        try:
+            tensor = self._file.get_slice(name)
+            return tensor[rows] if tensor.get_shape() else self._file.get_tensor(name)  # type: ignore[no-any-return]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: no tensor {name!r}: {error}") from error
+
+
+def save(
+    folder: Path,
+    config: Config,
+    dataset_digest: str,
+    parameters: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    progress: Mapping[str, Any],
+    error: float | None,
+) -> Path:
+    """Write a checkpoint durably; its path. `folder` is the run's `checkpoints`."""
+    step = int(progress["step"])
+    final = folder / f"step-{step:08d}"
+    aside = folder / f".writing-{final.name}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file(dict(parameters), aside / "model.safetensors")
+    save_file(dict(optimizer), aside / "optimizer.safetensors")
+    _write_json(aside / "progress.json", progress)
+    files = {
+        name: {"size": (aside / name).stat().st_size, "sha256": _synced_sha256(aside / name)}
+        for name in ("model.safetensors", "optimizer.safetensors", "progress.json")
+    }
+    manifest = {
+        "version": VERSION,
+        "step": step,
+        "error": error,
+        "dataset": dataset_digest,
+        "config": flat(config),
+        "torch": torch.__version__,
+        "files": files,
+    }
+    _write_json(aside / "manifest.json", manifest)
+    _sync(aside / "manifest.json")
+    _sync(aside)
+    if final.exists():  # the same step again: a damaged one, or one from before an evaluation
+        final.rename(folder / f".old-{final.name}")
+    aside.rename(final)
+    _sync(folder)
+    sweep(folder)
+    return final
+
+
+def verify(path: Path) -> Checkpoint:
+    """The checkpoint in a folder; raises CheckpointError unless every byte is as written."""
+    try:
+        found = read(path)
+        manifest = found.manifest
+        if manifest["version"] != VERSION:
+            raise CheckpointError(f"{path}: version {manifest['version']!r}, expected {VERSION}")
+        for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
+            expected = manifest["files"][name]
+            size = (path / name).stat().st_size
+            if size != expected["size"]:
+                raise CheckpointError(f"{path / name}: {size} bytes, wrote {expected['size']}")
+            if _sha256(path / name) != expected["sha256"]:
+                raise CheckpointError(f"{path / name}: SHA-256 differs from what was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+    return found
+
+
+def read(path: Path) -> Checkpoint:
+    """A checkpoint that another rank has verified."""
+    manifest, progress = (
+        json.loads((path / name).read_bytes()) for name in ("manifest.json", "progress.json")
+    )
+    return Checkpoint(path, manifest, progress)
+
+
+def newest_good(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest checkpoint that verifies, and what is wrong with newer ones.
+
+    None where no checkpoint was ever made; raises CheckpointError where none that was made is good.
+    """
+    wrong: list[CheckpointError] = []
+    for path in reversed(steps(folder)):
+        try:
+            return verify(path), wrong
+        except CheckpointError as error:
+            wrong.append(error)
+    if wrong:
+        raise CheckpointError(
+            f"{folder}: none of {len(wrong)} checkpoints is good ({wrong[0]}); restore one, or "
+            "remove the run folder to start again"
+        )
+    return None, wrong
+
+
+def best(folder: Path) -> Checkpoint:
+    """The good checkpoint with the lowest validation error, the earliest of equals."""
+    found = []
+    for path in steps(folder):
+        try:
+            found.append((_error_of(path), path))
+        except CheckpointError:
+            continue  # a manifest that cannot be read cannot be the best
+    measured = sorted((error, path) for error, path in found if error is not None)
+    if not measured:
+        raise CheckpointError(f"{folder}: no checkpoint has a validation error")
+    return verify(measured[0][1])
+
+
+def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
+    """Raises CheckpointError where the checkpoint was made by another run than `config` defines."""
+    theirs, ours = fingerprint(checkpoint.config), fingerprint(config)
+    differ = [
+        f"{key}: {theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+    if checkpoint.manifest["dataset"] != dataset_digest:
+        differ.append("data.path: another data set there")
+    if differ:
+        raise CheckpointError(
+            f"{checkpoint.path} belongs to another run ({'; '.join(differ)}): "
+            "give this run another name=, or restore those keys"
+        )
+
+
+def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Remove all but the newest checkpoints and the best."""
+    for path in steps(folder)[:-keep_last]:
+        if path.name != f"step-{best_step or 0:08d}" or best_step is None:
+            path.rename(path.with_name(f".old-{path.name}"))
+    sweep(folder)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted write or removal left."""
+    for left in [*folder.glob(".old-step-*"), *folder.glob(".writing-step-*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints' folders, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", p.name))
+
+
+def _error_of(path: Path) -> float | None:
+    try:
+        value = json.loads((path / "manifest.json").read_bytes())["error"]
+        return None if value is None else float(value)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, allow_nan=False))
+
+
+def _sync(path: Path) -> None:
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _synced_sha256(path: Path) -> str:
+    _sync(path)
+    return _sha256(path)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Images from source to window: prepare, packed data set, sampler, pipelines."""

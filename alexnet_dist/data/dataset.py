@@ -1,0 +1,237 @@
+"""The packed data set: tar shards that WebDataset's tools read, with an index of our own.
+
+    OUT/dataset.json            classes, counts, colour statistics, size and SHA-256 of every file
+    OUT/mean.npy                the training split's mean image, (h, w, 3) float32, grey levels
+    OUT/SPLIT/samples.npy       one record a sample: INDEX below
+    OUT/SPLIT/shard-00000.tar   00000000.png, 00000000.cls, 00000001.png, …
+
+A sample is read by one `pread`, and its checksum compared before it is decoded: every JPEG
+decoder takes a flipped byte in silence. Nothing here is a pickle.
+"""
+
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_dist.config import Config
+from alexnet_dist.errors import ConfigError, DatasetError
+
+VERSION = 1
+INDEX = np.dtype(
+    [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")]
+)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Over all pixels of the training split, grey levels of 0–255.
+
+    Attributes:
+        mean_image: (h, w, 3) float32.
+        mean_rgb: (3,).
+        eigenvalues: (3,), of the covariance of red, green and blue, largest first.
+        eigenvectors: (3, 3), row i belongs to eigenvalue i.
+    """
+
+    mean_image: npt.NDArray[np.float32]
+    mean_rgb: npt.NDArray[np.float64]
+    eigenvalues: npt.NDArray[np.float64]
+    eigenvectors: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Samples of one split; safe to read from several threads."""
+
+    name: str
+    shards: tuple[Path, ...]
+    index: npt.NDArray[np.void]
+    _files: dict[int, int] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def labels(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        return self.index["label"][ids].astype(np.int64)
+
+    def read(self, sample: int) -> bytes:
+        """A sample's encoded image; raises DatasetError where its checksum does not match."""
+        shard, offset, size, _, crc32 = self.index[sample].tolist()
+        if shard not in self._files:
+            opened = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+            if self._files.setdefault(shard, opened) != opened:
+                os.close(opened)  # another thread was first
+        encoded = os.pread(self._files[shard], size, offset)
+        if zlib.crc32(encoded) != crc32:
+            raise DatasetError(
+                f"{self.shards[shard]}: sample {sample} of split {self.name!r} (offset {offset}, "
+                f"{size} bytes) does not match its checksum: prepare the data set again"
+            )
+        return encoded
+
+    def close(self) -> None:
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened packed data set.
+
+    Attributes:
+        digest: SHA-256 of dataset.json, which holds those of all other files.
+    """
+
+    folder: Path
+    digest: str
+    classes: tuple[str, ...]
+    statistics: Statistics
+    splits: Mapping[str, Split]
+
+
+def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
+    """Open a packed data set; raises DatasetError unless every file is what dataset.json says.
+
+    Sizes of all files, and hashes of all but the shards, are always compared.
+
+    Args:
+        verify_hashes: hash the shards too (about a second for a gigabyte in memory).
+    """
+    path = folder / "dataset.json"
+    try:
+        text = path.read_bytes()
+        meta = json.loads(text)
+    except FileNotFoundError:
+        raise DatasetError(
+            f"{path} is missing: make the data set with `alexnet-dist prepare SOURCE PATH {folder}`, "
+            "or set data.path to where it lies"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    try:
+        if meta["version"] != VERSION:
+            raise DatasetError(
+                f"{path}: version {meta['version']!r}, and this program reads {VERSION}: "
+                "prepare the data set again"
+            )
+        classes = tuple(str(name) for name in meta["classes"])
+        statistics = Statistics(
+            _load(folder, meta["mean_image"], np.dtype("<f4"), dims=3),
+            *(np.array(meta[k], float) for k in ("mean_rgb", "eigenvalues", "eigenvectors")),
+        )
+        splits = {
+            str(name): _open_split(folder, str(name), split, len(classes), verify_hashes)
+            for name, split in meta["splits"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{path} is damaged ({error!r}): prepare the data set again") from error
+    shapes = [array.shape for array in (statistics.mean_rgb, statistics.eigenvectors)]
+    if shapes != [(3,), (3, 3)] or statistics.mean_image.shape[2] != 3:
+        raise DatasetError(f"{path}: colour statistics have wrong shapes: prepare it again")
+    return Dataset(folder, hashlib.sha256(text).hexdigest(), classes, statistics, splits)
+
+
+def open_for(config: Config, verify_hashes: bool = False) -> Dataset:
+    """The data set a config names; raises DatasetError, or ConfigError where they do not agree."""
+    dataset = open_dataset(Path(config.data.path), verify_hashes)
+    for key, name in (
+        ("data.train_split", config.data.train_split),
+        ("data.eval_split", config.data.eval_split),
+    ):
+        if name not in dataset.splits:
+            raise ConfigError(
+                f"{key}={name!r}: {dataset.folder} has the splits {', '.join(dataset.splits)}"
+            )
+        if len(dataset.splits[name]) == 0:
+            raise DatasetError(f"{key}={name!r}: the split is empty")
+    if len(dataset.classes) != config.model.classes:
+        raise ConfigError(
+            f"model.classes={config.model.classes}: {dataset.folder} has "
+            f"{len(dataset.classes)} classes; set model.classes={len(dataset.classes)}"
+        )
+    return dataset
+
+
+def _open_split(
+    folder: Path, name: str, meta: Mapping[str, Any], classes: int, verify_hashes: bool
+) -> Split:
+    index = _load(folder, meta["index"], INDEX, dims=1)
+    sizes = [int(shard["size"]) for shard in meta["shards"]]
+    shards = tuple(_sized(folder, shard) for shard in meta["shards"])
+    if verify_hashes:
+        for path, shard in zip(shards, meta["shards"], strict=True):
+            _compare_hash(path, sha256(path), shard["sha256"])
+    where = f"{folder / str(meta['index']['file'])}"
+    if len(index) != meta["samples"]:
+        raise DatasetError(f"{where}: {len(index)} samples, dataset.json says {meta['samples']}")
+    if len(index) and index["label"].max() >= classes:
+        bad = int(np.argmax(index["label"] >= classes))
+        raise DatasetError(
+            f"{where}: sample {bad} has class {index['label'][bad]}, out of range for "
+            f"{classes} classes: prepare the data set again"
+        )
+    if len(index):
+        ends = index["offset"] + index["size"]
+        inside = index["shard"] < len(sizes)
+        inside &= ends <= np.array([*sizes, 0], "<u8")[np.minimum(index["shard"], len(sizes))]
+        if not inside.all():
+            raise DatasetError(
+                f"{where}: sample {int(np.argmin(inside))} lies outside its shard: "
+                "prepare the data set again"
+            )
+    return Split(name, shards, index)
+
+
+def _sized(folder: Path, meta: Mapping[str, Any]) -> Path:
+    """The path of a file that dataset.json names, of the right size and inside the folder."""
+    name = str(meta["file"])
+    if not re.fullmatch(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-]+\.(tar|npy)", name):
+        raise DatasetError(f"{folder / 'dataset.json'}: refused the file name {name!r}")
+    path = folder / name
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be read ({error.strerror}): prepare the data set again"
+        ) from error
+    if size != meta["size"]:
+        raise DatasetError(
+            f"{path}: {size} bytes, dataset.json says {meta['size']}: prepare the data set again"
+        )
+    return path
+
+
+def _load(folder: Path, meta: Mapping[str, Any], dtype: np.dtype[Any], dims: int) -> Any:
+    """A small .npy file, whole and hashed (a truncated memory map would be a SIGBUS)."""
+    path = _sized(folder, meta)
+    _compare_hash(path, sha256(path), meta["sha256"])
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise DatasetError(f"{path} is not an array: {error}") from error
+    if array.dtype != dtype or array.ndim != dims:
+        raise DatasetError(f"{path}: {array.dtype} in {array.ndim} dimensions, expected {dtype}")
+    return array
+
+
+def _compare_hash(path: Path, found: str, expected: str) -> None:
+    if found != expected:
+        raise DatasetError(
+            f"{path}: SHA-256 {found[:12]}…, dataset.json says {str(expected)[:12]}…: "
+            "it was changed or damaged; prepare the data set again"
+        )
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

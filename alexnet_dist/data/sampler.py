@@ -1,0 +1,101 @@
+"""Which samples, which windows, which lighting: pure functions of the config and the step.
+
+Slot s of step t is sample t·B + s of the concatenated epoch permutations: nothing is dropped at
+an epoch's end, nothing padded, and no loader state exists that would have to be saved.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_dist import draws
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.data.pipeline import Samples
+from alexnet_dist.draws import Purpose
+
+
+class TrainSampler:
+    """The endless stream of training samples and their draws.
+
+    Args:
+        count: samples in the training split.
+    """
+
+    def __init__(self, config: Config, count: int, statistics: Statistics) -> None:
+        self.config, self.count = config, count
+        self.axes = lighting_axes(config, statistics)
+        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+
+    def samples(self, step: int, slots: range) -> Samples:
+        """The samples in some slots of a step."""
+        position = step * self.config.train.batch + np.arange(slots.start, slots.stop)
+        epochs, places = np.divmod(position, self.count)
+        ids = np.empty_like(places)
+        for epoch in np.unique(epochs):
+            chosen = epochs == epoch
+            ids[chosen] = self._order(int(epoch))[places[chosen]]
+        return self._drawn(ids, epochs)
+
+    def plan(self, first_step: int, last_step: int, slots: range) -> Iterator[Samples]:
+        """The samples of steps first_step … last_step − 1."""
+        return (self.samples(step, slots) for step in range(first_step, last_step))
+
+    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        if epoch not in self._orders:
+            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
+            self._orders[epoch] = draws.permutation(self.config.seed, epoch, self.count)
+        return self._orders[epoch]
+
+    def _drawn(self, ids: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> Samples:
+        data, seed = self.config.data, self.config.seed
+        zero = np.zeros_like(ids)
+        top, left, mirror, _ = draws.philox((ids, epochs, zero, zero), (seed, Purpose.WINDOW))
+        margin = data.canvas - self.config.model.crop
+        if data.random_crop:
+            corners = np.stack([draws.integers(w, margin + 1) for w in (top, left)], axis=-1)
+        else:
+            corners = np.full((len(ids), 2), margin // 2)
+        words = draws.philox((ids, epochs, zero, zero), (seed, Purpose.LIGHTING))
+        alphas = np.stack(draws.normals(words)[:3], axis=-1) * data.lighting  # (n, 3)
+        return Samples(
+            ids=ids,
+            corners=corners[:, None, :],
+            flips=(data.flip & (mirror >> 31 == 1))[:, None],
+            lighting=(alphas @ self.axes).astype(np.float32),
+        )
+
+
+def lighting_axes(config: Config, statistics: Statistics) -> npt.NDArray[np.float64]:
+    """(3, 3): row i is what α_i = 1 adds to red, green and blue, grey levels (paper §4.1).
+
+    The printed formula has λ; on pixels of 0–255 only its root makes sense, and the released code
+    takes the root. `eigenvalue` reads the formula on pixels of 0–1.
+    """
+    values = statistics.eigenvalues
+    scale = np.sqrt(values) if config.data.lighting_by == "sqrt_eigenvalue" else values / 255
+    return scale[:, None] * statistics.eigenvectors
+
+
+def views(config: Config) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Corners (v, 2) and flips (v,) of the test windows: the centre, or the ten of §4.1."""
+    margin = config.data.canvas - config.model.crop
+    middle = margin // 2
+    if config.evaluate.views == 1:
+        return np.array([[middle, middle]]), np.array([False])
+    five = [[0, 0], [0, margin], [margin, 0], [margin, margin], [middle, middle]]
+    return np.array(five * 2), np.arange(10) >= 5
+
+
+def evaluation_plan(config: Config, batches: list[range]) -> Iterator[Samples]:
+    """Unlit samples in the index's order, each with its test windows."""
+    corners, flips = views(config)
+    for batch in batches:
+        n = len(batch)
+        yield Samples(
+            ids=np.arange(batch.start, batch.stop),
+            corners=np.broadcast_to(corners, (n, *corners.shape)),
+            flips=np.broadcast_to(flips, (n, len(flips))),
+            lighting=np.zeros((n, 3), np.float32),
+        )

@@ -1,0 +1,159 @@
+"""Evaluation: every sample counted exactly once, one window or ten, one network or several."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.checkpoint import Checkpoint
+from alexnet_dist.config import Config, fingerprint, load_config
+from alexnet_dist.data.dataset import Dataset, open_for
+from alexnet_dist.data.pipeline import Pipeline
+from alexnet_dist.data.sampler import evaluation_plan
+from alexnet_dist.data.torch_pipeline import TorchPipeline
+from alexnet_dist.engine import DTYPES, Engine, label_ranks, make_engine
+from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.model import share
+from alexnet_dist.topology import Topology, connect
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact counts over a split, and the mean loss (nats) of the averaged softmax outputs."""
+
+    samples: int
+    correct1: int
+    correct5: int
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        return self.correct1 / self.samples
+
+    @property
+    def top5(self) -> float:
+        return self.correct5 / self.samples
+
+
+def make_pipeline(
+    config: Config, topology: Topology, dataset: Dataset, split: str
+) -> Pipeline:
+    """The pipeline a config names, over one split, for this rank."""
+    match config.data.pipeline:
+        case "torch":
+            threads = config.data.workers or torch.get_num_threads()
+            return TorchPipeline(
+                config,
+                dataset.splits[split],
+                dataset.statistics,
+                topology.device,
+                DTYPES[config.train.precision],
+                threads,
+            )
+
+
+def evaluate(
+    engine: Engine,
+    config: Config,
+    topology: Topology,
+    dataset: Dataset,
+    stop: Callable[[], int] = lambda: 0,
+) -> Score | None:
+    """Score one network on the evaluation split, by this run's own ranks. Collective.
+
+    Returns:
+        The score, alike on every rank; None where `stop` said so first.
+    """
+    totals = torch.zeros(3, dtype=torch.float64)
+    for probabilities, labels in _probabilities(engine, config, topology, dataset):
+        totals += _counted(probabilities, labels)
+        if stop():
+            return None
+    if topology.column != 0:  # a replica's columns hold the same probabilities
+        totals.zero_()
+    loss, correct1, correct5 = topology.sum(totals).tolist()
+    samples = len(dataset.splits[config.data.eval_split])
+    return Score(samples, int(correct1), int(correct5), loss / samples)
+
+
+def evaluate_checkpoints(
+    paths: Sequence[Path], overrides: Sequence[str] = ()
+) -> tuple[Score, list[Checkpoint]]:
+    """Score checkpoints, or the average of their softmax outputs (paper §6), in this process.
+
+    Args:
+        paths: run folders (their best checkpoint) or checkpoints.
+        overrides: `key=value` over the first one's config.
+    """
+    found = [_checkpoint_at(path) for path in paths]
+    configs = [load_config([c.manifest["config"], "layout.kind=one", *overrides]) for c in found]
+    config, topology = configs[0], connect(configs[0])
+    dataset = open_for(config)
+    for checkpoint, other in zip(found, configs, strict=True):
+        differ = [
+            key
+            for key, value in fingerprint(other).items()
+            if key.startswith(("data.", "model.classes")) and value != fingerprint(config)[key]
+        ]
+        if differ:
+            raise ConfigError(f"{checkpoint.path}: {', '.join(differ)} differ from {found[0].path}")
+    average: list[Tensor] = []
+    for checkpoint, own in zip(found, configs, strict=True):
+        engine = make_engine(own, topology)
+        engine.load(checkpoint.parameters(), None)
+        outputs = _probabilities(engine, own, topology, dataset)
+        parts = torch.cat([probabilities.cpu() for probabilities, _ in outputs]) / len(found)
+        average = [average[0] + parts] if average else [parts]
+    split = dataset.splits[config.data.eval_split]
+    labels = torch.from_numpy(split.labels(torch.arange(len(split)).numpy()))
+    loss, correct1, correct5 = _counted(average[0], labels).tolist()
+    return Score(len(split), int(correct1), int(correct5), loss / len(split)), found
+
+
+def _probabilities(
+    engine: Engine, config: Config, topology: Topology, dataset: Dataset
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Softmax outputs averaged over views (n, classes) and labels (n,), batch by batch.
+
+    Every rank goes through as many batches, of any size, even none.
+    """
+    total, size = len(dataset.splits[config.data.eval_split]), config.evaluate.batch
+    mine, counts = [], []
+    for start in range(0, total, size):
+        whole = range(start, min(start + size, total))
+        replica = whole[share(len(whole), topology.replica, topology.replicas)]
+        parts = [replica[share(len(replica), c, topology.columns)] for c in range(topology.columns)]
+        mine.append(parts[topology.column])
+        counts.append([len(part) for part in parts])
+    pipeline = make_pipeline(config, topology, dataset, config.data.eval_split)
+    try:
+        batches = pipeline.batches(evaluation_plan(config, mine))
+        for part, sizes in zip(batches, counts, strict=True):
+            views = config.evaluate.views
+            batch = part.joined(sizes, topology.column_group, views)
+            outputs = engine.predict(batch.windows).softmax(1).unflatten(0, (-1, views))
+            yield outputs.mean(1), batch.labels
+    finally:
+        pipeline.close()
+
+
+def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(3,) float64 on the CPU: summed loss, labels ranked first, and among the first five."""
+    own = probabilities.double().gather(1, labels[:, None])
+    rank = label_ranks(probabilities, labels)
+    loss = -own.clamp_min(torch.finfo(torch.float64).tiny).log().sum()
+    return torch.stack([loss, (rank < 1).sum().double(), (rank < 5).sum().double()]).cpu()
+
+
+def _checkpoint_at(path: Path) -> Checkpoint:
+    if (path / "checkpoints").is_dir():
+        return checkpoints.best(path / "checkpoints")
+    if (path / "manifest.json").is_file():
+        return checkpoints.verify(path)
+    raise CheckpointError(
+        f"{path} is neither a run folder nor a checkpoint: name runs/NAME or "
+        "runs/NAME/checkpoints/step-…"
+    )

@@ -1,0 +1,89 @@
+"""Local response normalisation across adjacent maps (paper §3.3), forward and backward.
+
+b = a · d^−β with d = k + α Σ a², summed over n adjacent maps of the same column. The sum is a
+product with a banded matrix of ones, which in channels_last reads each pixel's maps once; on a
+CPU it goes by chunks that stay in the cache, so that memory is passed over as seldom as it can be.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_CHUNK_BYTES = 256 * 1024
+
+
+def band(maps: int, columns: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(maps, maps) of ones where two maps are adjacent and in one column, else zeros."""
+    index = torch.arange(maps, device=device)
+    near = (index[:, None] - index[None, :]).abs() <= size // 2
+    per_column = maps // columns
+    same = (index[:, None] // per_column) == (index[None, :] // per_column)
+    return (near & same).to(dtype)
+
+
+def local_response_norm(
+    maps: Tensor, columns: int, size: int, alpha: float, beta: float, k: float
+) -> Tensor:
+    """Normalise maps over their `size` neighbours, never across columns.
+
+    Args:
+        maps: (n, channels, h, w); kept in channels_last.
+        columns: columns among the channels.
+        size: n, odd.
+        alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
+    """
+    return _LocalResponseNorm.apply(maps, columns, size, alpha, beta, k)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _LocalResponseNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, maps: Tensor, columns: int, size: int, alpha: float, beta: float, k: float
+    ) -> Tensor:
+        ctx.save_for_backward(maps)
+        ctx.constants = (columns, size, alpha, beta, k)
+        near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
+        out = torch.empty_like(maps, memory_format=torch.channels_last)
+        for a, b in zip(_chunks(maps), _chunks(out), strict=True):
+            b.copy_(a * _power(_denominator(a, near, alpha, k), beta))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (maps,) = ctx.saved_tensors
+        columns, size, alpha, beta, k = ctx.constants
+        near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
+        out = torch.empty_like(maps, memory_format=torch.channels_last)
+        for a, g, result in zip(_chunks(maps), _chunks(grads[0]), _chunks(out), strict=True):
+            # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
+            d = _denominator(a, near, alpha, k)
+            scaled = g * _power(d, beta)
+            crossed = (scaled * a / d).to(a.dtype) @ near
+            result.copy_(scaled.addcmul_(a, crossed, value=-2 * alpha * beta))
+        return out, None, None, None, None, None
+
+
+def _denominator(a: Tensor, near: Tensor, alpha: float, k: float) -> Tensor:
+    """d = k + α Σ a²; at least float32, where bf16 would lose it beside k."""
+    squares = (a * a) @ near
+    if squares.dtype == torch.bfloat16:
+        squares = squares.float()
+    return squares.mul_(alpha).add_(k)
+
+
+def _power(d: Tensor, beta: float) -> Tensor:
+    """d^−β; the paper's ¾ by two square roots, many times faster than `pow`."""
+    if beta != 0.75:
+        return d.pow(-beta)
+    root = d.rsqrt()
+    return root.sqrt().mul_(root)
+
+
+def _chunks(maps: Tensor) -> tuple[Tensor, ...]:
+    """Views (pixels, channels) of (n, channels, h, w): whole on a GPU, cache-sized on a CPU."""
+    rows = maps.permute(0, 2, 3, 1).contiguous().view(-1, maps.shape[1])
+    if rows.device.type != "cpu":
+        return (rows,)
+    height = max(1, _CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
+    return rows.split(height)

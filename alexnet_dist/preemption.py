@@ -1,0 +1,63 @@
+"""Stopping on signals: a handler sets a flag, the ranks agree on it, the loop saves and leaves.
+
+| what arrives | what happens | exit |
+|---|---|---|
+| SIGUSR1, SIGUSR2 | saved; resume me | 75 |
+| SIGTERM | saved; do not resume by yourself | 143 |
+| first SIGINT | saved; do not resume by yourself | 130 |
+| second SIGINT | left at once, the last good checkpoint intact | 130 |
+"""
+
+import os
+import signal
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from alexnet_dist.topology import Topology
+
+# Exit codes by the flag's value; where ranks saw different signals, the highest counts.
+EXITS = {1: 75, 2: 143, 3: 130}
+_FLAGS = {signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
+
+
+class StopSignals:
+    """Handlers for this process, from now until `ignore`; forked children are left alone."""
+
+    def __init__(self) -> None:
+        self.flag = 0
+        self._pid = os.getpid()
+        self._agreed = 0
+        self._waiting: tuple[torch.Tensor, dist.Work] | None = None
+        for number in _FLAGS:
+            signal.signal(number, self._handle)
+
+    def poll(self, topology: Topology) -> int:
+        """The flag all ranks agree on, 0 for none. Collective, and never waits for a slow rank.
+
+        The agreement begun at one call is read at the next, so that it costs no step any time.
+        """
+        if topology.control is None:
+            return self.flag
+        if self._waiting is not None:
+            flags, work = self._waiting
+            work.wait()
+            self._agreed = max(self._agreed, int(flags))
+        flags = torch.tensor(self.flag)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=topology.control, async_op=True)
+        assert work is not None
+        self._waiting = flags, work
+        return self._agreed
+
+    def ignore(self) -> None:
+        """Ignore these signals from now on: an exit code is not to be lost while leaving."""
+        for number in _FLAGS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
+        if number == signal.SIGINT and self.flag == _FLAGS[signal.SIGINT]:
+            os._exit(130)
+        self.flag = max(self.flag, _FLAGS[signal.Signals(number)])

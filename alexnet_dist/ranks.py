@@ -1,0 +1,66 @@
+"""Start a layout's ranks on this host by torchrun's elastic API, when no launcher did."""
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from alexnet_dist.run_folder import read_run
+
+
+def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s: int = 120) -> int:
+    """Run `alexnet-dist ARGUMENTS` in this many ranks; the exit code the ranks agreed on.
+
+    Signals are passed on to every rank, which saves and leaves.
+
+    Args:
+        folder: the run folder, whose run.json says how the ranks stopped.
+    """
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+        shutdown_timeout=shutdown_timeout_s,
+    )
+    command = ["-m", "alexnet_dist", *arguments]
+    try:
+        elastic_launch(config, sys.executable)(*command)
+        return 0
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code < 0:
+            rank = error.get_first_failure()[0]
+            name = signal.Signals(-code).name
+            print(f"rank {rank} was killed by {name}; run again to resume", file=sys.stderr)
+        return code if code > 0 else 1
+    except SignalException as error:
+        run = read_run(folder)
+        if run.get("state") in ("stopped", "finished"):
+            return int(run["exit"])
+        if error.sigval == signal.SIGINT:
+            os._exit(130)  # a second SIGINT: ranks that still live see their parent go
+        print(f"{folder}: stopped by {error.sigval.name} before it could save", file=sys.stderr)
+        return 1
+
+
+def leave_with_parent() -> None:
+    """Ask the kernel for SIGINT when the launcher dies, so that no rank is left behind.
+
+    A rank then saves and leaves; one that was leaving on a first SIGINT leaves at once.
+    """
+    set_parent_death_signal = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGINT)

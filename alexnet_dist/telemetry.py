@@ -1,0 +1,189 @@
+"""What a run tells: a progress line, metrics.jsonl, TensorBoard. Written by rank 0 alone.
+
+| tag | unit |
+|---|---|
+| train/loss | nats a sample, mean since the last point |
+| train/top1, train/top5 | share of labels ranked first, among the first five, in training |
+| train/rate | learning rate ε |
+| train/epoch, eval/epoch | passes over the training split so far |
+| eval/loss, eval/top1, eval/top5 | the same on the evaluation split |
+| eval/correct1, eval/correct5, eval/samples | the counts behind them |
+| speed/images_per_s | training images, all ranks together |
+| speed/data_wait | share of the time spent waiting for the pipeline |
+| kernels/conv1 | the first layer's kernels, a row block a column |
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from alexnet_dist.topology import Topology
+
+log = logging.getLogger("alexnet_dist")
+
+
+def configure_logging(topology: Topology) -> None:
+    """Rank 0 at INFO; others at WARNING, named by rank and column."""
+    name = "" if topology.leads else f"[r{topology.global_rank} c{topology.column}] "
+    logging.basicConfig(format=f"{name}%(message)s", stream=sys.stderr, force=True)
+    log.setLevel(logging.INFO if topology.leads else logging.WARNING)
+
+
+class Telemetry:
+    """The metrics of one run from a step on; silent on all ranks but 0.
+
+    Args:
+        folder: the run folder.
+        step: where the run continues; later points of an earlier attempt are cut off.
+        evaluated_step: the last step whose evaluation counts.
+        last_step: where the run ends.
+    """
+
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], step: int, evaluated_step: int,
+        last_step: int, leads: bool,
+    ) -> None:  # fmt: skip
+        self._step, self._last_step, self._leads = step, last_step, leads
+        if not leads:
+            return
+        path = folder / "metrics.jsonl"
+        _cut(path, step, evaluated_step)
+        self._metrics = path.open("a")
+        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        if step == 0:
+            text = yaml.safe_dump(dict(config), sort_keys=False)
+            self._board.add_text("config", "    " + text.replace("\n", "\n    "))
+        self._terminal = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=last_step, initial=step, disable=not self._terminal, bar_format="{desc} {bar:20}"
+        )
+        self._since = time.perf_counter()
+
+    def train(
+        self, step: int, epoch: float, values: Mapping[str, float], images: int, wait_s: float
+    ) -> None:
+        """A point of training: `values` (tags of train/) repeat to the bit, the times do not."""
+        if not self._leads:
+            return
+        now = time.perf_counter()
+        seconds, steps = now - self._since, step - self._step
+        self._since, self._step = now, step
+        speed = {"images_per_s": images / seconds, "data_wait": wait_s / seconds}
+        self._write("train", step, {"epoch": epoch, **values}, speed)
+        left = time.gmtime((self._last_step - step) * seconds / max(1, steps))
+        line = (
+            f"epoch {epoch:.2f}  step {step}/{self._last_step}  loss {values['loss']:.4f}  "
+            f"top-1 {values['top1']:.1%}  top-5 {values['top5']:.1%}  rate {values['rate']:.2e}  "
+            f"{speed['images_per_s']:.0f} images/s  data wait {speed['data_wait']:.0%}  "
+            f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
+        )
+        if self._terminal:
+            self._bar.set_description_str(line, refresh=False)
+            self._bar.update(steps)
+        else:
+            log.info(line)
+
+    def evaluation(
+        self, step: int, epoch: float, values: Mapping[str, float], kernels: Tensor | None
+    ) -> None:
+        """A point of evaluation; `kernels` is conv1.weight."""
+        if not self._leads:
+            return
+        self._write("eval", step, {"epoch": epoch, **values}, {})
+        if kernels is not None:
+            self._board.add_image("kernels/conv1", kernel_picture(kernels), step, dataformats="HWC")
+        with logging_redirect_tqdm():
+            log.info(
+                f"epoch {epoch:.2f}  step {step}/{self._last_step}  evaluation: "
+                f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  "
+                f"loss {values['loss']:.4f}  ({values['correct1']} of {values['samples']} right)"
+            )
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what happens inside out of the training speed."""
+        begin = time.perf_counter()
+        yield
+        if self._leads:
+            self._since += time.perf_counter() - begin
+
+    def flush(self) -> None:
+        """Make durable what was written, before a checkpoint says that it was."""
+        if self._leads:
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+            self._board.flush()
+
+    def close(self) -> None:
+        if self._leads:
+            self._bar.close()
+            self._board.close()
+            self._metrics.close()
+
+    def _write(
+        self, kind: str, step: int, values: Mapping[str, float], speed: Mapping[str, float]
+    ) -> None:
+        self._metrics.write(json.dumps({"kind": kind, "step": step, **values, **speed}) + "\n")
+        for group, scalars in ((kind, values), ("speed", speed)):
+            for name, value in scalars.items():
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The points of a run folder's metrics.jsonl; a torn last line is left out."""
+    points = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        try:
+            points.append(json.loads(line))
+        except ValueError:
+            break
+    return points
+
+
+def _cut(path: Path, step: int, evaluated_step: int) -> None:
+    """Drop the points that a resumed run will make again."""
+    if not path.exists():
+        return
+    until = {"train": step, "eval": evaluated_step}
+    kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
+    aside = path.with_name(".metrics.jsonl.writing")
+    aside.write_text("".join(json.dumps(point) + "\n" for point in kept))
+    aside.replace(path)
+
+
+def kernel_picture(kernels: Tensor, columns: int = 2, zoom: int = 3) -> npt.NDArray[np.uint8]:
+    """conv1's kernels as in Fig. 3: three rows of kernels for each column, the first on top.
+
+    Args:
+        kernels: (maps, 3, k, k).
+
+    Returns:
+        (height, width, 3), each kernel stretched to the full range.
+    """
+    low, high = (f(1) for f in (kernels.flatten(1).min, kernels.flatten(1).max))
+    low, high = (bound.values[:, None, None, None] for bound in (low, high))
+    unit = ((kernels.float() - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
+    pixels = np.rint(unit * 255).astype(np.uint8).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    tiles = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+    blocks = []
+    for block in np.array_split(tiles, columns):
+        rows = np.array_split(block, 3)
+        wide = max(len(row) for row in rows)
+        padded = [np.pad(r, ((0, wide - len(r)), *[(0, 0)] * 3), constant_values=255) for r in rows]
+        blocks += [np.concatenate(list(row), axis=1) for row in padded]
+        blocks.append(np.full((6, blocks[0].shape[1], 3), 255, np.uint8))
+    return np.concatenate(blocks[:-1])

@@ -1,0 +1,180 @@
+"""Ranks, groups, threads and devices: who this process is, and with whom it speaks.
+
+The only reader of RANK and its relatives. Ranks are laid out replica by replica, a replica's
+columns side by side, so that columns meet inside a node.
+"""
+
+import ctypes
+import dataclasses
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from alexnet_dist.config import Config
+from alexnet_dist.errors import AlexNetDistError, ConfigError, SaidByRank0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process's place in the layout.
+
+    Attributes:
+        columns: ranks that share a replica, one column each; 1 where all columns are here.
+        control: a CPU group of all ranks, for flags and words; None in a world of one.
+        column_group: the ranks of this replica; None where there is one.
+    """
+
+    global_rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    columns: int = 1
+    device: torch.device = torch.device("cpu")
+    control: dist.ProcessGroup | None = None
+    column_group: dist.ProcessGroup | None = None
+
+    @property
+    def column(self) -> int:
+        return self.global_rank % self.columns
+
+    @property
+    def replica(self) -> int:
+        return self.global_rank // self.columns
+
+    @property
+    def replicas(self) -> int:
+        return self.world_size // self.columns
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.global_rank == 0
+
+    def decided_by_rank_0(self, decide: Callable[[], T]) -> T:
+        """What `decide` returns on rank 0, on every rank; where it raises, the others do too."""
+        if self.control is None:
+            return decide()
+        outcome: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.leads:
+            try:
+                outcome = [decide(), None]
+            except Exception as error:
+                failure = error
+                outcome = [None, error.exit_code if isinstance(error, AlexNetDistError) else 1]
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            said = SaidByRank0("rank 0 failed")
+            said.exit_code = outcome[1]
+            raise said
+        return outcome[0]  # type: ignore[no-any-return]
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(self.control)
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """A CPU tensor summed over all ranks."""
+        if self.control is not None:
+            dist.all_reduce(counts, group=self.control)
+        return counts
+
+
+def ranks_wanted(config: Config) -> int:
+    """Ranks that the layout takes."""
+    return config.model.columns if config.layout.kind == "columns" else 1
+
+
+def launched() -> bool:
+    """Whether a launcher started this process and said who it is."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def connect(config: Config) -> Topology:
+    """Join the other ranks, take a device, set threads; raises ConfigError where ranks do not fit."""
+    here = Topology(
+        global_rank=int(os.environ.get("RANK", "0")),
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        columns=ranks_wanted(config),
+    )
+    if here.world_size != ranks_wanted(config):
+        raise ConfigError(
+            f"layout.kind={config.layout.kind} takes {ranks_wanted(config)} ranks, and the launcher "
+            f"started {here.world_size} (WORLD_SIZE): layout.kind=one takes 1, columns takes 2"
+        )
+    device = _device(config, here)
+    torch.set_num_threads(
+        config.layout.threads or max(1, _cores() // here.local_world_size)
+    )
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    _keep_memory()
+    if here.world_size == 1:
+        return dataclasses.replace(here, device=device)
+    timeout = datetime.timedelta(seconds=config.layout.timeout_s)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, timeout=timeout, device_id=device if backend == "nccl" else None
+    )
+    groups = [
+        dist.new_group(list(range(first, first + here.columns)), timeout=timeout)
+        for first in range(0, here.world_size, here.columns)
+    ]
+    return dataclasses.replace(
+        here,
+        device=device,
+        control=dist.new_group(backend="gloo", timeout=timeout),
+        column_group=groups[here.replica] if here.columns > 1 else None,
+    )
+
+
+def leave() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(config: Config, here: Topology) -> torch.device:
+    wanted, found = config.layout.device, torch.cuda.device_count()
+    if wanted == "cuda" and found < here.local_world_size:
+        raise ConfigError(
+            f"layout.device=cuda: {here.local_world_size} ranks on this host need a GPU each, "
+            f"and {found} are here; set layout.device=auto or layout.kind=one"
+        )
+    if wanted == "cpu" or found < here.local_world_size:
+        return torch.device("cpu")
+    device = torch.device("cuda", here.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _keep_memory() -> None:
+    """Keep freed memory in the process: fresh pages cost as much as the arithmetic on them.
+
+    mallopt(3) of glibc: no mmap for blocks below 1 GiB, no trimming. Elsewhere: nothing.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(mmap_max, 0)

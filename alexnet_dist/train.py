@@ -1,0 +1,263 @@
+"""A training run, top to bottom. The only loop."""
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.engine import Engine, make_engine, on_host
+from alexnet_dist.errors import NonFiniteLoss
+from alexnet_dist.evaluate import Score, evaluate, make_pipeline
+from alexnet_dist.model import share
+from alexnet_dist.optim import Schedule
+from alexnet_dist.preemption import EXITS, StopSignals
+from alexnet_dist.run_folder import RunFolder
+from alexnet_dist.telemetry import Telemetry, configure_logging, log
+from alexnet_dist.topology import Topology, connect, leave
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        exit: 0 when it reached its end, else the code of the signal that stopped it.
+        step: optimiser steps done.
+        score: of the evaluation at the end; None where the run was stopped.
+        leads: whether this process is the one that prints.
+    """
+
+    exit: int
+    step: int
+    score: Score | None
+    leads: bool
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors.
+
+    Attributes:
+        step: optimiser steps done.
+        evaluated_step: the last step after which the network was evaluated.
+        score: of that evaluation.
+        best_step: where the validation error was lowest.
+        best_error: how low.
+        interval: sums since the last log point: losses, top-1 and top-5 counts, samples.
+    """
+
+    step: int = 0
+    evaluated_step: int = 0
+    score: Score | None = None
+    best_step: int | None = None
+    best_error: float = 2.0  # above any
+    interval: list[float] = field(default_factory=lambda: [0.0] * 4)
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Progress":
+        score = state["score"] and Score(**state["score"])
+        return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)} | {"score": score})
+
+
+def train(config: Config) -> Outcome:
+    """Train to the end or until a signal, from the run folder's newest good checkpoint.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
+        NonFiniteLoss: a step's loss was not finite.
+    """
+    signals = StopSignals()
+    topology = connect(config)
+    configure_logging(topology)
+    digest = topology.decided_by_rank_0(lambda: open_for(config, config.data.verify_hashes).digest)
+    dataset = open_for(config)
+    folder = RunFolder(config)
+    topology.decided_by_rank_0(folder.take)
+
+    samples = len(dataset.splits[config.data.train_split])
+    schedule = Schedule.of(config, samples)
+    engine = make_engine(config, topology)
+    progress = _resume(folder, engine, schedule, config, digest, topology)
+    folder.report("running", step=progress.step, last_step=schedule.last_step)
+    telemetry = Telemetry(
+        folder.path, dataclasses.asdict(config), progress.step, progress.evaluated_step,
+        schedule.last_step, topology.leads,
+    )  # fmt: skip
+
+    # The slots of each step that this rank decodes: its column's share of its replica's.
+    size = config.train.batch
+    replica = range(size)[share(size, topology.replica, topology.replicas)]
+    shares = [replica[share(len(replica), c, topology.columns)] for c in range(topology.columns)]
+    counts = [len(slots) for slots in shares]
+    sampler = TrainSampler(config, samples, dataset.statistics)
+    plan = sampler.plan(progress.step, schedule.last_step, shares[topology.column])
+    pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
+    batches = pipeline.batches(plan)
+
+    pending: deque[Callable[[], list[float]]] = deque()
+    saved: tuple[int, int] | None = None  # what the last checkpoint of this process holds
+    wait_s = 0.0
+    log.info(_opening(config, topology, folder, progress, schedule, samples))
+    try:
+        while True:
+            step = progress.step
+            finished = step == schedule.last_step
+            stop = signals.poll(topology)
+
+            if not stop and progress.evaluated_step < step and _evaluation_due(config, schedule, step):
+                _settle(pending, progress, size)
+                with telemetry.paused():
+                    score = evaluate(
+                        engine, config, topology, dataset, lambda: signals.poll(topology)
+                    )
+                    if score is None:
+                        continue  # a signal: the poll above says so now
+                    _observe(score, progress, schedule)
+                    kernels = engine.parameter("conv1.weight")
+                    telemetry.evaluation(step, step / schedule.steps_per_epoch, vars(score) | {"top1": score.top1, "top5": score.top5}, kernels)  # fmt: skip
+
+            due = step > 0 and step % config.checkpoint.every_steps == 0
+            new_best = progress.best_step == step
+            if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
+                _settle(pending, progress, size)
+                with telemetry.paused():
+                    telemetry.flush()
+                    _save(folder, engine, config, digest, progress, schedule, topology)
+                saved = step, progress.evaluated_step
+
+            if stop or finished:
+                break
+
+            begin = time.perf_counter()
+            batch = next(batches).joined(counts, topology.column_group)
+            wait_s += time.perf_counter() - begin
+            rate = schedule.rate(step)
+            pending.append(on_host(engine.train_step(batch, step, rate)))
+            progress.step = step + 1
+
+            if progress.step % config.log.every_steps == 0:
+                _settle(pending, progress, size)
+                loss, top1, top5, images = progress.interval
+                values = {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "rate": rate}  # fmt: skip
+                telemetry.train(progress.step, progress.step / schedule.steps_per_epoch, values, int(images), wait_s)  # fmt: skip
+                progress.interval, wait_s = [0.0] * 4, 0.0
+            else:
+                _settle(pending, progress, size, but=1)
+
+        exit_code = EXITS[stop] if stop and not finished else 0
+        state = "stopped" if exit_code else "finished"
+        folder.report(state, exit=exit_code, step=progress.step, reason="signal" if stop else "")
+        topology.barrier()
+        signals.ignore()
+    except Exception as error:
+        folder.report("failed", exit=1, step=progress.step, reason=f"{error}")
+        raise
+    finally:
+        pipeline.close()
+        telemetry.close()
+    leave()
+    return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
+
+
+def _resume(
+    folder: RunFolder, engine: Engine, schedule: Schedule, config: Config, digest: str,
+    topology: Topology,
+) -> Progress:  # fmt: skip
+    """Where to begin. In this order:
+
+    1. the newest checkpoint in the run folder that verifies; newer, damaged ones are named;
+    2. the initial weights, where no checkpoint was ever made.
+
+    A folder whose checkpoints are all damaged, or of another run, is an error.
+    """
+
+    def choose() -> str | None:
+        found, wrong = checkpoints.newest_good(folder.checkpoints)
+        for error in wrong:
+            log.warning(f"not used: {error}")
+        if found is not None:
+            checkpoints.check_same_run(found, config, digest)
+        folder.save_config()
+        checkpoints.sweep(folder.checkpoints)
+        return None if found is None else str(found.path)
+
+    path = topology.decided_by_rank_0(choose)
+    if path is None:
+        return Progress()
+    found = checkpoints.read(Path(path))
+    engine.load(found.parameters(), found.optimizer())
+    schedule.load(found.progress["schedule"])
+    return Progress.of(found.progress)
+
+
+def _save(
+    folder: RunFolder, engine: Engine, config: Config, digest: str, progress: Progress,
+    schedule: Schedule, topology: Topology,
+) -> None:  # fmt: skip
+    """Make a checkpoint, then remove those no longer kept. Collective."""
+    parameters, optimizer = engine.whole_tensors()
+    state = dataclasses.asdict(progress) | {"schedule": schedule.state()}
+    evaluated = progress.score if progress.evaluated_step == progress.step else None
+    error = None if evaluated is None else 1 - evaluated.top1
+
+    def write() -> None:
+        checkpoints.save(
+            folder.checkpoints, config, digest, parameters, optimizer, state, error
+        )
+        checkpoints.prune(folder.checkpoints, config.checkpoint.keep_last, progress.best_step)
+
+    topology.decided_by_rank_0(write)
+
+
+def _settle(
+    pending: deque[Callable[[], list[float]]], progress: Progress, size: int, but: int = 0
+) -> None:
+    """Account for steps whose numbers have reached the host, all `but` the newest."""
+    while len(pending) > but:
+        loss, top1, top5, failed = pending.popleft()()
+        if failed:
+            step = progress.step - len(pending)
+            raise NonFiniteLoss(
+                f"the loss of step {step} is {loss}: its update was not made, nothing was saved "
+                "since. Lower schedule.rate, warm up longer, or look at the data"
+            )
+        for place, value in enumerate((loss, top1, top5, size)):
+            progress.interval[place] += value
+
+
+def _observe(score: Score, progress: Progress, schedule: Schedule) -> None:
+    progress.evaluated_step, progress.score = progress.step, score
+    schedule.observe(1 - score.top1)
+    if 1 - score.top1 < progress.best_error:
+        progress.best_step, progress.best_error = progress.step, 1 - score.top1
+
+
+def _evaluation_due(config: Config, schedule: Schedule, step: int) -> bool:
+    every = config.evaluate.every_epochs * schedule.steps_per_epoch
+    return step == schedule.last_step or step // every > (step - 1) // every
+
+
+def _opening(
+    config: Config, topology: Topology, folder: RunFolder, progress: Progress,
+    schedule: Schedule, samples: int,
+) -> str:  # fmt: skip
+    """What is about to happen, for the log."""
+    begins = f"continues at step {progress.step}" if progress.step else "begins"
+    per_rank = config.train.batch // topology.replicas
+    return (
+        f"{folder.path} {begins} of {schedule.last_step}: {config.model.columns} column(s) on "
+        f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
+        f"threads each), {config.train.precision}\n"
+        f"batch {config.train.batch} global, {per_rank} a replica in "
+        f"{config.train.micro_batches} part(s); {samples} training images of {config.data.path}\n"
+        f"watch: tensorboard --logdir {config.output_dir} --host localhost"
+    )
