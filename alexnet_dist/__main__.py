@@ -107,7 +107,7 @@ def _evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     score, found = evaluate_checkpoints(paths, overrides)
     names = [str(checkpoint.path) for checkpoint in found]
     if options.json:
-        print(json.dumps({**vars(score), "top1": score.top1, "top5": score.top5, "of": names}))
+        print(json.dumps(score.tags() | {"of": names}))
     else:
         print(f"{' + '.join(names)}: {_words(score)}")
     return 0

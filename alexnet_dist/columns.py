@@ -27,10 +27,10 @@ class ColumnExchange:
         self.group, self.classes = group, classes
 
     def maps(self, maps: Tensor) -> Tensor:
-        return _JoinMaps.apply(maps, self.group)  # type: ignore[no-any-return, no-untyped-call]
+        return _JoinMaps.apply(maps, self.group)  # type: ignore[no-any-return]
 
     def logits(self, logits: Tensor) -> Tensor:
-        return _JoinLogits.apply(logits, self.group, self.classes)  # type: ignore[no-any-return, no-untyped-call]
+        return _JoinLogits.apply(logits, self.group, self.classes)  # type: ignore[no-any-return]
 
 
 class _JoinMaps(torch.autograd.Function):
@@ -38,7 +38,9 @@ class _JoinMaps(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         last = _channels_last(maps)  # (n, …, own channels)
-        joined = _gathered(last, group).movedim(0, -2).flatten(-2)  # (n, …, all channels), columns in order
+        joined = (
+            _gathered(last, group).movedim(0, -2).flatten(-2)
+        )  # (n, …, all channels), columns in order
         return joined.movedim(-1, 1)
 
     @staticmethod

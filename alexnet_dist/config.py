@@ -8,6 +8,7 @@ all the others define the run and are part of a checkpoint's fingerprint.
 
 import dataclasses
 import difflib
+import operator
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -293,13 +294,13 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     if "=" in text and not Path(text).is_file():
         key, _, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_][\w.]*", key):
-            raise ConfigError(f"{text!r}: {key!r} is not a key; write key=value, e.g. train.batch=64")
+            raise ConfigError(
+                f"{text!r}: {key!r} is not a key; write key=value, e.g. train.batch=64"
+            )
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=True)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ConfigError(
-                f"{text!r}: {value!r} is not a YAML value: {_line(error)}"
-            ) from error
+            raise ConfigError(f"{text!r}: {value!r} is not a YAML value: {_line(error)}") from error
         return "the command line", parsed  # type: ignore[return-value]
     path = next((p for p in _candidates(text) if p.is_file()), None)
     if path is None:
@@ -386,12 +387,12 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise wrong(names[kind])
     for word, bound, holds in (
-        ("at least", key.ge, lambda b: value >= b),
-        ("more than", key.gt, lambda b: value > b),
-        ("at most", key.le, lambda b: value <= b),
-        ("less than", key.lt, lambda b: value < b),
+        ("at least", key.ge, operator.ge),
+        ("more than", key.gt, operator.gt),
+        ("at most", key.le, operator.le),
+        ("less than", key.lt, operator.lt),
     ):
-        if bound is not None and not holds(bound):
+        if bound is not None and not holds(value, bound):
             raise wrong(f"{word} {bound:g}")
     if kind is float and not abs(value) < float("inf"):
         raise wrong("finite")
@@ -418,7 +419,7 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         (
             "data.canvas",
             data.canvas >= model.crop,
-            f"the canvas must hold a window of model.crop={model.crop}: raise it or lower model.crop",
+            f"must hold a window of model.crop={model.crop}: raise it, or lower model.crop",
         ),
         (
             "layout.kind",

@@ -67,7 +67,7 @@ def integers(words: Words, limits: Words | int) -> Words:
 
 def uniforms(words: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Float64 in (0, 1), never 0, from 32-bit words."""
-    return (words + 0.5) * 2.0**-32
+    return np.asarray((words + 0.5) * 2.0**-32, np.float64)
 
 
 def normals(
@@ -75,7 +75,7 @@ def normals(
 ) -> tuple[npt.NDArray[np.float64], ...]:
     """Four independent standard normals from four uniform words (Box and Muller)."""
     u = [uniforms(word) for word in words]
-    pairs = []
+    pairs: list[npt.NDArray[np.float64]] = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):
         length = np.sqrt(-2.0 * np.log(radius))
         pairs += [length * np.cos(math.tau * angle), length * np.sin(math.tau * angle)]

@@ -84,7 +84,7 @@ class ColumnEngine:
             with self._autocast():
                 logits = self.model(batch.windows[rows], slots[rows], step)
             loss, counts = scored(logits, batch.labels[rows])
-            (loss * scale).backward()  # type: ignore[no-untyped-call]
+            (loss * scale).backward()
             stats += counts
         stats[3] = (~stats[0].isfinite()).to(stats.dtype)
         self.optimizer.step(rate, skip=stats[3].float())
@@ -94,7 +94,7 @@ class ColumnEngine:
     def predict(self, windows: Tensor) -> Tensor:
         self.model.eval()
         with self._autocast():
-            logits = self.model(windows)
+            logits: Tensor = self.model(windows)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def parameter(self, name: str) -> Tensor | None:
@@ -165,7 +165,7 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 def on_host(stats: Tensor) -> Callable[[], list[float]]:
     """Begin a copy to the host; the call it gives waits for that copy alone, not for later work."""
     if stats.device.type == "cpu":
-        return stats.tolist  # type: ignore[no-any-return]
+        return stats.tolist
     host = torch.empty_like(stats, device="cpu", pin_memory=True)
     host.copy_(stats, non_blocking=True)
     copied = torch.cuda.Event()
@@ -173,6 +173,6 @@ def on_host(stats: Tensor) -> Callable[[], list[float]]:
 
     def read() -> list[float]:
         copied.synchronize()
-        return host.tolist()  # type: ignore[no-any-return]
+        return host.tolist()
 
     return read

@@ -1,6 +1,6 @@
 """Evaluation: every sample counted exactly once, one window or ten, one network or several."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.engine import DTYPES, Engine, label_ranks, make_engine
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.model import share
+from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
 
 
@@ -37,10 +38,12 @@ class Score:
     def top5(self) -> float:
         return self.correct5 / self.samples
 
+    def tags(self) -> dict[str, float]:
+        """For metrics: the counts, and the shares."""
+        return {**vars(self), "top1": self.top1, "top5": self.top5}
 
-def make_pipeline(
-    config: Config, topology: Topology, dataset: Dataset, split: str
-) -> Pipeline:
+
+def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
     """The pipeline a config names, over one split, for this rank."""
     match config.data.pipeline:
         case "torch":
@@ -60,17 +63,17 @@ def evaluate(
     config: Config,
     topology: Topology,
     dataset: Dataset,
-    stop: Callable[[], int] = lambda: 0,
+    signals: StopSignals | None = None,
 ) -> Score | None:
     """Score one network on the evaluation split, by this run's own ranks. Collective.
 
     Returns:
-        The score, alike on every rank; None where `stop` said so first.
+        The score, alike on every rank; None where a signal stopped it.
     """
     totals = torch.zeros(3, dtype=torch.float64)
     for probabilities, labels in _probabilities(engine, config, topology, dataset):
         totals += _counted(probabilities, labels)
-        if stop():
+        if signals is not None and signals.poll(topology):
             return None
     if topology.column != 0:  # a replica's columns hold the same probabilities
         totals.zero_()

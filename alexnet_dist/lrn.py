@@ -33,7 +33,7 @@ def local_response_norm(
         size: n, odd.
         alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
     """
-    return _LocalResponseNorm.apply(maps, columns, size, alpha, beta, k)  # type: ignore[no-any-return, no-untyped-call]
+    return _LocalResponseNorm.apply(maps, columns, size, alpha, beta, k)  # type: ignore[no-any-return]
 
 
 class _LocalResponseNorm(torch.autograd.Function):
@@ -86,4 +86,5 @@ def _chunks(maps: Tensor) -> tuple[Tensor, ...]:
     if rows.device.type != "cpu":
         return (rows,)
     height = max(1, _CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
-    return rows.split(height)
+    parts: tuple[Tensor, ...] = rows.split(height)
+    return parts

@@ -7,7 +7,7 @@ No torch.distributed in this file.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from alexnet_dist import draws
 from alexnet_dist.config import ModelConfig
+from alexnet_dist.errors import ConfigError
 from alexnet_dist.lrn import local_response_norm
 
 # Kernel, stride and padding of conv1 … conv5 (paper §3.5).
@@ -89,9 +90,7 @@ class _Conv(Layer):
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            x, self.weight, self.bias, self.stride, self.padding, groups=self.groups
-        )
+        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
 class _Linear(Layer):
@@ -126,9 +125,9 @@ class AlexNet(nn.Module):
         self.config, self.seed = config, seed
         self.columns_here = tuple(columns_here or range(config.columns))
         self.exchange = exchange or AllHere()
-        self.activation = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}[
-            config.activation
-        ]
+        self.activation: Callable[[Tensor], Tensor] = {
+            "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+        }[config.activation]  # fmt: skip
 
         def rows(count: int) -> slice:
             shares = [share(count, column, config.columns) for column in self.columns_here]
@@ -146,7 +145,13 @@ class AlexNet(nn.Module):
             return _Conv(*named, stride=stride, padding=padding)
 
         self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = map(conv, range(1, 6))
-        flat = config.conv[4] * final_side(config) ** 2
+        side = final_side(config)
+        if side < 1:
+            raise ConfigError(
+                f"model.crop={config.crop}, model.pool={list(config.pool)}: no map left for fc6: "
+                "raise model.crop or pool less"
+            )
+        flat = config.conv[4] * side**2
         self.fc6 = _Linear(*layer("fc6", config.fc[0], flat))  # type: ignore[arg-type]
         self.fc7 = _Linear(*layer("fc7", config.fc[1], config.fc[0]))  # type: ignore[arg-type]
         self.fc8 = _Linear(*layer("fc8", config.classes, config.fc[1]))  # type: ignore[arg-type]
@@ -190,9 +195,13 @@ class AlexNet(nn.Module):
             alpha = lrn.alpha / lrn.size if lrn.alpha_over_size else lrn.alpha
             constants = (len(self.columns_here), lrn.size, alpha, lrn.beta, lrn.k)
             if config.pool_before_lrn:  # CaffeNet
-                return local_response_norm(F.max_pool2d(x, *config.pool), *constants)
+                return local_response_norm(self._pool(x), *constants)
             x = local_response_norm(x, *constants)
-        return F.max_pool2d(x, *config.pool) if layer.name in ("conv1", "conv2", "conv5") else x
+        return self._pool(x) if layer.name in ("conv1", "conv2", "conv5") else x
+
+    def _pool(self, x: Tensor) -> Tensor:
+        kernel, stride = self.config.pool
+        return F.max_pool2d(x, kernel, stride)
 
     def _dropout(self, layer: _Linear, x: Tensor, slots: Tensor | None, step: int) -> Tensor:
         """Units zeroed by a mask that depends on (seed, step, layer, slot, unit) alone."""
@@ -211,7 +220,8 @@ class AlexNet(nn.Module):
 
 def sides(config: ModelConfig) -> list[int]:
     """Sides of the maps that leave conv1 … conv5, before their pooling."""
-    side, out = config.crop, []
+    side = config.crop
+    out: list[int] = []
     for number, (kernel, stride, padding) in enumerate(_CONVOLUTIONS, start=1):
         side = (side + 2 * padding - kernel) // stride + 1
         out.append(side)

@@ -174,9 +174,8 @@ def kernel_picture(kernels: Tensor, columns: int = 2, zoom: int = 3) -> npt.NDAr
     Returns:
         (height, width, 3), each kernel stretched to the full range.
     """
-    low, high = (f(1) for f in (kernels.flatten(1).min, kernels.flatten(1).max))
-    low, high = (bound.values[:, None, None, None] for bound in (low, high))
-    unit = ((kernels.float() - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
+    low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
+    unit = ((kernels - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
     pixels = np.rint(unit * 255).astype(np.uint8).repeat(zoom, axis=1).repeat(zoom, axis=2)
     tiles = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     blocks = []

@@ -20,6 +20,7 @@ from alexnet_dist.config import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, SaidByRank0
 
 T = TypeVar("T")
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Topology:
     local_rank: int = 0
     local_world_size: int = 1
     columns: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
     control: dist.ProcessGroup | None = None
     column_group: dist.ProcessGroup | None = None
 
@@ -101,7 +102,7 @@ def launched() -> bool:
 
 
 def connect(config: Config) -> Topology:
-    """Join the other ranks, take a device, set threads; raises ConfigError where ranks do not fit."""
+    """Join the other ranks, take a device, set threads; raises ConfigError if ranks do not fit."""
     here = Topology(
         global_rank=int(os.environ.get("RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
@@ -111,13 +112,11 @@ def connect(config: Config) -> Topology:
     )
     if here.world_size != ranks_wanted(config):
         raise ConfigError(
-            f"layout.kind={config.layout.kind} takes {ranks_wanted(config)} ranks, and the launcher "
-            f"started {here.world_size} (WORLD_SIZE): layout.kind=one takes 1, columns takes 2"
+            f"layout.kind={config.layout.kind} takes {ranks_wanted(config)} ranks, and the "
+            f"launcher started {here.world_size} (WORLD_SIZE): layout.kind=one takes 1, columns 2"
         )
     device = _device(config, here)
-    torch.set_num_threads(
-        config.layout.threads or max(1, _cores() // here.local_world_size)
-    )
+    torch.set_num_threads(config.layout.threads or max(1, _cores() // here.local_world_size))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -129,16 +128,22 @@ def connect(config: Config) -> Topology:
     dist.init_process_group(
         backend, timeout=timeout, device_id=device if backend == "nccl" else None
     )
-    groups = [
-        dist.new_group(list(range(first, first + here.columns)), timeout=timeout)
+    columns = [
+        _group(range(first, first + here.columns), backend, timeout)
         for first in range(0, here.world_size, here.columns)
     ]
     return dataclasses.replace(
         here,
         device=device,
-        control=dist.new_group(backend="gloo", timeout=timeout),
-        column_group=groups[here.replica] if here.columns > 1 else None,
+        control=_group(range(here.world_size), "gloo", timeout),
+        column_group=columns[here.replica] if here.columns > 1 else None,
     )
+
+
+def _group(ranks: range, backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
+    """A group of these ranks; None on the others. Collective over all ranks."""
+    group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
+    return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def leave() -> None:

@@ -62,6 +62,13 @@ class Progress:
     best_error: float = 2.0  # above any
     interval: list[float] = field(default_factory=lambda: [0.0] * 4)
 
+    def take_interval(self) -> tuple[dict[str, float], int]:
+        """Means since the last log point, and of how many samples; begins a new interval."""
+        loss, top1, top5, images = self.interval
+        self.interval = [0.0] * 4
+        means = {"loss": loss / images, "top1": top1 / images, "top5": top5 / images}
+        return means, int(images)
+
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
         score = state["score"] and Score(**state["score"])
@@ -109,21 +116,23 @@ def train(config: Config) -> Outcome:
     log.info(_opening(config, topology, folder, progress, schedule, samples))
     try:
         while True:
-            step = progress.step
+            step, epoch = progress.step, progress.step / schedule.steps_per_epoch
             finished = step == schedule.last_step
             stop = signals.poll(topology)
 
-            if not stop and progress.evaluated_step < step and _evaluation_due(config, schedule, step):
+            if (
+                not stop
+                and progress.evaluated_step < step
+                and _evaluation_due(config, schedule, step)
+            ):
                 _settle(pending, progress, size)
                 with telemetry.paused():
-                    score = evaluate(
-                        engine, config, topology, dataset, lambda: signals.poll(topology)
-                    )
+                    score = evaluate(engine, config, topology, dataset, signals)
                     if score is None:
                         continue  # a signal: the poll above says so now
                     _observe(score, progress, schedule)
                     kernels = engine.parameter("conv1.weight")
-                    telemetry.evaluation(step, step / schedule.steps_per_epoch, vars(score) | {"top1": score.top1, "top5": score.top5}, kernels)  # fmt: skip
+                    telemetry.evaluation(step, epoch, score.tags(), kernels)
 
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
@@ -144,14 +153,13 @@ def train(config: Config) -> Outcome:
             pending.append(on_host(engine.train_step(batch, step, rate)))
             progress.step = step + 1
 
-            if progress.step % config.log.every_steps == 0:
-                _settle(pending, progress, size)
-                loss, top1, top5, images = progress.interval
-                values = {"loss": loss / images, "top1": top1 / images, "top5": top5 / images, "rate": rate}  # fmt: skip
-                telemetry.train(progress.step, progress.step / schedule.steps_per_epoch, values, int(images), wait_s)  # fmt: skip
-                progress.interval, wait_s = [0.0] * 4, 0.0
-            else:
-                _settle(pending, progress, size, but=1)
+            log_now = progress.step % config.log.every_steps == 0
+            _settle(pending, progress, size, but=0 if log_now else 1)
+            if log_now:
+                epoch = progress.step / schedule.steps_per_epoch
+                means, images = progress.take_interval()
+                telemetry.train(progress.step, epoch, means | {"rate": rate}, images, wait_s)
+                wait_s = 0.0
 
         exit_code = EXITS[stop] if stop and not finished else 0
         state = "stopped" if exit_code else "finished"
@@ -210,9 +218,7 @@ def _save(
     error = None if evaluated is None else 1 - evaluated.top1
 
     def write() -> None:
-        checkpoints.save(
-            folder.checkpoints, config, digest, parameters, optimizer, state, error
-        )
+        checkpoints.save(folder.checkpoints, config, digest, parameters, optimizer, state, error)
         checkpoints.prune(folder.checkpoints, config.checkpoint.keep_last, progress.best_step)
 
     topology.decided_by_rank_0(write)

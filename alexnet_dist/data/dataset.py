@@ -112,8 +112,8 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         meta = json.loads(text)
     except FileNotFoundError:
         raise DatasetError(
-            f"{path} is missing: make the data set with `alexnet-dist prepare SOURCE PATH {folder}`, "
-            "or set data.path to where it lies"
+            f"{path} is missing: make the data set with `alexnet-dist prepare SOURCE PATH "
+            f"{folder}`, or set data.path to where it lies"
         ) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error

@@ -49,7 +49,10 @@ def prepare_fashion_mnist(path: Path, out: Path) -> str:
         DatasetError: a file is missing or is not what its header says; nothing is left in `out`.
     """
     names = {
-        split: (_either(path, f"{stem}-images-idx3-ubyte"), _either(path, f"{stem}-labels-idx1-ubyte"))
+        split: (
+            _either(path, f"{stem}-images-idx3-ubyte"),
+            _either(path, f"{stem}-labels-idx1-ubyte"),
+        )
         for split, stem in (("train", "train"), ("test", "t10k"))
     }
     files = [file for pair in names.values() for file in pair]
@@ -130,9 +133,7 @@ def _pack(
             "samples": len(labels),
             "class_counts": np.bincount(labels, minlength=len(classes)).tolist(),
             "index": _described(aside, f"{split}/samples.npy"),
-            "shards": [
-                _described(aside, f"{split}/shard-{n:05d}.tar") for n in range(len(starts))
-            ],
+            "shards": [_described(aside, f"{split}/shard-{n:05d}.tar") for n in range(len(starts))],
         }
     mean_image, colours = colour_statistics(splits["train"][0])
     np.save(aside / "mean.npy", mean_image)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,7 +71,7 @@ class TorchPipeline:
             self._pool.submit(self._decode, samples, windows, part) for part in parts if len(part)
         ]  # fmt: skip
 
-    def _decode(self, samples: Samples, windows: Tensor, part: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _decode(self, samples: Samples, windows: Tensor, part: npt.NDArray[np.int64]) -> None:
         for place in part:
             encoded = np.frombuffer(self.split.read(int(samples.ids[place])), np.uint8)
             image = decode_image(torch.from_numpy(encoded.copy()), ImageReadMode.UNCHANGED)
@@ -83,7 +84,6 @@ class TorchPipeline:
 
     def _finish(self, samples: Samples, windows: Tensor) -> Batch:
         """To the device: the mean off, lit, scaled."""
-        n, views = samples.flips.shape
         lighting = self._to_device(torch.from_numpy(samples.lighting))
         x = windows.to(self.device, non_blocking=True).movedim(-1, 2).to(self.mean.dtype)
         x -= self._mean_windows(samples)

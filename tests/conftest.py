@@ -1,0 +1,140 @@
+"""What the tests share: a tiny network and data set, and real processes to run them in."""
+
+import gzip
+import os
+import pickle
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from alexnet_dist.config import Config, configs_folder, load_config
+from alexnet_dist.data.prepare import prepare_fashion_mnist, read_idx
+
+SAMPLE = configs_folder() / "fashion-mnist-sample"
+
+# Small, and awkward: odd shares of units, so that a column does not begin at a multiple of four.
+TINY = [
+    "model.classes=10",
+    "model.crop=67",
+    "model.conv=[8,12,16,16,8]",
+    "model.fc=[36,28]",
+    "model.init=he",
+    "data.canvas=72",
+    "data.eval_split=test",
+    "data.divide_by=[60,60,60]",
+    "data.workers=2",
+    "layout.device=cpu",
+    "layout.threads=1",
+    "layout.timeout_s=60",
+    "schedule.kind=polynomial",
+    "train.batch=8",
+    "evaluate.batch=10",
+]
+
+
+def write_idx(folder: Path, train: int, test: int) -> Path:
+    """The first images of the bundled sample, in Fashion-MNIST's four files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, count in (("train", train), ("t10k", test)):
+        for name, dims in (("images-idx3", 3), ("labels-idx1", 1)):
+            values = read_idx(SAMPLE / f"{stem}-{name}-ubyte.gz", dims)[:count]
+            header = bytes([0, 0, 8, dims]) + struct.pack(f">{dims}I", *values.shape)
+            packed = gzip.compress(header + values.tobytes(), mtime=0)
+            (folder / f"{stem}-{name}-ubyte.gz").write_bytes(packed)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed data set of 60 training and 23 test images; not to be changed."""
+    root = tmp_path_factory.mktemp("packed")
+    prepare_fashion_mnist(write_idx(root / "idx", 60, 23), root / "data")
+    return root / "data"
+
+
+@pytest.fixture
+def tiny(packed: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Makes tiny configs: tiny("train.batch=4", …)."""
+
+    def make(*overrides: str) -> Config:
+        places = [f"data.path={packed}", f"output_dir={tmp_path / 'runs'}"]
+        return load_config([*TINY, *places, *overrides])
+
+    return make
+
+
+def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What a test module's function returns in each of `count` real processes joined over gloo."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    call = pickle.dumps((function.__module__, function.__name__, args))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ
+            | {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(count),
+                "LOCAL_RANK": str(rank),
+                "LOCAL_WORLD_SIZE": str(count),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+                "PYTHONPATH": str(Path(__file__).parent),
+            },
+        )
+        for rank in range(count)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(call)
+        process.stdin.close()
+    outputs = [process.stdout.read() for process in processes if process.stdout is not None]
+    codes = [process.wait() for process in processes]
+    assert codes == [0] * count, f"ranks ended with {codes}"
+    return [pickle.loads(output) for output in outputs]
+
+
+def alexnet_dist(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would."""
+    command = [sys.executable, "-m", "alexnet_dist", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def as_overrides(config: Config) -> Sequence[str]:
+    """Arguments that make this config again."""
+    from alexnet_dist.config import flat
+
+    def text(value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")
+
+    return [f"{key}={text(value)}" for key, value in flat(config).items()]
+
+
+def assert_close(ours: Any, reference: Any, bound: float) -> None:
+    """Largest absolute difference at most `bound`."""
+    difference = np.abs(np.asarray(ours) - np.asarray(reference)).max()
+    assert difference <= bound, f"differs by {difference}"
+
+
+if __name__ == "__main__":
+    import importlib
+
+    import torch.distributed as dist
+
+    module, name, args = pickle.load(sys.stdin.buffer)
+    out, sys.stdout = sys.stdout, sys.stderr
+    result = getattr(importlib.import_module(module), name)(*args)
+    out.buffer.write(pickle.dumps(result))
+    out.flush()
+    if dist.is_initialized():
+        dist.destroy_process_group()

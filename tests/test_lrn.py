@@ -1,0 +1,75 @@
+"""Local response normalisation against the printed formula, forward and backward."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close
+
+from alexnet_dist.lrn import local_response_norm
+
+CONSTANTS = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
+
+
+def printed_formula(
+    maps: np.ndarray, columns: int, size: int, alpha: float, beta: float, k: float
+) -> np.ndarray:
+    """b_i = a_i / (k + α Σ_j a_j²)^β for j from max(0, i−n/2) to min(N−1, i+n/2), a column each."""
+    out = np.empty_like(maps)
+    per_column = maps.shape[1] // columns
+    for i in range(maps.shape[1]):
+        first = i // per_column * per_column
+        low, high = max(first, i - size // 2), min(first + per_column - 1, i + size // 2)
+        total = sum(maps[:, j] ** 2 for j in range(low, high + 1))
+        out[:, i] = maps[:, i] / (k + alpha * total) ** beta
+    return out
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_forward_is_the_printed_formula(columns: int, scale: float) -> None:
+    maps = torch.randn(2, 12, 3, 4, dtype=torch.float64) * scale
+    ours = local_response_norm(maps, columns, **CONSTANTS)
+    assert_close(ours, printed_formula(maps.numpy(), columns, **CONSTANTS), 1e-13 * scale)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("beta", [0.75, 0.5])
+def test_backward_is_the_derivative(columns: int, beta: float) -> None:
+    maps = torch.randn(2, 8, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def norm(a: torch.Tensor) -> torch.Tensor:
+        return local_response_norm(a, columns, size=5, alpha=0.3, beta=beta, k=1.5)
+
+    assert torch.autograd.gradcheck(norm, (maps,))
+
+
+def test_a_divided_by_n_is_torchs_meaning() -> None:
+    maps = torch.randn(2, 96, 5, 5, dtype=torch.float64) * 50
+    reference = torch.nn.LocalResponseNorm(5, 1e-4, 0.75, 2.0)(maps)
+    assert_close(local_response_norm(maps, 1, 5, 1e-4 / 5, 0.75, 2.0), reference, 1e-12)
+
+
+def test_columns_change_exactly_the_maps_at_their_border() -> None:
+    maps = torch.randn(1, 96, 4, 4, dtype=torch.float64) * 50
+    one, two = (local_response_norm(maps, columns, **CONSTANTS) for columns in (1, 2))
+    changed = (one != two).flatten(2).any(2)[0].nonzero().flatten().tolist()
+    assert changed == [46, 47, 48, 49]
+
+
+def test_chunks_of_any_number_give_the_same() -> None:
+    maps = torch.randn(3, 96, 31, 31)  # 2,883 pixels: several chunks, the last not full
+    reference = torch.nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)(maps.double())
+    assert_close(local_response_norm(maps, 1, **CONSTANTS), reference, 1e-6)
+
+
+def test_bf16_is_near_float64() -> None:
+    maps = (torch.randn(2, 96, 9, 9) * 30).bfloat16().requires_grad_()
+    ours = local_response_norm(maps, 2, **CONSTANTS)
+    wide = maps.detach().double().requires_grad_()
+    reference = local_response_norm(wide, 2, **CONSTANTS)
+    assert ours.dtype == torch.bfloat16
+    assert ((ours - reference).abs() <= 2**-7 * reference.abs()).all()
+    gradient = torch.randn_like(reference)
+    ours.backward(gradient.bfloat16())
+    reference.backward(gradient)
+    assert_close(maps.grad.double(), wide.grad, 0.02)

@@ -1,0 +1,184 @@
+"""The network's shapes, counts and initial weights against the paper's."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, assert_close
+
+from alexnet_dist.config import load_config
+from alexnet_dist.engine import label_ranks
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.model import AlexNet, share
+
+PAPER = [34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000]
+REVIEW = [34_944, 614_656, 885_120, 1_327_488, 884_992, 37_752_832, 16_781_312, 40_970]
+ONE_COLUMN = ["model.columns=1", "layout.kind=one", "model.lrn.alpha_over_size=true"]
+MAPS = [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]
+
+
+@pytest.fixture(autouse=True)
+def weightless(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Counting needs no weights."""
+    if "counts" in request.node.name:
+        monkeypatch.setattr("alexnet_dist.model.Layer.initialise", lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "by_layer", "total"),
+    [
+        ([], PAPER, 60_965_224),
+        (ONE_COLUMN, [*REVIEW[:-1], 4_097_000], 62_378_344),
+        ([*ONE_COLUMN, "model.classes=10"], REVIEW, 58_322_314),
+    ],
+)
+def test_parameter_counts_are_the_published(
+    overrides: list[str], by_layer: list[int], total: int
+) -> None:
+    with torch.device("meta"):
+        model = AlexNet(load_config(overrides).model)
+    counts = [sum(p.numel() for p in layer.parameters()) for layer in model.layers()]
+    assert counts == by_layer
+    assert sum(counts) == total
+
+
+def test_map_shapes_and_counts_are_the_published() -> None:
+    with torch.device("meta"):
+        model = AlexNet(load_config([]).model).eval()
+        shapes = {}
+        for layer in model.layers():
+            layer.register_forward_hook(lambda m, i, o: shapes.update({m.name: tuple(o.shape)}))
+        logits = model(torch.empty(2, 3, 227, 227).contiguous(memory_format=torch.channels_last))
+    for number, (maps, side) in enumerate(MAPS, start=1):
+        assert shapes[f"conv{number}"] == (2, maps, side, side)
+    assert (shapes["fc6"], shapes["fc7"], tuple(logits.shape)) == ((2, 4096), (2, 4096), (2, 1000))
+    assert model.fc6.whole == (4096, 256 * 6 * 6)
+
+
+def reference(model: AlexNet, x: torch.Tensor) -> torch.Tensor:
+    """The paper's network in torch's own words, at test: columns by `groups`, LRN by slices."""
+    from torch.nn import functional as F
+
+    def norm(maps: torch.Tensor) -> torch.Tensor:
+        halves = maps.chunk(2, dim=1)
+        return torch.cat([F.local_response_norm(h, 5, 5e-4, 0.75, 2.0) for h in halves], dim=1)
+
+    p = dict(model.named_parameters())
+
+    def conv(name: str, x: torch.Tensor, stride: int, padding: int, groups: int) -> torch.Tensor:
+        w, b = p[f"{name}.weight"], p[f"{name}.bias"]
+        return F.relu(F.conv2d(x, w, b, stride, padding, groups=groups))
+
+    x = F.max_pool2d(norm(conv("conv1", x, 4, 0, 1)), 3, 2)
+    x = F.max_pool2d(norm(conv("conv2", x, 1, 2, 2)), 3, 2)
+    x = conv("conv3", x, 1, 1, 1)
+    x = conv("conv4", x, 1, 1, 2)
+    x = F.max_pool2d(conv("conv5", x, 1, 1, 2), 3, 2).flatten(1)
+    x = F.relu(F.linear(x, p["fc6.weight"], p["fc6.bias"])) / 2
+    x = F.relu(F.linear(x, p["fc7.weight"], p["fc7.bias"])) / 2
+    return F.linear(x, p["fc8.weight"], p["fc8.bias"])
+
+
+def test_forward_and_backward_are_those_of_plain_torch() -> None:
+    model = AlexNet(load_config(TINY).model, dtype=torch.float64).eval()
+    x = torch.randn(3, 3, 67, 67, dtype=torch.float64)
+    ours, theirs = model(x), reference(model, x)
+    assert_close(ours.detach(), theirs.detach(), 1e-13)
+    weights = torch.randn_like(ours)
+    grads = [
+        torch.autograd.grad((out * weights).sum(), model.parameters()) for out in (ours, theirs)
+    ]
+    for a, b in zip(*grads, strict=True):
+        assert_close(a, b, 1e-12)
+
+
+def test_no_exchange_keeps_columns_apart_until_fc8() -> None:
+    """The released code's experiment 150: what one column sees changes no map of the other."""
+    model = AlexNet(load_config([*TINY, "model.exchange=[fc8]"]).model, dtype=torch.float64).eval()
+    seen: list[torch.Tensor] = []
+    model.fc7.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
+    x = torch.randn(2, 3, 67, 67, dtype=torch.float64)
+    model(x)
+    with torch.no_grad():
+        model.conv1.weight[:4] += 1  # the first column's
+    model(x)
+    assert torch.equal(seen[0][:, 14:], seen[1][:, 14:])
+    assert not torch.equal(seen[0][:, :14], seen[1][:, :14])
+
+
+def test_variants_are_config() -> None:
+    x = torch.randn(2, 3, 67, 67)
+    base = AlexNet(load_config(TINY).model).eval()(x)
+    for override in (
+        "model.activation=tanh",
+        "model.activation=sigmoid",
+        "model.pool=[2,2]",
+        "model.pool_before_lrn=true",
+        "model.lrn.layers=[]",
+        "model.lrn.k=1.0",
+        "model.lrn.alpha_over_size=true",
+        "model.dropout_scaling=train",
+        "model.exchange=[conv2,conv3,conv4,conv5,fc6,fc7,fc8]",
+    ):
+        logits = AlexNet(load_config([*TINY, override]).model).eval()(x)
+        assert logits.shape == base.shape
+        assert not torch.equal(logits, base), override
+
+
+def test_dropout_drops_in_training_and_scales_at_test() -> None:
+    config = load_config([*TINY, "model.dropout=0.25"]).model
+    model = AlexNet(config, seed=5)
+    x, slots = torch.randn(64, 3, 67, 67), torch.arange(64)
+    seen: list[torch.Tensor] = []
+    model.fc7.register_forward_pre_hook(lambda m, i: seen.append(i[0].detach()))
+    for training in (True, False):
+        model.train(training)(x, slots, 3)
+    dropped, scaled = seen
+    alive = scaled > 0
+    assert abs((dropped[alive] == 0).double().mean() - 0.25) < 0.05
+    kept = alive & (dropped > 0)
+    assert_close(dropped[kept] * 0.75, scaled[kept], 1e-6)
+    model.train()(x, slots, 3)
+    assert torch.equal(seen[2], dropped)
+
+
+@pytest.mark.parametrize(("preset", "conv3", "biases"), [
+    ("paper", 0.01, [0, 1, 0, 1, 1, 1, 1, 0]),
+    ("released", 0.03, [0, 1, 0, 1, 1, 1, 1, 0]),
+    ("he", np.sqrt(2 / (256 * 9)), [0] * 8),
+])  # fmt: skip
+def test_initial_weights_follow_their_preset(preset: str, conv3: float, biases: list[int]) -> None:
+    config = load_config([f"model.init={preset}", "model.fc=[64,64]"]).model
+    model = AlexNet(config)
+    assert abs(model.conv3.weight.std() / conv3 - 1) < 0.01
+    assert [layer.bias.unique().tolist() for layer in model.layers()] == [[b] for b in biases]
+
+
+@pytest.mark.parametrize("column", [0, 1])
+def test_a_column_starts_as_its_rows_of_the_whole(column: int) -> None:
+    config = load_config([*TINY, "model.classes=5"]).model
+    whole, part = AlexNet(config, 3), AlexNet(config, 3, columns_here=[column])
+    for name, parameter in part.named_parameters():
+        rows = part.get_submodule(name.split(".")[0]).rows
+        assert torch.equal(parameter, whole.get_parameter(name)[rows])
+
+
+def test_shares_are_even_and_cover_all() -> None:
+    for count in range(12):
+        for columns in (1, 2, 3):
+            parts = [share(count, column, columns) for column in range(columns)]
+            assert [i for part in parts for i in range(count)[part]] == list(range(count))
+            sizes = [part.stop - part.start for part in parts]
+            assert max(sizes) - min(sizes) <= 1
+            assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_network_whose_maps_vanish_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.crop=67.*no map left"):
+        AlexNet(load_config([*TINY, "model.pool=[5,3]"]).model)
+
+
+def test_labels_are_ranked_with_ties_to_the_lower_class_and_nan_last() -> None:
+    nan = float("nan")
+    scores = torch.tensor([[1.0, 3, 2], [2, 2, 2], [2, 2, 2], [nan, nan, nan], [nan, 1, 0]])
+    labels = torch.tensor([2, 0, 2, 0, 1])
+    assert label_ranks(scores, labels).tolist() == [1, 0, 2, 3, 1]
