@@ -84,9 +84,8 @@ def test_forward_and_backward_are_those_of_plain_torch() -> None:
     ours, theirs = model(x), reference(model, x)
     assert_close(ours.detach(), theirs.detach(), 1e-13)
     weights = torch.randn_like(ours)
-    grads = [
-        torch.autograd.grad((out * weights).sum(), model.parameters()) for out in (ours, theirs)
-    ]
+    losses = [(out * weights).sum() for out in (ours, theirs)]
+    grads = [torch.autograd.grad(loss, model.parameters()) for loss in losses]
     for a, b in zip(*grads, strict=True):
         assert_close(a, b, 1e-12)
 

@@ -101,8 +101,8 @@ class TorchPipeline:
         """The mean of each window's own crop, or one a colour: broadcasts to (n, v, 3, s, s)."""
         if self.mean.shape[-1] == 1:
             return self.mean
-        corners = self._to_device(torch.from_numpy(np.ascontiguousarray(samples.corners)))
-        flips = self._to_device(torch.from_numpy(np.ascontiguousarray(samples.flips)))
+        corners = self._to_device(torch.tensor(samples.corners))
+        flips = self._to_device(torch.tensor(samples.flips))
         along = torch.arange(self.crop, device=self.device)
         rows = corners[..., :1] + along  # (n, v, s)
         columns = corners[..., 1:] + torch.where(flips[..., None], along.flip(0), along)

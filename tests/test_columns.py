@@ -1,0 +1,170 @@
+"""Two processes with a column each against the grouped network on one."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, on_ranks
+
+from alexnet_dist.config import Config, load_config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.engine import make_engine
+from alexnet_dist.evaluate import evaluate, make_pipeline
+from alexnet_dist.model import share
+from alexnet_dist.topology import connect
+
+STEPS = 20
+EVERYTHING_ON = [
+    "train.precision=fp64",
+    "data.lighting=0.5",
+    "optimizer.weight_decay=0.01",
+    "optimizer.bias_rate=2",
+    "schedule.rate=0.02",
+    "model.lrn.alpha=0.05",  # so that LRN matters on maps this small
+    "train.epochs=3",
+]
+
+Trajectory = tuple[list[float], dict[str, torch.Tensor], dict[str, torch.Tensor]]
+
+
+def trajectory(config: Config, mutation: str = "") -> Trajectory:
+    """Losses of 20 steps, then parameters and momenta, on this process's layout."""
+    mutate(mutation)
+    topology = connect(config)
+    dataset = open_for(config)
+    split = dataset.splits["train"]
+    engine = make_engine(config, topology)
+    slots = range(config.train.batch)
+    parts = [slots[share(len(slots), c, topology.columns)] for c in range(topology.columns)]
+    sampler = TrainSampler(config, len(split), dataset.statistics)
+    pipeline = make_pipeline(config, topology, dataset, "train")
+    losses = []
+    counts = [len(part) for part in parts]
+    for step, part in enumerate(pipeline.batches(sampler.plan(0, STEPS, parts[topology.column]))):
+        batch = part.joined(counts, topology.column_group)
+        losses.append(engine.train_step(batch, step, rate=0.02 * 0.9**step)[0].item())
+    pipeline.close()
+    return losses, *engine.whole_tensors()
+
+
+def mutate(name: str) -> None:
+    """Break one thing that the comparison must notice."""
+    from alexnet_dist import columns, draws, lrn
+
+    match name:
+        case "lrn across columns":
+            band = lrn.band
+            lrn.band = lambda maps, columns, *rest: band(maps, 1, *rest)
+        case "backward without its sum":
+            original = torch.Tensor.sum
+
+            def first_only(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+                return tensor[0] if args == (0,) else original(tensor, *args, **kwargs)
+
+            columns.torch.Tensor.sum = first_only
+        case "other dropout masks":
+            mask = draws.dropout_mask
+
+            def shifted(seed: int, step: int, layer: int, slots: torch.Tensor, first: int,
+                        *rest: Any) -> torch.Tensor:  # fmt: skip
+                return mask(seed, step, layer, slots, 0, *rest)
+
+            draws.dropout_mask = shifted
+
+
+def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory, packed: Any) -> tuple[Config, Trajectory]:
+    config = load_config([*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one"])
+    return config, trajectory(config)
+
+
+def on_columns(config: Config) -> Config:
+    return dataclasses.replace(config, layout=dataclasses.replace(config.layout, kind="columns"))
+
+
+def test_two_columns_equal_the_grouped_oracle(oracle: tuple[Config, Trajectory]) -> None:
+    config, (losses, parameters, momenta) = oracle
+    ours = on_ranks(2, trajectory, on_columns(config))
+    np.testing.assert_allclose(ours[0][0], losses, rtol=1e-12)
+    assert ours[1][0] == ours[0][0]
+    assert largest_difference(ours[0][1], parameters) <= 1e-10
+    assert largest_difference(ours[0][2], momenta) <= 1e-10
+    assert len(set(losses)) == STEPS
+
+
+@pytest.mark.parametrize(
+    "mutation", ["lrn across columns", "backward without its sum", "other dropout masks"]
+)
+def test_the_comparison_notices(mutation: str, oracle: tuple[Config, Trajectory]) -> None:
+    config, (losses, parameters, _) = oracle
+    if mutation == "lrn across columns":  # only the grouped network can
+        ours = on_ranks(1, trajectory, config, mutation)
+    else:
+        ours = on_ranks(2, trajectory, on_columns(config), mutation)
+    assert largest_difference(ours[0][1], parameters) > 1e-6
+    assert not np.allclose(ours[0][0], losses, rtol=1e-9)
+
+
+def one_step(config: Config, batch: Batch) -> Any:
+    """Statistics, logits and whole tensors after one step on a given batch."""
+    topology = connect(config)
+    engine = make_engine(config, topology)
+    stats = engine.train_step(batch, 0, 0.02).tolist()
+    return stats, engine.predict(batch.windows), engine.whole_tensors()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_odd_class_counts_split_on_columns(classes: int, micro_batches: int) -> None:
+    overrides = [f"model.classes={classes}", f"train.micro_batches={micro_batches}"]
+    config = load_config([*TINY, *EVERYTHING_ON, *overrides, "layout.kind=one"])
+    generator = torch.Generator().manual_seed(classes)
+    windows = torch.randn(8, 3, 67, 67, dtype=torch.float64, generator=generator)
+    labels = torch.arange(8) % classes
+    batch = Batch(windows, labels, torch.arange(8), torch.zeros(8, 3))
+    stats, logits, (parameters, momenta) = one_step(config, batch)
+    ours = on_ranks(2, one_step, on_columns(config), batch)
+    assert logits.shape == (8, classes)
+    for other_stats, other_logits, _ in ours:
+        np.testing.assert_allclose(other_stats, stats, rtol=1e-12)
+        np.testing.assert_allclose(other_logits, logits, atol=1e-12)
+    assert largest_difference(ours[0][2][0], parameters) <= 1e-12
+    assert largest_difference(ours[0][2][1], momenta) <= 1e-12
+
+
+def scores(config: Config, sizes: list[int]) -> Any:
+    topology = connect(config)
+    dataset = open_for(config)
+    engine = make_engine(config, topology)
+    found = []
+    for size in sizes:
+        batched = dataclasses.replace(config.evaluate, batch=size)
+        resized = dataclasses.replace(config, evaluate=batched)
+        found.append(evaluate(engine, resized, topology, dataset))
+    return found
+
+
+@pytest.mark.parametrize("views", [1, 10])
+def test_every_sample_is_counted_once_on_any_ranks_and_batches(
+    views: int, tiny: Callable[..., Config]
+) -> None:
+    config = tiny("train.precision=fp64", f"evaluate.views={views}", "layout.kind=one")
+    sizes = [1, 2, 11, 22, 23, 40]  # 23 samples: last batches of 1, 1, 1, 1, 23 and 23
+    one = scores(config, sizes)
+    two = on_ranks(2, scores, on_columns(config), sizes)
+    reference = one[0]
+    assert reference.samples == 23
+    for score in [*one, *two[0], *two[1]]:
+        counts = (score.samples, score.correct1, score.correct5)
+        assert counts == (reference.samples, reference.correct1, reference.correct5)
+        assert score.loss == pytest.approx(reference.loss, rel=1e-12)

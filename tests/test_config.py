@@ -1,0 +1,151 @@
+"""Config: every file loads, every key is read, every mistake is one clear error."""
+
+import contextlib
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import alexnet_dist
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alexnet_dist.config import (
+    Config,
+    configs_folder,
+    fingerprint,
+    flat,
+    keys,
+    load_config,
+)
+from alexnet_dist.errors import ConfigError
+
+YAMLS = sorted(configs_folder().rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda p: str(p.relative_to(configs_folder())))
+def test_every_shipped_file_loads(path: Path) -> None:
+    assert isinstance(load_config([path]), Config)
+
+
+def test_shipped_files_are_found_by_name() -> None:
+    assert load_config(["demo"]) == load_config([configs_folder() / "demo.yaml"])
+    assert load_config(["paper/alexnet-2012"]).name == "alexnet-2012"
+
+
+def test_every_key_is_read_by_code() -> None:
+    package = Path(__file__).parent.parent / "alexnet_dist"
+    code = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
+    rules = (package / "config.py").read_text().partition("def _check_combinations")[2]
+    for dotted, _, _ in keys():
+        last = dotted.rpartition(".")[2]
+        assert re.search(rf"\.{last}\b", code + rules), f"{dotted} is read nowhere"
+
+
+def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("train: {batch: 64}\nschedule: {kind: steps, at_epochs: [1, 2, 3]}\n")
+    second.write_text("train: {batch: 32, epochs: 5}\nschedule: {at_epochs: [4]}\n")
+    config = load_config([first, second, "train.epochs=6", "schedule.rate=1e-2"])
+    assert (config.train.batch, config.train.epochs) == (32, 6.0)
+    assert config.schedule.at_epochs == (4.0,)
+    assert config.schedule.rate == 0.01
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("train.bach=3", r"command line: unknown key train\.bach; did you mean train\.batch\?"),
+        ("batch=3", r"unknown key batch; did you mean train\.batch\?"),
+        ("nonsense.xyzzy=3", r"unknown key nonsense"),
+        ("a.b", r"'a\.b' is neither a config file nor key=value; shipped configs: base, demo"),
+        ("demoo", r"neither .* did you mean demo\?"),
+        ("train.batch", r"a key without a value: write train\.batch=VALUE"),
+        ("=3", r"'' is not a key"),
+        ("train.batch={", r"is not a YAML value"),
+        ("train.batch=1.5", r"train\.batch=1\.5: must be a whole number"),
+        ("train.batch=true", r"train\.batch=True: must be a whole number"),
+        ("train.batch=", r"train\.batch=.*: must be a whole number"),
+        ("train.epochs=long", r"train\.epochs='long': must be a number"),
+        ("data.flip=1", r"data\.flip=1: must be true or false"),
+        ("name=3", r"name=3: must be text"),
+        ("train.batch=0", r"train\.batch=0: must be at least 1 \(samples in a step"),
+        ("model.dropout=1", r"must be less than 1"),
+        ("model.columns=3", r"must be at most 2"),
+        ("schedule.factor=0", r"must be more than 0"),
+        ("train.epochs=.inf", r"must be finite"),
+        ("train.epochs=.nan", r"must be"),
+        ("layout.kind=colums", r"one of one, columns; did you mean columns\?"),
+        ("model.conv=96", r"must be a list"),
+        ("model.lrn.layers=[conv9]", r"must be one of conv1, conv2"),
+        ("model=3", r"model is a section, with keys model\.columns"),
+        ("model.conv=[96,256]", r"model\.conv=.*: needs 5 numbers"),
+        ("model.conv=[95,256,384,384,256]", r"95 does not split into 2 columns"),
+        ("data.canvas=200", r"data\.canvas=200: must hold a window of model\.crop=227"),
+        ("model.columns=1", r"layout\.kind='columns': there is nothing to split"),
+        ("train.micro_batches=3", r"does not divide into train\.micro_batches=3"),
+        ("schedule.at_epochs=[3,2]", r"epochs must rise"),
+        ("data.divide_by=[58,57,57]", r"model\.init='paper'.*the loss stays flat.*model\.init=he"),
+        ("data.subtract=nothing", r"expect the mean to be taken off"),
+        ("name=../elsewhere", r"name='\.\./elsewhere': letters, digits"),
+        ("seed=-1", r"seed=-1: must be at least 0"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(source: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config([source])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train:\n  batch: 0\n", r"mine\.yaml: train\.batch=0: must be at least 1"),
+        ("trian: {batch: 1}\n", r"mine\.yaml: unknown key trian; did you mean train\?"),
+        ("train: {batch: 1\n", r"mine\.yaml: not a YAML file"),
+        ("- 1\n", r"mine\.yaml: holds a list"),
+        ("train: {batch: 1, batch: 2}\n", r"mine\.yaml: not a YAML file.*duplicate"),
+        ("model: {columns: 1}\nlayout: {kind: columns}\n", r"mine\.yaml: layout\.kind='columns'"),
+    ],
+)
+def test_an_error_names_its_file(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config([path])
+
+
+def test_the_command_line_says_it_in_one_line_and_exits_with_2() -> None:
+    result = alexnet_dist("train", "demo", "train.bach=3")
+    assert result.returncode == 2
+    assert result.stderr == (
+        "alexnet-dist: the command line: unknown key train.bach; did you mean train.batch?\n"
+    )
+
+
+def test_a_saved_config_is_the_config(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    config = tiny("schedule.at_epochs=[1,2.5]", "model.exchange=[]")
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(dataclasses.asdict(config)))
+    assert load_config([saved]) == config
+    assert load_config([flat(config)]) == config
+
+
+def test_the_fingerprint_holds_what_defines_the_run(tiny: Callable[..., Config]) -> None:
+    base = fingerprint(tiny("schedule.kind=steps"))
+    free = ["layout.kind=one", "data.workers=7", "log.every_steps=3", "name=other",
+            "train.epochs=200", "train.micro_batches=4", "evaluate.batch=3"]  # fmt: skip
+    assert fingerprint(tiny("schedule.kind=steps", *free)) == base
+    for defining in ("seed=1", "train.batch=16", "schedule.rate=0.5", "model.dropout=0.1",
+                     "data.lighting=0", "train.precision=fp32", "evaluate.views=10"):  # fmt: skip
+        assert fingerprint(tiny("schedule.kind=steps", defining)) != base
+    longer = fingerprint(tiny("schedule.kind=polynomial", "train.epochs=200"))
+    assert longer != fingerprint(tiny("schedule.kind=polynomial"))
+
+
+@given(st.text(max_size=40))
+def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
+    with contextlib.suppress(ConfigError):
+        assert isinstance(load_config([text]), Config)

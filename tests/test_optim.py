@@ -1,0 +1,135 @@
+"""The paper's update against its printed formula, and the schedules."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import assert_close
+
+from alexnet_dist.config import Config, load_config
+from alexnet_dist.optim import Optimizer, Schedule
+
+RATES = [0.1, 0.1, 0.01, 0.0, 0.0, 0.05, 0.2]
+
+
+def run(overrides: list[str], rates: list[float], skip_at: int | None = None):  # type: ignore[no-untyped-def]
+    """Weights and biases along some steps on a loss of cos w a weight, and the optimiser."""
+    generator = torch.Generator().manual_seed(0)
+    named = [
+        (name, torch.nn.Parameter(torch.randn(5, dtype=torch.float64, generator=generator)))
+        for name in ("conv1.weight", "conv1.bias")
+    ]
+    optimizer = Optimizer(load_config(overrides).optimizer, named)
+    path = [[p.detach().clone() for _, p in named]]
+    for step, rate in enumerate(rates):
+        loss = sum(p.cos().sum() for _, p in named)
+        (loss * optimizer.loss_scale(rate)).backward()
+        optimizer.step(rate, torch.tensor(float(step == skip_at)))
+        path.append([p.detach().clone() for _, p in named])
+    return path, optimizer
+
+
+@pytest.mark.parametrize(("bias_rate", "bias_decay"), [(1.0, True), (2.0, False)])
+def test_velocity_is_the_papers_update(bias_rate: float, bias_decay: bool) -> None:
+    """v ← 0.9·v − 0.0005·ε·w − ε·g; w ← w + v, at changing rates and at 0."""
+    overrides = [
+        f"optimizer.bias_rate={bias_rate}",
+        f"optimizer.bias_decay={str(bias_decay).lower()}",
+    ]
+    path, optimizer = run(overrides, RATES)
+    for place, (factor, decay) in enumerate([(1.0, 5e-4), (bias_rate, 5e-4 * bias_decay)]):
+        w, v = path[0][place], torch.zeros(5, dtype=torch.float64)
+        for step, rate in enumerate(RATES):
+            epsilon = rate * factor
+            v = 0.9 * v - decay * epsilon * w - epsilon * -w.sin()
+            w = w + v
+            assert_close(path[step + 1][place], w, 1e-15)
+    assert path[4][0].ne(path[3][0]).all(), "at a rate of 0 the velocity goes on"
+
+
+def test_torchs_form_is_torchs_sgd() -> None:
+    path, _ = run(["optimizer.momentum_form=torch"], RATES)
+    w = torch.nn.Parameter(path[0][0].clone())
+    reference = torch.optim.SGD([w], lr=1, momentum=0.9, weight_decay=5e-4)
+    for step, rate in enumerate(RATES):
+        reference.zero_grad()
+        w.cos().sum().backward()
+        reference.param_groups[0]["lr"] = rate
+        reference.step()
+        assert_close(path[step + 1][0], w.detach(), 1e-15)
+
+
+def test_both_forms_agree_at_a_constant_rate() -> None:
+    ours, theirs = (
+        run([f"optimizer.momentum_form={form}"], [0.1] * 9)[0] for form in ("velocity", "torch")
+    )
+    assert_close(ours[-1][0], theirs[-1][0], 1e-14)
+
+
+def test_adam_is_torchs_adam() -> None:
+    path, optimizer = run(["optimizer.kind=adam", "optimizer.weight_decay=0"], RATES)
+    w = torch.nn.Parameter(path[0][0].clone())
+    reference = torch.optim.Adam([w], lr=1)
+    for step, rate in enumerate(RATES):
+        reference.zero_grad()
+        w.cos().sum().backward()
+        reference.param_groups[0]["lr"] = rate
+        reference.step()
+        assert_close(path[step + 1][0], w.detach(), 1e-14)
+    kinds = {name.partition("/")[0] for name in optimizer.tensors()}
+    assert kinds == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+@pytest.mark.parametrize("skip_at", [0, 3])
+def test_a_skipped_step_changes_nothing(kind: str, skip_at: int) -> None:
+    rates = [0.05] * 5
+    skipped, one = run([f"optimizer.kind={kind}"], rates, skip_at)
+    without, other = run([f"optimizer.kind={kind}"], rates[1:])
+    assert torch.equal(skipped[skip_at][0], skipped[skip_at + 1][0])
+    assert torch.equal(skipped[-1][0], without[-1][0])
+    for name, tensor in one.tensors().items():
+        assert torch.equal(tensor, other.tensors()[name])
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_state_goes_out_and_in(kind: str) -> None:
+    _, optimizer = run([f"optimizer.kind={kind}"], RATES)
+    tensors = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    fresh = Optimizer(optimizer.config, optimizer.parameters.items())
+    fresh.load(tensors)
+    assert fresh.tensors().keys() == tensors.keys()
+    assert all(torch.equal(fresh.tensors()[name], tensors[name]) for name in tensors)
+
+
+def schedule(tiny: Callable[..., Config], *overrides: str) -> Schedule:
+    """Of 10 steps an epoch, 4 epochs, at a rate of 1."""
+    config = tiny("train.batch=8", "train.epochs=4", "schedule.rate=1", *overrides)
+    return Schedule.of(config, samples=80)
+
+
+def test_steps_fall_at_their_epochs(tiny: Callable[..., Config]) -> None:
+    s = schedule(tiny, "schedule.kind=steps", "schedule.at_epochs=[1,2.5]")
+    assert s.last_step == 40
+    rates = [s.rate(step) for step in (0, 9, 10, 24, 25, 39)]
+    assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_polynomial_falls_to_zero_after_a_linear_warm_up(tiny: Callable[..., Config]) -> None:
+    s = schedule(tiny, "schedule.kind=polynomial", "schedule.power=2", "schedule.warmup_epochs=1")
+    assert s.rate(0) == pytest.approx(0.1)
+    assert s.rate(4) == pytest.approx(0.5 * 0.9**2)
+    assert s.rate(20) == pytest.approx(0.25)
+    assert s.rate(39) == pytest.approx((1 / 40) ** 2)
+
+
+def test_plateau_falls_when_errors_stop_improving_three_times(tiny: Callable[..., Config]) -> None:
+    s = schedule(tiny, "schedule.kind=plateau", "schedule.patience=2")
+    rates = []
+    for error in (0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7, 0.7):
+        s.observe(error)
+        rates.append(s.rate(0))
+    assert rates == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.001])
+    again = schedule(tiny, "schedule.kind=plateau", "schedule.patience=2")
+    again.load(s.state())
+    assert again == s
