@@ -180,9 +180,9 @@ def _open_split(
             f"{classes} classes: prepare the data set again"
         )
     if len(index):
-        ends = index["offset"] + index["size"]
-        inside = index["shard"] < len(sizes)
-        inside &= ends <= np.array([*sizes, 0], "<u8")[np.minimum(index["shard"], len(sizes))]
+        limits = np.array([*sizes, 0], "<u8")[np.minimum(index["shard"], len(sizes))]
+        inside = index["offset"] <= limits
+        inside &= index["size"] <= limits - index["offset"]
         if not inside.all():
             raise DatasetError(
                 f"{where}: sample {int(np.argmin(inside))} lies outside its shard: "

@@ -1,0 +1,397 @@
+"""Packed data sets, the sample stream and the torch pipeline; and everything damaged."""
+
+import contextlib
+import gzip
+import hashlib
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import SAMPLE, alexnet_dist, as_overrides, assert_close, write_idx
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.io import encode_jpeg
+
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
+from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.data.prepare import prepare_fashion_mnist, read_idx
+from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
+from alexnet_dist.data.torch_pipeline import TorchPipeline, on_canvas
+from alexnet_dist.errors import ConfigError, DatasetError
+from alexnet_dist.evaluate import make_pipeline
+from alexnet_dist.topology import Topology
+
+# --- preparing
+
+
+def test_the_bundled_sample_is_stratified_and_small() -> None:
+    for stem, per_class in (("train", 1000), ("t10k", 200)):
+        labels = read_idx(SAMPLE / f"{stem}-labels-idx1-ubyte.gz", dims=1)
+        assert np.bincount(labels).tolist() == [per_class] * 10
+    assert sum(path.stat().st_size for path in SAMPLE.iterdir()) < 6_000_000
+    assert "Zalando" in (SAMPLE / "LICENSE").read_text()
+
+
+def test_a_packed_data_set_holds_the_sources_images(packed: Path) -> None:
+    from torchvision.io import decode_image
+
+    dataset = open_dataset(packed, verify_hashes=True)
+    assert len(dataset.classes) == 10
+    for split, stem, count in (("train", "train", 60), ("test", "t10k", 23)):
+        images = read_idx(SAMPLE / f"{stem}-images-idx3-ubyte.gz", dims=3)
+        labels = read_idx(SAMPLE / f"{stem}-labels-idx1-ubyte.gz", dims=1)
+        samples = dataset.splits[split]
+        assert len(samples) == count
+        np.testing.assert_array_equal(samples.labels(np.arange(count)), labels[:count])
+        for sample in range(count):
+            encoded = torch.tensor(list(samples.read(sample)), dtype=torch.uint8)
+            np.testing.assert_array_equal(decode_image(encoded)[0], images[sample])
+
+
+def test_shards_are_webdatasets_tars(packed: Path) -> None:
+    with tarfile.open(packed / "test" / "shard-00000.tar") as tar:
+        names = tar.getnames()
+        first = tar.extractfile("00000000.cls")
+        assert first is not None
+        label = int(first.read())
+    assert names[:4] == ["00000000.png", "00000000.cls", "00000001.png", "00000001.cls"]
+    assert len(names) == 46
+    assert label == open_dataset(packed).splits["test"].index["label"][0]
+
+
+def test_statistics_are_numpys_over_all_training_pixels(packed: Path) -> None:
+    statistics = open_dataset(packed).statistics
+    images = read_idx(SAMPLE / "train-images-idx3-ubyte.gz", dims=3)[:60].astype(np.float64)
+    assert_close(statistics.mean_image, np.repeat(images.mean(0)[..., None], 3, 2), 1e-5)
+    assert_close(statistics.mean_rgb, [images.mean()] * 3, 1e-10)
+    pixels = np.repeat(images.reshape(-1, 1), 3, axis=1)
+    covariance = np.cov(pixels.T, bias=True)
+    rebuilt = (statistics.eigenvectors.T * statistics.eigenvalues) @ statistics.eigenvectors
+    assert_close(rebuilt, covariance, 1e-8 * covariance.max())
+
+
+def test_preparing_again_gives_the_same_bytes_or_says_done(tmp_path: Path) -> None:
+    idx = write_idx(tmp_path / "idx", 30, 10)
+    for name in ("a", "b"):
+        assert "packed 30 train, 10 test" in prepare_fashion_mnist(idx, tmp_path / name)
+    for path in (tmp_path / "a").rglob("*.*"):
+        other = tmp_path / "b" / path.relative_to(tmp_path / "a")
+        assert path.is_dir() or path.read_bytes() == other.read_bytes()
+    assert "already prepared" in prepare_fashion_mnist(idx, tmp_path / "a")
+    other = write_idx(tmp_path / "idx2", 31, 10)
+    with pytest.raises(DatasetError, match="holds a data set of other files: remove it"):
+        prepare_fashion_mnist(other, tmp_path / "a")
+
+
+def test_idx_files_need_not_be_gzipped(tmp_path: Path) -> None:
+    idx = write_idx(tmp_path / "idx", 20, 10)
+    for path in list(idx.iterdir()):
+        (idx / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    assert "packed 20 train" in prepare_fashion_mnist(idx, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("train-images-idx3", lambda raw: None, "has neither .*ubyte.gz nor .*dataset-fashion"),
+        ("train-images-idx3", lambda raw: gzip.compress(raw)[:-9], "cannot be read"),
+        ("train-images-idx3", lambda raw: b"hello", "cannot be read"),
+        ("train-labels-idx1", lambda raw: gzip.compress(raw[:-1]), "29 values, its header says"),
+        ("train-labels-idx1", lambda raw: gzip.compress(b"\0\0\x0d\1" + raw[4:]), "not an IDX"),
+        ("train-labels-idx1", lambda raw: gzip.compress(raw[:-1] + b"\x0a"), "labels up to 10"),
+        ("t10k-labels-idx1", lambda raw: gzip.compress(b"\0\0\x08\1\0\0\0\1\0"), "1 labels .* 10 images"),
+    ],
+)  # fmt: skip
+def test_a_bad_source_is_named_and_leaves_nothing(
+    tmp_path: Path, name: str, change: Callable[[bytes], bytes | None], message: str
+) -> None:
+    idx = write_idx(tmp_path / "idx", 30, 10)
+    path = idx / f"{name}-ubyte.gz"
+    changed = change(gzip.decompress(path.read_bytes()))
+    path.unlink()
+    if changed is not None:
+        path.write_bytes(changed)
+    with pytest.raises(DatasetError, match=message):
+        prepare_fashion_mnist(idx, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@given(st.binary(max_size=60), st.booleans())
+def test_any_bytes_are_an_array_or_a_dataset_error(content: bytes, headed: bool) -> None:
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".idx") as file:
+        Path(file.name).write_bytes(b"\0\0\x08\1" + content if headed else content)
+        with contextlib.suppress(DatasetError):
+            assert read_idx(Path(file.name), dims=1).ndim == 1
+
+
+# --- damage
+
+
+def edit_json(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        meta = json.loads((root / "dataset.json").read_text())
+        change(meta)
+        (root / "dataset.json").write_text(json.dumps(meta))
+
+    return edit
+
+
+def edit_index(change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    """Change the training index and what dataset.json says of it, as a hostile hand would."""
+
+    def edit(root: Path) -> None:
+        path = root / "train" / "samples.npy"
+        index = np.load(path)
+        change(index)
+        np.save(path, index)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        edit_json(lambda m: m["splits"]["train"]["index"].update(sha256=digest))(root)
+
+    return edit
+
+
+def flip(name: str, offset: int) -> Callable[[Path], None]:
+    def edit(root: Path) -> None:
+        content = bytearray((root / name).read_bytes())
+        content[offset] ^= 1
+        (root / name).write_bytes(content)
+
+    return edit
+
+
+def pickled(root: Path) -> None:
+    """An index that would run code if unpickled."""
+    path = root / "train" / "samples.npy"
+    np.save(path, np.array([{"code": 1}], dtype=object), allow_pickle=True)
+    digest, size = hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size
+    described = {"sha256": digest, "size": size}
+    edit_json(lambda m: m["splits"]["train"]["index"].update(described))(root)
+
+
+DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
+    ("no dataset.json", lambda r: (r / "dataset.json").unlink(), "dataset.json is missing: make"),
+    ("torn dataset.json", lambda r: (r / "dataset.json").write_text('{"ver'), "cannot be read"),
+    ("a list", lambda r: (r / "dataset.json").write_text("[]"), "is damaged"),
+    ("no splits", edit_json(lambda m: m.pop("splits")), "is damaged .*'splits'"),
+    ("another version", edit_json(lambda m: m.update(version=9)), "version 9, and this program"),
+    ("no shard", lambda r: (r / "train/shard-00000.tar").unlink(), "shard-00000.tar cannot be"),
+    ("short shard", lambda r: (r / "train/shard-00000.tar").write_bytes(b"x"), "1 bytes, dataset"),
+    ("flipped shard", flip("train/shard-00000.tar", 600), "shard-00000.tar: SHA-256"),
+    ("no index", lambda r: (r / "train/samples.npy").unlink(), "samples.npy cannot be read"),
+    ("flipped index", flip("train/samples.npy", 200), "samples.npy: SHA-256"),
+    ("flipped mean", flip("mean.npy", 200), "mean.npy: SHA-256"),
+    ("class", edit_index(lambda i: i["label"].put(3, 10)), "sample 3 has class 10, out of range"),
+    ("offset", edit_index(lambda i: i["offset"].put(4, 2**40)), "sample 4 lies outside its shard"),
+    ("shard number", edit_index(lambda i: i["shard"].put(5, 7)), "sample 5 lies outside its"),
+    ("wrapping offset", edit_index(lambda i: i["offset"].put(6, 2**64 - 1)), "sample 6 lies out"),
+    ("count", edit_json(lambda m: m["splits"]["train"].update(samples=9)), "60 samples, dataset"),
+    ("pickle", pickled, "is not an array"),
+    ("../", edit_json(lambda m: m["splits"]["train"]["shards"][0].update(file="../x.tar")),
+     r"refused the file name '\.\./x\.tar'"),
+    ("absolute", edit_json(lambda m: m["mean_image"].update(file="/etc/x.npy")), "refused the"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "message"), [d[1:] for d in DAMAGE], ids=[d[0] for d in DAMAGE])
+def test_damage_is_one_clear_error(
+    packed: Path, tmp_path: Path, damage: Callable[[Path], Any], message: str
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(packed, root)
+    damage(root)
+    with pytest.raises(DatasetError, match=message) as caught:
+        open_dataset(root, verify_hashes=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_data_set_stops_training_before_it_starts(
+    tiny: Callable[..., Config], packed: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(packed, root)
+    flip("train/shard-00000.tar", 600)(root)
+    result = alexnet_dist("train", *as_overrides(tiny(f"data.path={root}")))
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"alexnet-dist: {root}/train/shard-00000.tar: SHA-256")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sample_damaged_later_is_found_by_its_checksum(packed: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(packed, root)
+    split = open_dataset(root).splits["train"]
+    split.read(2)
+    flip("train/shard-00000.tar", int(split.index["offset"][2]) + 40)(root)
+    with pytest.raises(DatasetError, match="sample 2 of split 'train' .* does not match its check"):
+        split.read(2)
+
+
+def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:
+    with pytest.raises(ConfigError, match=r"model\.classes=7: .* set model\.classes=10"):
+        open_for(tiny("model.classes=7"))
+    with pytest.raises(ConfigError, match=r"eval_split='val': .* the splits train, test"):
+        open_for(tiny("data.eval_split=val"))
+
+
+# --- the stream
+
+AXES = Statistics(
+    mean_image=np.zeros((4, 4, 3), np.float32),
+    mean_rgb=np.zeros(3),
+    eigenvalues=np.array([400.0, 100.0, 25.0]),
+    eigenvectors=np.eye(3)[[1, 2, 0]],
+)
+
+
+def test_the_stream_is_every_epochs_samples_once_and_nothing_else(
+    tiny: Callable[..., Config],
+) -> None:
+    sampler = TrainSampler(tiny("train.batch=8"), 20, AXES)
+    ids = np.concatenate([sampler.samples(step, range(8)).ids for step in range(15)])
+    epochs = ids.reshape(6, 20)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(20))
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+
+
+def test_any_slots_of_any_step_are_the_part_of_the_whole(tiny: Callable[..., Config]) -> None:
+    whole = TrainSampler(tiny("train.batch=8"), 11, AXES)
+    for step in (13, 2, 30):
+        expected = whole.samples(step, range(8))
+        for slots in (range(3, 8), range(0, 1), range(4, 4)):
+            part = TrainSampler(tiny("train.batch=8"), 11, AXES).samples(step, slots)
+            for field in ("ids", "corners", "flips", "lighting"):
+                np.testing.assert_array_equal(
+                    getattr(part, field), getattr(expected, field)[slots.start : slots.stop]
+                )
+
+
+def test_windows_flips_and_lighting_have_their_distributions(tiny: Callable[..., Config]) -> None:
+    sampler = TrainSampler(tiny("train.batch=6000"), 3000, AXES)
+    drawn = sampler.samples(0, range(6000))
+    margin = 72 - 67
+    for axis in (0, 1):
+        counts = np.bincount(drawn.corners[:, 0, axis], minlength=margin + 1)
+        assert len(counts) == margin + 1
+        assert np.abs(counts - 1000).max() < 5 * np.sqrt(1000)
+    assert abs(drawn.flips.mean() - 0.5) < 5 * 0.5 / np.sqrt(6000)
+    deviations = 0.1 * np.sqrt(AXES.eigenvalues)[[2, 0, 1]]  # eigenvector i is one colour
+    assert np.abs(drawn.lighting.std(0) / deviations - 1).max() < 5 / np.sqrt(12000)
+    first, second = drawn.ids[:3000].argsort(), 3000 + drawn.ids[3000:].argsort()
+    assert (drawn.lighting[first] != drawn.lighting[second]).all(), "a draw for each use"
+
+
+def test_lighting_by_eigenvalue_is_the_printed_formula(tiny: Callable[..., Config]) -> None:
+    axes = lighting_axes(tiny("data.lighting_by=eigenvalue"), AXES)
+    assert_close(axes[0], [0, 400 / 255, 0], 1e-12)
+
+
+def test_the_ten_views_are_corners_centre_and_flips(tiny: Callable[..., Config]) -> None:
+    corners, flips = views(tiny("evaluate.views=10"))
+    assert corners[:5].tolist() == corners[5:].tolist()
+    assert {tuple(corner) for corner in corners} == {(0, 0), (0, 5), (5, 0), (5, 5), (2, 2)}
+    assert flips.tolist() == [False] * 5 + [True] * 5
+    assert [a.tolist() for a in views(tiny())] == [[[2, 2]], [False]]
+
+
+# --- the pipeline
+
+
+def batches(config: Config, split: str, plan: Any) -> list[Batch]:
+    pipeline = make_pipeline(config, Topology(), open_for(config), split)
+    found = list(pipeline.batches(plan))
+    pipeline.close()
+    return found
+
+
+@pytest.mark.parametrize("subtract", ["mean_image", "mean_rgb"])
+def test_windows_are_cut_flipped_lit_and_scaled_as_drawn(
+    tiny: Callable[..., Config], packed: Path, subtract: str
+) -> None:
+    config = tiny("train.precision=fp64", f"data.subtract={subtract}", "data.divide_by=[60,50,40]")
+    dataset = open_for(config)
+    sampler = TrainSampler(config, 60, dataset.statistics)
+    drawn = sampler.samples(0, range(8))
+    (batch,) = batches(config, "train", [drawn])
+    images = read_idx(SAMPLE / "train-images-idx3-ubyte.gz", dims=3)
+    mean = on_canvas(torch.from_numpy(dataset.statistics.mean_image).movedim(-1, 0), 72).double()
+    if subtract == "mean_rgb":
+        mean = torch.from_numpy(dataset.statistics.mean_rgb)[:, None, None].expand(3, 72, 72)
+    assert batch.windows.shape == (8, 3, 67, 67)
+    assert batch.windows.is_contiguous(memory_format=torch.channels_last)
+    assert drawn.flips.any()
+    assert not drawn.flips.all()
+    for n in range(8):
+        image = torch.from_numpy(images[drawn.ids[n]].copy())[None]
+        centred = on_canvas(image, 72).double() - mean
+        top, left = drawn.corners[n, 0]
+        window = centred[:, top : top + 67, left : left + 67]
+        if drawn.flips[n, 0]:
+            window = window.flip(-1)
+        lit = window + torch.from_numpy(drawn.lighting[n])[:, None, None]
+        expected = lit / torch.tensor([60.0, 50.0, 40.0], dtype=torch.float64)[:, None, None]
+        assert_close(batch.windows[n], expected, 1e-12)
+    np.testing.assert_array_equal(batch.ids, drawn.ids)
+    np.testing.assert_array_equal(batch.labels, dataset.splits["train"].labels(drawn.ids))
+
+
+def test_batches_do_not_depend_on_threads_or_prefetch(tiny: Callable[..., Config]) -> None:
+    found = []
+    for workers, prefetch in ((1, 1), (3, 4)):
+        config = tiny(f"data.workers={workers}", f"data.prefetch={prefetch}")
+        sampler = TrainSampler(config, 60, open_for(config).statistics)
+        found.append(batches(config, "train", sampler.plan(0, 9, range(8))))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one.windows, other.windows)
+        assert torch.equal(one.ids, other.ids)
+
+
+def test_ten_views_are_windows_of_one_image(tiny: Callable[..., Config]) -> None:
+    config = tiny("evaluate.views=10", "train.precision=fp32", "data.subtract=mean_rgb")
+    (batch,) = batches(config, "test", evaluation_plan(config, [range(3, 5)]))
+    windows = batch.windows.unflatten(0, (2, 10))
+    assert torch.equal(windows[:, 5:], windows[:, :5].flip(-1))
+    assert torch.equal(windows[0, 0, :, 5:, 5:], windows[0, 3, :, :-5, :-5])
+
+
+def test_a_colour_jpeg_off_canvas_is_resized_and_centred(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """A packed data set made by other hands: JPEG, 90 × 120."""
+    across = torch.linspace(0, 255, 120).expand(3, 90, 120)
+    image = torch.stack([across[0], across[1].flip(1), across[2] * 0 + 80]).byte()
+    encoded = encode_jpeg(image, quality=95).numpy().tobytes()
+    path = tmp_path / "one.tar"
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("0.jpg")
+        member.size = len(encoded)
+        tar.addfile(member, io.BytesIO(encoded))
+    import zlib
+
+    from alexnet_dist.data.dataset import Split
+
+    index = np.array([(0, 512, len(encoded), 1, zlib.crc32(encoded))], INDEX)
+    config = tiny("data.subtract=nothing", "data.divide_by=[1,1,1]", "train.precision=fp32")
+    pipeline = TorchPipeline(
+        config, Split("x", (path,), index), AXES, torch.device("cpu"), torch.float32, 1
+    )
+    (batch,) = pipeline.batches(evaluation_plan(config, [range(1)]))
+    pipeline.close()
+    # 90 → 72 rows, 120 → 96 columns; the centre's 72; the window begins 2 in: column 14 of 96.
+    columns = (torch.arange(67) + 14 + 0.5) * 120 / 96 - 0.5
+    ramp = columns * 255 / 119
+    assert_close(batch.windows[0, 0].mean(0), ramp, 3)
+    assert_close(batch.windows[0, 1].mean(0), 255 - ramp, 3)
+    assert_close(batch.windows[0, 2], torch.full((67, 67), 80.0), 3)
