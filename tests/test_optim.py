@@ -36,7 +36,7 @@ def test_velocity_is_the_papers_update(bias_rate: float, bias_decay: bool) -> No
         f"optimizer.bias_rate={bias_rate}",
         f"optimizer.bias_decay={str(bias_decay).lower()}",
     ]
-    path, optimizer = run(overrides, RATES)
+    path, _ = run(overrides, RATES)
     for place, (factor, decay) in enumerate([(1.0, 5e-4), (bias_rate, 5e-4 * bias_decay)]):
         w, v = path[0][place], torch.zeros(5, dtype=torch.float64)
         for step, rate in enumerate(RATES):

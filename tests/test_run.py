@@ -1,0 +1,383 @@
+"""Whole runs as a user starts them: real processes, killed, signalled, resumed, evaluated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import alexnet_dist, as_overrides
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.config import Config
+from alexnet_dist.run_folder import read_run
+from alexnet_dist.telemetry import read_metrics
+
+# 60 images, 8 a step, 8 epochs: 60 steps; evaluations after every 15; a save every 4.
+RUN = [
+    "train.epochs=8",
+    "evaluate.every_epochs=2",
+    "checkpoint.every_steps=4",
+    "log.every_steps=3",
+    "schedule.rate=0.02",
+    "layout.kind=columns",
+]
+TIMES = ("images_per_s", "data_wait")
+
+
+@pytest.fixture
+def command(tiny: Callable[..., Config]) -> Callable[..., list[str]]:
+    """Makes the arguments of a run: command("one", "layout.kind=one", …)."""
+    return lambda name, *more: ["train", *as_overrides(tiny(*RUN, f"name={name}", *more))]
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    return tmp_path / "runs"
+
+
+class Started:
+    """A run in the background."""
+
+    def __init__(self, arguments: list[str], launcher: tuple[str, ...] = ("-m", "alexnet_dist")):
+        self.process = subprocess.Popen(
+            [sys.executable, *launcher, *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        )  # fmt: skip
+
+    def all(self) -> list[psutil.Process]:
+        """The launcher and its ranks."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def wait_for_step(self, folder: Path, step: int) -> None:
+        """Until some rank has logged a step of at least this number."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if (folder / "metrics.jsonl").exists():
+                points = read_metrics(folder)
+                if points and points[-1]["step"] >= step:
+                    return
+            assert self.process.poll() is None, self.process.stdout.read()  # type: ignore[union-attr]
+            time.sleep(0.02)
+        raise TimeoutError(f"no step {step} within 120 s")
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and output; and no process of it is left."""
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Started]]:
+    started: list[Started] = []
+
+    def begin(*args: Any) -> Started:
+        started.append(Started(*args))
+        return started[-1]
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            for process in one.all():
+                process.kill()
+
+
+def ended_state(folder: Path) -> dict[str, Any]:
+    """All that must be the same to the bit: tensors' hashes, progress, metrics less times."""
+    last = checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1])
+    best = checkpoints.best(folder / "checkpoints")
+    metrics = [
+        {key: value for key, value in point.items() if key not in TIMES}
+        for point in read_metrics(folder)
+    ]
+    return {
+        "last": last.manifest["files"],
+        "progress": last.progress,
+        "best": (best.step, best.manifest["files"]),
+        "metrics": metrics,
+    }
+
+
+def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    whole = alexnet_dist(*command("whole"))
+    assert whole.returncode == 0, whole.stderr
+    expected = ended_state(runs / "whole")
+    assert expected["progress"]["step"] == 60
+    assert [p["step"] for p in expected["metrics"] if p["kind"] == "eval"] == [15, 30, 45, 60]
+    for step in (5, 16, 41):
+        run = start(command("killed"))
+        run.wait_for_step(runs / "killed", step)
+        for process in run.all():
+            process.kill()
+        run.end()
+    last = alexnet_dist(*command("killed"))
+    assert last.returncode == 0, last.stderr
+    assert "continues at step 40" in last.stderr or "continues at step 44" in last.stderr
+    assert ended_state(runs / "killed") == expected
+    assert read_run(runs / "killed")["attempt"] == 4
+
+
+def test_a_finished_run_says_so_and_changes_nothing(
+    command: Callable[..., list[str]], runs: Path
+) -> None:
+    arguments = command("done", "train.epochs=1")
+    alexnet_dist(*arguments)
+    before = ended_state(runs / "done")
+    again = alexnet_dist(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "done: done, 8 steps; top-1" in again.stdout
+    assert "next: alexnet-dist evaluate" in again.stdout
+    assert ended_state(runs / "done") == before
+
+
+@pytest.mark.parametrize("kinds", [("columns", "one"), ("one", "columns")])
+def test_a_run_made_on_one_layout_continues_on_the_other(
+    kinds: tuple[str, str],
+    command: Callable[..., list[str]],
+    runs: Path,
+    start: Callable[..., Started],
+) -> None:
+    precise = ["train.precision=fp64", "model.lrn.alpha=0.05"]
+    whole = alexnet_dist(*command("whole", f"layout.kind={kinds[1]}", *precise))
+    assert whole.returncode == 0, whole.stderr
+    run = start(command("moved", f"layout.kind={kinds[0]}", *precise))
+    run.wait_for_step(runs / "moved", 18)
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.end()
+    assert code == 75, output
+    moved = alexnet_dist(*command("moved", f"layout.kind={kinds[1]}", *precise))
+    assert moved.returncode == 0, moved.stderr
+    assert "continues at step" in moved.stderr
+    ours, theirs = (
+        checkpoints.verify(checkpoints.steps(runs / name / "checkpoints")[-1])
+        for name in ("moved", "whole")
+    )
+    for file in ("parameters", "optimizer"):
+        mine, other = getattr(ours, file)(), getattr(theirs, file)()
+        assert mine.keys() == other.keys()
+        for name in mine.keys():  # noqa: SIM118
+            a, b = (tensors.rows(name, slice(None)) for tensors in (mine, other))
+            assert (a - b).abs().max() <= 1e-10
+    assert ours.progress["best_step"] == theirs.progress["best_step"]
+
+
+def torchrun(*options: str) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--nproc-per-node", "2", *options, "-m", "alexnet_dist")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+)
+@pytest.mark.parametrize("to", ["launcher", "one rank"])
+def test_a_signal_saves_and_leaves_with_its_code(
+    number: signal.Signals, code: int, to: str, command: Callable[..., list[str]], runs: Path,
+    start: Callable[..., Started],
+) -> None:  # fmt: skip
+    run = start(command("stopped", "checkpoint.every_steps=1000"))
+    run.wait_for_step(runs / "stopped", 6)
+    processes = run.all()
+    target = processes[0] if to == "launcher" else processes[-1]
+    begin = time.monotonic()
+    target.send_signal(number)
+    found, output = run.end()
+    assert time.monotonic() - begin < 10
+    assert found == code, output
+    assert "stopped at step" in output
+    assert "Traceback" not in output
+    state = read_run(runs / "stopped")
+    assert (state["state"], state["exit"]) == ("stopped", code)
+    (saved,) = checkpoints.steps(runs / "stopped" / "checkpoints")
+    assert checkpoints.verify(saved).step == state["step"] >= 6
+    assert not any(process.is_running() for process in processes)
+
+
+def test_a_stopped_run_ends_as_if_it_never_was(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    """Stopped at odd steps, in training and while evaluating."""
+    slow = "evaluate.batch=1"  # so that a signal meets an evaluation
+    whole = alexnet_dist(*command("whole", slow))
+    assert whole.returncode == 0, whole.stderr
+    for step in (10, 15, 29, 45):
+        run = start(command("stopped", slow))
+        run.wait_for_step(runs / "stopped", step)
+        run.process.send_signal(signal.SIGTERM)
+        code, output = run.end()
+        assert code == 143, output
+    last = alexnet_dist(*command("stopped", slow))
+    assert last.returncode == 0, last.stderr
+    assert ended_state(runs / "stopped") == ended_state(runs / "whole")
+
+
+def test_a_second_interrupt_leaves_at_once(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    run = start(command("hurried", "layout.kind=one"))
+    run.wait_for_step(runs / "hurried", 6)
+    run.process.send_signal(signal.SIGSTOP)
+    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(signal.SIGCONT)
+    run.process.send_signal(signal.SIGINT)
+    code, output = run.end()
+    assert code == 130, output
+    found, wrong = checkpoints.newest_good(runs / "hurried" / "checkpoints")
+    assert found is not None
+    assert not wrong
+
+
+def test_torchrun_does_the_same(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    assert alexnet_dist(*command("own")).returncode == 0
+    run = start(command("torchrun"), torchrun())
+    run.wait_for_step(runs / "torchrun", 20)
+    run.process.send_signal(signal.SIGTERM)  # torchrun hides codes: run.json has them
+    code, output = run.end()
+    assert code != 0
+    assert read_run(runs / "torchrun")["exit"] == 143, output
+    run = start(command("torchrun"), torchrun())
+    assert run.end()[0] == 0
+    assert ended_state(runs / "torchrun") == ended_state(runs / "own")
+
+
+def test_no_rank_outlives_its_launcher(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    run = start(command("orphans", "train.epochs=500"))
+    run.wait_for_step(runs / "orphans", 6)
+    launcher, *ranks = run.all()
+    launcher.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    assert not alive
+    assert read_run(runs / "orphans")["state"] == "stopped"
+
+
+def test_a_killed_rank_takes_the_others_with_it(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    run = start(command("killed", "train.epochs=500"))
+    run.wait_for_step(runs / "killed", 6)
+    processes = run.all()
+    processes[-1].kill()
+    begin = time.monotonic()
+    code, _ = run.end()
+    assert code == 1
+    assert time.monotonic() - begin < 10
+    assert not any(process.is_running() for process in processes)
+
+
+def test_two_jobs_never_share_a_run_folder(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    first = start(command("shared", "train.epochs=500"))
+    first.wait_for_step(runs / "shared", 3)
+    second = alexnet_dist(*command("shared", "train.epochs=500"))
+    assert second.returncode == 1
+    assert "shared is in use by process" in second.stderr
+    assert "Traceback" not in second.stderr
+    first.process.send_signal(signal.SIGTERM)
+    assert first.end()[0] == 143
+
+
+def test_another_config_in_the_same_folder_is_refused(command: Callable[..., list[str]]) -> None:
+    assert alexnet_dist(*command("same", "train.epochs=1")).returncode == 0
+    other = alexnet_dist(*command("same", "train.epochs=1", "seed=5", "model.dropout=0.25"))
+    assert other.returncode == 1
+    assert "model.dropout: 0.5 there, 0.25 here; seed: 0 there, 5 here" in other.stderr
+    assert other.stderr.count("\n") == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
+    command: Callable[..., list[str]], runs: Path
+) -> None:
+    result = alexnet_dist(*command("wild", "schedule.rate=1e12", "train.precision=fp32"))
+    assert result.returncode == 1
+    assert "the loss of step" in result.stderr
+    assert "Lower schedule.rate" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert read_run(runs / "wild")["state"] == "failed"
+    for path in checkpoints.steps(runs / "wild" / "checkpoints"):
+        found = checkpoints.verify(path)
+        tensors = found.parameters()
+        assert all(tensors.rows(n, slice(None)).isfinite().all() for n in tensors.keys())  # noqa: SIM118
+
+
+def test_wrong_numbers_of_ranks_are_refused(command: Callable[..., list[str]]) -> None:
+    environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    result = alexnet_dist(*command("three"), env=environment)
+    assert result.returncode == 2
+    assert "layout.kind=columns takes 2 ranks, and the launcher started 3" in result.stderr
+
+
+def test_a_run_is_scored_drawn_and_watched(command: Callable[..., list[str]], runs: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for name in ("a", "b"):
+        arguments = command(
+            name, "train.epochs=4", f"seed={len(name + name) if name == 'b' else 1}"
+        )
+        assert alexnet_dist(*arguments).returncode == 0
+
+    board = EventAccumulator(str(runs / "a"))
+    board.Reload()
+    scalars = board.Tags()["scalars"]
+    for tag in ("train/loss", "train/rate", "eval/top1", "eval/top5", "speed/images_per_s"):
+        assert tag in scalars
+    assert [point.step for point in board.Scalars("train/loss")] == list(range(3, 31, 3))
+    assert board.Tags()["images"] == ["kernels/conv1"]
+    assert "config/text_summary" in board.Tags()["tensors"]
+
+    for path in ("kernels.png", "curves.png"):
+        assert (runs / "a" / "figures" / path).read_bytes().startswith(b"\x89PNG")
+
+    best = checkpoints.best(runs / "a" / "checkpoints")
+    scored = alexnet_dist("evaluate", str(best.path), "--json")
+    assert scored.returncode == 0, scored.stderr
+    score = json.loads(scored.stdout)
+    assert score["samples"] == 23
+    assert score["correct1"] == 23 - round(best.error * 23)  # type: ignore[operator]
+
+    both = alexnet_dist("evaluate", str(runs / "a"), str(runs / "b"), "--views", "10")
+    assert both.returncode == 0, both.stderr
+    assert "/a/checkpoints/step-" in both.stdout
+    assert "/b/checkpoints/step-" in both.stdout
+    assert "of 23 right" in both.stdout
+
+    for folder in (runs / "nothing", runs):
+        missing = alexnet_dist("evaluate", str(folder))
+        assert missing.returncode == 1
+        assert "is neither a run folder nor a checkpoint" in missing.stderr
+
+
+def test_tensorboards_steps_go_on_over_restarts(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = start(command("board"))
+    run.wait_for_step(runs / "board", 21)
+    for process in run.all():
+        process.kill()
+    run.end()
+    assert alexnet_dist(*command("board")).returncode == 0
+    board = EventAccumulator(str(runs / "board"))
+    board.Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == list(range(3, 61, 3))
+
+
+def test_doctor_says_what_a_run_would_use() -> None:
+    result = alexnet_dist("doctor", "--json")
+    assert result.returncode == 0
+    found = json.loads(result.stdout)
+    assert {"python", "torch", "nvidia-dali-cuda120", "cpu", "gpus", "disk"} <= found.keys()
+    assert "missing" not in json.dumps(found)
