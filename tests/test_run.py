@@ -183,7 +183,8 @@ def test_a_signal_saves_and_leaves_with_its_code(
     number: signal.Signals, code: int, to: str, command: Callable[..., list[str]], runs: Path,
     start: Callable[..., Started],
 ) -> None:  # fmt: skip
-    run = start(command("stopped", "checkpoint.every_steps=1000"))
+    long = ["train.epochs=500", "evaluate.every_epochs=500", "checkpoint.every_steps=10000"]
+    run = start(command("stopped", *long))
     run.wait_for_step(runs / "stopped", 6)
     processes = run.all()
     target = processes[0] if to == "launcher" else processes[-1]
