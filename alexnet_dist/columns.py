@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_dist.model import share
+from alexnet_dist.shares import share
 
 
 class ColumnExchange:

@@ -13,6 +13,7 @@ from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.model import AlexNet, Layer
 from alexnet_dist.optim import Optimizer
+from alexnet_dist.shares import share
 from alexnet_dist.topology import Topology
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -74,9 +75,9 @@ class ColumnEngine:
     def train_step(self, batch: Batch, step: int, rate: float) -> Tensor:
         self.model.train()
         size, parts = self.config.train.batch, self.config.train.micro_batches
-        first = self.topology.replica * (size // self.topology.replicas)
         n = len(batch.labels)
-        slots = torch.arange(first, first + n, device=self.topology.device)
+        mine = share(size, self.topology.replica, self.topology.replicas)
+        slots = torch.arange(mine.start, mine.stop, device=self.topology.device)
         scale = self.optimizer.loss_scale(rate) / size
         stats = torch.zeros(4, dtype=torch.float64, device=self.topology.device)
         for part in range(parts):

@@ -16,7 +16,6 @@ from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.engine import DTYPES, Engine, label_ranks, make_engine
 from alexnet_dist.errors import CheckpointError, ConfigError
-from alexnet_dist.model import share
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
 
@@ -124,13 +123,10 @@ def _probabilities(
     Every rank goes through as many batches, of any size, even none.
     """
     total, size = len(dataset.splits[config.data.eval_split]), config.evaluate.batch
-    mine, counts = [], []
-    for start in range(0, total, size):
-        whole = range(start, min(start + size, total))
-        replica = whole[share(len(whole), topology.replica, topology.replicas)]
-        parts = [replica[share(len(replica), c, topology.columns)] for c in range(topology.columns)]
-        mine.append(parts[topology.column])
-        counts.append([len(part) for part in parts])
+    wholes = [range(start, min(start + size, total)) for start in range(0, total, size)]
+    shares = [topology.shares(whole) for whole in wholes]
+    mine = [parts[topology.column] for parts in shares]
+    counts = [[len(part) for part in parts] for parts in shares]
     pipeline = make_pipeline(config, topology, dataset, config.data.eval_split)
     try:
         batches = pipeline.batches(evaluation_plan(config, mine))

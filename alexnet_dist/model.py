@@ -18,6 +18,7 @@ from alexnet_dist import draws
 from alexnet_dist.config import ModelConfig
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.shares import share
 
 # Kernel, stride and padding of conv1 … conv5 (paper §3.5).
 _CONVOLUTIONS = ((11, 4, 0), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
@@ -41,13 +42,6 @@ class AllHere:
 
     def logits(self, logits: Tensor) -> Tensor:
         return logits
-
-
-def share(count: int, column: int, columns: int) -> slice:
-    """The rows of a column, of `count` rows in all: as even as can be, earlier columns larger."""
-    small, larger = divmod(count, columns)
-    begin = column * small + min(column, larger)
-    return slice(begin, begin + small + (column < larger))
 
 
 class Layer(nn.Module):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alexnet_dist.config import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, SaidByRank0
+from alexnet_dist.shares import share
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
@@ -58,6 +59,11 @@ class Topology:
     def leads(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.global_rank == 0
+
+    def shares(self, samples: range) -> list[range]:
+        """Of these samples, those that each column rank of this replica decodes."""
+        replica = samples[share(len(samples), self.replica, self.replicas)]
+        return [replica[share(len(replica), c, self.columns)] for c in range(self.columns)]
 
     def decided_by_rank_0(self, decide: Callable[[], T]) -> T:
         """What `decide` returns on rank 0, on every rank; where it raises, the others do too."""

@@ -17,7 +17,6 @@ from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, make_engine, on_host
 from alexnet_dist.errors import NonFiniteLoss
 from alexnet_dist.evaluate import Score, evaluate, make_pipeline
-from alexnet_dist.model import share
 from alexnet_dist.optim import Schedule
 from alexnet_dist.preemption import EXITS, StopSignals
 from alexnet_dist.run_folder import RunFolder
@@ -100,10 +99,9 @@ def train(config: Config) -> Outcome:
         schedule.last_step, topology.leads,
     )  # fmt: skip
 
-    # The slots of each step that this rank decodes: its column's share of its replica's.
+    # The slots of each step that this rank and its replica's other columns decode.
     size = config.train.batch
-    replica = range(size)[share(size, topology.replica, topology.replicas)]
-    shares = [replica[share(len(replica), c, topology.columns)] for c in range(topology.columns)]
+    shares = topology.shares(range(size))
     counts = [len(slots) for slots in shares]
     sampler = TrainSampler(config, samples, dataset.statistics)
     plan = sampler.plan(progress.step, schedule.last_step, shares[topology.column])
@@ -111,20 +109,15 @@ def train(config: Config) -> Outcome:
     batches = pipeline.batches(plan)
 
     pending: deque[Callable[[], list[float]]] = deque()
-    saved: tuple[int, int] | None = None  # what the last checkpoint of this process holds
+    saved = progress.step, progress.evaluated_step  # what the newest checkpoint holds
     wait_s = 0.0
     log.info(_opening(config, topology, folder, progress, schedule, samples))
     try:
         while True:
             step, epoch = progress.step, progress.step / schedule.steps_per_epoch
-            finished = step == schedule.last_step
             stop = signals.poll(topology)
 
-            if (
-                not stop
-                and progress.evaluated_step < step
-                and _evaluation_due(config, schedule, step)
-            ):
+            if not stop and _evaluation_due(config, schedule, progress):
                 _settle(pending, progress, size)
                 with telemetry.paused():
                     score = evaluate(engine, config, topology, dataset, signals)
@@ -134,6 +127,7 @@ def train(config: Config) -> Outcome:
                     kernels = engine.parameter("conv1.weight")
                     telemetry.evaluation(step, epoch, score.tags(), kernels)
 
+            finished = progress.evaluated_step == schedule.last_step
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
             if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
@@ -161,7 +155,7 @@ def train(config: Config) -> Outcome:
                 telemetry.train(progress.step, epoch, means | {"rate": rate}, images, wait_s)
                 wait_s = 0.0
 
-        exit_code = EXITS[stop] if stop and not finished else 0
+        exit_code = 0 if finished else EXITS[stop]
         state = "stopped" if exit_code else "finished"
         folder.report(state, exit=exit_code, step=progress.step, reason="signal" if stop else "")
         topology.barrier()
@@ -247,9 +241,10 @@ def _observe(score: Score, progress: Progress, schedule: Schedule) -> None:
         progress.best_step, progress.best_error = progress.step, 1 - score.top1
 
 
-def _evaluation_due(config: Config, schedule: Schedule, step: int) -> bool:
-    every = config.evaluate.every_epochs * schedule.steps_per_epoch
-    return step == schedule.last_step or step // every > (step - 1) // every
+def _evaluation_due(config: Config, schedule: Schedule, progress: Progress) -> bool:
+    step, every = progress.step, config.evaluate.every_epochs * schedule.steps_per_epoch
+    crossed = step // every > (step - 1) // every
+    return progress.evaluated_step < step and (crossed or step == schedule.last_step)
 
 
 def _opening(

@@ -15,7 +15,6 @@ from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import make_engine
 from alexnet_dist.evaluate import evaluate, make_pipeline
-from alexnet_dist.model import share
 from alexnet_dist.topology import connect
 
 STEPS = 20
@@ -39,8 +38,7 @@ def trajectory(config: Config, mutation: str = "") -> Trajectory:
     dataset = open_for(config)
     split = dataset.splits["train"]
     engine = make_engine(config, topology)
-    slots = range(config.train.batch)
-    parts = [slots[share(len(slots), c, topology.columns)] for c in range(topology.columns)]
+    parts = topology.shares(range(config.train.batch))
     sampler = TrainSampler(config, len(split), dataset.statistics)
     pipeline = make_pipeline(config, topology, dataset, "train")
     losses = []

@@ -8,7 +8,8 @@ from conftest import TINY, assert_close
 from alexnet_dist.config import load_config
 from alexnet_dist.engine import label_ranks
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.model import AlexNet, share
+from alexnet_dist.model import AlexNet
+from alexnet_dist.shares import share
 
 PAPER = [34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000]
 REVIEW = [34_944, 614_656, 885_120, 1_327_488, 884_992, 37_752_832, 16_781_312, 40_970]

@@ -1,0 +1,52 @@
+"""What only a GPU can show. Skipped where there is none."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, on_ranks
+from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajectory
+
+from alexnet_dist import draws
+from alexnet_dist.config import load_config
+from alexnet_dist.lrn import local_response_norm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def test_dropout_masks_are_the_cpus_bits() -> None:
+    slots = torch.arange(64)
+    on_cpu = draws.dropout_mask(3, 5, 6, slots, 17, 300, 0.5)
+    assert torch.equal(draws.dropout_mask(3, 5, 6, slots.cuda(), 17, 300, 0.5).cpu(), on_cpu)
+
+
+def test_normalisation_is_the_cpus() -> None:
+    maps = torch.randn(4, 96, 27, 27, dtype=torch.float64) * 50
+    constants = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
+    on_cpu = local_response_norm(maps, 2, **constants)
+    on_gpu = local_response_norm(maps.cuda(), 2, **constants).cpu()
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture
+def arguments(packed: object) -> list[str]:
+    gpu = ["layout.device=cuda", "train.deterministic=true"]
+    return [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one", *gpu]
+
+
+def test_twenty_steps_are_the_cpus(arguments: list[str]) -> None:
+    losses, parameters, _ = trajectory(load_config([*arguments, "layout.device=cpu"]))
+    ((ours, tensors, _),) = on_ranks(1, trajectory, load_config(arguments))
+    np.testing.assert_allclose(ours, losses, rtol=1e-9)
+    assert largest_difference(tensors, parameters) <= 1e-9
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_columns_on_two_gpus_equal_one(arguments: list[str]) -> None:
+    config = load_config(arguments)
+    ((losses, parameters, _),) = on_ranks(1, trajectory, config)
+    ours = on_ranks(2, trajectory, on_columns(config))
+    np.testing.assert_allclose(ours[0][0], losses, rtol=1e-12)
+    assert largest_difference(ours[0][1], parameters) <= 1e-10
