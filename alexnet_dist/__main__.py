@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_dist.config import load_config
+from alexnet_dist.config_layers import load_config
 from alexnet_dist.errors import AlexNetDistError, ConfigError
 
 if TYPE_CHECKING:

@@ -26,7 +26,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alexnet_dist.config import Config, fingerprint, flat, load_config
+from alexnet_dist.config import Config, fingerprint, flat
+from alexnet_dist.config_layers import load_config
 from alexnet_dist.errors import CheckpointError
 
 VERSION = 1

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
-from alexnet_dist.config import Config, fingerprint, load_config
+from alexnet_dist.config import Config, fingerprint
+from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.dataset import Dataset, open_for
 from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan

@@ -7,7 +7,7 @@
 | train/rate | learning rate ε |
 | train/epoch, eval/epoch | passes over the training split so far |
 | eval/loss, eval/top1, eval/top5 | the same on the evaluation split |
-| eval/correct1, eval/correct5, eval/samples | the counts behind them |
+| eval/correct1, eval/correct5, eval/samples | the counts behind them, in metrics.jsonl alone |
 | speed/images_per_s | training images, all ranks together |
 | speed/data_wait | share of the time spent waiting for the pipeline |
 | kernels/conv1 | the first layer's kernels, a row block a column |
@@ -140,7 +140,8 @@ class Telemetry:
         self._metrics.write(json.dumps({"kind": kind, "step": step, **values, **speed}) + "\n")
         for group, scalars in ((kind, values), ("speed", speed)):
             for name, value in scalars.items():
-                self._board.add_scalar(f"{group}/{name}", value, step)
+                if isinstance(value, float):
+                    self._board.add_scalar(f"{group}/{name}", value, step)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

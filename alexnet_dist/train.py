@@ -94,6 +94,7 @@ def train(config: Config) -> Outcome:
     engine = make_engine(config, topology)
     progress = _resume(folder, engine, schedule, config, digest, topology)
     folder.report("running", step=progress.step, last_step=schedule.last_step)
+    log.info(_opening(config, topology, folder, progress, schedule, samples))
     telemetry = Telemetry(
         folder.path, dataclasses.asdict(config), progress.step, progress.evaluated_step,
         schedule.last_step, topology.leads,
@@ -111,7 +112,6 @@ def train(config: Config) -> Outcome:
     pending: deque[Callable[[], list[float]]] = deque()
     saved = progress.step, progress.evaluated_step  # what the newest checkpoint holds
     wait_s = 0.0
-    log.info(_opening(config, topology, folder, progress, schedule, samples))
     try:
         while True:
             step, epoch = progress.step, progress.step / schedule.steps_per_epoch

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alexnet_dist.config import Config, configs_folder, load_config
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import configs_folder, load_config
 from alexnet_dist.data.prepare import prepare_fashion_mnist, read_idx
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"

@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import TINY, on_ranks
 
-from alexnet_dist.config import Config, load_config
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler

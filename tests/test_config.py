@@ -12,14 +12,8 @@ from conftest import alexnet_dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alexnet_dist.config import (
-    Config,
-    configs_folder,
-    fingerprint,
-    flat,
-    keys,
-    load_config,
-)
+from alexnet_dist.config import Config, fingerprint, flat, keys
+from alexnet_dist.config_layers import configs_folder, load_config
 from alexnet_dist.errors import ConfigError
 
 YAMLS = sorted(configs_folder().rglob("*.yaml"))
@@ -37,8 +31,8 @@ def test_shipped_files_are_found_by_name() -> None:
 
 def test_every_key_is_read_by_code() -> None:
     package = Path(__file__).parent.parent / "alexnet_dist"
-    code = "\n".join(p.read_text() for p in package.rglob("*.py") if p.name != "config.py")
-    rules = (package / "config.py").read_text().partition("def _check_combinations")[2]
+    code = "\n".join(p.read_text() for p in package.rglob("*.py") if "config" not in p.name)
+    rules = (package / "config_layers.py").read_text().partition("def _check_combinations")[2]
     for dotted, _, _ in keys():
         last = dotted.rpartition(".")[2]
         assert re.search(rf"\.{last}\b", code + rules), f"{dotted} is read nowhere"

@@ -7,7 +7,7 @@ from conftest import TINY, on_ranks
 from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajectory
 
 from alexnet_dist import draws
-from alexnet_dist.config import load_config
+from alexnet_dist.config_layers import load_config
 from alexnet_dist.lrn import local_response_norm
 
 pytestmark = [

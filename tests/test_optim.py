@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import assert_close
 
-from alexnet_dist.config import Config, load_config
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
 from alexnet_dist.optim import Optimizer, Schedule
 
 RATES = [0.1, 0.1, 0.01, 0.0, 0.0, 0.05, 0.2]
