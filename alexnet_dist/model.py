@@ -72,9 +72,10 @@ class Layer(nn.Module):
         elif preset == "he" and self.name != "conv1":
             std = math.sqrt((1.0 if self.name == "fc8" else 2.0) / fan_in)
         ones = preset != "he" and self.name in ("conv2", "conv4", "conv5", "fc6", "fc7")
-        values = draws.initial_weights(seed, f"{self.name}.weight", self.whole, self.rows)
+        name = f"{self.name}.weight"
+        values = draws.initial_weights(seed, name, self.whole, self.rows, std, self.weight.dtype)
         with torch.no_grad():
-            self.weight.copy_(torch.from_numpy(values).mul_(std))
+            self.weight.copy_(values)
             self.bias.fill_(1.0 if ones else 0.0)
 
 

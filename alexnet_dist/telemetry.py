@@ -60,10 +60,11 @@ class Telemetry:
         self._step, self._last_step, self._leads = step, last_step, leads
         if not leads:
             return
+        self._columns = int(config["model"]["columns"])
         path = folder / "metrics.jsonl"
         _cut(path, step, evaluated_step)
         self._metrics = path.open("a")
-        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
         if step == 0:
             text = yaml.safe_dump(dict(config), sort_keys=False)
             self._board.add_text("config", "    " + text.replace("\n", "\n    "))
@@ -105,7 +106,8 @@ class Telemetry:
             return
         self._write("eval", step, {"epoch": epoch, **values}, {})
         if kernels is not None:
-            self._board.add_image("kernels/conv1", kernel_picture(kernels), step, dataformats="HWC")
+            picture = kernel_picture(kernels, self._columns)
+            self._board.add_image("kernels/conv1", picture, step, dataformats="HWC")
         with logging_redirect_tqdm():
             log.info(
                 f"epoch {epoch:.2f}  step {step}/{self._last_step}  evaluation: "
@@ -166,7 +168,7 @@ def _cut(path: Path, step: int, evaluated_step: int) -> None:
     aside.replace(path)
 
 
-def kernel_picture(kernels: Tensor, columns: int = 2, zoom: int = 3) -> npt.NDArray[np.uint8]:
+def kernel_picture(kernels: Tensor, columns: int, zoom: int = 3) -> npt.NDArray[np.uint8]:
     """conv1's kernels as in Fig. 3: three rows of kernels for each column, the first on top.
 
     Args:

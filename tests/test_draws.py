@@ -109,17 +109,22 @@ def test_dropout_masks_differ_by_seed_step_layer_slot_and_unit() -> None:
         assert np.abs(correlations).max() < 6 / np.sqrt(axis.shape[1])
 
 
+def weights(name: str, shape: tuple[int, ...], rows: slice = slice(None), std: float = 1.0):  # type: ignore[no-untyped-def]
+    return draws.initial_weights(4, name, shape, rows, std, torch.float64).numpy()
+
+
 def test_any_rows_of_initial_weights_are_the_rows_of_the_whole() -> None:
-    whole = draws.initial_weights(4, "conv2.weight", (16, 3, 5, 5), slice(None))
-    part = draws.initial_weights(4, "conv2.weight", (16, 3, 5, 5), slice(8, 16))
-    np.testing.assert_array_equal(part, whole[8:])
+    whole = weights("conv2.weight", (16, 3, 5, 5))
+    np.testing.assert_array_equal(weights("conv2.weight", (16, 3, 5, 5), slice(8, 16)), whole[8:])
     assert abs(whole.mean()) < 5 / np.sqrt(whole.size)
     assert abs(whole.std() - 1) < 5 / np.sqrt(2 * whole.size)
-    other = draws.initial_weights(4, "conv3.weight", (16, 3, 5, 5), slice(None))
+    np.testing.assert_array_equal(weights("conv2.weight", (16, 3, 5, 5), std=0.01), whole * 0.01)
+    other = weights("conv3.weight", (16, 3, 5, 5))
     assert abs(np.corrcoef(whole.ravel(), other.ravel())[0, 1]) < 5 / np.sqrt(whole.size)
 
 
 def test_initial_weights_are_those_of_earlier_versions() -> None:
     """Pinned, because NumPy promises no stream for ever: another NumPy must not change a run."""
-    values = draws.initial_weights(0, "fc6.weight", (4096, 9216), slice(4095, 4096))
-    np.testing.assert_array_equal(values[0, :3], PINNED)
+    last_row = slice(4095, 4096)
+    values = draws.initial_weights(0, "fc6.weight", (4096, 9216), last_row, 1.0, torch.float64)
+    assert values[0, :3].tolist() == PINNED

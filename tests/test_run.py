@@ -139,14 +139,20 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert ended_state(runs / "done") == before
 
 
-@pytest.mark.parametrize("kinds", [("columns", "one"), ("one", "columns")])
+@pytest.mark.parametrize(
+    ("kinds", "optimizer"),
+    [(("columns", "one"), "sgd"), (("one", "columns"), "sgd"), (("one", "columns"), "adam")],
+)
 def test_a_run_made_on_one_layout_continues_on_the_other(
     kinds: tuple[str, str],
+    optimizer: str,
     command: Callable[..., list[str]],
     runs: Path,
     start: Callable[..., Started],
 ) -> None:
-    precise = ["train.precision=fp64", "model.lrn.alpha=0.05"]
+    precise = ["train.precision=fp64", "model.lrn.alpha=0.05", f"optimizer.kind={optimizer}"]
+    if optimizer == "adam":
+        precise.append("schedule.rate=0.001")
     whole = alexnet_dist(*command("whole", f"layout.kind={kinds[1]}", *precise))
     assert whole.returncode == 0, whole.stderr
     run = start(command("moved", f"layout.kind={kinds[0]}", *precise))
