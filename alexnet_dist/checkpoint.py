@@ -209,15 +209,20 @@ def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:
     """Remove all but the newest checkpoints and the best."""
     for path in steps(folder)[:-keep_last]:
-        if path.name != f"step-{best_step or 0:08d}" or best_step is None:
-            path.rename(path.with_name(f".old-{path.name}"))
+        if best_step is None or path.name != f"step-{best_step:08d}":
+            path.rename(path.with_name(f".gone-{path.name}"))
     sweep(folder)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what an interrupted write or removal left."""
-    for left in [*folder.glob(".old-step-*"), *folder.glob(".writing-step-*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    """Undo an interrupted replacement, and remove what interrupted writes and removals left."""
+    for old in folder.glob(".old-step-*"):
+        name = old.name.removeprefix(".old-")
+        if not (folder / name).exists():
+            old.rename(folder / name)
+    for kind in ("old", "gone", "writing"):
+        for left in folder.glob(f".{kind}-step-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def steps(folder: Path) -> list[Path]:

@@ -38,10 +38,8 @@ class _JoinMaps(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         last = _channels_last(maps)  # (n, …, own channels)
-        joined = (
-            _gathered(last, group).movedim(0, -2).flatten(-2)
-        )  # (n, …, all channels), columns in order
-        return joined.movedim(-1, 1)
+        joined = _gathered(last, group).movedim(0, -2)  # (n, …, columns, own channels)
+        return joined.flatten(-2).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -198,6 +198,7 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
             re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.name) is not None,
             "letters, digits, '.', '_' and '-' only, at most 100, not beginning with a sign",
         ),
+        ("model.lrn.size", model.lrn.size % 2 == 1, "must be odd: as many maps on both sides"),
         (
             "data.canvas",
             data.canvas >= model.crop,

@@ -214,18 +214,11 @@ class AlexNet(nn.Module):
         return x if at_test else x / (1 - drop)
 
 
-def sides(config: ModelConfig) -> list[int]:
-    """Sides of the maps that leave conv1 … conv5, before their pooling."""
+def final_side(config: ModelConfig) -> int:
+    """Side of the maps that fc6 sees; the paper's 6."""
     side = config.crop
-    out: list[int] = []
     for number, (kernel, stride, padding) in enumerate(_CONVOLUTIONS, start=1):
         side = (side + 2 * padding - kernel) // stride + 1
-        out.append(side)
-        if number in (1, 2):
+        if number in (1, 2, 5):
             side = (side - config.pool[0]) // config.pool[1] + 1
-    return out
-
-
-def final_side(config: ModelConfig) -> int:
-    """Side of the maps that fc6 sees, after conv5's pooling; at least 1 for crops of 67 up."""
-    return (sides(config)[-1] - config.pool[0]) // config.pool[1] + 1
+    return side

@@ -183,13 +183,13 @@ def _resume(
     """
 
     def choose() -> str | None:
+        checkpoints.sweep(folder.checkpoints)
         found, wrong = checkpoints.newest_good(folder.checkpoints)
         for error in wrong:
             log.warning(f"not used: {error}")
         if found is not None:
             checkpoints.check_same_run(found, config, digest)
         folder.save_config()
-        checkpoints.sweep(folder.checkpoints)
         return None if found is None else str(found.path)
 
     path = topology.decided_by_rank_0(choose)

@@ -99,6 +99,30 @@ def test_an_interrupted_write_is_no_checkpoint(
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize("killed_at", [1, 2])
+def test_a_checkpoint_being_replaced_is_not_lost(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """Killed before the first or the second of the two renames."""
+    save(tmp_path, tiny(), 7, error=None)
+    rename, calls = Path.rename, iter(range(1, 9))
+
+    def killed(self: Path, target: Path) -> Path:
+        if next(calls) == killed_at:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, tiny(), 7, error=0.5)
+    checkpoints.sweep(tmp_path)
+    found, wrong = checkpoints.newest_good(tmp_path)
+    assert found is not None
+    assert (found.step, found.error, wrong) == (7, None, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000007"]
+
+
 def test_the_best_and_the_last_are_kept(tiny: Callable[..., Config], tmp_path: Path) -> None:
     for step, error in ((1, 0.5), (2, 0.2), (3, None), (4, 0.2), (5, None)):
         save(tmp_path, tiny(), step, error)

@@ -78,6 +78,7 @@ def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("model.conv=[96,256]", r"model\.conv=.*: needs 5 numbers"),
         ("model.conv=[95,256,384,384,256]", r"95 does not split into 2 columns"),
         ("data.canvas=200", r"data\.canvas=200: must hold a window of model\.crop=227"),
+        ("model.lrn.size=4", r"model\.lrn\.size=4: must be odd"),
         ("model.columns=1", r"layout\.kind='columns': there is nothing to split"),
         ("train.micro_batches=3", r"does not divide into train\.micro_batches=3"),
         ("schedule.at_epochs=[3,2]", r"epochs must rise"),
