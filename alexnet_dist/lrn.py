@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = 256 * 1024
+_CHUNK_BYTES = 512 * 1024
 
 
 def band(maps: int, columns: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -60,7 +60,7 @@ class Telemetry:
         self._step, self._last_step, self._leads = step, last_step, leads
         if not leads:
             return
-        self._columns = int(config["model"]["columns"])
+        self._columns, self._batch = config["model"]["columns"], config["train"]["batch"]
         path = folder / "metrics.jsonl"
         _cut(path, step, evaluated_step)
         self._metrics = path.open("a")
@@ -74,16 +74,14 @@ class Telemetry:
         )
         self._since = time.perf_counter()
 
-    def train(
-        self, step: int, epoch: float, values: Mapping[str, float], images: int, wait_s: float
-    ) -> None:
+    def train(self, step: int, epoch: float, values: Mapping[str, float], wait_s: float) -> None:
         """A point of training: `values` (tags of train/) repeat to the bit, the times do not."""
         if not self._leads:
             return
         now = time.perf_counter()
         seconds, steps = now - self._since, step - self._step
         self._since, self._step = now, step
-        speed = {"images_per_s": images / seconds, "data_wait": wait_s / seconds}
+        speed = {"images_per_s": steps * self._batch / seconds, "data_wait": wait_s / seconds}
         self._write("train", step, {"epoch": epoch, **values}, speed)
         left = time.gmtime((self._last_step - step) * seconds / max(1, steps))
         line = (

@@ -61,12 +61,11 @@ class Progress:
     best_error: float = 2.0  # above any
     interval: list[float] = field(default_factory=lambda: [0.0] * 4)
 
-    def take_interval(self) -> tuple[dict[str, float], int]:
-        """Means since the last log point, and of how many samples; begins a new interval."""
+    def take_interval(self) -> dict[str, float]:
+        """Means since the last log point; begins a new interval."""
         loss, top1, top5, images = self.interval
         self.interval = [0.0] * 4
-        means = {"loss": loss / images, "top1": top1 / images, "top5": top5 / images}
-        return means, int(images)
+        return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
@@ -151,8 +150,8 @@ def train(config: Config) -> Outcome:
             _settle(pending, progress, size, but=0 if log_now else 1)
             if log_now:
                 epoch = progress.step / schedule.steps_per_epoch
-                means, images = progress.take_interval()
-                telemetry.train(progress.step, epoch, means | {"rate": rate}, images, wait_s)
+                means = progress.take_interval()
+                telemetry.train(progress.step, epoch, means | {"rate": rate}, wait_s)
                 wait_s = 0.0
 
         exit_code = 0 if finished else EXITS[stop]

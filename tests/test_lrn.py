@@ -57,7 +57,7 @@ def test_columns_change_exactly_the_maps_at_their_border() -> None:
 
 
 def test_chunks_of_any_number_give_the_same() -> None:
-    maps = torch.randn(3, 96, 31, 31)  # 2,883 pixels: several chunks, the last not full
+    maps = torch.randn(3, 96, 41, 41)  # 5,043 pixels: four chunks, the last not full
     reference = torch.nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)(maps.double())
     assert_close(local_response_norm(maps, 1, **CONSTANTS), reference, 1e-6)
 
