@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -52,15 +53,17 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
         if run.get("state") in ("stopped", "finished"):
             return int(run["exit"])
         if error.sigval == signal.SIGINT:
-            os._exit(130)  # a second SIGINT: ranks that still live see their parent go
+            for rank in psutil.Process().children():  # a second SIGINT, to those that still live
+                rank.send_signal(signal.SIGINT)
+            os._exit(130)
         print(f"{folder}: stopped by {error.sigval.name} before it could save", file=sys.stderr)
         return 1
 
 
 def leave_with_parent() -> None:
-    """Ask the kernel for SIGINT when the launcher dies, so that no rank is left behind.
+    """Ask the kernel for SIGTERM when the launcher dies: no rank is left behind, it saves and leaves.
 
-    A rank then saves and leaves; one that was leaving on a first SIGINT leaves at once.
+    The kernel sends it once for each of the launcher's threads, so it cannot be SIGINT.
     """
     set_parent_death_signal = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGINT)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

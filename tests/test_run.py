@@ -226,17 +226,19 @@ def test_a_stopped_run_ends_as_if_it_never_was(
     assert ended_state(runs / "stopped") == ended_state(runs / "whole")
 
 
+@pytest.mark.parametrize("kind", ["one", "columns"])
 def test_a_second_interrupt_leaves_at_once(
-    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+    kind: str, command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
-    run = start(command("hurried", "layout.kind=one"))
+    run = start(command("hurried", f"layout.kind={kind}", "train.epochs=500"))
     run.wait_for_step(runs / "hurried", 6)
-    run.process.send_signal(signal.SIGSTOP)
+    processes = run.all()
     run.process.send_signal(signal.SIGINT)
-    run.process.send_signal(signal.SIGCONT)
+    time.sleep(0.01)
     run.process.send_signal(signal.SIGINT)
     code, output = run.end()
     assert code == 130, output
+    assert not psutil.wait_procs(processes, timeout=10)[1]
     found, wrong = checkpoints.newest_good(runs / "hurried" / "checkpoints")
     assert found is not None
     assert not wrong
