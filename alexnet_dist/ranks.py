@@ -61,7 +61,7 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
 
 
 def leave_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies: no rank is left behind, it saves and leaves.
+    """Ask the kernel for SIGTERM when the launcher dies: a rank then saves and leaves.
 
     The kernel sends it once for each of the launcher's threads, so it cannot be SIGINT.
     """
