@@ -53,8 +53,8 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
         if run.get("state") in ("stopped", "finished"):
             return int(run["exit"])
         if error.sigval == signal.SIGINT:
-            for rank in psutil.Process().children():  # a second SIGINT, to those that still live
-                rank.send_signal(signal.SIGINT)
+            for child in psutil.Process().children():  # a second SIGINT, to ranks that still live
+                child.send_signal(signal.SIGINT)
             os._exit(130)
         print(f"{folder}: stopped by {error.sigval.name} before it could save", file=sys.stderr)
         return 1
