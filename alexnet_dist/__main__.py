@@ -27,6 +27,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (error.on_every_rank and rank):
             print(f"alexnet-dist: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except KeyboardInterrupt:  # outside a run, which has its own handlers
+        print("alexnet-dist: interrupted; the same command begins again", file=sys.stderr)
+        code = 130
     except Exception:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         code = 1
