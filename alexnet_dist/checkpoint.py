@@ -13,6 +13,7 @@ name is whole, or its manifest says that it is not.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -28,9 +29,10 @@ from torch import Tensor
 
 from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_layers import load_config
-from alexnet_dist.errors import CheckpointError
+from alexnet_dist.errors import CheckpointError, NonFiniteLoss
 
 VERSION = 1
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,36 @@ def save(
     progress: Mapping[str, Any],
     error: float | None,
 ) -> Path:
-    """Write a checkpoint durably; its path. `folder` is the run's `checkpoints`."""
+    """Write a checkpoint durably; its path. `folder` is the run's `checkpoints`.
+
+    Raises:
+        NonFiniteLoss: a tensor holds NaN or infinity; nothing was written.
+        CheckpointError: it could not be written; older ones are untouched.
+    """
+    for name, tensor in (*parameters.items(), *optimizer.items()):
+        if not tensor.isfinite().all():
+            raise NonFiniteLoss(
+                f"step {progress['step']}: {name} is not finite; not saved, older checkpoints are. "
+                "Lower schedule.rate, warm up longer, or look at the data"
+            )
+    try:
+        return _write(folder, config, dataset_digest, parameters, optimizer, progress, error)
+    except (OSError, SafetensorError) as failure:
+        raise CheckpointError(
+            f"{folder}: the checkpoint of step {progress['step']} could not be written "
+            f"({failure}); older ones are untouched"
+        ) from failure
+
+
+def _write(
+    folder: Path,
+    config: Config,
+    dataset_digest: str,
+    parameters: Mapping[str, Tensor],
+    optimizer: Mapping[str, Tensor],
+    progress: Mapping[str, Any],
+    error: float | None,
+) -> Path:
     step = int(progress["step"])
     final = folder / f"step-{step:08d}"
     aside = folder / f".writing-{final.name}"
@@ -183,10 +214,12 @@ def best(folder: Path) -> Checkpoint:
             found.append((_error_of(path), path))
         except CheckpointError:
             continue  # a manifest that cannot be read cannot be the best
-    measured = sorted((error, path) for error, path in found if error is not None)
-    if not measured:
-        raise CheckpointError(f"{folder}: no checkpoint has a validation error")
-    return verify(measured[0][1])
+    for _, path in sorted((error, path) for error, path in found if error is not None):
+        try:
+            return verify(path)
+        except CheckpointError as error:
+            log.warning(f"not used: {error}")
+    raise CheckpointError(f"{folder}: no good checkpoint has a validation error")
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
@@ -204,6 +237,14 @@ def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) 
             f"{checkpoint.path} belongs to another run ({'; '.join(differ)}): "
             "give this run another name=, or restore those keys"
         )
+
+
+def set_aside(folder: Path, after: int) -> None:
+    """Rename checkpoints newer than the step a run continues from: they did not verify."""
+    for path in steps(folder):
+        if int(path.name.removeprefix("step-")) > after:
+            shutil.rmtree(folder / f"damaged-{path.name}", ignore_errors=True)
+            path.rename(folder / f"damaged-{path.name}")
 
 
 def prune(folder: Path, keep_last: int, best_step: int | None) -> None:

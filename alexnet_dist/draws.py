@@ -9,7 +9,7 @@ a draw that it needs, and to resume needs only the step number.
 import hashlib
 import math
 from enum import IntEnum
-from typing import TypeVar
+from typing import TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -65,9 +65,14 @@ def integers(words: Words, limits: Words | int) -> Words:
     return (words * limits) >> 32
 
 
-def uniforms(words: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Float64 in (0, 1), never 0, from 32-bit words."""
-    return np.asarray((words + 0.5) * 2.0**-32, np.float64)
+@overload
+def uniforms(words: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]: ...
+@overload
+def uniforms(words: Tensor) -> Tensor: ...
+def uniforms(words: npt.NDArray[np.int64] | Tensor) -> npt.NDArray[np.float64] | Tensor:
+    """Float64 in (0, 1), never 0 or 1, from 32-bit words."""
+    wide = words.double() if isinstance(words, Tensor) else words.astype(np.float64)
+    return (wide + 0.5) * 2.0**-32
 
 
 def normals(

@@ -1,5 +1,6 @@
 """Evaluation: every sample counted exactly once, one window or ten, one network or several."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
-from alexnet_dist.config import Config, fingerprint
+from alexnet_dist.config import Config, flat
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.dataset import Dataset, open_for
 from alexnet_dist.data.pipeline import Pipeline
@@ -50,7 +51,7 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
             threads = config.data.workers or torch.get_num_threads()
             return TorchPipeline(
                 config,
-                dataset.splits[split],
+                dataclasses.replace(dataset.splits[split], _files={}),  # its own, to close
                 dataset.statistics,
                 topology.device,
                 DTYPES[config.train.precision],
@@ -96,13 +97,13 @@ def evaluate_checkpoints(
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config)
     for checkpoint, other in zip(found, configs, strict=True):
-        differ = [
-            key
-            for key, value in fingerprint(other).items()
-            if key.startswith(("data.", "model.classes")) and value != fingerprint(config)[key]
-        ]
-        if differ:
-            raise ConfigError(f"{checkpoint.path}: {', '.join(differ)} differ from {found[0].path}")
+        for key in ("model.classes", "data.path", "data.eval_split", "evaluate.views"):
+            here, there = flat(other)[key], flat(config)[key]
+            if here != there:
+                raise ConfigError(
+                    f"{checkpoint.path}: {key}={here!r}, and {there!r} in {found[0].path}: to "
+                    f"average them give {key}=VALUE, if that fits both"
+                )
     average: list[Tensor] = []
     for checkpoint, own in zip(found, configs, strict=True):
         engine = make_engine(own, topology)

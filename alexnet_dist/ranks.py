@@ -38,6 +38,7 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
         shutdown_timeout=shutdown_timeout_s,
     )
     command = ["-m", "alexnet_dist", *arguments]
+    attempts_before = read_run(folder).get("attempt", 0)
     try:
         elastic_launch(config, sys.executable)(*command)
         return 0
@@ -50,7 +51,8 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
         return code if code > 0 else 1
     except SignalException as error:
         run = read_run(folder)
-        if run.get("state") in ("stopped", "finished"):
+        ended = run.get("state") in ("stopped", "finished")
+        if ended and run["attempt"] > attempts_before:  # else it tells of an earlier attempt
             return int(run["exit"])
         if error.sigval == signal.SIGINT:
             for child in psutil.Process().children():  # a second SIGINT, to ranks that still live

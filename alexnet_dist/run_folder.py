@@ -49,6 +49,7 @@ class RunFolder:
             "pid": os.getpid(),
             "started": time.time(),
         }
+        self.report("starting")
 
     def report(self, state: str, **more: Any) -> None:
         """Replace run.json; nothing where this process does not hold the folder."""

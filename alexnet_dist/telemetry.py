@@ -63,7 +63,7 @@ class Telemetry:
         self._columns, self._batch = config["model"]["columns"], config["train"]["batch"]
         path = folder / "metrics.jsonl"
         _cut(path, step, evaluated_step)
-        self._metrics = path.open("a")
+        self._metrics = path.open("a", buffering=1)  # a line at a time
         self._board = SummaryWriter(str(folder), purge_step=step + 1)
         if step == 0:
             text = yaml.safe_dump(dict(config), sort_keys=False)
@@ -162,7 +162,10 @@ def _cut(path: Path, step: int, evaluated_step: int) -> None:
     until = {"train": step, "eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
     aside = path.with_name(".metrics.jsonl.writing")
-    aside.write_text("".join(json.dumps(point) + "\n" for point in kept))
+    with aside.open("w") as file:
+        file.writelines(json.dumps(point) + "\n" for point in kept)
+        file.flush()
+        os.fsync(file.fileno())
     aside.replace(path)
 
 

@@ -1,6 +1,8 @@
 """A training run, top to bottom. The only loop."""
 
+import contextlib
 import dataclasses
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -12,10 +14,10 @@ import torch
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
-from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.dataset import Dataset, open_for
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, make_engine, on_host
-from alexnet_dist.errors import NonFiniteLoss
+from alexnet_dist.errors import ConfigError, NonFiniteLoss
 from alexnet_dist.evaluate import Score, evaluate, make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.preemption import EXITS, StopSignals
@@ -87,7 +89,21 @@ def train(config: Config) -> Outcome:
     dataset = open_for(config)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
+    try:
+        outcome = _run(config, signals, topology, dataset, digest, folder)
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            folder.report("failed", exit=getattr(error, "exit_code", 1), reason=f"{error}")
+        raise
+    leave()
+    return outcome
 
+
+def _run(
+    config: Config, signals: StopSignals, topology: Topology, dataset: Dataset, digest: str,
+    folder: RunFolder,
+) -> Outcome:  # fmt: skip
+    """The run itself, of ranks that are connected and a folder that is held."""
     samples = len(dataset.splits[config.data.train_split])
     schedule = Schedule.of(config, samples)
     engine = make_engine(config, topology)
@@ -122,6 +138,11 @@ def train(config: Config) -> Outcome:
                     score = evaluate(engine, config, topology, dataset, signals)
                     if score is None:
                         continue  # a signal: the poll above says so now
+                    if not math.isfinite(score.loss):
+                        raise NonFiniteLoss(
+                            f"the evaluation after step {step} gave a loss of {score.loss}: "
+                            "nothing was saved since. Lower schedule.rate, or warm up longer"
+                        )
                     _observe(score, progress, schedule)
                     kernels = engine.parameter("conv1.weight")
                     telemetry.evaluation(step, epoch, score.tags(), kernels)
@@ -159,13 +180,9 @@ def train(config: Config) -> Outcome:
         folder.report(state, exit=exit_code, step=progress.step, reason="signal" if stop else "")
         topology.barrier()
         signals.ignore()
-    except Exception as error:
-        folder.report("failed", exit=1, step=progress.step, reason=f"{error}")
-        raise
     finally:
         pipeline.close()
         telemetry.close()
-    leave()
     return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
 
 
@@ -188,6 +205,13 @@ def _resume(
             log.warning(f"not used: {error}")
         if found is not None:
             checkpoints.check_same_run(found, config, digest)
+            if found.step > schedule.last_step:
+                raise ConfigError(
+                    f"train.epochs={config.train.epochs:g}: ends at step {schedule.last_step}, and "
+                    f"the run in {folder.path} is at step {found.step}: raise it, or give another "
+                    "name="
+                )
+            checkpoints.set_aside(folder.checkpoints, after=found.step)
         folder.save_config()
         return None if found is None else str(found.path)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
-from alexnet_dist.errors import CheckpointError
+from alexnet_dist.errors import CheckpointError, NonFiniteLoss
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 2, 2), "conv1.bias": torch.randn(4)}
 BUFFERS = {f"momentum_buffer/{name}": tensor * 2 for name, tensor in TENSORS.items()}
@@ -131,6 +131,54 @@ def test_the_best_and_the_last_are_kept(tiny: Callable[..., Config], tmp_path: P
         "step-00000002", "step-00000004", "step-00000005",
     ]  # fmt: skip
     assert checkpoints.best(tmp_path).step == 2
+
+
+def test_damaged_checkpoints_never_displace_good_ones(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """A run that continues before damaged checkpoints keeps what it saves."""
+    for step in (16, 20, 24):
+        path = save(tmp_path, tiny(), step)
+        if step > 16:
+            (path / "model.safetensors").write_bytes(b"")
+    found, wrong = checkpoints.newest_good(tmp_path)
+    assert found is not None
+    assert (found.step, len(wrong)) == (16, 2)
+    checkpoints.set_aside(tmp_path, after=16)
+    save(tmp_path, tiny(), 18)
+    checkpoints.prune(tmp_path, keep_last=2, best_step=None)
+    assert [p.name for p in checkpoints.steps(tmp_path)] == ["step-00000016", "step-00000018"]
+
+
+def test_the_best_that_is_good_is_the_best(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    for step, error in ((1, 0.2), (2, 0.5), (3, 0.3)):
+        save(tmp_path, tiny(), step, error)
+    (tmp_path / "step-00000001" / "model.safetensors").write_bytes(b"")
+    assert checkpoints.best(tmp_path).step == 3
+
+
+def test_tensors_that_are_not_finite_are_not_saved(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    bad = {"conv1.bias": torch.tensor([1.0, float("nan")])}
+    for parameters, buffers in ((bad, BUFFERS), (TENSORS, bad)):
+        with pytest.raises(NonFiniteLoss, match=r"conv1\.bias is not finite; not saved"):
+            checkpoints.save(tmp_path, tiny(), "d", parameters, buffers, {"step": 1}, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_refuses_is_named(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, tiny(), 1)
+
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left"):
+        save(tmp_path, tiny(), 2)
+    assert checkpoints.newest_good(tmp_path)[0].step == 1  # type: ignore[union-attr]
 
 
 def test_another_runs_checkpoint_is_refused_by_key(

@@ -99,6 +99,17 @@ def test_idx_files_need_not_be_gzipped(tmp_path: Path) -> None:
     assert "packed 20 train" in prepare_fashion_mnist(idx, tmp_path / "out")
 
 
+@pytest.mark.parametrize("damage", ["torn", "removed", "list"])
+def test_preparing_over_a_damaged_data_set_says_so(tmp_path: Path, damage: str) -> None:
+    idx = write_idx(tmp_path / "idx", 20, 10)
+    prepare_fashion_mnist(idx, tmp_path / "out")
+    path = tmp_path / "out" / "dataset.json"
+    content = {"torn": path.read_text()[:50], "list": "[]"}.get(damage)
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(DatasetError, match=r"dataset\.json (is missing|cannot be read|is damaged)"):
+        prepare_fashion_mnist(idx, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [

@@ -44,6 +44,8 @@ def test_numpy_and_torch_draw_the_same_bits() -> None:
     np.testing.assert_array_equal(
         draws.integers(of_numpy[0], 29), draws.integers(of_torch[0], 29).numpy()
     )
+    np.testing.assert_array_equal(draws.uniforms(of_numpy[1]), draws.uniforms(of_torch[1]).numpy())
+    assert draws.uniforms(torch.tensor([2**32 - 1])).item() < 1
 
 
 def test_words_are_uniform_and_independent() -> None:

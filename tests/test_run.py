@@ -306,6 +306,17 @@ def test_another_config_in_the_same_folder_is_refused(command: Callable[..., lis
     assert other.stderr.count("\n") == 1
 
 
+def test_a_run_cannot_end_before_where_it_is(command: Callable[..., list[str]], runs: Path) -> None:
+    steps = "schedule.kind=steps"
+    assert alexnet_dist(*command("shorter", "train.epochs=2", steps)).returncode == 0
+    result = alexnet_dist(*command("shorter", "train.epochs=1", steps))
+    assert result.returncode == 2
+    assert "train.epochs=1: ends at step 8, and the run in" in result.stderr
+    assert read_run(runs / "shorter")["state"] == "failed"
+    assert alexnet_dist(*command("shorter", "train.epochs=3", steps)).returncode == 0
+    assert read_run(runs / "shorter")["step"] == 22
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
     command: Callable[..., list[str]], runs: Path
 ) -> None:

@@ -89,10 +89,12 @@ class Dataset:
 
     Attributes:
         digest: SHA-256 of dataset.json, which holds those of all other files.
+        source: what it was made of.
     """
 
     folder: Path
     digest: str
+    source: Mapping[str, Any]
     classes: tuple[str, ...]
     statistics: Statistics
     splits: Mapping[str, Split]
@@ -113,7 +115,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     except FileNotFoundError:
         raise DatasetError(
             f"{path} is missing: make the data set with `alexnet-dist prepare SOURCE PATH "
-            f"{folder}`, or set data.path to where it lies"
+            f"{folder}` (remove the folder first if it is there), or set data.path to where it lies"
         ) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
@@ -137,7 +139,8 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     shapes = [array.shape for array in (statistics.mean_rgb, statistics.eigenvectors)]
     if shapes != [(3,), (3, 3)] or statistics.mean_image.shape[2] != 3:
         raise DatasetError(f"{path}: colour statistics have wrong shapes: prepare it again")
-    return Dataset(folder, hashlib.sha256(text).hexdigest(), classes, statistics, splits)
+    digest = hashlib.sha256(text).hexdigest()
+    return Dataset(folder, digest, meta.get("source", {}), classes, statistics, splits)
 
 
 def open_for(config: Config, verify_hashes: bool = False) -> Dataset:

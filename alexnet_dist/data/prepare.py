@@ -57,13 +57,12 @@ def prepare_fashion_mnist(path: Path, out: Path) -> str:
     }
     files = [file for pair in names.values() for file in pair]
     source = {"kind": "fashion_mnist", "sha256": {file.name: sha256(file) for file in files}}
-    if (out / "dataset.json").exists():
-        made_of = json.loads((out / "dataset.json").read_bytes()).get("source")
+    if out.exists():
+        made_of = open_dataset(out, verify_hashes=True).source
         if made_of != source:
             raise DatasetError(
                 f"{out} holds a data set of other files: remove it, or name another folder"
             )
-        open_dataset(out, verify_hashes=True)
         return f"{out}: already prepared from these files, and whole"
     splits = {}
     for split, (images_file, labels_file) in names.items():
@@ -74,7 +73,10 @@ def prepare_fashion_mnist(path: Path, out: Path) -> str:
                 f"{len(images)} images of {len(FASHION_MNIST_CLASSES)} classes"
             )
         splits[split] = (images, labels)
-    _pack(splits, FASHION_MNIST_CLASSES, source, out)
+    try:
+        _pack(splits, FASHION_MNIST_CLASSES, source, out)
+    except OSError as error:
+        raise DatasetError(f"{out} cannot be written: {error}") from error
     counts = ", ".join(f"{len(labels)} {split}" for split, (_, labels) in splits.items())
     return f"{out}: packed {counts} images of {len(FASHION_MNIST_CLASSES)} classes"
 
