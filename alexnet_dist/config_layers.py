@@ -74,7 +74,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     if isinstance(source, Mapping):
         return "a saved config", source
     text = str(source)
-    if "=" in text and not Path(text).is_file():
+    if "=" in text and not _is_file(Path(text)):
         key, _, value = text.partition("=")
         if not re.fullmatch(r"[A-Za-z_][\w.]*", key):
             raise ConfigError(
@@ -85,7 +85,8 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise ConfigError(f"{text!r}: {value!r} is not a YAML value: {_line(error)}") from error
         return "the command line", parsed  # type: ignore[return-value]
-    path = next((p for p in _candidates(text) if p.is_file()), None)
+    shipped_names = (configs_folder() / text, configs_folder() / f"{text}.yaml")
+    path = next(filter(_is_file, (Path(text), *shipped_names)), None)
     if path is None:
         if text in {dotted for dotted, _, _ in keys()}:
             raise ConfigError(f"{text!r} is a key without a value: write {text}=VALUE")
@@ -107,9 +108,11 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     return str(path), layer  # type: ignore[return-value]
 
 
-def _candidates(text: str) -> list[Path]:
-    shipped = configs_folder() / text
-    return [Path(text), shipped, shipped.with_name(shipped.name + ".yaml")]
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name a file could have
+        return False
 
 
 def _line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import alexnet_dist
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alexnet_dist.config import Config, fingerprint, flat, keys
@@ -140,7 +140,14 @@ def test_the_fingerprint_holds_what_defines_the_run(tiny: Callable[..., Config])
     assert longer != fingerprint(tiny("schedule.kind=polynomial"))
 
 
-@given(st.text(max_size=40))
+VALUES = st.text(max_size=300) | st.builds(repr, st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=9), inner),
+))  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(VALUES | st.builds("{}={}".format, st.sampled_from([k for k, _, _ in keys()]), VALUES))
 def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
         assert isinstance(load_config([text]), Config)
