@@ -29,6 +29,7 @@ from torch import Tensor
 
 from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import sha256
 from alexnet_dist.errors import CheckpointError, NonFiniteLoss
 
 VERSION = 1
@@ -108,8 +109,16 @@ def save(
                 f"step {progress['step']}: {name} is not finite; not saved, older checkpoints are. "
                 "Lower schedule.rate, warm up longer, or look at the data"
             )
+    manifest = {
+        "version": VERSION,
+        "step": int(progress["step"]),
+        "error": error,
+        "dataset": dataset_digest,
+        "config": flat(config),
+        "torch": torch.__version__,
+    }
     try:
-        return _write(folder, config, dataset_digest, parameters, optimizer, progress, error)
+        return _write(folder, manifest, parameters, optimizer, progress)
     except (OSError, SafetensorError) as failure:
         raise CheckpointError(
             f"{folder}: the checkpoint of step {progress['step']} could not be written "
@@ -119,35 +128,25 @@ def save(
 
 def _write(
     folder: Path,
-    config: Config,
-    dataset_digest: str,
+    manifest: Mapping[str, Any],
     parameters: Mapping[str, Tensor],
     optimizer: Mapping[str, Tensor],
     progress: Mapping[str, Any],
-    error: float | None,
 ) -> Path:
-    step = int(progress["step"])
-    final = folder / f"step-{step:08d}"
+    """Aside, synced, renamed; `manifest` lacks the files' hashes and its own."""
+    final = folder / f"step-{manifest['step']:08d}"
     aside = folder / f".writing-{final.name}"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     save_file(dict(parameters), aside / "model.safetensors")
     save_file(dict(optimizer), aside / "optimizer.safetensors")
     _write_json(aside / "progress.json", progress)
-    files = {
-        name: {"size": (aside / name).stat().st_size, "sha256": _synced_sha256(aside / name)}
-        for name in ("model.safetensors", "optimizer.safetensors", "progress.json")
-    }
-    manifest = {
-        "version": VERSION,
-        "step": step,
-        "error": error,
-        "dataset": dataset_digest,
-        "config": flat(config),
-        "torch": torch.__version__,
-        "files": files,
-    }
-    _write_json(aside / "manifest.json", manifest | {"sha256": _own_sha256(manifest)})
+    files = {}
+    for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
+        _sync(aside / name)
+        files[name] = {"size": (aside / name).stat().st_size, "sha256": sha256(aside / name)}
+    whole = {**manifest, "files": files}
+    _write_json(aside / "manifest.json", whole | {"sha256": _own_sha256(whole)})
     _sync(aside / "manifest.json")
     _sync(aside)
     if final.exists():  # the same step again: a damaged one, or one from before an evaluation
@@ -172,7 +171,7 @@ def verify(path: Path) -> Checkpoint:
             size = (path / name).stat().st_size
             if size != expected["size"]:
                 raise CheckpointError(f"{path / name}: {size} bytes, wrote {expected['size']}")
-            if _sha256(path / name) != expected["sha256"]:
+            if sha256(path / name) != expected["sha256"]:
                 raise CheckpointError(f"{path / name}: SHA-256 differs from what was written")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
@@ -295,13 +294,3 @@ def _sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
-
-
-def _synced_sha256(path: Path) -> str:
-    _sync(path)
-    return _sha256(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
