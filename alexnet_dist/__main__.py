@@ -59,9 +59,24 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("prepare", _prepare, "turn a source of images into a packed data set")
-    sub.add_argument("source", choices=("fashion_mnist",))
-    sub.add_argument("path", type=Path, help="folder of the source's files")
+    sub.add_argument("source", choices=("imagenet", "folder", "cifar10", "fashion_mnist"))
+    sub.add_argument(
+        "path", type=Path, nargs="?", help="folder of the source's files; fashion_mnist: Debian's"
+    )
     sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("--keep", action="store_true", help="images keep their size; else 256 × 256")
+    sub.add_argument(
+        "--max-bad", type=float, default=0.001, metavar="SHARE", help="images that may be refused"
+    )
+    sub.add_argument("--workers", type=int, default=0, help="processes; 0: the cores")
+    sub.add_argument(
+        "--part", type=_part, metavar="I/N", help="every Nth shard; without it: the rest, and merge"
+    )
+
+    sub = command("inspect", _inspect, "verify a packed data set, and show what is in it")
+    sub.add_argument("data", type=Path, help="folder that prepare made")
+    sub.add_argument("--sheet", type=Path, help="PNG to draw samples in; DATA/contact-sheet.png")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("figures", _figures, "draw a run's kernels and curves")
     sub.add_argument("run_folder", type=Path)
@@ -124,9 +139,30 @@ def _words(score: "Score") -> str:
 
 
 def _prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from alexnet_dist.data.prepare import prepare_fashion_mnist
+    from alexnet_dist.data.prepare import Options, prepare
 
-    print(prepare_fashion_mnist(options.path, options.out))
+    how = Options(options.keep, options.max_bad, options.workers, options.part)
+    print(prepare(options.source, options.path, options.out, how))
+    return 0
+
+
+def _part(text: str) -> tuple[int, int]:
+    """i/n, as in --part 2/8."""
+    i, n = map(int, text.split("/"))
+    if not 1 <= i <= n:
+        raise ValueError(text)
+    return i, n
+
+
+def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.data.inspect import inspect
+
+    found = inspect(options.data, options.sheet or options.data / "contact-sheet.png")
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for what, finding in found.items():
+            print(f"{what:22}{finding}")
     return 0
 
 

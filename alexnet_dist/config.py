@@ -68,12 +68,19 @@ class DataConfig:
     path: Annotated[str, Key("packed data set, made by `alexnet-dist prepare`", free=True)]
     train_split: Annotated[str, Key("split to train on")]
     eval_split: Annotated[str, Key("split to evaluate on")]
-    pipeline: Annotated[Literal["torch"], Key("who decodes", free=True)]
+    pipeline: Annotated[
+        Literal["torch", "dali"],
+        Key("who decodes: torchvision in threads, or DALI (nvJPEG on a GPU)", free=True),
+    ]
     workers: Annotated[
         int, Key("decoding threads a rank; 0 = the rank's cores", ge=0, le=256, free=True)
     ]
     prefetch: Annotated[int, Key("batches decoded ahead", ge=1, le=64, free=True)]
     verify_hashes: Annotated[bool, Key("hash every shard before the first step", free=True)]
+    max_damaged: Annotated[
+        float,
+        Key("share of a split that may be found damaged in an epoch", ge=0, le=1, free=True),
+    ]
     canvas: Annotated[int, Key("side of the image windows are cut from, pixels", ge=67)]
     random_crop: Annotated[bool, Key("train on random windows; else the centre's")]
     flip: Annotated[bool, Key("mirror half of the training windows")]

@@ -35,9 +35,10 @@ class Engine(Protocol):
         """One update from this replica's samples of a step.
 
         Returns:
-            (4,) float64 on the device, over all replicas: sum of losses, count of labels ranked
-            first, count among the first five, and 0 if the loss was finite, so that the update
-            was made, else not 0. Reading it waits for the device; a step later it is free.
+            (5,) float64 on the device, over all replicas: sum of losses, count of labels ranked
+            first, count among the first five, 0 if the loss was finite, so that the update was
+            made, else not 0, and count of damaged samples. Reading it waits for the device; a step
+            later it is free.
         """
 
     def predict(self, windows: Tensor) -> Tensor:
@@ -79,15 +80,16 @@ class ColumnEngine:
         mine = share(size, self.topology.replica, self.topology.replicas)
         slots = torch.arange(mine.start, mine.stop, device=self.topology.device)
         scale = self.optimizer.loss_scale(rate) / size
-        stats = torch.zeros(4, dtype=torch.float64, device=self.topology.device)
+        stats = torch.zeros(5, dtype=torch.float64, device=self.topology.device)
         for part in range(parts):
             rows = slice(part * n // parts, (part + 1) * n // parts)
             with self._autocast():
                 logits = self.model(batch.windows[rows], slots[rows], step)
             loss, counts = scored(logits, batch.labels[rows])
             (loss * scale).backward()
-            stats += counts
+            stats[:3] += counts
         stats[3] = (~stats[0].isfinite()).to(stats.dtype)
+        stats[4] = batch.damaged.sum()
         self.optimizer.step(rate, skip=stats[3].float())
         return stats
 
@@ -136,7 +138,7 @@ class ColumnEngine:
 
 
 def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and (4,) float64: it, top-1 and top-5 counts, 0; no host sync.
+    """Summed cross-entropy, and (3,) float64: it, top-1 and top-5 counts; no host sync.
 
     Args:
         logits: (n, classes).
@@ -146,7 +148,7 @@ def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
     rank = label_ranks(logits.detach(), labels)
-    counts = [loss.detach(), (rank < 1).sum(), (rank < 5).sum(), torch.zeros_like(loss)]
+    counts = [loss.detach(), (rank < 1).sum(), (rank < 5).sum()]
     return loss, torch.stack([count.double() for count in counts])
 
 

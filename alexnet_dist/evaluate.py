@@ -12,10 +12,11 @@ from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
 from alexnet_dist.config_layers import load_config
-from alexnet_dist.data.dataset import Dataset, open_for
+from alexnet_dist.data.dataset import Dataset, check_damaged, open_for
 from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.data.torch_pipeline import TorchPipeline
+from alexnet_dist.data.windows import Finish
 from alexnet_dist.engine import DTYPES, Engine, label_ranks, make_engine
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.preemption import StopSignals
@@ -24,7 +25,10 @@ from alexnet_dist.topology import Topology, connect
 
 @dataclass(frozen=True)
 class Score:
-    """Exact counts over a split, and the mean loss (nats) of the averaged softmax outputs."""
+    """Exact counts over a split, and the mean loss (nats) of the averaged softmax outputs.
+
+    Damaged samples are not among `samples`, and never counted.
+    """
 
     samples: int
     correct1: int
@@ -46,17 +50,17 @@ class Score:
 
 def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
     """The pipeline a config names, over one split, for this rank."""
+    device = topology.device
+    finish = Finish(config, dataset.statistics, device, DTYPES[config.train.precision])
+    own = dataclasses.replace(dataset.splits[split], _files={})  # its own files, to close
+    threads = config.data.workers or torch.get_num_threads()
     match config.data.pipeline:
         case "torch":
-            threads = config.data.workers or torch.get_num_threads()
-            return TorchPipeline(
-                config,
-                dataclasses.replace(dataset.splits[split], _files={}),  # its own, to close
-                dataset.statistics,
-                topology.device,
-                DTYPES[config.train.precision],
-                threads,
-            )
+            return TorchPipeline(config, own, device, finish, threads)
+        case "dali":
+            from alexnet_dist.data.dali_pipeline import DaliPipeline
+
+            return DaliPipeline(config, own, device, finish, threads)
 
 
 def evaluate(
@@ -71,16 +75,14 @@ def evaluate(
     Returns:
         The score, alike on every rank; None where a signal stopped it.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(4, dtype=torch.float64)
     for probabilities, labels in _probabilities(engine, config, topology, dataset):
         totals += _counted(probabilities, labels)
         if signals is not None and signals.poll(topology):
             return None
     if topology.column != 0:  # a replica's columns hold the same probabilities
         totals.zero_()
-    loss, correct1, correct5 = topology.sum(totals).tolist()
-    samples = len(dataset.splits[config.data.eval_split])
-    return Score(samples, int(correct1), int(correct5), loss / samples)
+    return _score(topology.sum(totals), config, dataset)
 
 
 def evaluate_checkpoints(
@@ -104,17 +106,14 @@ def evaluate_checkpoints(
                     f"{checkpoint.path}: {key}={here!r}, and {there!r} in {found[0].path}: to "
                     f"average them give {key}=VALUE, if that fits both"
                 )
-    average: list[Tensor] = []
+    average, labels = torch.zeros(()), torch.zeros(())
     for checkpoint, own in zip(found, configs, strict=True):
         engine = make_engine(own, topology)
         engine.load(checkpoint.parameters(), None)
-        outputs = _probabilities(engine, own, topology, dataset)
-        parts = torch.cat([probabilities.cpu() for probabilities, _ in outputs]) / len(found)
-        average = [average[0] + parts] if average else [parts]
-    split = dataset.splits[config.data.eval_split]
-    labels = torch.from_numpy(split.labels(torch.arange(len(split)).numpy()))
-    loss, correct1, correct5 = _counted(average[0], labels).tolist()
-    return Score(len(split), int(correct1), int(correct5), loss / len(split)), found
+        outputs = list(_probabilities(engine, own, topology, dataset))
+        average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
+        labels = torch.cat([part.cpu() for _, part in outputs])
+    return _score(_counted(average, labels), config, dataset), found
 
 
 def _probabilities(
@@ -122,7 +121,8 @@ def _probabilities(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Softmax outputs averaged over views (n, classes) and labels (n,), batch by batch.
 
-    Every rank goes through as many batches, of any size, even none.
+    The label of a damaged sample is −1. Every rank goes through as many batches, of any size, even
+    none.
     """
     total, size = len(dataset.splits[config.data.eval_split]), config.evaluate.batch
     wholes = [range(start, min(start + size, total)) for start in range(0, total, size)]
@@ -133,20 +133,33 @@ def _probabilities(
     try:
         batches = pipeline.batches(evaluation_plan(config, mine))
         for part, sizes in zip(batches, counts, strict=True):
-            views = config.evaluate.views
-            batch = part.joined(sizes, topology.column_group, views)
-            outputs = engine.predict(batch.windows).softmax(1).unflatten(0, (-1, views))
-            yield outputs.mean(1), batch.labels
+            batch = part.joined(sizes, topology.column_group)
+            outputs = engine.predict(batch.windows).softmax(1)
+            labels = batch.labels.masked_fill(batch.damaged, -1)
+            yield outputs.unflatten(0, (-1, config.evaluate.views)).mean(1), labels
     finally:
         pipeline.close()
 
 
 def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(3,) float64 on the CPU: summed loss, labels ranked first, and among the first five."""
-    own = probabilities.double().gather(1, labels[:, None])
+    """(4,) float64 on the CPU: samples, summed loss, labels ranked first, among the first five.
+
+    Samples of a negative label are left out.
+    """
+    counts, labels = labels >= 0, labels.clamp_min(0)
+    own = probabilities.double().gather(1, labels[:, None])[:, 0]
     rank = label_ranks(probabilities, labels)
-    loss = -own.clamp_min(torch.finfo(torch.float64).tiny).log().sum()
-    return torch.stack([loss, (rank < 1).sum().double(), (rank < 5).sum().double()]).cpu()
+    loss = -own.clamp_min(torch.finfo(torch.float64).tiny).log()
+    sums = [counts, loss * counts, (rank < 1) & counts, (rank < 5) & counts]
+    return torch.stack([value.double().sum() for value in sums]).cpu()
+
+
+def _score(totals: Tensor, config: Config, dataset: Dataset) -> Score:
+    """The score of `_counted` over the split; raises DatasetError where too much is damaged."""
+    samples, loss, correct1, correct5 = totals.tolist()
+    split = dataset.splits[config.data.eval_split]
+    check_damaged(config, split, len(split) - int(samples))
+    return Score(int(samples), int(correct1), int(correct5), loss / samples)
 
 
 def _checkpoint_at(path: Path) -> Checkpoint:

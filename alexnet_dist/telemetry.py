@@ -5,6 +5,7 @@
 | train/loss | nats a sample, mean since the last point |
 | train/top1, train/top5 | share of labels ranked first, among the first five, in training |
 | train/rate | learning rate ε |
+| train/damaged | samples of this epoch that were damaged, so that others stood in for them |
 | train/epoch, eval/epoch | passes over the training split so far |
 | eval/loss, eval/top1, eval/top5 | the same on the evaluation split |
 | eval/correct1, eval/correct5, eval/samples | the counts behind them, in metrics.jsonl alone |
@@ -43,8 +44,15 @@ def configure_logging(topology: Topology) -> None:
     log.setLevel(logging.INFO if topology.leads else logging.WARNING)
 
 
+class _JsonLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps({"time": record.created, "reason": record.getMessage()})
+
+
 class Telemetry:
     """The metrics of one run from a step on; silent on all ranks but 0.
+
+    Each rank appends the samples that it found damaged to quarantine.jsonl.
 
     Args:
         folder: the run folder.
@@ -58,6 +66,9 @@ class Telemetry:
         last_step: int, leads: bool,
     ) -> None:  # fmt: skip
         self._step, self._last_step, self._leads = step, last_step, leads
+        self._quarantine = logging.FileHandler(folder / "quarantine.jsonl", delay=True)
+        self._quarantine.setFormatter(_JsonLine())
+        logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
         if not leads:
             return
         self._columns, self._batch = config["model"]["columns"], config["train"]["batch"]
@@ -88,7 +99,8 @@ class Telemetry:
             f"epoch {epoch:.2f}  step {step}/{self._last_step}  loss {values['loss']:.4f}  "
             f"top-1 {values['top1']:.1%}  top-5 {values['top5']:.1%}  rate {values['rate']:.2e}  "
             f"{speed['images_per_s']:.0f} images/s  data wait {speed['data_wait']:.0%}  "
-            f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
+            + (f"damaged {values['damaged']:.0f}  " if values["damaged"] else "")
+            + f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
         )
         if self._terminal:
             self._bar.set_description_str(line, refresh=False)
@@ -129,6 +141,8 @@ class Telemetry:
             self._board.flush()
 
     def close(self) -> None:
+        logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
+        self._quarantine.close()
         if self._leads:
             self._bar.close()
             self._board.close()

@@ -14,7 +14,7 @@ import torch
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
-from alexnet_dist.data.dataset import Dataset, open_for
+from alexnet_dist.data.dataset import Dataset, Split, check_damaged, open_for
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, make_engine, on_host
 from alexnet_dist.errors import ConfigError, NonFiniteLoss
@@ -54,6 +54,7 @@ class Progress:
         best_step: where the validation error was lowest.
         best_error: how low.
         interval: sums since the last log point: losses, top-1 and top-5 counts, samples.
+        damaged: samples of this epoch that others stood in for.
     """
 
     step: int = 0
@@ -62,6 +63,7 @@ class Progress:
     best_step: int | None = None
     best_error: float = 2.0  # above any
     interval: list[float] = field(default_factory=lambda: [0.0] * 4)
+    damaged: int = 0
 
     def take_interval(self) -> dict[str, float]:
         """Means since the last log point; begins a new interval."""
@@ -72,7 +74,8 @@ class Progress:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
         score = state["score"] and Score(**state["score"])
-        return cls(**{f.name: state[f.name] for f in dataclasses.fields(cls)} | {"score": score})
+        known = {f.name: state[f.name] for f in dataclasses.fields(cls) if f.name in state}
+        return cls(**known | {"score": score})
 
 
 def train(config: Config) -> Outcome:
@@ -104,12 +107,12 @@ def _run(
     folder: RunFolder,
 ) -> Outcome:  # fmt: skip
     """The run itself, of ranks that are connected and a folder that is held."""
-    samples = len(dataset.splits[config.data.train_split])
-    schedule = Schedule.of(config, samples)
+    split = dataset.splits[config.data.train_split]
+    schedule = Schedule.of(config, len(split))
     engine = make_engine(config, topology)
     progress = _resume(folder, engine, schedule, config, digest, topology)
     folder.report("running", step=progress.step, last_step=schedule.last_step)
-    log.info(_opening(config, topology, folder, progress, schedule, samples))
+    log.info(_opening(config, topology, folder, progress, schedule, len(split)))
     telemetry = Telemetry(
         folder.path, dataclasses.asdict(config), progress.step, progress.evaluated_step,
         schedule.last_step, topology.leads,
@@ -119,7 +122,7 @@ def _run(
     size = config.train.batch
     shares = topology.shares(range(size))
     counts = [len(slots) for slots in shares]
-    sampler = TrainSampler(config, samples, dataset.statistics)
+    sampler = TrainSampler(config, len(split), dataset.statistics)
     plan = sampler.plan(progress.step, schedule.last_step, shares[topology.column])
     pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
     batches = pipeline.batches(plan)
@@ -133,7 +136,7 @@ def _run(
             stop = signals.poll(topology)
 
             if not stop and _evaluation_due(config, schedule, progress):
-                _settle(pending, progress, size)
+                _settle(pending, progress, config, split)
                 with telemetry.paused():
                     score = evaluate(engine, config, topology, dataset, signals)
                     if score is None:
@@ -151,7 +154,7 @@ def _run(
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
             if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
-                _settle(pending, progress, size)
+                _settle(pending, progress, config, split)
                 with telemetry.paused():
                     telemetry.flush()
                     _save(folder, engine, config, digest, progress, schedule, topology)
@@ -168,11 +171,12 @@ def _run(
             progress.step = step + 1
 
             log_now = progress.step % config.log.every_steps == 0
-            _settle(pending, progress, size, but=0 if log_now else 1)
+            _settle(pending, progress, config, split, but=0 if log_now else 1)
             if log_now:
                 epoch = progress.step / schedule.steps_per_epoch
                 means = progress.take_interval()
-                telemetry.train(progress.step, epoch, means | {"rate": rate}, wait_s)
+                means |= {"rate": rate, "damaged": float(progress.damaged)}
+                telemetry.train(progress.step, epoch, means, wait_s)
                 wait_s = 0.0
 
         exit_code = 0 if finished else EXITS[stop]
@@ -242,19 +246,25 @@ def _save(
 
 
 def _settle(
-    pending: deque[Callable[[], list[float]]], progress: Progress, size: int, but: int = 0
-) -> None:
+    pending: deque[Callable[[], list[float]]], progress: Progress, config: Config, split: Split,
+    but: int = 0,
+) -> None:  # fmt: skip
     """Account for steps whose numbers have reached the host, all `but` the newest."""
+    size = config.train.batch
     while len(pending) > but:
-        loss, top1, top5, failed = pending.popleft()()
+        loss, top1, top5, failed, damaged = pending.popleft()()
+        step = progress.step - len(pending)
         if failed:
-            step = progress.step - len(pending)
             raise NonFiniteLoss(
                 f"the loss of step {step} is {loss}: its update was not made, nothing was saved "
                 "since. Lower schedule.rate, warm up longer, or look at the data"
             )
         for place, value in enumerate((loss, top1, top5, size)):
             progress.interval[place] += value
+        if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # an epoch begins
+            progress.damaged = 0
+        progress.damaged += int(damaged)
+        check_damaged(config, split, progress.damaged)
 
 
 def _observe(score: Score, progress: Progress, schedule: Schedule) -> None:

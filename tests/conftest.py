@@ -16,7 +16,8 @@ import pytest
 
 from alexnet_dist.config import Config
 from alexnet_dist.config_layers import configs_folder, load_config
-from alexnet_dist.data.prepare import prepare_fashion_mnist, read_idx
+from alexnet_dist.data.arrays import read_idx
+from alexnet_dist.data.prepare import Options, prepare
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"
 
@@ -56,7 +57,7 @@ def write_idx(folder: Path, train: int, test: int) -> Path:
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed data set of 60 training and 23 test images; not to be changed."""
     root = tmp_path_factory.mktemp("packed")
-    prepare_fashion_mnist(write_idx(root / "idx", 60, 23), root / "data")
+    prepare("fashion_mnist", write_idx(root / "idx", 60, 23), root / "data", Options(workers=1))
     return root / "data"
 
 

@@ -130,7 +130,7 @@ def test_odd_class_counts_split_on_columns(classes: int, micro_batches: int) -> 
     generator = torch.Generator().manual_seed(classes)
     windows = torch.randn(8, 3, 67, 67, dtype=torch.float64, generator=generator)
     labels = torch.arange(8) % classes
-    batch = Batch(windows, labels, torch.arange(8), torch.zeros(8, 3))
+    batch = Batch(windows, labels, torch.arange(8), torch.zeros(8, 3), torch.zeros(8).bool())
     stats, logits, (parameters, momenta) = one_step(config, batch)
     ours = on_ranks(2, one_step, on_columns(config), batch)
     assert logits.shape == (8, classes)

@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 from torchvision.io import encode_jpeg
 
 from alexnet_dist.config import Config
+from alexnet_dist.data.arrays import read_idx
 from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
 from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.data.prepare import prepare_fashion_mnist, read_idx
+from alexnet_dist.data.prepare import prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
-from alexnet_dist.data.torch_pipeline import TorchPipeline, on_canvas
+from alexnet_dist.data.torch_pipeline import TorchPipeline
+from alexnet_dist.data.windows import Finish, on_canvas
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.evaluate import make_pipeline
 from alexnet_dist.topology import Topology
@@ -81,14 +83,14 @@ def test_statistics_are_numpys_over_all_training_pixels(packed: Path) -> None:
 def test_preparing_again_gives_the_same_bytes_or_says_done(tmp_path: Path) -> None:
     idx = write_idx(tmp_path / "idx", 30, 10)
     for name in ("a", "b"):
-        assert "packed 30 train, 10 test" in prepare_fashion_mnist(idx, tmp_path / name)
+        assert "packed 30 train, 10 test" in prepare("fashion_mnist", idx, tmp_path / name)
     for path in (tmp_path / "a").rglob("*.*"):
         other = tmp_path / "b" / path.relative_to(tmp_path / "a")
         assert path.is_dir() or path.read_bytes() == other.read_bytes()
-    assert "already prepared" in prepare_fashion_mnist(idx, tmp_path / "a")
+    assert "already prepared" in prepare("fashion_mnist", idx, tmp_path / "a")
     other = write_idx(tmp_path / "idx2", 31, 10)
-    with pytest.raises(DatasetError, match="holds a data set of other files: remove it"):
-        prepare_fashion_mnist(other, tmp_path / "a")
+    with pytest.raises(DatasetError, match="holds a data set of other files or options: remove it"):
+        prepare("fashion_mnist", other, tmp_path / "a")
 
 
 def test_idx_files_need_not_be_gzipped(tmp_path: Path) -> None:
@@ -96,18 +98,18 @@ def test_idx_files_need_not_be_gzipped(tmp_path: Path) -> None:
     for path in list(idx.iterdir()):
         (idx / path.stem).write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
-    assert "packed 20 train" in prepare_fashion_mnist(idx, tmp_path / "out")
+    assert "packed 20 train" in prepare("fashion_mnist", idx, tmp_path / "out")
 
 
 @pytest.mark.parametrize("damage", ["torn", "removed", "list"])
 def test_preparing_over_a_damaged_data_set_says_so(tmp_path: Path, damage: str) -> None:
     idx = write_idx(tmp_path / "idx", 20, 10)
-    prepare_fashion_mnist(idx, tmp_path / "out")
+    prepare("fashion_mnist", idx, tmp_path / "out")
     path = tmp_path / "out" / "dataset.json"
     content = {"torn": path.read_text()[:50], "list": "[]"}.get(damage)
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(DatasetError, match=r"dataset\.json (is missing|cannot be read|is damaged)"):
-        prepare_fashion_mnist(idx, tmp_path / "out")
+        prepare("fashion_mnist", idx, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_bad_source_is_named_and_leaves_nothing(
     if changed is not None:
         path.write_bytes(changed)
     with pytest.raises(DatasetError, match=message):
-        prepare_fashion_mnist(idx, tmp_path / "out")
+        prepare("fashion_mnist", idx, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -320,7 +322,7 @@ def test_the_ten_views_are_corners_centre_and_flips(tiny: Callable[..., Config])
 
 def batches(config: Config, split: str, plan: Any) -> list[Batch]:
     pipeline = make_pipeline(config, Topology(), open_for(config), split)
-    found = list(pipeline.batches(plan))
+    found = [decoded.joined([len(decoded.facts)], None) for decoded in pipeline.batches(plan)]
     pipeline.close()
     return found
 
@@ -391,12 +393,13 @@ def test_a_colour_jpeg_off_canvas_is_resized_and_centred(
 
     from alexnet_dist.data.dataset import Split
 
-    index = np.array([(0, 512, len(encoded), 1, zlib.crc32(encoded))], INDEX)
+    index = np.array([(0, 512, len(encoded), 1, zlib.crc32(encoded), 90, 120)], INDEX)
     config = tiny("data.subtract=nothing", "data.divide_by=[1,1,1]", "train.precision=fp32")
-    pipeline = TorchPipeline(
-        config, Split("x", (path,), index), AXES, torch.device("cpu"), torch.float32, 1
-    )
-    (batch,) = pipeline.batches(evaluation_plan(config, [range(1)]))
+    cpu = torch.device("cpu")
+    finish = Finish(config, AXES, cpu, torch.float32)
+    pipeline = TorchPipeline(config, Split("x", (path,), index), cpu, finish, 1)
+    (decoded,) = pipeline.batches(evaluation_plan(config, [range(1)]))
+    batch = decoded.joined([1], None)
     pipeline.close()
     # 90 → 72 rows, 120 → 96 columns; the centre's 72; the window begins 2 in: column 14 of 96.
     columns = (torch.arange(67) + 14 + 0.5) * 120 / 96 - 0.5

@@ -9,8 +9,10 @@ A sample is read by one `pread`, and its checksum compared before it is decoded:
 decoder takes a flipped byte in silence. Nothing here is a pickle.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import zlib
@@ -25,10 +27,14 @@ import numpy.typing as npt
 from alexnet_dist.config import Config
 from alexnet_dist.errors import ConfigError, DatasetError
 
-VERSION = 1
+VERSION = 2
+# Of each sample: the shard, where its encoded image begins in it and how long that is (bytes), its
+# class, the checksum of the encoded image, and the image's height and width (pixels).
 INDEX = np.dtype(
-    [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4")]
-)
+    [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4"),
+     ("height", "<u2"), ("width", "<u2")]
+)  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,20 +69,50 @@ class Split:
     def labels(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         return self.index["label"][ids].astype(np.int64)
 
-    def read(self, sample: int) -> bytes:
+    def uniform(self, side: int) -> bool:
+        """Whether every image is a square of this side."""
+        return bool((self.index["height"] == side).all() and (self.index["width"] == side).all())
+
+    def read(self, sample: int) -> bytearray:
         """A sample's encoded image; raises DatasetError where its checksum does not match."""
-        shard, offset, size, _, crc32 = self.index[sample].tolist()
+        shard, offset, size, _, crc32, *_ = self.index[sample].tolist()
+        encoded = bytearray(size)
+        try:
+            os.preadv(self._file(shard), [encoded], offset)
+        except OSError as error:
+            raise DatasetError(
+                f"{self.shards[shard]}: sample {sample} of split {self.name!r} cannot be read "
+                f"({error.strerror})"
+            ) from error
+        if zlib.crc32(encoded) != crc32:
+            raise DatasetError(
+                f"{self.shards[shard]}: sample {sample} of split {self.name!r} (offset {offset}, "
+                f"{size} bytes) does not match its checksum"
+            )
+        return encoded
+
+    def read_whole(self, sample: int) -> tuple[int, bytearray]:
+        """The sample and its encoded image; where it is damaged, the next one that is whole.
+
+        Raises DatasetError where every sample is damaged.
+        """
+        try:
+            return sample, self.read(sample)
+        except DatasetError as error:
+            for ahead in range(1, len(self)):
+                other = (sample + ahead) % len(self)
+                with contextlib.suppress(DatasetError):
+                    encoded = self.read(other)
+                    log.warning(f"{error}: sample {other} stands in for it")
+                    return other, encoded
+            raise DatasetError(f"{error}; nor is any other sample whole") from error
+
+    def _file(self, shard: int) -> int:
         if shard not in self._files:
             opened = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
             if self._files.setdefault(shard, opened) != opened:
                 os.close(opened)  # another thread was first
-        encoded = os.pread(self._files[shard], size, offset)
-        if zlib.crc32(encoded) != crc32:
-            raise DatasetError(
-                f"{self.shards[shard]}: sample {sample} of split {self.name!r} (offset {offset}, "
-                f"{size} bytes) does not match its checksum: prepare the data set again"
-            )
-        return encoded
+        return self._files[shard]
 
     def close(self) -> None:
         while self._files:
@@ -164,6 +200,17 @@ def open_for(config: Config, verify_hashes: bool = False) -> Dataset:
     return dataset
 
 
+def check_damaged(config: Config, split: Split, damaged: int) -> None:
+    """Raises DatasetError where more samples of a split are damaged than a run may bear."""
+    bound = config.data.max_damaged * len(split)
+    if damaged > bound:
+        raise DatasetError(
+            f"data.max_damaged={config.data.max_damaged:g}: {damaged} of the {len(split)} samples "
+            f"of split {split.name!r} in {split.shards[0].parent.parent} are damaged: prepare the "
+            "data set again, or raise data.max_damaged"
+        )
+
+
 def _open_split(
     folder: Path, name: str, meta: Mapping[str, Any], classes: int, verify_hashes: bool
 ) -> Split:
@@ -191,6 +238,8 @@ def _open_split(
                 f"{where}: sample {int(np.argmin(inside))} lies outside its shard: "
                 "prepare the data set again"
             )
+        if not (index["height"].all() and index["width"].all()):
+            raise DatasetError(f"{where}: an image without pixels: prepare the data set again")
     return Split(name, shards, index)
 
 

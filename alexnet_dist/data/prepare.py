@@ -1,207 +1,251 @@
-"""Turn a source of images into a packed data set (`dataset.py` says how one looks)."""
+"""Turn a source of images into a packed data set (`dataset.py` says how one looks).
 
-import gzip
-import io
+It is made in OUT.partial, shard by shard, by processes here or by parts anywhere, and renamed to
+OUT when it is whole. Killed at any moment and run again, it goes on, to the same bytes.
+"""
+
+import contextlib
+import ctypes
+import fcntl
 import json
+import multiprocessing
 import os
 import shutil
-import struct
+import signal
+import sys
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torchvision.io import encode_png
+from tqdm import tqdm
 
-from alexnet_dist.data.dataset import INDEX, VERSION, open_dataset, sha256
+from alexnet_dist.data.archives import folder, imagenet
+from alexnet_dist.data.arrays import FASHION_MNIST, cifar10, fashion_mnist
+from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.merge import merge, sync, write_lines
+from alexnet_dist.data.shards import Part, Task, read_part, write_shard
+from alexnet_dist.data.sources import Source
 from alexnet_dist.errors import DatasetError
 
-FASHION_MNIST_CLASSES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
-_SAMPLES_PER_SHARD = 5000
-
-Pixels = npt.NDArray[np.uint8]
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "imagenet": imagenet, "folder": folder, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
+}  # fmt: skip
+_ITEMS_PER_SHARD = 1000
+_LEAST_IMAGES = 250  # that are worth the start of a process
+_BYTES_PER_IMAGE = 45_000  # of 256 × 256, about
+_TAR_BYTES = 2048  # of headers and padding, about
 
 
-def prepare_fashion_mnist(path: Path, out: Path) -> str:
-    """Pack the four IDX files of Fashion-MNIST, gzipped or not, at their 28 × 28, as PNG.
+@dataclass(frozen=True)
+class Options:
+    """How to pack.
 
-    Does nothing where `out` was already made of the same files.
-
-    Returns:
-        One line about what was done.
-
-    Raises:
-        DatasetError: a file is missing or is not what its header says; nothing is left in `out`.
+    Attributes:
+        keep: images keep their own size.
+        max_bad: share of the source's images that may be refused.
+        workers: processes; 0 = the cores.
+        part: (i, n): only each nth shard from the ith on, and no merge.
     """
-    names = {
-        split: (
-            _either(path, f"{stem}-images-idx3-ubyte"),
-            _either(path, f"{stem}-labels-idx1-ubyte"),
-        )
-        for split, stem in (("train", "train"), ("test", "t10k"))
-    }
-    files = [file for pair in names.values() for file in pair]
-    source = {"kind": "fashion_mnist", "sha256": {file.name: sha256(file) for file in files}}
-    if out.exists():
-        made_of = open_dataset(out, verify_hashes=True).source
-        if made_of != source:
-            raise DatasetError(
-                f"{out} holds a data set of other files: remove it, or name another folder"
-            )
-        return f"{out}: already prepared from these files, and whole"
-    splits = {}
-    for split, (images_file, labels_file) in names.items():
-        images, labels = read_idx(images_file, dims=3), read_idx(labels_file, dims=1)
-        if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
-            raise DatasetError(
-                f"{labels_file}: {len(labels)} labels up to {labels.max(initial=0)}, for "
-                f"{len(images)} images of {len(FASHION_MNIST_CLASSES)} classes"
-            )
-        splits[split] = (images, labels)
-    try:
-        _pack(splits, FASHION_MNIST_CLASSES, source, out)
-    except OSError as error:
-        raise DatasetError(f"{out} cannot be written: {error}") from error
-    counts = ", ".join(f"{len(labels)} {split}" for split, (_, labels) in splits.items())
-    return f"{out}: packed {counts} images of {len(FASHION_MNIST_CLASSES)} classes"
+
+    keep: bool = False
+    max_bad: float = 0.001
+    workers: int = 0
+    part: tuple[int, int] | None = None
 
 
-def read_idx(path: Path, dims: int) -> Pixels:
-    """An IDX file of bytes (LeCun's format), gzipped or not; raises DatasetError."""
-    try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path} cannot be read: {error}") from error
-    header = 4 + 4 * dims
-    if len(raw) < header or raw[:4] != bytes([0, 0, 8, dims]):
-        raise DatasetError(f"{path}: not an IDX file of bytes in {dims} dimensions")
-    shape = struct.unpack(f">{dims}I", raw[4:header])
-    if len(raw) - header != np.prod(shape, dtype=object):
-        raise DatasetError(f"{path}: {len(raw) - header} values, its header says {shape}")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
-
-
-def _either(path: Path, name: str) -> Path:
-    for candidate in (path / f"{name}.gz", path / name):
-        if candidate.is_file():
-            return candidate
-    raise DatasetError(
-        f"{path} has neither {name}.gz nor {name}: name the folder of Fashion-MNIST's four files "
-        "(Debian: the package dataset-fashion-mnist, in /usr/share/datasets/fashion-mnist)"
-    )
-
-
-def _pack(
-    splits: dict[str, tuple[Pixels, Pixels]],
-    classes: Sequence[str],
-    source: dict[str, Any],
-    out: Path,
-) -> None:
-    """Write a packed data set aside, and put it in place when it is whole."""
-    aside = out.with_name(out.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    meta: dict[str, Any] = {
-        "version": VERSION,
-        "source": source,
-        "classes": list(classes),
-        "splits": {},
-    }
-    for split, (images, labels) in splits.items():
-        (aside / split).mkdir(parents=True)
-        starts = range(0, len(images), _SAMPLES_PER_SHARD)
-        parts = [
-            _write_shard(aside / split, number, start, images, labels)
-            for number, start in enumerate(starts)
-        ]
-        np.save(aside / split / "samples.npy", np.concatenate([np.empty(0, INDEX), *parts]))
-        meta["splits"][split] = {
-            "samples": len(labels),
-            "class_counts": np.bincount(labels, minlength=len(classes)).tolist(),
-            "index": _described(aside, f"{split}/samples.npy"),
-            "shards": [_described(aside, f"{split}/shard-{n:05d}.tar") for n in range(len(starts))],
-        }
-    mean_image, colours = colour_statistics(splits["train"][0])
-    np.save(aside / "mean.npy", mean_image)
-    meta |= {"mean_image": _described(aside, "mean.npy"), **colours}
-    with (aside / "dataset.json").open("w") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(out)
-
-
-def _write_shard(
-    folder: Path, number: int, start: int, images: Pixels, labels: Pixels
-) -> npt.NDArray[np.void]:
-    """Write one shard; its part of the index. The same images give the same bytes."""
-    stop = min(start + _SAMPLES_PER_SHARD, len(images))
-    index = np.zeros(stop - start, INDEX)
-    with tarfile.open(folder / f"shard-{number:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
-        for sample in range(start, stop):
-            encoded = encode_png(torch.tensor(images[sample])[None]).numpy().tobytes()
-            offset = _add(tar, f"{sample:08d}.png", encoded)
-            _add(tar, f"{sample:08d}.cls", str(labels[sample]).encode())
-            index[sample - start] = (
-                number, offset, len(encoded), labels[sample], zlib.crc32(encoded),
-            )  # fmt: skip
-    return index
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Add a member; the offset of its content in the archive."""
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    offset = tar.offset + tarfile.BLOCKSIZE
-    tar.addfile(member, io.BytesIO(content))
-    return offset
-
-
-def _described(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
-
-
-def colour_statistics(
-    images: Pixels,
-) -> tuple[npt.NDArray[np.float32], dict[str, list[Any]]]:
-    """Mean image, mean RGB, and the covariance's eigenvalues and vectors, over all pixels.
-
-    Sums are of integers, so that they are exact in any order.
+def prepare(kind: str, path: Path | None, out: Path, options: Options | None = None) -> str:
+    """Pack the source of a kind at a path; nothing where `out` was made of the same already.
 
     Args:
-        images: (n, h, w) grey.
+        path: None for where the system keeps it (fashion_mnist alone).
 
     Returns:
-        (h, w, 3) float32, and what dataset.json keeps; row i of `eigenvectors` belongs to
-        eigenvalue i, largest first, its largest component positive.
+        What was done, in a line.
+
+    Raises:
+        DatasetError: the source is not there, not whole, or too much of it is bad; `out` cannot be
+            written or holds something else. What was made so far waits in OUT.partial.
     """
-    total = images.sum(axis=0, dtype=np.int64)
-    mean_image = np.repeat((total / len(images)).astype(np.float32)[..., None], 3, axis=2)
-    mean = total.sum() / images.size
-    square = sum(int(np.square(part, dtype=np.int64).sum()) for part in images) / images.size
-    covariance = np.full((3, 3), square - mean * mean)  # grey: three equal colours
-    values, vectors = np.linalg.eigh(covariance)
-    values, vectors = values[::-1].clip(min=0), vectors.T[::-1]
-    signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1))
-    return mean_image, {
-        "mean_rgb": [mean] * 3,
-        "eigenvalues": values.tolist(),
-        "eigenvectors": (vectors * signs).tolist(),
-    }
+    options = options or Options()
+    source = list_source(kind, path)
+    identity = source.identity() | {"keep": options.keep}
+    if out.exists():
+        if open_dataset(out, verify_hashes=True).source != identity:
+            raise DatasetError(
+                f"{out} holds a data set of other files or options: remove it, or name another "
+                "folder"
+            )
+        _sweep(out)
+        return f"{out}: already prepared from these files, and whole"
+    aside = out.with_name(out.name + ".partial")
+    try:
+        with _held(aside, identity, alone=options.part is None):
+            parts = _write_shards(source, aside, options)
+            if options.part is not None:
+                return (
+                    f"{aside}: part {options.part[0]} of {options.part[1]} is written; when all "
+                    "are, the same command without --part makes the data set of them"
+                )
+            merge(source, identity, parts, aside)
+            aside.rename(out)
+            sync(out.parent)
+            _sweep(out)
+    except OSError as error:
+        raise DatasetError(
+            f"{out} cannot be written: {error}; what was made waits in {aside}, and the same "
+            "command goes on"
+        ) from error
+    counts = ", ".join(f"{sum(len(p.index) for p in parts[s])} {s}" for s in source.splits)
+    bad = sum(len(part.meta["refused"]) for split in parts.values() for part in split)
+    refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""
+    return f"{out}: packed {counts} images of {len(source.classes)} classes{refused}"
+
+
+def list_source(kind: str, path: Path | None) -> Source:
+    """The source of a kind at a path; raises DatasetError where it is not there or not whole."""
+    if path is None:
+        if kind != "fashion_mnist":
+            raise DatasetError(f"prepare {kind}: say where it lies: prepare {kind} PATH OUT")
+        path = FASHION_MNIST
+    if kind != "fashion_mnist" and not path.is_dir():
+        raise DatasetError(f"{path} is not a folder: name the one that holds {kind}'s files")
+    try:
+        source = SOURCES[kind](path)
+    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path} cannot be read whole: {error}") from error
+    if not source.splits.get("train"):
+        raise DatasetError(f"{path}: no training images found")
+    return source
+
+
+@contextlib.contextmanager
+def _held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None]:
+    """Hold the folder that is being filled: parts share it, a whole run has it alone."""
+    aside.mkdir(parents=True, exist_ok=True)
+    with (aside / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DatasetError(f"{aside}: another prepare is at work there: wait for it") from error
+        begun, ours = aside / ".begun.json", json.dumps(identity, sort_keys=True)
+        if begun.exists() and begun.read_text() != ours:
+            raise DatasetError(f"{aside} was begun from other files or options: remove it")
+        own = begun.with_suffix(f".{os.getpid()}.writing")  # parts may begin at the same time
+        own.write_text(ours)
+        own.replace(begun)
+        yield
+
+
+def _write_shards(source: Source, aside: Path, options: Options) -> dict[str, list[Part]]:
+    """The parts of every shard, or of this command's share, in order; written where they were not.
+
+    Raises DatasetError as soon as more than `max_bad` is refused.
+    """
+    tasks = _tasks(source, aside, options)
+    parts = [read_part(task) for task in tasks]
+    left = [place for place, part in enumerate(parts) if part is None]
+    _check_disk(aside, [tasks[place] for place in left])
+    images = [len(task.items) for task in tasks]
+    total = sum(len(items) for items in source.splits.values())
+    _check_refused(parts, total, options.max_bad, aside)
+    with tqdm(
+        total=sum(images),
+        initial=sum(images) - sum(images[place] for place in left),
+        unit=" images", desc="packing", mininterval=0.5 if sys.stderr.isatty() else 30,
+    ) as bar:  # fmt: skip
+        for place, part in _written(tasks, left, options.workers):
+            parts[place] = part
+            bar.update(images[place])
+            _check_refused(parts, total, options.max_bad, aside)
+    found: dict[str, list[Part]] = {split: [] for split in source.splits}
+    for task, made in zip(tasks, parts, strict=True):
+        assert made is not None
+        found[task.folder.name].append(made)
+    return found
+
+
+def _tasks(source: Source, aside: Path, options: Options) -> list[Task]:
+    tasks = []
+    for split, items in source.splits.items():
+        (aside / split).mkdir(exist_ok=True)
+        for number, first in enumerate(range(0, len(items), _ITEMS_PER_SHARD)):
+            own = items[first : first + _ITEMS_PER_SHARD]
+            train = split == "train"
+            tasks.append(Task(aside / split, number, first, own, options.keep, train))
+    if options.part is None:
+        return tasks
+    return tasks[options.part[0] - 1 :: options.part[1]]
+
+
+def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple[int, Part]]:
+    """Write the shards that are left, in as many processes; each one's place, as they end."""
+    images = sum(len(tasks[place].items) for place in left)
+    workers = min(workers or len(os.sched_getaffinity(0)), len(left), images // _LEAST_IMAGES)
+    if workers <= 1:
+        yield from ((place, write_shard(tasks[place])) for place in left)
+        return
+    # Spawned, since forking a process that has threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),)) as pool:
+        try:
+            futures = {pool.submit(write_shard, tasks[place]): place for place in left}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise DatasetError(
+                "a process that packs images died (out of memory?): the same command goes on, with "
+                "fewer --workers if need be"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+
+
+def _begin_worker(parent: int) -> None:
+    """Of a process that writes shards: Ctrl-C is its parent's, and it ends when that does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_parent_death_signal = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that was said
+        os._exit(1)
+    torch.set_num_threads(1)
+
+
+def _check_refused(parts: list[Part | None], total: int, max_bad: float, aside: Path) -> None:
+    refused = [entry for part in parts if part is not None for entry in part.meta["refused"]]
+    if len(refused) > max_bad * total:
+        write_lines(aside / "quarantine.jsonl", map(json.dumps, refused))
+        shown = "; ".join(f"{entry['name']!r}: {entry['reason']}" for entry in refused[:3])
+        raise DatasetError(
+            f"--max-bad {max_bad:g}: {len(refused)} of {total} images cannot be packed ({shown}): "
+            f"all found so far are in {aside / 'quarantine.jsonl'}; mend them and remove {aside}, "
+            "or raise --max-bad"
+        )
+
+
+def _check_disk(aside: Path, left: list[Task]) -> None:
+    need = 0
+    for task in left:
+        for item in task.items:
+            own = item.size if item.pixels is None else item.pixels.nbytes
+            need += _TAR_BYTES + (own if task.keep else min(own, _BYTES_PER_IMAGE))
+    free = shutil.disk_usage(aside).free
+    if free < need:
+        raise DatasetError(
+            f"{aside}: about {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make "
+            "room, or name a folder on another disk"
+        )
+
+
+def _sweep(out: Path) -> None:
+    """Remove what was of use only while the data set was made."""
+    left_over = (".lock", ".begun.json", "*.writing", "*/.shard-*.npz", "*/*.writing")
+    for left in (path for pattern in left_over for path in out.glob(pattern)):
+        left.unlink(missing_ok=True)

@@ -1,0 +1,105 @@
+"""Verify a packed data set: every hash, every record, every image; and show what is in it."""
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+from alexnet_dist.data.dataset import Dataset, Split, open_dataset
+from alexnet_dist.data.windows import on_canvas
+from alexnet_dist.errors import DatasetError
+
+_SHOWN_CLASSES, _SHOWN_SAMPLES, _SHOWN_SIDE, _NAME_WIDTH = 20, 10, 96, 220
+
+
+def inspect(folder: Path, sheet: Path) -> dict[str, Any]:
+    """What is in a packed data set, of which everything was read and decoded.
+
+    Args:
+        sheet: PNG to draw samples of the first classes in.
+
+    Raises DatasetError, naming the first thing that is wrong.
+    """
+    dataset = open_dataset(folder, verify_hashes=True)
+    found: dict[str, Any] = {"folder": str(folder), "source": dataset.source["kind"]}
+    found["classes"] = len(dataset.classes)
+    for name, split in dataset.splits.items():
+        found[name] = _verified(split, dataset)
+    statistics = dataset.statistics
+    found["mean RGB"] = _rounded(statistics.mean_rgb)
+    found["√λ of the covariance"] = _rounded(np.sqrt(statistics.eigenvalues))
+    found["its vectors"] = [_rounded(vector, 3) for vector in statistics.eigenvectors]
+    try:
+        _contact_sheet(dataset, sheet)
+    except OSError as error:
+        raise DatasetError(f"{sheet} cannot be written: {error}; give --sheet FILE") from error
+    found["contact sheet"] = str(sheet)
+    return found
+
+
+def _verified(split: Split, dataset: Dataset) -> dict[str, Any]:
+    """Counts of a split, each of whose images was decoded; raises DatasetError."""
+
+    def check(sample: int) -> None:
+        image = _decoded(split, sample)
+        _, _, _, _, _, *size = split.index[sample].tolist()
+        if list(image.shape[1:]) != size or image.shape[0] not in (1, 3):
+            raise DatasetError(
+                f"split {split.name!r}: sample {sample} is {tuple(image.shape)}, the index says "
+                f"{size}: prepare the data set again"
+            )
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        for _ in pool.map(check, range(len(split))):
+            pass
+    per_class = np.bincount(split.index["label"], minlength=len(dataset.classes))
+    sizes = Counter(split.index[["height", "width"]].tolist())
+    return {
+        "samples": len(split),
+        "shards": len(split.shards),
+        "bytes": int(split.index["size"].sum()),
+        "sizes": {f"{height} × {width}": n for (height, width), n in sizes.most_common(3)},
+        "per class": f"{per_class.min()} to {per_class.max()}",
+        "decoded": "all",
+    }
+
+
+def _decoded(split: Split, sample: int) -> Tensor:
+    try:
+        buffer = torch.frombuffer(split.read(sample), dtype=torch.uint8)
+        image: Tensor = decode_image(buffer, ImageReadMode.UNCHANGED)
+        return image
+    except RuntimeError as error:
+        raise DatasetError(
+            f"split {split.name!r}: sample {sample} cannot be decoded ({error}): prepare the data "
+            "set again"
+        ) from error
+
+
+def _contact_sheet(dataset: Dataset, path: Path) -> None:
+    """The first training samples of the first classes, a row a class."""
+    split = dataset.splits["train"]
+    names = dataset.classes[:_SHOWN_CLASSES]
+    size = (_NAME_WIDTH + _SHOWN_SAMPLES * _SHOWN_SIDE, len(names) * _SHOWN_SIDE)
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, name in enumerate(names):
+        draw.text((6, (row + 0.45) * _SHOWN_SIDE), name[:34].encode("ascii", "replace").decode(),
+                  fill="black")  # fmt: skip
+        for column, sample in enumerate(
+            np.flatnonzero(split.index["label"] == row)[:_SHOWN_SAMPLES]
+        ):
+            image = on_canvas(_decoded(split, int(sample)), _SHOWN_SIDE).expand(3, -1, -1)
+            tile = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
+            sheet.paste(tile, (_NAME_WIDTH + column * _SHOWN_SIDE, row * _SHOWN_SIDE))
+    sheet.save(path)
+
+
+def _rounded(values: Any, digits: int = 2) -> list[float]:
+    return [round(float(value), digits) for value in values]

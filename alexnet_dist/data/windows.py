@@ -1,0 +1,122 @@
+"""From decoded bytes to what conv1 sees: cut, mirrored, the mean off, lit, scaled. On any device.
+
+The same few lines serve every pipeline, so that equal bytes give equal windows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import Statistics
+
+
+class Finish:
+    """Makes windows of patches.
+
+    Args:
+        device: where patches lie.
+        dtype: of the windows: what conv1 computes in.
+    """
+
+    def __init__(
+        self, config: Config, statistics: Statistics, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.crop, self.dtype = config.model.crop, dtype
+        # Sums in float64 where the network computes in it, else float32.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        mean = _mean(config, statistics).movedim(0, -1)  # (canvas or 1, canvas or 1, 3)
+        self.mean = mean.contiguous().to(device, wide)
+        # A row of pixels at a time: red, green, blue, red, … Arithmetic along it is vectorised.
+        colours = torch.tensor(config.data.divide_by, dtype=wide, device=device)
+        self.divide_by = colours.repeat(self.crop)
+
+    def __call__(self, patches: Tensor, corners: Tensor, flips: Tensor, lighting: Tensor) -> Tensor:
+        """Windows (n · v, 3, crop, crop), channels_last.
+
+        Args:
+            patches: (n, side, side, 3) uint8: of one window the window, of several the canvas.
+            corners: (n, v, 2) int64, in the canvas.
+            flips: (n, v) bool.
+            lighting: (n, 3), grey levels.
+        """
+        n, views = flips.shape
+        shape = (n, views, self.crop, self.crop, 3)
+        windows = torch.empty(shape, dtype=self.dtype, device=patches.device)
+        # An image at a time stays in a CPU's cache; a GPU wants them all.
+        size = 1 if patches.device.type == "cpu" else max(1, n)
+        inside = torch.zeros_like(corners) if views == 1 else corners  # in the patch
+        lighting = lighting.to(self.mean.dtype)
+        for part in (slice(i, i + size) for i in range(0, n, size)):
+            x = cut(patches[part], inside[part], flips[part], self.crop).to(self.mean.dtype)
+            if self.mean.shape[0] == 1:
+                x -= self.mean
+            else:
+                mean = self.mean.expand(len(x), -1, -1, -1)
+                x -= cut(mean, corners[part], flips[part], self.crop)
+            x = x.flatten(3)  # (n, v, crop, crop · 3)
+            x += lighting[part].repeat(1, self.crop)[:, None, None]
+            x /= self.divide_by
+            windows[part] = x.unflatten(3, (-1, 3))
+        return windows.flatten(0, 1).movedim(-1, 1)
+
+
+def cut(images: Tensor, corners: Tensor, flips: Tensor, side: int) -> Tensor:
+    """Windows (n, v, side, side, 3) of images (n, height, width, 3), mirrored where flips say so.
+
+    On a CPU by slices, elsewhere by one gather: a test holds them equal.
+    """
+    if images.device.type == "cpu":
+        found = [
+            (window.flip(1) if flip else window)
+            for image, places, flipped in zip(images, corners.tolist(), flips.tolist(), strict=True)
+            for (top, left), flip in zip(places, flipped, strict=True)
+            for window in (image[top : top + side, left : left + side],)
+        ]
+        stacked: Tensor = torch.stack(found).unflatten(0, flips.shape)
+        return stacked
+    return gathered(images, corners, flips, side)
+
+
+def gathered(images: Tensor, corners: Tensor, flips: Tensor, side: int) -> Tensor:
+    """`cut` without a loop."""
+    along = torch.arange(side, device=images.device)
+    rows = corners[..., :1] + along  # (n, v, side)
+    columns = corners[..., 1:] + torch.where(flips[..., None], along.flip(0), along)
+    n = torch.arange(len(images), device=images.device)[:, None, None, None]
+    windows: Tensor = images[n, rows[..., :, None], columns[..., None, :]]
+    return windows
+
+
+def on_canvas(image: Tensor, side: int) -> Tensor:
+    """Resize the shorter side to `side` and take the centre square, as the paper does (§2).
+
+    Args:
+        image: (colours, h, w), uint8 or floating.
+
+    Returns:
+        (colours, side, side), itself where it already has that size.
+    """
+    (height, width), (top, left) = canvas_in(image.shape[1], image.shape[2], side)
+    if image.shape[1:] != (height, width):
+        image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    return image[:, top : top + side, left : left + side]
+
+
+def canvas_in(height: int, width: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size that an image is resized to, and where its canvas begins in that: its centre."""
+    scale = side / min(height, width)
+    size = max(side, round(height * scale)), max(side, round(width * scale))
+    return size, ((size[0] - side) // 2, (size[1] - side) // 2)
+
+
+def _mean(config: Config, statistics: Statistics) -> Tensor:
+    """(3, canvas or 1, canvas or 1)."""
+    match config.data.subtract:
+        case "mean_image":
+            mean_image = torch.from_numpy(statistics.mean_image).movedim(-1, 0)
+            return on_canvas(mean_image, config.data.canvas)
+        case "mean_rgb":
+            return torch.from_numpy(statistics.mean_rgb)[:, None, None]
+        case "nothing":
+            return torch.zeros(3, 1, 1)
