@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sheet", type=Path, help="PNG to draw samples in; DATA/contact-sheet.png")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
+    sub = command("bench", _bench, "time a part of it against references, in one run")
+    sub.add_argument("part", choices=("data",))
+    sub.add_argument("folder", type=Path, help="images to time on: train/CLASS/*")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument("--images", type=int, default=2000, help="of a pass")
+    sub.add_argument("--repeats", type=int, default=5, help="passes of each")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = command("figures", _figures, "draw a run's kernels and curves")
     sub.add_argument("run_folder", type=Path)
 
@@ -163,6 +171,14 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     else:
         for what, finding in found.items():
             print(f"{what:22}{finding}")
+    return 0
+
+
+def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import bench
+
+    found = bench.bench_data(options.folder, options.images, options.repeats, options.overrides)
+    print(json.dumps(found) if options.json else bench.table(found))
     return 0
 
 

@@ -64,6 +64,8 @@ class DaliPipeline:
             except StopIteration:
                 break
             except RuntimeError as error:
+                if "decoders" not in str(error):
+                    raise
                 raise undecodable(self.split, inside[0][1].tolist(), error) from error
             while len(inside[0][1]) == 0:
                 yield self._decoded(*inside.popleft(), empty)
@@ -131,12 +133,13 @@ class DaliPipeline:
                 continue
             origins, _ = samples.patch(self.crop, self.canvas)
             if not self.resizes:
-                yield encoded, origins.astype(np.int32)
+                yield encoded, np.ascontiguousarray(origins, np.int32)
                 continue
             sizes = self.split.index[["height", "width"]][read].tolist()
             canvases = [canvas_in(height, width, self.canvas) for height, width in sizes]
             size, offset = np.array(canvases).swapaxes(0, 1)  # (n, 2) each
-            yield encoded, (origins + offset).astype(np.int32), size.astype(np.float32)
+            start = np.ascontiguousarray(origins + offset, np.int32)
+            yield encoded, start, np.ascontiguousarray(size, np.float32)
 
     def _read(self, samples: Samples) -> tuple[Samples, IdArray, list[Bytes]]:
         found = [self.split.read_whole(sample) for sample in samples.ids.tolist()]

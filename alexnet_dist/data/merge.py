@@ -39,7 +39,7 @@ def merge(
         meta["splits"][split] = {
             "samples": len(index),
             "class_counts": np.bincount(index["label"], minlength=len(source.classes)).tolist(),
-            "index": _described(aside, f"{split}/samples.npy"),
+            "index": described(aside, f"{split}/samples.npy"),
             "shards": [
                 {"file": f"{split}/shard-{number:05d}.tar"}
                 | {key: part.meta[key] for key in ("size", "sha256")}
@@ -48,7 +48,7 @@ def merge(
         }
     mean_image, colours = colour_statistics(parts["train"])
     write(aside / "mean.npy", partial(np.save, arr=mean_image))
-    meta |= {"mean_image": _described(aside, "mean.npy"), **colours}
+    meta |= {"mean_image": described(aside, "mean.npy"), **colours}
     write_lines(aside / "dataset.json", [json.dumps(meta, indent=1)])
 
 
@@ -81,7 +81,7 @@ def colour_statistics(
     }
 
 
-def _described(folder: Path, name: str) -> dict[str, Any]:
+def described(folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
 

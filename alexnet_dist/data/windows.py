@@ -27,7 +27,6 @@ class Finish:
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         mean = _mean(config, statistics).movedim(0, -1)  # (canvas or 1, canvas or 1, 3)
         self.mean = mean.contiguous().to(device, wide)
-        # A row of pixels at a time: red, green, blue, red, … Arithmetic along it is vectorised.
         colours = torch.tensor(config.data.divide_by, dtype=wide, device=device)
         self.divide_by = colours.repeat(self.crop)
 
@@ -40,46 +39,47 @@ class Finish:
             flips: (n, v) bool.
             lighting: (n, 3), grey levels.
         """
-        n, views = flips.shape
-        shape = (n, views, self.crop, self.crop, 3)
-        windows = torch.empty(shape, dtype=self.dtype, device=patches.device)
-        # An image at a time stays in a CPU's cache; a GPU wants them all.
-        size = 1 if patches.device.type == "cpu" else max(1, n)
-        inside = torch.zeros_like(corners) if views == 1 else corners  # in the patch
-        lighting = lighting.to(self.mean.dtype)
-        for part in (slice(i, i + size) for i in range(0, n, size)):
-            x = cut(patches[part], inside[part], flips[part], self.crop).to(self.mean.dtype)
-            if self.mean.shape[0] == 1:
-                x -= self.mean
-            else:
-                mean = self.mean.expand(len(x), -1, -1, -1)
-                x -= cut(mean, corners[part], flips[part], self.crop)
-            x = x.flatten(3)  # (n, v, crop, crop · 3)
-            x += lighting[part].repeat(1, self.crop)[:, None, None]
-            x /= self.divide_by
-            windows[part] = x.unflatten(3, (-1, 3))
+        # A row of pixels at a time: red, green, blue, red, … Arithmetic along it is vectorised.
+        rows = lighting.to(self.mean.dtype).repeat(1, self.crop)[:, None, None]  # (n, 1, 1, 3 crop)
+        inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners  # in the patch
+        make = self.by_slices if patches.device.type == "cpu" else self.by_gathers
+        windows = make(patches, inside, corners, flips, rows)  # (n, v, crop, crop, 3)
         return windows.flatten(0, 1).movedim(-1, 1)
+
+    def by_gathers(
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, rows: Tensor
+    ) -> Tensor:
+        """For a GPU: a few kernels over the whole batch."""
+        x = cut(patches, inside, flips, self.crop).to(self.mean.dtype)
+        if self.mean.shape[0] == 1:
+            x -= self.mean
+        else:
+            x -= cut(self.mean.expand(len(x), -1, -1, -1), corners, flips, self.crop)
+        lit = (x.flatten(3) + rows) / self.divide_by
+        windows: Tensor = lit.unflatten(3, (-1, 3)).to(self.dtype)
+        return windows
+
+    def by_slices(
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, rows: Tensor
+    ) -> Tensor:
+        """For a CPU: a window at a time, which stays in the cache; the same sums."""
+        side = self.crop
+        windows = torch.empty((*flips.shape, side, side, 3), dtype=self.dtype)
+        places = zip(inside.tolist(), corners.tolist(), flips.tolist(), strict=True)
+        for n, views in enumerate(places):
+            for v, ((top, left), (above, before), flip) in enumerate(zip(*views, strict=True)):
+                x = patches[n, top : top + side, left : left + side].to(self.mean.dtype)
+                if self.mean.shape[0] == 1:
+                    x -= self.mean
+                else:
+                    x -= self.mean[above : above + side, before : before + side]
+                x.flatten(1).add_(rows[n, 0]).div_(self.divide_by)
+                windows[n, v] = x.flip(1) if flip else x
+        return windows
 
 
 def cut(images: Tensor, corners: Tensor, flips: Tensor, side: int) -> Tensor:
-    """Windows (n, v, side, side, 3) of images (n, height, width, 3), mirrored where flips say so.
-
-    On a CPU by slices, elsewhere by one gather: a test holds them equal.
-    """
-    if images.device.type == "cpu":
-        found = [
-            (window.flip(1) if flip else window)
-            for image, places, flipped in zip(images, corners.tolist(), flips.tolist(), strict=True)
-            for (top, left), flip in zip(places, flipped, strict=True)
-            for window in (image[top : top + side, left : left + side],)
-        ]
-        stacked: Tensor = torch.stack(found).unflatten(0, flips.shape)
-        return stacked
-    return gathered(images, corners, flips, side)
-
-
-def gathered(images: Tensor, corners: Tensor, flips: Tensor, side: int) -> Tensor:
-    """`cut` without a loop."""
+    """Windows (n, v, side, side, 3) of images (n, height, width, 3), mirrored where flips say."""
     along = torch.arange(side, device=images.device)
     rows = corners[..., :1] + along  # (n, v, side)
     columns = corners[..., 1:] + torch.where(flips[..., None], along.flip(0), along)

@@ -1,0 +1,280 @@
+"""How fast it is, against references timed in the same run: medians of passes taken in turn.
+
+A lone time says as much of the machine as of the program; only the ratios are claims.
+"""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import decode_jpeg
+
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
+from alexnet_dist.data.merge import described
+from alexnet_dist.data.pipeline import Decoded
+from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.evaluate import make_pipeline
+from alexnet_dist.topology import Topology, connect
+
+Pass = Callable[[], float]  # images per second of one pass
+
+
+def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """Both pipelines on images of a folder, against ImageFolder and the bare decoder.
+
+    Args:
+        folder: train/CLASS/*, as torchvision's ImageFolder reads it.
+        images: of a pass.
+        repeats: passes of each.
+        overrides: key=value of the config.
+
+    Returns:
+        ratios (medians of pairs), ceilings (images/s), machine, and every pass's images/s.
+    """
+    with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
+        packed = {}
+        for name, keep in (("256", False), ("kept", True)):
+            out = Path(scratch) / name
+            prepare("folder", folder, out, Options(keep=keep))
+            packed[name] = open_dataset(out)
+        classes = len(packed["256"].classes)
+        config = load_config(["layout.kind=one", f"model.classes={classes}", *overrides])
+        topology = connect(config)
+        workers = config.data.workers or torch.get_num_threads()
+        passes: dict[str, Pass] = {
+            "ImageFolder": _image_folder(folder / "train", config, workers, images),
+            "bare decode": _bare_decode(packed["256"].splits["train"], workers, images),
+        }
+        for kind in ("torch", "dali"):
+            ours = replace(config, data=replace(config.data, pipeline=kind))
+            decoded = f"{kind}, decoded"
+            passes[decoded] = _pipeline(ours, topology, packed["256"], images, finish=False)
+            for stored, dataset in packed.items():
+                passes[f"{kind}, {stored}"] = _pipeline(ours, topology, dataset, images)
+            for name, count in (("1,000", 1_000), ("1,000,000", 1_000_000)):
+                large = _of_size(packed["256"], count)
+                passes[f"{kind}, of {name}"] = _pipeline(ours, topology, large, images)
+        runs = _in_turn(passes, repeats)
+
+    def ratio(ours: str, reference: str) -> float:
+        return _median(a[ours] / a[reference] for a in runs)
+
+    ratios = {}
+    for kind in ("torch", "dali"):
+        for stored in packed:
+            ratios[f"{kind}, {stored} / ImageFolder"] = ratio(f"{kind}, {stored}", "ImageFolder")
+        ratios[f"{kind}, decoded / bare decode"] = ratio(f"{kind}, decoded", "bare decode")
+        million, thousand = (f"{kind}, of {n}" for n in ("1,000,000", "1,000"))
+        ratios[f"{kind}, 1,000,000 / 1,000 samples"] = ratio(million, thousand)
+    return {
+        "ratios": ratios,
+        "ceilings": {
+            "bare decode, images/s": _median(a["bare decode"] for a in runs),
+            **index_cost(1_281_167, config.train.batch),
+        },
+        "machine": machine(workers),
+        "runs": runs,
+    }
+
+
+def _in_turn(passes: dict[str, Pass], repeats: int) -> list[dict[str, float]]:
+    """Every pass `repeats` times, one after another, so that a slow minute is everyone's."""
+    for run in passes.values():
+        run()  # warm: caches, workers, imports
+    return [{name: run() for name, run in passes.items()} for _ in range(repeats)]
+
+
+def _rate(batches: Iterator[int]) -> float:
+    """Images per second, from the first batch (it waits for the start) to the last."""
+    next(batches)
+    begin = time.perf_counter()
+    images = sum(batches)
+    return images / (time.perf_counter() - begin)
+
+
+def _pipeline(
+    config: Config, topology: Topology, dataset: Dataset, images: int, finish: bool = True
+) -> Pass:
+    """One of our pipelines; with `finish`, up to what conv1 sees."""
+    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
+    size = config.train.batch
+    steps = -(-images // size) + 1
+
+    def used(decoded: Decoded) -> int:
+        if not finish:
+            return len(decoded.patches)
+        return len(decoded.joined([len(decoded.patches)], None).windows)
+
+    def run() -> float:
+        pipeline = make_pipeline(config, topology, dataset, "train")
+        try:
+            plan = sampler.plan(0, steps, range(size))
+            return _rate(used(decoded) for decoded in pipeline.batches(plan))
+        finally:
+            pipeline.close()
+
+    return run
+
+
+def _image_folder(folder: Path, config: Config, workers: int, images: int) -> Pass:
+    """What most PyTorch code does: ImageFolder, the usual transforms, DataLoader's processes."""
+    from torch.utils.data import DataLoader, RandomSampler
+    from torchvision import datasets, transforms
+
+    lighting = _Lighting(config.data.lighting)
+    dataset = datasets.ImageFolder(
+        str(folder),
+        transforms.Compose(
+            [
+                transforms.Resize(config.data.canvas),
+                transforms.CenterCrop(config.data.canvas),
+                transforms.RandomCrop(config.model.crop),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                lighting,
+                transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+            ]
+        ),
+    )
+    size = config.train.batch
+    count = (-(-images // size) + 1) * size
+    loader: Any = DataLoader(
+        dataset, size, sampler=RandomSampler(dataset, replacement=True, num_samples=count),
+        num_workers=workers, persistent_workers=True,
+    )  # fmt: skip
+    return lambda: _rate(len(labels) for _, labels in loader)
+
+
+class _Lighting:
+    """PCA lighting as it is usually written, on pixels of 0–1."""
+
+    values = torch.tensor([0.2175, 0.0188, 0.0045])
+    vectors = torch.tensor(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )
+
+    def __init__(self, deviation: float) -> None:
+        self.deviation = deviation
+
+    def __call__(self, image: Tensor) -> Tensor:
+        alpha = torch.randn(3) * self.deviation
+        return image + (self.vectors @ (alpha * self.values))[:, None, None]
+
+
+def _bare_decode(split: Split, workers: int, images: int) -> Pass:
+    """libjpeg-turbo on the same bytes, in memory, thrown away as soon as they are decoded."""
+    encoded = [torch.frombuffer(split.read(i), dtype=torch.uint8) for i in range(len(split))]
+
+    def decode(first: int) -> None:
+        for place in range(first, images, workers):
+            decode_jpeg(encoded[place % len(encoded)])
+
+    def run() -> float:
+        with ThreadPoolExecutor(workers) as pool:
+            begin = time.perf_counter()
+            list(pool.map(decode, range(workers)))
+            return images / (time.perf_counter() - begin)
+
+    return run
+
+
+def _of_size(dataset: Dataset, samples: int) -> Dataset:
+    """The data set as if it had so many samples: each of its own, again and again."""
+    split = dataset.splits["train"]
+    index = split.index[np.arange(samples) % len(split)]
+    return replace(dataset, splits={"train": Split(split.name, split.shards, index)})
+
+
+def index_cost(samples: int, batch: int) -> dict[str, float]:
+    """Seconds and MB until a data set of so many samples gives the order of its first batch.
+
+    In a process of its own: dataset.json read, the index hashed and checked, an epoch permuted.
+    """
+    with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
+        folder = Path(scratch) / "data"
+        (folder / "train").mkdir(parents=True)
+        (folder / "train" / "shard-00000.tar").write_bytes(b"-")
+        index = np.zeros(samples, INDEX)
+        index["height"] = index["width"] = 256
+        np.save(folder / "train" / "samples.npy", index)
+        np.save(folder / "mean.npy", np.zeros((256, 256, 3), np.float32))
+        shard, samples_npy, mean = (
+            described(folder, name)
+            for name in ("train/shard-00000.tar", "train/samples.npy", "mean.npy")
+        )
+        train = {"samples": samples, "index": samples_npy, "shards": [shard]}
+        colours = {"mean_rgb": [0] * 3, "eigenvalues": [1] * 3, "eigenvectors": np.eye(3).tolist()}
+        meta = {"version": VERSION, "classes": ["one"], "splits": {"train": train}}
+        meta |= {"mean_image": mean, **colours}
+        (folder / "dataset.json").write_text(json.dumps(meta))
+        code = f"from alexnet_dist import bench; bench.measure_index({str(folder)!r}, {batch})"
+        output = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True
+        ).stdout
+    seconds, megabytes = map(float, output.split())
+    return {f"index, order of {samples}, s": seconds, f"index, order of {samples}, MB": megabytes}
+
+
+def measure_index(folder: str, batch: int) -> None:
+    """Of `index_cost`, in its own process: print the seconds, and the MB that memory grew by."""
+    config = load_config(["layout.kind=one"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begin = time.perf_counter()
+    dataset = open_dataset(Path(folder))
+    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
+    sampler.samples(0, range(batch))
+    seconds = time.perf_counter() - begin
+    print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+
+
+def machine(workers: int) -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "workers": workers,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _median(values: Iterator[float]) -> float:
+    return statistics.median(values)
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `bench` found, for a reader."""
+    names = found["runs"][0].keys()
+    lines = [f"{'images/s, median of ' + str(len(found['runs'])):44}{'least':>10}{'most':>10}"]
+    for name in names:
+        values = [run[name] for run in found["runs"]]
+        middle = f"{name:32}{_median(iter(values)):12,.0f}"
+        lines.append(f"{middle}{min(values):10,.0f}{max(values):10,.0f}")
+    lines += ["", "ratios, medians of pairs"]
+    lines += [f"{name:44}{value:8.3f}" for name, value in found["ratios"].items()]
+    lines += ["", *(f"{name:44}{value:10,.2f}" for name, value in found["ceilings"].items())]
+    lines += ["", ", ".join(f"{key} {value}" for key, value in found["machine"].items())]
+    return "\n".join(lines)
