@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image, encode_png
 
 from alexnet_dist.data.sources import Pixels
@@ -18,7 +18,7 @@ from alexnet_dist.data.sources import Pixels
 SIDE = 256  # of stored images (paper §2)
 _MOST_PIXELS = 100_000_000  # a header that says more is a decompression bomb
 _LONGEST_SIDE = 65_535  # what the index and JPEG can say
-_FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that runs a program
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that runs a program
 # EXIF's orientations and what makes them upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -70,6 +70,8 @@ def convert(content: bytes, keep: bool) -> Stored:
             image = _eight_bits(opened)
         except RefusedImage:
             raise
+        except UnidentifiedImageError as error:
+            raise RefusedImage(f"none of {', '.join(_FORMATS)}") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
     if turn in _UPRIGHT:

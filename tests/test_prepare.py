@@ -1,0 +1,514 @@
+"""Any source to a packed data set: what is converted, what is refused, what survives a kill."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import made
+import numpy as np
+import pytest
+import torch
+from conftest import alexnet_dist
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from torchvision.io import decode_image
+
+from alexnet_dist.data import prepare as prepare_module
+from alexnet_dist.data.arrays import read_pickle
+from alexnet_dist.data.convert import RefusedImage, convert
+from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.errors import DatasetError
+
+ONE = Options(workers=1)
+
+
+def pixels(dataset: Path, split: str, sample: int) -> torch.Tensor:
+    """(1 or 3, h, w) uint8 of a packed sample."""
+    found = open_dataset(dataset).splits[split].read(sample)
+    return decode_image(torch.frombuffer(found, dtype=torch.uint8))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- sources
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made.imagenet(tmp_path_factory.mktemp("imagenet") / "downloaded", 6, 8)
+
+
+def test_imagenet_is_read_in_place_from_its_tars(imagenet: Path, tmp_path: Path) -> None:
+    said = prepare("imagenet", imagenet, tmp_path / "out", ONE)
+    assert "packed 24 train, 8 val images of 4 classes" in said
+    dataset = open_dataset(tmp_path / "out", verify_hashes=True)
+    # In the order of WordNet ids, as PyTorch numbers ImageNet's classes.
+    assert [name.split()[0] for name in dataset.classes] == sorted(made.WNIDS)
+    assert dataset.classes[0] == "n01440764 tench, Tinca tinca"
+    assert dataset.splits["train"].uniform(256)
+    train = dataset.splits["train"].labels(np.arange(24))
+    assert train.tolist() == [sorted(made.WNIDS).index(w) for w in made.WNIDS for _ in range(6)]
+    # The ground truth is of the images' numbers, whatever their order in the tar.
+    val = dataset.splits["val"].labels(np.arange(8))
+    assert val.tolist() == [sorted(made.WNIDS).index(made.WNIDS[i % 4]) for i in range(8)]
+    ours = pixels(tmp_path / "out", "val", 5).float().mean((1, 2))
+    centre = np.asarray(made.photograph(9005), np.float32)[:, 15:105]
+    np.testing.assert_allclose(ours, centre.mean((0, 1)), atol=1.5)
+
+
+def test_cifar10_is_packed_as_it_is(tmp_path: Path) -> None:
+    source = made.cifar10(tmp_path / "source", 7, 5)
+    for path in (source, source / "cifar-10-batches-py"):
+        out = tmp_path / f"out-{path.name}"
+        assert "packed 35 train, 5 test images of 10" in prepare("cifar10", path, out, ONE)
+    with tarfile.open(source / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(source / "cifar-10-batches-py", "cifar-10-batches-py")
+    shutil.rmtree(source / "cifar-10-batches-py")
+    prepare("cifar10", source, tmp_path / "out-packed", ONE)
+    assert contents(tmp_path / "out-packed") == contents(tmp_path / "out-source")
+    dataset = open_dataset(tmp_path / "out-source")
+    assert dataset.classes[3] == "cat"
+    for split, sample, seed in (("train", 9, 52), ("test", 3, 253)):
+        expected = torch.from_numpy(np.array(made.photograph(seed, 32, 32))).movedim(-1, 0)
+        assert torch.equal(pixels(tmp_path / "out-source", split, sample), expected)
+    assert dataset.splits["train"].labels(np.array([9])) == [3]
+
+
+def test_folders_of_other_names_are_known(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 2, 1)
+    (source / "val").rename(source / "validation")
+    (source / "train" / "ant" / ".DS_Store").write_text("not an image")
+    assert "6 train, 3 val images of 3" in prepare("folder", source, tmp_path / "out", ONE)
+    (source / "validation" / "dog").mkdir()
+    with pytest.raises(DatasetError, match=r"dog: a class that train/ does not have"):
+        prepare("folder", source, tmp_path / "out2", ONE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("imagenet", lambda p: (p / "ILSVRC2012_img_val.tar").unlink(), r"img_val\.tar is missing"),
+        ("imagenet", lambda p: (p / "ILSVRC2012_img_train.tar").write_bytes(b"x" * 2000), "cannot"),
+        ("imagenet", lambda p: made.tar_of(p / "ILSVRC2012_devkit_t12.tar.gz", {"x": b""}, "w:gz"),
+         "is not ILSVRC-2012's devkit"),
+        ("imagenet", lambda p: made.tar_of(p / "ILSVRC2012_img_train.tar", {"n1.tar": b""}),
+         r"'n1\.tar' is not a class's tar"),
+        ("imagenet", lambda p: made.tar_of(p / "ILSVRC2012_img_val.tar", {"cat.JPEG": b"x"}),
+         r"'cat\.JPEG': not a validation image"),
+        ("cifar10", lambda p: (p / "cifar-10-batches-py/data_batch_3").unlink(), "is missing: one"),
+        ("cifar10", lambda p: (p / "cifar-10-batches-py/data_batch_3").write_bytes(b"x"),
+         "data_batch_3 is not a pickle of CIFAR-10"),
+        ("folder", lambda p: shutil.rmtree(p / "train"), "no folder train/ in it"),
+        ("folder", lambda p: [shutil.rmtree(c) for c in (p / "train").iterdir()], "no folders in"),
+        ("folder", shutil.rmtree, "is not a folder: name the one"),
+    ],
+)  # fmt: skip
+def test_a_source_that_is_not_whole_is_named(
+    tmp_path: Path, kind: str, change: Callable[[Path], Any], message: str
+) -> None:
+    make: dict[str, Callable[[Path], Path]] = {
+        "imagenet": lambda p: made.imagenet(p, 1, 4),
+        "cifar10": lambda p: made.cifar10(p, 1, 1),
+        "folder": lambda p: made.image_folder(p, 1, 1),
+    }
+    source = make[kind](tmp_path / "source")
+    change(source)
+    with pytest.raises(DatasetError, match=message) as caught:
+        prepare(kind, source, tmp_path / "out", ONE)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+# --- hostile sources
+
+
+class Runs:
+    """What a hostile pickle does: run something when it is read."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch /tmp/alexnet-dist-was-here",))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path, protocol: int) -> None:
+    source = made.cifar10(tmp_path / "source", 1, 1)
+    hostile = pickle.dumps({b"data": Runs(), b"labels": [1]}, protocol=protocol)
+    (source / "cifar-10-batches-py" / "data_batch_2").write_bytes(hostile)
+    with pytest.raises(DatasetError, match=r"data_batch_2 is not .*it asks for posix\.system"):
+        prepare("cifar10", source, tmp_path / "out", ONE)
+    assert not Path("/tmp/alexnet-dist-was-here").exists()
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_are_a_dictionary_or_a_dataset_error(content: bytes) -> None:
+    with contextlib.suppress(DatasetError):
+        assert isinstance(read_pickle(content, "fuzz"), dict)
+
+
+def hostile_tar(path: Path) -> None:
+    """An inner tar with a good image, and members that would leave the folder if extracted."""
+    good = made.encoded(made.photograph(1))
+    with tarfile.open(path, "w") as tar:
+        for name, kind in (
+            ("good.JPEG", tarfile.REGTYPE), ("/tmp/absolute.JPEG", tarfile.REGTYPE),
+            ("../../up.JPEG", tarfile.REGTYPE), ("link.JPEG", tarfile.SYMTYPE),
+            ("hard.JPEG", tarfile.LNKTYPE), ("device.JPEG", tarfile.CHRTYPE),
+            ("pipe.JPEG", tarfile.FIFOTYPE), ("folder", tarfile.DIRTYPE),
+        ):  # fmt: skip
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "/etc/passwd"
+            member.size = len(good) if kind == tarfile.REGTYPE else 0
+            tar.addfile(member, io.BytesIO(good) if member.size else None)
+
+
+def test_hostile_members_are_refused_by_name_and_nothing_is_written_outside(tmp_path: Path) -> None:
+    source = made.imagenet(tmp_path / "source", 2, 4)
+    hostile_tar(tmp_path / "inner.tar")
+    members = {f"{wnid}.tar": (tmp_path / "inner.tar").read_bytes() for wnid in made.WNIDS[:1]}
+    made.tar_of(source / "ILSVRC2012_img_train.tar", members)
+    before = set(tmp_path.parent.rglob("*")) | set(Path("/tmp").glob("*"))
+    said = prepare("imagenet", source, tmp_path / "out", Options(workers=1, max_bad=0.9))
+    after = set(tmp_path.parent.rglob("*")) | set(Path("/tmp").glob("*"))
+    assert all(tmp_path / "out" in (p, *p.parents) for p in after - before)
+    assert "packed 1 train, 4 val images of 4 classes; 6 refused" in said
+    refused = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
+    reasons = {entry["name"]: entry["reason"] for entry in refused}
+    for name in ("link.JPEG", "hard.JPEG", "device.JPEG", "pipe.JPEG"):
+        assert reasons[name] == "a link, device or hole in the archive, not a file"
+    for name in ("/tmp/absolute.JPEG", "../../up.JPEG"):
+        assert reasons[name] == "a name that leaves its folder"
+
+
+# --- oddities
+
+
+def exif(orientation: int) -> Image.Exif:
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+def test_what_decoders_read_differently_is_settled_once() -> None:
+    image = made.photograph(3, 300, 300)
+    plain = torch.from_numpy(np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC)).copy())
+    grey16 = (np.asarray(image.convert("L"), np.uint16) * 257).astype(np.uint16)
+    clear = image.copy()
+    clear.putalpha(255)
+    odd = {
+        "PNG named JPEG": made.encoded(image, "PNG"),
+        "CMYK, Adobe's inverted": made.encoded(image.convert("CMYK"), "JPEG", quality=98),
+        "opaque alpha": made.encoded(clear, "PNG"),
+        "palette": made.encoded(image.quantize(256), "PNG"),
+        "broken EXIF": made.encoded(image, exif=b"Exif\0\0II*\0\xff\xff\xff\xff", quality=98),
+        "BMP": made.encoded(image, "BMP"),
+        "WEBP": made.encoded(image, "WEBP", quality=98),
+    } | {
+        f"turned by EXIF {o}": made.encoded(turned(image, o), "JPEG", exif=exif(o), quality=98)
+        for o in range(1, 9)
+    }  # fmt: skip
+    for name, content in odd.items():
+        stored = convert(content, keep=False)
+        assert (stored.kind, tuple(stored.image.shape)) == ("jpg", (3, 256, 256)), name
+        difference = (stored.image.movedim(0, -1).float() - plain).abs().mean()
+        assert difference < (9 if name == "palette" else 4), f"{name}: differs by {difference}"
+    for content in (made.encoded(image.convert("L")), made.encoded(Image.fromarray(grey16), "PNG")):
+        stored = convert(content, keep=False)
+        assert stored.image.shape == (1, 256, 256)
+        expected = 0.299 * plain[..., 0] + 0.587 * plain[..., 1] + 0.114 * plain[..., 2]
+        assert (stored.image[0] - expected).abs().mean() < 3
+    half = image.copy()
+    half.putalpha(128)
+    on_white = convert(made.encoded(half, "PNG"), keep=False).image.movedim(0, -1)
+    assert (on_white - (plain * 0.5 + 127.5)).abs().mean() < 4
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image as a camera stores it that says so in EXIF."""
+    flips = Image.Transpose
+    stored = {
+        1: [], 2: [flips.FLIP_LEFT_RIGHT], 3: [flips.ROTATE_180], 4: [flips.FLIP_TOP_BOTTOM],
+        5: [flips.TRANSPOSE], 6: [flips.ROTATE_90], 7: [flips.TRANSVERSE], 8: [flips.ROTATE_270],
+    }  # fmt: skip
+    for flip in stored[orientation]:
+        image = image.transpose(flip)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"hello, this is a text file, not an image", "none of JPEG, PNG"),
+        (made.encoded(made.photograph(1))[:-700], "truncated"),
+        (made.encoded(made.photograph(1), "PNG")[:400], "truncated|broken"),
+        (made.bomb(), "Image size .3600000000 pixels. exceeds limit"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "none of JPEG, PNG"),
+    ],
+    ids=["empty", "text", "truncated JPEG", "truncated PNG", "bomb", "PostScript"],
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_is_no_image_is_refused_with_its_reason(
+    content: bytes, reason: str, keep: bool
+) -> None:
+    with pytest.raises(RefusedImage, match=reason):
+        convert(content, keep)
+
+
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"BM"])
+)
+def test_any_bytes_are_an_image_or_refused(content: bytes, start: bytes) -> None:
+    with contextlib.suppress(RefusedImage):
+        assert convert(start + content, keep=False).image.shape[1:] == (256, 256)
+
+
+def test_very_long_images_do_not_blow_up() -> None:
+    thin = Image.fromarray(np.full((2, 60_000, 3), 90, np.uint8))
+    assert convert(made.encoded(thin, "PNG"), keep=False).image.shape == (3, 256, 256)
+
+
+def test_keep_keeps_sizes_and_plain_jpegs_bytes() -> None:
+    image = made.photograph(4)
+    plain = made.encoded(image)
+    assert convert(plain, keep=True).encoded == plain
+    sideways = convert(made.encoded(image, exif=exif(6)), keep=True)
+    assert sideways.encoded != plain
+    assert sideways.image.shape == (3, 120, 90)
+    png = convert(made.encoded(image, "PNG"), keep=True)
+    assert png.kind == "png"
+    assert np.array_equal(png.image.movedim(0, -1), np.asarray(image))
+
+
+NAMES = ["with space.JPEG", "with\nnewline.JPEG", "żółw 亀.JPEG", "no-ending"]
+
+
+def test_odd_names_and_bad_images_are_quarantined_and_the_rest_is_packed(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 5, 2)
+    for number, name in enumerate(NAMES):
+        image = made.encoded(made.photograph(70 + number))
+        (source / "train" / "bee" / name).write_bytes(image)
+    (source / "train" / "cat" / "bad\nname é.JPEG").write_text("text")
+    (source / "train" / "cat" / "folder.JPEG").mkdir()
+    os.mkfifo(source / "train" / "cat" / "pipe.JPEG")
+    (source / "train" / "cat" / "nowhere.JPEG").symlink_to("/nonexistent")
+    undecodable = os.fsencode(source / "train" / "cat") + b"/\xff\xfe.JPEG"
+    Path(os.fsdecode(undecodable)).write_bytes(b"")
+    strict = alexnet_dist("prepare", "folder", str(source), str(tmp_path / "out"))
+    assert strict.returncode == 1
+    assert "--max-bad 0.001: 5 of 30 images cannot be packed ('train/cat/bad" in strict.stderr
+    assert not (tmp_path / "out").exists()
+    arguments = ["prepare", "folder", str(source), str(tmp_path / "out"), "--max-bad", "0.2"]
+    said = alexnet_dist(*arguments)
+    assert said.returncode == 0, said.stderr
+    assert "packed 19 train, 6 val images of 3 classes; 5 refused" in said.stdout
+    refused = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
+    names = [entry["name"] for entry in refused]
+    assert "train/cat/bad\nname é.JPEG" in names
+    assert os.fsdecode(b"train/cat/\xff\xfe.JPEG") in names
+    assert "none of JPEG, PNG" in refused[names.index("train/cat/bad\nname é.JPEG")]["reason"]
+
+
+# --- statistics, readers of others
+
+
+def test_statistics_are_numpys_over_all_training_pixels_in_colour(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 4, 1)
+    prepare("folder", source, tmp_path / "out", ONE)
+    statistics = open_dataset(tmp_path / "out").statistics
+    images = np.stack([pixels(tmp_path / "out", "train", i).movedim(0, -1) for i in range(12)])
+    images = images.astype(np.float64)
+    np.testing.assert_allclose(statistics.mean_image, images.mean(0), rtol=1e-6)
+    flat = images.reshape(-1, 3)
+    np.testing.assert_allclose(statistics.mean_rgb, flat.mean(0), rtol=1e-12)
+    values, vectors = np.linalg.eigh(np.cov(flat.T, bias=True))
+    np.testing.assert_allclose(statistics.eigenvalues, values[::-1], rtol=1e-9)
+    np.testing.assert_allclose(np.abs(statistics.eigenvectors), np.abs(vectors.T[::-1]), atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def folder_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("readers")
+    prepare("folder", made.image_folder(root / "source", 4, 1), root / "out", ONE)
+    return root / "out"
+
+
+def test_the_webdataset_package_reads_it(folder_packed: Path) -> None:
+    import webdataset
+
+    url = str(folder_packed / "train" / "shard-00000.tar")
+    samples = list(
+        webdataset.WebDataset(url, shardshuffle=False).decode("pil").to_tuple("jpg", "cls")
+    )
+    assert [label for _, label in samples] == [0] * 4 + [1] * 4 + [2] * 4
+    assert {image.size for image, _ in samples} == {(256, 256)}
+
+
+def test_dalis_webdataset_reader_reads_it_by_our_index(folder_packed: Path, tmp_path: Path) -> None:
+    from nvidia.dali import Pipeline, fn
+    from wds2idx import IndexCreator
+
+    tar, index = (folder_packed / "train" / f"shard-00000.{kind}" for kind in ("tar", "idx"))
+    theirs = tmp_path / "theirs.idx"
+    with IndexCreator(str(tar), str(theirs), verbose=False) as creator:
+        creator.create_index()
+    assert index.read_text().split() == theirs.read_text().split()
+    graph = Pipeline(batch_size=12, num_threads=1, device_id=None)
+    with graph:
+        image, label = fn.readers.webdataset(
+            paths=[str(tar)], index_paths=[str(index)], ext=["jpg", "cls"]
+        )
+        graph.set_outputs(fn.decoders.image(image), label)
+    graph.build()
+    images, labels = graph.run()
+    assert [bytes(labels.at(i)) for i in range(12)] == [b"0"] * 4 + [b"1"] * 4 + [b"2"] * 4
+    for i in range(12):
+        ours = pixels(folder_packed, "train", i).movedim(0, -1)
+        assert np.array_equal(images.at(i), ours)
+
+
+# --- killed, parted, short of room
+
+SMALL_SHARDS = "import alexnet_dist.data.prepare as p, alexnet_dist.__main__ as m, sys\n" \
+    "p._ITEMS_PER_SHARD, p._LEAST_IMAGES = 7, 1\n" \
+    "if __name__ == '__main__': sys.exit(m.main(sys.argv[1:]))\n"  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 300 images, two of them bad."""
+    root = tmp_path_factory.mktemp("many")
+    source = made.image_folder(root / "source", 90, 9, (300, 200))
+    for number in range(2):
+        (source / "train" / "bee" / f"bad-{number}.JPEG").write_text("no image")
+    (root / "prepare.py").write_text(SMALL_SHARDS)
+    return root
+
+
+def arguments(many: Path, out: Path, *more: str) -> list[str]:
+    command = [sys.executable, str(many / "prepare.py"), "prepare", "folder", str(many / "source")]
+    return [*command, str(out), "--max-bad", "0.01", *more]
+
+
+@pytest.fixture(scope="module")
+def whole(many: Path) -> dict[str, bytes]:
+    """What an uninterrupted run makes, in one process."""
+    done = subprocess.run(
+        arguments(many, many / "whole", "--workers", "1"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "270 train, 27 val images of 3 classes; 2 refused" in done.stdout
+    return contents(many / "whole")
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
+    many: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    random.seed(3)
+    out = tmp_path / "out"
+    kills = 0
+    while not out.exists():
+        run = subprocess.Popen(arguments(many, out), stderr=subprocess.DEVNULL)
+        if kills < 6:
+            time.sleep(random.uniform(0.5, 6))
+            kills += run.poll() is None
+            run.send_signal(signal.SIGKILL if kills % 2 else signal.SIGINT)
+        run.wait(timeout=120)
+    assert kills >= 2
+    again = subprocess.run(arguments(many, out), capture_output=True, text=True, check=True)
+    assert "already prepared from these files, and whole" in again.stdout
+    assert contents(out) == whole
+
+
+def test_parts_make_the_same_bytes(many: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    parts = [
+        subprocess.Popen(arguments(many, out, "--part", f"{i}/3", "--workers", "1"),
+                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        for i in (1, 2)
+    ]  # fmt: skip
+    for i, part in enumerate(parts, start=1):
+        said, _ = part.communicate(timeout=120)
+        assert f"part {i} of 3 is written; when all are, the same command without --part" in said
+    assert not out.exists()
+    merged = subprocess.run(arguments(many, out), capture_output=True, text=True, check=True)
+    assert "270 train" in merged.stdout
+    assert contents(out) == whole
+
+
+def test_two_at_once_and_other_options_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made.image_folder(tmp_path / "source", 2, 1)
+    with (
+        prepare_module._held(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
+        pytest.raises(DatasetError, match="another prepare is at work there"),
+    ):
+        prepare("folder", source, tmp_path / "out", ONE)
+    with pytest.raises(DatasetError, match="begun from other files or options: remove it"):
+        prepare("folder", source, tmp_path / "out", ONE)
+
+
+def test_a_full_disk_is_noticed_before_it_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = made.image_folder(tmp_path / "source", 2, 1)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(DatasetError, match=r"GB are needed, 0\.0 GB are free: make room"):
+        prepare("folder", source, tmp_path / "out", ONE)
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "x", "1"])
+def test_a_part_is_i_of_n(part: str, tmp_path: Path) -> None:
+    result = alexnet_dist("prepare", "folder", str(tmp_path), str(tmp_path / "o"), "--part", part)
+    assert result.returncode == 2
+    assert "argument --part: invalid" in result.stderr
+
+
+# --- inspect
+
+
+def test_inspect_shows_what_is_there_and_finds_what_is_wrong(
+    folder_packed: Path, tmp_path: Path
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    result = alexnet_dist("inspect", str(folder_packed), "--sheet", str(sheet), "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["train"]["samples"] == 12
+    assert found["train"]["sizes"] == {"256 × 256": 12}
+    assert found["train"]["per class"] == "4 to 4"
+    with Image.open(sheet) as image:
+        assert image.size == (220 + 10 * 96, 3 * 96)
+        assert np.asarray(image)[:, 220:604].std() > 20
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folder_packed, damaged)
+    content = bytearray((damaged / "train/shard-00000.tar").read_bytes())
+    content[5000] ^= 1
+    (damaged / "train/shard-00000.tar").write_bytes(content)
+    result = alexnet_dist("inspect", str(damaged))
+    assert result.returncode == 1
+    assert "shard-00000.tar: SHA-256" in result.stderr
+
+
+def test_options_have_defaults_that_the_command_line_repeats() -> None:
+    assert dataclasses.astuple(Options()) == (False, 0.001, 0, None)
