@@ -1,5 +1,8 @@
 """What only a GPU can show. Skipped where there is none."""
 
+from pathlib import Path
+
+import made
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,12 @@ from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajecto
 
 from alexnet_dist import draws
 from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.sampler import evaluation_plan
+from alexnet_dist.evaluate import make_pipeline
 from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.topology import Topology
 
 pytestmark = [
     pytest.mark.gpu,
@@ -50,3 +58,32 @@ def test_two_columns_on_two_gpus_equal_one(arguments: list[str]) -> None:
     ours = on_ranks(2, trajectory, on_columns(config))
     np.testing.assert_allclose(ours[0][0], losses, rtol=1e-12)
     assert largest_difference(ours[0][1], parameters) <= 1e-10
+
+
+@pytest.mark.parametrize("views", [1, 10])
+@pytest.mark.parametrize("keep", [False, True])
+def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views: int) -> None:
+    """Decoded by nvJPEG: within half a grey level in the mean; drawn and finished alike."""
+    prepare("folder", made.image_folder(tmp_path / "source", 8, 6), tmp_path / "data",
+            Options(keep=keep))  # fmt: skip
+    shared = [*TINY, "model.classes=3", "model.crop=227", "data.canvas=256", "data.eval_split=val",
+              f"data.path={tmp_path / 'data'}", "layout.kind=one", "train.precision=fp32",
+              f"evaluate.views={views}"]  # fmt: skip
+    found = []
+    for kind, device in (("torch", "cpu"), ("torch", "cuda"), ("dali", "cuda")):
+        config = load_config([*shared, f"data.pipeline={kind}"])
+        dataset = open_for(config)
+        topology = Topology(
+            device=torch.device(device, 0) if device == "cuda" else torch.device(device)
+        )
+        pipeline = make_pipeline(config, topology, dataset, "val")
+        plan = evaluation_plan(config, [range(0, 7), range(7, 18)])
+        found.append([part.joined([len(part.facts)], None) for part in pipeline.batches(plan)])
+        pipeline.close()
+    for cpu, torch_gpu, dali_gpu in zip(*found, strict=True):
+        assert dali_gpu.windows.device.type == torch_gpu.windows.device.type == "cuda"
+        assert torch.equal(torch_gpu.windows.cpu(), cpu.windows)
+        assert torch.equal(dali_gpu.ids.cpu(), cpu.ids)
+        difference = (dali_gpu.windows.cpu() - cpu.windows).abs() * 60  # divide_by of TINY
+        assert difference.mean() <= 0.5
+        assert difference.flatten().sort().values[int(0.999 * difference.numel())] <= 4
