@@ -72,13 +72,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from alexnet_dist import ranks, topology
+    from alexnet_dist import layouts, ranks, topology
 
     config = load_config(options.config)
+    wanted = layouts.ranks_wanted(config, topology.gpus(config))
     if topology.launched():
         ranks.leave_with_parent()
-    elif topology.ranks_wanted(config) > 1:
-        return ranks.start(arguments, topology.ranks_wanted(config), config.folder)
+    elif wanted > 1:
+        layouts.check(config, wanted)
+        return ranks.start(arguments, wanted, config.folder)
 
     from alexnet_dist import checkpoint, figures
     from alexnet_dist.train import train
