@@ -104,7 +104,7 @@ class LayoutConfig:
         bool, Key("sum gradients over replicas in bf16: half the bytes, 8 bits of precision")
     ]
     deepspeed: Annotated[
-        str, Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours; '' = none", free=True)
+        str, Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours, or none", free=True)
     ]
     device: Annotated[
         Literal["auto", "cpu", "cuda"],

@@ -43,7 +43,7 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
     }
     if config.layout.compress_gradients:
         ours["communication_data_type"] = "bfp16"
-    if not config.layout.deepspeed:
+    if config.layout.deepspeed == "none":
         return ours
     try:
         theirs = json.loads(Path(config.layout.deepspeed).read_text())

@@ -1,18 +1,22 @@
 """Every layout follows the run of the grouped network on one process: real processes over gloo."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, on_ranks
+from conftest import TINY, alexnet_dist, as_overrides, on_ranks
+from safetensors.torch import save_file
 
+from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist import layouts
+from alexnet_dist.checkpoint import TensorFile
 from alexnet_dist.config import Config
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine
 from alexnet_dist.engines import make_engine
@@ -55,15 +59,17 @@ def on(config: Config, kind: str, ranks: int = 0, micro_batches: int = 1) -> Con
     return dataclasses.replace(config, layout=layout, train=train)
 
 
-def steps_of(config: Config, topology: Topology, engine: Engine, steps: int = STEPS) -> Any:
+def steps_of(
+    config: Config, topology: Topology, engine: Engine, begin: int = 0, end: int = STEPS
+) -> Iterator[list[float]]:
     """The statistics of each step, as the loop would make them."""
     dataset = open_for(config)
     parts = topology.shares(range(config.train.batch))
     counts = [len(part) for part in parts]
     sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
     pipeline = make_pipeline(config, topology, dataset, "train")
-    plan = sampler.plan(0, steps, parts[topology.column])
-    for step, part in enumerate(pipeline.batches(plan)):
+    plan = sampler.plan(begin, end, parts[topology.column])
+    for step, part in enumerate(pipeline.batches(plan), start=begin):
         batch = part.joined(counts, topology.column_group)
         yield engine.train_step(batch, step, 0.02 * 0.9**step).tolist()
     pipeline.close()
@@ -178,6 +184,114 @@ def test_an_update_by_zero_is_the_oracles(ranks: int, packed: Path) -> None:
                 for name in theirs:
                     difference = (mine[name] - theirs[name]).abs().max()
                     assert difference <= 1e-5 * theirs[name].abs().max(), name
+
+
+def resumed(configs: Sequence[Config], folder: Path) -> list[Any]:
+    """For each config: whole tensors after six steps at once, and with a new engine after three."""
+    found = []
+    for place, config in enumerate(configs):
+        topology = connect(config)
+        ends, saved = [], [folder / f"{place}-{part}.safetensors" for part in ("model", "optim")]
+        for begin in (0, 3):
+            engine = make_engine(config, topology)
+            if begin:
+                topology.barrier()
+                engine.load(*map(TensorFile, saved))
+            for step, _ in enumerate(steps_of(config, topology, engine, begin, 6), start=begin):
+                if (begin, step) == (0, 2):
+                    for path, tensors in zip(saved, engine.whole_tensors(), strict=True):
+                        if topology.leads:
+                            save_file(tensors, path)
+            ends.append(engine.whole_tensors())
+        found.append(ends)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kinds", "optimizer"),
+    [
+        (3, ("replicas", "zero1", "zero2"), "adam"),
+        (4, ("replicas", "columns_x_replicas", "sharded_fc"), "sgd"),
+    ],
+)
+def test_the_same_layout_resumed_is_identical_to_the_bit(
+    ranks: int, kinds: tuple[str, ...], optimizer: str, packed: Path, tmp_path: Path
+) -> None:
+    """With several buckets of gradients and three ranks or more, where the order of sums shows."""
+    wide = ["model.fc=[1024,512]", "train.precision=fp32", f"optimizer.kind={optimizer}"]
+    config = config_of(packed, *wide)
+    cases = [on(config, kind, ranks, 2) for kind in kinds]
+    for kind, (whole, again) in zip(
+        kinds, on_ranks(ranks, resumed, cases, tmp_path)[0], strict=True
+    ):
+        for mine, theirs in zip(again, whole, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in theirs:
+                assert torch.equal(mine[name], theirs[name]), f"{kind}: {name}"
+
+
+def test_a_run_that_changes_layout_at_every_save_is_one_run(
+    packed: Path, tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    """60 images, 12 a step: stages of 10 steps, each ended by an evaluation and a save."""
+    common = ["train.batch=12", "train.precision=fp64", "evaluate.every_epochs=1",
+              "schedule.kind=steps", "schedule.at_epochs=[3,7]", "schedule.rate=0.02"]  # fmt: skip
+    stages = [("one", 0), ("columns", 0), ("replicas", 3), ("columns_x_replicas", 4),
+              ("sharded_fc", 2), ("one", 0)]  # fmt: skip
+
+    def run(name: str, kind: str, ranks: int, epochs: int) -> None:
+        where = [f"name={name}", f"layout.kind={kind}", f"layout.ranks={ranks}"]
+        config = tiny(*common, *where, f"train.epochs={epochs}")
+        result = alexnet_dist("train", *as_overrides(config))
+        assert result.returncode == 0, result.stderr
+        assert f"continues at step {5 * epochs - 10}" in result.stderr or epochs in (2, 12)
+
+    run("never", "one", 0, 12)
+    for place, (kind, ranks) in enumerate(stages, start=1):
+        run("always", kind, ranks, 2 * place)
+    ours, theirs = (
+        checkpoints.verify(checkpoints.steps(tmp_path / "runs" / name / "checkpoints")[-1])
+        for name in ("always", "never")
+    )
+    assert ours.step == theirs.step == 60
+    for file in ("parameters", "optimizer"):
+        mine, other = getattr(ours, file)(), getattr(theirs, file)()
+        assert mine.keys() == other.keys()
+        for name in other.keys():  # noqa: SIM118
+            a, b = (tensors.rows(name, slice(None)) for tensors in (mine, other))
+            assert (a - b).abs().max() <= 1e-11 * b.abs().max(), name
+    for key in ("schedule", "best_step", "best_error", "evaluated_step"):
+        assert ours.progress[key] == theirs.progress[key]
+
+
+def poisoned(configs: Sequence[Config]) -> list[Any]:
+    """For each config, of a step in which the last rank alone meets a NaN: whether it was seen,
+    and whether all is as before."""
+    found = []
+    for config in configs:
+        topology = connect(config)
+        engine = make_engine(config, topology)
+        before = [{n: t.clone() for n, t in part.items()} for part in engine.whole_tensors()]
+        n = config.train.batch // topology.replicas
+        windows = torch.randn(n, 3, 67, 67)
+        if topology.global_rank == topology.world_size - 1:
+            windows[-1] = torch.nan
+        batch = Batch(windows, torch.arange(n) % 10, torch.arange(n), torch.zeros(n, 3))
+        failed = engine.train_step(batch, 0, 0.02)[3].item() != 0
+        same = all(
+            torch.equal(now[name], then[name])
+            for now, then in zip(engine.whole_tensors(), before, strict=True)
+            for name in now
+        )
+        found.append((failed, same))
+    return found
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(packed: Path) -> None:
+    kinds = ("replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
+    config = config_of(packed, "train.precision=fp32")
+    for outcomes in on_ranks(4, poisoned, [on(config, kind, 4, 2) for kind in kinds]):
+        assert dict(zip(kinds, outcomes, strict=True)) == dict.fromkeys(kinds, (True, True))
 
 
 @pytest.mark.parametrize(
