@@ -63,6 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("path", type=Path, help="folder of the source's files")
     sub.add_argument("out", type=Path, help="folder to make")
 
+    sub = command("compare", _compare, "hold layouts against one process, on this machine")
+    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
+    sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
+    sub.add_argument("--json", action="store_true", help="print one JSON list")
+
+    sub = command("plan", _plan, "what a run would take: memory, arithmetic, traffic")
+    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub.add_argument("--ranks", type=int, help="ranks; those that the layout would start here")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = command("figures", _figures, "draw a run's kernels and curves")
     sub.add_argument("run_folder", type=Path)
 
@@ -129,6 +140,36 @@ def _prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.data.prepare import prepare_fashion_mnist
 
     print(prepare_fashion_mnist(options.path, options.out))
+    return 0
+
+
+def _compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import compare
+    from alexnet_dist.data.dataset import open_for
+
+    if options.steps < 3:
+        raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
+    config = load_config(options.config)
+    open_for(config)  # or one clear error
+    rows = []
+    if not options.json:
+        print(compare.HEADING)
+    for row, drift, floor in compare.compare(config, options.layouts, options.steps):
+        rows.append(row)
+        if not options.json:
+            print(compare.line(row, drift, floor), flush=True)
+    if options.json:
+        print(json.dumps([vars(row) for row in rows]))
+    return 0 if all(row.holds for row in rows) else 1
+
+
+def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import layouts, plan, topology
+
+    config = load_config(options.config)
+    ranks = options.ranks or layouts.ranks_wanted(config, topology.gpus(config))
+    planned = plan.plan(config, ranks)
+    print(json.dumps(planned) if options.json else "\n".join(plan.lines(planned)))
     return 0
 
 

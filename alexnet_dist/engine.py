@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_dist.columns import ColumnExchange, gathered, merge
@@ -66,22 +66,24 @@ class TorchEngine:
     """Every layout but ZeRO: columns here or on ranks, replicas by DDP, fully-connected layers
     whole or split over all ranks."""
 
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology, drawn: bool = True) -> None:
         self.config, self.topology = config, topology
         replicas = topology.replica_group
         self.shards = replicas if config.layout.kind == "sharded_fc" else None
-        self.model = AlexNet(
-            config.model,
-            config.seed,
-            columns_here=[topology.column] if topology.column_group else None,
-            exchange=self._exchange(),
-            dtype=torch.float64 if config.train.precision == "fp64" else torch.float32,
-            fc_part=(topology.replica, topology.replicas) if self.shards else None,
-        ).to(topology.device)
+        with topology.device:
+            self.model = AlexNet(
+                config.model,
+                config.seed,
+                columns_here=[topology.column] if topology.column_group else None,
+                exchange=self._exchange(),
+                dtype=torch.float64 if config.train.precision == "fp64" else torch.float32,
+                fc_part=(topology.replica, topology.replicas) if self.shards else None,
+                drawn=drawn,
+            )
         self.optimizer = Optimizer(
             config.optimizer, self.model.named_parameters(), self._whole_sums
         )
-        self.network = self._replicated(replicas) if replicas else self.model
+        self.network: nn.Module = self._replicated(replicas) if replicas else self.model
 
     def train_step(self, batch: Batch, step: int, rate: float) -> Tensor:
         self.model.train()
@@ -174,7 +176,7 @@ class TorchEngine:
         counted = [self._split_over(name) is not None or group.rank() == 0 for name in names]
         return summed(sums * torch.tensor(counted, device=sums.device), group)
 
-    def _replicated(self, group: dist.ProcessGroup) -> DistributedDataParallel:
+    def _replicated(self, group: dist.ProcessGroup) -> nn.Module:
         """DDP, which sums gradients bucket by bucket during the backward.
 
         It orders its buckets after the first backward, and sums may depend on that order at three

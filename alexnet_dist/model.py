@@ -114,6 +114,7 @@ class AlexNet(nn.Module):
         exchange: joins this column's maps with the others'; `AllHere` for all columns.
         dtype: of the parameters.
         fc_part: (part, parts) of the rows of fc6 … fc8 here; None: those of the columns here.
+        drawn: give the parameters their initial values.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class AlexNet(nn.Module):
         exchange: Exchange | None = None,
         dtype: torch.dtype = torch.float32,
         fc_part: tuple[int, int] | None = None,
+        drawn: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
@@ -160,7 +162,7 @@ class AlexNet(nn.Module):
         self.fc6 = _Linear(*layer("fc6", config.fc[0], flat))  # type: ignore[arg-type]
         self.fc7 = _Linear(*layer("fc7", config.fc[1], config.fc[0]))  # type: ignore[arg-type]
         self.fc8 = _Linear(*layer("fc8", config.classes, config.fc[1]))  # type: ignore[arg-type]
-        for module in self.layers():
+        for module in self.layers() if drawn else ():
             module.initialise(seed, config.init)
 
     def layers(self) -> list[Layer]:

@@ -54,16 +54,18 @@ class _JoinSamples(torch.autograd.Function):
 
 def sum_bucket(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
     """DDP's hook: a bucket of gradients summed over replicas while the backward goes on."""
-    return _all_reduced(bucket.buffer(), group).then(lambda done: done.value()[0])
+    sums = bucket.buffer()
+    return _all_reduced(sums, group).then(lambda done: sums)
 
 
 def sum_bucket_in_bf16(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
-    """The same in half the bytes of float32."""
-    wide = bucket.buffer()
-    return _all_reduced(wide.bfloat16(), group).then(lambda done: wide.copy_(done.value()[0]))
+    """The same in bf16: half the bytes of float32."""
+    sums, narrow = bucket.buffer(), bucket.buffer().bfloat16()
+    return _all_reduced(narrow, group).then(lambda done: sums.copy_(narrow))
 
 
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Future[Any]:
+    """A future of the sum over ranks, in place."""
     work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work is not None
     return work.get_future()

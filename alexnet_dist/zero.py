@@ -5,6 +5,7 @@ gradients, among them. The only importer of DeepSpeed.
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": ZERO_STAGES[config.layout.kind],
+            "reduce_bucket_size": 2**24,  # its default of 2 GB is always allocated
+            "allgather_bucket_size": 2**24,
             "compute_grad_norm": False,  # one more collective and a stop of the host, for nothing
         },
         # Its `bf16` would cast the network itself.
@@ -75,7 +78,8 @@ class ZeroEngine:
     def __init__(self, config: Config, topology: Topology) -> None:
         assert topology.replica_group is not None
         self.config, self.topology, self.group = config, topology, topology.replica_group
-        model = AlexNet(config.model, config.seed).to(topology.device)
+        with topology.device:
+            model = AlexNet(config.model, config.seed)
         for parameter in model.parameters():  # it flattens, and broadcasts bytes: no channels_last
             parameter.data = parameter.data.contiguous()
         self.optimizer = Optimizer(config.optimizer, model.named_parameters())
@@ -177,10 +181,13 @@ class ZeroEngine:
 
     def _initialised(self, model: AlexNet) -> Any:
         os.environ.setdefault("DS_ACCELERATOR", self.topology.device.type)
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        warnings.filterwarnings(
+            "ignore", message=".*all_gather_into_tensor", category=FutureWarning
+        )
         import deepspeed
-        from deepspeed.utils import groups
+        from deepspeed.utils import groups, logger
 
+        logger.setLevel(logging.ERROR)  # it warns of optimisers it has not tested: ours have been
         # No kernel is compiled for a collective we do not use; and ours have our timeout.
         deepspeed.ops.__compatible_ops__ = {}
         groups._WORLD_GROUP = self.group
