@@ -86,6 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=int, default=5, help="passes of each")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
+    sub = command("compare", _compare, "hold layouts against one process, on this machine")
+    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
+    sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
+    sub.add_argument("--json", action="store_true", help="print one JSON list")
+
+    sub = command("plan", _plan, "what a run would take: memory, arithmetic, traffic")
+    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub.add_argument("--ranks", type=int, help="ranks; those that the layout would start here")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
     sub = command("figures", _figures, "draw a run's kernels and curves")
     sub.add_argument("run_folder", type=Path)
 
@@ -95,13 +106,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from alexnet_dist import ranks, topology
+    from alexnet_dist import layouts, ranks, topology
 
     config = load_config(options.config)
+    wanted = layouts.ranks_wanted(config, topology.gpus(config))
     if topology.launched():
         ranks.leave_with_parent()
-    elif topology.ranks_wanted(config) > 1:
-        return ranks.start(arguments, topology.ranks_wanted(config), config.folder)
+    elif wanted > 1:
+        layouts.check(config, wanted)
+        return ranks.start(arguments, wanted, config.folder)
 
     from alexnet_dist import checkpoint, figures
     from alexnet_dist.train import train
@@ -179,6 +192,36 @@ def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     found = bench.bench_data(options.folder, options.images, options.repeats, options.overrides)
     print(json.dumps(found) if options.json else bench.table(found))
+    return 0
+
+
+def _compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import compare
+    from alexnet_dist.data.dataset import open_for
+
+    if options.steps < 3:
+        raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
+    config = load_config(options.config)
+    open_for(config)  # or one clear error
+    rows = []
+    if not options.json:
+        print(compare.HEADING)
+    for row, drift, floor in compare.compare(config, options.layouts, options.steps):
+        rows.append(row)
+        if not options.json:
+            print(compare.line(row, drift, floor), flush=True)
+    if options.json:
+        print(json.dumps([vars(row) for row in rows]))
+    return 0 if all(row.holds for row in rows) else 1
+
+
+def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist import layouts, plan, topology
+
+    config = load_config(options.config)
+    ranks = options.ranks or layouts.ranks_wanted(config, topology.gpus(config))
+    planned = plan.plan(config, ranks)
+    print(json.dumps(planned) if options.json else "\n".join(plan.lines(planned)))
     return 0
 
 

@@ -27,10 +27,23 @@ class ColumnExchange:
         self.group, self.classes = group, classes
 
     def maps(self, maps: Tensor) -> Tensor:
-        return _JoinMaps.apply(maps, self.group)  # type: ignore[no-any-return]
+        return join_maps(maps, self.group)
+
+    def features(self, features: Tensor) -> Tensor:
+        return features
 
     def logits(self, logits: Tensor) -> Tensor:
-        return _JoinLogits.apply(logits, self.group, self.classes)  # type: ignore[no-any-return]
+        return join_logits(logits, self.group, self.classes)
+
+
+def join_maps(maps: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """(n, own channels, …) to (n, channels of all ranks, …); gradients are summed back."""
+    return _JoinMaps.apply(maps, group)  # type: ignore[no-any-return]
+
+
+def join_logits(logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tensor:
+    """(n, own classes) to (n, classes); each rank takes its own slice of the gradients."""
+    return _JoinLogits.apply(logits, group, classes)  # type: ignore[no-any-return]
 
 
 class _JoinMaps(torch.autograd.Function):
@@ -38,17 +51,14 @@ class _JoinMaps(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
         last = _channels_last(maps)  # (n, …, own channels)
-        joined = _gathered(last, group).movedim(0, -2)  # (n, …, columns, own channels)
+        joined = gathered(last, group).movedim(0, -2)  # (n, …, columns, own channels)
         return joined.flatten(-2).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         last = _channels_last(grads[0])
         parts = last.unflatten(-1, (ctx.group.size(), -1)).movedim(-2, 0).contiguous()
-        mine = torch.empty_like(parts)
-        dist.all_to_all_single(mine, parts, group=ctx.group)
-        # Summed in the order of columns: the same bits on every backend.
-        return mine.sum(0).movedim(-1, 1), None
+        return summed_parts(parts, ctx.group).movedim(-1, 1), None
 
 
 class _JoinLogits(torch.autograd.Function):
@@ -75,11 +85,19 @@ def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -
     """Rows (dim 0) of every rank, in order, on every rank; `counts` may differ or be 0."""
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
-    parts = _gathered(padded, group)
+    parts = gathered(padded, group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
-def _gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+def summed_parts(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's part of (ranks, *shape), summed over ranks in their order: the same bits on
+    every backend."""
+    mine = torch.empty_like(parts)
+    dist.all_to_all_single(mine, parts, group=group)
+    return mine.sum(0)
+
+
+def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(ranks, *shape): every rank's tensor of one shape, in order."""
     parts = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
     dist.all_gather_single(parts, part, group)

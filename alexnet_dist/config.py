@@ -100,8 +100,18 @@ class DataConfig:
 @dataclass(frozen=True)
 class LayoutConfig:
     kind: Annotated[
-        Literal["one", "columns"],
-        Key("one: all columns in one process; columns: a process for each column", free=True),
+        Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],
+        Key("how replicas and columns lie on ranks: alexnet_dist/layouts.py", free=True),
+    ]
+    ranks: Annotated[
+        int,
+        Key("0 = the launcher's; without one a GPU each, or the fewest that fit", ge=0, free=True),
+    ]
+    compress_gradients: Annotated[
+        bool, Key("sum gradients over replicas in bf16: half the bytes, 8 bits of precision")
+    ]
+    deepspeed: Annotated[
+        str, Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours, or none", free=True)
     ]
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
@@ -115,7 +125,13 @@ class LayoutConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    kind: Annotated[Literal["sgd", "adam"], Key("sgd: the paper's")]
+    kind: Annotated[
+        Literal["sgd", "adam", "lars"],
+        Key("sgd: the paper's; lars: sgd with a rate for each layer (You et al. 2017)"),
+    ]
+    trust: Annotated[
+        float, Key("lars: a layer's rate is ε × this × ‖w‖ ÷ (‖g‖ + decay × ‖w‖)", gt=0)
+    ]
     momentum: Annotated[float, Key("sgd's momentum", ge=0, lt=1)]
     momentum_form: Annotated[
         Literal["velocity", "torch"],

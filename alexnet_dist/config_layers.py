@@ -188,6 +188,7 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
 def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
     """Rules over several keys; raises ConfigError."""
     model, data, schedule = config.model, config.data, config.schedule
+    zero = config.layout.kind.startswith("zero")
     lengths = {"model.conv": 5, "model.fc": 2, "model.pool": 2, "data.divide_by": 3}
     lengths["optimizer.betas"] = 2
     values = flat(config)
@@ -209,9 +210,28 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         ),
         (
             "layout.kind",
-            config.layout.kind != "columns" or model.columns == 2,
+            config.layout.kind not in ("columns", "columns_x_replicas") or model.columns == 2,
             f"there is nothing to split in a network of model.columns={model.columns}: "
-            "set model.columns=2 or layout.kind=one",
+            "set model.columns=2 or layout.kind=one, replicas, zero1, zero2, sharded_fc",
+        ),
+        (
+            "layout.kind",
+            config.layout.kind != "sharded_fc" or {"fc6", "fc7", "fc8"} <= {*model.exchange},
+            "its fully-connected layers see all units, and model.exchange="
+            f"{list(model.exchange)} keeps some to their column: add fc6, fc7, fc8, or set "
+            "layout.kind=replicas",
+        ),
+        (
+            "layout.kind",
+            not zero or config.optimizer.kind != "lars",
+            "DeepSpeed's flat partitions have no layers, and optimizer.kind=lars needs their "
+            "norms: set layout.kind=replicas, columns_x_replicas or sharded_fc",
+        ),
+        (
+            "layout.kind",
+            not zero or config.train.precision != "fp64",
+            "DeepSpeed keeps fp32, and train.precision=fp64 asks for more: set "
+            "train.precision=fp32 or bf16, or layout.kind=replicas",
         ),
         (
             "train.batch",

@@ -124,7 +124,7 @@ def initial_weights(
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     key = np.array([seed, int.from_bytes(digest, "little")], dtype=np.uint64)
     begin, end, _ = rows.indices(shape[0])
-    values = torch.empty((end - begin, *shape[1:]), dtype=dtype)
+    values = torch.empty((end - begin, *shape[1:]), dtype=dtype, device="cpu")
     for row, out in enumerate(values.numpy(), start=begin):
         bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, row], dtype=np.uint64))
         out[...] = np.random.Generator(bits).standard_normal(out.shape) * std

@@ -1,19 +1,28 @@
 """Engines: how one step is computed on a layout. `train.py` knows the protocol only."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from alexnet_dist.columns import ColumnExchange, merge
+from alexnet_dist.columns import ColumnExchange, gathered, merge
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.model import AlexNet, Layer
+from alexnet_dist.model import AlexNet, Exchange, Layer
 from alexnet_dist.optim import Optimizer
-from alexnet_dist.shares import share
+from alexnet_dist.replicas import (
+    ShardExchange,
+    largest,
+    sum_bucket,
+    sum_bucket_in_bf16,
+    summed,
+)
 from alexnet_dist.topology import Topology
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
@@ -54,50 +63,78 @@ class Engine(Protocol):
         """Take this rank's parts of whole tensors."""
 
 
-def make_engine(config: Config, topology: Topology) -> Engine:
-    return ColumnEngine(config, topology)
+class TorchEngine:
+    """Every layout but ZeRO: columns here or on ranks, replicas by DDP, fully-connected layers
+    whole or split over all ranks."""
 
-
-class ColumnEngine:
-    """All columns here, or one column on each rank of a replica; one replica."""
-
-    def __init__(self, config: Config, topology: Topology) -> None:
+    def __init__(self, config: Config, topology: Topology, drawn: bool = True) -> None:
         self.config, self.topology = config, topology
-        group = topology.column_group
-        self.model = AlexNet(
-            config.model,
-            config.seed,
-            columns_here=[topology.column] if group else None,
-            exchange=ColumnExchange(group, config.model.classes) if group else None,
-            dtype=torch.float64 if config.train.precision == "fp64" else torch.float32,
-        ).to(topology.device)
-        self.optimizer = Optimizer(config.optimizer, self.model.named_parameters())
+        replicas = topology.replica_group
+        self.shards = replicas if config.layout.kind == "sharded_fc" else None
+        with topology.device:
+            self.model = AlexNet(
+                config.model,
+                config.seed,
+                columns_here=[topology.column] if topology.column_group else None,
+                exchange=self._exchange(),
+                dtype=torch.float64 if config.train.precision == "fp64" else torch.float32,
+                fc_part=(topology.replica, topology.replicas) if self.shards else None,
+                drawn=drawn,
+            )
+        self.optimizer = Optimizer(
+            config.optimizer, self.model.named_parameters(), self._whole_sums
+        )
+        self.network: nn.Module = self._replicated(replicas) if replicas else self.model
 
     def train_step(self, batch: Batch, step: int, rate: float) -> Tensor:
         self.model.train()
-        size, parts = self.config.train.batch, self.config.train.micro_batches
-        n = len(batch.labels)
-        mine = share(size, self.topology.replica, self.topology.replicas)
-        slots = torch.arange(mine.start, mine.stop, device=self.topology.device)
-        scale = self.optimizer.loss_scale(rate) / size
-        stats = torch.zeros(5, dtype=torch.float64, device=self.topology.device)
-        for part in range(parts):
-            rows = slice(part * n // parts, (part + 1) * n // parts)
-            with self._autocast():
-                logits = self.model(batch.windows[rows], slots[rows], step)
-            loss, counts = scored(logits, batch.labels[rows])
-            (loss * scale).backward()
-            stats[:3] += counts
+        parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
+        stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
+            with self._summing(part == parts):
+                with self._autocast():
+                    logits = self.network(windows, slots, step)
+                loss, counts = scored(logits, labels)
+                (loss * (scale / self.config.train.batch)).backward()
+            stats = stats + counts
+        stats = with_damaged(stats, batch)
+        # With shards every rank has scored all samples, and decoded its own.
+        summed(stats[4:] if self.shards else stats, self.topology.replica_group)
         stats[3] = (~stats[0].isfinite()).to(stats.dtype)
-        stats[4] = batch.damaged.sum()
         self.optimizer.step(rate, skip=stats[3].float())
         return stats
+
+    def _exchange(self) -> Exchange | None:
+        classes = self.config.model.classes
+        if self.shards:
+            return ShardExchange(self.shards, classes)
+        columns = self.topology.column_group
+        return ColumnExchange(columns, classes) if columns else None
+
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Windows, labels and slots of each; with shards, labels and slots of all ranks."""
+        size, topology = self.config.train.batch, self.topology
+        n, parts = len(batch.labels), self.config.train.micro_batches
+        slots = torch.arange(size, device=topology.device).view(topology.replicas, n)
+        labels = gathered(batch.labels, self.shards) if self.shards else batch.labels[None]
+        if not self.shards:
+            slots = slots[topology.replica, None]
+        for part in range(parts):
+            rows = slice(part * n // parts, (part + 1) * n // parts)
+            yield batch.windows[rows], labels[:, rows].flatten(), slots[:, rows].flatten()
 
     @torch.no_grad()
     def predict(self, windows: Tensor) -> Tensor:
         self.model.eval()
+        n = len(windows)
+        if self.shards:  # all ranks need as many
+            assert self.topology.control is not None
+            most = largest(n, self.topology.control)
+            windows = torch.cat([windows, windows.new_zeros(most - n, *windows.shape[1:])])
         with self._autocast():
             logits: Tensor = self.model(windows)
+        if self.shards:
+            logits = logits.unflatten(0, (-1, most))[self.topology.replica, :n]
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def parameter(self, name: str) -> Tensor | None:
@@ -120,8 +157,55 @@ class ColumnEngine:
         return {name: tensor for name, tensor in merged.items() if tensor is not None}
 
     def _merged(self, name: str, part: Tensor) -> Tensor | None:
-        whole = merge(part, self._layer(name).whole[0], self.topology.column_group)
+        group = self._split_over(name)
+        holders = dist.get_process_group_ranks(group) if group else [self.topology.global_rank]
+        if holders[0] != 0:  # another replica's
+            return None
+        whole = merge(part, self._layer(name).whole[0], group)
         return None if whole is None else whole.contiguous()
+
+    def _split_over(self, name: str) -> dist.ProcessGroup | None:
+        """The ranks that hold rows of a parameter; None where it is whole here."""
+        fully_connected = self._layer(name).name.startswith("fc")
+        return self.shards if self.shards and fully_connected else self.topology.column_group
+
+    def _whole_sums(self, sums: Tensor) -> Tensor:
+        """(2, weights) sums over rows here, to sums over whole tensors."""
+        group = self.shards or self.topology.column_group
+        if group is None:
+            return sums
+        names = (name for name, _ in self.model.named_parameters() if name.endswith(".weight"))
+        counted = [self._split_over(name) is not None or group.rank() == 0 for name in names]
+        return summed(sums * torch.tensor(counted, device=sums.device), group)
+
+    def _replicated(self, group: dist.ProcessGroup) -> nn.Module:
+        """DDP, which sums gradients bucket by bucket during the backward.
+
+        It orders its buckets after the first backward, and sums may depend on that order at three
+        ranks or more. A backward that counts for nothing makes every run begin as any resumed one.
+        """
+        if self.shards:
+            split = [name for name, _ in self.model.named_parameters() if self._split_over(name)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, split)
+        network = DistributedDataParallel(
+            self.model, process_group=group, init_sync=False, gradient_as_bucket_view=True
+        )
+        in_bf16 = self.config.layout.compress_gradients
+        network.register_comm_hook(group, sum_bucket_in_bf16 if in_bf16 else sum_bucket)
+        side, device = self.config.model.crop, self.topology.device
+        dtype = DTYPES[self.config.train.precision]
+        windows = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
+        slots = torch.zeros(group.size() if self.shards else 1, dtype=torch.int64, device=device)
+        with self._autocast():
+            network(windows, slots).sum().backward()
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        return network
+
+    def _summing(self, now: bool) -> AbstractContextManager[object]:
+        """Whether a backward ends with sums over replicas; the last of a step does."""
+        if isinstance(self.network, DistributedDataParallel) and not now:
+            return self.network.no_sync()
+        return contextlib.nullcontext()
 
     def _layer(self, name: str) -> Layer:
         """The layer that a parameter (conv1.weight) or its state (KIND/conv1.weight) belongs to."""
@@ -150,6 +234,11 @@ def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     rank = label_ranks(logits.detach(), labels)
     counts = [loss.detach(), (rank < 1).sum(), (rank < 5).sum()]
     return loss, torch.stack([count.double() for count in counts])
+
+
+def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
+    """A step's numbers, (5,): what `scored` counted, 0, and the damaged samples of the batch."""
+    return torch.cat([counts, torch.stack([counts.new_zeros(()), batch.damaged.sum().double()])])
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.engine import DTYPES, Engine, label_ranks, make_engine
+from alexnet_dist.engine import DTYPES, Engine, label_ranks
+from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
@@ -95,7 +96,8 @@ def evaluate_checkpoints(
         overrides: `key=value` over the first one's config.
     """
     found = [_checkpoint_at(path) for path in paths]
-    configs = [load_config([c.manifest["config"], "layout.kind=one", *overrides]) for c in found]
+    alone = ("layout.kind=one", "layout.ranks=0")
+    configs = [load_config([c.manifest["config"], *alone, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config)
     for checkpoint, other in zip(found, configs, strict=True):

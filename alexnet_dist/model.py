@@ -30,6 +30,9 @@ class Exchange(Protocol):
     def maps(self, maps: Tensor) -> Tensor:
         """(n, own channels, …) to (n, all columns' channels, …); gradients are summed back."""
 
+    def features(self, features: Tensor) -> Tensor:
+        """(n, features), what fc6 sees, to that of all samples fc6 … fc8 compute here."""
+
     def logits(self, logits: Tensor) -> Tensor:
         """(n, own classes) to (n, all classes); each column takes its own slice of gradients."""
 
@@ -39,6 +42,9 @@ class AllHere:
 
     def maps(self, maps: Tensor) -> Tensor:
         return maps
+
+    def features(self, features: Tensor) -> Tensor:
+        return features
 
     def logits(self, logits: Tensor) -> Tensor:
         return logits
@@ -107,6 +113,8 @@ class AlexNet(nn.Module):
         columns_here: indices of the columns on this device: all of them, or one.
         exchange: joins this column's maps with the others'; `AllHere` for all columns.
         dtype: of the parameters.
+        fc_part: (part, parts) of the rows of fc6 … fc8 here; None: those of the columns here.
+        drawn: give the parameters their initial values.
     """
 
     def __init__(
@@ -116,6 +124,8 @@ class AlexNet(nn.Module):
         columns_here: Sequence[int] | None = None,
         exchange: Exchange | None = None,
         dtype: torch.dtype = torch.float32,
+        fc_part: tuple[int, int] | None = None,
+        drawn: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
@@ -125,14 +135,15 @@ class AlexNet(nn.Module):
             "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
         }[config.activation]  # fmt: skip
 
-        def rows(count: int) -> slice:
-            shares = [share(count, column, config.columns) for column in self.columns_here]
-            return slice(shares[0].start, shares[-1].stop)
+        all_here = len(self.columns_here) == config.columns
+        conv_part = (0, 1) if all_here else (self.columns_here[0], config.columns)
 
         def layer(name: str, outputs: int, inputs: int, *kernel: int) -> tuple[object, ...]:
             alone = name not in ("conv1", *config.exchange)
             whole = (outputs, inputs // config.columns if alone else inputs, *kernel)
-            return name, whole, rows(outputs), len(self.columns_here) if alone else 1, dtype
+            part = conv_part if kernel else fc_part or conv_part
+            groups = len(self.columns_here) if alone else 1
+            return name, whole, share(outputs, *part), groups, dtype
 
         def conv(number: int) -> _Conv:
             kernel, stride, padding = _CONVOLUTIONS[number - 1]
@@ -151,7 +162,7 @@ class AlexNet(nn.Module):
         self.fc6 = _Linear(*layer("fc6", config.fc[0], flat))  # type: ignore[arg-type]
         self.fc7 = _Linear(*layer("fc7", config.fc[1], config.fc[0]))  # type: ignore[arg-type]
         self.fc8 = _Linear(*layer("fc8", config.classes, config.fc[1]))  # type: ignore[arg-type]
-        for module in self.layers():
+        for module in self.layers() if drawn else ():
             module.initialise(seed, config.init)
 
     def layers(self) -> list[Layer]:
@@ -175,6 +186,7 @@ class AlexNet(nn.Module):
         x = self._conv(self.conv4, x)  # (n, 192, 13, 13)
         x = self._conv(self.conv5, x)  # (n, 128, 6, 6)
         x = self._see(self.fc6, x).flatten(1)  # (n, 2 × 128 · 6 · 6): fc6 sees both columns
+        x = self.exchange.features(x)
         x = self._dropout(self.fc6, self.activation(self.fc6(x)), slots, step)  # (n, 2048)
         x = self._see(self.fc7, x)
         x = self._dropout(self.fc7, self.activation(self.fc7(x)), slots, step)  # (n, 2048)

@@ -1,11 +1,11 @@
-"""The paper's SGD, Adam, and the schedules of the learning rate."""
+"""The paper's SGD, Adam, LARS, and the schedules of the learning rate."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from alexnet_dist.config import Config, OptimizerConfig, ScheduleConfig
 
@@ -17,10 +17,18 @@ class Optimizer:
     velocity, torch's SGD at a rate of 1 makes it exactly, v being minus its momentum buffer, if
     the gradients arrive multiplied by ε. The loss is scaled by ε for that (`loss_scale`), which
     costs nothing; buffers need no rescaling when ε changes, and ε = 0 lets the velocity decay.
+
+    Args:
+        whole_sums: (2, weights) sums over this rank's rows to sums over whole tensors, for LARS.
     """
 
-    def __init__(self, config: OptimizerConfig, parameters: Iterable[tuple[str, nn.Parameter]]):
-        self.config = config
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        whole_sums: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> None:
+        self.config, self.whole_sums = config, whole_sums
         named = list(parameters)
         groups = [
             {"params": [p for name, p in named if name.endswith(".bias") == biases]}
@@ -38,33 +46,53 @@ class Optimizer:
 
     @property
     def velocity(self) -> bool:
-        return self.config.kind == "sgd" and self.config.momentum_form == "velocity"
+        return self.config.kind != "adam" and self.config.momentum_form == "velocity"
 
     def loss_scale(self, rate: float) -> float:
         """What the loss must be multiplied by before its backward."""
-        return rate if self.velocity else 1.0
+        return rate if self.velocity and self.config.kind == "sgd" else 1.0
 
-    def step(self, rate: float, skip: torch.Tensor) -> None:
+    def step(self, rate: float, skip: Tensor) -> None:
         """Update the parameters; not at all where `skip` (float32, on the device) is not 0."""
+        self.prepare(rate, skip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def prepare(self, rate: float, skip: Tensor) -> None:
+        """All of a step but torch's part."""
         for group, biases in zip(self.optimizer.param_groups, (False, True), strict=True):
             decay = self.config.weight_decay * (self.config.bias_decay or not biases)
             bias_rate = self.config.bias_rate if biases else 1.0
             group["lr"] = bias_rate * (1.0 if self.velocity else rate)
             group["weight_decay"] = decay * (rate if self.velocity else 1.0)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        if self.config.kind == "lars":
+            self._scale_layers(rate if self.velocity else 1.0)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
+    @torch.no_grad()
+    def _scale_layers(self, scale: float) -> None:
+        """LARS (You et al. 2017): gradients of weights become scale × λ × (g + decay × w) with a λ
+        for each layer, those of biases scale × g."""
+        weights, biases = (group["params"] for group in self.optimizer.param_groups)
+        grads, decay = [w.grad for w in weights], self.config.weight_decay
+        norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads)]
+        w, g = self.whole_sums(torch.stack(norms).square()).sqrt()
+        trust = torch.where((w > 0) & (g > 0), self.config.trust * w / (g + decay * w), 1.0)
+        torch._foreach_add_(grads, weights, alpha=decay)
+        torch._foreach_mul_(grads, list((scale * trust).unbind()))
+        torch._foreach_mul_([b.grad for b in biases], scale)
+        self.optimizer.param_groups[0]["weight_decay"] = 0.0  # it is in the gradient
+
+    def tensors(self) -> dict[str, Tensor]:
         """Every state tensor as `KIND/PARAMETER`: momentum_buffer/conv1.weight, …"""
         return {
             f"{kind}/{name}": value
             for name, parameter in self.parameters.items()
             for kind, value in self.optimizer.state.get(parameter, {}).items()
-            if isinstance(value, torch.Tensor)
+            if isinstance(value, Tensor)
         }
 
-    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+    def load(self, tensors: dict[str, Tensor]) -> None:
         """Take over what `tensors` gave, of this rank's parts of the parameters."""
         self.optimizer.state.clear()
         for key, value in tensors.items():

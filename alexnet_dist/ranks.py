@@ -6,8 +6,9 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -25,18 +26,7 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
     Args:
         folder: the run folder, whose run.json says how the ranks stopped.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
-        shutdown_timeout=shutdown_timeout_s,
-    )
+    config = _on_this_host(ranks, shutdown_timeout_s)
     command = ["-m", "alexnet_dist", *arguments]
     attempts_before = read_run(folder).get("attempt", 0)
     try:
@@ -60,6 +50,31 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
             os._exit(130)
         print(f"{folder}: stopped by {error.sigval.name} before it could save", file=sys.stderr)
         return 1
+
+
+def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """What a module's function returns on each of this many ranks.
+
+    Raises:
+        ChildFailedError: one failed; it has said why.
+    """
+    results = elastic_launch(_on_this_host(ranks, 10), function)(*args)
+    return [results[rank] for rank in range(ranks)]
+
+
+def _on_this_host(ranks: int, shutdown_timeout_s: int) -> LaunchConfig:
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+        shutdown_timeout=shutdown_timeout_s,
+    )
 
 
 def leave_with_parent() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from alexnet_dist.config import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, SaidByRank0
+from alexnet_dist.layouts import check, columns_of
 from alexnet_dist.shares import share
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class Topology:
         columns: ranks that share a replica, one column each; 1 where all columns are here.
         control: a CPU group of all ranks, for flags and words; None in a world of one.
         column_group: the ranks of this replica; None where there is one.
+        replica_group: the ranks that hold this column, one a replica; None where there is one.
     """
 
     global_rank: int = 0
@@ -42,6 +44,7 @@ class Topology:
     device: torch.device = _CPU
     control: dist.ProcessGroup | None = None
     column_group: dist.ProcessGroup | None = None
+    replica_group: dist.ProcessGroup | None = None
 
     @property
     def column(self) -> int:
@@ -97,14 +100,14 @@ class Topology:
         return counts
 
 
-def ranks_wanted(config: Config) -> int:
-    """Ranks that the layout takes."""
-    return config.model.columns if config.layout.kind == "columns" else 1
-
-
 def launched() -> bool:
     """Whether a launcher started this process and said who it is."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def gpus(config: Config) -> int:
+    """GPUs of this host that a run may use."""
+    return 0 if config.layout.device == "cpu" else torch.cuda.device_count()
 
 
 def connect(config: Config) -> Topology:
@@ -114,13 +117,9 @@ def connect(config: Config) -> Topology:
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        columns=ranks_wanted(config),
+        columns=columns_of(config),
     )
-    if here.world_size != ranks_wanted(config):
-        raise ConfigError(
-            f"layout.kind={config.layout.kind} takes {ranks_wanted(config)} ranks, and the "
-            f"launcher started {here.world_size} (WORLD_SIZE): layout.kind=one takes 1, columns 2"
-        )
+    check(config, here.world_size)
     device = _device(config, here)
     torch.set_num_threads(config.layout.threads or max(1, _cores() // here.local_world_size))
     if config.train.deterministic:
@@ -131,18 +130,27 @@ def connect(config: Config) -> Topology:
         return dataclasses.replace(here, device=device)
     timeout = datetime.timedelta(seconds=config.layout.timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, timeout=timeout, device_id=device if backend == "nccl" else None
-    )
-    columns = [
-        _group(range(first, first + here.columns), backend, timeout)
-        for first in range(0, here.world_size, here.columns)
+    if not dist.is_initialized():  # one process may go through several layouts
+        dist.init_process_group(
+            backend, timeout=timeout, device_id=device if backend == "nccl" else None
+        )
+    # Not init_device_mesh: its subgroups would not have our timeout on every backend.
+    world, columns = here.world_size, here.columns
+    control = _group(range(world), "gloo", timeout)
+    by_replica = [
+        _group(range(first, first + columns), backend, timeout) if columns > 1 else None
+        for first in range(0, world, columns)
+    ]
+    by_column = [
+        _group(range(column, world, columns), backend, timeout) if here.replicas > 1 else None
+        for column in range(columns)
     ]
     return dataclasses.replace(
         here,
         device=device,
-        control=_group(range(here.world_size), "gloo", timeout),
-        column_group=columns[here.replica] if here.columns > 1 else None,
+        control=control,
+        column_group=by_replica[here.replica],
+        replica_group=by_column[here.column],
     )
 
 
@@ -159,13 +167,13 @@ def leave() -> None:
 
 
 def _device(config: Config, here: Topology) -> torch.device:
-    wanted, found = config.layout.device, torch.cuda.device_count()
-    if wanted == "cuda" and found < here.local_world_size:
+    found = gpus(config)
+    if config.layout.device == "cuda" and found < here.local_world_size:
         raise ConfigError(
             f"layout.device=cuda: {here.local_world_size} ranks on this host need a GPU each, "
             f"and {found} are here; set layout.device=auto or layout.kind=one"
         )
-    if wanted == "cpu" or found < here.local_world_size:
+    if found < here.local_world_size:
         return torch.device("cpu")
     device = torch.device("cuda", here.local_rank)
     torch.cuda.set_device(device)

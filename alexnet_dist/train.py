@@ -16,7 +16,8 @@ from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import Dataset, Split, check_damaged, open_for
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.engine import Engine, make_engine, on_host
+from alexnet_dist.engine import Engine, on_host
+from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError, NonFiniteLoss
 from alexnet_dist.evaluate import Score, evaluate, make_pipeline
 from alexnet_dist.optim import Schedule

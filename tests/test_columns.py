@@ -14,7 +14,7 @@ from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.engine import make_engine
+from alexnet_dist.engines import make_engine
 from alexnet_dist.evaluate import evaluate, make_pipeline
 from alexnet_dist.topology import connect
 

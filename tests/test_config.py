@@ -71,7 +71,7 @@ def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("schedule.factor=0", r"must be more than 0"),
         ("train.epochs=.inf", r"must be finite"),
         ("train.epochs=.nan", r"must be"),
-        ("layout.kind=colums", r"one of one, columns; did you mean columns\?"),
+        ("layout.kind=colums", r"one of one, columns, replicas, .*; did you mean columns\?"),
         ("model.conv=96", r"must be a list"),
         ("model.lrn.layers=[conv9]", r"must be one of conv1, conv2"),
         ("model=3", r"model is a section, with keys model\.columns"),
@@ -151,3 +151,17 @@ VALUES = st.text(max_size=300) | st.builds(repr, st.recursive(
 def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
     with contextlib.suppress(ConfigError):
         assert isinstance(load_config([text]), Config)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (["layout.kind=columns_x_replicas", "model.columns=1"], "there is nothing to split"),
+        (["layout.kind=sharded_fc", "model.exchange=[fc8]"], r"add fc6, fc7, fc8, or set layout"),
+        (["layout.kind=zero1", "optimizer.kind=lars"], r"flat partitions .* set layout.kind=repl"),
+        (["layout.kind=zero2", "train.precision=fp64"], r"DeepSpeed keeps fp32, .* set train.prec"),
+    ],
+)
+def test_layouts_that_cannot_be_say_what_can(sources: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(sources)

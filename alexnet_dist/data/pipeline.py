@@ -5,7 +5,7 @@ device: they are what column ranks exchange, and what crosses to a GPU, an eight
 half of bf16. What is done to them after that, `windows.Finish` does, once for every pipeline.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,7 +17,6 @@ from torch import Tensor
 
 from alexnet_dist.columns import gather_rows
 from alexnet_dist.data.dataset import Split
-from alexnet_dist.data.windows import Finish
 from alexnet_dist.errors import DatasetError
 
 IdArray = npt.NDArray[np.int64]
@@ -78,12 +77,12 @@ class Decoded:
         facts: (n, 6 + 3 · v) float64, whole numbers and draws exactly: label, id, damaged,
             lighting, and top, left, flip of each window. One tensor, so that one message of each
             column rank, or one copy to the device, carries all.
-        finish: makes windows of them.
+        finish: makes windows of patches, corners, flips and lighting: a `windows.Finish`.
     """
 
     patches: Tensor
     facts: Tensor
-    finish: Finish
+    finish: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def joined(self, counts: Sequence[int], group: dist.ProcessGroup | None) -> Batch:
         """The batch of a replica from the parts its column ranks decoded. Collective.

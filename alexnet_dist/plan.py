@@ -1,0 +1,241 @@
+"""What a run would take, before anything is allocated: parameters, memory, arithmetic, traffic.
+
+The engine runs one step on fake tensors (shapes without values) and torch's fake process group,
+as rank 0 of any number of ranks. ZeRO's figures are formulas: DeepSpeed does not run on those.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # gives the collectives fake results
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from alexnet_dist import layouts
+from alexnet_dist.config import Config, flat
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.pipeline import Decoded
+from alexnet_dist.engine import DTYPES, TorchEngine
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.model import AlexNet, Layer
+from alexnet_dist.replicas import summed
+from alexnet_dist.topology import Topology
+from alexnet_dist.traffic import Traffic
+
+KINDS = ("one", "columns", "replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
+
+
+def plan(config: Config, ranks: int) -> dict[str, Any]:
+    """The plan of a config on this many ranks, and beside it that of every layout.
+
+    Raises:
+        ConfigError: its own layout does not lie on this many ranks.
+    """
+    layouts.check(config, ranks)
+    with _pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
+        whole = AlexNet(config.model, drawn=False)
+        forward = {layer.name: 2 * macs for layer, macs in _multiply_adds(whole).items()}
+        beside = {kind: _on(config, kind, ranks) for kind in KINDS}
+        return {
+            "recipe": flat(config),
+            "layout": config.layout.kind,
+            "ranks": ranks,
+            "replicas": ranks // layouts.columns_of(config),
+            "batch": config.train.batch,
+            "batch_per_replica": config.train.batch * layouts.columns_of(config) // ranks,
+            "parameters": {
+                layer.name: layer.weight.numel() + layer.bias.numel() for layer in whole.layers()
+            },
+            "forward_flops_per_image": forward,
+            # Backward: as much for the weights, and again for what a layer saw, but the image.
+            "training_flops_per_image": 3 * sum(forward.values()) - forward["conv1"],
+            "layouts": beside,
+        }
+
+
+def _on(config: Config, kind: str, ranks: int) -> dict[str, Any]:
+    """Parameters, memory and traffic of a rank on one layout, or why it cannot be."""
+    try:
+        laid_out = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={ranks}"])
+        layouts.check(laid_out, ranks)
+    except ConfigError as error:
+        return {"problem": str(error)}
+    if kind in layouts.ZERO_STAGES:
+        return _zero(laid_out, ranks)
+    topology = _topology(laid_out, ranks)
+    engine = _PlannedEngine(laid_out, topology, drawn=False)
+    part, counts = _decoded(laid_out, topology)
+    engine.memory = memory = MemTracker()
+    traffic = Traffic()
+    memory.track_external(engine.model, engine.optimizer.optimizer, *engine.buckets)
+    with traffic:
+        batch = part.joined(counts, topology.column_group)
+    with memory, traffic:
+        engine.train_step(batch, 0, 0.01)
+    peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
+    parts = {_PARTS[name]: size for name, size in peak.items() if name in _PARTS}
+    parts["windows"] = batch.windows.numel() * batch.windows.element_size()
+    # Not derived but measured: on CPUs oneDNN and MKL pack about the largest weights once more.
+    parts["workspace"] = max(p.numel() * p.element_size() for p in engine.model.parameters())
+    return {
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "memory": parts | {"peak": sum(parts.values())},
+        "bytes": traffic.bytes() | {"total": traffic.total()},
+    }
+
+
+_PARTS = {
+    "Parameter": "parameters",
+    "Gradient": "gradients",
+    "Optstate": "optimizer",
+    "Activation": "activations",
+    "Temp": "temporary",
+    "Other": "buckets",
+}
+
+
+class _PlannedEngine(TorchEngine):
+    """DDP does not run on fake tensors: here each gradient lies in a bucket of its own, and is
+    summed as soon as it is whole. Bytes and memory are DDP's."""
+
+    buckets: tuple[Tensor, ...] = ()
+    memory: MemTracker | None = None
+
+    def _replicated(self, group: dist.ProcessGroup) -> nn.Module:
+        compress = self.config.layout.compress_gradients
+
+        def sum_up(parameter: Tensor) -> None:
+            if self._last and parameter.grad is not None:
+                summed(parameter.grad.bfloat16() if compress else parameter.grad, group)
+
+        for name, parameter in self.model.named_parameters():
+            if not (self.shards and self._split_over(name)):
+                parameter.grad = torch.zeros_like(parameter)
+                self.buckets += (parameter.grad,)
+                parameter.register_post_accumulate_grad_hook(sum_up)
+        return self.model
+
+    def _summing(self, now: bool) -> AbstractContextManager[object]:
+        self._last = now
+        if self.memory:  # it follows one forward of a module at a time
+            self.memory.reset_mod_stats()
+        return contextlib.nullcontext()
+
+
+def _zero(config: Config, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's stages: gradients all-reduced (at stage 2 after every micro-batch), updated
+    weights gathered; weights and biases each padded to an even piece a rank."""
+    layers = AlexNet(config.model, drawn=False).layers()
+    sizes = [sum(layer.get_parameter(kind).numel() for layer in layers) for kind in _KINDS]
+    padded = sum(-(-size // (2 * ranks)) * 2 * ranks for size in sizes)
+    rounds = config.train.micro_batches if config.layout.kind == "zero2" else 1
+    width = 2 if config.layout.compress_gradients else 4
+    share = ranks - 1
+    sent = {
+        "all-reduce": round(2 * (rounds * width * sum(sizes) + _STATS) * share / ranks),
+        "all-gather": 4 * padded * share // ranks,
+    }
+    replica = _on(config, "replicas", ranks)["memory"]
+    memory = {name: replica[name] for name in ("activations", "temporary", "windows", "workspace")}
+    memory |= {
+        "parameters": 4 * padded,
+        "gradients": 4 * padded,  # whole until they are reduced, at stage 2 too
+        "optimizer": 4 * padded // ranks * (1 + _STATES[config.optimizer.kind]),
+    }
+    return {
+        "parameters": sum(sizes),
+        "memory": memory | {"peak": sum(memory.values())},
+        "bytes": sent | {"total": sum(sent.values())},
+    }
+
+
+_KINDS, _STATES, _STATS = ("weight", "bias"), {"sgd": 1, "adam": 2}, 40
+
+
+def lines(planned: dict[str, Any]) -> list[str]:
+    """A plan as text."""
+    layers = planned["parameters"]
+    flops = planned["forward_flops_per_image"]
+    text = [f"{'layer':8}{'parameters':>12}{'forward MFLOP/image':>21}"]
+    text += [f"{name:8}{layers[name]:12,}{flops[name] / 1e6:21,.1f}" for name in layers]
+    text += [
+        f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
+        f"training: {planned['training_flops_per_image'] / 1e9:.2f} GFLOP an image, "
+        f"{planned['training_flops_per_image'] * planned['batch'] / 1e12:.2f} TFLOP a step",
+        f"layout.kind={planned['layout']} on {planned['ranks']} rank(s): batch {planned['batch']} "
+        f"global, {planned['batch_per_replica']} a replica",
+        "",
+        f"a rank, a step:     {'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
+    ]
+    for kind, found in planned["layouts"].items():
+        if "problem" in found:
+            text.append(f"{kind:20}{found['problem']}")
+            continue
+        sent = [f"{name} {size / 1e6:,.1f}" for name, size in found["bytes"].items()]
+        text.append(
+            f"{kind:20}{found['parameters']:12,}{found['memory']['peak'] / 1e6:11,.0f} MB"
+            f"{found['bytes'].get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
+        )
+    parts = planned["layouts"][planned["layout"]]["memory"]
+    text += ["", f"memory of a rank of {planned['layout']}, MB at its peak:"]
+    text += [f"  {name:14}{size / 1e6:10,.1f}" for name, size in parts.items()]
+    return text
+
+
+def _multiply_adds(model: AlexNet) -> dict[Layer, int]:
+    """Of each layer, forward, an image: places it is used at × its weights."""
+    counted: dict[Layer, int] = {}
+
+    def count(layer: nn.Module, seen: Any, maps: Tensor) -> None:
+        assert isinstance(layer, Layer)
+        counted[layer] = maps[0, 0].numel() * layer.weight.numel()
+
+    hooks = [layer.register_forward_hook(count) for layer in model.layers()]
+    side = model.config.crop
+    model.eval()(torch.empty(1, 3, side, side))
+    for hook in hooks:
+        hook.remove()
+    return counted
+
+
+@contextlib.contextmanager
+def _pretended(ranks: int) -> Any:
+    """A world of this many ranks of which this process is the first, and that says nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _topology(config: Config, ranks: int) -> Topology:
+    columns = layouts.columns_of(config)
+
+    def group(members: range) -> Any:
+        return dist.new_group(list(members), backend="fake") if len(members) > 1 else None
+
+    return Topology(
+        world_size=ranks,
+        columns=columns,
+        column_group=group(range(columns)),
+        replica_group=group(range(0, ranks, columns)),
+    )
+
+
+def _decoded(config: Config, topology: Topology) -> tuple[Decoded, list[int]]:
+    """What rank 0 decodes of a step, and how many samples each column rank does."""
+    counts = [len(slots) for slots in topology.shares(range(config.train.batch))]
+    side, dtype = config.model.crop, DTYPES[config.train.precision]
+
+    def finish(patches: Tensor, *drawn: Tensor) -> Tensor:
+        windows = torch.empty(len(patches), 3, side, side, dtype=dtype)
+        return windows.contiguous(memory_format=torch.channels_last)
+
+    patches = torch.empty(counts[0], side, side, 3, dtype=torch.uint8)
+    facts = torch.empty(counts[0], 9, dtype=torch.float64)  # of one window
+    return Decoded(patches, facts, finish), counts

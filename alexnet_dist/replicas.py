@@ -1,0 +1,85 @@
+"""Every communication between replicas: sums of gradients, and fully-connected layers split over
+ranks.
+
+Gradients are added, not averaged: the loss is already divided by the global batch.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
+from torch.futures import Future
+
+from alexnet_dist.columns import gathered, join_logits, join_maps, summed_parts
+
+
+class ShardExchange:
+    """`model.Exchange` of Krizhevsky 2014, scheme (a): each rank's convolutions see its samples,
+    its part of fc6 … fc8 sees those of all ranks.
+
+    Args:
+        group: all ranks; each has as many samples.
+        classes: of all ranks.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
+        self.group, self.classes = group, classes
+
+    def maps(self, maps: Tensor) -> Tensor:
+        """Convolutions have all channels here; fc6's and fc7's units are joined."""
+        return maps if maps.dim() == 4 else join_maps(maps, self.group)
+
+    def features(self, features: Tensor) -> Tensor:
+        return _JoinSamples.apply(features, self.group)  # type: ignore[no-any-return]
+
+    def logits(self, logits: Tensor) -> Tensor:
+        return join_logits(logits, self.group, self.classes)
+
+
+class _JoinSamples(torch.autograd.Function):
+    """(n, features) to (ranks · n, features); gradients are summed back."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return gathered(features.contiguous(), group).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        parts = grads[0].unflatten(0, (ctx.group.size(), -1)).contiguous()
+        return summed_parts(parts, ctx.group), None
+
+
+def sum_bucket(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
+    """DDP's hook: a bucket of gradients summed over replicas while the backward goes on."""
+    sums = bucket.buffer()
+    return _all_reduced(sums, group).then(lambda done: sums)
+
+
+def sum_bucket_in_bf16(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
+    """The same in bf16: half the bytes of float32."""
+    sums, narrow = bucket.buffer(), bucket.buffer().bfloat16()
+    return _all_reduced(narrow, group).then(lambda done: sums.copy_(narrow))
+
+
+def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Future[Any]:
+    """A future of the sum over ranks, in place."""
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    return work.get_future()
+
+
+def summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Summed over a group's ranks, in place; the host does not wait for a GPU."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def largest(count: int, group: dist.ProcessGroup) -> int:
+    """The largest of the ranks' numbers. `group` is of CPUs: the host has to know it."""
+    most = torch.tensor(count)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return int(most)

@@ -1,0 +1,67 @@
+"""Bytes that a rank sends, counted where torch.distributed's collectives are dispatched.
+
+Counted are those of the algorithms that send least: of t bytes over g ranks an all-reduce sends
+2·t·(g−1)/g, an all-gather (t: all parts together) and an all-to-all t·(g−1)/g. Rings and NCCL do
+so; gloo and trees may send more.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_OPS = torch.ops.c10d
+# What is sent of each collective: name, place of its tensors and of its group, times t·(g−1)/g.
+_SENT = {
+    _OPS.allreduce_.default: ("all-reduce", 0, 1, 2),
+    _OPS._allgather_base_.default: ("all-gather", 0, 2, 1),
+    _OPS.allgather_.default: ("all-gather", 0, 2, 1),
+    _OPS.alltoall_base_.default: ("all-to-all", 0, 2, 1),
+    _OPS._reduce_scatter_base_.default: ("reduce-scatter", 1, 2, 1),
+    _OPS.reduce_.default: ("reduce", 0, 1, 1),
+    _OPS.broadcast_.default: ("broadcast", 0, 1, 1),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts while it is entered.
+
+    Attributes:
+        sent: bytes by collective; fractions, since a part need not divide.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.sent: Counter[str] = Counter()
+
+    def bytes(self) -> dict[str, int]:
+        """Bytes sent by this rank, by collective."""
+        return {name: round(sent) for name, sent in self.sent.items() if sent}
+
+    def total(self) -> int:
+        return round(sum(self.sent.values()))
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func in _SENT:
+            name, tensors, group, times = _SENT[func]
+            ranks = ProcessGroup.unbox(args[group]).size()
+            sent = Fraction(times * _bytes(args[tensors]) * (ranks - 1), ranks)
+            self.sent[name] += sent  # type: ignore[assignment]
+        return func(*args, **(kwargs or {}))
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(inner) for inner in tensors)

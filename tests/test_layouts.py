@@ -1,0 +1,332 @@
+"""Every layout follows the run of the grouped network on one process: real processes over gloo."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, alexnet_dist, as_overrides, on_ranks
+from safetensors.torch import save_file
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist import layouts
+from alexnet_dist.checkpoint import TensorFile
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.engine import Engine
+from alexnet_dist.engines import make_engine
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.evaluate import evaluate, make_pipeline
+from alexnet_dist.topology import Topology, connect
+
+STEPS = 20
+ON = [
+    "layout.kind=one",
+    "train.batch=48",
+    "data.lighting=0.5",
+    "optimizer.bias_rate=2",
+    "optimizer.bias_decay=false",
+    "schedule.rate=0.02",
+    "model.lrn.alpha=0.05",  # so that LRN matters on maps this small
+    "train.epochs=30",
+    "evaluate.batch=9",  # 23 images: the last batch has 5
+]
+Tensors = dict[str, torch.Tensor]
+
+
+class Whole:
+    """Whole tensors that rows can be read of, as a checkpoint offers them."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def rows(self, name: str, rows: slice) -> torch.Tensor:
+        tensor = self.tensors[name]
+        return tensor[rows] if tensor.dim() else tensor
+
+
+def on(config: Config, kind: str, ranks: int = 0, micro_batches: int = 1) -> Config:
+    layout = dataclasses.replace(config.layout, kind=kind, ranks=ranks)
+    train = dataclasses.replace(config.train, micro_batches=micro_batches)
+    return dataclasses.replace(config, layout=layout, train=train)
+
+
+def steps_of(
+    config: Config, topology: Topology, engine: Engine, begin: int = 0, end: int = STEPS
+) -> Iterator[list[float]]:
+    """The statistics of each step, as the loop would make them."""
+    dataset = open_for(config)
+    parts = topology.shares(range(config.train.batch))
+    counts = [len(part) for part in parts]
+    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
+    pipeline = make_pipeline(config, topology, dataset, "train")
+    plan = sampler.plan(begin, end, parts[topology.column])
+    for step, part in enumerate(pipeline.batches(plan), start=begin):
+        batch = part.joined(counts, topology.column_group)
+        yield engine.train_step(batch, step, 0.02 * 0.9**step).tolist()
+    pipeline.close()
+
+
+def trajectories(configs: Sequence[Config]) -> list[Any]:
+    """For each config: statistics of 20 steps, parameters, momenta, and an evaluation."""
+    found = []
+    for config in configs:
+        topology = connect(config)
+        engine = make_engine(config, topology)
+        stats = list(steps_of(config, topology, engine))
+        score = evaluate(engine, config, topology, open_for(config))
+        found.append((stats, *engine.whole_tensors(), score))
+    return found
+
+
+def assert_same_run(ours: Any, oracle: Any, bound: float) -> None:
+    for mine, theirs in zip(ours[0], oracle[0], strict=True):
+        assert mine == pytest.approx(theirs, rel=bound)
+    for mine, theirs in zip(ours[1:3], oracle[1:3], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name in theirs:
+            largest = (mine[name] - theirs[name]).abs().max() / theirs[name].abs().max()
+            assert largest <= bound, f"{name} differs by {largest}"
+    counts = [(s.samples, s.correct1, s.correct5) for s in (ours[3], oracle[3])]
+    assert counts[0] == counts[1]
+    assert ours[3].loss == pytest.approx(oracle[3].loss, rel=1e-10)
+
+
+def config_of(packed: Path, *overrides: str) -> Config:
+    return load_config([*TINY, *ON, f"data.path={packed}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def oracles(packed: Path) -> dict[str, Any]:
+    """The grouped network on one process, with the paper's optimiser and with LARS."""
+    plain = config_of(packed, "train.precision=fp64")
+    lars = config_of(packed, "train.precision=fp64", "optimizer.kind=lars", "optimizer.trust=0.05")
+    found = trajectories([plain, on(plain, "one", 1, 4), lars])
+    assert len({stats[0] for stats in found[0][0]}) == STEPS
+    assert_same_run(found[1], found[0], 1e-12)
+    return {"sgd": (plain, found[0]), "lars": (lars, found[2])}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kinds"),
+    [
+        (2, ("columns", "replicas", "sharded_fc")),
+        (3, ("replicas",)),
+        (4, ("replicas", "columns_x_replicas", "sharded_fc")),
+    ],
+)
+def test_every_layout_follows_the_oracle(
+    ranks: int, kinds: tuple[str, ...], oracles: dict[str, Any]
+) -> None:
+    cases = [
+        (oracle, on(config, kind, ranks, micro_batches))
+        for kind in kinds
+        for optimizer, micro_batches in (("sgd", 1), ("sgd", 4), ("lars", 1))
+        for config, oracle in [oracles[optimizer]]
+    ]
+    by_rank = on_ranks(ranks, trajectories, [config for _, config in cases])
+    for place, (oracle, _) in enumerate(cases):
+        assert_same_run(by_rank[0][place], oracle, 1e-12)
+        for other in by_rank[1:]:  # statistics and scores are alike on every rank
+            assert other[place][0] == by_rank[0][place][0]
+            assert other[place][3] == by_rank[0][place][3]
+            assert not other[place][1], "whole tensors are rank 0's"
+
+
+def states_of(config: Config) -> list[tuple[Tensors, Tensors]]:
+    """The oracle's parameters and momenta before each step and after the last."""
+    topology = Topology()
+    engine = make_engine(config, topology)
+
+    def copied() -> tuple[Tensors, Tensors]:
+        both = engine.whole_tensors()
+        return tuple({n: t.clone() for n, t in tensors.items()} for tensors in both)  # type: ignore[return-value]
+
+    return [copied(), *(copied() for _ in steps_of(config, topology, engine))]
+
+
+def updates(configs: Sequence[Config], states: Sequence[tuple[Tensors, Tensors]]) -> list[Any]:
+    """For each config: what one update makes of each of the oracle's states."""
+    found = []
+    for config in configs:
+        topology = connect(config)
+        engine = make_engine(config, topology)
+        engine.load(*map(Whole, states[0]))
+        through = engine.whole_tensors()
+        ours = []
+        for step, _ in enumerate(steps_of(config, topology, engine)):
+            ours.append(engine.whole_tensors())
+            engine.load(*map(Whole, states[step + 1]))
+        found.append((through, ours))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_an_update_by_zero_is_the_oracles(ranks: int, packed: Path) -> None:
+    config = config_of(packed, "train.precision=fp32")
+    states = states_of(config)
+    cases = [on(config, kind, ranks, parts) for kind in layouts.ZERO_STAGES for parts in (1, 4)]
+    for through, ours in on_ranks(ranks, updates, cases, states)[0]:
+        for saved, loaded in zip(through, states[0], strict=True):
+            assert saved.keys() == loaded.keys()
+            assert all(torch.equal(saved[name], loaded[name]) for name in loaded)
+        assert len(ours) == STEPS
+        for after, expected in zip(ours, states[1:], strict=True):
+            for mine, theirs in zip(after, expected, strict=True):
+                for name in theirs:
+                    difference = (mine[name] - theirs[name]).abs().max()
+                    assert difference <= 1e-5 * theirs[name].abs().max(), name
+
+
+def resumed(configs: Sequence[Config], folder: Path) -> list[Any]:
+    """For each config: whole tensors after six steps at once, and with a new engine after three."""
+    found = []
+    for place, config in enumerate(configs):
+        topology = connect(config)
+        ends, saved = [], [folder / f"{place}-{part}.safetensors" for part in ("model", "optim")]
+        for begin in (0, 3):
+            engine = make_engine(config, topology)
+            if begin:
+                topology.barrier()
+                engine.load(*map(TensorFile, saved))
+            for step, _ in enumerate(steps_of(config, topology, engine, begin, 6), start=begin):
+                if (begin, step) == (0, 2):
+                    for path, tensors in zip(saved, engine.whole_tensors(), strict=True):
+                        if topology.leads:
+                            save_file(tensors, path)
+            ends.append(engine.whole_tensors())
+        found.append(ends)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kinds", "optimizer"),
+    [
+        (3, ("replicas", "zero1", "zero2"), "adam"),
+        (4, ("replicas", "columns_x_replicas", "sharded_fc"), "sgd"),
+    ],
+)
+def test_the_same_layout_resumed_is_identical_to_the_bit(
+    ranks: int, kinds: tuple[str, ...], optimizer: str, packed: Path, tmp_path: Path
+) -> None:
+    """With several buckets of gradients and three ranks or more, where the order of sums shows."""
+    wide = ["model.fc=[1024,512]", "train.precision=fp32", f"optimizer.kind={optimizer}"]
+    config = config_of(packed, *wide)
+    cases = [on(config, kind, ranks, 2) for kind in kinds]
+    for kind, (whole, again) in zip(
+        kinds, on_ranks(ranks, resumed, cases, tmp_path)[0], strict=True
+    ):
+        for mine, theirs in zip(again, whole, strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in theirs:
+                assert torch.equal(mine[name], theirs[name]), f"{kind}: {name}"
+
+
+def test_a_run_that_changes_layout_at_every_save_is_one_run(
+    packed: Path, tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    """60 images, 12 a step: stages of 10 steps, each ended by an evaluation and a save."""
+    common = ["train.batch=12", "train.precision=fp64", "evaluate.every_epochs=1",
+              "schedule.kind=steps", "schedule.at_epochs=[3,7]", "schedule.rate=0.02"]  # fmt: skip
+    stages = [("one", 0), ("columns", 0), ("replicas", 3), ("columns_x_replicas", 4),
+              ("sharded_fc", 2), ("one", 0)]  # fmt: skip
+
+    def run(name: str, kind: str, ranks: int, epochs: int) -> None:
+        where = [f"name={name}", f"layout.kind={kind}", f"layout.ranks={ranks}"]
+        config = tiny(*common, *where, f"train.epochs={epochs}")
+        result = alexnet_dist("train", *as_overrides(config))
+        assert result.returncode == 0, result.stderr
+        assert f"continues at step {5 * epochs - 10}" in result.stderr or epochs in (2, 12)
+
+    run("never", "one", 0, 12)
+    for place, (kind, ranks) in enumerate(stages, start=1):
+        run("always", kind, ranks, 2 * place)
+    ours, theirs = (
+        checkpoints.verify(checkpoints.steps(tmp_path / "runs" / name / "checkpoints")[-1])
+        for name in ("always", "never")
+    )
+    assert ours.step == theirs.step == 60
+    for file in ("parameters", "optimizer"):
+        mine, other = getattr(ours, file)(), getattr(theirs, file)()
+        assert mine.keys() == other.keys()
+        for name in other.keys():  # noqa: SIM118
+            a, b = (tensors.rows(name, slice(None)) for tensors in (mine, other))
+            assert (a - b).abs().max() <= 1e-11 * b.abs().max(), name
+    for key in ("schedule", "best_step", "best_error", "evaluated_step"):
+        assert ours.progress[key] == theirs.progress[key]
+
+
+def poisoned(configs: Sequence[Config]) -> list[Any]:
+    """For each config, of a step in which the last rank alone meets a NaN: whether it was seen,
+    and whether all is as before."""
+    found = []
+    for config in configs:
+        topology = connect(config)
+        engine = make_engine(config, topology)
+        before = [{n: t.clone() for n, t in part.items()} for part in engine.whole_tensors()]
+        n = config.train.batch // topology.replicas
+        windows = torch.randn(n, 3, 67, 67)
+        if topology.global_rank == topology.world_size - 1:
+            windows[-1] = torch.nan
+        damaged = torch.zeros(n).bool()
+        batch = Batch(windows, torch.arange(n) % 10, torch.arange(n), torch.zeros(n, 3), damaged)
+        failed = engine.train_step(batch, 0, 0.02)[3].item() != 0
+        same = all(
+            torch.equal(now[name], then[name])
+            for now, then in zip(engine.whole_tensors(), before, strict=True)
+            for name in now
+        )
+        found.append((failed, same))
+    return found
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(packed: Path) -> None:
+    kinds = ("replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
+    config = config_of(packed, "train.precision=fp32")
+    for outcomes in on_ranks(4, poisoned, [on(config, kind, 4, 2) for kind in kinds]):
+        assert dict(zip(kinds, outcomes, strict=True)) == dict.fromkeys(kinds, (True, True))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks", "message"),
+    [
+        (["layout.kind=columns"], 3, "columns takes 2 ranks, and the launcher started 3 .* on 3 "
+         "fit replicas, zero1, zero2, sharded_fc$"),
+        (["layout.kind=columns_x_replicas"], 5, "takes an even number of ranks"),
+        (["layout.kind=one"], 4, "on 4 fit replicas, .*columns_x_replicas"),
+        (["layout.kind=zero1"], 1, "zero1 takes 2 or more ranks"),
+        (["layout.kind=replicas", "layout.ranks=4"], 2, "layout.ranks=4: the launcher started 2"),
+        (["layout.kind=replicas"], 5, "train.batch=48: does not divide into 5 replicas .* batches "
+         "of 45 and 50 do; .* into 1, 2, 3, 4, 6, 8, 12, 16, 24, 48 replicas"),
+        (["layout.kind=replicas", "train.micro_batches=6"], 3, "48 with these micro-batches divides"
+         " into 1, 2, 4, 8 replicas, and on 3 replicas into micro-batches of 1, 2, 4, 8, 16"),
+        (["layout.kind=sharded_fc"], 3, r"model.fc=\[36, 28\] .* do not split over 3 ranks: 2, 4 "
+         "ranks do"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_laid_out_says_what_fits(
+    overrides: list[str], ranks: int, message: str
+) -> None:
+    config = load_config([*TINY, "train.batch=48", *overrides])
+    with pytest.raises(ConfigError, match=message):
+        layouts.check(config, ranks)
+
+
+def test_ranks_are_started_as_there_are_gpus() -> None:
+    def wanted(kind: str, gpus: int, *more: str) -> int:
+        config = load_config([*TINY, "train.batch=48", f"layout.kind={kind}", *more])
+        return layouts.ranks_wanted(config, gpus)
+
+    assert [wanted(kind, 0) for kind in ("one", "columns", "replicas", "zero2")] == [1, 2, 2, 2]
+    assert [wanted("replicas", gpus) for gpus in (1, 3, 5, 8)] == [2, 3, 4, 8]
+    assert [wanted("columns_x_replicas", gpus) for gpus in (0, 2, 5, 8)] == [4, 4, 4, 8]
+    assert [wanted("columns", 8), wanted("sharded_fc", 8), wanted("one", 8)] == [2, 4, 1]
+    assert wanted("replicas", 8, "layout.ranks=3") == 3

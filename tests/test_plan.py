@@ -1,0 +1,204 @@
+"""The plan against published figures, closed formulas, and what real processes send and take."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, alexnet_dist, on_ranks
+
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.pipeline import Decoded
+from alexnet_dist.engine import DTYPES
+from alexnet_dist.engines import make_engine
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.model import final_side
+from alexnet_dist.plan import plan
+from alexnet_dist.topology import connect
+from alexnet_dist.traffic import Traffic
+
+SIZES = {"fp64": 8, "fp32": 4, "bf16": 2}
+
+
+def test_the_papers_network_is_the_papers() -> None:
+    result = alexnet_dist("plan", "base", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert sum(found["parameters"].values()) == 60_965_224
+    assert sum(found["forward_flops_per_image"].values()) / 2e6 == pytest.approx(724, abs=0.6)
+    assert found["training_flops_per_image"] / 1e9 == pytest.approx(4.14, abs=0.006)
+    assert (found["layout"], found["ranks"], found["batch_per_replica"]) == ("columns", 2, 128)
+    assert found["layouts"]["columns"]["parameters"] == 60_965_224 // 2
+    assert "takes 1 rank" in found["layouts"]["one"]["problem"]
+
+
+def test_a_plan_is_read_by_people() -> None:
+    result = alexnet_dist("plan", "demo", "layout.kind=replicas", "--ranks", "4")
+    assert result.returncode == 0, result.stderr
+    for word in ("conv1", "GFLOP", "columns_x_replicas", "all-reduce", "activations", "peak"):
+        assert word in result.stdout
+
+
+def formula(config: Config, ranks: int) -> dict[str, int]:
+    """Bytes a rank sends in a step, as docs/design.md has them."""
+    model, kind = config.model, config.layout.kind
+    e, w = SIZES[config.train.precision], 8 if config.train.precision == "fp64" else 4
+    columns = 2 if kind.startswith("columns") else 1
+    replicas = ranks // columns
+    batch, n, classes = config.train.batch, config.train.batch // replicas, model.classes
+    side = final_side(model)
+    flat = model.conv[4] * side**2
+    pool2 = ((((model.crop - 11) // 4 + 1 - 3) // 2 + 1) - 3) // 2 + 1
+    of_replica = 5 * 8  # the step's numbers
+
+    def parameters(parts: int, names: Sequence[str]) -> int:
+        return sum(size for name, size in layers(config, parts).items() if name[:-1] in names)
+
+    sent: dict[str, float] = {}
+    if columns == 2:
+        seen = model.conv[1] * pool2**2 + flat + sum(model.fc)
+        decoded = n * (3 * model.crop**2 + 9 * 8)
+        joined = e * n * (seen + 2 * -(-classes // 2))
+        sent = {"all-gather": (decoded + joined) / 2, "all-to-all": e * n * seen / 2}
+    if kind in ("replicas", "columns_x_replicas"):
+        wide = 2 if config.layout.compress_gradients else w
+        gradients = wide * parameters(columns, ("conv", "fc")) + of_replica
+        sent["all-reduce"] = 2 * gradients * (replicas - 1) / replicas
+    if kind == "sharded_fc":
+        share = (ranks - 1) / ranks
+        seen = e * batch * (flat + sum(model.fc))
+        logits = e * batch * ranks * -(-classes // ranks)
+        sent = {
+            "all-gather": (seen + logits + 8 * batch) * share,
+            "all-to-all": seen * share,
+            "all-reduce": 2 * (w * parameters(1, ("conv",)) + 8) * share,
+        }
+    if kind in ("zero1", "zero2"):
+        share, all_sizes = (ranks - 1) / ranks, layers(config, 1)
+        rounds = config.train.micro_batches if kind == "zero2" else 1
+        weights, biases = (sum(all_sizes.values()) - bias_count(config), bias_count(config))
+        padded = sum(-(-size // (2 * ranks)) * 2 * ranks for size in (weights, biases))
+        gradients = rounds * 4 * (weights + biases) + of_replica
+        sent = {"all-reduce": 2 * gradients * share, "all-gather": 4 * padded * share}
+    return {name: round(size) for name, size in sent.items() if size}
+
+
+def layers(config: Config, parts: int) -> dict[str, int]:
+    """Parameters of the first of `parts` columns, by layer."""
+    from alexnet_dist.model import AlexNet
+
+    columns_here = [0] if parts == 2 else None
+    model = AlexNet(config.model, columns_here=columns_here, drawn=False)
+    return {x.name: x.weight.numel() + x.bias.numel() for x in model.layers()}
+
+
+def bias_count(config: Config) -> int:
+    return sum(config.model.conv) + sum(config.model.fc) + config.model.classes
+
+
+def config_of(kind: str, *overrides: str) -> Config:
+    tiny = [*TINY, "train.batch=48", "model.classes=6", f"layout.kind={kind}"]
+    return load_config([*tiny, *overrides])
+
+
+CASES = [
+    (2, "columns", ["train.precision=bf16"]),
+    (2, "columns", ["train.precision=fp64", "train.micro_batches=4"]),
+    (2, "replicas", ["train.precision=fp32"]),
+    (2, "replicas", ["layout.compress_gradients=true", "train.micro_batches=4"]),
+    (2, "sharded_fc", ["train.precision=fp32", "train.micro_batches=2"]),
+    (2, "zero1", ["train.precision=fp32", "train.micro_batches=4"]),
+    (2, "zero2", ["train.precision=fp32", "train.micro_batches=4"]),
+    (4, "columns_x_replicas", ["train.precision=fp32"]),
+    (4, "sharded_fc", ["train.precision=bf16"]),
+    (4, "replicas", ["train.precision=fp64"]),
+]
+
+
+def sent(configs: Sequence[Config]) -> list[dict[str, int]]:
+    """For each config: what this rank sends in its second step, by collective."""
+    found = []
+    for config in configs:
+        topology = connect(config)
+        engine = make_engine(config, topology)
+        counts = [len(part) for part in topology.shares(range(config.train.batch))]
+        n, side = counts[topology.column], config.model.crop
+        patches = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8)
+        facts = torch.zeros(n, 9, dtype=torch.float64)
+        facts[:, 0] = torch.arange(n) % 6
+        dtype = DTYPES[config.train.precision]
+        part = Decoded(patches, facts, lambda p, *_, dtype=dtype: p.movedim(-1, 1).to(dtype))
+        for step in range(2):
+            with Traffic() as traffic:
+                engine.train_step(part.joined(counts, topology.column_group), step, 0.01)
+        found.append(traffic.bytes())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_real_processes_send_what_was_planned_to_the_byte(ranks: int) -> None:
+    configs = [config_of(kind, *more) for count, kind, more in CASES if count == ranks]
+    for config, measured in zip(configs, on_ranks(ranks, sent, configs)[0], strict=True):
+        kind = config.layout.kind
+        planned = dict(plan(config, ranks)["layouts"][kind]["bytes"])
+        assert planned.pop("total") == sum(measured.values()), kind
+        assert planned == measured == formula(config, ranks), kind
+
+
+@pytest.mark.parametrize("ranks", [8, 1024])
+def test_worlds_of_any_size_are_planned_by_the_same_formulas(ranks: int) -> None:
+    wide = ["train.batch=2048", "model.fc=[2048,1024]", "model.classes=1024"]
+    found = plan(config_of("replicas", *wide), ranks)["layouts"]
+    for kind in ("replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2"):
+        planned = {name: size for name, size in found[kind]["bytes"].items() if name != "total"}
+        expected = formula(config_of(kind, *wide), ranks)
+        assert planned == pytest.approx(expected, abs=1), kind
+
+
+def test_a_plan_that_cannot_be_says_what_fits() -> None:
+    with pytest.raises(ConfigError, match="columns takes 2 ranks"):
+        plan(config_of("columns"), 3)
+
+
+MEASURE = """
+import sys
+import torch
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.engine import DTYPES
+from alexnet_dist.engines import make_engine
+from alexnet_dist.topology import connect
+
+def status(key):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+def two_steps(config):
+    engine, n, side = make_engine(config, connect(config)), config.train.batch, config.model.crop
+    windows = torch.randn(n, 3, side, side).to(DTYPES[config.train.precision])
+    windows = windows.contiguous(memory_format=torch.channels_last)
+    batch = Batch(windows, torch.zeros(n, dtype=torch.int64), torch.arange(n), torch.zeros(n, 3),
+                  torch.zeros(n).bool())
+    for step in range(2):
+        engine.train_step(batch, step, 0.01)
+
+small = ["model.conv=[8,8,8,8,8]", "model.fc=[8,8]", "train.batch=2"]
+two_steps(load_config([*sys.argv[1:], *small]))  # what libraries take by themselves
+before = status("VmRSS")
+two_steps(load_config(sys.argv[1:]))
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_peak_memory_is_within_a_fifth_of_the_plan(precision: str, tmp_path: Path) -> None:
+    """The paper's network on one process."""
+    overrides = ["layout.kind=one", "train.batch=64", f"train.precision={precision}"]
+    command = [sys.executable, "-c", MEASURE, "layout.device=cpu", *overrides]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
+    planned = plan(load_config(overrides), 1)["layouts"]["one"]["memory"]["peak"]
+    assert int(run.stdout) == pytest.approx(planned, rel=0.2)
