@@ -67,10 +67,14 @@ def colour_statistics(
     if not whole:
         raise DatasetError("not one training image could be packed")
     images = sum(len(part.index) for part in whole)
-    sums = np.sum([part.sums for part in whole], axis=0)
+    sums = np.zeros((1, 1, 3), np.int64)
+    products = np.zeros((3, 3), np.int64)
+    for part in whole:
+        own_sums, own_products = part.colour_sums()
+        sums, products = sums + own_sums, products + own_products
     pixels = images * sums.shape[0] * sums.shape[1]
     mean = sums.sum((0, 1)) / pixels
-    covariance = np.sum([part.products for part in whole], axis=0) / pixels - np.outer(mean, mean)
+    covariance = products / pixels - np.outer(mean, mean)
     values, vectors = np.linalg.eigh(covariance)
     values, vectors = values[::-1].clip(min=0), vectors.T[::-1]
     signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1))

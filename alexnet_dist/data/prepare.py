@@ -40,6 +40,7 @@ _ITEMS_PER_SHARD = 1000
 _LEAST_IMAGES = 250  # that are worth the start of a process
 _BYTES_PER_IMAGE = 45_000  # of 256 × 256, about
 _TAR_BYTES = 2048  # of headers and padding, about
+_PART_BYTES = 256 * 256 * 3 * 4  # of colour sums, until the data set is whole
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _check_refused(parts: list[Part | None], total: int, max_bad: float, aside: 
 
 
 def _check_disk(aside: Path, left: list[Task]) -> None:
-    need = 0
+    need = len(left) * _PART_BYTES
     for task in left:
         for item in task.items:
             own = item.size if item.pixels is None else item.pixels.nbytes
