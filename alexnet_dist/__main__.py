@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"alexnet-dist: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:  # outside a run, which has its own handlers
-        print("alexnet-dist: interrupted; the same command begins again", file=sys.stderr)
+        print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
         code = 130
     except Exception:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -183,6 +183,8 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(json.dumps(found))
     else:
         for what, finding in found.items():
+            if isinstance(finding, dict):
+                finding = ", ".join(f"{name} {value}" for name, value in finding.items())
             print(f"{what:22}{finding}")
     return 0
 

@@ -495,7 +495,7 @@ def test_inspect_shows_what_is_there_and_finds_what_is_wrong(
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["train"]["samples"] == 12
-    assert found["train"]["sizes"] == {"256 × 256": 12}
+    assert found["train"]["sizes"] == "256 × 256 (12)"
     assert found["train"]["per class"] == "4 to 4"
     with Image.open(sheet) as image:
         assert image.size == (220 + 10 * 96, 3 * 96)

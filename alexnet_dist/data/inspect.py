@@ -64,7 +64,7 @@ def _verified(split: Split, dataset: Dataset) -> dict[str, Any]:
         "samples": len(split),
         "shards": len(split.shards),
         "bytes": int(split.index["size"].sum()),
-        "sizes": {f"{height} × {width}": n for (height, width), n in sizes.most_common(3)},
+        "sizes": ", ".join(f"{h} × {w} ({n})" for (h, w), n in sizes.most_common(3)),
         "per class": f"{per_class.min()} to {per_class.max()}",
         "decoded": "all",
     }
