@@ -183,9 +183,8 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(json.dumps(found))
     else:
         for what, finding in found.items():
-            if isinstance(finding, dict):
-                finding = ", ".join(f"{name} {value}" for name, value in finding.items())
-            print(f"{what:22}{finding}")
+            rows = finding.items() if isinstance(finding, dict) else ()
+            print(f"{what:22}{', '.join(f'{k} {v}' for k, v in rows) or finding}")
     return 0
 
 
