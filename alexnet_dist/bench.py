@@ -6,7 +6,7 @@ A lone time says as much of the machine as of the program; only the ratios are c
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torchvision.io import decode_jpeg
@@ -235,13 +236,16 @@ def index_cost(samples: int, batch: int) -> dict[str, float]:
 def measure_index(folder: str, batch: int) -> None:
     """Of `index_cost`, in its own process: print the seconds, and the MB that memory grew by."""
     config = load_config(["layout.kind=one"])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: proc_pid_clear_refs(5)
     begin = time.perf_counter()
     dataset = open_dataset(Path(folder))
     sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
     sampler.samples(0, range(batch))
     seconds = time.perf_counter() - begin
-    print(seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
+    print(seconds, (peak - before) / 1e6)
 
 
 def machine(workers: int) -> dict[str, Any]:

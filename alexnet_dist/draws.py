@@ -20,6 +20,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+_BLOCK = 65536
 
 Words = TypeVar("Words", npt.NDArray[np.int64], Tensor)
 
@@ -89,10 +90,13 @@ def normals(
 
 def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """The order of `count` samples in an epoch: sample ids, each once."""
-    ids = np.arange(count, dtype=np.int64)
-    zero = np.zeros_like(ids)
-    high, low, _, _ = philox((ids, zero + epoch, zero, zero), (seed, Purpose.ORDER))
-    return np.argsort((high << 31) ^ low, kind="stable")
+    keys = np.empty(count, dtype=np.int64)
+    for start in range(0, count, _BLOCK):  # what it takes meanwhile stays small
+        ids = np.arange(start, min(start + _BLOCK, count), dtype=np.int64)
+        zero = np.zeros_like(ids)
+        high, low, _, _ = philox((ids, zero + epoch, zero, zero), (seed, Purpose.ORDER))
+        keys[ids] = (high << 31) ^ low
+    return np.argsort(keys, kind="stable")
 
 
 def dropout_mask(
