@@ -1,0 +1,33 @@
+"""bench: what it prints is whole, and a rank's index and order cost what they may."""
+
+import json
+from pathlib import Path
+
+import made
+from conftest import alexnet_dist
+
+from alexnet_dist.bench import index_cost
+
+
+def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 6, 2, (200, 150))
+    few = ["data.workers=1", "train.batch=16", "layout.device=cpu"]
+    result = alexnet_dist(
+        "bench", "data", str(source), *few, "--images", "32", "--repeats", "1", "--json"
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found.keys() == {"ratios", "ceilings", "machine", "runs"}
+    for kind in ("torch", "dali"):
+        for ratio in ("256 / ImageFolder", "kept / ImageFolder", "decoded / bare decode",
+                      "1,000,000 / 1,000 samples"):  # fmt: skip
+            assert found["ratios"][f"{kind}, {ratio}"] > 0
+    assert found["ratios"]["dali, 256 / ImageFolder"] == (
+        found["runs"][0]["dali, 256"] / found["runs"][0]["ImageFolder"]
+    )
+
+
+def test_an_index_of_imagenets_size_is_ready_at_once_and_small() -> None:
+    cost = index_cost(1_300_000, batch=128)
+    assert cost["index, order of 1300000, MB"] < 100
+    assert cost["index, order of 1300000, s"] < 3  # measured: a third of a second
