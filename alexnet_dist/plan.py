@@ -31,12 +31,10 @@ KINDS = ("one", "columns", "replicas", "columns_x_replicas", "sharded_fc", "zero
 
 
 def plan(config: Config, ranks: int) -> dict[str, Any]:
-    """The plan of a config on this many ranks, and beside it that of every layout.
+    """The plan of a config on this many ranks, for every layout: its own among them.
 
-    Raises:
-        ConfigError: its own layout does not lie on this many ranks.
+    A layout that does not lie on them has its `problem` instead.
     """
-    layouts.check(config, ranks)
     with _pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
         whole = AlexNet(config.model, drawn=False)
         forward = {layer.name: 2 * macs for layer, macs in _multiply_adds(whole).items()}
@@ -45,9 +43,7 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
             "recipe": flat(config),
             "layout": config.layout.kind,
             "ranks": ranks,
-            "replicas": ranks // layouts.columns_of(config),
             "batch": config.train.batch,
-            "batch_per_replica": config.train.batch * layouts.columns_of(config) // ranks,
             "parameters": {
                 layer.name: layer.weight.numel() + layer.bias.numel() for layer in whole.layers()
             },
@@ -83,6 +79,7 @@ def _on(config: Config, kind: str, ranks: int) -> dict[str, Any]:
     # Not derived but measured: on CPUs oneDNN and MKL pack about the largest weights once more.
     parts["workspace"] = max(p.numel() * p.element_size() for p in engine.model.parameters())
     return {
+        "batch_per_replica": config.train.batch // topology.replicas,
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "memory": parts | {"peak": sum(parts.values())},
         "bytes": traffic.bytes() | {"total": traffic.total()},
@@ -148,6 +145,7 @@ def _zero(config: Config, ranks: int) -> dict[str, Any]:
         "optimizer": 4 * padded // ranks * (1 + _STATES[config.optimizer.kind]),
     }
     return {
+        "batch_per_replica": config.train.batch // ranks,
         "parameters": sum(sizes),
         "memory": memory | {"peak": sum(memory.values())},
         "bytes": sent | {"total": sum(sent.values())},
@@ -167,10 +165,9 @@ def lines(planned: dict[str, Any]) -> list[str]:
         f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
         f"training: {planned['training_flops_per_image'] / 1e9:.2f} GFLOP an image, "
         f"{planned['training_flops_per_image'] * planned['batch'] / 1e12:.2f} TFLOP a step",
-        f"layout.kind={planned['layout']} on {planned['ranks']} rank(s): batch {planned['batch']} "
-        f"global, {planned['batch_per_replica']} a replica",
         "",
-        f"a rank, a step:     {'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
+        f"on {planned['ranks']} rank(s), a batch of {planned['batch']} in all; of a rank, a step:",
+        f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
     ]
     for kind, found in planned["layouts"].items():
         if "problem" in found:
@@ -178,10 +175,13 @@ def lines(planned: dict[str, Any]) -> list[str]:
             continue
         sent = [f"{name} {size / 1e6:,.1f}" for name, size in found["bytes"].items()]
         text.append(
-            f"{kind:20}{found['parameters']:12,}{found['memory']['peak'] / 1e6:11,.0f} MB"
+            f"{kind:20}{found['batch_per_replica']:6}{found['parameters']:12,}"
+            f"{found['memory']['peak'] / 1e6:11,.0f} MB"
             f"{found['bytes'].get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
         )
-    parts = planned["layouts"][planned["layout"]]["memory"]
+    parts = planned["layouts"][planned["layout"]].get("memory", {})
+    if not parts:
+        return text
     text += ["", f"memory of a rank of {planned['layout']}, MB at its peak:"]
     text += [f"  {name:14}{size / 1e6:10,.1f}" for name, size in parts.items()]
     return text

@@ -15,9 +15,8 @@ from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.pipeline import Decoded
 from alexnet_dist.engine import DTYPES
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import ConfigError
 from alexnet_dist.model import final_side
-from alexnet_dist.plan import plan
+from alexnet_dist.plan import lines, plan
 from alexnet_dist.topology import connect
 from alexnet_dist.traffic import Traffic
 
@@ -31,7 +30,8 @@ def test_the_papers_network_is_the_papers() -> None:
     assert sum(found["parameters"].values()) == 60_965_224
     assert sum(found["forward_flops_per_image"].values()) / 2e6 == pytest.approx(724, abs=0.6)
     assert found["training_flops_per_image"] / 1e9 == pytest.approx(4.14, abs=0.006)
-    assert (found["layout"], found["ranks"], found["batch_per_replica"]) == ("columns", 2, 128)
+    assert (found["layout"], found["ranks"]) == ("columns", 2)
+    assert found["layouts"]["columns"]["batch_per_replica"] == 128
     assert found["layouts"]["columns"]["parameters"] == 60_965_224 // 2
     assert "takes 1 rank" in found["layouts"]["one"]["problem"]
 
@@ -159,9 +159,11 @@ def test_worlds_of_any_size_are_planned_by_the_same_formulas(ranks: int) -> None
         assert planned == pytest.approx(expected, abs=1), kind
 
 
-def test_a_plan_that_cannot_be_says_what_fits() -> None:
-    with pytest.raises(ConfigError, match="columns takes 2 ranks"):
-        plan(config_of("columns"), 3)
+def test_a_layout_that_does_not_fit_says_what_does() -> None:
+    planned = plan(config_of("columns"), 3)
+    assert "columns takes 2 ranks" in planned["layouts"]["columns"]["problem"]
+    assert planned["layouts"]["replicas"]["bytes"]["total"] > 0
+    assert any("on 3 fit replicas" in line for line in lines(planned))
 
 
 MEASURE = """
