@@ -14,7 +14,6 @@ name is whole, or its manifest says that it is not.
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_layers import load_config
-from alexnet_dist.data.dataset import sha256
+from alexnet_dist.durable import sha256, sync
 from alexnet_dist.errors import CheckpointError, NonFiniteLoss
 
 VERSION = 1
@@ -143,16 +142,16 @@ def _write(
     _write_json(aside / "progress.json", progress)
     files = {}
     for name in ("model.safetensors", "optimizer.safetensors", "progress.json"):
-        _sync(aside / name)
+        sync(aside / name)
         files[name] = {"size": (aside / name).stat().st_size, "sha256": sha256(aside / name)}
     whole = {**manifest, "files": files}
     _write_json(aside / "manifest.json", whole | {"sha256": _own_sha256(whole)})
-    _sync(aside / "manifest.json")
-    _sync(aside)
+    sync(aside / "manifest.json")
+    sync(aside)
     if final.exists():  # the same step again: a damaged one, or one from before an evaluation
         final.rename(folder / f".old-{final.name}")
     aside.rename(final)
-    _sync(folder)
+    sync(folder)
     sweep(folder)
     return final
 
@@ -286,11 +285,3 @@ def _own_sha256(manifest: Mapping[str, Any]) -> str:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1, allow_nan=False))
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

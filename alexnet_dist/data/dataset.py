@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_dist.config import Config
+from alexnet_dist.durable import sha256
 from alexnet_dist.errors import ConfigError, DatasetError
 
 VERSION = 2
@@ -281,9 +282,3 @@ def _compare_hash(path: Path, found: str, expected: str) -> None:
             f"{path}: SHA-256 {found[:12]}…, dataset.json says {str(expected)[:12]}…: "
             "it was changed or damaged; prepare the data set again"
         )
-
-
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

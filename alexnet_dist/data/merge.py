@@ -10,9 +10,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.data.dataset import INDEX, VERSION, sha256
+from alexnet_dist.data.dataset import INDEX, VERSION
 from alexnet_dist.data.shards import Part
 from alexnet_dist.data.sources import Source
+from alexnet_dist.durable import sha256
 from alexnet_dist.errors import DatasetError
 
 
@@ -100,11 +101,3 @@ def write(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write(file)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from alexnet_dist.data.archives import folder, imagenet
 from alexnet_dist.data.arrays import FASHION_MNIST, cifar10, fashion_mnist
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.data.merge import merge, sync, write_lines
+from alexnet_dist.data.merge import merge, write_lines
 from alexnet_dist.data.shards import Part, Task, read_part, write_shard
 from alexnet_dist.data.sources import Source
+from alexnet_dist.durable import sync
 from alexnet_dist.errors import DatasetError
 
 SOURCES: dict[str, Callable[[Path], Source]] = {

@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_dist.data.convert import SIDE, RefusedImage, Stored, convert, pack_pixels
-from alexnet_dist.data.dataset import INDEX, sha256
+from alexnet_dist.data.dataset import INDEX
 from alexnet_dist.data.sources import Item
 from alexnet_dist.data.windows import on_canvas
+from alexnet_dist.durable import sha256, sync
 
 
 class Task(NamedTuple):
@@ -73,8 +74,7 @@ def write_shard(task: Task) -> Part:
     aside = task.tar.with_suffix(f".{os.getpid()}.writing")
     try:
         part, sums, products = _write(task, aside)
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(aside)
         part.meta |= {"size": aside.stat().st_size, "sha256": sha256(aside)}
         aside.replace(task.tar)
         with aside.open("wb") as file:
