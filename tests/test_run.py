@@ -43,11 +43,14 @@ def runs(tmp_path: Path) -> Path:
 
 
 class Started:
-    """A run in the background."""
+    """A run in the background; `within` is a command that runs it elsewhere."""
 
-    def __init__(self, arguments: list[str], launcher: tuple[str, ...] = ("-m", "alexnet_dist")):
+    def __init__(
+        self, arguments: list[str], launcher: tuple[str, ...] = ("-m", "alexnet_dist"),
+        within: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, *launcher, *arguments],
+            [*within, sys.executable, *launcher, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
