@@ -174,6 +174,7 @@ def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
     begin = time.monotonic()
     codes: list[Any] = [host.end()[0] for host in both]
     took = time.monotonic() - begin
+    print(f"both hosts left {took:.1f} s after the cut")
     _, left = psutil.wait_procs(processes, timeout=1)
     hosts.plug("up")
     assert all(codes), codes
