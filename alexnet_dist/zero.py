@@ -45,7 +45,7 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
         "steps_per_print": None,
     }
     if config.layout.compress_gradients:
-        ours["communication_data_type"] = "bfp16"
+        ours["communication_data_type"] = "bf16"
     if config.layout.deepspeed == "none":
         return ours
     try:
