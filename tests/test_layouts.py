@@ -393,17 +393,24 @@ def ways(configs: Sequence[Config]) -> list[Any]:
 
 @pytest.mark.parametrize("kind", ["replicas", "zero1"])
 def test_gradients_summed_in_bf16_stay_near_those_that_are_not(kind: str, packed: Path) -> None:
-    """bf16 keeps 8 bits: a first update is off by at most 2^-8 of itself, in norm. Training
-    multiplies that: after 20 steps each tensor is within a fifth of the way it went (0.14 seen for
-    conv1, where bf16 arithmetic takes it 0.47 off), and every loss within a thousandth."""
-    config = config_of(packed, "train.precision=fp32")
-    layout = dataclasses.replace(config.layout, compress_gradients=True)
-    both = [on(config, kind, 2), on(dataclasses.replace(config, layout=layout), kind, 2)]
-    whole, narrow = on_ranks(2, ways, both)[0]
-    assert narrow[0] == pytest.approx(whole[0], rel=1e-3)
-    for mine, theirs, bound in zip(narrow[1:], whole[1:], (2**-8, 0.2), strict=True):
-        for name, way in theirs.items():
-            assert 0 < (mine[name] - way).norm() <= bound * way.norm(), name
+    """bf16 keeps 8 bits: a first update is off by at most 2^-8 of itself, in norm, whatever the
+    arithmetic. Training multiplies that: after 20 steps in float32 each tensor is within a fifth of
+    the way it went (0.14 seen for conv1, which bf16 arithmetic takes 0.47 off), and every loss was
+    within 1e-3; with bf16 arithmetic losses within 5e-3."""
+    cases = []
+    for precision in ("fp32", "bf16"):
+        config = config_of(packed, f"train.precision={precision}")
+        layout = dataclasses.replace(config.layout, compress_gradients=True)
+        cases += [on(config, kind, 2), on(dataclasses.replace(config, layout=layout), kind, 2)]
+    found = on_ranks(2, ways, cases)[0]
+    for whole, narrow, losses, bounds in (
+        (*found[:2], 1e-3, (2**-8, 0.2)),
+        (*found[2:], 5e-3, (2**-8, 1)),
+    ):
+        assert narrow[0] == pytest.approx(whole[0], rel=losses)
+        for mine, theirs, bound in zip(narrow[1:], whole[1:], bounds, strict=True):
+            for name, way in theirs.items():
+                assert 0 < (mine[name] - way).norm() <= bound * way.norm(), name
 
 
 def poisoned(configs: Sequence[Config]) -> list[Any]:
