@@ -198,7 +198,14 @@ class ZeroEngine:
         groups._WORLD_GROUP = self.group
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # by an engine before this one
         config = deepspeed_config(self.config, self.topology.replicas)
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer.optimizer, config=config, dist_init_required=False
-        )
+        optimizer, theirs = self.optimizer.optimizer, self.config.layout.deepspeed
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except (ValueError, AssertionError) as error:
+            if theirs == "none":
+                raise
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"layout.deepspeed={theirs!r}: DeepSpeed refuses: {reason}") from None
         return engine

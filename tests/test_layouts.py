@@ -391,6 +391,15 @@ def ways(configs: Sequence[Config]) -> list[Any]:
     return found
 
 
+def test_what_deepspeed_refuses_is_one_line(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "theirs.json").write_text('{"communication_data_type": "bf17"}')
+    config = tiny("layout.kind=zero1", f"layout.deepspeed={tmp_path}/theirs.json")
+    result = alexnet_dist("train", *as_overrides(config))
+    assert result.returncode == 2
+    assert "theirs.json': DeepSpeed refuses: Invalid communication_data_type" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.parametrize("kind", ["replicas", "zero1"])
 def test_gradients_summed_in_bf16_stay_near_those_that_are_not(kind: str, packed: Path) -> None:
     """bf16 keeps 8 bits: a first update is off by at most 2^-8 of itself, in norm, whatever the
