@@ -287,12 +287,14 @@ def _opening(
 ) -> str:  # fmt: skip
     """What is about to happen, for the log."""
     begins = f"continues at step {progress.step}" if progress.step else "begins"
-    per_rank = config.train.batch // topology.replicas
+    parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
+    rank = max(map(len, topology.shares(range(config.train.batch))))
     return (
         f"{folder.path} {begins} of {schedule.last_step}: {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
         f"threads each), {config.train.precision}\n"
-        f"batch {config.train.batch} global, {per_rank} a replica in "
-        f"{config.train.micro_batches} part(s); {samples} training images of {config.data.path}\n"
+        f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "
+        f"{parts} micro-batch(es) of {replica // parts}; "
+        f"{samples} training images of {config.data.path}\n"
         f"watch: tensorboard --logdir {config.output_dir} --host localhost"
     )

@@ -19,7 +19,7 @@ from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.engine import WholeTensors, scored, with_damaged
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.layouts import ZERO_STAGES
-from alexnet_dist.model import AlexNet
+from alexnet_dist.model import AlexNet, Layer
 from alexnet_dist.optim import Optimizer
 from alexnet_dist.replicas import summed
 from alexnet_dist.topology import Topology
@@ -45,7 +45,11 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
         "steps_per_print": None,
     }
     if config.layout.compress_gradients:
-        ours["communication_data_type"] = "bfp16"
+        ours["communication_data_type"] = "bf16"
+        # Under autocast it asks the layers instead, and knows torch's own only.
+        ours["torch_autocast"]["lower_precision_safe_modules"] = [
+            f"{layer.__module__}.{layer.__qualname__}" for layer in Layer.__subclasses__()
+        ]
     if config.layout.deepspeed == "none":
         return ours
     try:
@@ -185,14 +189,23 @@ class ZeroEngine:
             "ignore", message=".*all_gather_into_tensor", category=FutureWarning
         )
         import deepspeed
+        from deepspeed.runtime import torch_autocast
         from deepspeed.utils import groups, logger
 
         logger.setLevel(logging.ERROR)  # it warns of optimisers it has not tested: ours have been
         # No kernel is compiled for a collective we do not use; and ours have our timeout.
         deepspeed.ops.__compatible_ops__ = {}
         groups._WORLD_GROUP = self.group
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # by an engine before this one
         config = deepspeed_config(self.config, self.topology.replicas)
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer.optimizer, config=config, dist_init_required=False
-        )
+        optimizer, theirs = self.optimizer.optimizer, self.config.layout.deepspeed
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except (ValueError, AssertionError) as error:
+            if theirs == "none":
+                raise
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"layout.deepspeed={theirs!r}: DeepSpeed refuses: {reason}") from None
         return engine

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TINY, on_ranks
 from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajectory
+from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
 
 from alexnet_dist import draws
 from alexnet_dist.config_layers import load_config
@@ -58,6 +59,33 @@ def test_two_columns_on_two_gpus_equal_one(arguments: list[str]) -> None:
     ours = on_ranks(2, trajectory, on_columns(config))
     np.testing.assert_allclose(ours[0][0], losses, rtol=1e-12)
     assert largest_difference(ours[0][1], parameters) <= 1e-10
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_replicas_and_sharded_layers_on_two_gpus_follow_the_oracle(packed: Path) -> None:
+    gpu = ["layout.device=cuda", "train.deterministic=true", "train.precision=fp64"]
+    config = config_of(packed, *gpu)
+    ((oracle,),) = on_ranks(1, trajectories, [config])
+    cases = [on(config, kind, 2, n) for kind in ("replicas", "sharded_fc") for n in (1, 4)]
+    for ours in on_ranks(2, trajectories, cases)[0]:
+        assert_same_run(ours, oracle, 1e-10)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_an_update_by_zero_on_two_gpus_is_the_oracles(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # float32 as on a CPU
+    gpu = ["layout.device=cuda", "train.deterministic=true", "train.precision=fp32"]
+    config = config_of(packed, *gpu)
+    (states,) = on_ranks(1, states_of, config)
+    ((through, ours),) = on_ranks(2, updates, [on(config, "zero1", 2)], states)[0]
+    assert all(torch.equal(through[0][name], states[0][0][name]) for name in states[0][0])
+    for after, expected in zip(ours, states[1:], strict=True):
+        for mine, theirs in zip(after, expected, strict=True):
+            for name in theirs:
+                difference = (mine[name] - theirs[name]).abs().max()
+                assert difference <= 1e-4 * theirs[name].abs().max(), name
 
 
 @pytest.mark.parametrize("views", [1, 10])

@@ -82,7 +82,8 @@ def formula(config: Config, ranks: int) -> dict[str, int]:
         rounds = config.train.micro_batches if kind == "zero2" else 1
         weights, biases = (sum(all_sizes.values()) - bias_count(config), bias_count(config))
         padded = sum(-(-size // (2 * ranks)) * 2 * ranks for size in (weights, biases))
-        gradients = rounds * 4 * (weights + biases) + of_replica
+        wide = 2 if config.layout.compress_gradients else 4
+        gradients = rounds * wide * (weights + biases) + of_replica
         sent = {"all-reduce": 2 * gradients * share, "all-gather": 4 * padded * share}
     return {name: round(size) for name, size in sent.items() if size}
 
@@ -113,6 +114,8 @@ CASES = [
     (2, "sharded_fc", ["train.precision=fp32", "train.micro_batches=2"]),
     (2, "zero1", ["train.precision=fp32", "train.micro_batches=4"]),
     (2, "zero2", ["train.precision=fp32", "train.micro_batches=4"]),
+    (2, "zero1", ["train.precision=bf16", "layout.compress_gradients=true"]),
+    (2, "zero2", ["train.precision=fp32", "layout.compress_gradients=true"]),
     (4, "columns_x_replicas", ["train.precision=fp32"]),
     (4, "sharded_fc", ["train.precision=bf16"]),
     (4, "replicas", ["train.precision=fp64"]),

@@ -43,11 +43,14 @@ def runs(tmp_path: Path) -> Path:
 
 
 class Started:
-    """A run in the background."""
+    """A run in the background; `within` is a command that runs it elsewhere."""
 
-    def __init__(self, arguments: list[str], launcher: tuple[str, ...] = ("-m", "alexnet_dist")):
+    def __init__(
+        self, arguments: list[str], launcher: tuple[str, ...] = ("-m", "alexnet_dist"),
+        within: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, *launcher, *arguments],
+            [*within, sys.executable, *launcher, *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         )  # fmt: skip
 
@@ -126,11 +129,38 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
     assert read_run(runs / "killed")["attempt"] == 4
 
 
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [("replicas", 3), ("columns_x_replicas", 4), ("sharded_fc", 2), ("zero1", 2)]
+)
+def test_every_layout_killed_ends_as_if_it_never_was(
+    kind: str, ranks: int, command: Callable[..., list[str]], runs: Path,
+    start: Callable[..., Started],
+) -> None:  # fmt: skip
+    """All ranks and the launcher; with more than one bucket of gradients."""
+    layout = [f"layout.kind={kind}", f"layout.ranks={ranks}", "train.batch=12", "train.epochs=6",
+              "train.micro_batches=2", "model.fc=[1024,512]"]  # fmt: skip
+    whole = alexnet_dist(*command("whole", *layout))
+    assert whole.returncode == 0, whole.stderr
+    assert f"batch 12 global, {12 // (ranks // (2 if 'columns' in kind else 1))} a replica" in (
+        whole.stderr
+    )
+    run = start(command("killed", *layout))
+    run.wait_for_step(runs / "killed", 9)
+    for process in run.all():
+        process.kill()
+    run.end()
+    again = alexnet_dist(*command("killed", *layout))
+    assert again.returncode == 0, again.stderr
+    assert "killed continues at step" in again.stderr
+    assert ended_state(runs / "killed") == ended_state(runs / "whole")
+
+
 def test_a_finished_run_says_so_and_changes_nothing(
     command: Callable[..., list[str]], runs: Path
 ) -> None:
-    arguments = command("done", "train.epochs=1")
-    alexnet_dist(*arguments)
+    arguments = command("done", "train.epochs=1", "train.micro_batches=2")
+    first = alexnet_dist(*arguments)
+    assert "batch 8 global, 8 a replica, 4 decoded a rank; 2 micro-batch(es) of 4" in first.stderr
     before = ended_state(runs / "done")
     again = alexnet_dist(*arguments)
     assert again.returncode == 0, again.stderr

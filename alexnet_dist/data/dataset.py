@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_dist.config import Config
+from alexnet_dist.config_layers import configs_folder
 from alexnet_dist.durable import sha256
 from alexnet_dist.errors import ConfigError, DatasetError
 
@@ -150,8 +151,10 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         text = path.read_bytes()
         meta = json.loads(text)
     except FileNotFoundError:
+        demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
+        source = demo if folder == Path("data/demo") else "SOURCE PATH"
         raise DatasetError(
-            f"{path} is missing: make the data set with `alexnet-dist prepare SOURCE PATH "
+            f"{path} is missing: make the data set with `alexnet-dist prepare {source} "
             f"{folder}` (remove the folder first if it is there), or set data.path to where it lies"
         ) from None
     except (OSError, ValueError) as error:

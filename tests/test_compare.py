@@ -1,0 +1,90 @@
+"""`alexnet-dist compare`, as a user types it."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import TINY, alexnet_dist
+
+from alexnet_dist.compare import chosen
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.errors import ConfigError
+
+KEYS = ["layout", "ranks", "final_loss", "max_difference", "bound", "holds", "images_per_s",
+        "bytes_per_rank_step"]  # fmt: skip
+
+
+@pytest.fixture
+def command(packed: Path) -> list[str]:
+    return ["compare", *TINY, f"data.path={packed}", "--steps", "4"]
+
+
+def test_columns_replicas_and_zero_hold_and_are_one_json_list(command: list[str]) -> None:
+    result = alexnet_dist(*command, "--layouts", "columns:2,replicas:2,zero1:2", "--json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert [(row["layout"], row["ranks"], row["bound"]) for row in rows] == [
+        ("one", 1, 1e-12), ("columns", 2, 1e-12), ("replicas", 2, 1e-12), ("zero1", 2, 1e-5)
+    ]  # fmt: skip
+    for row in rows:
+        assert list(row) == KEYS
+        assert row["holds"] is True
+        assert row["max_difference"] <= row["bound"]
+        assert row["images_per_s"] > 0
+        assert row["final_loss"] == pytest.approx(rows[0]["final_loss"], rel=1e-4)
+        assert (row["bytes_per_rank_step"] > 0) == (row["ranks"] > 1)
+    assert rows[1]["max_difference"] > 0  # other sums: not a network held against itself
+
+
+def test_a_layout_that_is_wrong_does_not_hold(command: list[str], tmp_path: Path) -> None:
+    """Replicas that each keep their own gradients, by a patch that every process imports."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "if 'compare' in sys.argv or 'spawn_main' in ' '.join(sys.orig_argv):\n"
+        "    import alexnet_dist.replicas as replicas\n"
+        "    replicas._all_reduced = lambda tensor, group: done()\n"
+        "    def done():\n"
+        "        future = replicas.Future()\n"
+        "        future.set_result(None)\n"
+        "        return future\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    arguments = [*command, "--layouts", "replicas:2"]
+    result = alexnet_dist(*arguments, env=environment)
+    assert result.returncode == 1, result.stderr
+    heading, one, replicas = result.stdout.splitlines()
+    assert heading.split()[:2] == ["layout", "ranks"]
+    assert " yes " in one
+    assert " NO " in replicas
+
+
+def test_a_layout_that_cannot_be_is_one_clear_line(command: list[str]) -> None:
+    result = alexnet_dist(*command, "--layouts", "replicas:2,columns:3")
+    assert result.returncode == 2
+    assert "layout.kind=columns takes 2 ranks" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("layouts", "message"),
+    [
+        ("replicas:3", "train.batch=8: does not divide into 3 replicas"),
+        ("sharded_fc:3", "do not split over 3 ranks: 2, 4 ranks do"),
+        ("rows:2", "layout.kind='rows'"),
+        ("replicas:many", "write LAYOUT or LAYOUT:RANKS"),
+    ],
+)
+def test_a_wrong_choice_of_layouts_says_why(layouts: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chosen(load_config(TINY), layouts)
+
+
+def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None:
+    result = alexnet_dist("compare", "demo", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "data/demo/dataset.json is missing: make the data set with" in result.stderr
+    made = result.stderr.partition("`alexnet-dist ")[2].partition("`")[0].split()
+    assert made[-1] == "data/demo"
+    assert alexnet_dist(*made, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "data" / "demo" / "dataset.json").exists()

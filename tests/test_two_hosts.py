@@ -1,0 +1,186 @@
+"""Two hosts: network namespaces joined by one cable, a torchrun in each, the files shared.
+
+Needs root and iproute2.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import TINY, alexnet_dist
+from test_run import Started, ended_state
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.run_folder import read_run
+
+pytestmark = [
+    pytest.mark.drill,
+    pytest.mark.skipif(
+        os.geteuid() != 0 or shutil.which("ip") is None,
+        reason="network namespaces need root and iproute2 (apt-get install iproute2)",
+    ),
+]
+
+TIMEOUT_S = 10
+# 60 images, 8 a step: 60 steps, a save every 4.
+RUN = [
+    *TINY,
+    "train.epochs=8",
+    "train.precision=fp64",
+    "evaluate.every_epochs=4",
+    "checkpoint.every_steps=4",
+    "log.every_steps=2",
+    "schedule.rate=0.02",
+    "model.lrn.alpha=0.05",
+    f"layout.timeout_s={TIMEOUT_S}",
+]
+CABLE = "alexnet0"  # the name of either end, in its namespace
+ADDRESSES = ("10.213.7.1", "10.213.7.2")
+
+
+def ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True, timeout=20)
+
+
+class Hosts:
+    """Two network namespaces and the cable between them."""
+
+    def __init__(self) -> None:
+        self.names = [f"alexnet-{os.getpid()}-{place}" for place in range(2)]
+
+    def make(self) -> None:
+        for name in self.names:
+            ip("netns", "add", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        ends = [["name", CABLE, "netns", name] for name in self.names]
+        ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+        for name, address in zip(self.names, ADDRESSES, strict=True):
+            ip("-n", name, "address", "add", f"{address}/24", "dev", CABLE)
+        self.plug("up")
+
+    def plug(self, state: str) -> None:
+        for name in self.names:
+            ip("-n", name, "link", "set", CABLE, state)
+
+    def remove(self) -> None:
+        for name in self.names:  # the cable goes with them
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+    def command(self, place: int, ranks: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """What starts `ranks` ranks on a host: torchrun's options, and the way in."""
+        launcher = (
+            "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(ranks),
+            "--node-rank", str(place), "--master-addr", ADDRESSES[0], "--master-port", "29400",
+            "--local-addr", ADDRESSES[place], "-m", "alexnet_dist",
+        )  # fmt: skip
+        within = ("ip", "netns", "exec", self.names[place], "env", f"GLOO_SOCKET_IFNAME={CABLE}")
+        return launcher, within
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    hosts = Hosts()
+    try:
+        hosts.make()
+        yield hosts
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+    finally:
+        hosts.remove()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("two-hosts")
+
+
+Start = Callable[..., list[Started]]
+
+
+@pytest.fixture
+def start(hosts: Hosts, packed: Path, runs: Path) -> Iterator[Start]:
+    """Starts a run on both hosts: start(NAME, LAYOUT, RANKS of a host)."""
+    started: list[Started] = []
+
+    def begin(name: str, kind: str, ranks: int) -> list[Started]:
+        more = [f"data.path={packed}", f"output_dir={runs}", f"name={name}", f"layout.kind={kind}"]
+        both = [Started(["train", *RUN, *more], *hosts.command(p, ranks)) for p in range(2)]
+        started.extend(both)
+        return both
+
+    yield begin
+    for one in started:
+        if one.process.poll() is None:
+            for process in one.all():
+                process.kill()
+
+
+@pytest.fixture(scope="module")
+def one(packed: Path, runs: Path) -> Path:
+    """The folder of the run on one process."""
+    where = [f"data.path={packed}", f"output_dir={runs}", "name=one", "layout.kind=one"]
+    result = alexnet_dist("train", *RUN, *where)
+    assert result.returncode == 0, result.stderr
+    return runs / "one"
+
+
+def assert_equal_to(one: Path, ours: Path) -> None:
+    """Final weights and momenta within 1e-12, relative to a tensor's largest value."""
+    mine, theirs = (
+        checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1]) for folder in (ours, one)
+    )
+    assert mine.step == theirs.step == 60
+    for file in ("parameters", "optimizer"):
+        a, b = getattr(mine, file)(), getattr(theirs, file)()
+        assert a.keys() == b.keys()
+        for name in b.keys():  # noqa: SIM118
+            here, there = (tensors.rows(name, slice(None)) for tensors in (a, b))
+            assert (here - there).abs().max() <= 1e-12 * there.abs().max(), name
+
+
+def ended(both: list[Started]) -> str:
+    """What they said; both ended well."""
+    ends = [one.end() for one in both]
+    assert [code for code, _ in ends] == [0, 0], ends
+    return ends[0][1]
+
+
+def test_columns_across_hosts_are_the_run_of_one_process(
+    start: Start, runs: Path, one: Path
+) -> None:
+    ended(start("columns", "columns", 1))
+    assert_equal_to(one, runs / "columns")
+
+
+def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
+    start: Start, hosts: Hosts, runs: Path, one: Path
+) -> None:
+    """Uninterrupted: the run of one process. Cut: both hosts leave, and the same commands resume
+    to what was never interrupted, to the bit."""
+    kind = "columns_x_replicas"
+    ended(start("whole", kind, 2))
+    assert_equal_to(one, runs / "whole")
+
+    both = start("cut", kind, 2)
+    both[0].wait_for_step(runs / "cut", 12)
+    processes = [process for host in both for process in host.all()]
+    hosts.plug("down")
+    begin = time.monotonic()
+    codes: list[Any] = [host.end()[0] for host in both]
+    took = time.monotonic() - begin
+    print(f"both hosts left {took:.1f} s after the cut")
+    _, left = psutil.wait_procs(processes, timeout=1)
+    hosts.plug("up")
+    assert all(codes), codes
+    assert not left
+    assert took < TIMEOUT_S + 6
+    assert read_run(runs / "cut")["state"] == "failed"
+
+    assert "cut continues at step" in ended(start("cut", kind, 2))
+    assert ended_state(runs / "cut") == ended_state(runs / "whole")
