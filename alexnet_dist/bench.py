@@ -47,7 +47,8 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         overrides: key=value of the config.
 
     Returns:
-        ratios (medians of pairs), ceilings (images/s), machine, and every pass's images/s.
+        ratios (medians of pairs), ceilings (images/s), differences between the pipelines' pixels
+        (grey levels), machine, and every pass's images/s.
     """
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
         packed = {}
@@ -73,6 +74,11 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
                 large = _of_size(packed["256"], count)
                 passes[f"{kind}, of {name}"] = _pipeline(ours, topology, large, images)
         runs = _in_turn(passes, repeats)
+        differences = {
+            f"{stored}: {what}": value
+            for stored, dataset in packed.items()
+            for what, value in _differences(config, topology, dataset, images).items()
+        }
 
     def ratio(ours: str, reference: str) -> float:
         return _median(a[ours] / a[reference] for a in runs)
@@ -90,6 +96,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
             "bare decode, images/s": _median(a["bare decode"] for a in runs),
             **index_cost(1_281_167, config.train.batch),
         },
+        "differences": differences,
         "machine": machine(workers),
         "runs": runs,
     }
@@ -132,6 +139,31 @@ def _pipeline(
             pipeline.close()
 
     return run
+
+
+def _differences(
+    config: Config, topology: Topology, dataset: Dataset, images: int
+) -> dict[str, float]:
+    """Of the bytes that both pipelines make of the same samples, grey levels."""
+    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
+    size = config.train.batch
+    pipelines = [
+        make_pipeline(replace(config, data=replace(config.data, pipeline=kind)), topology, dataset,
+                      "train")
+        for kind in ("torch", "dali")
+    ]  # fmt: skip
+    plans = [p.batches(sampler.plan(0, -(-images // size), range(size))) for p in pipelines]
+    counts = np.zeros(256, np.int64)  # of pixels' colours, by their difference
+    for ours, theirs in zip(*plans, strict=True):
+        difference = (ours.patches.int() - theirs.patches.int()).abs().flatten()
+        counts += torch.bincount(difference, minlength=256).cpu().numpy()
+    for pipeline in pipelines:
+        pipeline.close()
+    share = counts.cumsum() / counts.sum()
+    return {
+        "mean": float((counts * np.arange(256)).sum() / counts.sum()),
+        "99.9th percentile": float(np.searchsorted(share, 0.999)),
+    }
 
 
 def _image_folder(folder: Path, config: Config, workers: int, images: int) -> Pass:
@@ -280,5 +312,7 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", "ratios, medians of pairs"]
     lines += [f"{name:44}{value:8.3f}" for name, value in found["ratios"].items()]
     lines += ["", *(f"{name:44}{value:10,.2f}" for name, value in found["ceilings"].items())]
+    lines += ["", "torch and dali, grey levels apart"]
+    lines += [f"{name:44}{value:10,.3f}" for name, value in found["differences"].items()]
     lines += ["", ", ".join(f"{key} {value}" for key, value in found["machine"].items())]
     return "\n".join(lines)

@@ -17,7 +17,9 @@ def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found.keys() == {"ratios", "ceilings", "machine", "runs"}
+    assert found.keys() == {"ratios", "ceilings", "differences", "machine", "runs"}
+    assert found["differences"]["256: mean"] == found["differences"]["256: 99.9th percentile"] == 0
+    assert 0 < found["differences"]["kept: mean"] < 0.5
     for kind in ("torch", "dali"):
         for ratio in ("256 / ImageFolder", "kept / ImageFolder", "decoded / bare decode",
                       "1,000,000 / 1,000 samples"):  # fmt: skip
