@@ -86,5 +86,6 @@ def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None
     assert "data/demo/dataset.json is missing: make the data set with" in result.stderr
     made = result.stderr.partition("`alexnet-dist ")[2].partition("`")[0].split()
     assert made[-1] == "data/demo"
-    assert alexnet_dist(*made, cwd=tmp_path).returncode == 0
+    done = alexnet_dist(*made, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "demo" / "dataset.json").exists()
