@@ -333,15 +333,15 @@ def test_what_decodes_as_nothing_is_named(stored: dict[str, Path], tmp_path: Pat
 
 
 def resident_after_epochs(path: str, pipeline: str) -> list[int]:
-    """Bytes resident after each of six passes over 1,200 windows."""
+    """Bytes resident after each of six passes over 600 windows."""
     config = config_of(Path(path), f"data.pipeline={pipeline}")
     dataset = open_for(config)
     sampler = TrainSampler(config, 36, dataset.statistics)
     found = make_pipeline(config, Topology(), dataset, "train")
     sizes = []
-    for step, part in enumerate(found.batches(sampler.plan(0, 721, range(10)))):
+    for step, part in enumerate(found.batches(sampler.plan(0, 361, range(10)))):
         part.joined([10], None)
-        if step % 120 == 0:
+        if step % 60 == 0:
             sizes.append(psutil.Process().memory_info().rss)
     found.close()
     return sizes
