@@ -110,7 +110,7 @@ def merge(part: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor | 
     Scalars are alike on all ranks. Other ranks get None. Collective.
     """
     if group is None or part.dim() == 0:
-        return part.detach().cpu()
+        return part.detach().to("cpu", copy=True)  # the next step changes the parameter itself
     counts = [_count(share(rows, column, group.size())) for column in range(group.size())]
     padded = part.new_zeros((max(counts), *part.shape[1:]))
     padded[: part.shape[0]] = part.detach()

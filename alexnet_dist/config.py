@@ -166,6 +166,16 @@ class TrainConfig:
     micro_batches: Annotated[
         int, Key("parts a rank computes its batch in, to save memory", ge=1, free=True)
     ]
+    max_skipped: Annotated[
+        int,
+        Key("updates left out, their loss or gradient not finite, before the run stops", ge=0,
+            free=True),
+    ]  # fmt: skip
+    compare_replicas_every: Annotated[
+        int,
+        Key("replicas' weights are compared to the bit this often, and before each save, steps; "
+            "0 = only then", ge=0, free=True),
+    ]  # fmt: skip
     precision: Annotated[
         Literal["bf16", "fp32", "fp64"], Key("bf16: autocast, weights stay in fp32")
     ]
@@ -183,6 +193,13 @@ class EvaluateConfig:
 class CheckpointConfig:
     every_steps: Annotated[int, Key("save this often, and at the end, steps", ge=1, free=True)]
     keep_last: Annotated[int, Key("newest checkpoints kept; the best is kept too", ge=1, free=True)]
+    keep_every_steps: Annotated[
+        int, Key("those of every so many steps are kept for good; 0 = none", ge=0, free=True)
+    ]
+    max_idle_restarts: Annotated[
+        int, Key("failures in a row that save nothing new, before starts are refused", ge=0,
+                 free=True),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
 
 from alexnet_dist.columns import ColumnExchange, gathered, merge
 from alexnet_dist.config import Config
@@ -44,10 +45,10 @@ class Engine(Protocol):
         """One update from this replica's samples of a step.
 
         Returns:
-            (5,) float64 on the device, over all replicas: sum of losses, count of labels ranked
-            first, count among the first five, 0 if the loss was finite, so that the update was
-            made, else not 0, and count of damaged samples. Reading it waits for the device; a step
-            later it is free.
+            (6,) float64 on the device, over all replicas: sum of losses, count of labels ranked
+            first, count among the first five, 0 if loss and gradient were finite, so that the
+            update was made, else 1, count of damaged samples, and norm of the whole network's
+            gradient. Alike on all ranks. Reading it waits for the device; a step later it is free.
         """
 
     def predict(self, windows: Tensor) -> Tensor:
@@ -61,6 +62,9 @@ class Engine(Protocol):
 
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
         """Take this rank's parts of whole tensors."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        """The tensors of which every replica has a copy that must be equal to the bit."""
 
 
 class TorchEngine:
@@ -97,12 +101,26 @@ class TorchEngine:
                 loss, counts = scored(logits, labels)
                 (loss * (scale / self.config.train.batch)).backward()
             stats = stats + counts
-        stats = with_damaged(stats, batch)
-        # With shards every rank has scored all samples, and decoded its own.
-        summed(stats[4:] if self.shards else stats, self.topology.replica_group)
-        stats[3] = (~stats[0].isfinite()).to(stats.dtype)
-        self.optimizer.step(rate, skip=stats[3].float())
+        stats, squares = with_damaged(stats, batch), self._squares()
+        if self.shards:  # every rank has scored all samples, and decoded its own
+            stats[5] = squares
+            summed(stats[4:], self.shards)
+        else:
+            summed(stats, self.topology.replica_group)
+            stats[5] = summed(squares, self.topology.column_group)
+        self.optimizer.step(rate, skip=judged(stats, scale))
         return stats
+
+    def _squares(self) -> Tensor:
+        """float64; summed over the ranks that share a network, the gradient's squared norm."""
+        split: list[Tensor] = []
+        whole: list[Tensor] = []
+        for name, parameter in self.model.named_parameters():
+            assert parameter.grad is not None
+            (split if self._split_over(name) else whole).append(parameter.grad)
+        holders = self.shards.size() if self.shards else 1
+        of_split, of_whole = (get_total_norm(grads).double() ** 2 for grads in (split, whole))
+        return of_split + of_whole / holders
 
     def _exchange(self) -> Exchange | None:
         classes = self.config.model.classes
@@ -151,6 +169,10 @@ class TorchEngine:
         if optimizer is not None:
             names = optimizer.keys()
             self.optimizer.load({name: optimizer.rows(name, self._rows(name)) for name in names})
+
+    def replicated(self) -> dict[str, Tensor]:
+        tensors = dict(self.model.named_parameters()) | self.optimizer.tensors()
+        return {n: t for n, t in tensors.items() if not self.shards or not self._split_over(n)}
 
     def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         merged = {name: self._merged(name, part) for name, part in parts.items()}
@@ -237,8 +259,21 @@ def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
-    """A step's numbers, (5,): what `scored` counted, 0, and the damaged samples of the batch."""
-    return torch.cat([counts, torch.stack([counts.new_zeros(()), batch.damaged.sum().double()])])
+    """A step's numbers, (6,): what `scored` counted, 0, the damaged samples of the batch, 0."""
+    return F.pad(
+        torch.cat([counts, counts.new_zeros(1), batch.damaged.sum().double()[None]]), (0, 1)
+    )
+
+
+def judged(stats: Tensor, scale: float) -> Tensor:
+    """Complete a step's numbers, in place; float32, not 0 where its update must not be made.
+
+    Args:
+        stats: (6,), the last the squared norm of gradients that are `scale` times too large.
+    """
+    stats[5] = stats[5].sqrt() / (scale or 1.0)
+    stats[3] = (~(stats[0] + stats[5]).isfinite()).to(stats.dtype)
+    return stats[3].float()
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -32,10 +32,22 @@ class RunFolderError(AlexNetDistError, RuntimeError):
     """The run folder cannot be used."""
 
 
-class NonFiniteLoss(AlexNetDistError, RuntimeError):
-    """The loss left the finite numbers; that step's update was not made."""
+class NotFinite(AlexNetDistError, RuntimeError):
+    """A loss, gradient or parameter left the finite numbers; nothing was made or saved of it."""
 
     on_every_rank = True
+
+
+class ReplicasDiffer(AlexNetDistError, RuntimeError):
+    """Copies that must be equal to the bit are not: a rank's memory or arithmetic is at fault."""
+
+    on_every_rank = True
+
+
+class CrashLoop(RunFolderError):
+    """A run ended again and again before it saved anything new."""
+
+    exit_code = 2
 
 
 class SaidByRank0(AlexNetDistError, RuntimeError):

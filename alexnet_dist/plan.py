@@ -152,7 +152,7 @@ def _zero(config: Config, ranks: int) -> dict[str, Any]:
     }
 
 
-_KINDS, _STATES, _STATS = ("weight", "bias"), {"sgd": 1, "adam": 2}, 40
+_KINDS, _STATES, _STATS = ("weight", "bias"), {"sgd": 1, "adam": 2}, 48
 
 
 def lines(planned: dict[str, Any]) -> list[str]:

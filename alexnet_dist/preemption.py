@@ -19,6 +19,7 @@ from alexnet_dist.topology import Topology
 
 # Exit codes by the flag's value; where ranks saw different signals, the highest counts.
 EXITS = {1: 75, 2: 143, 3: 130}
+CANNOT_SAVE = 4  # a flag of rank 0 alone, which is no signal
 _FLAGS = {signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
 
 

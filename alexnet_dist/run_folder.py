@@ -3,32 +3,74 @@
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from alexnet_dist.checkpoint import step_of, steps
 from alexnet_dist.config import Config
-from alexnet_dist.errors import RunFolderError
+from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.errors import CrashLoop, RunFolderError
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
     """`runs/NAME`, held by one process until it ends.
 
     A kernel lock keeps it to one job, and frees itself when its holder dies. `run.json` tells
-    launchers how the run stands: state (running, finished, stopped, failed), exit, reason, step,
-    attempt, host and pid.
+    launchers how the run stands:
+
+    | key | |
+    |---|---|
+    | state | starting, running, finished, stopped, failed; one whose process died keeps its last |
+    | exit, reason | of a run that ended: the code its ranks left with, and why |
+    | attempt, host, pid, job | which start this is, and where; job: Slurm's, or null |
+    | idle_restarts | starts in a row, this one too, after failures that had saved nothing new |
+    | step, last_step | steps done when the state was written, steps in all |
+    | resumed_at, newest_step | the newest checkpoint's step when this attempt began, and now |
+    | first_started, started, updated | seconds since 1970: the first attempt, this one, this file |
+    | kept_s | seconds of all attempts whose steps a checkpoint holds |
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, config.folder
         self.checkpoints = self.path / "checkpoints"
         self._run: dict[str, Any] = {}
+        self._since = 0.0
         self._lock: TextIO | None = None
 
     def take(self) -> None:
         """Make the folder and hold it; raises RunFolderError where another process does."""
+        self._hold()
+        before, now = read_run(self.path), time.time()
+        newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
+        failed = before.get("state") in ("starting", "running", "failed")
+        idle = failed and newest <= before.get("resumed_at", 0)
+        self._run = {
+            "attempt": int(before.get("attempt", 0)) + 1,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": os.environ.get("SLURM_JOB_ID"),
+            "first_started": before.get("first_started", now),
+            "started": now,
+            "resumed_at": newest,
+            "newest_step": newest,
+            "idle_restarts": (before.get("idle_restarts", 0) + 1) if idle else 0,
+            "kept_s": before.get("kept_s", 0.0),
+        }
+        self._check_progress(str(before.get("reason") or "it was killed"))
+        self.report("starting")
+
+    def _hold(self) -> None:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("a")
@@ -43,19 +85,55 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: cannot be written ({error.strerror}): set output_dir= or name="
             ) from error
-        self._run = {
-            "attempt": int(read_run(self.path).get("attempt", 0)) + 1,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": time.time(),
-        }
-        self.report("starting")
+
+    def still_held(self) -> None:
+        """Make the folder again where it has vanished; raises RunFolderError if it is another's."""
+        assert self._lock is not None
+        path = self.path / "lock"
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._lock.fileno())):
+            log.warning(f"{self.path} has vanished, with all that was saved in it: made again")
+            self._lock.close()
+            self._hold()
+            self.save_config()
+
+    def _check_progress(self, last: str) -> None:
+        """Raises CrashLoop where starting again has not helped often enough."""
+        idle, most = self._run["idle_restarts"], self.config.checkpoint.max_idle_restarts
+        if idle > most:
+            loop = CrashLoop(
+                f"{self.path}: {idle} starts in a row failed and saved nothing after step "
+                f"{self._run['newest_step']}; the last: {last}. Mend that, then start with "
+                f"checkpoint.max_idle_restarts={idle} (now {most})"
+            )
+            self.report("failed", exit=loop.exit_code, reason=last)
+            raise loop
 
     def report(self, state: str, **more: Any) -> None:
         """Replace run.json; nothing where this process does not hold the folder."""
         if self._run:
             self._run |= {"state": state, "updated": time.time(), **more}
-            write_json(self.path / "run.json", self._run)
+            with warn_if_unwritable(self.path / "run.json"):
+                write_json(self.path / "run.json", self._run)
+
+    def running(self, step: int, last_step: int) -> None:
+        """The first step of this attempt begins."""
+        self._since = time.time()
+        self.report("running", step=step, last_step=last_step)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is on the disk; what was computed since the last one is kept time."""
+        now = time.time()
+        kept_s, self._since = self._run["kept_s"] + now - self._since, now
+        self.report("running", newest_step=step, kept_s=round(kept_s, 3))
+
+    def keep_batch(self, batch: Batch, step: int, rank: int) -> Path:
+        """Write a rank's part of a batch as its first layer saw it, to be looked at; the file."""
+        path = self.path / "not_finite" / f"step-{step:08d}-rank-{rank}.safetensors"
+        tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        with warn_if_unwritable(path):
+            path.parent.mkdir(exist_ok=True)
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        return path
 
     def save_config(self) -> None:
         write_json(self.path / "config.json", dataclasses.asdict(self.config))
@@ -67,6 +145,15 @@ def read_run(folder: Path) -> dict[str, Any]:
         return dict(json.loads((folder / "run.json").read_text()))
     except (OSError, ValueError):
         return {}
+
+
+@contextmanager
+def warn_if_unwritable(path: Path) -> Iterator[None]:
+    """What a run can do without must not end it: a full disk is a warning."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -14,13 +14,15 @@
 | kernels/conv1 | the first layer's kernels, a row block a column |
 """
 
+import contextlib
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,9 @@ class Telemetry:
         self._columns, self._batch = config["model"]["columns"], config["train"]["batch"]
         path = folder / "metrics.jsonl"
         _cut(path, step, evaluated_step)
-        self._metrics = path.open("a", buffering=1)  # a line at a time
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        self._metrics = path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._board: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
         if step == 0:
             text = yaml.safe_dump(dict(config), sort_keys=False)
             self._board.add_text("config", "    " + text.replace("\n", "\n    "))
@@ -117,7 +120,7 @@ class Telemetry:
         self._write("eval", step, {"epoch": epoch, **values}, {})
         if kernels is not None:
             picture = kernel_picture(kernels, self._columns)
-            self._board.add_image("kernels/conv1", picture, step, dataformats="HWC")
+            self._draw(lambda to: to.add_image("kernels/conv1", picture, step, dataformats="HWC"))
         with logging_redirect_tqdm():
             log.info(
                 f"epoch {epoch:.2f}  step {step}/{self._last_step}  evaluation: "
@@ -136,26 +139,46 @@ class Telemetry:
     def flush(self) -> None:
         """Make durable what was written, before a checkpoint says that it was."""
         if self._leads:
-            self._metrics.flush()
-            os.fsync(self._metrics.fileno())
-            self._board.flush()
+            self._append("")
+            with contextlib.suppress(OSError):  # said when it was written
+                os.fsync(self._metrics.fileno())
+            self._draw(lambda board: board.flush())
 
     def close(self) -> None:
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
         self._quarantine.close()
         if self._leads:
             self._bar.close()
-            self._board.close()
+            self._draw(lambda board: board.close())
             self._metrics.close()
 
     def _write(
         self, kind: str, step: int, values: Mapping[str, float], speed: Mapping[str, float]
     ) -> None:
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **values, **speed}) + "\n")
+        self._append(json.dumps({"kind": kind, "step": step, **values, **speed}) + "\n")
         for group, scalars in ((kind, values), ("speed", speed)):
             for name, value in scalars.items():
                 if isinstance(value, float):
-                    self._board.add_scalar(f"{group}/{name}", value, step)
+                    add = partial(SummaryWriter.add_scalar, tag=f"{group}/{name}")
+                    self._draw(partial(add, scalar_value=value, global_step=step))
+
+    def _append(self, line: str) -> None:
+        """To metrics.jsonl; what a full disk refuses is kept, and tried again with the next."""
+        self._unwritten += line.encode()
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
+        except OSError as error:
+            log.warning(f"NOT WRITTEN YET, the run goes on: {self._metrics.name}: {error}")
+
+    def _draw(self, draw: Callable[[SummaryWriter], None]) -> None:
+        """In TensorBoard, whose writer never comes back from a full disk: then without it."""
+        try:
+            if self._board is not None:
+                draw(self._board)
+        except OSError as error:
+            self._board = None
+            log.warning(f"TensorBoard's file is given up, the run goes on: {error}")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

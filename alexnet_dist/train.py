@@ -15,14 +15,17 @@ import torch
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import Dataset, Split, check_damaged, open_for
+from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import ConfigError, NonFiniteLoss
+from alexnet_dist.errors import ConfigError, NotFinite
 from alexnet_dist.evaluate import Score, evaluate, make_pipeline
 from alexnet_dist.optim import Schedule
-from alexnet_dist.preemption import EXITS, StopSignals
+from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals
+from alexnet_dist.replicas import check_replicas
 from alexnet_dist.run_folder import RunFolder
+from alexnet_dist.saving import Saver
 from alexnet_dist.telemetry import Telemetry, configure_logging, log
 from alexnet_dist.topology import Topology, connect, leave
 
@@ -54,8 +57,10 @@ class Progress:
         score: of that evaluation.
         best_step: where the validation error was lowest.
         best_error: how low.
-        interval: sums since the last log point: losses, top-1 and top-5 counts, samples.
+        interval: sums since the last log point: losses, top-1 and top-5 counts, norms of the
+            gradient, samples.
         damaged: samples of this epoch that others stood in for.
+        skipped: updates left out because their loss or gradient was not finite.
     """
 
     step: int = 0
@@ -63,14 +68,17 @@ class Progress:
     score: Score | None = None
     best_step: int | None = None
     best_error: float = 2.0  # above any
-    interval: list[float] = field(default_factory=lambda: [0.0] * 4)
+    interval: list[float] = field(default_factory=lambda: [0.0] * 5)
     damaged: int = 0
+    skipped: int = 0
 
-    def take_interval(self) -> dict[str, float]:
-        """Means since the last log point; begins a new interval."""
-        loss, top1, top5, images = self.interval
-        self.interval = [0.0] * 4
-        return {"loss": loss / images, "top1": top1 / images, "top5": top5 / images}
+    def take_interval(self, size: int) -> dict[str, float]:
+        """Means since the last log point, of steps of `size` samples; begins a new interval."""
+        loss, top1, top5, norm, images = self.interval
+        self.interval = [0.0] * 5
+        of = images or math.nan  # every update was left out
+        means = {"loss": loss / of, "top1": top1 / of, "top5": top5 / of}
+        return means | {"gradient_norm": norm / of * size}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
@@ -84,7 +92,8 @@ def train(config: Config) -> Outcome:
 
     Raises:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
-        NonFiniteLoss: a step's loss was not finite.
+        NotFinite: a loss, or more gradients than train.max_skipped, were not.
+        ReplicasDiffer: copies of the network were no longer equal.
     """
     signals = StopSignals()
     topology = connect(config)
@@ -112,7 +121,7 @@ def _run(
     schedule = Schedule.of(config, len(split))
     engine = make_engine(config, topology)
     progress = _resume(folder, engine, schedule, config, digest, topology)
-    folder.report("running", step=progress.step, last_step=schedule.last_step)
+    folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split)))
     telemetry = Telemetry(
         folder.path, dataclasses.asdict(config), progress.step, progress.evaluated_step,
@@ -128,22 +137,33 @@ def _run(
     pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
     batches = pipeline.batches(plan)
 
-    pending: deque[Callable[[], list[float]]] = deque()
+    saver = Saver(lambda: bool(checkpoints.steps(folder.checkpoints)))
+    pending: deque[Pending] = deque()
     saved = progress.step, progress.evaluated_step  # what the newest checkpoint holds
-    wait_s = 0.0
+    every, wait_s = config.train.compare_replicas_every, 0.0
+
+    def settle(but: int) -> None:
+        """Account for the steps that were begun, all `but` the newest."""
+        while len(pending) > but:
+            _settle(pending.popleft(), progress, config, split, folder, topology)
+
     try:
         while True:
             step, epoch = progress.step, progress.step / schedule.steps_per_epoch
+            if saver.failed:
+                signals.flag = CANNOT_SAVE
             stop = signals.poll(topology)
+            if stop == CANNOT_SAVE:
+                topology.decided_by_rank_0(saver.finish)  # raises
 
             if not stop and _evaluation_due(config, schedule, progress):
-                _settle(pending, progress, config, split)
+                settle(0)
                 with telemetry.paused():
                     score = evaluate(engine, config, topology, dataset, signals)
                     if score is None:
                         continue  # a signal: the poll above says so now
                     if not math.isfinite(score.loss):
-                        raise NonFiniteLoss(
+                        raise NotFinite(
                             f"the evaluation after step {step} gave a loss of {score.loss}: "
                             "nothing was saved since. Lower schedule.rate, or warm up longer"
                         )
@@ -155,28 +175,33 @@ def _run(
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
             if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
-                _settle(pending, progress, config, split)
+                settle(0)
                 with telemetry.paused():
+                    check_replicas(engine.replicated(), topology, step)
                     telemetry.flush()
-                    _save(folder, engine, config, digest, progress, schedule, topology)
+                    _save(saver, folder, engine, config, digest, progress, schedule)
                 saved = step, progress.evaluated_step
+            elif every and step and step % every == 0:
+                check_replicas(engine.replicated(), topology, step)
 
             if stop or finished:
+                topology.decided_by_rank_0(saver.finish)
                 break
 
             begin = time.perf_counter()
             batch = next(batches).joined(counts, topology.column_group)
             wait_s += time.perf_counter() - begin
             rate = schedule.rate(step)
-            pending.append(on_host(engine.train_step(batch, step, rate)))
+            pending.append(Pending(step + 1, batch, on_host(engine.train_step(batch, step, rate))))
             progress.step = step + 1
 
             log_now = progress.step % config.log.every_steps == 0
-            _settle(pending, progress, config, split, but=0 if log_now else 1)
+            settle(0 if log_now else 1)
             if log_now:
                 epoch = progress.step / schedule.steps_per_epoch
-                means = progress.take_interval()
+                means = progress.take_interval(size)
                 means |= {"rate": rate, "damaged": float(progress.damaged)}
+                means |= {"skipped": float(progress.skipped)}
                 telemetry.train(progress.step, epoch, means, wait_s)
                 wait_s = 0.0
 
@@ -186,6 +211,7 @@ def _run(
         topology.barrier()
         signals.ignore()
     finally:
+        saver.close()
         pipeline.close()
         telemetry.close()
     return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
@@ -230,42 +256,65 @@ def _resume(
 
 
 def _save(
-    folder: RunFolder, engine: Engine, config: Config, digest: str, progress: Progress,
-    schedule: Schedule, topology: Topology,
+    saver: Saver, folder: RunFolder, engine: Engine, config: Config, digest: str,
+    progress: Progress, schedule: Schedule,
 ) -> None:  # fmt: skip
-    """Make a checkpoint, then remove those no longer kept. Collective."""
+    """Begin a checkpoint, and the removal of those no longer kept. Collective."""
     parameters, optimizer = engine.whole_tensors()
     state = dataclasses.asdict(progress) | {"schedule": schedule.state()}
     evaluated = progress.score if progress.evaluated_step == progress.step else None
     error = None if evaluated is None else 1 - evaluated.top1
 
     def write() -> None:
-        checkpoints.save(folder.checkpoints, config, digest, parameters, optimizer, state, error)
-        checkpoints.prune(folder.checkpoints, config.checkpoint.keep_last, progress.best_step)
+        folder.still_held()
+        at, keep, best = folder.checkpoints, config.checkpoint, state["best_step"]
+        checkpoints.save(at, config, digest, parameters, optimizer, state, error)
+        checkpoints.prune(at, keep.keep_last, keep.keep_every_steps, best)
+        folder.saved(state["step"])
 
-    topology.decided_by_rank_0(write)
+    if parameters:  # on rank 0
+        saver.begin(write)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that was begun, its batch, and its numbers when they have reached the host."""
+
+    step: int
+    batch: Batch
+    numbers: Callable[[], list[float]]
 
 
 def _settle(
-    pending: deque[Callable[[], list[float]]], progress: Progress, config: Config, split: Split,
-    but: int = 0,
+    one: Pending, progress: Progress, config: Config, split: Split, folder: RunFolder,
+    topology: Topology,
 ) -> None:  # fmt: skip
-    """Account for steps whose numbers have reached the host, all `but` the newest."""
-    size = config.train.batch
-    while len(pending) > but:
-        loss, top1, top5, failed, damaged = pending.popleft()()
-        step = progress.step - len(pending)
-        if failed:
-            raise NonFiniteLoss(
-                f"the loss of step {step} is {loss}: its update was not made, nothing was saved "
-                "since. Lower schedule.rate, warm up longer, or look at the data"
+    """Account for a step."""
+    size, step = config.train.batch, one.step
+    loss, top1, top5, failed, damaged, norm = one.numbers()
+    if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # an epoch begins
+        progress.damaged = 0
+    progress.damaged += int(damaged)
+    check_damaged(config, split, progress.damaged)
+    if failed:
+        kept = folder.keep_batch(one.batch, step, topology.global_rank)
+        what = (
+            f"step {step}: its loss is {loss / size:.4g} and its gradient's norm {norm:.4g}: the "
+            f"update was not made, its batch is in {kept.parent}"
+        )
+        if progress.skipped >= config.train.max_skipped:
+            raise NotFinite(
+                f"{what}; {progress.skipped} left out before, train.max_skipped="
+                f"{config.train.max_skipped}. Lower schedule.rate, warm up longer, or look at the "
+                "data"
             )
-        for place, value in enumerate((loss, top1, top5, size)):
-            progress.interval[place] += value
-        if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # an epoch begins
-            progress.damaged = 0
-        progress.damaged += int(damaged)
-        check_damaged(config, split, progress.damaged)
+        progress.skipped += 1
+        log.warning(
+            f"{what}; left out {progress.skipped} of train.max_skipped={config.train.max_skipped}"
+        )
+        return
+    for place, value in enumerate((loss, top1, top5, norm * size, size)):
+        progress.interval[place] += value
 
 
 def _observe(score: Score, progress: Progress, schedule: Schedule) -> None:

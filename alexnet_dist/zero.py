@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from alexnet_dist.columns import merge
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import WholeTensors, scored, with_damaged
+from alexnet_dist.engine import WholeTensors, judged, scored, with_damaged
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.layouts import ZERO_STAGES
 from alexnet_dist.model import AlexNet, Layer
@@ -111,9 +112,10 @@ class ZeroEngine:
             self.engine.backward(loss * scale, scale_wrt_gas=False)
             stats = stats + counts
             if part == parts - 1:
-                stats = summed(with_damaged(stats, batch), self.group)
-                stats[3] = (~stats[0].isfinite()).to(stats.dtype)
-                self.optimizer.prepare(rate, skip=stats[3].float())
+                stats = with_damaged(stats, batch)
+                stats[5] = get_total_norm(self._gradients()).double() ** 2
+                skip = judged(summed(stats, self.group), self.optimizer.loss_scale(rate))
+                self.optimizer.prepare(rate, skip=skip)
             self.engine.step()  # counts micro-batches, and updates after the last
         return stats
 
@@ -139,6 +141,9 @@ class ZeroEngine:
                 optimizer |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
         return parameters, optimizer
 
+    def replicated(self) -> dict[str, Tensor]:
+        return dict(self.engine.module.named_parameters())
+
     @torch.no_grad()
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
         for name, parameter in self.engine.module.named_parameters():
@@ -159,6 +164,10 @@ class ZeroEngine:
                 else:
                     state = flat[mine].to(piece.device)
                     self.optimizer.optimizer.state[piece][kind] = state
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's part of them, summed over ranks; none where DeepSpeed offloads them."""
+        return [part for parts in self.zero.averaged_gradients.values() for part in parts or ()]
 
     def _pieces(self) -> list[Tensor]:
         """This rank's float32 piece of the weights, and of the biases."""

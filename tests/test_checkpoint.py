@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
-from alexnet_dist.errors import CheckpointError, NonFiniteLoss
+from alexnet_dist.errors import CheckpointError, NotFinite
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 2, 2), "conv1.bias": torch.randn(4)}
 BUFFERS = {f"momentum_buffer/{name}": tensor * 2 for name, tensor in TENSORS.items()}
@@ -126,11 +126,20 @@ def test_a_checkpoint_being_replaced_is_not_lost(
 def test_the_best_and_the_last_are_kept(tiny: Callable[..., Config], tmp_path: Path) -> None:
     for step, error in ((1, 0.5), (2, 0.2), (3, None), (4, 0.2), (5, None)):
         save(tmp_path, tiny(), step, error)
-        checkpoints.prune(tmp_path, keep_last=2, best_step=2 if step > 1 else 1)
+        checkpoints.prune(tmp_path, keep_last=2, keep_every=0, best_step=2 if step > 1 else 1)
     assert [p.name for p in checkpoints.steps(tmp_path)] == [
         "step-00000002", "step-00000004", "step-00000005",
     ]  # fmt: skip
     assert checkpoints.best(tmp_path).step == 2
+
+
+def test_those_of_every_so_many_steps_are_kept_for_good(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    for step in range(10, 80, 10):
+        save(tmp_path, tiny(), step)
+        checkpoints.prune(tmp_path, keep_last=1, keep_every=30, best_step=None)
+    assert [checkpoints.step_of(p) for p in checkpoints.steps(tmp_path)] == [30, 60, 70]
 
 
 def test_damaged_checkpoints_never_displace_good_ones(
@@ -146,7 +155,7 @@ def test_damaged_checkpoints_never_displace_good_ones(
     assert (found.step, len(wrong)) == (16, 2)
     checkpoints.set_aside(tmp_path, after=16)
     save(tmp_path, tiny(), 18)
-    checkpoints.prune(tmp_path, keep_last=2, best_step=None)
+    checkpoints.prune(tmp_path, keep_last=2, keep_every=0, best_step=None)
     assert [p.name for p in checkpoints.steps(tmp_path)] == ["step-00000016", "step-00000018"]
 
 
@@ -162,7 +171,7 @@ def test_tensors_that_are_not_finite_are_not_saved(
 ) -> None:
     bad = {"conv1.bias": torch.tensor([1.0, float("nan")])}
     for parameters, buffers in ((bad, BUFFERS), (TENSORS, bad)):
-        with pytest.raises(NonFiniteLoss, match=r"conv1\.bias is not finite; not saved"):
+        with pytest.raises(NotFinite, match=r"conv1\.bias is not finite; not saved"):
             checkpoints.save(tmp_path, tiny(), "d", parameters, buffers, {"step": 1}, None)
     assert not list(tmp_path.iterdir())
 

@@ -53,7 +53,7 @@ def formula(config: Config, ranks: int) -> dict[str, int]:
     side = final_side(model)
     flat = model.conv[4] * side**2
     pool2 = ((((model.crop - 11) // 4 + 1 - 3) // 2 + 1) - 3) // 2 + 1
-    of_replica = 5 * 8  # the step's numbers
+    of_replica = 6 * 8  # the step's numbers
 
     def parameters(parts: int, names: Sequence[str]) -> int:
         return sum(size for name, size in layers(config, parts).items() if name[:-1] in names)
@@ -64,10 +64,11 @@ def formula(config: Config, ranks: int) -> dict[str, int]:
         decoded = n * (3 * model.crop**2 + 9 * 8)
         joined = e * n * (seen + 2 * -(-classes // 2))
         sent = {"all-gather": (decoded + joined) / 2, "all-to-all": e * n * seen / 2}
+        sent["all-reduce"] = 8  # the norm of the gradient
     if kind in ("replicas", "columns_x_replicas"):
         wide = 2 if config.layout.compress_gradients else w
         gradients = wide * parameters(columns, ("conv", "fc")) + of_replica
-        sent["all-reduce"] = 2 * gradients * (replicas - 1) / replicas
+        sent["all-reduce"] = sent.get("all-reduce", 0) + 2 * gradients * (replicas - 1) / replicas
     if kind == "sharded_fc":
         share = (ranks - 1) / ranks
         seen = e * batch * (flat + sum(model.fc))
@@ -75,7 +76,7 @@ def formula(config: Config, ranks: int) -> dict[str, int]:
         sent = {
             "all-gather": (seen + logits + 8 * batch) * share,
             "all-to-all": seen * share,
-            "all-reduce": 2 * (w * parameters(1, ("conv",)) + 8) * share,
+            "all-reduce": 2 * (w * parameters(1, ("conv",)) + 16) * share,
         }
     if kind in ("zero1", "zero2"):
         share, all_sizes = (ranks - 1) / ranks, layers(config, 1)

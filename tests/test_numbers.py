@@ -1,0 +1,185 @@
+"""Numbers that go wrong: ranks agree, nothing is applied or saved, what is wrong is named."""
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, as_overrides, on_ranks
+from safetensors.torch import load_file
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.engine import DTYPES, Engine, TorchEngine
+from alexnet_dist.engines import make_engine
+from alexnet_dist.errors import ReplicasDiffer
+from alexnet_dist.replicas import check_replicas
+from alexnet_dist.run_folder import read_run
+from alexnet_dist.shares import share
+from alexnet_dist.telemetry import read_metrics
+from alexnet_dist.topology import Topology, connect
+
+
+def config_of(kind: str) -> Config:
+    return load_config([*TINY, "train.batch=12", "train.precision=fp32", f"layout.kind={kind}"])
+
+
+def batch_of(config: Config, topology: Topology) -> Batch:
+    """This replica's part of the same twelve samples on every layout."""
+    side, dtype = config.model.crop, DTYPES[config.train.precision]
+    generator = torch.Generator().manual_seed(0)
+    windows = torch.rand(12, 3, side, side, dtype=dtype, generator=generator)
+    ids = torch.arange(12)[share(12, topology.replica, topology.replicas)]
+    n = len(ids)
+    return Batch(windows[ids], ids % 10, ids, torch.zeros(n, 3), torch.zeros(n).bool())
+
+
+def network(engine: Engine) -> torch.nn.Module:
+    found: torch.nn.Module = getattr(engine, "model", None) or engine.engine.module  # type: ignore[attr-defined]
+    return found
+
+
+def poisoned_steps(kinds: Sequence[str]) -> list[tuple[list[list[float]], bool, bool]]:
+    """For each layout: a step whose gradient is infinite on the last rank though no loss is, and a
+    step that is well; the numbers of both, and whether weights and momenta had changed after each.
+    """
+    found = []
+    for kind in kinds:
+        config = config_of(kind)
+        topology = connect(config)
+        engine = make_engine(config, topology)
+        batch, stats, changed = batch_of(config, topology), [], []
+        before = engine.whole_tensors()
+        bad = network(engine).get_parameter("conv2.weight")
+        last = topology.global_rank == topology.world_size - 1
+        hook = bad.register_hook(lambda grad, by=float("inf") if last else 1.0: grad * by)
+        for _ in range(2):
+            stats.append(engine.train_step(batch, 0, 0.01).tolist())
+            hook.remove()
+            pairs = zip(before, engine.whole_tensors(), strict=True)
+            changed.append(any(not torch.equal(a[n], b[n]) for a, b in pairs for n in a))
+        found.append((stats, *changed))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kinds"),
+    [
+        (2, ["columns", "replicas", "sharded_fc", "zero1", "zero2"]),
+        (4, ["columns_x_replicas"]),
+    ],
+)
+def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(
+    ranks: int, kinds: list[str], norm: float
+) -> None:
+    """And the norm is the whole network's on every layout."""
+    everywhere = on_ranks(ranks, poisoned_steps, kinds)
+    for number, kind in enumerate(kinds):
+        for rank, found in enumerate(everywhere):
+            (bad, good), changed, changed_then = found[number]
+            assert bad[3] == 1, (kind, rank)
+            assert bad[0] == pytest.approx(everywhere[0][number][0][0][0])
+            assert not torch.tensor(bad[5]).isfinite(), (kind, rank)
+            assert not changed, (kind, rank)
+            assert good[3] == 0
+            assert good[5] == pytest.approx(norm, rel=1e-4), (kind, rank)
+            assert changed_then == (rank == 0), (kind, rank)  # rank 0 holds whole tensors
+
+
+@pytest.fixture(scope="module")
+def norm() -> float:
+    """Of one process, from torch's own reckoning."""
+    config = config_of("one")
+    engine = make_engine(config, Topology())
+    kept: list[torch.Tensor] = []
+
+    def keep(rate: float, skip: torch.Tensor) -> None:
+        kept.extend(parameter.grad.flatten() / rate for parameter in network(engine).parameters())
+
+    engine.optimizer.step = keep  # type: ignore[attr-defined]
+    engine.train_step(batch_of(config, Topology()), 0, 0.01)
+    return float(torch.cat(kept).double().norm())
+
+
+def flipped(kinds: Sequence[str]) -> list[list[str]]:
+    """What is said of a sound network, and of one bit flipped on rank 2, for each layout."""
+    said = []
+    for kind in kinds:
+        config = config_of(kind)
+        topology = connect(config)
+        engine = make_engine(config, topology)
+        engine.train_step(batch_of(config, topology), 0, 0.01)
+        check_replicas(engine.replicated(), topology, step=7)
+        if topology.global_rank == 2:
+            weight = network(engine).get_parameter("conv3.weight").detach()
+            weight.view(torch.int32)[5, 1, 1, 1] ^= 1
+        try:
+            check_replicas(engine.replicated(), topology, step=7)
+            said.append("nothing")
+        except ReplicasDiffer as error:
+            said.append(str(error))
+    return said
+
+
+def test_a_flipped_bit_is_found_and_named() -> None:
+    kinds = ["replicas", "sharded_fc", "zero2", "columns_x_replicas"]
+    named = ["rank 2", "rank 2", "rank 2", "rank 0 and 2"]  # of two replicas, either may be wrong
+    for said in on_ranks(4, flipped, kinds):
+        for sentence, who in zip(said, named, strict=True):
+            assert f"step 7: replicas are no longer equal to the bit: conv3.weight of {who}. " in (
+                sentence
+            )
+
+
+POISON = """
+import sys
+from alexnet_dist.__main__ import main
+from alexnet_dist.engine import TorchEngine
+
+at, sound = {int(step) for step in sys.argv.pop(1).split(",")}, TorchEngine.train_step
+
+def train_step(engine, batch, step, rate):
+    if step in at:
+        batch.windows[0, 0, 0, 0] = float("nan")
+    return sound(engine, batch, step, rate)
+
+TorchEngine.train_step = train_step
+sys.exit(main())
+"""
+
+
+def test_steps_that_are_not_finite_are_left_out_as_often_as_the_config_allows(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    one = ["layout.kind=one", "train.epochs=2", "checkpoint.every_steps=5", "log.every_steps=1"]
+    config = tiny(*one, "name=poisoned", "train.max_skipped=1", "train.precision=fp32")
+
+    def run(at: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", POISON, at, "train", *as_overrides(config)]
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+
+    stopped = run("3,8")
+    assert stopped.returncode == 1
+    assert "step 4: its loss is nan and its gradient's norm nan: the update was not made" in (
+        stopped.stderr
+    )
+    assert "left out 1 of train.max_skipped=1" in stopped.stderr
+    assert "step 9: its loss is nan" in stopped.stderr
+    assert "1 left out before, train.max_skipped=1. Lower schedule.rate" in stopped.stderr
+    assert "Traceback" not in stopped.stderr
+    folder = config.folder
+    kept = load_file(folder / "not_finite" / "step-00000009-rank-0.safetensors")
+    assert len(kept["ids"]) == 8
+    assert kept["windows"][0, 0, 0, 0].isnan()
+    assert [checkpoints.step_of(p) for p in checkpoints.steps(folder / "checkpoints")] == [5, 8]
+    assert read_run(folder)["state"] == "failed"
+    resumed = run("99")
+    assert resumed.returncode == 0, resumed.stderr
+    points = [point for point in read_metrics(folder) if point["kind"] == "train"]
+    assert [point["skipped"] for point in points] == [0] * 3 + [1] * 12
+    assert [point["step"] for point in points if point["loss"] != point["loss"]] == [4]
+    assert TorchEngine.train_step.__module__ == "alexnet_dist.engine"  # this process is not patched

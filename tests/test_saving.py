@@ -1,0 +1,154 @@
+"""Saving behind the loop, and what a run does with a folder or a disk that fails it."""
+
+import json
+import logging
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alexnet_dist.config import Config
+from alexnet_dist.errors import CheckpointError, CrashLoop, NotFinite, RunFolderError
+from alexnet_dist.run_folder import RunFolder, read_run
+from alexnet_dist.saving import Saver
+from alexnet_dist.telemetry import Telemetry, read_metrics
+
+
+def test_the_loop_goes_on_while_one_checkpoint_is_written() -> None:
+    saver, first, written = Saver(lambda: True), threading.Event(), []
+
+    def slow() -> None:
+        assert first.wait(10)
+        written.append("first")
+
+    saver.begin(slow)
+    assert not written
+    first.set()
+    saver.begin(lambda: written.append("second"))  # one at a time: it has waited
+    assert written[0] == "first"
+    saver.finish()
+    assert written == ["first", "second"]
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_warning_while_an_older_one_remains(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """And is tried again at the end."""
+    saver, fails = Saver(lambda: True), [True, True, False]
+
+    def write() -> None:
+        if fails.pop(0):
+            raise CheckpointError("the disk is full")
+
+    saver.begin(write)
+    saver.close()
+    assert not saver.failed
+    assert "NOT SAVED, the run goes on: the disk is full" in caplog.text
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        saver.finish()
+    saver.finish()
+    assert fails == []
+
+
+@pytest.mark.parametrize(
+    ("error", "remains"), [(CheckpointError("full"), False), (NotFinite("conv1"), True)]
+)
+def test_what_ends_the_run_is_said_at_the_next_step(error: Exception, remains: bool) -> None:
+    def write() -> None:
+        raise error
+
+    saver = Saver(lambda: remains)
+    saver.begin(write)
+    saver.close()
+    assert saver.failed
+    with pytest.raises(type(error), match=str(error)):
+        saver.finish()
+
+
+def attempt(
+    config: Config, state: str, saved: int | None = None, pause_s: float = 0, **more: Any
+) -> None:
+    """A start that ends in a state, or dies in it."""
+    folder = RunFolder(config)
+    try:
+        folder.take()
+        folder.running(0, 100)
+        time.sleep(pause_s)
+        if saved is not None:
+            (folder.checkpoints / f"step-{saved:08d}").mkdir()
+            folder.saved(saved)
+        folder.report(state, **more)
+    finally:
+        assert folder._lock is not None
+        folder._lock.close()
+
+
+def test_a_crash_loop_is_broken_and_says_why(tiny: Callable[..., Config]) -> None:
+    config = tiny("checkpoint.max_idle_restarts=2")
+    attempt(config, "running", saved=8)  # killed
+    attempt(config, "failed", saved=16, reason="ran out of memory")  # it got on
+    for idle in (0, 1, 2):
+        attempt(config, "failed", reason="CUDA error: illegal access")
+        assert read_run(config.folder)["idle_restarts"] == idle
+    refused = r"3 starts in a row failed and saved nothing after step 16; the last: CUDA error: ill"
+    for more in (3, 4):
+        with pytest.raises(CrashLoop, match=rf"{refused}.*max_idle_restarts={more} \(now 2\)"):
+            attempt(config, "running")
+        refused = refused.replace("3 starts", "4 starts")
+    found = read_run(config.folder)
+    assert (found["state"], found["exit"], found["attempt"]) == ("failed", 2, 7)
+    mended = tiny("checkpoint.max_idle_restarts=5")
+    attempt(mended, "stopped", saved=24, exit=75)
+    attempt(config, "stopped", exit=75)  # stopping is no failure
+    attempt(config, "running")
+    assert read_run(config.folder)["idle_restarts"] == 0
+
+
+def test_time_whose_steps_were_saved_is_counted(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    for step in (8, 16):
+        attempt(config, "running", saved=step, pause_s=0.02)
+    found = read_run(config.folder)
+    assert 0.04 <= found["kept_s"] <= found["updated"] - found["first_started"]
+    assert (found["resumed_at"], found["newest_step"], found["attempt"]) == (8, 16, 2)
+
+
+def test_a_folder_that_vanished_is_made_again(
+    tiny: Callable[..., Config], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = RunFolder(tiny())
+    folder.take()
+    folder.still_held()
+    assert not caplog.text
+    shutil.rmtree(folder.path)
+    folder.still_held()
+    assert "has vanished, with all that was saved in it: made again" in caplog.text
+    assert json.loads((folder.path / "config.json").read_text())["seed"] == 0
+    shutil.rmtree(folder.path)
+    other = RunFolder(tiny())
+    other.take()
+    with pytest.raises(RunFolderError, match="is in use by process"):
+        folder.still_held()
+
+
+def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {"model": {"columns": 1}, "train": {"batch": 8}}
+    telemetry = Telemetry(tmp_path, config, 0, 0, 100, leads=True)
+    values = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "damaged": 0.0, "rate": 0.01}
+    telemetry.train(1, 0.1, values, 0.0)
+    kept = telemetry._metrics
+    with Path("/dev/full").open("wb", buffering=0) as full, caplog.at_level(logging.WARNING):
+        telemetry._metrics = full
+        telemetry.train(2, 0.2, values, 0.0)
+        telemetry.flush()
+    assert "NOT WRITTEN YET, the run goes on: /dev/full" in caplog.text
+    telemetry._metrics = kept
+    telemetry.train(3, 0.3, values, 0.0)
+    telemetry.close()
+    assert [point["step"] for point in read_metrics(tmp_path)] == [1, 2, 3]
