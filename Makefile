@@ -25,7 +25,7 @@ demo: $(READY)  ## train the two-column network on bundled images: minutes on tw
 	$(BIN)/alexnet-dist train configs/demo.yaml
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not drill and not slurm"
 
 check: $(READY) ## style, types, layers
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.flag = 0
+        self.polls = 0
         self._pid = os.getpid()
         self._agreed = 0
         self._waiting: tuple[torch.Tensor, dist.Work] | None = None
@@ -39,6 +40,7 @@ class StopSignals:
 
         The agreement begun at one call is read at the next, so that it costs no step any time.
         """
+        self.polls += 1
         if topology.control is None:
             return self.flag
         if self._waiting is not None:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
 
 from alexnet_dist.config import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, SaidByRank0
@@ -34,6 +36,7 @@ class Topology:
         control: a CPU group of all ranks, for flags and words; None in a world of one.
         column_group: the ranks of this replica; None where there is one.
         replica_group: the ranks that hold this column, one a replica; None where there is one.
+        store: words that ranks leave for each other without a collective; None in a world of one.
     """
 
     global_rank: int = 0
@@ -45,6 +48,7 @@ class Topology:
     control: dist.ProcessGroup | None = None
     column_group: dist.ProcessGroup | None = None
     replica_group: dist.ProcessGroup | None = None
+    store: Store | None = None
 
     @property
     def column(self) -> int:
@@ -151,6 +155,7 @@ def connect(config: Config) -> Topology:
         control=control,
         column_group=by_replica[here.replica],
         replica_group=by_column[here.column],
+        store=PrefixStore("alexnet_dist", _get_default_store()),
     )
 
 

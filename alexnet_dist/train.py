@@ -28,6 +28,7 @@ from alexnet_dist.run_folder import RunFolder
 from alexnet_dist.saving import Saver
 from alexnet_dist.telemetry import Telemetry, configure_logging, log
 from alexnet_dist.topology import Topology, connect, leave
+from alexnet_dist.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,10 @@ def _run(
     saver = Saver(lambda: bool(checkpoints.steps(folder.checkpoints)))
     pending: deque[Pending] = deque()
     saved = progress.step, progress.evaluated_step  # what the newest checkpoint holds
+    watchdog = Watchdog(
+        topology, lambda: signals.polls, config.layout.timeout_s,
+        lambda reason: folder.report("failed", exit=1, reason=reason),
+    )  # fmt: skip
     every, wait_s = config.train.compare_replicas_every, 0.0
 
     def settle(but: int) -> None:
@@ -211,6 +216,7 @@ def _run(
         topology.barrier()
         signals.ignore()
     finally:
+        watchdog.close()
         saver.close()
         pipeline.close()
         telemetry.close()

@@ -1,0 +1,73 @@
+"""A run that no longer moves ends, and says which rank held it up, and where."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import as_overrides
+from test_run import RUN, Started
+
+from alexnet_dist.config import Config
+from alexnet_dist.run_folder import read_run
+
+FOREVER = ["train.epochs=1000", "evaluate.every_epochs=1000", "layout.timeout_s=5"]
+STUCK = """
+import os, sys, time
+from alexnet_dist.__main__ main
+from alexnet_dist.engine import TorchEngine
+
+sound = TorchEngine.train_step
+
+def train_step(engine, batch, step, rate):
+    if step == 9 and os.environ["RANK"] == "1":
+        time.sleep(1000)
+    return sound(engine, batch, step, rate)
+
+TorchEngine.train_step = train_step
+sys.exit(main())
+""".replace("__main__ main", "__main__ import main")
+
+
+def started(config: Config, *launcher: str) -> Started:
+    return Started(["train", *as_overrides(config)], launcher or ("-m", "alexnet_dist"))
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.drill), 1])
+def test_a_stopped_rank_is_named_and_the_run_ends(tiny: Callable[..., Config], rank: int) -> None:
+    config = tiny(*RUN, *FOREVER, "name=frozen")
+    run = started(config)
+    run.wait_for_step(config.folder, 6)
+    processes = run.all()
+    found = {int(p.environ()["RANK"]): p for p in processes if "RANK" in p.environ()}
+    frozen = found[rank]
+    frozen.suspend()
+    begin = time.monotonic()
+    code, output = run.end()
+    assert time.monotonic() - begin < 15
+    assert code == 1
+    assert f"rank {rank} (process {frozen.pid} on {os.uname().nodename}) does not answer" in output
+    assert "train.py" in output  # where it is, from outside, and where the other waits
+    if rank == 1:
+        assert "rank 1" in read_run(config.folder)["reason"]
+    assert not any(process.is_running() for process in processes)
+
+
+def test_a_rank_that_hangs_is_named_with_its_stack(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = tiny(*RUN, *FOREVER, "name=hangs")
+    (tmp_path / "stuck.py").write_text(STUCK)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "stuck.py"))
+    run = started(config, *torchrun)
+    code, output = run.end()
+    assert code == 1
+    assert "the others wait for rank 1 (process" in output
+    assert "time.sleep(1000)" in output
+    reason = read_run(config.folder)["reason"]
+    assert reason.startswith("no step for 4 s: the others wait for rank 1")
+    assert reason.endswith("the run ends (layout.timeout_s), start it again to resume")
+    children = psutil.Process().children(recursive=True)
+    assert not [child for child in children if "stuck.py" in " ".join(child.cmdline())]
