@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.errors import AlexNetDistError, ConfigError
@@ -78,13 +78,23 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sheet", type=Path, help="PNG to draw samples in; DATA/contact-sheet.png")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
-    sub = command("bench", _bench, "time a part of it against references, in one run")
-    sub.add_argument("part", choices=("data",))
+    sub = command("bench", None, "time a part of it against references, in one run")
+    parts = sub.add_subparsers(required=True, metavar="PART")
+
+    def part(name: str, run: object, help: str) -> argparse.ArgumentParser:
+        sub = parts.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        sub.add_argument("--repeats", type=int, default=5, help="passes of each")
+        sub.add_argument("--json", action="store_true", help="print one JSON object")
+        return sub
+
+    sub = part("data", _bench_data, "decoding, beside ImageFolder and the bare decoder")
     sub.add_argument("folder", type=Path, help="images to time on: train/CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument("--images", type=int, default=2000, help="of a pass")
-    sub.add_argument("--repeats", type=int, default=5, help="passes of each")
-    sub.add_argument("--json", action="store_true", help="print one JSON object")
+
+    sub = part("checkpoint", _bench_checkpoint, "what a save costs the loop")
+    sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
 
     sub = command("compare", _compare, "hold layouts against one process, on this machine")
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
@@ -106,20 +116,26 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.preemption import StopSignals
+
+    signals = StopSignals()  # before seconds of imports
+    config = load_config(options.config)
     from alexnet_dist import layouts, ranks, topology
 
-    config = load_config(options.config)
     wanted = layouts.ranks_wanted(config, topology.gpus(config))
     if topology.launched():
         ranks.leave_with_parent()
     elif wanted > 1:
         layouts.check(config, wanted)
-        return ranks.start(arguments, wanted, config.folder)
+        if signals.exit_code is None:
+            return ranks.start(arguments, wanted, config.folder)
+        print(f"{config.folder}: stopped before it began", file=sys.stderr)
+        return signals.exit_code
 
     from alexnet_dist import checkpoint, figures
     from alexnet_dist.train import train
 
-    outcome = train(config)
+    outcome = train(config, signals)
     if not outcome.leads:
         return outcome.exit
     if outcome.score is None:
@@ -188,10 +204,23 @@ def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _bench(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.bench import data
+
+    found = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
+    return _bench(found, options)
+
+
+def _bench_checkpoint(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.bench import checkpoint
+
+    config = load_config(["layout.kind=one", *options.config])
+    return _bench(checkpoint.bench_checkpoint(config, options.repeats), options)
+
+
+def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
     from alexnet_dist import bench
 
-    found = bench.bench_data(options.folder, options.images, options.repeats, options.overrides)
     print(json.dumps(found) if options.json else bench.table(found))
     return 0
 

@@ -11,16 +11,18 @@
 import os
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:  # a process that torch has yet to be loaded into can be signalled too
+    import torch
+    import torch.distributed as dist
 
-from alexnet_dist.topology import Topology
+    from alexnet_dist.topology import Topology
 
 # Exit codes by the flag's value; where ranks saw different signals, the highest counts.
 EXITS = {1: 75, 2: 143, 3: 130}
 CANNOT_SAVE = 4  # a flag of rank 0 alone, which is no signal
-_FLAGS = {signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
+FLAGS = {signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
 
 
 class StopSignals:
@@ -32,14 +34,17 @@ class StopSignals:
         self._pid = os.getpid()
         self._agreed = 0
         self._waiting: tuple[torch.Tensor, dist.Work] | None = None
-        for number in _FLAGS:
+        for number in FLAGS:
             signal.signal(number, self._handle)
 
-    def poll(self, topology: Topology) -> int:
+    def poll(self, topology: "Topology") -> int:
         """The flag all ranks agree on, 0 for none. Collective, and never waits for a slow rank.
 
         The agreement begun at one call is read at the next, so that it costs no step any time.
         """
+        import torch
+        import torch.distributed as dist
+
         self.polls += 1
         if topology.control is None:
             return self.flag
@@ -53,14 +58,19 @@ class StopSignals:
         self._waiting = flags, work
         return self._agreed
 
+    @property
+    def exit_code(self) -> int | None:
+        """The code to leave with for what has arrived here; None where nothing has."""
+        return EXITS.get(self.flag)
+
     def ignore(self) -> None:
         """Ignore these signals from now on: an exit code is not to be lost while leaving."""
-        for number in _FLAGS:
+        for number in FLAGS:
             signal.signal(number, signal.SIG_IGN)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return
-        if number == signal.SIGINT and self.flag == _FLAGS[signal.SIGINT]:
+        if number == signal.SIGINT and self.flag == FLAGS[signal.SIGINT]:
             os._exit(130)
-        self.flag = max(self.flag, _FLAGS[signal.Signals(number)])
+        self.flag = max(self.flag, FLAGS[signal.Signals(number)])

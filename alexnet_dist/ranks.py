@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from alexnet_dist.preemption import EXITS, FLAGS
 from alexnet_dist.run_folder import read_run
 
 
@@ -48,7 +49,11 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
             for child in psutil.Process().children():  # a second SIGINT, to ranks that still live
                 child.send_signal(signal.SIGINT)
             os._exit(130)
-        print(f"{folder}: stopped by {error.sigval.name} before it could save", file=sys.stderr)
+        number = signal.Signals(error.sigval)
+        if run.get("attempt", 0) == attempts_before:
+            print(f"{folder}: stopped by {number.name} before it began", file=sys.stderr)
+            return EXITS[FLAGS[number]]
+        print(f"{folder}: stopped by {number.name} before it could save", file=sys.stderr)
         return 1
 
 

@@ -88,15 +88,18 @@ class Progress:
         return cls(**known | {"score": score})
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     """Train to the end or until a signal, from the run folder's newest good checkpoint.
+
+    Args:
+        signals: handlers that are in place already.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
         NotFinite: a loss, or more gradients than train.max_skipped, were not.
         ReplicasDiffer: copies of the network were no longer equal.
     """
-    signals = StopSignals()
+    signals = signals or StopSignals()
     topology = connect(config)
     configure_logging(topology)
     digest = topology.decided_by_rank_0(lambda: open_for(config, config.data.verify_hashes).digest)

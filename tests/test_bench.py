@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import made
-from conftest import alexnet_dist
+from conftest import TINY, alexnet_dist
 
-from alexnet_dist.bench import index_cost
+from alexnet_dist.bench.data import index_cost
 
 
 def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
@@ -17,7 +17,7 @@ def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found.keys() == {"ratios", "ceilings", "differences", "machine", "runs"}
+    assert found.keys() == {"ratios", "ceilings", "differences", "machine", "unit", "runs"}
     assert found["differences"]["256: mean"] == found["differences"]["256: 99.9th percentile"] == 0
     assert 0 < found["differences"]["kept: mean"] < 0.5
     for kind in ("torch", "dali"):
@@ -27,6 +27,16 @@ def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
     assert found["ratios"]["dali, 256 / ImageFolder"] == (
         found["runs"][0]["dali, 256"] / found["runs"][0]["ImageFolder"]
     )
+
+
+def test_bench_checkpoint_says_what_a_save_costs_the_loop() -> None:
+    result = alexnet_dist("bench", "checkpoint", *TINY, "--repeats", "2", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found.keys() == {"ratios", "ceilings", "machine", "unit", "runs"}
+    lost = [run["lost to a save"] / (100 * run["step"]) for run in found["runs"]]
+    assert found["ratios"] == {"lost to one save in 100 steps / those steps": sum(lost) / 2}
+    assert found["ceilings"]["a checkpoint, MB"] > 0.05
 
 
 def test_an_index_of_imagenets_size_is_ready_at_once_and_small() -> None:

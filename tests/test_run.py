@@ -238,6 +238,19 @@ def test_a_signal_saves_and_leaves_with_its_code(
     assert not any(process.is_running() for process in processes)
 
 
+@pytest.mark.parametrize("kind", ["one", "columns"])
+def test_a_signal_is_heard_while_the_program_starts(
+    kind: str, command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    run = start(command("early", f"layout.kind={kind}", "train.epochs=500"))
+    time.sleep(0.3)  # torch takes seconds to load
+    run.process.send_signal(signal.SIGUSR1)
+    code, output = run.end()
+    assert code == 75, output
+    assert "stopped" in output
+    assert not checkpoints.steps(runs / "early" / "checkpoints")
+
+
 def test_a_stopped_run_ends_as_if_it_never_was(
     command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
@@ -285,8 +298,31 @@ def test_torchrun_does_the_same(
     assert code != 0
     assert read_run(runs / "torchrun")["exit"] == 143, output
     run = start(command("torchrun"), torchrun())
+    run.wait_for_step(runs / "torchrun", 40)
+    run.all()[-1].send_signal(signal.SIGUSR2)  # one worker
+    assert run.end()[0] != 0
+    assert read_run(runs / "torchrun")["exit"] == 75
+    run = start(command("torchrun"), torchrun())
     assert run.end()[0] == 0
     assert ended_state(runs / "torchrun") == ended_state(runs / "own")
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(("handled", "code"), [(True, 75), (False, 143)])
+def test_torchrun_passes_on_the_signals_that_it_is_told_of(
+    handled: bool, code: int, command: Callable[..., list[str]], runs: Path,
+    start: Callable[..., Started],
+) -> None:  # fmt: skip
+    """One that it is not told of kills it; its ranks notice, save and leave."""
+    options = ("--signals-to-handle", "SIGTERM,SIGINT,SIGUSR1,SIGUSR2") if handled else ()
+    run = start(command("torchrun", "train.epochs=500"), torchrun(*options))
+    run.wait_for_step(runs / "torchrun", 6)
+    ranks = run.all()[1:]
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.end()[0] != 0
+    assert not psutil.wait_procs(ranks, timeout=20)[1]
+    found = read_run(runs / "torchrun")
+    assert (found["state"], found["exit"]) == ("stopped", code)
 
 
 def test_no_rank_outlives_its_launcher(

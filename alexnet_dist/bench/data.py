@@ -1,18 +1,12 @@
-"""How fast it is, against references timed in the same run: medians of passes taken in turn.
-
-A lone time says as much of the machine as of the program; only the ratios are claims.
-"""
+"""How fast the pipelines decode, beside ImageFolder and the bare decoder."""
 
 import json
-import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
+from alexnet_dist.bench import Pass, in_turn, machine, median
 from alexnet_dist.config import Config
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
@@ -33,8 +28,6 @@ from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.evaluate import make_pipeline
 from alexnet_dist.topology import Topology, connect
-
-Pass = Callable[[], float]  # images per second of one pass
 
 
 def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -73,7 +66,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
             for name, count in (("1,000", 1_000), ("1,000,000", 1_000_000)):
                 large = _of_size(packed["256"], count)
                 passes[f"{kind}, of {name}"] = _pipeline(ours, topology, large, images)
-        runs = _in_turn(passes, repeats)
+        runs = in_turn(passes, repeats)
         differences = {
             f"{stored}: {what}": value
             for stored, dataset in packed.items()
@@ -81,7 +74,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         }
 
     def ratio(ours: str, reference: str) -> float:
-        return _median(a[ours] / a[reference] for a in runs)
+        return median(a[ours] / a[reference] for a in runs)
 
     ratios = {}
     for kind in ("torch", "dali"):
@@ -93,20 +86,14 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
     return {
         "ratios": ratios,
         "ceilings": {
-            "bare decode, images/s": _median(a["bare decode"] for a in runs),
+            "bare decode, images/s": median(a["bare decode"] for a in runs),
             **index_cost(1_281_167, config.train.batch),
         },
         "differences": differences,
         "machine": machine(workers),
+        "unit": "images/s",
         "runs": runs,
     }
-
-
-def _in_turn(passes: dict[str, Pass], repeats: int) -> list[dict[str, float]]:
-    """Every pass `repeats` times, one after another, so that a slow minute is everyone's."""
-    for run in passes.values():
-        run()  # warm: caches, workers, imports
-    return [{name: run() for name, run in passes.items()} for _ in range(repeats)]
 
 
 def _rate(batches: Iterator[int]) -> float:
@@ -257,7 +244,7 @@ def index_cost(samples: int, batch: int) -> dict[str, float]:
         meta = {"version": VERSION, "classes": ["one"], "splits": {"train": train}}
         meta |= {"mean_image": mean, **colours}
         (folder / "dataset.json").write_text(json.dumps(meta))
-        code = f"from alexnet_dist import bench; bench.measure_index({str(folder)!r}, {batch})"
+        code = f"from alexnet_dist.bench import data; data.measure_index({str(folder)!r}, {batch})"
         output = subprocess.run(
             [sys.executable, "-c", code], check=True, capture_output=True, text=True
         ).stdout
@@ -278,41 +265,3 @@ def measure_index(folder: str, batch: int) -> None:
     status = Path("/proc/self/status").read_text()
     peak = int(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) * 1024
     print(seconds, (peak - before) / 1e6)
-
-
-def machine(workers: int) -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "workers": workers,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def _median(values: Iterator[float]) -> float:
-    return statistics.median(values)
-
-
-def table(found: dict[str, Any]) -> str:
-    """What `bench` found, for a reader."""
-    names = found["runs"][0].keys()
-    lines = [f"{'images/s, median of ' + str(len(found['runs'])):44}{'least':>10}{'most':>10}"]
-    for name in names:
-        values = [run[name] for run in found["runs"]]
-        middle = f"{name:32}{_median(iter(values)):12,.0f}"
-        lines.append(f"{middle}{min(values):10,.0f}{max(values):10,.0f}")
-    lines += ["", "ratios, medians of pairs"]
-    lines += [f"{name:44}{value:8.3f}" for name, value in found["ratios"].items()]
-    lines += ["", *(f"{name:44}{value:10,.2f}" for name, value in found["ceilings"].items())]
-    lines += ["", "torch and dali, grey levels apart"]
-    lines += [f"{name:44}{value:10,.3f}" for name, value in found["differences"].items()]
-    lines += ["", ", ".join(f"{key} {value}" for key, value in found["machine"].items())]
-    return "\n".join(lines)

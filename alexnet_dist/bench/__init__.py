@@ -1,0 +1,63 @@
+"""How fast it is, against references timed in the same run: medians of passes taken in turn.
+
+A lone time says as much of the machine as of the program; only the ratios are claims. Every part
+gives {"ratios", "ceilings", "machine", "unit", "runs"}, and what else it found.
+"""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Pass = Callable[[], float]  # what is measured, in the part's unit, of one pass
+
+
+def in_turn(passes: dict[str, Pass], repeats: int) -> list[dict[str, float]]:
+    """Every pass `repeats` times, one after another, so that a slow minute is everyone's."""
+    for run in passes.values():
+        run()  # warm: caches, workers, imports
+    return [{name: run() for name, run in passes.items()} for _ in range(repeats)]
+
+
+def machine(workers: int) -> dict[str, Any]:
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "workers": workers,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def median(values: Iterable[float]) -> float:
+    return statistics.median(values)
+
+
+def table(found: dict[str, Any]) -> str:
+    """What `bench` found, for a reader."""
+    names = found["runs"][0].keys()
+    heading = f"{found['unit']}, median of {len(found['runs'])}"
+    lines = [f"{heading:44}{'least':>10}{'most':>10}"]
+    for name in names:
+        values = [run[name] for run in found["runs"]]
+        middle = f"{name:32}{median(values):12,.4g}"
+        lines.append(f"{middle}{min(values):10,.4g}{max(values):10,.4g}")
+    lines += ["", "ratios, medians of pairs"]
+    lines += [f"{name:44}{value:8.3f}" for name, value in found["ratios"].items()]
+    lines += ["", *(f"{name:44}{value:10,.2f}" for name, value in found["ceilings"].items())]
+    if "differences" in found:
+        lines += ["", "torch and dali, grey levels apart"]
+        lines += [f"{name:44}{value:10,.3f}" for name, value in found["differences"].items()]
+    lines += ["", ", ".join(f"{key} {value}" for key, value in found["machine"].items())]
+    return "\n".join(lines)

@@ -1,0 +1,90 @@
+"""What a save costs the loop: steps with one checkpoint begun among them, beside steps without."""
+
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.bench import machine, median
+from alexnet_dist.config import Config
+from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.engine import DTYPES, Engine, on_host
+from alexnet_dist.engines import make_engine
+from alexnet_dist.saving import Saver
+from alexnet_dist.topology import Topology, connect
+
+_STEPS = 5  # without a save, and at least so many with one
+_BETWEEN = 100  # steps from save to save that the ratio is quoted for
+
+
+def bench_checkpoint(config: Config, repeats: int) -> dict[str, Any]:
+    """Steps on made images, on one process, saving to a temporary folder.
+
+    Returns:
+        ratios: time lost to a save ÷ time of 100 steps (median of pairs); ceilings; machine; and
+        every pass's seconds.
+    """
+    topology = connect(config)
+    engine, batch = make_engine(config, topology), _batch(config, topology)
+    runs = []
+    with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
+        folder = Path(scratch)
+        for pair in range(repeats + 1):  # the first warms caches and memory
+            plain = [_step(engine, batch) for _ in range(_STEPS)]
+            run = {"step": statistics.median(plain)} | _saving(config, engine, batch, folder, pair)
+            run["lost to a save"] = run.pop("steps with it") - run.pop("steps") * run["step"]
+            runs.append(run)
+        size = sum(p.stat().st_size for p in checkpoints.steps(folder)[-1].iterdir())
+    runs = runs[1:]
+    lost = median(run["lost to a save"] / (_BETWEEN * run["step"]) for run in runs)
+    return {
+        "ratios": {f"lost to one save in {_BETWEEN} steps / those steps": lost},
+        "ceilings": {"a checkpoint, MB": size / 1e6},
+        "machine": machine(config.data.workers),
+        "unit": "seconds",
+        "runs": runs,
+    }
+
+
+def _saving(
+    config: Config, engine: Engine, batch: Batch, folder: Path, number: int
+) -> dict[str, float]:
+    """Begin a save, and step until it is on the disk."""
+    saver, written = Saver(lambda: True), []
+    begin = time.perf_counter()
+    parameters, optimizer = engine.whole_tensors()
+
+    def write() -> None:
+        checkpoints.save(folder, config, "", parameters, optimizer, {"step": number}, None)
+        checkpoints.prune(folder, 1, 0, None)
+        written.append(time.perf_counter() - begin)
+
+    saver.begin(write)
+    copied, steps = time.perf_counter() - begin, 0
+    while not written or steps < _STEPS:
+        _step(engine, batch)
+        steps += 1
+    took = time.perf_counter() - begin
+    saver.finish()
+    return {"copy, the loop waits": copied, "on the disk after": written[0],
+            "steps": float(steps), "steps with it": took}  # fmt: skip
+
+
+def _step(engine: Engine, batch: Batch) -> float:
+    begin = time.perf_counter()
+    on_host(engine.train_step(batch, 0, 1e-4))()
+    return time.perf_counter() - begin
+
+
+def _batch(config: Config, topology: Topology) -> Batch:
+    """Images of noise: arithmetic takes as long on them."""
+    n, side, at = config.train.batch, config.model.crop, topology.device
+    windows = torch.randn(n, 3, side, side, device=at, dtype=DTYPES[config.train.precision])
+    ids = torch.arange(n, device=at)
+    nothing = torch.zeros(n, 3, device=at)
+    windows = windows.contiguous(memory_format=torch.channels_last)
+    return Batch(windows, ids % config.model.classes, ids, nothing, nothing[:, 0].bool())
