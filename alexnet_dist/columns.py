@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alexnet_dist.shares import share
+from alexnet_dist.waits import WAITS
 
 
 class ColumnExchange:
@@ -93,14 +94,16 @@ def summed_parts(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part of (ranks, *shape), summed over ranks in their order: the same bits on
     every backend."""
     mine = torch.empty_like(parts)
-    dist.all_to_all_single(mine, parts, group=group)
+    with WAITS.counted(parts.is_cuda):
+        dist.all_to_all_single(mine, parts, group=group)
     return mine.sum(0)
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(ranks, *shape): every rank's tensor of one shape, in order."""
     parts = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
-    dist.all_gather_single(parts, part, group)
+    with WAITS.counted(part.is_cuda):
+        dist.all_gather_single(parts, part, group)
     return parts.view(group.size(), *part.shape)
 
 

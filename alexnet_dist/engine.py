@@ -25,6 +25,7 @@ from alexnet_dist.replicas import (
     summed,
 )
 from alexnet_dist.topology import Topology
+from alexnet_dist.waits import WAITS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -101,6 +102,7 @@ class TorchEngine:
                 loss, counts = scored(logits, labels)
                 (loss * (scale / self.config.train.batch)).backward()
             stats = stats + counts
+        WAITS.end()
         stats, squares = with_damaged(stats, batch), self._squares()
         if self.shards:  # every rank has scored all samples, and decoded its own
             stats[5] = squares

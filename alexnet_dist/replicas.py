@@ -16,6 +16,7 @@ from torch.futures import Future
 from alexnet_dist.columns import gathered, join_logits, join_maps, summed_parts
 from alexnet_dist.errors import ReplicasDiffer
 from alexnet_dist.topology import Topology
+from alexnet_dist.waits import WAITS
 
 
 class ShardExchange:
@@ -58,13 +59,21 @@ class _JoinSamples(torch.autograd.Function):
 def sum_bucket(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
     """DDP's hook: a bucket of gradients summed over replicas while the backward goes on."""
     sums = bucket.buffer()
+    _waits_from(bucket)
     return _all_reduced(sums, group).then(lambda done: sums)
 
 
 def sum_bucket_in_bf16(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
     """The same in bf16: half the bytes of float32."""
     sums, narrow = bucket.buffer(), bucket.buffer().bfloat16()
+    _waits_from(bucket)
     return _all_reduced(narrow, group).then(lambda done: sums.copy_(narrow))
+
+
+def _waits_from(bucket: GradBucket) -> None:
+    """With the last bucket this rank's own backward is over; `Waits.end` follows the backward."""
+    if bucket.is_last():
+        WAITS.begin(bucket.buffer().is_cuda)
 
 
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Future[Any]:
@@ -77,7 +86,8 @@ def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Future[Any]:
 def summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Summed over a group's ranks, in place; the host does not wait for a GPU."""
     if group is not None:
-        dist.all_reduce(tensor, group=group)
+        with WAITS.counted(tensor.is_cuda):
+            dist.all_reduce(tensor, group=group)
     return tensor
 
 

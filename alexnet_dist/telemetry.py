@@ -11,6 +11,9 @@
 | eval/correct1, eval/correct5, eval/samples | the counts behind them, in metrics.jsonl alone |
 | speed/images_per_s | training images, all ranks together |
 | speed/data_wait | share of the time spent waiting for the pipeline |
+| speed/straggler, speed/straggler_rank | longest own work of a rank ÷ the median's, and whose |
+| train/gradient_norm | of the whole network's gradient, mean since the last point |
+| train/skipped | updates left out so far, their loss or gradient not finite |
 | kernels/conv1 | the first layer's kernels, a row block a column |
 """
 
@@ -18,9 +21,10 @@ import contextlib
 import json
 import logging
 import os
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -35,8 +39,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alexnet_dist.topology import Topology
+from alexnet_dist.waits import WAITS
 
 log = logging.getLogger("alexnet_dist")
+_STRAGGLES = 1.3  # times the median; said in the progress line
 
 
 def configure_logging(topology: Topology) -> None:
@@ -71,6 +77,9 @@ class Telemetry:
         self._quarantine = logging.FileHandler(folder / "quarantine.jsonl", delay=True)
         self._quarantine.setFormatter(_JsonLine())
         logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
+        self._since = time.perf_counter()
+        self._waited = 0.0
+        WAITS.take()
         if not leads:
             return
         self._columns, self._batch = config["model"]["columns"], config["train"]["batch"]
@@ -86,16 +95,22 @@ class Telemetry:
         self._bar = tqdm(
             total=last_step, initial=step, disable=not self._terminal, bar_format="{desc} {bar:20}"
         )
-        self._since = time.perf_counter()
 
-    def train(self, step: int, epoch: float, values: Mapping[str, float], wait_s: float) -> None:
-        """A point of training: `values` (tags of train/) repeat to the bit, the times do not."""
-        if not self._leads:
-            return
+    def train(
+        self, step: int, epoch: float, values: Mapping[str, float], wait_s: float,
+        topology: Topology,
+    ) -> None:  # fmt: skip
+        """A point of training: `values` (tags of train/) repeat to the bit, the times do not.
+        Collective."""
         now = time.perf_counter()
         seconds, steps = now - self._since, step - self._step
         self._since, self._step = now, step
+        own = topology.each(seconds - self._waited - WAITS.take())
+        self._waited = 0.0
+        if not self._leads:
+            return
         speed = {"images_per_s": steps * self._batch / seconds, "data_wait": wait_s / seconds}
+        speed |= _straggler(own)
         self._write("train", step, {"epoch": epoch, **values}, speed)
         left = time.gmtime((self._last_step - step) * seconds / max(1, steps))
         line = (
@@ -103,6 +118,7 @@ class Telemetry:
             f"top-1 {values['top1']:.1%}  top-5 {values['top5']:.1%}  rate {values['rate']:.2e}  "
             f"{speed['images_per_s']:.0f} images/s  data wait {speed['data_wait']:.0%}  "
             + (f"damaged {values['damaged']:.0f}  " if values["damaged"] else "")
+            + _named(speed)
             + f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
         )
         if self._terminal:
@@ -132,9 +148,10 @@ class Telemetry:
     def paused(self) -> Iterator[None]:
         """Leave what happens inside out of the training speed."""
         begin = time.perf_counter()
+        self._waited += WAITS.take()
         yield
-        if self._leads:
-            self._since += time.perf_counter() - begin
+        WAITS.take()
+        self._since += time.perf_counter() - begin
 
     def flush(self) -> None:
         """Make durable what was written, before a checkpoint says that it was."""
@@ -179,6 +196,24 @@ class Telemetry:
         except OSError as error:
             self._board = None
             log.warning(f"TensorBoard's file is given up, the run goes on: {error}")
+
+
+def _straggler(own: Sequence[float]) -> dict[str, float]:
+    """The rank whose own work takes longest, and how many times the ranks' median.
+
+    Args:
+        own: each rank's seconds that it did not wait for others.
+    """
+    longest = max(own)
+    middle = max(statistics.median_low(own), 1e-9)
+    return {"straggler": longest / middle, "straggler_rank": float(own.index(longest))}
+
+
+def _named(speed: Mapping[str, float]) -> str:
+    """The straggler, where there is one to speak of."""
+    if speed["straggler"] < _STRAGGLES:
+        return ""
+    return f"rank {speed['straggler_rank']:.0f} takes {speed['straggler']:.1f} times the median  "
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

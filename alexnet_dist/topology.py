@@ -97,6 +97,15 @@ class Topology:
         if self.control is not None:
             dist.barrier(self.control)
 
+    def each(self, number: float) -> list[float]:
+        """Every rank's number, on every rank. Collective."""
+        if self.control is None:
+            return [number]
+        mine = torch.tensor([number], dtype=torch.float64)
+        found = torch.empty(self.world_size, dtype=torch.float64)
+        dist.all_gather_single(found, mine, self.control)
+        return found.tolist()
+
     def sum(self, counts: Tensor) -> Tensor:
         """A CPU tensor summed over all ranks."""
         if self.control is not None:

@@ -210,7 +210,7 @@ def _run(
                 means = progress.take_interval(size)
                 means |= {"rate": rate, "damaged": float(progress.damaged)}
                 means |= {"skipped": float(progress.skipped)}
-                telemetry.train(progress.step, epoch, means, wait_s)
+                telemetry.train(progress.step, epoch, means, wait_s, topology)
                 wait_s = 0.0
 
         exit_code = 0 if finished else EXITS[stop]

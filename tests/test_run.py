@@ -28,7 +28,7 @@ RUN = [
     "schedule.rate=0.02",
     "layout.kind=columns",
 ]
-TIMES = ("images_per_s", "data_wait")
+TIMES = ("images_per_s", "data_wait", "straggler", "straggler_rank")
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from alexnet_dist.errors import CheckpointError, CrashLoop, NotFinite, RunFolder
 from alexnet_dist.run_folder import RunFolder, read_run
 from alexnet_dist.saving import Saver
 from alexnet_dist.telemetry import Telemetry, read_metrics
+from alexnet_dist.topology import Topology
 
 
 def test_the_loop_goes_on_while_one_checkpoint_is_written() -> None:
@@ -141,14 +142,14 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
     config = {"model": {"columns": 1}, "train": {"batch": 8}}
     telemetry = Telemetry(tmp_path, config, 0, 0, 100, leads=True)
     values = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "damaged": 0.0, "rate": 0.01}
-    telemetry.train(1, 0.1, values, 0.0)
+    telemetry.train(1, 0.1, values, 0.0, Topology())
     kept = telemetry._metrics
     with Path("/dev/full").open("wb", buffering=0) as full, caplog.at_level(logging.WARNING):
         telemetry._metrics = full
-        telemetry.train(2, 0.2, values, 0.0)
+        telemetry.train(2, 0.2, values, 0.0, Topology())
         telemetry.flush()
     assert "NOT WRITTEN YET, the run goes on: /dev/full" in caplog.text
     telemetry._metrics = kept
-    telemetry.train(3, 0.3, values, 0.0)
+    telemetry.train(3, 0.3, values, 0.0, Topology())
     telemetry.close()
     assert [point["step"] for point in read_metrics(tmp_path)] == [1, 2, 3]

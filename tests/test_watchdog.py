@@ -12,6 +12,7 @@ from test_run import RUN, Started
 
 from alexnet_dist.config import Config
 from alexnet_dist.run_folder import read_run
+from alexnet_dist.telemetry import read_metrics
 
 FOREVER = ["train.epochs=1000", "evaluate.every_epochs=1000", "layout.timeout_s=5"]
 STUCK = """
@@ -22,8 +23,8 @@ from alexnet_dist.engine import TorchEngine
 sound = TorchEngine.train_step
 
 def train_step(engine, batch, step, rate):
-    if step == 9 and os.environ["RANK"] == "1":
-        time.sleep(1000)
+    if os.environ["RANK"] == "1":
+        time.sleep(1000 if step == 9 else 0.1)
     return sound(engine, batch, step, rate)
 
 TorchEngine.train_step = train_step
@@ -55,7 +56,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tiny: Callable[..., Config], r
     assert not any(process.is_running() for process in processes)
 
 
-def test_a_rank_that_hangs_is_named_with_its_stack(
+def test_a_rank_that_is_slow_is_named_and_one_that_hangs_with_its_stack(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
     config = tiny(*RUN, *FOREVER, "name=hangs")
@@ -64,8 +65,12 @@ def test_a_rank_that_hangs_is_named_with_its_stack(
     run = started(config, *torchrun)
     code, output = run.end()
     assert code == 1
+    points = read_metrics(config.folder)
+    assert [point["straggler_rank"] for point in points] == [1.0] * 3
+    assert all(point["straggler"] > 1.3 for point in points)
+    assert "rank 1 takes" in output
     assert "the others wait for rank 1 (process" in output
-    assert "time.sleep(1000)" in output
+    assert "time.sleep(1000 if" in output
     reason = read_run(config.folder)["reason"]
     assert reason.startswith("no step for 4 s: the others wait for rank 1")
     assert reason.endswith("the run ends (layout.timeout_s), start it again to resume")
