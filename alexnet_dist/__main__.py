@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alexnet_dist.config_layers import load_config
-from alexnet_dist.errors import AlexNetDistError, ConfigError
+from alexnet_dist.errors import AlexNetDistError, ConfigError, printable
 
 if TYPE_CHECKING:
     from alexnet_dist.evaluate import Score
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(options.run(options, arguments))
     except AlexNetDistError as error:
         if not (error.on_every_rank and rank):
-            print(f"alexnet-dist: {error}", file=sys.stderr, flush=True)
+            print(f"alexnet-dist: {printable(str(error))}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:  # outside a run, which has its own handlers
         print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
