@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alexnet_dist import launcher
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, printable
 
@@ -20,8 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = 0
     try:
+        rank = launcher.rank()
         return int(options.run(options, arguments))
     except AlexNetDistError as error:
         if not (error.on_every_rank and rank):
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         code = 1
-    if rank or "WORLD_SIZE" in os.environ:
+    if launcher.place():
         os._exit(code)  # leave fast: peers and their threads may never answer again
     return code
 
@@ -123,7 +125,7 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist import layouts, ranks, topology
 
     wanted = layouts.ranks_wanted(config, topology.gpus(config))
-    if topology.launched():
+    if launcher.place():
         ranks.leave_with_parent()
     elif wanted > 1:
         layouts.check(config, wanted)

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from alexnet_dist import launcher
 from alexnet_dist.checkpoint import step_of, steps
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
@@ -33,7 +34,9 @@ class RunFolder:
     |---|---|
     | state | starting, running, finished, stopped, failed; one whose process died keeps its last |
     | exit, reason | of a run that ended: the code its ranks left with, and why |
-    | attempt, host, pid, job | which start this is, and where; job: Slurm's, or null |
+    | known | of a failed one: what failed has a name, and would fail again |
+    | attempt, host, pid | which start this is, and where |
+    | job, restart | Slurm's number of the job, or null, and how often Slurm started it before |
     | idle_restarts | starts in a row, this one too, after failures that had saved nothing new |
     | step, last_step | steps done when the state was written, steps in all |
     | resumed_at, newest_step | the newest checkpoint's step when this attempt began, and now |
@@ -55,11 +58,13 @@ class RunFolder:
         newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
         failed = before.get("state") in ("starting", "running", "failed")
         idle = failed and newest <= before.get("resumed_at", 0)
+        job, restart = launcher.job()
         self._run = {
             "attempt": int(before.get("attempt", 0)) + 1,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": job,
+            "restart": restart,
             "first_started": before.get("first_started", now),
             "started": now,
             "resumed_at": newest,
@@ -105,7 +110,7 @@ class RunFolder:
                 f"{self._run['newest_step']}; the last: {last}. Mend that, then start with "
                 f"checkpoint.max_idle_restarts={idle} (now {most})"
             )
-            self.report("failed", exit=loop.exit_code, reason=last)
+            self.report("failed", exit=loop.exit_code, reason=last, known=True)
             raise loop
 
     def report(self, state: str, **more: Any) -> None:
