@@ -37,7 +37,7 @@ class RunFolder:
     | known | of a failed one: what failed has a name, and would fail again |
     | attempt, host, pid | which start this is, and where |
     | job, restart | Slurm's number of the job, or null, and how often Slurm started it before |
-    | idle_restarts | starts in a row, this one too, after failures that had saved nothing new |
+    | idle_restarts | starts in a row, this one too, after others that had saved nothing new |
     | step, last_step | steps done when the state was written, steps in all |
     | resumed_at, newest_step | the newest checkpoint's step when this attempt began, and now |
     | first_started, started, updated | seconds since 1970: the first attempt, this one, this file |
@@ -56,7 +56,10 @@ class RunFolder:
         self._hold()
         before, now = read_run(self.path), time.time()
         newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
-        failed = before.get("state") in ("starting", "running", "failed")
+        # A stop that asks to be resumed counts too: a time limit may be shorter than a start.
+        failed = before.get("state") in ("starting", "running", "failed") or (
+            before.get("state") == "stopped" and before.get("exit") == 75
+        )
         idle = failed and newest <= before.get("resumed_at", 0)
         job, restart = launcher.job()
         self._run = {
@@ -106,7 +109,7 @@ class RunFolder:
         idle, most = self._run["idle_restarts"], self.config.checkpoint.max_idle_restarts
         if idle > most:
             loop = CrashLoop(
-                f"{self.path}: {idle} starts in a row failed and saved nothing after step "
+                f"{self.path}: {idle} starts in a row saved nothing after step "
                 f"{self._run['newest_step']}; the last: {last}. Mend that, then start with "
                 f"checkpoint.max_idle_restarts={idle} (now {most})"
             )
