@@ -4,7 +4,9 @@
 
 A table of trials, recoveries, steps lost, seconds until every process of a broken run was gone,
 processes left, and whether the end state (weights, optimiser, metrics, best) is bit-identical to a
-run that nothing happened to. Ends with 1 unless all of it is as it should be.
+run that nothing happened to. At most two intervals between saves may be lost: the one that was
+trained in, and the one whose checkpoint was still being written. Ends with 1 unless all of it is as
+it should be.
 """
 
 import argparse
@@ -70,7 +72,7 @@ class Row:
 
     @property
     def sound(self) -> bool:
-        within = max(self.lost, default=0) <= SAVE and max(self.gone_s, default=0) <= 10
+        within = max(self.lost, default=0) <= 2 * SAVE and max(self.gone_s, default=0) <= 10
         whole = self.recovered == self.trials > 0 and self.left == 0
         return self.holds and within and whole and self.identical is not False
 
