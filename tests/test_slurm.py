@@ -70,7 +70,8 @@ class Cluster:
         return self.call(*command, check=check)
 
     def log(self, job: str) -> str:
-        return "".join(path.read_text() for path in self.runs.rglob(f"{job}[._]*"))
+        found = self.runs.rglob(f"{job}[._]*")
+        return "".join(path.read_text() for path in found if path.suffix in (".log", ".out"))
 
     def job(self, job: str) -> dict[str, str]:
         """What Slurm says of a job that it has not forgotten."""
