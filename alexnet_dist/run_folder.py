@@ -19,6 +19,7 @@ from alexnet_dist import launcher
 from alexnet_dist.checkpoint import step_of, steps
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.durable import read_run as read_run
 from alexnet_dist.errors import CrashLoop, RunFolderError
 
 log = logging.getLogger(__name__)
@@ -145,14 +146,6 @@ class RunFolder:
 
     def save_config(self) -> None:
         write_json(self.path / "config.json", dataclasses.asdict(self.config))
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """What run.json says; empty where there is none."""
-    try:
-        return dict(json.loads((folder / "run.json").read_text()))
-    except (OSError, ValueError):
-        return {}
 
 
 @contextmanager

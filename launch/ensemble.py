@@ -13,8 +13,8 @@ from pathlib import Path
 
 from alexnet_dist.config import Config
 from alexnet_dist.config_layers import load_config
+from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.run_folder import read_run
 from launch.job import TrainJob, guarded, slurm
 from launch.status import queued, status, table
 from launch.submit import checked, executor, split

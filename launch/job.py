@@ -23,6 +23,7 @@ from alexnet_dist import launcher, layouts
 from alexnet_dist.config import Config
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.durable import read_run
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError, printable
 
 PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and pickles are code
@@ -100,12 +101,12 @@ def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
 
 def after(code: int, config: Config) -> int:
     """What follows when the ranks have left: the job is requeued, or ends with this code."""
-    from alexnet_dist.run_folder import RunFolder, read_run
-
     run = read_run(config.folder)
     if (run.get("job"), run.get("restart")) != launcher.job():
         if code == 2:
             return code  # a mistake, and the ranks have said which
+        from alexnet_dist.run_folder import RunFolder
+
         folder = RunFolder(config)  # raises where another job has it, or this began in vain before
         folder.take()
         folder.report("failed", exit=1, reason=f"its ranks left with {code} before it began")
