@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rank = launcher.rank()
         return int(options.run(options, arguments))
     except AlexNetDistError as error:
-        if not (error.on_every_rank and rank):
+        if error.on_every_rank and rank:
+            time.sleep(1)  # rank 0 says it, and is ended as soon as another has left
+        else:
             print(f"alexnet-dist: {printable(str(error))}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt as stopped:

@@ -78,6 +78,8 @@ def before(arguments: Sequence[str]) -> Config:
     """The config of a job that is about to start its ranks; raises what they would all raise."""
     config = load_config(arguments)
     tasks = launcher.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    if sum(tasks) != int(os.environ.get("SLURM_NTASKS", sum(tasks))):
+        tasks = (*tasks[:-1], int(os.environ["SLURM_NTASKS"]) - sum(tasks[:-1]))
     check_placement(config, tasks)
     open_for(config)
     return config
@@ -101,6 +103,8 @@ def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
 
 def after(code: int, config: Config) -> int:
     """What follows when the ranks have left: the job is requeued, or ends with this code."""
+    if code == 0:  # every rank reached the end; by now another job may have the folder
+        return code
     run = read_run(config.folder)
     if (run.get("job"), run.get("restart")) != launcher.job():
         if code == 2:

@@ -82,6 +82,18 @@ def test_columns_share_a_node(
         job.check_placement(config, tasks)
 
 
+def test_fewer_tasks_than_places_are_seen(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch --nodes=2 --ntasks-per-node=2 --ntasks=3: Slurm still says 2(x2)."""
+    from conftest import as_overrides
+
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2)")
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    with pytest.raises(ConfigError, match="Slurm put 2, 1 tasks on 2 nodes"):
+        job.before(as_overrides(tiny("layout.kind=replicas")))
+
+
 def test_columns_that_slurm_laid_apart_are_refused() -> None:
     topology._check_columns_meet([0, 0, 1, 1], 2)
     topology._check_columns_meet([0, 1, 0, 1], 1)
@@ -176,6 +188,7 @@ def test_a_job_whose_ranks_never_began_is_tried_again_within_a_bound(
         job.after(137, config)
     assert len(requeued) == 3
     assert job.after(2, tiny("name=mistake")) == 2  # the ranks have said which
+    assert job.after(0, tiny("name=done")) == 0
     assert len(requeued) == 3
 
 

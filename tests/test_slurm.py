@@ -303,8 +303,13 @@ def test_a_cancelled_job_saves_and_stays_away_and_its_folder_is_one_jobs(
     whole("two", ON_ONE_NODE, *TWO)
     job = cluster.sbatch(ON_ONE_NODE, *TWO, "name=cancelled")
     cluster.until_running("cancelled")
+    ranks = cluster.processes("cancelled")
+    for rank in ranks:
+        rank.suspend()  # or it might be done before the second begins
     second = cluster.sbatch(ON_ONE_NODE, *TWO, "name=cancelled")
-    assert cluster.until_over(second) == "FAILED"
+    assert cluster.until_over(second) == "FAILED", cluster.log(second)
+    for rank in ranks:
+        rank.resume()
     assert "is in use by process" in cluster.log(second)
     assert read_run(cluster.runs / "cancelled")["job"] == job
     begun = time.time()
