@@ -116,14 +116,13 @@ class Cluster:
         return self.job(job)["JobState"]
 
     def until_requeued(self, job: str, restarts: int = 1) -> None:
-        """Until a job waits to start again; and it need not wait for its credential to expire."""
+        """Until a job waits to start again, which Slurm lets it once its credential expired."""
 
         def waits() -> bool:
             told = self.job(job)
             return told["JobState"] == "PENDING" and int(told["Restarts"]) >= restarts
 
         self.until(f"job {job} requeued", waits)
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The ranks of a run, in the order of their numbers."""
