@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"stop: scancel {number}    (they save first)", flush=True)
     if left and "--wait" in arguments:
         while slurm(*queue):
-            time.sleep(1)
+            time.sleep(5)
     begun = [config.folder for config in configs if read_run(config.folder)]
     if begun:
         print(table([status(folder, queued()) for folder in begun]))

@@ -147,10 +147,18 @@ def verdict(run: Mapping[str, Any], job: str) -> tuple[bool, str]:
             return True, "killed"
 
 
+def own_name() -> str:
+    """This job as Slurm's commands take it.
+
+    The last element of an array has the array's own number, which would mean all of it.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{what}_ID") for what in ("JOB", "TASK"))
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+
+
 def job_state() -> str:
     """Slurm's word for this job: RUNNING, CANCELLED, …, or PREEMPTED if it is about to be."""
-    job = os.environ["SLURM_JOB_ID"]
-    told = slurm("scontrol", "--oneliner", "show", "job", job)
+    told = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
     if re.search(r"\bPreemptTime=\d", told):
         return "PREEMPTED"
     found = re.search(r"\bJobState=(\w+)", told)
@@ -159,35 +167,31 @@ def job_state() -> str:
 
 def requeue() -> None:
     """Put this job, or this element of an array, back in the queue; raises RunFolderError."""
-    has = os.environ.get
-    # The last element of an array has the array's own number, which would requeue all of it.
-    array = has("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{has('SLURM_ARRAY_TASK_ID')}" if array else os.environ["SLURM_JOB_ID"]
     asked = subprocess.run(
-        ["scontrol", "requeue", job], check=False, capture_output=True, text=True, timeout=60
-    )
+        ["scontrol", "requeue", own_name()],
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
     if asked.returncode:
         raise RunFolderError(
-            f"scontrol requeue {job}: {(asked.stderr or asked.stdout).strip()}: submit the same "
-            "command again, it resumes; sbatch --requeue allows this, unless the site forbids it"
+            f"scontrol requeue {own_name()}: {(asked.stderr or asked.stdout).strip()}: submit the "
+            "same command again, it resumes; sbatch --requeue allows this, unless the site forbids "
+            "it"
         )
 
 
-def slurm(*command: str) -> str:
-    """What a command of Slurm prints; empty where it fails or is not installed."""
+def slurm(*command: str) -> str | None:
+    """What a command of Slurm prints; None where it fails or is not installed."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    return done.stdout if done.returncode == 0 else None
 
 
 def submitted(folder: Path) -> TrainJob:
     """The job that Submitit pickled for this batch script."""
     check_private(folder)
-    array, task = (os.environ.get(f"SLURM_ARRAY_{what}_ID") for what in ("JOB", "TASK"))
-    job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
-    function = DelayedSubmission.load(JobPaths(folder, job).submitted_pickle).function
+    function = DelayedSubmission.load(JobPaths(folder, own_name()).submitted_pickle).function
     assert isinstance(function, TrainJob)
     return function
 

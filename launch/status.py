@@ -18,7 +18,7 @@ from launch.job import guarded, slurm
 COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")
 
 
-def status(folder: Path, queue: Mapping[str, str]) -> dict[str, Any]:
+def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     """How a run stands.
 
     | key | |
@@ -29,7 +29,7 @@ def status(folder: Path, queue: Mapping[str, str]) -> dict[str, Any]:
     | goodput | seconds whose steps a checkpoint holds, of all since the first start |
 
     Args:
-        queue: Slurm's state of each of its jobs that is not over.
+        queue: Slurm's state of each of its jobs that is not over; None where no Slurm answers.
 
     Raises:
         RunFolderError: it is no run folder.
@@ -38,7 +38,7 @@ def status(folder: Path, queue: Mapping[str, str]) -> dict[str, Any]:
     if not run:
         raise RunFolderError(f"{folder}: no run.json here: name run folders, as in runs/demo")
     state, job = str(run["state"]), run.get("job")
-    if queue.get(job or "") in ("PENDING", "REQUEUED"):
+    if (queue or {}).get(job or "") in ("PENDING", "REQUEUED"):
         state = "queued"
     elif state in ("starting", "running") and not _lives(run, queue):
         state = "killed"
@@ -63,18 +63,18 @@ def status(folder: Path, queue: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def _lives(run: Mapping[str, Any], queue: Mapping[str, str]) -> bool:
-    if run.get("job"):
-        return run["job"] in queue or not queue
+def _lives(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
+    if run.get("job") and queue is not None:
+        return run["job"] in queue
     if run["host"] != socket.gethostname():
         return True  # as far as can be seen from here
     return Path(f"/proc/{run['pid']}").exists()
 
 
-def queued() -> dict[str, str]:
-    """Slurm's state of each of this user's jobs that is not over, by its own number."""
+def queued() -> dict[str, str] | None:
+    """Slurm's state of each of this user's jobs that is not over; None where no Slurm answers."""
     told = slurm("squeue", "--me", "--noheader", "--format=%A %T")
-    return dict(line.split() for line in told.splitlines())
+    return None if told is None else dict(line.split() for line in told.splitlines())
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -147,6 +147,15 @@ def test_ranks_of_a_step_meet_in_the_run_folder(tmp_path: Path) -> None:
     assert on_ranks(2, _meet, str(tmp_path)) == [(3, []), (3, [])]
 
 
+def test_an_element_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last element's own number is the array's."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert job.own_name() == "7"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert job.own_name() == "7_4"
+
+
 def test_what_follows_is_read_from_the_run() -> None:
     for run, state, again in (
         ({"state": "finished"}, "RUNNING", False),
@@ -272,7 +281,9 @@ def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
     child.wait()
     assert row({}, state="running", pid=child.pid)["state"] == "killed"
     assert row({"7": "RUNNING"}, state="running", job="7", pid=child.pid)["state"] == "running"
+    assert row({}, state="running", job="7")["state"] == "killed"
     assert row({"8": "RUNNING"}, state="running", job="7")["state"] == "killed"
+    assert status.status(tmp_path, None)["state"] == "running"  # its process lives, as far as seen
     assert row({"7": "PENDING"}, state="stopped", exit=75, job="7")["state"] == "queued"
     failed = row({}, state="failed", reason="first line\nstack")
     assert failed["why"] == "first line"
