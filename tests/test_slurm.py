@@ -355,6 +355,7 @@ def test_a_crash_loop_stops(cluster: Cluster) -> None:
     """Killed at every start before anything is saved."""
     job = cluster.sbatch(["--nodes=1", "--ntasks-per-node=1"], *ONE, "name=loop",
                          "checkpoint.every_steps=100000",
+                         "evaluate.every_epochs=400",
                          "checkpoint.max_idle_restarts=1")  # fmt: skip
     for attempt in (1, 2):
         cluster.until_running("loop", attempt)
