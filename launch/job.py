@@ -219,4 +219,6 @@ def guarded(main: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    from launch import job  # pickles know TrainJob as launch.job's, not __main__'s
+
+    sys.exit(job.guarded(job.main))
