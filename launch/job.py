@@ -219,6 +219,6 @@ def guarded(main: Any) -> int:
 
 
 if __name__ == "__main__":
-    from launch import job  # pickles know TrainJob as launch.job's, not __main__'s
+    from launch import job  # noqa: PLW0406 (pickles know TrainJob as launch.job's)
 
     sys.exit(job.guarded(job.main))
