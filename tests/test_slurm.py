@@ -92,15 +92,15 @@ class Cluster:
         runs = [f"{path} {path.read_text()}" for path in sorted(self.runs.glob("*/run.json"))[-2:]]
         return "\n".join([self.call("squeue"), *tails, *runs])
 
-    def until_running(self, name: str, attempt: int = 1, saved: int = 0) -> float:
-        """Until a start of a run trains, and this many steps are on the disk."""
+    def until_running(self, name: str, attempt: int = 1, saved: bool = False) -> float:
+        """Until a start of a run trains; saved: and has put something new on the disk."""
 
         def trains() -> bool:
             run = read_run(self.runs / name)
             return (
                 run.get("state") == "running"
                 and run["attempt"] >= attempt
-                and run["newest_step"] > max(saved, run["resumed_at"] if saved else -1)
+                and (run["newest_step"] > run["resumed_at"] or not saved)
             )
 
         return self.until(f"{name} trains, attempt {attempt}", trains)
@@ -251,7 +251,7 @@ def test_a_lost_node_is_survived_and_ends_to_the_bit(
     """Its slurmd, the step's daemon and the tasks on it die at once: no signal, no save."""
     whole("four", ON_TWO_NODES, *FOUR)
     job = cluster.sbatch(ON_TWO_NODES, *FOUR, "name=lost")
-    cluster.until_running("lost", saved=1)
+    cluster.until_running("lost", saved=True)
     begun = time.time()
     daemon = psutil.Process(int((cluster.folder / "pids" / "n2").read_text()))
     ranks = cluster.processes("lost")[2:]
@@ -275,7 +275,7 @@ def test_a_requeue_by_hand_is_survived_and_ends_to_the_bit(
 ) -> None:
     whole("two", ON_ONE_NODE, *TWO)
     job = cluster.sbatch(ON_ONE_NODE, *TWO, "name=requeued")
-    cluster.until_running("requeued", saved=1)
+    cluster.until_running("requeued", saved=True)
     begun = time.time()
     cluster.call("scontrol", "requeue", job)
     cluster.until("its ranks gone", lambda: not cluster.processes("requeued"))
@@ -292,7 +292,7 @@ def test_a_killed_rank_takes_the_job_down_and_is_retried(
 ) -> None:
     whole("two", ON_ONE_NODE, *TWO)
     job = cluster.sbatch(ON_ONE_NODE, *TWO, "name=killed")
-    cluster.until_running("killed", saved=1)
+    cluster.until_running("killed", saved=True)
     begun = time.time()
     cluster.processes("killed")[1].kill()
     cluster.until("its ranks gone", lambda: not cluster.processes("killed"), 15)
@@ -373,7 +373,7 @@ def test_submitit_runs_and_resumes_to_the_bit(cluster: Cluster, whole: Callable[
     job = re.search(r"job (\d+)", said)[1]  # type: ignore[index]
     cluster.until_running("submitted")
     begun, saved = preempt(cluster, "submitted", job)
-    cluster.until_running("submitted", attempt=2, saved=1)
+    cluster.until_running("submitted", attempt=2, saved=True)
     folder = cluster.runs / "submitted" / "launch"
     (stale := folder / f"{job}_0_result.pkl.save_tmp").touch()
     ranks = [
@@ -439,6 +439,7 @@ def test_twenty_preemptions_in_a_row_lose_nothing(
     requeued = time.time()
     for attempt in range(1, 21):
         starting.append(cluster.until_running("twenty", attempt) - requeued)
+        cluster.until_running("twenty", attempt, saved=True)
         begun, saved = preempt(cluster, "twenty", job, attempt)
         requeued = time.time()
         saving.append(saved - begun)
