@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test drill check format sample clean
+.PHONY: help venv demo test test-slurm drill check format sample clean
 
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -26,6 +26,9 @@ demo: $(READY)  ## train the two-column network on bundled images: minutes on tw
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m "not drill and not slurm"
+
+test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-get install slurm-wlm munge
+	$(BIN)/python -m pytest -m slurm -s tests/test_slurm.py
 
 drill: $(READY) ## fault drills: minutes; DRILLS=full: an hour
 	$(BIN)/python -m pytest -m drill

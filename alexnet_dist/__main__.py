@@ -5,12 +5,14 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from alexnet_dist import launcher
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, printable
 from alexnet_dist.preemption import EXITS, FLAGS
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
-    rank, own = int(os.environ.get("RANK", "0")), os.getpid()
+    rank, own = 0, os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == own:  # not in a forked child
@@ -32,9 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in {*FLAGS} - {signal.SIGINT}:  # outside a run, which has its own handlers
         signal.signal(number, stop)
     try:
+        rank = launcher.rank()
         return int(options.run(options, arguments))
     except AlexNetDistError as error:
-        if not (error.on_every_rank and rank):
+        if error.on_every_rank and rank:
+            time.sleep(1)  # rank 0 says it, and is ended as soon as another has left
+        else:
             print(f"alexnet-dist: {printable(str(error))}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt as stopped:
@@ -44,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         code = 1
-    if rank or "WORLD_SIZE" in os.environ:
+    if launcher.place():
         os._exit(code)  # leave fast: peers and their threads may never answer again
     return code
 
@@ -150,7 +155,7 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist import layouts, ranks, topology
 
     wanted = layouts.ranks_wanted(config, topology.gpus(config))
-    if topology.launched():
+    if launcher.place():
         ranks.leave_with_parent(parent)
         signals.at_once = True  # ranks that wait for one another never poll
         if signals.exit_code is not None:

@@ -94,6 +94,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
         shipped = sorted(
             str(p.relative_to(configs_folder()).with_suffix(""))
             for p in configs_folder().rglob("*.yaml")
+            if p.parent.name != "cluster"  # launch's
         )
         raise ConfigError(
             f"{text!r} is neither a config file nor key=value; shipped configs: "

@@ -1,8 +1,10 @@
 """Files that are to outlive a crash."""
 
 import hashlib
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def sha256(path: Path) -> str:
@@ -26,3 +28,11 @@ def sync(path: Path) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run folder's run.json says; empty where there is none. (Here, it needs no torch.)"""
+    try:
+        return dict(json.loads((folder / "run.json").read_text()))
+    except (OSError, ValueError):
+        return {}

@@ -19,7 +19,7 @@ from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import ConfigError, NotFinite
+from alexnet_dist.errors import AlexNetDistError, ConfigError, NotFinite
 from alexnet_dist.evaluate import Score, evaluate, make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals
@@ -111,7 +111,8 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
         outcome = _run(config, signals, topology, dataset, digest, folder)
     except Exception as error:
         with contextlib.suppress(OSError):  # the disk may be what failed
-            folder.report("failed", exit=getattr(error, "exit_code", 1), reason=f"{error}")
+            known, code = isinstance(error, AlexNetDistError), getattr(error, "exit_code", 1)
+            folder.report("failed", exit=code, reason=f"{error}", known=known)
         raise
     leave()
     return outcome
