@@ -73,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         "--part", type=_part, metavar="I/N", help="every Nth shard; without it: the rest, and merge"
     )
 
+    sub.add_argument(
+        "--validation", type=float, default=0.0, metavar="SHARE",
+        help="cifar10: of the test images, a stratified share to validate on",
+    )  # fmt: skip
+
     sub = command("inspect", _inspect, "verify a packed data set, and show what is in it")
     sub.add_argument("data", type=Path, help="folder that prepare made")
     sub.add_argument("--sheet", type=Path, help="PNG to draw samples in; DATA/contact-sheet.png")
@@ -178,7 +183,7 @@ def _words(score: "Score") -> str:
 def _prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.data.prepare import Options, prepare
 
-    how = Options(options.keep, options.max_bad, options.workers, options.part)
+    how = Options(options.keep, options.max_bad, options.workers, options.part, options.validation)
     print(prepare(options.source, options.path, options.out, how))
     return 0
 

@@ -231,6 +231,18 @@ def best(folder: Path) -> Checkpoint:
     raise CheckpointError(f"{folder}: no good checkpoint has a validation error")
 
 
+def at(path: Path) -> Checkpoint:
+    """The checkpoint that a path names, or the best of the run folder that it names."""
+    if (path / "checkpoints").is_dir():
+        return best(path / "checkpoints")
+    if (path / "manifest.json").is_file():
+        return verify(path)
+    raise CheckpointError(
+        f"{path} is neither a run folder nor a checkpoint: name runs/NAME or "
+        "runs/NAME/checkpoints/step-…"
+    )
+
+
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
     """Raises CheckpointError where the checkpoint was made by another run than `config` defines."""
     theirs, ours = fingerprint(checkpoint.config), fingerprint(config)

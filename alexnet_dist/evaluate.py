@@ -19,7 +19,7 @@ from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.data.windows import Finish
 from alexnet_dist.engine import DTYPES, Engine, label_ranks
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.errors import ConfigError
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
 
@@ -95,7 +95,7 @@ def evaluate_checkpoints(
         paths: run folders (their best checkpoint) or checkpoints.
         overrides: `key=value` over the first one's config.
     """
-    found = [_checkpoint_at(path) for path in paths]
+    found = [checkpoints.at(path) for path in paths]
     alone = ("layout.kind=one", "layout.ranks=0")
     configs = [load_config([c.manifest["config"], *alone, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
@@ -162,14 +162,3 @@ def _score(totals: Tensor, config: Config, dataset: Dataset) -> Score:
     split = dataset.splits[config.data.eval_split]
     check_damaged(config, split, len(split) - int(samples))
     return Score(int(samples), int(correct1), int(correct5), loss / samples)
-
-
-def _checkpoint_at(path: Path) -> Checkpoint:
-    if (path / "checkpoints").is_dir():
-        return checkpoints.best(path / "checkpoints")
-    if (path / "manifest.json").is_file():
-        return checkpoints.verify(path)
-    raise CheckpointError(
-        f"{path} is neither a run folder nor a checkpoint: name runs/NAME or "
-        "runs/NAME/checkpoints/step-…"
-    )
