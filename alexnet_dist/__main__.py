@@ -56,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "score checkpoints; several are averaged")
     sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
     sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
+    sub.add_argument("--predictions", type=Path, metavar="NPZ", help="file to write them all to")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("prepare", _prepare, "turn a source of images into a packed data set")
@@ -164,13 +165,29 @@ def _evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise ConfigError("evaluate: name a run folder or a checkpoint")
     if options.views:
         overrides.append(f"evaluate.views={options.views}")
-    score, found = evaluate_checkpoints(paths, overrides)
-    names = [str(checkpoint.path) for checkpoint in found]
+    found = evaluate_checkpoints(paths, overrides)
+    if options.predictions:
+        found.write(options.predictions)
     if options.json:
-        print(json.dumps(score.tags() | {"of": names}))
-    else:
-        print(f"{' + '.join(names)}: {_words(score)}")
+        print(json.dumps(found.report()))
+        return 0
+    names = " + ".join(str(checkpoint.path) for checkpoint in found.checkpoints)
+    print(f"{names}: {_words(found.score)}")
+    report = found.report()
+    for top in ("top1", "top5"):
+        low, high = report[f"{top}_interval"]
+        print(f"{top.replace('top', 'top-')} error {1 - report[top]:.2%}, "
+              f"95 % of resamples between {1 - high:.2%} and {1 - low:.2%}")  # fmt: skip
+    rows = [row for row in report["classes"] if row["samples"]]
+    rows.sort(key=lambda row: row["right"] / row["samples"])
+    for row in rows[:_CLASSES]:
+        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} {row['name']}")
+    for row in report["mistakes"][:_CLASSES]:
+        print(f"{row['samples']:8} {row['of']} taken for {row['taken_for']}")
     return 0
+
+
+_CLASSES = 10  # of most errors, and mistakes, that are printed
 
 
 def _words(score: "Score") -> str:

@@ -77,11 +77,11 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             written or holds something else. What was made so far waits in OUT.partial.
     """
     options = options or Options()
-    source = list_source(kind, path)
     if options.validation and kind != "cifar10":
         raise DatasetError(
             f"--validation {options.validation:g}: it cuts CIFAR-10's test images; leave it out"
         )
+    source = list_source(kind, path)
     if options.validation:
         source = with_validation(source, options.validation)
     identity = source.identity() | {"keep": options.keep}
