@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test check format sample clean
+.PHONY: report help venv demo test check format sample clean
 
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -23,6 +23,9 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## train the two-column network on bundled images: minutes on two CPU cores
 	$(BIN)/alexnet-dist prepare fashion_mnist configs/fashion-mnist-sample data/demo
 	$(BIN)/alexnet-dist train configs/demo.yaml
+
+report: $(READY) ## runs/report.html: the paper's results, and those of the runs in runs/
+	$(BIN)/alexnet-dist report $(wildcard runs/*) --out runs/report.html
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m "not drill and not slurm"

@@ -115,6 +115,27 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("figures", _figures, "draw a run's kernels and curves")
     sub.add_argument("run_folder", type=Path)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument(
+        "--fig4", action="store_true", help="also answers and nearest training images: one pass"
+    )
+
+    sub = command("report", _report, "one HTML page: the paper's results and the runs' beside them")
+    sub.add_argument("run_folder", type=Path, nargs="*", help="of runs; others are passed over")
+    sub.add_argument("--out", type=Path, default=Path("report.html"))
+
+    sub = command("export", _export, "write a run's weights as another program reads them")
+    sub.add_argument("checkpoint", type=Path, help="run folder (its best) or checkpoint")
+    sub.add_argument("out", type=Path, help="file to write")
+    kinds = ["safetensors", "torchvision", "caffe", "onnx"]
+    sub.add_argument("--format", choices=kinds, required=True)
+
+    sub = command("import", _import, "make a checkpoint of another program's weights")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("out", type=Path, help="run folder to make")
+    sub.add_argument("config", nargs="+", help="of the network they are for, as for train")
+    sub.add_argument("--format", choices=kinds[:3], required=True)
+    sub.add_argument("--mean", type=Path, help="caffe: its mean image, .binaryproto")
 
     sub = command("doctor", _doctor, "what is here, and what a run would use")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -280,7 +301,34 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist import figures
 
-    print("\n".join(map(str, figures.draw(options.run_folder))))
+    drawn = figures.draw(options.run_folder)
+    for column, value in enumerate(figures.colour(options.run_folder), start=1):
+        print(f"column {column}: {value:.3f} of its kernels' energy is colour")
+    if options.fig4:
+        drawn += figures.draw_answers(options.run_folder, options.overrides)
+    print("\n".join(map(str, drawn)))
+    return 0
+
+
+def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.report import report
+
+    print(report(options.run_folder, options.out))
+    return 0
+
+
+def _export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.formats import export_weights
+
+    print(export_weights(options.format, options.checkpoint, options.out))
+    return 0
+
+
+def _import(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.formats import import_weights
+
+    how = options.file, options.out, options.config, options.mean
+    print(f"{import_weights(options.format, *how)}: use it by train.init_from or evaluate")
     return 0
 
 

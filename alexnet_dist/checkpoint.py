@@ -232,9 +232,10 @@ def best(folder: Path) -> Checkpoint:
 
 
 def at(path: Path) -> Checkpoint:
-    """The checkpoint that a path names, or the best of the run folder that it names."""
+    """The checkpoint that a path names; of a run folder the best, or its only one."""
     if (path / "checkpoints").is_dir():
-        return best(path / "checkpoints")
+        only = steps(path / "checkpoints")
+        return verify(only[0]) if len(only) == 1 else best(path / "checkpoints")
     if (path / "manifest.json").is_file():
         return verify(path)
     raise CheckpointError(

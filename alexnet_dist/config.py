@@ -152,6 +152,11 @@ class DataConfig:
     subtract: Annotated[
         Literal["mean_image", "mean_rgb", "nothing"], Key("what is taken off the pixels")
     ]
+    mean_from: Annotated[
+        str,
+        Key("mean_image: a .npy of (height, width, 3) grey levels, red first, in place of the data "
+            "set's own, or none"),
+    ]  # fmt: skip
     divide_by: Annotated[
         tuple[float, ...], Key("red, green and blue are divided by these, grey levels", gt=0)
     ]
