@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: report help venv demo test check format sample clean
+.PHONY: help venv demo report results test drill check format sample clean
 
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ report: $(READY) ## runs/report.html: the paper's results, and those of the runs
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m "not drill and not slurm"
+
+drill: $(READY) ## fault drills: minutes; DRILLS=full: an hour
+	$(BIN)/python -m pytest -m drill
+	$(BIN)/python tests/drills.py $(if $(filter full,$(DRILLS)),--full)
 
 check: $(READY) ## style, types, layers
 	$(BIN)/ruff check .

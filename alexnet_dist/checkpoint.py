@@ -183,6 +183,13 @@ def verify(path: Path) -> Checkpoint:
                 raise CheckpointError(f"{path / name}: {size} bytes, wrote {expected['size']}")
             if sha256(path / name) != expected["sha256"]:
                 raise CheckpointError(f"{path / name}: SHA-256 differs from what was written")
+        step, error = manifest["step"], manifest["error"]
+        sound = type(step) is int and step >= 0 and found.progress["step"] == step
+        sound &= error is None or (type(error) in (int, float) and 0 <= error <= 1)
+        if not (sound and isinstance(manifest["config"], dict)):
+            raise CheckpointError(f"{path / 'manifest.json'}: not what a run writes")
+        for tensors in (found.parameters(), found.optimizer()):
+            tensors.keys()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
     return found
@@ -193,6 +200,8 @@ def read(path: Path) -> Checkpoint:
     manifest, progress = (
         json.loads((path / name).read_bytes()) for name in ("manifest.json", "progress.json")
     )
+    if not (isinstance(manifest, dict) and isinstance(progress, dict)):
+        raise CheckpointError(f"{path} is damaged: no JSON objects in it")
     return Checkpoint(path, manifest, progress)
 
 

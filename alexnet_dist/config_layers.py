@@ -20,6 +20,7 @@ from alexnet_dist.config import Config, Key, flat, keys
 from alexnet_dist.errors import ConfigError
 
 Source = str | Path | Mapping[str, Any]
+_LONGEST = 1_000_000  # characters of a file; aliases of aliases would grow it beyond any memory
 
 
 def load_config(sources: Sequence[Source]) -> Config:
@@ -82,7 +83,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             )
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
+        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
             raise ConfigError(f"{text!r}: {value!r} is not a YAML value: {_line(error)}") from error
         return "the command line", parsed  # type: ignore[return-value]
     shipped_names = (configs_folder() / text, configs_folder() / f"{text}.yaml")
@@ -99,9 +100,11 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             f"{', '.join(shipped)}{_nearest(text, shipped)}"
         )
     try:
-        loaded = OmegaConf.load(path)
-        layer = OmegaConf.to_container(loaded, resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        text = path.read_text()
+        if len(text) > _LONGEST or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
+            raise ValueError(f"longer than {_LONGEST} characters, or has aliases (*name)")
+        layer = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a YAML file of keys and values: {_line(error)}") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path}: holds a {type(layer).__name__}; write keys and values")
@@ -184,6 +187,8 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
             raise wrong(f"{word} {bound:g}")
     if kind is float and not abs(value) < float("inf"):
         raise wrong("finite")
+    if kind is int and not abs(value) < 2**63:
+        raise wrong("less than 2⁶³")
     return value
 
 

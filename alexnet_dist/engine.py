@@ -15,6 +15,7 @@ from torch.nn.utils import get_total_norm
 from alexnet_dist.columns import ColumnExchange, gathered, merge
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.errors import CheckpointError
 from alexnet_dist.model import AlexNet, Exchange, Layer
 from alexnet_dist.optim import Optimizer
 from alexnet_dist.replicas import (
@@ -167,10 +168,14 @@ class TorchEngine:
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(parameters.rows(name, self._rows(name)))
+                parameter.copy_(fitting(parameters.rows(name, self._rows(name)), parameter, name))
         if optimizer is not None:
             names = optimizer.keys()
-            self.optimizer.load({name: optimizer.rows(name, self._rows(name)) for name in names})
+            try:
+                rows = {name: optimizer.rows(name, self._rows(name)) for name in names}
+            except AttributeError as error:
+                raise CheckpointError(f"the optimiser's tensors: {error}") from error
+            self.optimizer.load(rows)
 
     def replicated(self) -> dict[str, Tensor]:
         tensors = dict(self.model.named_parameters()) | self.optimizer.tensors()
@@ -276,6 +281,15 @@ def judged(stats: Tensor, scale: float) -> Tensor:
     stats[5] = stats[5].sqrt() / (scale or 1.0)
     stats[3] = (~(stats[0] + stats[5]).isfinite()).to(stats.dtype)
     return stats[3].float()
+
+
+def fitting(tensor: Tensor, like: Tensor, name: str) -> Tensor:
+    """The tensor; raises CheckpointError unless it has the shape of the one it is for."""
+    if tensor.shape != like.shape:
+        raise CheckpointError(
+            f"{name}: {tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} in the network"
+        )
+    return tensor
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -1,6 +1,11 @@
 """Errors that need no traceback: one line that names what, why, and what to do."""
 
 
+def printable(text: str) -> str:
+    """Control characters escaped, lines kept: names come from files, and terminals obey them."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 class AlexNetDistError(Exception):
     """Something a user can understand and mend.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.config import Config, OptimizerConfig, ScheduleConfig
+from alexnet_dist.errors import CheckpointError
 
 
 class Optimizer:
@@ -97,7 +98,9 @@ class Optimizer:
         self.optimizer.state.clear()
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
-            parameter = self.parameters[name]
+            parameter = self.parameters.get(name)
+            if parameter is None or value.shape not in (parameter.shape, ()):
+                raise CheckpointError(f"{key}: {tuple(value.shape)} fits no parameter")
             kept = torch.empty_like(parameter) if value.dim() else torch.empty_like(value)
             kept = kept.to(parameter.device)
             self.optimizer.state[parameter][kind] = kept.copy_(value)

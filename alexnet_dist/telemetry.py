@@ -39,6 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alexnet_dist.errors import printable
 from alexnet_dist.topology import Topology
 from alexnet_dist.waits import WAITS
 
@@ -49,8 +50,15 @@ _STRAGGLES = 1.3  # times the median; said in the progress line
 def configure_logging(topology: Topology) -> None:
     """Rank 0 at INFO; others at WARNING, named by rank and column."""
     name = "" if topology.leads else f"[r{topology.global_rank} c{topology.column}] "
-    logging.basicConfig(format=f"{name}%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable(f"{name}%(message)s"))
+    logging.basicConfig(handlers=[handler], force=True)
     log.setLevel(logging.INFO if topology.leads else logging.WARNING)
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _JsonLine(logging.Formatter):

@@ -174,13 +174,20 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
             str(name): _open_split(folder, str(name), split, len(classes), verify_hashes)
             for name, split in meta["splits"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except DatasetError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DatasetError(f"{path} is damaged ({error!r}): prepare the data set again") from error
-    shapes = [array.shape for array in (statistics.mean_rgb, statistics.eigenvectors)]
-    if shapes != [(3,), (3, 3)] or statistics.mean_image.shape[2] != 3:
-        raise DatasetError(f"{path}: colour statistics have wrong shapes: prepare it again")
+    colours = statistics.mean_rgb, statistics.eigenvalues, statistics.eigenvectors
+    sound = [a.shape for a in colours] == [(3,), (3,), (3, 3)] and all(map(_finite, colours))
+    if not sound or statistics.mean_image.shape[2] != 3 or not _finite(statistics.mean_image):
+        raise DatasetError(f"{path}: colour statistics are not numbers: prepare it again")
     digest = hashlib.sha256(text).hexdigest()
     return Dataset(folder, digest, meta.get("source", {}), classes, statistics, splits)
+
+
+def _finite(array: npt.NDArray[np.floating]) -> bool:
+    return bool(np.isfinite(array).all())
 
 
 def open_for(config: Config, verify_hashes: bool = False) -> Dataset:

@@ -1,0 +1,472 @@
+"""Fault drills: kill, stop, signal, damage and fill, again and again, and look what is left.
+
+    python tests/drills.py [--full] [--only NAME] [--seed N]
+
+A table of trials, recoveries, steps lost, seconds until every process of a broken run was gone,
+processes left, and whether the end state (weights, optimiser, metrics, best) is bit-identical to a
+run that nothing happened to. At most two intervals between saves may be lost: the one that was
+trained in, and the one whose checkpoint was still being written. Ends with 1 unless all of it is as
+it should be.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from conftest import SAMPLE, TINY, alexnet_dist, as_overrides, write_idx
+from test_run import Started, ended_state
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.errors import CheckpointError
+from alexnet_dist.run_folder import read_run
+from alexnet_dist.telemetry import read_metrics
+
+SAVE = 4  # steps from save to save
+LAYOUTS = {"one": 1, "columns": 2, "replicas": 3, "columns_x_replicas": 4, "zero1": 2}
+RUN = [
+    "train.batch=12", "train.epochs=40", "evaluate.every_epochs=3",
+    f"checkpoint.every_steps={SAVE}",
+    "log.every_steps=1", "schedule.rate=0.02", "layout.timeout_s=5", "model.fc=[256,128]",
+    "checkpoint.max_idle_restarts=1000",
+]  # fmt: skip
+
+
+@dataclass
+class Row:
+    """What a drill found."""
+
+    drill: str
+    layout: str = ""
+    trials: int = 0
+    recovered: int = 0
+    lost: list[int] = field(default_factory=list)
+    gone_s: list[float] = field(default_factory=list)
+    left: int = 0
+    identical: bool | None = None
+    holds: bool = True
+    note: str = ""
+
+    def line(self) -> str:
+        lost = f"{max(self.lost)}" if self.lost else "-"
+        gone = f"{max(self.gone_s):.1f}" if self.gone_s else "-"
+        same = {None: "-", True: "yes", False: "NO"}[self.identical]
+        return (
+            f"{self.drill:22}{self.layout:20}{self.trials:7}{self.recovered:10}{lost:>10}{gone:>12}"
+            f"{self.left:6}{same:>11}{'yes' if self.sound else 'NO':>7}  {self.note}"
+        )
+
+    @property
+    def sound(self) -> bool:
+        within = max(self.lost, default=0) <= 2 * SAVE and max(self.gone_s, default=0) <= 10
+        whole = self.recovered == self.trials > 0 and self.left == 0
+        return self.holds and within and whole and self.identical is not False
+
+
+HEADING = (
+    f"{'drill':22}{'layout':20}{'trials':>7}{'recovered':>10}{'most lost':>10}{'gone in, s':>12}"
+    f"{'left':>6}{'identical':>11}{'holds':>7}"
+)
+
+
+class Ground:
+    """A data set, run folders, and the runs that nothing happens to."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self._whole = root, dict[str, dict[str, Any]]()
+        prepare("fashion_mnist", write_idx(root / "idx", 60, 23), root / "data", Options(workers=1))
+
+    def arguments(self, layout: str, name: str, *more: str) -> list[str]:
+        places = [f"data.path={self.root / 'data'}", f"output_dir={self.root / 'runs'}"]
+        kind = [f"layout.kind={layout}", f"layout.ranks={LAYOUTS[layout]}", f"name={name}"]
+        return ["train", *as_overrides(load_config([*TINY, *RUN, *places, *kind, *more]))]
+
+    def folder(self, name: str) -> Path:
+        return self.root / "runs" / name
+
+    def whole(self, layout: str) -> dict[str, Any]:
+        """The end state of an uninterrupted run."""
+        if layout not in self._whole:
+            name = f"whole-{layout}"
+            done = alexnet_dist(*self.arguments(layout, name))
+            assert done.returncode == 0, done.stderr
+            self._whole[layout] = ended_state(self.folder(name))
+        return self._whole[layout]
+
+    def finish(self, layout: str, name: str) -> bool:
+        """Let a run end undisturbed; whether it ends as the one that nothing happened to."""
+        done = alexnet_dist(*self.arguments(layout, name))
+        return done.returncode == 0 and ended_state(self.folder(name)) == self.whole(layout)
+
+    def logged(self, name: str) -> int:
+        """The newest step in metrics.jsonl."""
+        path = self.folder(name)
+        points = read_metrics(path) if (path / "metrics.jsonl").exists() else []
+        return max((point["step"] for point in points), default=0)
+
+    def saved(self, name: str) -> int:
+        found = checkpoints.newest_good(self.folder(name) / "checkpoints")[0]
+        return found.step if found else 0
+
+
+def gone(run: Started, processes: Sequence[psutil.Process], row: Row) -> None:
+    """Wait until every process of a broken run is gone; count those that are not."""
+    begin = time.monotonic()
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    row.gone_s.append(time.monotonic() - begin)
+    row.left += len(alive)
+    for process in alive:
+        process.kill()
+    run.process.communicate(timeout=30)
+
+
+def kills(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """SIGKILL of one rank, of all, of the launcher; as it starts, trains, evaluates and saves."""
+    for layout in LAYOUTS:
+        row, name = Row("kill", layout), f"killed-{layout}"
+        ground.whole(layout)
+        while row.trials < count:
+            run = Started(ground.arguments(layout, name))
+            moment = dice.choice(["starting", "step", "step", "saving"])
+            reach(run, ground.folder(name), moment, ground.saved(name) + dice.randint(1, 7), dice)
+            if run.process.poll() is not None:  # it reached its end
+                run.end()
+                break
+            processes = run.all()
+            victims = {
+                "all": processes, "launcher": processes[:1], "one": [dice.choice(processes)],
+            }[dice.choice(["all", "launcher", "one"])]  # fmt: skip
+            for victim in victims:
+                victim.kill()
+            row.trials += 1
+            gone(run, processes, row)
+            logged, saved = ground.logged(name), ground.saved(name)
+            row.lost.append(logged - saved)
+            row.recovered += read_run(ground.folder(name)).get("state") != "finished"
+        row.identical = ground.finish(layout, name)
+        yield row
+
+
+def reach(run: Started, folder: Path, moment: str, step: int, dice: random.Random) -> None:
+    """Wait for a moment of a run, or until it has ended."""
+    if moment == "starting":
+        time.sleep(dice.uniform(0.1, 4))
+        return
+    while run.process.poll() is None:
+        if moment == "saving" and list(folder.glob("checkpoints/.writing-*")):
+            return
+        if moment == "step" and (folder / "metrics.jsonl").exists():
+            points = read_metrics(folder)
+            if points and points[-1]["step"] >= step:
+                return
+        time.sleep(0.002)
+
+
+def signals(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """Every signal, to the launcher or to one rank, at any moment from the start on."""
+    codes = {signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
+    for layout in ("one", "columns", "columns_x_replicas"):
+        row, name = Row("signal", layout), f"signalled-{layout}"
+        ground.whole(layout)
+        while row.trials < count:
+            run = Started(ground.arguments(layout, name))
+            time.sleep(dice.uniform(0.2, 6))
+            if run.process.poll() is not None:
+                run.end()
+                break
+            processes, number = run.all(), dice.choice(list(codes))
+            # A rank that is still being started has no handler yet; its launcher has.
+            ranks = read_run(ground.folder(name)).get("pid") in [p.pid for p in processes]
+            target = dice.choice(processes) if ranks else processes[0]
+            target.send_signal(number)
+            begin, row.trials = time.monotonic(), row.trials + 1
+            code, _ = run.end()
+            row.gone_s.append(time.monotonic() - begin)
+            row.left += len([p for p in processes if p.is_running()])
+            row.recovered += code in (codes[number], 0)  # 0: it was at its end
+        row.identical = ground.finish(layout, name)
+        yield row
+
+
+def freezes(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """SIGSTOP of a rank: it is named, and the run ends."""
+    for layout in ("columns", "columns_x_replicas"):
+        row, name = Row("stop a rank", layout), f"frozen-{layout}"
+        ground.whole(layout)
+        for _ in range(count):
+            run = Started(ground.arguments(layout, name))
+            reach(run, ground.folder(name), "step", ground.saved(name) + 2, dice)
+            processes = run.all()
+            frozen = dice.choice(processes[1:])
+            frozen.suspend()
+            begin, row.trials = time.monotonic(), row.trials + 1
+            output, _ = run.process.communicate(timeout=60)
+            row.gone_s.append(time.monotonic() - begin - 4)  # the watchdog's patience
+            row.left += len([p for p in processes if p.is_running()])
+            row.recovered += f"process {frozen.pid} on" in output and "does not answer" in output
+        row.identical = ground.finish(layout, name)
+        yield row
+
+
+def corruptions(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """Bytes flipped, zeroed, cut off and added anywhere in a checkpoint: none is loaded."""
+    ground.whole("columns")
+    row = Row("damaged checkpoint", "columns")
+    folder = ground.folder("whole-columns") / "checkpoints"
+    newest, before = checkpoints.steps(folder)[-1], checkpoints.steps(folder)[-2]
+    for _ in range(count):
+        path = dice.choice(sorted(newest.iterdir()))
+        sound = path.read_bytes()
+        path.write_bytes(damaged(sound, dice))
+        row.trials += 1
+        try:
+            checkpoints.verify(newest)
+        except CheckpointError:
+            found, wrong = checkpoints.newest_good(folder)
+            row.recovered += found is not None and found.path == before and len(wrong) == 1
+        path.write_bytes(sound)
+    yield row
+    row = Row("run on damaged ones", "columns", identical=True)
+    for number in range(max(2, count // 100)):
+        name = f"damaged-{number}"
+        shutil.copytree(ground.folder("whole-columns"), ground.folder(name))
+        last = checkpoints.steps(ground.folder(name) / "checkpoints")[-1]
+        path = dice.choice(sorted(last.iterdir()))
+        path.write_bytes(damaged(path.read_bytes(), dice))
+        row.trials += 1
+        same = ground.finish("columns", name)
+        row.recovered, row.identical = row.recovered + same, row.identical and same
+    yield row
+
+
+def damaged(sound: bytes, dice: random.Random) -> bytes:
+    at = dice.randrange(len(sound))
+    match dice.choice(["flip", "zero", "cut", "add"]):
+        case "flip":
+            return sound[:at] + bytes([sound[at] ^ 1 << dice.randrange(8)]) + sound[at + 1 :]
+        case "zero":
+            zeroed = sound[:at] + bytes(len(sound[at : at + 512])) + sound[at + 512 :]
+            return zeroed if zeroed != sound else sound[:at]
+        case "cut":
+            return sound[:at]
+    return sound + b"\0"
+
+
+def full_disk(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """A disk that fills under a run, and is emptied again; needs root, for a small tmpfs."""
+    row, name = Row("full disk", "columns"), "full"
+    ground.whole("columns")
+    with tmpfs(ground.root / "small", "12m") as small:
+        for _ in range(max(1, count)):
+            shutil.rmtree(small / name, ignore_errors=True)
+            run = Started(ground.arguments("columns", name, f"output_dir={small}"))
+            run.wait_for_step(small / name, 9)
+            fill = small / "fill"
+            with fill.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+            newest = checkpoints.newest_good(small / name / "checkpoints")[0]
+            time.sleep(1.5)  # saves and metrics fail meanwhile
+            kept = checkpoints.newest_good(small / name / "checkpoints")[0]
+            fill.unlink()
+            code, output = run.end()
+            row.trials += 1
+            row.recovered += code == 0 and "NOT SAVED, the run goes on" in output
+            row.holds &= bool(newest and kept and kept.step >= newest.step)
+        row.identical = ended_state(small / name) == ground.whole("columns")
+    yield row
+
+
+@contextlib.contextmanager
+def tmpfs(at: Path, size: str) -> Iterator[Path]:
+    at.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(at)], check=True)
+    try:
+        yield at
+    finally:
+        subprocess.run(["umount", "--lazy", str(at)], check=True)
+
+
+def two_writers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """A second job on a run folder is refused; a third takes over from a dead one."""
+    row, name = Row("two writers", "columns"), "shared"
+    ground.whole("columns")
+    for _ in range(count):
+        first = Started(ground.arguments("columns", name))
+        reach(first, ground.folder(name), "step", ground.saved(name) + 2, dice)
+        processes = first.all()
+        for process in processes:
+            process.suspend()  # it would end before the second has loaded torch
+        second = alexnet_dist(*ground.arguments("columns", name))
+        for process in processes:
+            process.kill()
+        gone(first, processes, row)
+        row.trials += 1
+        row.recovered += second.returncode == 1 and "is in use by process" in second.stderr
+    row.identical = ground.finish("columns", name)
+    yield row
+
+
+PATCHED = """
+import os, sys
+import torch
+from alexnet_dist import __main__, engine, zero
+
+what, at = sys.argv.pop(1), int(sys.argv.pop(1))
+last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
+
+def patched(sound):
+    def train_step(self, batch, step, rate):
+        if step == at and what == "raise":
+            raise RuntimeError("broken on purpose")
+        if step == at and what == "poison" and last:
+            batch.windows[0] = float("nan")
+        stats = sound(self, batch, step, rate)
+        if step == at and what == "flip" and last:
+            self.replicated()["conv2.weight"].detach().view(torch.int32)[0, 0, 0, 0] ^= 1 << 9
+        return stats
+    return train_step
+
+for one in (engine.TorchEngine, zero.ZeroEngine):
+    one.train_step = patched(one.train_step)
+sys.exit(__main__.main())
+"""
+
+
+def patched(ground: Ground, layout: str, name: str, what: str, at: int, *more: str) -> Any:
+    """A run that something is done to at a step, as ranks of torchrun."""
+    script = ground.root / "patched.py"
+    script.write_text(PATCHED)
+    ranks = ("-m", "torch.distributed.run", "--nproc-per-node", str(LAYOUTS[layout]))
+    command = [*ranks, str(script), what, str(at), *ground.arguments(layout, name, *more)]
+    return subprocess.run(
+        [sys.executable, *command], check=False, capture_output=True, text=True, timeout=300
+    )
+
+
+def wrong_numbers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """A batch of NaN on one rank: no rank applies it, nothing of it is saved."""
+    for layout in LAYOUTS:
+        row, name = Row("poisoned batch", layout), f"poisoned-{layout}"
+        ground.whole(layout)
+        for _ in range(max(1, count // 5)):
+            at = ground.saved(name) + dice.randint(1, 9)
+            ended = patched(ground, layout, name, "poison", at)
+            row.trials += 1
+            said = f"step {at + 1}: its loss is nan" in ended.stderr
+            row.recovered += said and ended.returncode == 1 and ground.saved(name) <= at
+        row.identical = ground.finish(layout, name)
+        yield row
+
+
+def flipped_bits(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """A bit of a parameter that flips on one of several replicas is found before the next save."""
+    for layout in ("replicas", "columns_x_replicas"):
+        row, name = Row("flipped bit", layout), f"flipped-{layout}"
+        ground.whole(layout)
+        for _ in range(max(1, count // 5)):
+            at = ground.saved(name) + dice.randint(1, 9)
+            ended = patched(ground, layout, name, "flip", at)
+            row.trials += 1
+            said = "replicas are no longer equal to the bit: conv2.weight of rank" in ended.stderr
+            row.recovered += said and ended.returncode == 1 and ground.saved(name) <= at
+        row.identical = ground.finish(layout, name)
+        yield row
+
+
+def crash_loop(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """A run that always fails at one step is refused after three starts that saved nothing new."""
+    row, name = Row("crash loop", "columns"), "looping"
+    ground.whole("columns")
+    starts, said = 0, ""
+    while "starts in a row failed" not in said and starts < 9:
+        more = "checkpoint.max_idle_restarts=3"
+        said = patched(ground, "columns", name, "raise", 6, more).stderr
+        starts += 1
+    run = read_run(ground.folder(name))
+    row.trials, row.holds = 1, starts == 6  # one saved step 4, four did not, one was refused
+    row.recovered = int((run["state"], run["exit"]) == ("failed", 2))
+    row.identical = ground.finish("columns", name)
+    yield row
+
+
+def goodput(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
+    """The demo, killed every two minutes: how much of the time went into steps that were kept."""
+    if count == 0:
+        return
+    row, data = Row("kill every 2 minutes", "columns"), ground.root / "demo"
+    prepare("fashion_mnist", SAMPLE, data, Options())
+    places = [f"data.path={data}", f"output_dir={ground.root / 'runs'}", "name=demo"]
+    while True:
+        run = Started(["train", "demo", *places])
+        try:
+            run.process.communicate(timeout=120)
+            break
+        except subprocess.TimeoutExpired:
+            processes = run.all()
+            for process in processes:
+                process.kill()
+            gone(run, processes, row)
+            row.trials += 1
+    found = read_run(ground.folder("demo"))
+    row.recovered = row.trials if found["state"] == "finished" else 0
+    kept = found["kept_s"] / (found["updated"] - found["first_started"])
+    row.note, row.holds = f"{kept:.1%} of the time kept", kept >= 0.9
+    yield row
+
+
+DRILLS: dict[str, tuple[Callable[[Ground, int, random.Random], Iterator[Row]], int, int]] = {
+    "kills": (kills, 4, 25),
+    "signals": (signals, 4, 20),
+    "freezes": (freezes, 1, 5),
+    "corruptions": (corruptions, 200, 1000),
+    "full_disk": (full_disk, 1, 3),
+    "two_writers": (two_writers, 1, 5),
+    "wrong_numbers": (wrong_numbers, 1, 10),
+    "flipped_bits": (flipped_bits, 1, 10),
+    "crash_loop": (crash_loop, 1, 1),
+    "goodput": (goodput, 0, 1),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="as often as docs/reliability.md says")
+    parser.add_argument("--only", action="append", choices=DRILLS, help="one drill, or several")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file that rows are appended to")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="alexnet-dist-drills-") as scratch:
+        ground = Ground(Path(scratch))
+        print(HEADING, flush=True)
+        for name in options.only or DRILLS:
+            drill, few, many = DRILLS[name]
+            count, dice = many if options.full else few, random.Random(options.seed)
+            for row in drill(ground, count, dice):
+                rows.append(row)
+                print(row.line(), flush=True)
+                if options.json:
+                    with options.json.open("a") as file:
+                        file.write(json.dumps(dataclasses.asdict(row)) + "\n")
+    trials = sum(row.trials for row in rows)
+    print(f"{trials} trials, {sum(row.recovered for row in rows)} recovered")
+    return 0 if all(row.sound for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

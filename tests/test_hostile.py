@@ -1,0 +1,254 @@
+"""Files from strangers: each is refused in one line, or means what it says; none runs code."""
+
+import ast
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from pickle import Unpickler
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+import alexnet_dist
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.checkpoint import TensorFile
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data import arrays
+from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.engines import make_engine
+from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, printable
+from alexnet_dist.telemetry import configure_logging, log
+from alexnet_dist.topology import Topology
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+FEW = settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def test_no_pickle_is_loaded_but_cifars_and_that_without_running_it() -> None:
+    """Ranks of one run exchange pickles (torch's own object collectives): docs/reliability.md."""
+    loads = []
+    for path in Path(alexnet_dist.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                unsafe = {k.arg for k in node.keywords if getattr(k.value, "value", 0) is True}
+                if called in (
+                    "pickle.load", "pickle.loads", "torch.load", "joblib.load", "eval", "exec",
+                    "yaml.load", "yaml.unsafe_load",
+                ) or "allow_pickle" in unsafe:  # fmt: skip
+                    loads.append((path.name, called))
+    assert loads == []
+    readers = [c for c in vars(arrays).values() if isinstance(c, type) and issubclass(c, Unpickler)]
+    assert len(readers) == 1
+    assert all("find_class" in vars(reader) for reader in readers)
+
+
+# --- checkpoints
+
+
+@pytest.fixture
+def saved(tiny: Callable[..., Config], tmp_path: Path) -> Path:
+    tensors = {"conv1.bias": torch.ones(4)}
+    return checkpoints.save(tmp_path / "run", tiny(), "d", tensors, {}, {"step": 3}, 0.25)
+
+
+def forge(path: Path, **changes: Any) -> None:
+    """Change the manifest, and make every hash right again."""
+    manifest = json.loads((path / "manifest.json").read_bytes()) | changes
+    for name, entry in manifest["files"].items():
+        data = (path / name).read_bytes()
+        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    del manifest["sha256"]
+    manifest["sha256"] = checkpoints._own_sha256(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": "3"}, {"step": -1}, {"step": 4}, {"step": True}, {"error": "low"}, {"error": -1},
+        {"error": float("nan")}, {"config": []}, {"config": None}, {"version": "1"},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_no_run_writes_is_refused_though_its_hashes_fit(
+    saved: Path, changes: dict[str, Any]
+) -> None:
+    checkpoints.verify(saved)
+    forge(saved, **changes)
+    with pytest.raises(CheckpointError, match=r"not what a run writes|version"):
+        checkpoints.verify(saved)
+
+
+def header(text: bytes, length: int | None = None) -> bytes:
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        header(b"{}", 1 << 62),
+        header(b"{}", 3),
+        header(b"not json"),
+        header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'),
+        header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}') + bytes(4),
+        header(b'{"a":{"dtype":"XX","shape":[1],"data_offsets":[0,4]}}') + bytes(4),
+        header(b'{"a":{"dtype":"F32","shape":[9999999999999],"data_offsets":[0,4]}}') + bytes(4),
+        header(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+               b'"b":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}') + bytes(6),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies_is_refused(saved: Path, content: bytes) -> None:
+    (saved / "model.safetensors").write_bytes(content)
+    forge(saved)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors cannot be read"):
+        checkpoints.verify(saved)
+
+
+@FEW
+@given(st.sampled_from(["manifest.json", "progress.json"]), JSON, st.binary(max_size=30))
+def test_any_json_is_a_checkpoint_or_a_checkpoint_error(
+    saved: Path, name: str, content: Any, raw: bytes
+) -> None:
+    sound = (saved / name).read_bytes()
+    try:
+        for data in (json.dumps(content).encode(), raw, sound[: len(raw)], raw + sound):
+            (saved / name).write_bytes(data)
+            with contextlib.suppress(CheckpointError):
+                assert checkpoints.verify(saved).step == 3
+    finally:
+        (saved / name).write_bytes(sound)
+
+
+@FEW
+@given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
+def test_no_changed_or_missing_byte_is_loaded(
+    saved: Path, place: int, value: int, cut: bool
+) -> None:
+    """Any byte of any file."""
+    files = sorted(saved.iterdir())
+    path = files[place % len(files)]
+    sound = path.read_bytes()
+    at = place // len(files) % len(sound)
+    changed = sound[:at] if cut else sound[:at] + bytes([value]) + sound[at + 1 :]
+    try:
+        path.write_bytes(changed)
+        if changed != sound:
+            with pytest.raises(CheckpointError):
+                checkpoints.verify(saved)
+    finally:
+        path.write_bytes(sound)
+    checkpoints.verify(saved)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"conv2.bias": torch.ones(1)}, r"conv2\.bias: \(1,\) in the checkpoint, \(12,\) in the"),
+        ({"conv2.weight": None}, r"no tensor 'conv2\.weight'"),
+        ({"momentum_buffer/conv2.bias": torch.ones(3)}, r"momentum_buffer/conv2\.bias: \(3,\) fit"),
+        ({"momentum_buffer/conv9.bias": torch.ones(3)}, r"conv9"),
+    ],
+)
+def test_tensors_that_do_not_fit_the_network_are_named(
+    changed: dict[str, torch.Tensor | None], message: str, tmp_path: Path
+) -> None:
+    engine = make_engine(load_config([*TINY, "layout.kind=one"]), Topology())
+    files = []
+    for name, tensors in zip("po", engine.whole_tensors(), strict=True):
+        mine = {key: tensor for key, tensor in changed.items() if ("/" in key) == (name == "o")}
+        kept = {key: t for key, t in (tensors | mine).items() if t is not None}
+        save_file(kept, tmp_path / name)
+        files.append(TensorFile(tmp_path / name))
+    with pytest.raises(CheckpointError, match=message):
+        engine.load(*files)
+
+
+# --- data sets
+
+
+@FEW
+@given(st.data())
+def test_any_change_of_a_data_sets_description_is_an_error_or_harmless(
+    packed: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    """Any value of dataset.json, at any depth, replaced by any other."""
+    meta = json.loads((packed / "dataset.json").read_text())
+    node, place = meta, data.draw(st.sampled_from(sorted(meta)))
+    while isinstance(node[place], dict | list) and node[place] and data.draw(st.booleans()):
+        node = node[place]
+        options = sorted(node) if isinstance(node, dict) else range(len(node))
+        place = data.draw(st.sampled_from(list(options)))
+    node[place] = data.draw(JSON)
+    copy = tmp_path / "copy"
+    if not copy.exists():
+        shutil.copytree(packed, copy)
+    (copy / "dataset.json").write_text(json.dumps(meta))
+    with contextlib.suppress(AlexNetDistError):
+        found = open_dataset(copy)
+        for split in found.splits.values():
+            split.labels(split.index["label"].astype("int64") * 0)
+            assert split.read(len(split) - 1)
+
+
+# --- configs, names, logs
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\n",
+        "seed: !!python/object/apply:os.system [id]",
+        "seed: " + "9" * 5000,
+        "name: " + "x" * 1_100_000,
+        "? [a, b]\n: c",
+        "seed: ${oc.decode:${oc.env:PATH}}",
+    ],
+)
+def test_a_config_that_bites_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        load_config([tmp_path / "bad.yaml"])
+
+
+@pytest.mark.parametrize("value", [2**63, -(2**63), 10**40])
+def test_numbers_beyond_an_integer_of_the_machine_are_refused(value: int) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch"):
+        load_config([f"train.batch={value}"])
+
+
+@pytest.mark.parametrize(
+    "name", ["../up", "/tmp/x", "a/b", "..", "", "-x", "a\nb", "a\x1b[2J", "a\0"]
+)
+def test_a_runs_name_is_a_name_and_no_path(name: str) -> None:
+    with pytest.raises(ConfigError, match="name="):
+        load_config([{"name": name}])
+
+
+def test_names_from_files_cannot_steer_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    handlers, level = logging.getLogger().handlers[:], log.level
+    try:
+        configure_logging(Topology())
+        log.warning("sample 'a\x1b[2J\rb'\nnext line, naïve")
+    finally:
+        logging.getLogger().handlers[:] = handlers
+        log.setLevel(level)
+    assert capsys.readouterr().err == "sample 'a\\x1b[2J\\rb'\nnext line, naïve\n"
+    assert printable("\x07") == "\\x07"
