@@ -27,6 +27,9 @@ demo: $(READY)  ## train the two-column network on bundled images: minutes on tw
 report: $(READY) ## runs/report.html: the paper's results, and those of the runs in runs/
 	$(BIN)/alexnet-dist report $(wildcard runs/*) --out runs/report.html
 
+results: $(READY) ## train and evaluate all of docs/results.md; hours; goes on where it was
+	./results.sh $(PARTS)
+
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m "not drill and not slurm"
 

@@ -96,8 +96,10 @@ class Run:
 def report(folders: Sequence[Path], out: Path) -> str:
     """Write the page of these run folders; what was done, in a line.
 
-    Folders that hold no evaluated run are passed over, and counted.
+    Files are what `evaluate --json` said of several runs. What holds no evaluated run is passed
+    over, and counted.
     """
+    averaged = [found for path in folders if (found := _averaged(path)) is not None]
     runs = [run for folder in folders if (run := _read(folder)) is not None]
     groups: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: run.folder.name):
@@ -108,14 +110,15 @@ def report(folders: Sequence[Path], out: Path) -> str:
         "Only equal data can be compared.</p>",
         _published(groups),
         _all_runs(groups),
+        *([_ensembles(averaged, runs)] if averaged else []),
     ]
     with tempfile.TemporaryDirectory() as aside:
         parts += [*_ablations(groups, Path(aside)), *_fig1(groups, Path(aside))]
     parts += [part for run in runs for part in _pictures(run)]
     page = "\n".join(parts)
     out.write_text(f"<!doctype html><meta charset=utf-8><title>Report</title>{_STYLE}\n{page}\n")
-    over = len(folders) - len(runs)
-    return f"{out}: {len(runs)} runs" + (f"; {over} folders hold no evaluated run" if over else "")
+    over = len(folders) - len(runs) - len(averaged)
+    return f"{out}: {len(runs)} runs" + (f"; {over} hold no evaluated run" if over else "")
 
 
 def _read(folder: Path) -> Run | None:
@@ -135,6 +138,30 @@ def _read(folder: Path) -> Run | None:
     except (OSError, ValueError):
         state = None
     return Run(folder, config, views, state == "finished")
+
+
+def _averaged(path: Path) -> tuple[str, Mapping[str, Any]] | None:
+    """The name and content of a file that `evaluate --json` wrote of several checkpoints."""
+    try:
+        found = json.loads(path.read_text())
+        several = len(found["of"]) > 1 and 0 <= found["top1"] <= 1 and 0 <= found["top5"] <= 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (path.stem, found) if several else None
+
+
+def _ensembles(averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[Run]) -> str:
+    """Averages of several networks beside the mean of their own errors."""
+    rows = []
+    for name, found in averaged:
+        views = int(name.rpartition("views-")[2]) if re.search(r"views-\d+$", name) else 1
+        folders = {str(Path(path).parent.parent) for path in found["of"]}
+        own = _errors([run for run in runs if str(run.folder) in folders], views)
+        alone = _spread(own) if own else "–"
+        errors = [f"{100 * (1 - float(found[top])):.2f}" for top in ("top1", "top5")]
+        rows.append([name, str(len(found["of"])), *errors, alone])
+    names = ["average", "of", "top-1", "top-5", "their own top-1"]
+    return "<h2>Averages of networks</h2>" + _table(names, rows)
 
 
 def _published(groups: Mapping[str, Sequence[Run]]) -> str:

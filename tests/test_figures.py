@@ -74,8 +74,11 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     hostile = tmp_path / "runs" / "<b>hostile"
     hostile.mkdir()
     (hostile / "config.json").write_text("{")
-    said = report([*folders, hostile], tmp_path / "report.html")
-    assert said.endswith("4 runs; 1 folders hold no evaluated run")
+    several = tmp_path / "runs" / "tiny-ensemble-views-1.json"
+    scored = alexnet_dist("evaluate", str(folders[0]), str(folders[1]), "--json")
+    several.write_text(scored.stdout)
+    said = report([*folders, hostile, several], tmp_path / "report.html")
+    assert said.endswith("4 runs; 1 hold no evaluated run")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
@@ -83,6 +86,8 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert "n = 2: " in page
     assert "50.00 (10 views)" in page
     assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
+    error = 100 * (1 - json.loads(scored.stdout)["top1"])
+    assert f"<td>tiny-ensemble-views-1</td><td>2</td><td>{error:.2f}</td>" in page
     assert "epochs to 25 % training error" in page
 
 
