@@ -13,20 +13,22 @@ from alexnet_dist.model import AlexNet
 
 
 def resolved(config: Config) -> Config:
-    """The config with the hash of the weights it begins from, which defines the run.
+    """The config with the checkpoint it begins from, and its weights' hash, which defines the run.
 
     Raises ConfigError where it asks for another hash, CheckpointError where there is no checkpoint.
     """
     train = config.train
     if train.init_from == "none":
         return config
-    found = str(checkpoints.at(Path(train.init_from)).manifest["files"][_FILE]["sha256"])
+    source = checkpoints.at(Path(train.init_from))
+    found = str(source.manifest["files"]["model.safetensors"]["sha256"])
     if train.init_sha256 not in ("any", found):
         raise ConfigError(
             f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {found}: name the "
             "weights this run is to begin from, or set train.init_sha256=any"
         )
-    return dataclasses.replace(config, train=dataclasses.replace(train, init_sha256=found))
+    begun = dataclasses.replace(train, init_from=str(source.path), init_sha256=found)
+    return dataclasses.replace(config, train=begun)
 
 
 class InitialWeights:
@@ -58,6 +60,3 @@ class InitialWeights:
         if name.partition(".")[0] in self.new:
             return self.anew.get_parameter(name).detach()[rows]
         return self.file.rows(name, rows)
-
-
-_FILE = "model.safetensors"
