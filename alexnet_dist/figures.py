@@ -1,6 +1,7 @@
 """Pictures of runs, after the paper's: Fig. 1 (curves), Fig. 3 (kernels), Fig. 4 (answers and
 neighbours), and bars for ablations."""
 
+import math
 import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -138,10 +139,8 @@ class _Network:
         return features, torch.cat(logits).float().cpu()
 
 
-def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> dict[str, float | None]:
-    """Fig. 1: training error by epoch of runs by name, and where each first reached 25 %, epochs
-    (the median of a name's runs; None where one did not)."""
-    reached = {name: [_reached(run) for run in folders] for name, folders in runs.items()}
+def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
+    """Fig. 1: training error by epoch of runs by name."""
     with _axes(path, (6, 4)) as axes:
         for place, (name, folders) in enumerate(runs.items()):
             for number, run in enumerate(folders):
@@ -152,10 +151,17 @@ def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> dict[str, float
         axes.axhline(25, color="0.6", linestyle=":")
         axes.set(xlabel="epoch", ylabel="training error, %", ylim=(0, None))
         axes.legend()
-    return {
-        name: None if None in epochs else statistics.median(e for e in epochs if e is not None)
-        for name, epochs in reached.items()
-    }
+
+
+def epochs_to(error: float, folders: Sequence[Path]) -> float:
+    """The median of the epochs at which runs' training errors (shares) were first as low; infinite
+    where half of them never were."""
+
+    def first(run: Path) -> float:
+        points = [p for p in read_metrics(run) if p["kind"] == "train"]
+        return next((float(p["epoch"]) for p in points if 1 - p["top1"] <= error), math.inf)
+
+    return statistics.median(map(first, folders))
 
 
 def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:
@@ -169,12 +175,6 @@ def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:
         axes.set_yticks(range(len(errors)), errors)
         axes.invert_yaxis()
         axes.set(xlabel="top-1 error, %")
-
-
-def _reached(run: Path, error: float = 0.25) -> float | None:
-    """The epoch at which a run's training error was first at or below a share."""
-    points = [p for p in read_metrics(run) if p["kind"] == "train"]
-    return next((float(p["epoch"]) for p in points if 1 - p["top1"] <= error), None)
 
 
 def _folder(run: Path) -> Path:

@@ -88,7 +88,20 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
     error = 100 * (1 - json.loads(scored.stdout)["top1"])
     assert f"<td>tiny-ensemble-views-1</td><td>2</td><td>{error:.2f}</td>" in page
+    assert "<td>tiny-fig1-relu</td><td>1</td><td>never</td>" in page
     assert "epochs to 25 % training error" in page
+
+
+def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) -> None:
+    for run, shares in {"a": [0.1, 0.8, 0.7], "b": [0.1, 0.2, 0.9], "c": [0.1, 0.2, 0.3]}.items():
+        (tmp_path / run).mkdir()
+        points = [{"kind": "train", "epoch": e, "top1": s} for e, s in enumerate(shares, start=1)]
+        text = "".join(json.dumps(point) + "\n" for point in points)
+        (tmp_path / run / "metrics.jsonl").write_text(text)
+    a, b, c = (tmp_path / run for run in "abc")
+    assert figures.epochs_to(0.25, [a]) == 2
+    assert figures.epochs_to(0.25, [a, b, c]) == 3
+    assert figures.epochs_to(0.25, [a, c, c]) == float("inf")
 
 
 def test_published_rows_have_presets() -> None:
