@@ -8,7 +8,7 @@ from torch import Tensor
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import TensorFile
 from alexnet_dist.config import Config
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.model import AlexNet
 
 
@@ -20,7 +20,10 @@ def resolved(config: Config) -> Config:
     train = config.train
     if train.init_from == "none":
         return config
-    source = checkpoints.at(Path(train.init_from))
+    try:
+        source = checkpoints.at(Path(train.init_from))
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from={train.init_from!r}: {error}") from error
     found = str(source.manifest["files"]["model.safetensors"]["sha256"])
     if train.init_sha256 not in ("any", found):
         raise ConfigError(

@@ -196,6 +196,8 @@ def test_fine_tuning_begins_from_the_named_weights_and_a_new_last_layer(
         train(moved)
     with pytest.raises(CheckpointError, match=r"train\.init_sha256: '[0-9a-f]{64}' there, 'any'"):
         checkpoints.check_same_run(after, config, after.manifest["dataset"])
+    with pytest.raises(CheckpointError, match=r"train\.init_from='nowhere': nowhere is neither"):
+        resolved(tiny("train.init_from=nowhere"))
     other = tiny(*warm, "model.fc=[36,20]")
     with pytest.raises(ConfigError, match=r"fc7\.weight is \[28, 36\] there, and \[20, 36\] here"):
         InitialWeights(other)
