@@ -153,7 +153,7 @@ def test_a_caffemodel_of_2014_gives_the_logits_of_its_network(tmp_path: Path) ->
     assert_close(logits / y.abs().max(), y / y.abs().max(), 1e-6)
 
 
-@pytest.mark.parametrize("preset", ["paper/released-code", "paper/caffenet"])
+@pytest.mark.parametrize("preset", ["paper/released-code", "paper/caffenet", "paper/no-exchange"])
 def test_onnxruntime_gives_our_logits(
     ours: Callable[..., Path], tmp_path: Path, preset: str
 ) -> None:
