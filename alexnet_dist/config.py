@@ -49,12 +49,6 @@ class LrnConfig:
         bool, Key("divide α by n, as the released code and torch do; the printed formula does not")
     ]
 
-    def alpha_of(self, layer: str) -> float:
-        """What multiplies the sum of squares after a layer (among `layers`)."""
-        alphas = self.alpha * (len(self.layers) if len(self.alpha) == 1 else 1)
-        alpha = alphas[self.layers.index(layer)]
-        return alpha / self.size if self.alpha_over_size else alpha
-
 
 @dataclass(frozen=True)
 class SpatialNormConfig:
@@ -314,7 +308,7 @@ def keys(of: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
     for field in dataclasses.fields(of):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
-            yield from keys(hint, f"{prefix}{field.name}.")
+            yield from keys(hint, f"{prefix}{field.name}.")  # type: ignore[arg-type]
         else:
             kind, key = get_args(hint)
             yield prefix + field.name, kind, key

@@ -22,6 +22,7 @@ from alexnet_dist.config_layers import load_config
 from alexnet_dist.engine import on_host
 from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.lrn import alpha_of
 from alexnet_dist.model import AlexNet, final_side
 from alexnet_dist.plan import multiply_adds
 from alexnet_dist.topology import connect
@@ -48,7 +49,7 @@ class Eager(nn.Module):
             for (i, o, k, s, p), own in zip(shapes, alone, strict=True)
         )
         self.norms: dict[str, nn.Module] = {  # torch divides α by n itself
-            name: nn.LocalResponseNorm(lrn.size, lrn.alpha_of(name) * lrn.size, lrn.beta, lrn.k)
+            name: nn.LocalResponseNorm(lrn.size, alpha_of(lrn, name) * lrn.size, lrn.beta, lrn.k)
             for name in lrn.layers
         }
         self.pool = nn.MaxPool2d(model.pool[0], model.pool[1])
