@@ -48,6 +48,8 @@ def test_no_pickle_is_loaded_but_cifars_and_that_without_running_it() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
+                if called == "torch.load" and "weights_only=True" in ast.unparse(node):
+                    continue
                 unsafe = {k.arg for k in node.keywords if getattr(k.value, "value", 0) is True}
                 if called in (
                     "pickle.load", "pickle.loads", "torch.load", "joblib.load", "eval", "exec",
