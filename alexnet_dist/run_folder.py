@@ -19,8 +19,11 @@ from alexnet_dist.checkpoint import step_of, steps
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.errors import CrashLoop, RunFolderError
+from alexnet_dist.untrusted import json_object, read_bytes
 
 log = logging.getLogger(__name__)
+# Of run.json: what is reckoned with, and left out where it is no number.
+_COUNTS = ("attempt", "idle_restarts", "resumed_at", "newest_step", "first_started", "kept_s")
 
 
 class RunFolder:
@@ -142,9 +145,14 @@ class RunFolder:
 def read_run(folder: Path) -> dict[str, Any]:
     """What run.json says; empty where there is none."""
     try:
-        return dict(json.loads((folder / "run.json").read_text()))
+        found = json_object(read_bytes(folder / "run.json"))
     except (OSError, ValueError):
         return {}
+    return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**63
 
 
 @contextmanager
