@@ -3,14 +3,17 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, printable
+from alexnet_dist.preemption import EXITS, FLAGS
 
 if TYPE_CHECKING:
     from alexnet_dist.evaluate import Score
@@ -20,22 +23,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
-    rank = int(os.environ.get("RANK", "0"))
+    rank, own = int(os.environ.get("RANK", "0")), os.getpid()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() == own:  # not in a forked child
+            raise _Stopped(signal.Signals(number))
+
+    for number in {*FLAGS} - {signal.SIGINT}:  # outside a run, which has its own handlers
+        signal.signal(number, stop)
     try:
         return int(options.run(options, arguments))
     except AlexNetDistError as error:
         if not (error.on_every_rank and rank):
             print(f"alexnet-dist: {printable(str(error))}", file=sys.stderr, flush=True)
         code = error.exit_code
-    except KeyboardInterrupt:  # outside a run, which has its own handlers
+    except KeyboardInterrupt as stopped:
+        number = stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT
         print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
-        code = 130
+        code = EXITS[FLAGS[number]]
     except Exception:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         code = 1
     if rank or "WORLD_SIZE" in os.environ:
         os._exit(code)  # leave fast: peers and their threads may never answer again
     return code
+
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that asks a command to stop."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -118,13 +136,16 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.preemption import StopSignals
 
-    signals = StopSignals()  # before seconds of imports
+    signals, parent = StopSignals(), os.getppid()  # before seconds of imports
     config = load_config(options.config)
     from alexnet_dist import layouts, ranks, topology
 
     wanted = layouts.ranks_wanted(config, topology.gpus(config))
     if topology.launched():
-        ranks.leave_with_parent()
+        ranks.leave_with_parent(parent)
+        signals.at_once = True  # ranks that wait for one another never poll
+        if signals.exit_code is not None:
+            return signals.exit_code
     elif wanted > 1:
         layouts.check(config, wanted)
         if signals.exit_code is None:

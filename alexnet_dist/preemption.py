@@ -30,6 +30,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.flag = 0
+        self.at_once = False  # leave as soon as one arrives: there is nothing to save yet
         self.polls = 0
         self._pid = os.getpid()
         self._agreed = 0
@@ -74,3 +75,5 @@ class StopSignals:
         if number == signal.SIGINT and self.flag == FLAGS[signal.SIGINT]:
             os._exit(130)
         self.flag = max(self.flag, FLAGS[signal.Signals(number)])
+        if self.at_once:
+            os._exit(EXITS[self.flag])

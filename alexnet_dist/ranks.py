@@ -18,6 +18,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alexnet_dist.preemption import EXITS, FLAGS
 from alexnet_dist.run_folder import read_run
 
+_LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
+
 
 def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s: int = 120) -> int:
     """Run `alexnet-dist ARGUMENTS` in this many ranks; the exit code the ranks agreed on.
@@ -28,6 +30,7 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
         folder: the run folder, whose run.json says how the ranks stopped.
     """
     config = _on_this_host(ranks, shutdown_timeout_s)
+    os.environ[_LAUNCHER] = str(os.getpid())
     command = ["-m", "alexnet_dist", *arguments]
     attempts_before = read_run(folder).get("attempt", 0)
     try:
@@ -82,10 +85,15 @@ def _on_this_host(ranks: int, shutdown_timeout_s: int) -> LaunchConfig:
     )
 
 
-def leave_with_parent() -> None:
+def leave_with_parent(parent: int) -> None:
     """Ask the kernel for SIGTERM when the launcher dies: a rank then saves and leaves.
 
     The kernel sends it once for each of the launcher's threads, so it cannot be SIGINT.
+
+    Args:
+        parent: the rank's parent as it began: a launcher that has died since says nothing more.
     """
     set_parent_death_signal = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(os.environ.get(_LAUNCHER, parent)):
+        os._exit(EXITS[FLAGS[signal.SIGTERM]])

@@ -101,6 +101,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     """
     signals = signals or StopSignals()
     topology = connect(config)
+    signals.at_once = False
     configure_logging(topology)
     digest = topology.decided_by_rank_0(lambda: open_for(config, config.data.verify_hashes).digest)
     dataset = open_for(config)

@@ -151,6 +151,7 @@ def ended(both: list[Started]) -> str:
     return ends[0][1]
 
 
+@pytest.mark.drill
 def test_columns_across_hosts_are_the_run_of_one_process(
     start: Start, runs: Path, one: Path
 ) -> None:
