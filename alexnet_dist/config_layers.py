@@ -122,6 +122,8 @@ def _check_growth(text: str) -> None:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):
             raise ValueError("has aliases (*name)")
+        if isinstance(event, yaml.ScalarEvent) and depth == 0:
+            raise ValueError("a lone value")
         if depth > _DEEPEST:
             raise ValueError(f"nested deeper than {_DEEPEST}")
     if text.count("${") > _MOST_INTERPOLATIONS:

@@ -272,11 +272,12 @@ def test_what_is_no_array_is_refused(packed: Path, tmp_path: Path, content: byte
         ("a0: xxxxxxxxxx\n" + "".join(f"a{n + 1}: ${{a{n}}}${{a{n}}}\n" for n in range(30)),
          "more than 10 interpolations"),
         ("seed: &a [1]\nname: *a", "has aliases"),
+        ("0", "a lone value"),
         ("x" * 300_000, "longer than 200,000 bytes"),
         ('data: {path: "a\\0b"}', r"data\.path='a\\x00b': must be text without control"),
         ('output_dir: "a\\e[2Jb"', "must be text without control characters"),
     ],
-    ids=["nested", "lists", "interpolations", "aliases", "long", "NUL", "escape"],
+    ids=["nested", "lists", "interpolations", "aliases", "number", "long", "NUL", "escape"],
 )  # fmt: skip
 def test_a_config_that_would_grow_or_steer_is_refused(
     text: str, message: str, tmp_path: Path

@@ -108,9 +108,8 @@ def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
     """
     try:
         for opcode, argument, _ in pickletools.genops(content):  # lengths are compared here
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > len(
-                content
-            ):
+            memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+            if memo and int(argument or 0) > len(content):
                 raise pickle.UnpicklingError("a memo beyond its own length")  # takes that memory
         values = _OnlyArrays(io.BytesIO(content), encoding="bytes").load()
         if not isinstance(values, dict):
