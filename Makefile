@@ -29,6 +29,7 @@ test: $(READY)  ## the tests
 
 drill: $(READY) ## fault drills: minutes; DRILLS=full: an hour
 	$(BIN)/python -m pytest -m drill
+	FUZZ=20 $(BIN)/python -m pytest tests/test_hostile_sources.py
 	$(BIN)/python tests/drills.py $(if $(filter full,$(DRILLS)),--full)
 
 check: $(READY) ## style, types, layers
