@@ -2,6 +2,7 @@
 neither memory, time nor stack beyond the file's own size."""
 
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -15,7 +16,7 @@ import subprocess
 import tarfile
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from hypothesis import strategies as st
 
 from alexnet_dist.config import Config
 from alexnet_dist.config_layers import load_config
+from alexnet_dist.data import archives
 from alexnet_dist.data.arrays import read_idx, read_pickle
 from alexnet_dist.data.dataset import INDEX, open_dataset
+from alexnet_dist.data.devkit import read_synsets
 from alexnet_dist.data.prepare import list_source
 from alexnet_dist.errors import AlexNetDistError, ConfigError, DatasetError
 from alexnet_dist.run_folder import RunFolder, read_run
@@ -160,39 +163,55 @@ def test_a_damaged_header_does_not_shorten_a_listing_in_silence(tmp_path: Path) 
 
 
 @pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
     root = tmp_path_factory.mktemp("sources")
     cifar = made.cifar10(root / "cifar10", 2, 2)
     with tarfile.open(cifar / "cifar-10-python.tar.gz", "w:gz") as tar:
         tar.add(cifar / "cifar-10-batches-py", "cifar-10-batches-py")
     shutil.rmtree(cifar / "cifar-10-batches-py")
-    return {"imagenet": made.imagenet(root / "imagenet", 2, 4), "cifar10": cifar}
+    # The same meta.mat again and again need not start a process again and again.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(archives, "read_synsets", functools.cache(read_synsets))
+        yield {"imagenet": made.imagenet(root / "imagenet", 2, 4), "cifar10": cifar}
 
 
 @FEW
-@given(st.sampled_from(["train.tar", "val.tar", "devkit", "meta.mat", "cifar-10"]), CHANGES)
+@given(st.sampled_from(["train.tar", "val.tar", "devkit", "cifar-10"]), CHANGES)
 def test_any_change_of_a_sources_files_is_an_error_or_the_same_number_of_images(
-    sources: dict[str, Path], tmp_path: Path, which: str, change: Change
+    sources: dict[str, Path], which: str, change: Change
 ) -> None:
     kind = "cifar10" if which == "cifar-10" else "imagenet"
-    folder = sources[kind]
-    (path,) = folder.glob("*devkit*" if which == "meta.mat" else f"*{which}*")
-    expected = {name: len(items) for name, items in list_source(kind, folder).splits.items()}
+    (path,) = sources[kind].glob(f"*{which}*")
     sound = path.read_bytes()
+    expected = {"imagenet": [8, 4], "cifar10": [10, 2]}[kind]
     try:
-        if which == "meta.mat":  # within an archive that is well
-            prefix = "ILSVRC2012_devkit_t12/data/"
-            with tarfile.open(path) as tar:
-                members = {m.name: tar.extractfile(m).read() for m in tar}  # type: ignore[union-attr]
-            members[prefix + which] = changed(members[prefix + which], change)
-            made.tar_of(path, members, "w:gz")
-        else:
-            path.write_bytes(changed(sound, change))
+        path.write_bytes(changed(sound, change))
         with contextlib.suppress(DatasetError):
-            found = list_source(kind, folder)
-            assert {name: len(items) for name, items in found.splits.items()} == expected
+            found = list_source(kind, sources[kind]).splits
+            assert [len(items) for items in found.values()] == expected
     finally:
         path.write_bytes(sound)
+
+
+@settings(FEW, max_examples=FEW.max_examples // 8)
+@given(CHANGES)
+def test_any_change_of_meta_mat_is_classes_or_an_error(
+    sources: dict[str, Path], change: Change
+) -> None:
+    with contextlib.suppress(ValueError):
+        assert isinstance(read_synsets(changed(meta_mat(sources["imagenet"]), change)), list)
+
+
+def test_a_meta_mat_that_kills_scipys_reader_is_an_error(sources: dict[str, Path]) -> None:
+    """By SIGSEGV with scipy 1.17.1."""
+    with pytest.raises(ValueError, match=r"meta\.mat: its reader ended with -?\d+"):
+        read_synsets(changed(meta_mat(sources["imagenet"]), (550, 80, 0, False)))
+
+
+def meta_mat(source: Path) -> bytes:
+    (path,) = source.glob("*devkit*")
+    with tarfile.open(path) as tar:
+        return tar.extractfile("ILSVRC2012_devkit_t12/data/meta.mat").read()  # type: ignore[union-attr]
 
 
 @FEW

@@ -1,6 +1,5 @@
 """Sources of encoded images: ImageNet's tars as downloaded, read in place, and image folders."""
 
-import io
 import os
 import re
 import stat
@@ -8,11 +7,9 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-
+from alexnet_dist.data.devkit import read_synsets
 from alexnet_dist.data.sources import Item, Source, needed, open_tar, read_member
 from alexnet_dist.errors import DatasetError
-from alexnet_dist.untrusted import within_memory
 
 
 def imagenet(path: Path) -> Source:
@@ -83,23 +80,19 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
 
 def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """Words by WordNet id of the 1,000 classes, and each validation image's WordNet id."""
-    from scipy.io import loadmat
 
     def member(name: str) -> bytes:
         return read_member(tar, f"ILSVRC2012_devkit_t12/data/{name}", path)
 
     with open_tar(path, "r:gz") as tar:
         try:
-            content = io.BytesIO(member("meta.mat"))
-            with within_memory(2**30):  # a file of a few bytes can ask for more than there is
-                meta = loadmat(content, squeeze_me=True)["synsets"]
-            leaves = [synset for synset in np.atleast_1d(meta) if int(synset["num_children"]) == 0]
-            wnid = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
-            words = {str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves}
+            leaves = read_synsets(member("meta.mat"))
+            wnid = {leaf.number: leaf.wnid for leaf in leaves}
             lines = member("ILSVRC2012_validation_ground_truth.txt").split()
-            return words, [wnid[int(line)] for line in lines]
-        except Exception as error:  # a hostile file can fail in any way
-            raise DatasetError(f"{path} is not ILSVRC-2012's devkit: {error!r}") from error
+            truth = [wnid[int(line)] for line in lines]
+        except (KeyError, ValueError) as error:
+            raise DatasetError(f"{path} is not ILSVRC-2012's devkit: {error}") from error
+    return {leaf.wnid: leaf.words for leaf in leaves}, truth
 
 
 def folder(path: Path) -> Source:
