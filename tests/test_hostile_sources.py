@@ -284,6 +284,22 @@ def test_what_is_no_array_is_refused(packed: Path, tmp_path: Path, content: byte
     refused(lambda: open_dataset(copy), r"is not an array|expected|is damaged")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"source": {"kind": "a\x1b[2J"}}, {"source": {}}, {"source": 3}, {"splits": {"../up": {}}},
+        {"splits": {"a\x1b[2J": {}}}, {"splits": {"": {}}},
+    ],
+)  # fmt: skip
+def test_names_in_a_description_are_names(
+    packed: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    """`inspect` prints them."""
+    meta = json.loads((packed / "dataset.json").read_text()) | change
+    (tmp_path / "dataset.json").write_text(json.dumps(meta))
+    refused(lambda: open_dataset(tmp_path), r"dataset\.json is damaged")
+
+
 # --- configs
 
 

@@ -165,6 +165,10 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
                 f"{path}: version {meta['version']!r}, and this program reads {VERSION}: "
                 "prepare the data set again"
             )
+        source = dict(meta["source"])
+        names = str(source["kind"]), *meta["splits"]
+        if not all(re.fullmatch(r"[A-Za-z0-9_-]{1,99}", name) for name in names):
+            raise ValueError(f"names {names}")
         classes = tuple(str(name) for name in meta["classes"])
         statistics = Statistics(
             _load(folder, meta["mean_image"], np.dtype("<f4"), dims=3),
@@ -183,7 +187,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     if not sound or statistics.mean_image.shape[2] != 3 or not _finite(statistics.mean_image):
         raise DatasetError(f"{path}: colour statistics are not numbers: prepare it again")
     digest = hashlib.sha256(text).hexdigest()
-    return Dataset(folder, digest, meta.get("source", {}), classes, statistics, splits)
+    return Dataset(folder, digest, source, classes, statistics, splits)
 
 
 def _finite(array: npt.NDArray[np.floating]) -> bool:
