@@ -239,6 +239,19 @@ def best(folder: Path) -> Checkpoint:
     raise CheckpointError(f"{folder}: no good checkpoint has a validation error")
 
 
+def at(path: Path) -> Checkpoint:
+    """The checkpoint that a path names; of a run folder the best, or its only one."""
+    if (path / "checkpoints").is_dir():
+        only = steps(path / "checkpoints")
+        return verify(only[0]) if len(only) == 1 else best(path / "checkpoints")
+    if (path / "manifest.json").is_file():
+        return verify(path)
+    raise CheckpointError(
+        f"{path} is neither a run folder nor a checkpoint: name runs/NAME or "
+        "runs/NAME/checkpoints/step-…"
+    )
+
+
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
     """Raises CheckpointError where the checkpoint was made by another run than `config` defines."""
     theirs, ours = fingerprint(checkpoint.config), fingerprint(config)

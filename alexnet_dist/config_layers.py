@@ -98,6 +98,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
         shipped = sorted(
             str(p.relative_to(configs_folder()).with_suffix(""))
             for p in configs_folder().rglob("*.yaml")
+            if p.parent.name != "cluster"  # launch's
         )
         raise ConfigError(
             f"{text!r} is neither a config file nor key=value; shipped configs: "
@@ -180,6 +181,8 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
 
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
+        if key.spread and isinstance(value, int | float):
+            value = [value]
         if not isinstance(value, list):
             raise wrong("a list, as in [1, 2]")
         return tuple(_checked(dotted, v, item, key, source) for v in value)
@@ -215,12 +218,51 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
     """Rules over several keys; raises ConfigError."""
     model, data, schedule = config.model, config.data, config.schedule
     zero = config.layout.kind.startswith("zero")
-    lengths = {"model.conv": 5, "model.fc": 2, "model.pool": 2, "data.divide_by": 3}
-    lengths["optimizer.betas"] = 2
+    lengths = {"model.pool": 2, "data.divide_by": 3, "optimizer.betas": 2}
     values = flat(config)
     rules: list[tuple[str, bool, str]] = [
         (key, len(values[key]) == length, f"needs {length} numbers")
         for key, length in lengths.items()
+    ]
+    convs, layers = len(model.conv), len(model.layer_names)
+    rules += [
+        (
+            "model.conv",
+            convs > 0 and layers <= 9,
+            "a network has a convolution at least, and nine layers at most",
+        ),
+    ]
+    rules += [
+        (f"model.{key}", len(values[f"model.{key}"]) == convs,
+         f"model.conv={list(model.conv)} needs {convs} numbers here")
+        for key in ("kernel", "stride", "padding")
+    ]  # fmt: skip
+    rules += [
+        (key, {*values[key]} <= {*model.layer_names},
+         f"the network of model.conv and model.fc has {', '.join(model.layer_names)}")
+        for key in (
+            "model.exchange", "model.activation_last", "model.pool_after", "model.lrn.layers",
+            "model.spatial_norm.layers", "model.dropout_before", "train.init_new",
+        )
+    ]  # fmt: skip
+    spread = {"init_std": layers, "init_bias": layers, "lrn.alpha": len(model.lrn.layers)}
+    rules += [
+        (f"model.{key}", (model.init == "he" and key.startswith("init")) or
+         len(values[f"model.{key}"]) in (1, length), f"needs one number, or {length}")
+        for key, length in spread.items()
+    ]  # fmt: skip
+    rules += [
+        (
+            "model.pool_average",
+            {*model.pool_average} <= {*model.pool_after},
+            f"model.pool_after={list(model.pool_after)}: only they pool",
+        ),
+        ("model.spatial_norm.size", model.spatial_norm.size % 2 == 1, "must be odd"),
+        (
+            "train.init_new",
+            config.train.init_from != "none" or not config.train.init_new,
+            "all layers begin anew where train.init_from=none",
+        ),
     ]
     rules += [
         (
@@ -242,10 +284,10 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         ),
         (
             "layout.kind",
-            config.layout.kind != "sharded_fc" or {"fc6", "fc7", "fc8"} <= {*model.exchange},
+            config.layout.kind != "sharded_fc" or {*model.fc_names} <= {*model.exchange},
             "its fully-connected layers see all units, and model.exchange="
-            f"{list(model.exchange)} keeps some to their column: add fc6, fc7, fc8, or set "
-            "layout.kind=replicas",
+            f"{list(model.exchange)} keeps some to their column: add {', '.join(model.fc_names)}, "
+            "or set layout.kind=replicas",
         ),
         (
             "layout.kind",

@@ -8,6 +8,7 @@ CPU it goes by chunks that stay in the cache, so that memory is passed over as s
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _CHUNK_BYTES = 512 * 1024
@@ -33,6 +34,10 @@ def local_response_norm(
         size: n, odd.
         alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
     """
+    if torch.compiler.is_exporting():  # in operators that every format has
+        near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
+        sums = F.conv2d(maps * maps, near[:, :, None, None])
+        return maps * (k + alpha * sums).pow(-beta)
     return _LocalResponseNorm.apply(maps, columns, size, alpha, beta, k)  # type: ignore[no-any-return]
 
 

@@ -15,15 +15,14 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from alexnet_dist import launcher
 from alexnet_dist.checkpoint import step_of, steps
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.durable import read_run as read_run
 from alexnet_dist.errors import CrashLoop, RunFolderError
-from alexnet_dist.untrusted import json_object, read_bytes
 
 log = logging.getLogger(__name__)
-# Of run.json: what is reckoned with, and left out where it is no number.
-_COUNTS = ("attempt", "idle_restarts", "resumed_at", "newest_step", "first_started", "kept_s")
 
 
 class RunFolder:
@@ -36,8 +35,10 @@ class RunFolder:
     |---|---|
     | state | starting, running, finished, stopped, failed; one whose process died keeps its last |
     | exit, reason | of a run that ended: the code its ranks left with, and why |
-    | attempt, host, pid, job | which start this is, and where; job: Slurm's, or null |
-    | idle_restarts | starts in a row, this one too, after failures that had saved nothing new |
+    | known | of a failed one: what failed has a name, and would fail again |
+    | attempt, host, pid | which start this is, and where |
+    | job, restart | Slurm's number of the job, or null, and how often Slurm started it before |
+    | idle_restarts | starts in a row, this one too, after others that had saved nothing new |
     | step, last_step | steps done when the state was written, steps in all |
     | resumed_at, newest_step | the newest checkpoint's step when this attempt began, and now |
     | first_started, started, updated | seconds since 1970: the first attempt, this one, this file |
@@ -56,13 +57,18 @@ class RunFolder:
         self._hold()
         before, now = read_run(self.path), time.time()
         newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
-        failed = before.get("state") in ("starting", "running", "failed")
+        # A stop that asks to be resumed counts too: a time limit may be shorter than a start.
+        failed = before.get("state") in ("starting", "running", "failed") or (
+            before.get("state") == "stopped" and before.get("exit") == 75
+        )
         idle = failed and newest <= before.get("resumed_at", 0)
+        job, restart = launcher.job()
         self._run = {
             "attempt": int(before.get("attempt", 0)) + 1,
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": job,
+            "restart": restart,
             "first_started": before.get("first_started", now),
             "started": now,
             "resumed_at": newest,
@@ -104,11 +110,11 @@ class RunFolder:
         idle, most = self._run["idle_restarts"], self.config.checkpoint.max_idle_restarts
         if idle > most:
             loop = CrashLoop(
-                f"{self.path}: {idle} starts in a row failed and saved nothing after step "
+                f"{self.path}: {idle} starts in a row saved nothing after step "
                 f"{self._run['newest_step']}; the last: {last}. Mend that, then start with "
                 f"checkpoint.max_idle_restarts={idle} (now {most})"
             )
-            self.report("failed", exit=loop.exit_code, reason=last)
+            self.report("failed", exit=loop.exit_code, reason=last, known=True)
             raise loop
 
     def report(self, state: str, **more: Any) -> None:
@@ -140,19 +146,6 @@ class RunFolder:
 
     def save_config(self) -> None:
         write_json(self.path / "config.json", dataclasses.asdict(self.config))
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """What run.json says; empty where there is none."""
-    try:
-        found = json_object(read_bytes(folder / "run.json"))
-    except (OSError, ValueError):
-        return {}
-    return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 2**63
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """Ranks, groups, threads and devices: who this process is, and with whom it speaks.
 
-The only reader of RANK and its relatives. Ranks are laid out replica by replica, a replica's
-columns side by side, so that columns meet inside a node.
+Ranks are laid out replica by replica, a replica's columns side by side, so that columns meet
+inside a node.
 """
 
 import ctypes
 import dataclasses
 import datetime
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,11 +16,13 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
+from alexnet_dist import launcher
 from alexnet_dist.config import Config
-from alexnet_dist.errors import AlexNetDistError, ConfigError, SaidByRank0
+from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError, SaidByRank0
+from alexnet_dist.launcher import Place
 from alexnet_dist.layouts import check, columns_of
 from alexnet_dist.shares import share
 
@@ -113,11 +116,6 @@ class Topology:
         return counts
 
 
-def launched() -> bool:
-    """Whether a launcher started this process and said who it is."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def gpus(config: Config) -> int:
     """GPUs of this host that a run may use."""
     return 0 if config.layout.device == "cpu" else torch.cuda.device_count()
@@ -125,15 +123,16 @@ def gpus(config: Config) -> int:
 
 def connect(config: Config) -> Topology:
     """Join the other ranks, take a device, set threads; raises ConfigError if ranks do not fit."""
+    place = launcher.place() or Place()
     here = Topology(
-        global_rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        global_rank=place.rank,
+        world_size=place.world,
+        local_rank=place.local_rank,
+        local_world_size=place.local_world,
         columns=columns_of(config),
     )
     check(config, here.world_size)
-    device = _device(config, here)
+    device = _device(config, place)
     torch.set_num_threads(config.layout.threads or max(1, _cores() // here.local_world_size))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -145,11 +144,16 @@ def connect(config: Config) -> Topology:
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # one process may go through several layouts
         dist.init_process_group(
-            backend, timeout=timeout, device_id=device if backend == "nccl" else None
-        )
+            backend, timeout=timeout, device_id=device if backend == "nccl" else None,
+            store=_meet(config, place, timeout), rank=place.rank, world_size=place.world,
+        )  # fmt: skip
     # Not init_device_mesh: its subgroups would not have our timeout on every backend.
     world, columns = here.world_size, here.columns
     control = _group(range(world), "gloo", timeout)
+    if place.node is not None:
+        nodes = dataclasses.replace(here, control=control).each(place.node)
+        launcher.check_even(place.tasks_per_node)  # now, so that rank 0 lives to say it
+        _check_columns_meet([int(node) for node in nodes], columns)
     by_replica = [
         _group(range(first, first + columns), backend, timeout) if columns > 1 else None
         for first in range(0, world, columns)
@@ -180,16 +184,72 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _device(config: Config, here: Topology) -> torch.device:
-    found = gpus(config)
-    if config.layout.device == "cuda" and found < here.local_world_size:
+def _meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | None:
+    """Where the ranks of a Slurm step meet; None where MASTER_ADDR says it.
+
+    Rank 0 takes a free port, and leaves its address in the run folder, in a file that only this
+    start of this step looks for: no port to agree on before, none that a neighbour may have.
+    """
+    if not place.meeting:
+        return None
+    path = config.folder / f"meet-{place.meeting}"
+    if place.rank == 0:
+        store = TCPStore(
+            place.address, 0, place.world, is_master=True, timeout=timeout, wait_for_workers=False
+        )
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".{path.name}")
+            aside.write_text(f"{place.address} {store.port}")
+            aside.replace(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path}: cannot be written ({error.strerror}): set output_dir= to a folder that "
+                "all nodes share"
+            ) from error
+        for other in range(1, place.world):
+            store.wait([f"met/{other}"], timeout)
+        path.unlink(missing_ok=True)
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    # Listing the folder makes a network file system look again.
+    while not (path.parent.is_dir() and path.name in os.listdir(path.parent)):
+        if time.monotonic() > deadline:
+            raise RunFolderError(
+                f"{path}: rank 0 did not leave its address within layout.timeout_s="
+                f"{config.layout.timeout_s:g}: is output_dir={config.output_dir} shared by all "
+                "nodes?"
+            )
+        time.sleep(0.05)
+    address, port = path.read_text().split()
+    store = TCPStore(address, int(port), place.world, is_master=False, timeout=timeout)
+    store.set(f"met/{place.rank}", "")
+    return store
+
+
+def _check_columns_meet(nodes: list[int], columns: int) -> None:
+    """Raises ConfigError where the columns of a replica lie on different ones of these nodes."""
+    pairs = [nodes[first : first + columns] for first in range(0, len(nodes), columns)]
+    if any(len(set(pair)) > 1 for pair in pairs):
         raise ConfigError(
-            f"layout.device=cuda: {here.local_world_size} ranks on this host need a GPU each, "
+            f"layout.kind: Slurm laid ranks 0, 1, … on nodes {', '.join(map(str, nodes))}, and the "
+            f"columns of a replica must share one: ask for --ntasks-per-node={columns} or a "
+            "multiple of it, and --distribution=block"
+        )
+
+
+def _device(config: Config, place: Place) -> torch.device:
+    found = gpus(config)
+    # Slurm may show a task its own GPU alone (--gpus-per-task): the job then has as many as tasks.
+    own = found == 1 and (place.gpus_on_node or 0) >= place.local_world
+    if config.layout.device == "cuda" and found < place.local_world and not own:
+        raise ConfigError(
+            f"layout.device=cuda: {place.local_world} ranks on this host need a GPU each, "
             f"and {found} are here; set layout.device=auto or layout.kind=one"
         )
-    if found < here.local_world_size:
+    if found < place.local_world and not own:
         return torch.device("cpu")
-    device = torch.device("cuda", here.local_rank)
+    device = torch.device("cuda", 0 if own else place.local_rank)
     torch.cuda.set_device(device)
     return device
 

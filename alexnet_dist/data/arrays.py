@@ -62,6 +62,21 @@ def cifar10(path: Path) -> Source:
     return Source("cifar10", classes, {"train": train, "test": batch("test_batch")})
 
 
+def with_validation(source: Source, share: float) -> Source:
+    """A share of the test split becomes `val`, as many of each class: scikit-learn's stratified
+    split with random state 0. Raises DatasetError where that cannot be."""
+    from sklearn.model_selection import train_test_split
+
+    items = source.splits["test"]
+    places, labels = range(len(items)), [item.label for item in items]
+    try:
+        test, val = train_test_split(places, test_size=share, random_state=0, stratify=labels)
+    except ValueError as error:
+        raise DatasetError(f"--validation {share:g}: {error}") from error
+    cut = {"test": [items[i] for i in test], "val": [items[i] for i in val]}
+    return Source(source.kind, source.classes, {**source.splits, **cut})
+
+
 def _reader(path: Path) -> Callable[[str], bytes]:
     """Reads a file of CIFAR-10 by its name."""
     packed, inside = path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py"

@@ -165,8 +165,8 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
                 f"{path}: version {meta['version']!r}, and this program reads {VERSION}: "
                 "prepare the data set again"
             )
-        source = dict(meta["source"])
-        names = str(source["kind"]), *meta["splits"]
+        made_of = dict(meta["source"])
+        names = str(made_of["kind"]), *meta["splits"]
         if not all(re.fullmatch(r"[A-Za-z0-9_-]{1,99}", name) for name in names):
             raise ValueError(f"names {names}")
         classes = tuple(str(name) for name in meta["classes"])
@@ -187,7 +187,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     if not sound or statistics.mean_image.shape[2] != 3 or not _finite(statistics.mean_image):
         raise DatasetError(f"{path}: colour statistics are not numbers: prepare it again")
     digest = hashlib.sha256(text).hexdigest()
-    return Dataset(folder, digest, source, classes, statistics, splits)
+    return Dataset(folder, digest, made_of, classes, statistics, splits)
 
 
 def _finite(array: npt.NDArray[np.floating]) -> bool:

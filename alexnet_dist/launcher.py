@@ -1,0 +1,99 @@
+"""What a launcher says about this process: the only reader of RANK, SLURM_* and their relatives.
+
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; srun its SLURM_* for each task.
+A step of one task is no launcher: a run in it starts its own ranks, as it does anywhere.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+
+from alexnet_dist.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among those that were started together.
+
+    Attributes:
+        node: the number of this process's node, counted from 0; None where Slurm did not start it.
+        tasks_per_node: of each node, where Slurm said it.
+        gpus_on_node: GPUs that Slurm gave the job on a node; None where it did not say.
+        address: a name by which the other nodes find this one.
+        meeting: distinguishes this start of this job step from any other; empty where ranks meet
+            at MASTER_ADDR.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    node: int | None = None
+    tasks_per_node: tuple[int, ...] = ()
+    gpus_on_node: int | None = None
+    address: str = "localhost"
+    meeting: str = ""
+
+
+def place() -> Place | None:
+    """This process's place; None where no launcher started it."""
+    has = os.environ.get
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return Place(
+            rank=int(os.environ["RANK"]),
+            world=int(os.environ["WORLD_SIZE"]),
+            local_rank=int(has("LOCAL_RANK", "0")),
+            local_world=int(has("LOCAL_WORLD_SIZE", "1")),
+        )
+    world = int(has("SLURM_STEP_NUM_TASKS", "1"))
+    if world == 1:
+        return None
+    tasks, node = tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"]), _number("SLURM_NODEID")
+    gpus = has("SLURM_GPUS_ON_NODE")
+    start = (*job(), _number("SLURM_STEP_ID"))
+    return Place(
+        rank=_number("SLURM_PROCID"),
+        world=world,
+        local_rank=_number("SLURM_LOCALID"),
+        local_world=tasks[node],
+        node=node,
+        tasks_per_node=tasks,
+        gpus_on_node=int(gpus) if gpus and gpus.isdecimal() else None,
+        address=os.environ["SLURMD_NODENAME"],
+        meeting="" if "MASTER_ADDR" in os.environ else "-".join(map(str, start)),
+    )
+
+
+def rank() -> int:
+    """This process's number among all; 0 where it is alone."""
+    here = place()
+    return here.rank if here else 0
+
+
+def job() -> tuple[str | None, int]:
+    """Slurm's number of this job, None outside one, and how often Slurm started it before."""
+    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def _number(name: str) -> int:
+    return int(os.environ[name])
+
+
+def tasks_per_node(text: str) -> tuple[int, ...]:
+    """Slurm's way of writing them: 2(x3),1 is 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found is None:
+            raise ConfigError(f"SLURM_TASKS_PER_NODE={text}: not as Slurm writes it: 2(x3),1")
+        counts += [int(found[1])] * int(found[2] or 1)
+    return tuple(counts)
+
+
+def check_even(tasks: tuple[int, ...]) -> None:
+    """Raises ConfigError where nodes have different numbers of tasks."""
+    if len(set(tasks)) > 1:
+        raise ConfigError(
+            f"Slurm put {', '.join(map(str, tasks))} tasks on {len(tasks)} nodes: every node must "
+            "have as many: ask for --nodes and --ntasks-per-node, not for --ntasks alone"
+        )

@@ -1,0 +1,222 @@
+"""A run as a Slurm job: what is looked at before its ranks start, and what follows when they end.
+
+    python -m launch.job before CONFIG...       in the batch script, before srun
+    python -m launch.job after CODE CONFIG...   after it; CODE is srun's
+    python -m launch.job after CODE --submitted FOLDER   the same, of a job that Submitit pickled
+
+`run.json` decides, not the exit code: srun gives the highest of its tasks', or that of a task it
+ended itself. See docs/slurm.md for the table.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from submitit import JobEnvironment
+from submitit.core.utils import DelayedSubmission, JobPaths
+
+from alexnet_dist import launcher, layouts
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.durable import read_run
+from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError, printable
+
+PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and pickles are code
+
+
+class TrainJob:
+    """What Submitit pickles, by reference: the arguments of one run.
+
+    A rank that stops leaves without a result, which Submitit would take for the job's; what
+    follows is decided in the batch script, once for all ranks.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = list(arguments)
+
+    def __call__(self) -> int:
+        os.umask(PRIVATE)
+        forget_results(JobEnvironment().paths)
+        from alexnet_dist.__main__ import main  # its handlers take the place of Submitit's
+
+        code = main(["train", *self.arguments])
+        if code:
+            sys.exit(code)
+        return code
+
+    def checkpoint(self) -> DelayedSubmission:
+        """For a signal that comes before the run's own handlers: nothing is there to save."""
+        return DelayedSubmission(self)
+
+
+def forget_results(paths: JobPaths) -> None:
+    """Remove what an earlier start of this rank left: a result, or half of one.
+
+    Submitit refuses to write where a half is, and would read an old result as the job's.
+    """
+    for path in (paths.result_pickle, paths.submitted_pickle):
+        path.with_suffix(path.suffix + ".save_tmp").unlink(missing_ok=True)
+    paths.result_pickle.unlink(missing_ok=True)
+
+
+def check_private(folder: Path) -> None:
+    """Raises RunFolderError where others may write in a folder: its pickles would be their code."""
+    about = folder.stat()
+    if about.st_uid != os.getuid() or about.st_mode & 0o022:
+        raise RunFolderError(
+            f"{folder}: others may write here (owner {about.st_uid}, mode {about.st_mode & 0o777:o}"
+            "), and a job runs the pickles it finds: chown it to you, chmod go-w"
+        )
+
+
+def before(arguments: Sequence[str]) -> Config:
+    """The config of a job that is about to start its ranks; raises what they would all raise."""
+    config = load_config(arguments)
+    tasks = launcher.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    if sum(tasks) != int(os.environ.get("SLURM_NTASKS", sum(tasks))):
+        tasks = (*tasks[:-1], int(os.environ["SLURM_NTASKS"]) - sum(tasks[:-1]))
+    check_placement(config, tasks)
+    open_for(config)
+    return config
+
+
+def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
+    """Raises ConfigError where a config's ranks cannot lie on nodes with so many tasks each."""
+    ranks = sum(tasks)
+    if ranks == 1:
+        return  # a task alone starts its own ranks
+    launcher.check_even(tasks)
+    layouts.check(config, ranks)
+    columns = layouts.columns_of(config)
+    if tasks[0] % columns:
+        raise ConfigError(
+            f"layout.kind={config.layout.kind}: the {columns} columns of a replica share a node, "
+            f"and each of {len(tasks)} nodes has {tasks[0]} tasks: ask for --ntasks-per-node="
+            f"{columns} or a multiple of it"
+        )
+
+
+def after(code: int, config: Config) -> int:
+    """What follows when the ranks have left: the job is requeued, or ends with this code."""
+    if code == 0:  # every rank reached the end; by now another job may have the folder
+        return code
+    run = read_run(config.folder)
+    if (run.get("job"), run.get("restart")) != launcher.job():
+        if code == 2:
+            return code  # a mistake, and the ranks have said which
+        from alexnet_dist.run_folder import RunFolder
+
+        folder = RunFolder(config)  # raises where another job has it, or this began in vain before
+        folder.take()
+        folder.report("failed", exit=1, reason=f"its ranks left with {code} before it began")
+        run = read_run(config.folder)
+    again, why = verdict(run, job_state())
+    print(f"{config.folder}: {why}{': requeued' if again else ''}", flush=True)
+    if again:
+        requeue()
+    return 0 if again else int(run.get("exit") or 0)
+
+
+def verdict(run: Mapping[str, Any], job: str) -> tuple[bool, str]:
+    """Whether a job should start again, and why.
+
+    Args:
+        run: run.json, written by this start of this job.
+        job: Slurm's state of the job; PREEMPTED from when Slurm wants it away.
+    """
+    state, exit_code, step = run["state"], run.get("exit"), run.get("step")
+    if job == "CANCELLED":
+        return False, f"cancelled at step {step}; the same command resumes"
+    match state:
+        case "finished":
+            return False, "finished"
+        case "stopped" if exit_code == 75 or job == "PREEMPTED":
+            return True, f"stopped and saved at step {step}"
+        case "stopped":
+            return False, f"stopped at step {step} with {exit_code}; the same command resumes"
+        case "failed" if run.get("known"):
+            return False, f"failed: {run.get('reason')}"
+        case "failed":
+            return True, f"failed: {run.get('reason')}"
+        case _:
+            return True, "killed"
+
+
+def own_name() -> str:
+    """This job as Slurm's commands take it.
+
+    The last element of an array has the array's own number, which would mean all of it.
+    """
+    array, task = (os.environ.get(f"SLURM_ARRAY_{what}_ID") for what in ("JOB", "TASK"))
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+
+
+def job_state() -> str:
+    """Slurm's word for this job: RUNNING, CANCELLED, …, or PREEMPTED if it is about to be."""
+    told = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
+    if re.search(r"\bPreemptTime=\d", told):
+        return "PREEMPTED"
+    found = re.search(r"\bJobState=(\w+)", told)
+    return found[1] if found else "UNKNOWN"
+
+
+def requeue() -> None:
+    """Put this job, or this element of an array, back in the queue; raises RunFolderError."""
+    asked = subprocess.run(
+        ["scontrol", "requeue", own_name()],
+        check=False, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if asked.returncode:
+        raise RunFolderError(
+            f"scontrol requeue {own_name()}: {(asked.stderr or asked.stdout).strip()}: submit the "
+            "same command again, it resumes; sbatch --requeue allows this, unless the site forbids "
+            "it"
+        )
+
+
+def slurm(*command: str) -> str | None:
+    """What a command of Slurm prints; None where it fails or is not installed."""
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def submitted(folder: Path) -> TrainJob:
+    """The job that Submitit pickled for this batch script."""
+    check_private(folder)
+    function = DelayedSubmission.load(JobPaths(folder, own_name()).submitted_pickle).function
+    assert isinstance(function, TrainJob)
+    return function
+
+
+def main(arguments: Sequence[str]) -> int:
+    match list(arguments):
+        case ["before", *config]:
+            before(config)
+            return 0
+        case ["after", code, "--submitted", folder]:
+            return after(int(code), load_config(submitted(Path(folder)).arguments))
+        case ["after", code, *config]:
+            return after(int(code), load_config(config))
+        case _:
+            raise ConfigError("launch.job: before CONFIG..., or after CODE CONFIG...")
+
+
+def guarded(main: Any) -> int:
+    """Run a program of this package: an error that has a name is one line."""
+    try:
+        return int(main(sys.argv[1:]))
+    except AlexNetDistError as error:
+        print(f"launch: {printable(str(error))}", file=sys.stderr, flush=True)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

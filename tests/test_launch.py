@@ -1,0 +1,349 @@
+"""What needs no Slurm: its variables, what follows when ranks have left, what is refused."""
+
+import dataclasses
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, on_ranks
+from submitit.core.utils import JobPaths
+
+from alexnet_dist import launcher, topology
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import configs_folder
+from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
+from alexnet_dist.launcher import Place
+from alexnet_dist.preemption import StopSignals
+from alexnet_dist.run_folder import RunFolder, read_run
+from launch import ensemble, job, status, submit
+
+STEP = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURMD_NODENAME": "n2",
+}
+
+
+def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in STEP.items():
+        monkeypatch.setenv(name, value)
+    assert launcher.place() == Place(3, 4, 1, 2, 1, (2, 2), None, "n2", "7-0-0")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert launcher.place().meeting == "7-2-0"  # type: ignore[union-attr]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # salloc, srun --pty bash
+    assert launcher.place() is None
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert launcher.place() == Place(1, 2)
+
+
+def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
+    assert launcher.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
+    assert launcher.tasks_per_node("4") == (4,)
+    with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=two: not as Slurm"):
+        launcher.tasks_per_node("two")
+
+
+@pytest.mark.parametrize(
+    ("kind", "tasks", "said"),
+    [
+        ("columns", (2,), ""),
+        ("columns_x_replicas", (2, 2), ""),
+        ("one", (1,), ""),
+        ("columns", (1,), ""),  # a task alone starts its own ranks
+        ("replicas", (2, 1), "every node must have as many"),
+        ("columns_x_replicas", (1, 1, 1, 1), "ask for --ntasks-per-node=2"),
+        ("columns_x_replicas", (3, 3), "ask for --ntasks-per-node=2"),
+        ("columns", (2, 2), "takes 2 ranks"),
+    ],
+)
+def test_columns_share_a_node(
+    kind: str, tasks: tuple[int, ...], said: str, tiny: Callable[..., Config]
+) -> None:
+    config = tiny(f"layout.kind={kind}", "train.batch=24")
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            job.check_placement(config, tasks)
+    else:
+        job.check_placement(config, tasks)
+
+
+def test_fewer_tasks_than_places_are_seen(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sbatch --nodes=2 --ntasks-per-node=2 --ntasks=3: Slurm still says 2(x2)."""
+    from conftest import as_overrides
+
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2)")
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    with pytest.raises(ConfigError, match="Slurm put 2, 1 tasks on 2 nodes"):
+        job.before(as_overrides(tiny("layout.kind=replicas")))
+
+
+def test_columns_that_slurm_laid_apart_are_refused() -> None:
+    topology._check_columns_meet([0, 0, 1, 1], 2)
+    topology._check_columns_meet([0, 1, 0, 1], 1)
+    with pytest.raises(ConfigError, match=r"nodes 0, 1, 0, 1, .*--distribution=block"):
+        topology._check_columns_meet([0, 1, 0, 1], 2)
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus_on_node", "device"),
+    [
+        (2, 2, "cuda:1"),
+        (1, 2, "cuda:0"),  # --gpus-per-task: each task sees its own
+        (1, 1, "cpu"),  # two tasks, one GPU
+        (0, None, "cpu"),
+        (1, None, "cpu"),
+    ],
+)
+def test_a_rank_takes_its_own_gpu(
+    visible: int, gpus_on_node: int | None, device: str, tiny: Callable[..., Config],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    place = Place(1, 2, 1, 2, 0, (2,), gpus_on_node)
+    assert str(topology._device(tiny("layout.device=auto"), place)) == device
+
+
+def _meet(folder: str) -> tuple[int, list[str]]:
+    """Ranks that Slurm started, as far as they can tell, meet without a port agreed on."""
+    from alexnet_dist.config_layers import load_config
+
+    rank = os.environ["RANK"]
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+    os.environ |= STEP | {
+        "SLURM_PROCID": rank,
+        "SLURM_LOCALID": rank,
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+        "SLURMD_NODENAME": "localhost",
+    }
+    run = [*TINY, "layout.kind=replicas", f"output_dir={folder}", "name=met"]
+    here = topology.connect(load_config(run))
+    return sum(int(number) for number in here.each(here.global_rank + 1)), os.listdir(
+        Path(folder) / "met"
+    )
+
+
+def test_ranks_of_a_step_meet_in_the_run_folder(tmp_path: Path) -> None:
+    assert on_ranks(2, _meet, str(tmp_path)) == [(3, []), (3, [])]
+
+
+def test_an_element_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last element's own number is the array's."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert job.own_name() == "7"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    assert job.own_name() == "7_4"
+
+
+def test_what_follows_is_read_from_the_run() -> None:
+    for run, state, again in (
+        ({"state": "finished"}, "RUNNING", False),
+        ({"state": "stopped", "exit": 75, "step": 4}, "RUNNING", True),
+        ({"state": "stopped", "exit": 75, "step": 4}, "CANCELLED", False),
+        ({"state": "stopped", "exit": 143, "step": 4}, "RUNNING", False),
+        ({"state": "stopped", "exit": 143, "step": 4}, "PREEMPTED", True),
+        ({"state": "stopped", "exit": 130, "step": 4}, "RUNNING", False),
+        ({"state": "failed", "known": True, "reason": "not finite"}, "RUNNING", False),
+        ({"state": "failed", "known": False, "reason": "peer closed"}, "RUNNING", True),
+        ({"state": "failed", "reason": "no step for 600 s"}, "RUNNING", True),
+        ({"state": "running"}, "RUNNING", True),
+        ({"state": "starting"}, "RUNNING", True),
+        ({"state": "running"}, "CANCELLED", False),
+    ):
+        assert job.verdict(run, state)[0] == again, run
+
+
+@pytest.fixture
+def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was put back in the queue of a Slurm that is not there."""
+    asked: list[str] = []
+    monkeypatch.setattr(job, "requeue", lambda: asked.append(os.environ["SLURM_JOB_ID"]))
+    monkeypatch.setattr(job, "job_state", lambda: "RUNNING")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    return asked
+
+
+def test_a_job_whose_ranks_never_began_is_tried_again_within_a_bound(
+    tiny: Callable[..., Config], requeued: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("checkpoint.max_idle_restarts=2", "name=never")
+    for restart in range(3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert job.after(137, config) == 0
+        assert len(requeued) == restart + 1
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    with pytest.raises(RunFolderError, match=r"starts in a row saved nothing.*left with 137"):
+        job.after(137, config)
+    assert len(requeued) == 3
+    assert job.after(2, tiny("name=mistake")) == 2  # the ranks have said which
+    assert job.after(0, tiny("name=done")) == 0
+    assert len(requeued) == 3
+
+
+def test_a_second_job_of_a_run_is_not_tried_again(
+    tiny: Callable[..., Config], requeued: list[str]
+) -> None:
+    config = tiny("name=taken")
+    first = RunFolder(config)
+    first.take()
+    first._run["job"] = "6"
+    first.report("running")
+    with pytest.raises(RunFolderError, match="is in use by process"):
+        job.after(1, config)
+    assert requeued == []
+    assert read_run(config.folder)["job"] == "6"
+
+
+def test_stops_that_save_nothing_are_a_crash_loop_too(
+    tiny: Callable[..., Config],
+) -> None:
+    """A time limit shorter than a start would else go round for ever."""
+    config = tiny("checkpoint.max_idle_restarts=1", "name=short")
+    for _ in range(2):
+        folder = RunFolder(config)
+        folder.take()
+        folder.report("stopped", exit=75)
+        folder._lock.close()  # type: ignore[union-attr]
+    with pytest.raises(RunFolderError, match="2 starts in a row saved nothing"):
+        RunFolder(config).take()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in configs_folder().glob("cluster/*.yaml")])
+def test_shipped_clusters_load(name: str) -> None:
+    cluster, rest = submit.split(["demo", f"cluster={name}", "seed=1", "cluster.nodes=3"])
+    assert cluster == dataclasses.replace(submit.split([f"cluster={name}"])[0], nodes=3)
+    assert rest == ["demo", "seed=1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["cluster=nowhere"], r"cluster=nowhere: no such file, nor one of dev, template"),
+        (["cluster.node=1"], r"unknown key node; there are nodes, tasks_per_node"),
+        (["cluster.nodes=many"], r"nodes='many': must be of type int"),
+        (["cluster.nodes=true"], r"nodes=True: must be of type int"),
+    ],
+)
+def test_wrong_clusters_are_named(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        submit.split(arguments)
+
+
+def test_values_of_an_ensemble() -> None:
+    assert ensemble.values_of("seed=0..4") == ("seed", ["0", "1", "2", "3", "4"])
+    assert ensemble.values_of("model.dropout=0.3,0.5") == ("model.dropout", ["0.3", "0.5"])
+    assert ensemble.member(["demo"], "demo", "model.dropout", "0.3") == [
+        "demo", "model.dropout=0.3", "name=demo-dropout-0.3",
+    ]  # fmt: skip
+    for wrong in ("seed", "seed=", "seed=1,1", "seed=4..0"):
+        with pytest.raises(ConfigError, match=r"write KEY=0\.\.4"):
+            ensemble.values_of(wrong)
+
+
+def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
+    import json
+
+    def row(queue: dict[str, str], **run: Any) -> dict[str, Any]:
+        now = time.time()
+        common = {"attempt": 3, "host": socket.gethostname(), "pid": os.getpid(), "job": None,
+                  "first_started": now - 100, "updated": now, "newest_step": 40, "last_step": 60,
+                  "kept_s": 50.0}  # fmt: skip
+        (tmp_path / "run.json").write_text(json.dumps(common | run))
+        return status.status(tmp_path, queue)
+
+    running = row({}, state="running")
+    assert running["state"] == "running"
+    assert running["restarts"] == 2
+    assert running["goodput"] == pytest.approx(0.5, abs=0.01)
+    assert running["eta_s"] == pytest.approx(25)
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert row({}, state="running", pid=child.pid)["state"] == "killed"
+    assert row({"7": "RUNNING"}, state="running", job="7", pid=child.pid)["state"] == "running"
+    assert row({}, state="running", job="7")["state"] == "killed"
+    assert row({"8": "RUNNING"}, state="running", job="7")["state"] == "killed"
+    assert status.status(tmp_path, None)["state"] == "running"  # its process lives, as far as seen
+    assert row({"7": "PENDING"}, state="stopped", exit=75, job="7")["state"] == "queued"
+    failed = row({}, state="failed", reason="first line\nstack")
+    assert failed["why"] == "first line"
+    assert "first line" in status.table([failed])
+    with pytest.raises(RunFolderError, match=r"no run\.json here"):
+        status.status(tmp_path / "nowhere", {})
+
+
+def test_pickles_that_others_could_write_are_not_loaded(tmp_path: Path) -> None:
+    job.check_private(tmp_path)
+    tmp_path.chmod(0o777)
+    with pytest.raises(RunFolderError, match=r"others may write here .*mode 777.*chmod go-w"):
+        job.check_private(tmp_path)
+
+
+def test_what_an_earlier_start_left_is_forgotten(tmp_path: Path) -> None:
+    paths = JobPaths(tmp_path, "7", 0)
+    for path in (paths.result_pickle, paths.submitted_pickle):
+        path.touch()
+        path.with_suffix(".pkl.save_tmp").touch()
+    job.forget_results(paths)
+    assert list(tmp_path.iterdir()) == [paths.submitted_pickle]
+
+
+def test_a_forked_worker_does_not_answer_for_its_parent() -> None:
+    """It inherits handlers: Submitit's would write an error as the job's result."""
+    signals = StopSignals()
+    try:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os._exit(signals.flag)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert signals.flag == 0
+    finally:
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_checkpoint_only_returns_the_resubmission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = job.TrainJob(["demo"])
+    again = run.checkpoint()
+    assert again.function is run
+    again.dump(tmp_path / "7_submitted.pkl")
+    assert b"launch.job" in (tmp_path / "7_submitted.pkl").read_bytes()  # by reference
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert job.submitted(tmp_path).arguments == ["demo"]
+
+
+def test_without_slurm_it_says_so(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    old = os.umask(0o022)
+    try:
+        with pytest.raises(AlexNetDistError, match="--local"):
+            submit.executor(submit.Cluster(), "run", tmp_path / "run" / "launch", 1)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "run" / "launch").stat().st_mode) == 0o700
