@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_dist.config import LrnConfig
+
 _CHUNK_BYTES = 512 * 1024
 
 
@@ -21,6 +23,13 @@ def band(maps: int, columns: int, size: int, device: torch.device, dtype: torch.
     per_column = maps // columns
     same = (index[:, None] // per_column) == (index[None, :] // per_column)
     return (near & same).to(dtype)
+
+
+def alpha_of(config: LrnConfig, layer: str) -> float:
+    """What multiplies the sum of squares after a layer that is among `config.layers`."""
+    alphas = config.alpha * (len(config.layers) if len(config.alpha) == 1 else 1)
+    alpha = dict(zip(map(str, config.layers), alphas, strict=True))[layer]
+    return alpha / config.size if config.alpha_over_size else alpha
 
 
 def local_response_norm(

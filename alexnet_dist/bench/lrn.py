@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from alexnet_dist.bench import Pass, in_turn, machine, median
 from alexnet_dist.config import Config
-from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.lrn import alpha_of, local_response_norm
 from alexnet_dist.topology import connect
 
 
@@ -23,7 +23,7 @@ def bench_lrn(config: Config, repeats: int) -> dict[str, Any]:
     device, lrn, columns = connect(config).device, config.model.lrn, config.model.columns
     side = (config.model.crop - 11) // 4 + 1
     shape = (config.train.batch, config.model.conv[0], side, side)
-    alpha = lrn.alpha / lrn.size if lrn.alpha_over_size else lrn.alpha
+    alpha = alpha_of(lrn, "conv1") if "conv1" in lrn.layers else 1e-4
     torchs = nn.LocalResponseNorm(lrn.size, alpha * lrn.size, lrn.beta, lrn.k)
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(shape, generator=generator).relu_().mul_(30).to(device)

@@ -22,6 +22,7 @@ from alexnet_dist.config_layers import load_config
 from alexnet_dist.engine import on_host
 from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.lrn import alpha_of
 from alexnet_dist.model import AlexNet, final_side
 from alexnet_dist.plan import multiply_adds
 from alexnet_dist.topology import connect
@@ -37,6 +38,8 @@ class Eager(nn.Module):
         super().__init__()
         model = config.model
         self.model, lrn = model, model.lrn
+        if len(model.conv) != 5:
+            raise ConfigError(f"model.conv={list(model.conv)}: bench step has five layers in mind")
         c1, c2, c3, c4, c5 = model.conv
         shapes = ((3, c1, 11, 4, 0), (c1, c2, 5, 1, 2), (c2, c3, 3, 1, 1), (c3, c4, 3, 1, 1),
                   (c4, c5, 3, 1, 1))  # fmt: skip
@@ -45,9 +48,10 @@ class Eager(nn.Module):
             nn.Conv2d(i, o, k, s, p, groups=model.columns if own else 1)
             for (i, o, k, s, p), own in zip(shapes, alone, strict=True)
         )
-        # torch divides α by n itself
-        alpha = lrn.alpha if lrn.alpha_over_size else lrn.alpha * lrn.size
-        self.norm = nn.LocalResponseNorm(lrn.size, alpha, lrn.beta, lrn.k)
+        self.norms: dict[str, nn.Module] = {  # torch divides α by n itself
+            name: nn.LocalResponseNorm(lrn.size, alpha_of(lrn, name) * lrn.size, lrn.beta, lrn.k)
+            for name in lrn.layers
+        }
         self.pool = nn.MaxPool2d(model.pool[0], model.pool[1])
         widths = (c5 * final_side(model) ** 2, *model.fc, model.classes)
         self.fcs = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
@@ -59,7 +63,7 @@ class Eager(nn.Module):
             if f"conv{number}" in self.model.lrn.layers:  # never across columns
                 n, channels, h, w = x.shape
                 columns = x.view(n * self.model.columns, -1, h, w)
-                x = self.norm(columns).view(n, channels, h, w)
+                x = self.norms[f"conv{number}"](columns).view(n, channels, h, w)
             if number in (1, 2, 5):
                 x = self.pool(x)
         x = x.flatten(1)
