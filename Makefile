@@ -38,6 +38,7 @@ test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-ge
 
 drill: $(READY) ## fault drills: minutes; DRILLS=full: an hour
 	$(BIN)/python -m pytest -m drill
+	FUZZ=20 $(BIN)/python -m pytest tests/test_hostile_sources.py
 	$(BIN)/python tests/drills.py $(if $(filter full,$(DRILLS)),--full)
 
 check: $(READY) ## style, types, layers

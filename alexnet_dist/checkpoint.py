@@ -30,6 +30,7 @@ from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.durable import sha256, sync, write
 from alexnet_dist.errors import CheckpointError, NotFinite
+from alexnet_dist.untrusted import json_object, read_bytes
 
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -198,10 +199,8 @@ def verify(path: Path) -> Checkpoint:
 def read(path: Path) -> Checkpoint:
     """A checkpoint that another rank has verified."""
     manifest, progress = (
-        json.loads((path / name).read_bytes()) for name in ("manifest.json", "progress.json")
+        json_object(read_bytes(path / name)) for name in ("manifest.json", "progress.json")
     )
-    if not (isinstance(manifest, dict) and isinstance(progress, dict)):
-        raise CheckpointError(f"{path} is damaged: no JSON objects in it")
     return Checkpoint(path, manifest, progress)
 
 
@@ -311,9 +310,9 @@ def step_of(path: Path) -> int:
 
 def _error_of(path: Path) -> float | None:
     try:
-        value = json.loads((path / "manifest.json").read_bytes())["error"]
+        value = json_object(read_bytes(path / "manifest.json"))["error"]
         return None if value is None else float(value)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 

@@ -18,9 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alexnet_dist.config import Config, Key, flat, keys
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.untrusted import read_bytes
 
 Source = str | Path | Mapping[str, Any]
-_LONGEST = 1_000_000  # characters of a file; aliases of aliases would grow it beyond any memory
+_NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError)
+# Bounds of a file, which would grow beyond any memory or stack by aliases of aliases, by
+# interpolations of interpolations, or by nesting.
+_LONGEST, _DEEPEST, _MOST_INTERPOLATIONS = 200_000, 20, 10
 
 
 def load_config(sources: Sequence[Source]) -> Config:
@@ -83,7 +87,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             )
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        except _NOT_YAML as error:
             raise ConfigError(f"{text!r}: {value!r} is not a YAML value: {_line(error)}") from error
         return "the command line", parsed  # type: ignore[return-value]
     shipped_names = (configs_folder() / text, configs_folder() / f"{text}.yaml")
@@ -101,15 +105,30 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             f"{', '.join(shipped)}{_nearest(text, shipped)}"
         )
     try:
-        text = path.read_text()
-        if len(text) > _LONGEST or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
-            raise ValueError(f"longer than {_LONGEST} characters, or has aliases (*name)")
+        text = read_bytes(path, _LONGEST).decode()
+        _check_growth(text)
         layer = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: not a YAML file of keys and values: {_line(error)}") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path}: holds a {type(layer).__name__}; write keys and values")
     return str(path), layer  # type: ignore[return-value]
+
+
+def _check_growth(text: str) -> None:
+    """Raises ValueError, before it grows, where a YAML text could."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("has aliases (*name)")
+        if isinstance(event, yaml.ScalarEvent) and depth == 0:
+            raise ValueError("a lone value")
+        if depth > _DEEPEST:
+            raise ValueError(f"nested deeper than {_DEEPEST}")
+    if text.count("${") > _MOST_INTERPOLATIONS:
+        raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations (${{…}})")
 
 
 def _is_file(path: Path) -> bool:
@@ -190,6 +209,8 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         raise wrong("finite")
     if kind is int and not abs(value) < 2**63:
         raise wrong("less than 2⁶³")
+    if kind is str and not value.isprintable():
+        raise wrong("text without control characters")
     return value
 
 

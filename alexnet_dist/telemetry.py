@@ -41,6 +41,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alexnet_dist.errors import printable
 from alexnet_dist.topology import Topology
+from alexnet_dist.untrusted import json_object
 from alexnet_dist.waits import WAITS
 
 log = logging.getLogger("alexnet_dist")
@@ -230,13 +231,16 @@ def _named(speed: Mapping[str, float]) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The points of a run folder's metrics.jsonl; a torn last line is left out."""
+    """The points of a run folder's metrics.jsonl, up to a torn line or one that is no point."""
     points = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "metrics.jsonl").read_bytes().splitlines():
         try:
-            points.append(json.loads(line))
+            point = json_object(line)
         except ValueError:
             break
+        if type(point.get("step")) is not int or point.get("kind") not in ("train", "eval"):
+            break
+        points.append(point)
     return points
 
 

@@ -20,7 +20,7 @@ from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import AlexNetDistError, ConfigError, NotFinite
+from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, NotFinite
 from alexnet_dist.evaluate import Score, evaluate, make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals
@@ -267,8 +267,13 @@ def _resume(
         return Progress()
     found = checkpoints.read(Path(path))
     engine.load(found.parameters(), found.optimizer())
-    schedule.load(found.progress["schedule"])
-    return Progress.of(found.progress)
+    try:
+        schedule.load(found.progress["schedule"])
+        return Progress.of(found.progress)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}/progress.json: not what a run writes ({error!r}): remove that checkpoint"
+        ) from error
 
 
 def _save(

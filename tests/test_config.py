@@ -152,7 +152,7 @@ VALUES = st.text(max_size=300) | st.builds(repr, st.recursive(
 ))  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(VALUES | st.builds("{}={}".format, st.sampled_from([k for k, _, _ in keys()]), VALUES))
 def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
     with contextlib.suppress(ConfigError):

@@ -13,8 +13,6 @@ import os
 import shutil
 import signal
 import sys
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -127,8 +125,11 @@ def list_source(kind: str, path: Path | None) -> Source:
         raise DatasetError(f"{path} is not a folder: name the one that holds {kind}'s files")
     try:
         source = SOURCES[kind](path)
-    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path} cannot be read whole: {error}") from error
+    except DatasetError:
+        raise
+    except Exception as error:  # a hostile archive can fail in any way
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DatasetError(f"{path} cannot be read whole: {reason}") from error
     if not source.splits.get("train"):
         raise DatasetError(f"{path}: no training images found")
     return source
