@@ -117,8 +117,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument("--images", type=int, default=2000, help="of a pass")
 
-    sub = part("checkpoint", _bench_checkpoint, "what a save costs the loop")
-    sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+    for name, help in (
+        ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
+        ("lrn", "local response normalisation, beside nn.LocalResponseNorm"),
+        ("layouts", "every layout on this host's ranks, beside one process and replicas"),
+        ("checkpoint", "what a save costs the loop"),
+    ):
+        sub = part(name, _bench_config, help)
+        sub.set_defaults(part=name)
+        sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+        if name == "layouts":
+            sub.add_argument("--ranks", type=int, default=2, help="on this host")
 
     sub = command("compare", _compare, "hold layouts against one process, on this machine")
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
@@ -275,11 +284,20 @@ def _bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return _bench(found, options)
 
 
-def _bench_checkpoint(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from alexnet_dist.bench import checkpoint
-
+def _bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = load_config(["layout.kind=one", *options.config])
-    return _bench(checkpoint.bench_checkpoint(config, options.repeats), options)
+    match options.part:
+        case "step":
+            from alexnet_dist.bench.step import bench_step as bench
+        case "lrn":
+            from alexnet_dist.bench.lrn import bench_lrn as bench
+        case "layouts":
+            from alexnet_dist.bench.layouts import bench_layouts
+
+            return _bench(bench_layouts(config, options.ranks, options.repeats), options)
+        case _:
+            from alexnet_dist.bench.checkpoint import bench_checkpoint as bench
+    return _bench(bench(config, options.repeats), options)
 
 
 def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:

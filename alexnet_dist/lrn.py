@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_dist.config import LrnConfig
+
 _CHUNK_BYTES = 512 * 1024
 
 
@@ -21,6 +23,12 @@ def band(maps: int, columns: int, size: int, device: torch.device, dtype: torch.
     per_column = maps // columns
     same = (index[:, None] // per_column) == (index[None, :] // per_column)
     return (near & same).to(dtype)
+
+
+def scale(config: LrnConfig, layer: str) -> float:
+    """What multiplies the sum of squares after a layer: its α, or α ÷ n."""
+    alpha = config.alpha[config.layers.index(layer) if len(config.alpha) > 1 else 0]
+    return alpha / config.size if config.alpha_over_size else alpha
 
 
 def local_response_norm(

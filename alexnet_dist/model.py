@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from alexnet_dist import draws
 from alexnet_dist.config import ModelConfig
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.lrn import local_response_norm, scale
 from alexnet_dist.shares import share
 
 
@@ -208,11 +208,8 @@ class AlexNet(nn.Module):
     def _normalised(self, layer: _Conv, x: Tensor) -> Tensor:
         lrn, spatial = self.config.lrn, self.config.spatial_norm
         if layer.name in lrn.layers:
-            alphas = lrn.alpha * (len(lrn.layers) if len(lrn.alpha) == 1 else 1)
-            alpha = alphas[lrn.layers.index(layer.name)]
-            alpha = alpha / lrn.size if lrn.alpha_over_size else alpha
             columns = len(self.columns_here)
-            x = local_response_norm(x, columns, lrn.size, alpha, lrn.beta, lrn.k)
+            x = local_response_norm(x, columns, lrn.size, scale(lrn, layer.name), lrn.beta, lrn.k)
         if layer.name in spatial.layers:
             # Beyond the edge there are zeros, so that the mean over n × n is the sum ÷ n².
             mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)

@@ -19,7 +19,7 @@ from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
 from alexnet_dist.model import AlexNet, final_side
-from alexnet_dist.plan import _multiply_adds
+from alexnet_dist.plan import multiply_adds
 from alexnet_dist.train import train
 from alexnet_dist.warm_start import InitialWeights, resolved
 
@@ -79,7 +79,7 @@ def test_a_preset_has_the_published_layers(name: str) -> None:
             layer.register_forward_hook(lambda m, i, o: seen.update({m.name: tuple(o.shape[1:])}))
         side = config.model.crop
         logits = model(torch.empty(2, 3, side, side))
-        macs = {layer.name: count for layer, count in _multiply_adds(model).items()}
+        macs = {layer.name: count for layer, count in multiply_adds(model).items()}
     assert tuple(logits.shape) == (2, config.model.classes)
     counts = [sum(p.numel() for p in layer.parameters()) for layer in model.layers()]
     assert counts == list(parameters)
