@@ -412,7 +412,8 @@ def goodput(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
         return
     row, data = Row("kill every 2 minutes", "columns"), ground.root / "demo"
     prepare("fashion_mnist", SAMPLE, data, Options())
-    places = [f"data.path={data}", f"output_dir={ground.root / 'runs'}", "name=demo"]
+    places = [f"data.path={data}", f"output_dir={ground.root / 'runs'}", "name=demo",
+              "checkpoint.every_steps=50"]  # fmt: skip
     while True:
         run = Started(["train", "demo", *places])
         try:
