@@ -28,7 +28,7 @@ report: $(READY) ## runs/report.html: the paper's results, and those of the runs
 	$(BIN)/alexnet-dist report $(wildcard runs/*) --out runs/report.html
 
 results: $(READY) ## train and evaluate all of docs/results.md; hours; goes on where it was
-	./results.sh $(PARTS)
+	configs/results/train.sh $(PARTS)
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m "not drill and not slurm"

@@ -2,10 +2,10 @@
 # Train and evaluate all that docs/results.md has, or the parts named: full seeds ablations fig1
 # photographs finetune. Killed at any moment and started again, it goes on where it was.
 #
-#     ./results.sh                      # all; hours
-#     ./results.sh seeds ablations
+#     configs/results/train.sh                      # all; hours
+#     configs/results/train.sh seeds ablations
 set -eu
-cd "$(dirname "$0")"
+cd "$(dirname "$0")/../.."
 run=${ALEXNET_DIST:-.venv/bin/alexnet-dist}
 python=${PYTHON:-.venv/bin/python}
 seeds=${SEEDS:-0 1 2}
