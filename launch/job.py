@@ -219,4 +219,6 @@ def guarded(main: Any) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main))
+    from launch import job  # noqa: PLW0406 (pickles know TrainJob as launch.job's)
+
+    sys.exit(job.guarded(job.main))

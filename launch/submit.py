@@ -138,7 +138,7 @@ def executor(cluster: Cluster, name: str, folder: Path, parallel: int) -> submit
         stderr_to_stdout=True,
         additional_parameters={"requeue": True, **cluster.sbatch},
         setup=cluster.setup or None,
-        srun_args=["--kill-on-bad-exit=1"],
+        srun_args=["--kill-on-bad-exit=1", "--wait=120"],
         # Submitit's own requeueing knows neither a dead rank nor an array's last element.
         teardown=[f"exec {shlex.join(after)} $? --submitted {shlex.quote(str(folder.absolute()))}"],
     )

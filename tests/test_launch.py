@@ -334,6 +334,8 @@ def test_checkpoint_only_returns_the_resubmission(
     assert b"launch.job" in (tmp_path / "7_submitted.pkl").read_bytes()  # by reference
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert job.submitted(tmp_path).arguments == ["demo"]
+    command = [sys.executable, "-m", "launch.job", "after", "0", "--submitted", str(tmp_path)]
+    subprocess.run(command, check=True)  # where launch.job is __main__
 
 
 def test_without_slurm_it_says_so(
