@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo test test-slurm drill check format sample clean
+.PHONY: help venv demo report results test test-slurm drill check format sample clean
 
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -17,12 +17,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check,export]'
 	@touch $@
 
 demo: $(READY)  ## train the two-column network on bundled images: minutes on two CPU cores
 	$(BIN)/alexnet-dist prepare fashion_mnist configs/fashion-mnist-sample data/demo
 	$(BIN)/alexnet-dist train configs/demo.yaml
+
+report: $(READY) ## runs/report.html: the paper's results, and those of the runs in runs/
+	$(BIN)/alexnet-dist report $(wildcard runs/*) --out runs/report.html
+
+results: $(READY) ## train and evaluate all of docs/results.md; hours; goes on where it was
+	configs/results/train.sh $(PARTS)
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -m "not drill and not slurm"
@@ -32,6 +38,7 @@ test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-ge
 
 drill: $(READY) ## fault drills: minutes; DRILLS=full: an hour
 	$(BIN)/python -m pytest -m drill
+	FUZZ=20 $(BIN)/python -m pytest tests/test_hostile_sources.py
 	$(BIN)/python tests/drills.py $(if $(filter full,$(DRILLS)),--full)
 
 check: $(READY) ## style, types, layers

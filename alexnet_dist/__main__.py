@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "score checkpoints; several are averaged")
     sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
     sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
+    sub.add_argument("--predictions", type=Path, metavar="NPZ", help="file to write them all to")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("prepare", _prepare, "turn a source of images into a packed data set")
@@ -95,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--part", type=_part, metavar="I/N", help="every Nth shard; without it: the rest, and merge"
     )
+
+    sub.add_argument(
+        "--validation", type=float, default=0.0, metavar="SHARE",
+        help="cifar10: of the test images, a stratified share to validate on",
+    )  # fmt: skip
 
     sub = command("inspect", _inspect, "verify a packed data set, and show what is in it")
     sub.add_argument("data", type=Path, help="folder that prepare made")
@@ -116,8 +122,17 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument("--images", type=int, default=2000, help="of a pass")
 
-    sub = part("checkpoint", _bench_checkpoint, "what a save costs the loop")
-    sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+    for name, help in (
+        ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
+        ("lrn", "local response normalisation, beside nn.LocalResponseNorm"),
+        ("layouts", "every layout on this host's ranks, beside one process and replicas"),
+        ("checkpoint", "what a save costs the loop"),
+    ):
+        sub = part(name, _bench_config, help)
+        sub.set_defaults(part=name)
+        sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+        if name == "layouts":
+            sub.add_argument("--ranks", type=int, default=2, help="on this host")
 
     sub = command("compare", _compare, "hold layouts against one process, on this machine")
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
@@ -132,6 +147,27 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("figures", _figures, "draw a run's kernels and curves")
     sub.add_argument("run_folder", type=Path)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument(
+        "--fig4", action="store_true", help="also answers and nearest training images: one pass"
+    )
+
+    sub = command("report", _report, "one HTML page: the paper's results and the runs' beside them")
+    sub.add_argument("run_folder", type=Path, nargs="*", help="of runs; others are passed over")
+    sub.add_argument("--out", type=Path, default=Path("report.html"))
+
+    sub = command("export", _export, "write a run's weights as another program reads them")
+    sub.add_argument("checkpoint", type=Path, help="run folder (its best) or checkpoint")
+    sub.add_argument("out", type=Path, help="file to write")
+    kinds = ["safetensors", "torchvision", "caffe", "onnx"]
+    sub.add_argument("--format", choices=kinds, required=True)
+
+    sub = command("import", _import, "make a checkpoint of another program's weights")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("out", type=Path, help="run folder to make")
+    sub.add_argument("config", nargs="+", help="of the network they are for, as for train")
+    sub.add_argument("--format", choices=kinds[:3], required=True)
+    sub.add_argument("--mean", type=Path, help="caffe: its mean image, .binaryproto")
 
     sub = command("doctor", _doctor, "what is here, and what a run would use")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
@@ -185,13 +221,29 @@ def _evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         raise ConfigError("evaluate: name a run folder or a checkpoint")
     if options.views:
         overrides.append(f"evaluate.views={options.views}")
-    score, found = evaluate_checkpoints(paths, overrides)
-    names = [str(checkpoint.path) for checkpoint in found]
+    found = evaluate_checkpoints(paths, overrides)
+    if options.predictions:
+        found.write(options.predictions)
     if options.json:
-        print(json.dumps(score.tags() | {"of": names}))
-    else:
-        print(f"{' + '.join(names)}: {_words(score)}")
+        print(json.dumps(found.report()))
+        return 0
+    names = " + ".join(str(checkpoint.path) for checkpoint in found.checkpoints)
+    print(f"{names}: {_words(found.score)}")
+    report = found.report()
+    for top in ("top1", "top5"):
+        low, high = report[f"{top}_interval"]
+        print(f"{top.replace('top', 'top-')} error {1 - report[top]:.2%}, "
+              f"95 % of resamples between {1 - high:.2%} and {1 - low:.2%}")  # fmt: skip
+    rows = [row for row in report["classes"] if row["samples"]]
+    rows.sort(key=lambda row: row["right"] / row["samples"])
+    for row in rows[:_CLASSES]:
+        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} {row['name']}")
+    for row in report["mistakes"][:_CLASSES]:
+        print(f"{row['samples']:8} {row['of']} taken for {row['taken_for']}")
     return 0
+
+
+_CLASSES = 10  # of most errors, and mistakes, that are printed
 
 
 def _words(score: "Score") -> str:
@@ -204,7 +256,7 @@ def _words(score: "Score") -> str:
 def _prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.data.prepare import Options, prepare
 
-    how = Options(options.keep, options.max_bad, options.workers, options.part)
+    how = Options(options.keep, options.max_bad, options.workers, options.part, options.validation)
     print(prepare(options.source, options.path, options.out, how))
     return 0
 
@@ -237,11 +289,20 @@ def _bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return _bench(found, options)
 
 
-def _bench_checkpoint(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from alexnet_dist.bench import checkpoint
-
+def _bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = load_config(["layout.kind=one", *options.config])
-    return _bench(checkpoint.bench_checkpoint(config, options.repeats), options)
+    match options.part:
+        case "step":
+            from alexnet_dist.bench.step import bench_step as bench
+        case "lrn":
+            from alexnet_dist.bench.lrn import bench_lrn as bench
+        case "layouts":
+            from alexnet_dist.bench.layouts import bench_layouts
+
+            return _bench(bench_layouts(config, options.ranks, options.repeats), options)
+        case _:
+            from alexnet_dist.bench.checkpoint import bench_checkpoint as bench
+    return _bench(bench(config, options.repeats), options)
 
 
 def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
@@ -284,7 +345,34 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist import figures
 
-    print("\n".join(map(str, figures.draw(options.run_folder))))
+    drawn = figures.draw(options.run_folder)
+    for column, value in enumerate(figures.colour(options.run_folder), start=1):
+        print(f"column {column}: {value:.3f} of its kernels' energy is colour")
+    if options.fig4:
+        drawn += figures.draw_answers(options.run_folder, options.overrides)
+    print("\n".join(map(str, drawn)))
+    return 0
+
+
+def _report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.report import report
+
+    print(report(options.run_folder, options.out))
+    return 0
+
+
+def _export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.formats import export_weights
+
+    print(export_weights(options.format, options.checkpoint, options.out))
+    return 0
+
+
+def _import(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    from alexnet_dist.formats import import_weights
+
+    how = options.file, options.out, options.config, options.mean
+    print(f"{import_weights(options.format, *how)}: use it by train.init_from or evaluate")
     return 0
 
 

@@ -30,6 +30,7 @@ from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.durable import sha256, sync, write
 from alexnet_dist.errors import CheckpointError, NotFinite
+from alexnet_dist.untrusted import json_object, read_bytes
 
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -198,10 +199,8 @@ def verify(path: Path) -> Checkpoint:
 def read(path: Path) -> Checkpoint:
     """A checkpoint that another rank has verified."""
     manifest, progress = (
-        json.loads((path / name).read_bytes()) for name in ("manifest.json", "progress.json")
+        json_object(read_bytes(path / name)) for name in ("manifest.json", "progress.json")
     )
-    if not (isinstance(manifest, dict) and isinstance(progress, dict)):
-        raise CheckpointError(f"{path} is damaged: no JSON objects in it")
     return Checkpoint(path, manifest, progress)
 
 
@@ -238,6 +237,19 @@ def best(folder: Path) -> Checkpoint:
         except CheckpointError as error:
             log.warning(f"not used: {error}")
     raise CheckpointError(f"{folder}: no good checkpoint has a validation error")
+
+
+def at(path: Path) -> Checkpoint:
+    """The checkpoint that a path names; of a run folder the best, or its only one."""
+    if (path / "checkpoints").is_dir():
+        only = steps(path / "checkpoints")
+        return verify(only[0]) if len(only) == 1 else best(path / "checkpoints")
+    if (path / "manifest.json").is_file():
+        return verify(path)
+    raise CheckpointError(
+        f"{path} is neither a run folder nor a checkpoint: name runs/NAME or "
+        "runs/NAME/checkpoints/step-…"
+    )
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
@@ -298,9 +310,9 @@ def step_of(path: Path) -> int:
 
 def _error_of(path: Path) -> float | None:
     try:
-        value = json.loads((path / "manifest.json").read_bytes())["error"]
+        value = json_object(read_bytes(path / "manifest.json"))["error"]
         return None if value is None else float(value)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}") from error
 
 

@@ -14,7 +14,10 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 @dataclass(frozen=True)
 class Key:
-    """What a key means, with its unit and bounds (`ge`: at least, `gt`: more than, …)."""
+    """What a key means, with its unit and bounds (`ge`: at least, `gt`: more than, …).
+
+    `spread`: of a list, one value may stand for all.
+    """
 
     doc: str
     ge: float | None = None
@@ -22,15 +25,24 @@ class Key:
     le: float | None = None
     lt: float | None = None
     free: bool = False
+    spread: bool = False
+
+
+# Layers are numbered through: five convolutions are followed by fc6.
+ConvName = Literal[
+    "conv1", "conv2", "conv3", "conv4", "conv5", "conv6", "conv7", "conv8",
+]  # fmt: skip
+FcName = Literal["fc2", "fc3", "fc4", "fc5", "fc6", "fc7", "fc8", "fc9"]
+LayerName = Literal[ConvName, FcName]
 
 
 @dataclass(frozen=True)
 class LrnConfig:
-    layers: Annotated[
-        tuple[Literal["conv1", "conv2"], ...], Key("layers followed by normalisation")
-    ]
+    layers: Annotated[tuple[ConvName, ...], Key("layers followed by normalisation")]
     size: Annotated[int, Key("n: adjacent maps summed over", ge=1)]
-    alpha: Annotated[float, Key("α", ge=0)]
+    alpha: Annotated[
+        tuple[float, ...], Key("α of each of these layers, or of all", ge=0, spread=True)
+    ]
     beta: Annotated[float, Key("β", gt=0)]
     k: Annotated[float, Key("k", gt=0)]
     alpha_over_size: Annotated[
@@ -39,28 +51,75 @@ class LrnConfig:
 
 
 @dataclass(frozen=True)
+class SpatialNormConfig:
+    """The released code's second normalisation, over neighbouring pixels of a map (`cnorm2`):
+    b = a / (1 + α/n² Σ a²)^β, the sum over n × n pixels."""
+
+    layers: Annotated[tuple[ConvName, ...], Key("layers followed by it, after lrn")]
+    size: Annotated[int, Key("n: side of the square summed over, pixels", ge=1)]
+    alpha: Annotated[float, Key("α", ge=0)]
+    beta: Annotated[float, Key("β", gt=0)]
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     columns: Annotated[int, Key("columns of the network: 1 or 2", ge=1, le=2)]
     exchange: Annotated[
-        tuple[Literal["conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"], ...],
-        Key("layers that see both columns; the others see their own"),
+        tuple[LayerName, ...], Key("layers that see both columns; the others see their own")
     ]
     classes: Annotated[int, Key("classes of the data set", ge=2)]
-    crop: Annotated[int, Key("side of the window conv1 sees, pixels", ge=67)]
-    conv: Annotated[tuple[int, ...], Key("maps of conv1 … conv5, all columns together", ge=1)]
-    fc: Annotated[tuple[int, ...], Key("units of fc6 and fc7, all columns together", ge=1)]
-    activation: Annotated[Literal["relu", "tanh", "sigmoid"], Key("after every layer but fc8")]
-    pool: Annotated[tuple[int, ...], Key("max pooling's window and stride, pixels", ge=1)]
+    crop: Annotated[int, Key("side of the window conv1 sees, pixels", ge=8)]
+    conv: Annotated[tuple[int, ...], Key("maps of conv1, conv2, …, all columns together", ge=1)]
+    kernel: Annotated[tuple[int, ...], Key("side of their kernels, pixels", ge=1)]
+    stride: Annotated[tuple[int, ...], Key("their strides, pixels", ge=1)]
+    padding: Annotated[tuple[int, ...], Key("zeros on each side of what they see, pixels", ge=0)]
+    fc: Annotated[
+        tuple[int, ...],
+        Key("units of the fully-connected layers before the last, all columns together", ge=1),
+    ]
+    activation: Annotated[Literal["relu", "tanh", "sigmoid"], Key("after every layer but the last")]
+    activation_last: Annotated[
+        tuple[ConvName, ...],
+        Key("layers activated after normalisation and pooling: conv1 in the released code"),
+    ]
+    pool_after: Annotated[tuple[ConvName, ...], Key("layers followed by pooling")]
+    pool: Annotated[tuple[int, ...], Key("pooling's window and stride, pixels", ge=1)]
+    pool_average: Annotated[tuple[ConvName, ...], Key("of pool_after, those that average")]
     pool_before_lrn: Annotated[bool, Key("CaffeNet's order")]
+    round_up: Annotated[
+        bool,
+        Key("maps cover all they see, zeros on the right and below (conv) or less there (pool), "
+            "as in the released code; else the rest is cut off"),
+    ]  # fmt: skip
     lrn: LrnConfig
-    dropout: Annotated[float, Key("share of fc6's and fc7's units dropped", ge=0, lt=1)]
+    spatial_norm: SpatialNormConfig
+    dropout: Annotated[float, Key("share of units dropped", ge=0, lt=1)]
+    dropout_before: Annotated[tuple[FcName, ...], Key("layers that do not see the dropped units")]
     dropout_scaling: Annotated[
         Literal["test", "train"], Key("when to scale: units × (1 − p) at test, or ÷ (1 − p)")
     ]
     init: Annotated[
-        Literal["paper", "released", "he"],
-        Key("initial weights; paper and released expect grey levels of 0–255, he any scale"),
+        Literal["paper", "he"],
+        Key("initial weights: N(0, init_std) and init_bias, which expect grey levels of 0–255; "
+            "or He et al.'s, for any scale"),
+    ]  # fmt: skip
+    init_std: Annotated[
+        tuple[float, ...], Key("paper: of each layer's weights, or of all", ge=0, spread=True)
     ]
+    init_bias: Annotated[tuple[float, ...], Key("paper: each layer's, or all", spread=True)]
+
+    @property
+    def conv_names(self) -> tuple[str, ...]:
+        return tuple(f"conv{number}" for number in range(1, len(self.conv) + 1))
+
+    @property
+    def fc_names(self) -> tuple[str, ...]:
+        first = len(self.conv) + 1
+        return tuple(f"fc{number}" for number in range(first, first + len(self.fc) + 1))
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        return self.conv_names + self.fc_names
 
 
 @dataclass(frozen=True)
@@ -81,10 +140,11 @@ class DataConfig:
         float,
         Key("share of a split that may be found damaged in an epoch", ge=0, le=1, free=True),
     ]
-    canvas: Annotated[int, Key("side of the image windows are cut from, pixels", ge=67)]
+    canvas: Annotated[int, Key("side of the image windows are cut from, pixels", ge=8)]
     random_crop: Annotated[bool, Key("train on random windows; else the centre's")]
     flip: Annotated[bool, Key("mirror half of the training windows")]
     lighting: Annotated[float, Key("standard deviation of α in PCA lighting; 0 = off", ge=0)]
+    lighting_epochs: Annotated[float, Key("lighting is off from this epoch on", ge=0)]
     lighting_by: Annotated[
         Literal["sqrt_eigenvalue", "eigenvalue"],
         Key("α times √λ of 0–255 pixels (released code), or λ of 0–1 pixels (as printed)"),
@@ -92,6 +152,11 @@ class DataConfig:
     subtract: Annotated[
         Literal["mean_image", "mean_rgb", "nothing"], Key("what is taken off the pixels")
     ]
+    mean_from: Annotated[
+        str,
+        Key("mean_image: a .npy of (height, width, 3) grey levels, red first, in place of the data "
+            "set's own, or none"),
+    ]  # fmt: skip
     divide_by: Annotated[
         tuple[float, ...], Key("red, green and blue are divided by these, grey levels", gt=0)
     ]
@@ -163,6 +228,15 @@ class ScheduleConfig:
 class TrainConfig:
     batch: Annotated[int, Key("samples in a step, all ranks together", ge=1)]
     epochs: Annotated[float, Key("passes over the training split", gt=0)]
+    init_from: Annotated[
+        str,
+        Key("begin from this run's or checkpoint's weights, or none; they count by their hash",
+            free=True),
+    ]  # fmt: skip
+    init_sha256: Annotated[
+        str, Key("SHA-256 those weights must have; any = what they have as the run begins")
+    ]
+    init_new: Annotated[tuple[LayerName, ...], Key("layers that begin anew all the same")]
     micro_batches: Annotated[
         int, Key("parts a rank computes its batch in, to save memory", ge=1, free=True)
     ]

@@ -18,9 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alexnet_dist.config import Config, Key, flat, keys
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.untrusted import read_bytes
 
 Source = str | Path | Mapping[str, Any]
-_LONGEST = 1_000_000  # characters of a file; aliases of aliases would grow it beyond any memory
+_NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError)
+# Bounds of a file, which would grow beyond any memory or stack by aliases of aliases, by
+# interpolations of interpolations, or by nesting.
+_LONGEST, _DEEPEST, _MOST_INTERPOLATIONS = 200_000, 20, 10
 
 
 def load_config(sources: Sequence[Source]) -> Config:
@@ -83,7 +87,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             )
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=True)
-        except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        except _NOT_YAML as error:
             raise ConfigError(f"{text!r}: {value!r} is not a YAML value: {_line(error)}") from error
         return "the command line", parsed  # type: ignore[return-value]
     shipped_names = (configs_folder() / text, configs_folder() / f"{text}.yaml")
@@ -101,15 +105,30 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             f"{', '.join(shipped)}{_nearest(text, shipped)}"
         )
     try:
-        text = path.read_text()
-        if len(text) > _LONGEST or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(text)):
-            raise ValueError(f"longer than {_LONGEST} characters, or has aliases (*name)")
+        text = read_bytes(path, _LONGEST).decode()
+        _check_growth(text)
         layer = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
-    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as error:
+    except _NOT_YAML as error:
         raise ConfigError(f"{path}: not a YAML file of keys and values: {_line(error)}") from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path}: holds a {type(layer).__name__}; write keys and values")
     return str(path), layer  # type: ignore[return-value]
+
+
+def _check_growth(text: str) -> None:
+    """Raises ValueError, before it grows, where a YAML text could."""
+    depth = 0
+    for event in yaml.parse(text):
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("has aliases (*name)")
+        if isinstance(event, yaml.ScalarEvent) and depth == 0:
+            raise ValueError("a lone value")
+        if depth > _DEEPEST:
+            raise ValueError(f"nested deeper than {_DEEPEST}")
+    if text.count("${") > _MOST_INTERPOLATIONS:
+        raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations (${{…}})")
 
 
 def _is_file(path: Path) -> bool:
@@ -162,6 +181,8 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
 
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
+        if key.spread and isinstance(value, int | float):
+            value = [value]
         if not isinstance(value, list):
             raise wrong("a list, as in [1, 2]")
         return tuple(_checked(dotted, v, item, key, source) for v in value)
@@ -188,6 +209,8 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         raise wrong("finite")
     if kind is int and not abs(value) < 2**63:
         raise wrong("less than 2⁶³")
+    if kind is str and not value.isprintable():
+        raise wrong("text without control characters")
     return value
 
 
@@ -195,12 +218,51 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
     """Rules over several keys; raises ConfigError."""
     model, data, schedule = config.model, config.data, config.schedule
     zero = config.layout.kind.startswith("zero")
-    lengths = {"model.conv": 5, "model.fc": 2, "model.pool": 2, "data.divide_by": 3}
-    lengths["optimizer.betas"] = 2
+    lengths = {"model.pool": 2, "data.divide_by": 3, "optimizer.betas": 2}
     values = flat(config)
     rules: list[tuple[str, bool, str]] = [
         (key, len(values[key]) == length, f"needs {length} numbers")
         for key, length in lengths.items()
+    ]
+    convs, layers = len(model.conv), len(model.layer_names)
+    rules += [
+        (
+            "model.conv",
+            convs > 0 and layers <= 9,
+            "a network has a convolution at least, and nine layers at most",
+        ),
+    ]
+    rules += [
+        (f"model.{key}", len(values[f"model.{key}"]) == convs,
+         f"model.conv={list(model.conv)} needs {convs} numbers here")
+        for key in ("kernel", "stride", "padding")
+    ]  # fmt: skip
+    rules += [
+        (key, {*values[key]} <= {*model.layer_names},
+         f"the network of model.conv and model.fc has {', '.join(model.layer_names)}")
+        for key in (
+            "model.exchange", "model.activation_last", "model.pool_after", "model.lrn.layers",
+            "model.spatial_norm.layers", "model.dropout_before", "train.init_new",
+        )
+    ]  # fmt: skip
+    spread = {"init_std": layers, "init_bias": layers, "lrn.alpha": len(model.lrn.layers)}
+    rules += [
+        (f"model.{key}", (model.init == "he" and key.startswith("init")) or
+         len(values[f"model.{key}"]) in (1, length), f"needs one number, or {length}")
+        for key, length in spread.items()
+    ]  # fmt: skip
+    rules += [
+        (
+            "model.pool_average",
+            {*model.pool_average} <= {*model.pool_after},
+            f"model.pool_after={list(model.pool_after)}: only they pool",
+        ),
+        ("model.spatial_norm.size", model.spatial_norm.size % 2 == 1, "must be odd"),
+        (
+            "train.init_new",
+            config.train.init_from != "none" or not config.train.init_new,
+            "all layers begin anew where train.init_from=none",
+        ),
     ]
     rules += [
         (
@@ -222,10 +284,10 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         ),
         (
             "layout.kind",
-            config.layout.kind != "sharded_fc" or {"fc6", "fc7", "fc8"} <= {*model.exchange},
+            config.layout.kind != "sharded_fc" or {*model.fc_names} <= {*model.exchange},
             "its fully-connected layers see all units, and model.exchange="
-            f"{list(model.exchange)} keeps some to their column: add fc6, fc7, fc8, or set "
-            "layout.kind=replicas",
+            f"{list(model.exchange)} keeps some to their column: add {', '.join(model.fc_names)}, "
+            "or set layout.kind=replicas",
         ),
         (
             "layout.kind",

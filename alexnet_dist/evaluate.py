@@ -4,7 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.data.windows import Finish
 from alexnet_dist.engine import DTYPES, Engine, label_ranks
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.errors import ConfigError
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
 
@@ -44,9 +46,79 @@ class Score:
     def top5(self) -> float:
         return self.correct5 / self.samples
 
+    def interval(self, correct: int, resamples: int = 10_000) -> tuple[float, float]:
+        """The middle 95 % of the share of right answers over bootstrap resamples of the samples.
+
+        Drawing samples with replacement, each right or not, is drawing a binomial. The same
+        numbers give the same interval.
+        """
+        generator = np.random.Generator(np.random.Philox(key=[self.samples, correct]))
+        drawn = generator.binomial(self.samples, correct / self.samples, resamples) / self.samples
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        return float(low), float(high)
+
     def tags(self) -> dict[str, float]:
         """For metrics: the counts, and the shares."""
         return {**vars(self), "top1": self.top1, "top5": self.top5}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one network or the average of several says of every sample of a split.
+
+    Attributes:
+        checkpoints: of the networks.
+        classes: their names.
+        probabilities: (n, classes) float32 or wider, softmax outputs averaged over views and
+            networks, in the split's order; n counts damaged samples too.
+        labels: (n,) int64; −1 where the sample is damaged.
+    """
+
+    score: Score
+    checkpoints: tuple[Checkpoint, ...]
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    labels: Tensor
+
+    def confusion(self) -> Tensor:
+        """(classes, classes) int64: samples of the row's class that were taken for the column's."""
+        size, sound = len(self.classes), self.labels >= 0
+        pairs = self.labels[sound] * size + self.probabilities[sound].argmax(1)
+        return torch.bincount(pairs, minlength=size * size).view(size, size)
+
+    def report(self) -> dict[str, Any]:
+        """For programs: counts, 95 % intervals, each class's error, and the commonest mistakes."""
+        score, confusion = self.score, self.confusion()
+        wrong = confusion - confusion.diag().diag()
+        worst = wrong.flatten().topk(min(10, wrong.numel()))
+        pairs = [divmod(place, len(self.classes)) for place in worst.indices.tolist()]
+        return {
+            **score.tags(),
+            "top1_interval": score.interval(score.correct1),
+            "top5_interval": score.interval(score.correct5),
+            "of": [str(checkpoint.path) for checkpoint in self.checkpoints],
+            "classes": [
+                {"name": name, "samples": int(row.sum()), "right": int(row[place])}
+                for place, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
+            ],
+            "mistakes": [
+                {"of": self.classes[a], "taken_for": self.classes[b], "samples": count}
+                for (a, b), count in zip(pairs, worst.values.tolist(), strict=True)
+                if count
+            ],
+        }
+
+    def write(self, path: Path) -> None:
+        """Every prediction, as .npz: probabilities, labels, predicted, confusion, classes."""
+        with path.open("wb") as file:
+            np.savez(
+                file,
+                probabilities=self.probabilities.numpy(),
+                labels=self.labels.numpy(),
+                predicted=self.probabilities.argmax(1).numpy(),
+                confusion=self.confusion().numpy(),
+                classes=np.array(self.classes, dtype=np.str_),
+            )
 
 
 def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
@@ -86,16 +158,14 @@ def evaluate(
     return _score(topology.sum(totals), config, dataset)
 
 
-def evaluate_checkpoints(
-    paths: Sequence[Path], overrides: Sequence[str] = ()
-) -> tuple[Score, list[Checkpoint]]:
-    """Score checkpoints, or the average of their softmax outputs (paper §6), in this process.
+def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluation:
+    """Score checkpoints of any layouts, or the average of their softmax outputs (paper §6).
 
     Args:
         paths: run folders (their best checkpoint) or checkpoints.
         overrides: `key=value` over the first one's config.
     """
-    found = [_checkpoint_at(path) for path in paths]
+    found = [checkpoints.at(path) for path in paths]
     alone = ("layout.kind=one", "layout.ranks=0")
     configs = [load_config([c.manifest["config"], *alone, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
@@ -115,7 +185,8 @@ def evaluate_checkpoints(
         outputs = list(_probabilities(engine, own, topology, dataset))
         average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
         labels = torch.cat([part.cpu() for _, part in outputs])
-    return _score(_counted(average, labels), config, dataset), found
+    score = _score(_counted(average, labels), config, dataset)
+    return Evaluation(score, tuple(found), dataset.classes, average, labels)
 
 
 def _probabilities(
@@ -162,14 +233,3 @@ def _score(totals: Tensor, config: Config, dataset: Dataset) -> Score:
     split = dataset.splits[config.data.eval_split]
     check_damaged(config, split, len(split) - int(samples))
     return Score(int(samples), int(correct1), int(correct5), loss / samples)
-
-
-def _checkpoint_at(path: Path) -> Checkpoint:
-    if (path / "checkpoints").is_dir():
-        return checkpoints.best(path / "checkpoints")
-    if (path / "manifest.json").is_file():
-        return checkpoints.verify(path)
-    raise CheckpointError(
-        f"{path} is neither a run folder nor a checkpoint: name runs/NAME or "
-        "runs/NAME/checkpoints/step-…"
-    )

@@ -8,7 +8,10 @@ CPU it goes by chunks that stay in the cache, so that memory is passed over as s
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from alexnet_dist.config import LrnConfig
 
 _CHUNK_BYTES = 512 * 1024
 
@@ -22,6 +25,13 @@ def band(maps: int, columns: int, size: int, device: torch.device, dtype: torch.
     return (near & same).to(dtype)
 
 
+def alpha_of(config: LrnConfig, layer: str) -> float:
+    """What multiplies the sum of squares after a layer that is among `config.layers`."""
+    alphas = config.alpha * (len(config.layers) if len(config.alpha) == 1 else 1)
+    alpha = dict(zip(map(str, config.layers), alphas, strict=True))[layer]
+    return alpha / config.size if config.alpha_over_size else alpha
+
+
 def local_response_norm(
     maps: Tensor, columns: int, size: int, alpha: float, beta: float, k: float
 ) -> Tensor:
@@ -33,6 +43,10 @@ def local_response_norm(
         size: n, odd.
         alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
     """
+    if torch.compiler.is_exporting():  # in operators that every format has
+        near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
+        sums = F.conv2d(maps * maps, near[:, :, None, None])
+        return maps * (k + alpha * sums).pow(-beta)
     return _LocalResponseNorm.apply(maps, columns, size, alpha, beta, k)  # type: ignore[no-any-return]
 
 

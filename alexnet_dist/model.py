@@ -6,6 +6,7 @@ and `exchange` joins the columns' maps where the network does. Every parameter s
 No torch.distributed in this file.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -17,11 +18,8 @@ from torch import Tensor, nn
 from alexnet_dist import draws
 from alexnet_dist.config import ModelConfig
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.lrn import alpha_of, local_response_norm
 from alexnet_dist.shares import share
-
-# Kernel, stride and padding of conv1 … conv5 (paper §3.5).
-_CONVOLUTIONS = ((11, 4, 0), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
 
 
 class Exchange(Protocol):
@@ -31,7 +29,7 @@ class Exchange(Protocol):
         """(n, own channels, …) to (n, all columns' channels, …); gradients are summed back."""
 
     def features(self, features: Tensor) -> Tensor:
-        """(n, features), what fc6 sees, to that of all samples fc6 … fc8 compute here."""
+        """(n, features), what fc6 sees, to that of all samples its like compute here."""
 
     def logits(self, logits: Tensor) -> Tensor:
         """(n, own classes) to (n, all classes); each column takes its own slice of gradients."""
@@ -68,30 +66,26 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.empty(here, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(here[0], dtype=dtype))
 
-    def initialise(self, seed: int, preset: str) -> None:
-        # Paper §5. The released code (layers-145.cfg) has 0.03 on conv3–5. He et al. (2015) keep
-        # the scale of the maps through the layers; conv1 stays small, so that what it learns shows.
-        fan_in = math.prod(self.whole[1:])
-        std = 0.01
-        if preset == "released" and self.name in ("conv3", "conv4", "conv5"):
-            std = 0.03
-        elif preset == "he" and self.name != "conv1":
-            std = math.sqrt((1.0 if self.name == "fc8" else 2.0) / fan_in)
-        ones = preset != "he" and self.name in ("conv2", "conv4", "conv5", "fc6", "fc7")
+    def initialise(self, seed: int, std: float, bias: float) -> None:
+        """Weights of N(0, std), drawn by (seed, name), and biases of one value."""
         name = f"{self.name}.weight"
         values = draws.initial_weights(seed, name, self.whole, self.rows, std, self.weight.dtype)
         with torch.no_grad():
             self.weight.copy_(values)
-            self.bias.fill_(1.0 if ones else 0.0)
+            self.bias.fill_(bias)
 
 
 class _Conv(Layer):
-    def __init__(self, *args: object, stride: int, padding: int) -> None:
+    def __init__(self, *args: object, stride: int, padding: int, round_up: bool) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
-        self.stride, self.padding = stride, padding
+        self.stride, self.padding, self.round_up = stride, padding, round_up
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.round_up:
+            kernel = self.whole[-1]
+            below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
+            x = F.pad(x, (0, right, 0, below))
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
 
 
@@ -113,7 +107,8 @@ class AlexNet(nn.Module):
         columns_here: indices of the columns on this device: all of them, or one.
         exchange: joins this column's maps with the others'; `AllHere` for all columns.
         dtype: of the parameters.
-        fc_part: (part, parts) of the rows of fc6 … fc8 here; None: those of the columns here.
+        fc_part: (part, parts) of the fully-connected layers' rows here; None: those of the columns
+            here.
         drawn: give the parameters their initial values.
     """
 
@@ -145,25 +140,23 @@ class AlexNet(nn.Module):
             groups = len(self.columns_here) if alone else 1
             return name, whole, share(outputs, *part), groups, dtype
 
-        def conv(number: int) -> _Conv:
-            kernel, stride, padding = _CONVOLUTIONS[number - 1]
-            inputs = 3 if number == 1 else config.conv[number - 2]
-            named = layer(f"conv{number}", config.conv[number - 1], inputs, kernel, kernel)
-            return _Conv(*named, stride=stride, padding=padding)
-
-        self.conv1, self.conv2, self.conv3, self.conv4, self.conv5 = map(conv, range(1, 6))
         side = final_side(config)
         if side < 1:
             raise ConfigError(
-                f"model.crop={config.crop}, model.pool={list(config.pool)}: no map left for fc6: "
-                "raise model.crop or pool less"
+                f"model.crop={config.crop}, model.pool={list(config.pool)}: no map left for "
+                f"{config.fc_names[0]}: raise model.crop or pool less"
             )
-        flat = config.conv[4] * side**2
-        self.fc6 = _Linear(*layer("fc6", config.fc[0], flat))  # type: ignore[arg-type]
-        self.fc7 = _Linear(*layer("fc7", config.fc[1], config.fc[0]))  # type: ignore[arg-type]
-        self.fc8 = _Linear(*layer("fc8", config.classes, config.fc[1]))  # type: ignore[arg-type]
-        for module in self.layers() if drawn else ():
-            module.initialise(seed, config.init)
+        maps = zip(config.conv_names, (3, *config.conv[:-1]), config.conv, strict=True)
+        shapes = zip(config.kernel, config.stride, config.padding, strict=True)
+        for (name, seen, made), (kernel, stride, padding) in zip(maps, shapes, strict=True):
+            named = layer(name, made, seen, kernel, kernel)
+            conv = _Conv(*named, stride=stride, padding=padding, round_up=config.round_up)
+            self.add_module(name, conv)
+        sizes = (config.conv[-1] * side**2, *config.fc, config.classes)
+        for name, seen, made in zip(config.fc_names, sizes[:-1], sizes[1:], strict=True):
+            self.add_module(name, _Linear(*layer(name, made, seen)))  # type: ignore[arg-type]
+        for place, module in enumerate(self.layers() if drawn else ()):
+            module.initialise(seed, *_initial(config, place, math.prod(module.whole[1:])))
 
     def layers(self) -> list[Layer]:
         """conv1 … fc8."""
@@ -180,57 +173,108 @@ class AlexNet(nn.Module):
         Returns:
             (n, classes): of all columns, on every column. Shapes below: the paper's, per column.
         """
-        x = self._conv(self.conv1, x)  # (n, 48, 27, 27)
-        x = self._conv(self.conv2, x)  # (n, 128, 13, 13)
-        x = self._conv(self.conv3, x)  # (n, 192, 13, 13)
-        x = self._conv(self.conv4, x)  # (n, 192, 13, 13)
-        x = self._conv(self.conv5, x)  # (n, 128, 6, 6)
-        x = self._see(self.fc6, x).flatten(1)  # (n, 2 × 128 · 6 · 6): fc6 sees both columns
+        convs, (first, *others) = self._convolutions(), self._fully_connected()
+        for conv in convs:
+            x = self._conv(conv, x)  # (n, 48, 27, 27), (n, 128, 13, 13), …, (n, 128, 6, 6)
+        x = self._see(first, x).flatten(1)  # (n, 2 × 128 · 6 · 6): fc6 sees both columns
         x = self.exchange.features(x)
-        x = self._dropout(self.fc6, self.activation(self.fc6(x)), slots, step)  # (n, 2048)
-        x = self._see(self.fc7, x)
-        x = self._dropout(self.fc7, self.activation(self.fc7(x)), slots, step)  # (n, 2048)
-        return self.exchange.logits(self.fc8(self._see(self.fc8, x)))
+        start = 0 if first.name in self.config.exchange else x.shape[1] * self.columns_here[0]
+        x = self._dropout(first, x, start, slots, step)
+        for layer, after in itertools.pairwise((first, *others)):
+            x = self.activation(layer(x))  # (n, 2048)
+            x = self._see(after, self._dropout(after, x, layer.rows.start, slots, step))
+        return self.exchange.logits((first, *others)[-1](x))
+
+    def _convolutions(self) -> list["_Conv"]:
+        return [layer for layer in self.children() if isinstance(layer, _Conv)]
+
+    def _fully_connected(self) -> list["_Linear"]:
+        return [layer for layer in self.children() if isinstance(layer, _Linear)]
 
     def _see(self, layer: Layer, x: Tensor) -> Tensor:
         """What a layer sees: its own column, or both."""
         return self.exchange.maps(x) if layer.name in self.config.exchange else x
 
     def _conv(self, layer: _Conv, x: Tensor) -> Tensor:
-        config, lrn = self.config, self.config.lrn
-        x = self.activation(layer(self._see(layer, x)))
+        config, last = self.config, layer.name in self.config.activation_last
+        x = layer(self._see(layer, x))
+        x = x if last else self.activation(x)
+        if config.pool_before_lrn:  # CaffeNet
+            x = self._normalised(layer, self._pool(layer, x))
+        else:
+            x = self._pool(layer, self._normalised(layer, x))
+        return self.activation(x) if last else x
+
+    def _normalised(self, layer: _Conv, x: Tensor) -> Tensor:
+        lrn, spatial = self.config.lrn, self.config.spatial_norm
         if layer.name in lrn.layers:
-            alpha = lrn.alpha / lrn.size if lrn.alpha_over_size else lrn.alpha
-            constants = (len(self.columns_here), lrn.size, alpha, lrn.beta, lrn.k)
-            if config.pool_before_lrn:  # CaffeNet
-                return local_response_norm(self._pool(x), *constants)
-            x = local_response_norm(x, *constants)
-        return self._pool(x) if layer.name in ("conv1", "conv2", "conv5") else x
+            alpha = alpha_of(lrn, layer.name)
+            columns = len(self.columns_here)
+            x = local_response_norm(x, columns, lrn.size, alpha, lrn.beta, lrn.k)
+        if layer.name in spatial.layers:
+            # Beyond the edge there are zeros, so that the mean over n × n is the sum ÷ n².
+            mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)
+            x = x * (1 + spatial.alpha * mean).pow(-spatial.beta)
+        return x
 
-    def _pool(self, x: Tensor) -> Tensor:
-        kernel, stride = self.config.pool
-        return F.max_pool2d(x, kernel, stride)
+    def _pool(self, layer: _Conv, x: Tensor) -> Tensor:
+        config = self.config
+        if layer.name not in config.pool_after:
+            return x
+        kernel, stride = config.pool
+        if layer.name in config.pool_average:
+            return F.avg_pool2d(
+                x, kernel, stride, ceil_mode=config.round_up, count_include_pad=False
+            )
+        return F.max_pool2d(x, kernel, stride, ceil_mode=config.round_up)
 
-    def _dropout(self, layer: _Linear, x: Tensor, slots: Tensor | None, step: int) -> Tensor:
-        """Units zeroed by a mask that depends on (seed, step, layer, slot, unit) alone."""
+    def _dropout(
+        self, before: Layer, x: Tensor, first: int, slots: Tensor | None, step: int
+    ) -> Tensor:
+        """Units zeroed by a mask that depends on (seed, step, layer, slot, unit) alone.
+
+        Args:
+            before: the layer that would see them; they are the outputs of the one below.
+            first: the first unit here, of all columns' units.
+        """
         drop, at_test = self.config.dropout, self.config.dropout_scaling == "test"
-        if drop == 0:
+        if drop == 0 or before.name not in self.config.dropout_before:
             return x
         if not self.training:
             return x * (1 - drop) if at_test else x
         assert slots is not None, "dropout needs the samples' slots"
-        number = int(layer.name[-1])
-        first, count = layer.rows.start, x.shape[1]
-        stay = draws.dropout_mask(self.seed, step, number, slots, first, count, drop)
+        below = int(before.name[-1]) - 1
+        stay = draws.dropout_mask(self.seed, step, below, slots, first, x.shape[1], drop)
         x = x * stay
         return x if at_test else x / (1 - drop)
 
 
 def final_side(config: ModelConfig) -> int:
-    """Side of the maps that fc6 sees; the paper's 6."""
+    """Side of the maps that the first fully-connected layer sees; the paper's 6."""
+
+    def steps(room: int, stride: int) -> int:
+        return (-(-room // stride) if config.round_up else room // stride) + 1
+
     side = config.crop
-    for number, (kernel, stride, padding) in enumerate(_CONVOLUTIONS, start=1):
-        side = (side + 2 * padding - kernel) // stride + 1
-        if number in (1, 2, 5):
-            side = (side - config.pool[0]) // config.pool[1] + 1
+    shapes = zip(config.kernel, config.stride, config.padding, strict=True)
+    for name, (kernel, stride, padding) in zip(config.conv_names, shapes, strict=True):
+        side = steps(side + 2 * padding - kernel, stride)
+        if name in config.pool_after:
+            side = steps(side - config.pool[0], config.pool[1])
+        if side < 1:
+            return side
     return side
+
+
+def _initial(config: ModelConfig, place: int, fan_in: int) -> tuple[float, float]:
+    """Standard deviation of the weights and value of the biases of a layer, counted from 0."""
+    if config.init == "he":
+        # He et al. (2015) keep the scale of the maps through the layers; conv1 stays small, so
+        # that what it learns shows.
+        last = place == len(config.layer_names) - 1
+        return (math.sqrt((1.0 if last else 2.0) / fan_in) if place else 0.01), 0.0
+
+    def of(values: tuple[float, ...]) -> float:
+        return values[place] if len(values) > 1 else values[0]
+
+    return of(config.init_std), of(config.init_bias)

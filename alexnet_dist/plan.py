@@ -37,7 +37,7 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
     """
     with _pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
         whole = AlexNet(config.model, drawn=False)
-        forward = {layer.name: 2 * macs for layer, macs in _multiply_adds(whole).items()}
+        forward = {layer.name: 2 * macs for layer, macs in multiply_adds(whole).items()}
         beside = {kind: _on(config, kind, ranks) for kind in KINDS}
         return {
             "recipe": flat(config),
@@ -187,7 +187,7 @@ def lines(planned: dict[str, Any]) -> list[str]:
     return text
 
 
-def _multiply_adds(model: AlexNet) -> dict[Layer, int]:
+def multiply_adds(model: AlexNet) -> dict[Layer, int]:
     """Of each layer, forward, an image: places it is used at × its weights."""
     counted: dict[Layer, int] = {}
 

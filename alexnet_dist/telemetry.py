@@ -14,6 +14,7 @@
 | speed/straggler, speed/straggler_rank | longest own work of a rank ÷ the median's, and whose |
 | train/gradient_norm | of the whole network's gradient, mean since the last point |
 | train/skipped | updates left out so far, their loss or gradient not finite |
+| eval/chroma_1, eval/chroma_2 | colour in the kernels of conv1, by column: see `chroma` |
 | kernels/conv1 | the first layer's kernels, a row block a column |
 """
 
@@ -40,6 +41,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alexnet_dist.errors import printable
 from alexnet_dist.topology import Topology
+from alexnet_dist.untrusted import json_object
 from alexnet_dist.waits import WAITS
 
 log = logging.getLogger("alexnet_dist")
@@ -141,7 +143,11 @@ class Telemetry:
         """A point of evaluation; `kernels` is conv1.weight."""
         if not self._leads:
             return
-        self._write("eval", step, {"epoch": epoch, **values}, {})
+        colour = {} if kernels is None else {
+            f"chroma_{column}": value
+            for column, value in enumerate(chroma(kernels, self._columns), start=1)
+        }  # fmt: skip
+        self._write("eval", step, {"epoch": epoch, **values, **colour}, {})
         if kernels is not None:
             picture = kernel_picture(kernels, self._columns)
             self._draw(lambda to: to.add_image("kernels/conv1", picture, step, dataformats="HWC"))
@@ -225,13 +231,16 @@ def _named(speed: Mapping[str, float]) -> str:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The points of a run folder's metrics.jsonl; a torn last line is left out."""
+    """The points of a run folder's metrics.jsonl, up to a torn line or one that is no point."""
     points = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
+    for line in (folder / "metrics.jsonl").read_bytes().splitlines():
         try:
-            points.append(json.loads(line))
+            point = json_object(line)
         except ValueError:
             break
+        if type(point.get("step")) is not int or point.get("kind") not in ("train", "eval"):
+            break
+        points.append(point)
     return points
 
 
@@ -247,6 +256,19 @@ def _cut(path: Path, step: int, evaluated_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+
+
+def chroma(kernels: Tensor, columns: int) -> list[float]:
+    """Of each column, how much of its conv1 kernels' energy is colour: 0 of grey kernels, 2/3 of
+    random ones. Fig. 3's columns, one "largely color-agnostic", the other "largely
+    color-specific", differ in it.
+
+    Args:
+        kernels: (maps, 3, k, k).
+    """
+    colour = kernels - kernels.mean(1, keepdim=True)
+    shares = colour.square().sum((1, 2, 3)) / kernels.square().sum((1, 2, 3)).clamp_min(1e-30)
+    return [float(column.mean()) for column in shares.chunk(columns)]
 
 
 def kernel_picture(kernels: Tensor, columns: int, zoom: int = 3) -> npt.NDArray[np.uint8]:

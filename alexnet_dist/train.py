@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist import warm_start
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import Dataset, Split, check_damaged, open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import AlexNetDistError, ConfigError, NotFinite
+from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, NotFinite
 from alexnet_dist.evaluate import Score, evaluate, make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals
@@ -103,6 +104,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     topology = connect(config)
     signals.at_once = False
     configure_logging(topology)
+    config = topology.decided_by_rank_0(lambda: warm_start.resolved(config))
     digest = topology.decided_by_rank_0(lambda: open_for(config, config.data.verify_hashes).digest)
     dataset = open_for(config)
     folder = RunFolder(config)
@@ -235,7 +237,8 @@ def _resume(
     """Where to begin. In this order:
 
     1. the newest checkpoint in the run folder that verifies; newer, damaged ones are named;
-    2. the initial weights, where no checkpoint was ever made.
+    2. the weights that train.init_from names, where no checkpoint was ever made;
+    3. the initial weights, where none are named.
 
     A folder whose checkpoints are all damaged, or of another run, is an error.
     """
@@ -259,11 +262,18 @@ def _resume(
 
     path = topology.decided_by_rank_0(choose)
     if path is None:
+        if config.train.init_from != "none":
+            engine.load(warm_start.InitialWeights(config), None)
         return Progress()
     found = checkpoints.read(Path(path))
     engine.load(found.parameters(), found.optimizer())
-    schedule.load(found.progress["schedule"])
-    return Progress.of(found.progress)
+    try:
+        schedule.load(found.progress["schedule"])
+        return Progress.of(found.progress)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}/progress.json: not what a run writes ({error!r}): remove that checkpoint"
+        ) from error
 
 
 def _save(

@@ -95,7 +95,7 @@ def score(configs: Sequence[Config], of: int) -> int:
         raise ConfigError("launch.ensemble: no run has finished yet")
     from alexnet_dist.evaluate import evaluate_checkpoints
 
-    found, _ = evaluate_checkpoints([config.folder for config in configs], [])
+    found = evaluate_checkpoints([config.folder for config in configs]).score
     print(f"the average of {len(configs)} of {of}: top-1 {found.top1:.2%}, top-5 {found.top5:.2%}")
     return 0 if len(configs) == of else 1
 

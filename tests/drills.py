@@ -210,7 +210,9 @@ def freezes(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
         for _ in range(count):
             run = Started(ground.arguments(layout, name))
             reach(run, ground.folder(name), "step", ground.saved(name) + 2, dice)
-            processes = run.all()
+            if len(processes := run.all()) == 1:  # it is at its end
+                run.end()
+                break
             frozen = dice.choice(processes[1:])
             frozen.suspend()
             begin, row.trials = time.monotonic(), row.trials + 1
@@ -410,7 +412,8 @@ def goodput(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
         return
     row, data = Row("kill every 2 minutes", "columns"), ground.root / "demo"
     prepare("fashion_mnist", SAMPLE, data, Options())
-    places = [f"data.path={data}", f"output_dir={ground.root / 'runs'}", "name=demo"]
+    places = [f"data.path={data}", f"output_dir={ground.root / 'runs'}", "name=demo",
+              "checkpoint.every_steps=50"]  # fmt: skip
     while True:
         run = Started(["train", "demo", *places])
         try:

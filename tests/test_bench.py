@@ -4,9 +4,15 @@ import json
 from pathlib import Path
 
 import made
-from conftest import TINY, alexnet_dist
+import pytest
+import torch
+from conftest import TINY, alexnet_dist, assert_close
 
 from alexnet_dist.bench.data import index_cost
+from alexnet_dist.bench.step import Eager
+from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.model import AlexNet
 
 
 def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
@@ -37,6 +43,40 @@ def test_bench_checkpoint_says_what_a_save_costs_the_loop() -> None:
     lost = [run["lost to a save"] / (100 * run["step"]) for run in found["runs"]]
     assert found["ratios"] == {"lost to one save in 100 steps / those steps": sum(lost) / 2}
     assert found["ceilings"]["a checkpoint, MB"] > 0.05
+
+
+def test_bench_lrn_holds_ours_against_torchs() -> None:
+    result = alexnet_dist("bench", "lrn", *TINY, "--repeats", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["ceilings"]["largest difference of gradients"] < 1e-4
+    assert found["ratios"]["nn.LocalResponseNorm, fp32 / ours, fp32"] > 0
+
+
+def test_the_reference_computes_what_our_network_does() -> None:
+    config = load_config([*TINY, "layout.kind=one", "model.dropout=0", "model.lrn.alpha=0.05"])
+    ours, reference = AlexNet(config.model, config.seed), Eager(config)
+    reference.take(dict(ours.named_parameters()))
+    batch = made_batch(config, torch.device("cpu"), torch.float32)
+    with torch.no_grad():
+        logits = [ours(batch.windows, batch.ids), reference(batch.windows.contiguous())]
+    assert_close(*logits, 1e-4 * float(logits[1].abs().max()))
+
+
+@pytest.mark.drill
+def test_bench_step_and_layouts_print_their_ratios() -> None:
+    few = ["layout.device=cpu", "--repeats", "1", "--json"]
+    result = alexnet_dist("bench", "step", *TINY, *few)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["losses"]["ours, fp32"] == pytest.approx(found["losses"]["eager, fp32"], rel=1e-5)
+    run = found["runs"][0]
+    assert found["ratios"]["ours, fp32 / eager, fp32"] == run["eager, fp32"] / run["ours, fp32"]
+    result = alexnet_dist("bench", "layouts", *TINY, *few)
+    assert result.returncode == 0, result.stderr
+    run = json.loads(result.stdout)["runs"][0]
+    assert {"one", "columns", "replicas", "sharded_fc", "zero1", "zero2"} <= run.keys()
+    assert all(rate > 0 for rate in run.values())
 
 
 def test_an_index_of_imagenets_size_is_ready_at_once_and_small() -> None:

@@ -101,6 +101,36 @@ def test_two_columns_equal_the_grouped_oracle(oracle: tuple[Config, Trajectory])
     assert len(set(losses)) == STEPS
 
 
+VARIANTS = [
+    [  # as in the released code, with a sixth convolution
+        "model.conv=[8,12,16,16,8,8]", "model.kernel=[11,5,3,3,3,3]", "model.stride=[4,1,1,1,1,1]",
+        "model.padding=[0,2,1,1,1,1]", "model.exchange=[conv3,fc7,fc8,fc9]", "model.round_up=true",
+        "model.activation_last=[conv1]", "model.lrn.alpha=[0.05,0.02]", "model.crop=68",
+        "model.spatial_norm.layers=[conv2]", "model.spatial_norm.alpha=0.5",
+        "model.dropout_before=[fc7,fc8,fc9]",
+    ],
+    [  # columns apart, dropout also on what fc6 sees
+        "model.exchange=[fc8]", "model.dropout_before=[fc6,fc7,fc8]", "model.pool_average=[conv2]",
+        "model.pool_before_lrn=true", "model.dropout_scaling=train",
+    ],
+]  # fmt: skip
+
+
+def trajectories(configs: list[Config]) -> list[Trajectory]:
+    return [trajectory(config) for config in configs]
+
+
+def test_variants_on_two_columns_equal_their_grouped_oracles(packed: Any) -> None:
+    common = [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one"]
+    configs = [load_config([*common, *variant]) for variant in VARIANTS]
+    ours = on_ranks(2, trajectories, [on_columns(config) for config in configs])[0]
+    for config, (losses, parameters, momenta) in zip(configs, ours, strict=True):
+        theirs = trajectory(config)
+        np.testing.assert_allclose(losses, theirs[0], rtol=1e-12)
+        assert largest_difference(parameters, theirs[1]) <= 1e-10
+        assert largest_difference(momenta, theirs[2]) <= 1e-10
+
+
 @pytest.mark.parametrize(
     "mutation", ["lrn across columns", "backward without its sum", "other dropout masks"]
 )

@@ -195,7 +195,7 @@ def pickled(root: Path) -> None:
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no dataset.json", lambda r: (r / "dataset.json").unlink(), "dataset.json is missing: make"),
     ("torn dataset.json", lambda r: (r / "dataset.json").write_text('{"ver'), "cannot be read"),
-    ("a list", lambda r: (r / "dataset.json").write_text("[]"), "is damaged"),
+    ("a list", lambda r: (r / "dataset.json").write_text("[]"), "a list, not an object"),
     ("no splits", edit_json(lambda m: m.pop("splits")), "is damaged .*'splits'"),
     ("another version", edit_json(lambda m: m.update(version=9)), "version 9, and this program"),
     ("no shard", lambda r: (r / "train/shard-00000.tar").unlink(), "shard-00000.tar cannot be"),
@@ -209,7 +209,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("shard number", edit_index(lambda i: i["shard"].put(5, 7)), "sample 5 lies outside its"),
     ("wrapping offset", edit_index(lambda i: i["offset"].put(6, 2**64 - 1)), "sample 6 lies out"),
     ("count", edit_json(lambda m: m["splits"]["train"].update(samples=9)), "60 samples, dataset"),
-    ("pickle", pickled, "is not an array"),
+    ("pickle", pickled, "object in 1 dimensions"),
     ("../", edit_json(lambda m: m["splits"]["train"]["shards"][0].update(file="../x.tar")),
      r"refused the file name '\.\./x\.tar'"),
     ("absolute", edit_json(lambda m: m["mean_image"].update(file="/etc/x.npy")), "refused the"),

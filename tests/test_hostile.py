@@ -48,11 +48,13 @@ def test_no_pickle_is_loaded_but_cifars_and_that_without_running_it() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                unsafe = {k.arg for k in node.keywords if getattr(k.value, "value", 0) is True}
+                true = {k.arg for k in node.keywords if getattr(k.value, "value", 0) is True}
+                if called == "torch.load" and "weights_only" in true:  # a list of tensors' own
+                    continue
                 if called in (
                     "pickle.load", "pickle.loads", "torch.load", "joblib.load", "eval", "exec",
                     "yaml.load", "yaml.unsafe_load",
-                ) or "allow_pickle" in unsafe:  # fmt: skip
+                ) or "allow_pickle" in true:  # fmt: skip
                     loads.append((path.name, called))
     assert loads == []
     readers = [c for c in vars(arrays).values() if isinstance(c, type) and issubclass(c, Unpickler)]

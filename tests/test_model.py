@@ -114,6 +114,10 @@ def test_variants_are_config() -> None:
         "model.pool=[2,2]",
         "model.pool_before_lrn=true",
         "model.lrn.layers=[]",
+        "model.lrn.alpha=[0.01,0.0001]",
+        "model.activation_last=[conv1]",
+        "model.pool_average=[conv2]",
+        "model.spatial_norm.layers=[conv2]",
         "model.lrn.k=1.0",
         "model.lrn.alpha_over_size=true",
         "model.dropout_scaling=train",
@@ -141,14 +145,16 @@ def test_dropout_drops_in_training_and_scales_at_test() -> None:
     assert torch.equal(seen[2], dropped)
 
 
-@pytest.mark.parametrize(("preset", "conv3", "biases"), [
-    ("paper", 0.01, [0, 1, 0, 1, 1, 1, 1, 0]),
-    ("released", 0.03, [0, 1, 0, 1, 1, 1, 1, 0]),
-    ("he", np.sqrt(2 / (256 * 9)), [0] * 8),
+@pytest.mark.parametrize(("overrides", "conv3", "biases"), [
+    ([], 0.01, [0, 1, 0, 1, 1, 1, 1, 0]),
+    (["model.init_std=[.01,.01,.03,.03,.03,.01,.01,.01]"], 0.03, [0, 1, 0, 1, 1, 1, 1, 0]),
+    (["model.init_bias=0.5"], 0.01, [0.5] * 8),
+    (["model.init=he"], np.sqrt(2 / (256 * 9)), [0] * 8),
 ])  # fmt: skip
-def test_initial_weights_follow_their_preset(preset: str, conv3: float, biases: list[int]) -> None:
-    config = load_config([f"model.init={preset}", "model.fc=[64,64]"]).model
-    model = AlexNet(config)
+def test_initial_weights_follow_their_preset(
+    overrides: list[str], conv3: float, biases: list[float]
+) -> None:
+    model = AlexNet(load_config([*overrides, "model.fc=[64,64]"]).model)
     assert abs(model.conv3.weight.std() / conv3 - 1) < 0.01
     assert [layer.bias.unique().tolist() for layer in model.layers()] == [[b] for b in biases]
 

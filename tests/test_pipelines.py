@@ -271,7 +271,7 @@ def test_evaluation_leaves_damaged_samples_out(stored: dict[str, Path], tmp_path
     result = run(config)
     assert result.returncode == 0, result.stderr
     assert "of 13 right" in result.stdout
-    score, _ = evaluate_checkpoints([tmp_path / "a", tmp_path / "a"])
+    score = evaluate_checkpoints([tmp_path / "a", tmp_path / "a"]).score
     assert score.samples == 13
     refused = run(config, "name=b", "data.max_damaged=0.1")
     assert refused.returncode == 1

@@ -514,4 +514,4 @@ def test_inspect_shows_what_is_there_and_finds_what_is_wrong(
 
 
 def test_options_have_defaults_that_the_command_line_repeats() -> None:
-    assert dataclasses.astuple(Options()) == (False, 0.001, 0, None)
+    assert dataclasses.astuple(Options()) == (False, 0.001, 0, None, 0.0)

@@ -104,9 +104,11 @@ def test_a_crash_loop_is_broken_and_says_why(tiny: Callable[..., Config]) -> Non
     assert (found["state"], found["exit"], found["attempt"]) == ("failed", 2, 7)
     mended = tiny("checkpoint.max_idle_restarts=5")
     attempt(mended, "stopped", saved=24, exit=75)
-    attempt(config, "stopped", exit=75)  # stopping is no failure
-    attempt(config, "running")
+    attempt(config, "stopped", exit=143)  # stopping is no failure
+    attempt(config, "stopped", exit=75)
     assert read_run(config.folder)["idle_restarts"] == 0
+    attempt(config, "running")  # but stopped so early that nothing is saved, to be resumed, is
+    assert read_run(config.folder)["idle_restarts"] == 1
 
 
 def test_time_whose_steps_were_saved_is_counted(tiny: Callable[..., Config]) -> None:

@@ -56,6 +56,9 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", "ratios, medians of pairs"]
     lines += [f"{name:44}{value:8.3f}" for name, value in found["ratios"].items()]
     lines += ["", *(f"{name:44}{value:10,.2f}" for name, value in found["ceilings"].items())]
+    if "losses" in found:
+        lines += ["", "loss of a first step without dropout, nats"]
+        lines += [f"{name:44}{value:10,.5f}" for name, value in found["losses"].items()]
     if "differences" in found:
         lines += ["", "torch and dali, grey levels apart"]
         lines += [f"{name:44}{value:10,.3f}" for name, value in found["differences"].items()]

@@ -6,16 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.bench import machine, median
+from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import DTYPES, Engine, on_host
+from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
 from alexnet_dist.saving import Saver
-from alexnet_dist.topology import Topology, connect
+from alexnet_dist.topology import connect
 
 _STEPS = 5  # without a save, and at least so many with one
 _BETWEEN = 100  # steps from save to save that the ratio is quoted for
@@ -29,7 +28,7 @@ def bench_checkpoint(config: Config, repeats: int) -> dict[str, Any]:
         every pass's seconds.
     """
     topology = connect(config)
-    engine, batch = make_engine(config, topology), _batch(config, topology)
+    engine, batch = make_engine(config, topology), made_batch(config, topology.device)
     runs = []
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
         folder = Path(scratch)
@@ -78,13 +77,3 @@ def _step(engine: Engine, batch: Batch) -> float:
     begin = time.perf_counter()
     on_host(engine.train_step(batch, 0, 1e-4))()
     return time.perf_counter() - begin
-
-
-def _batch(config: Config, topology: Topology) -> Batch:
-    """Images of noise: arithmetic takes as long on them."""
-    n, side, at = config.train.batch, config.model.crop, topology.device
-    windows = torch.randn(n, 3, side, side, device=at, dtype=DTYPES[config.train.precision])
-    ids = torch.arange(n, device=at)
-    nothing = torch.zeros(n, 3, device=at)
-    windows = windows.contiguous(memory_format=torch.channels_last)
-    return Batch(windows, ids % config.model.classes, ids, nothing, nothing[:, 0].bool())

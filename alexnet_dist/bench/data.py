@@ -242,7 +242,7 @@ def index_cost(samples: int, batch: int) -> dict[str, float]:
         train = {"samples": samples, "index": samples_npy, "shards": [shard]}
         colours = {"mean_rgb": [0] * 3, "eigenvalues": [1] * 3, "eigenvectors": np.eye(3).tolist()}
         meta = {"version": VERSION, "classes": ["one"], "splits": {"train": train}}
-        meta |= {"mean_image": mean, **colours}
+        meta |= {"source": {"kind": "zeros"}, "mean_image": mean, **colours}
         (folder / "dataset.json").write_text(json.dumps(meta))
         code = f"from alexnet_dist.bench import data; data.measure_index({str(folder)!r}, {batch})"
         output = subprocess.run(

@@ -1,17 +1,14 @@
 """Sources of encoded images: ImageNet's tars as downloaded, read in place, and image folders."""
 
-import io
 import os
 import re
 import stat
 import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
-
-from alexnet_dist.data.sources import Item, Source, needed
+from alexnet_dist.data.devkit import read_synsets
+from alexnet_dist.data.sources import Item, Source, needed, open_tar, read_member
 from alexnet_dist.errors import DatasetError
 
 
@@ -25,17 +22,18 @@ def imagenet(path: Path) -> Source:
     ids = sorted(words)
     label = {wnid: place for place, wnid in enumerate(ids)}
     items: list[Item] = []
-    with tarfile.open(train, "r:") as outer:
+    with open_tar(train, "r:") as outer:
         for member in outer:
             wnid = member.name.removesuffix(".tar")
             if wnid not in label or not member.isreg():
                 raise DatasetError(f"{train}: {member.name!r} is not a class's tar of the devkit")
             inner = outer.extractfile(member)
             assert inner is not None
-            with tarfile.open(fileobj=inner, mode="r:") as tar:
+            with open_tar(inner, "r:") as tar:
                 own = _members(tar, train, member.offset_data)
                 items += [item._replace(label=label[wnid]) for item in own]
-    with tarfile.open(val, "r:") as tar:
+        _check_end(outer, train)
+    with open_tar(val, "r:") as tar:
         validation = [
             item if item.refused else item._replace(label=label[_truth(truth, item.name)])
             for item in sorted(_members(tar, val, 0))
@@ -69,28 +67,32 @@ def _members(tar: tarfile.TarFile, path: Path, start: int) -> Iterator[Item]:
         elif offset + member.size > whole:
             refused = "the archive ends before it does"
         yield Item(name, 0, str(path), offset, member.size, refused=refused)
+    _check_end(tar, path)
+
+
+def _check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """Raises DatasetError where a tar's listing ended by damage: tarfile does not tell."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DatasetError(f"{path}: its archive is damaged or cut at byte {tar.offset}")
 
 
 def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """Words by WordNet id of the 1,000 classes, and each validation image's WordNet id."""
-    from scipy.io import loadmat
 
-    def member(name: str) -> BinaryIO:
-        found = tar.getmember(f"ILSVRC2012_devkit_t12/data/{name}")
-        if not found.isreg() or found.size > 64 * 2**20:
-            raise DatasetError(f"{path}: {name} is no file of a devkit")
-        return io.BytesIO(tar.extractfile(found).read())  # type: ignore[union-attr]
+    def member(name: str) -> bytes:
+        return read_member(tar, f"ILSVRC2012_devkit_t12/data/{name}", path)
 
-    with tarfile.open(path, "r:gz") as tar:
+    with open_tar(path, "r:gz") as tar:
         try:
-            meta = loadmat(member("meta.mat"), squeeze_me=True)["synsets"]
-            leaves = [synset for synset in np.atleast_1d(meta) if int(synset["num_children"]) == 0]
-            wnid = {int(leaf["ILSVRC2012_ID"]): str(leaf["WNID"]) for leaf in leaves}
-            words = {str(leaf["WNID"]): str(leaf["words"]) for leaf in leaves}
-            lines = member("ILSVRC2012_validation_ground_truth.txt").read().split()
-            return words, [wnid[int(line)] for line in lines]
-        except (KeyError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-            raise DatasetError(f"{path} is not ILSVRC-2012's devkit: {error!r}") from error
+            leaves = read_synsets(member("meta.mat"))
+            wnid = {leaf.number: leaf.wnid for leaf in leaves}
+            lines = member("ILSVRC2012_validation_ground_truth.txt").split()
+            truth = [wnid[int(line)] for line in lines]
+        except (KeyError, ValueError) as error:
+            raise DatasetError(f"{path} is not ILSVRC-2012's devkit: {error}") from error
+    return {leaf.wnid: leaf.words for leaf in leaves}, truth
 
 
 def folder(path: Path) -> Source:

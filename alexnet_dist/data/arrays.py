@@ -2,9 +2,10 @@
 
 import gzip
 import io
+import math
 import pickle
+import pickletools
 import struct
-import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from alexnet_dist.data.sources import Item, Pixels, Source, needed
+from alexnet_dist.data.sources import (
+    LARGEST_MEMBER,
+    Item,
+    Pixels,
+    Source,
+    needed,
+    open_tar,
+    read_member,
+)
 from alexnet_dist.errors import DatasetError
+from alexnet_dist.untrusted import read_bytes
 
+_MOST = 2**30  # values of an IDX file; Fashion-MNIST has 47 million
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
@@ -51,22 +62,32 @@ def cifar10(path: Path) -> Source:
     return Source("cifar10", classes, {"train": train, "test": batch("test_batch")})
 
 
+def with_validation(source: Source, share: float) -> Source:
+    """A share of the test split becomes `val`, as many of each class: scikit-learn's stratified
+    split with random state 0. Raises DatasetError where that cannot be."""
+    from sklearn.model_selection import train_test_split
+
+    items = source.splits["test"]
+    places, labels = range(len(items)), [item.label for item in items]
+    try:
+        test, val = train_test_split(places, test_size=share, random_state=0, stratify=labels)
+    except ValueError as error:
+        raise DatasetError(f"--validation {share:g}: {error}") from error
+    cut = {"test": [items[i] for i in test], "val": [items[i] for i in val]}
+    return Source(source.kind, source.classes, {**source.splits, **cut})
+
+
 def _reader(path: Path) -> Callable[[str], bytes]:
     """Reads a file of CIFAR-10 by its name."""
     packed, inside = path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py"
     root = inside if inside.is_dir() else path
     if (root / "batches.meta").is_file() or not packed.is_file():
-        return lambda name: needed(root / name, "of CIFAR-10's python version").read_bytes()
-    tar = tarfile.open(packed, "r:gz")  # noqa: SIM115 (read until the listing is made)
+        which = "of CIFAR-10's python version"
+        return lambda name: read_bytes(needed(root / name, which), LARGEST_MEMBER)
+    tar = open_tar(packed, "r:gz")
 
     def read(name: str) -> bytes:
-        try:
-            file = tar.extractfile(f"cifar-10-batches-py/{name}")
-        except KeyError:
-            file = None
-        if file is None:
-            raise DatasetError(f"{packed}: no file {name} in it")
-        return file.read()
+        return read_member(tar, f"cifar-10-batches-py/{name}", packed)
 
     return read
 
@@ -101,6 +122,10 @@ def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
     Arrays must be of bytes in two dimensions.
     """
     try:
+        for opcode, argument, _ in pickletools.genops(content):  # lengths are compared here
+            memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+            if memo and int(argument or 0) > len(content):
+                raise pickle.UnpicklingError("a memo beyond its own length")  # takes that memory
         values = _OnlyArrays(io.BytesIO(content), encoding="bytes").load()
         if not isinstance(values, dict):
             raise pickle.UnpicklingError("it is no dictionary")
@@ -143,18 +168,20 @@ def fashion_mnist(path: Path) -> Source:
 def read_idx(path: Path, dims: int) -> Pixels:
     """An IDX file of bytes (LeCun's format), gzipped or not; raises DatasetError."""
     try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * dims)
+            if len(header) < 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
+                raise DatasetError(f"{path}: not an IDX file of bytes in {dims} dimensions")
+            shape = struct.unpack(f">{dims}I", header[4:])
+            if math.prod(max(1, size) for size in shape) > _MOST:
+                raise DatasetError(f"{path}: its header says {shape}, more than {_MOST:,} values")
+            raw = file.read(math.prod(shape) + 1)  # of a bomb no more
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
-    header = 4 + 4 * dims
-    if len(raw) < header or raw[:4] != bytes([0, 0, 8, dims]):
-        raise DatasetError(f"{path}: not an IDX file of bytes in {dims} dimensions")
-    shape = struct.unpack(f">{dims}I", raw[4:header])
-    if len(raw) - header != np.prod(shape, dtype=object):
-        raise DatasetError(f"{path}: {len(raw) - header} values, its header says {shape}")
-    return np.frombuffer(raw, np.uint8, offset=header).reshape(shape)
+    if len(raw) != math.prod(shape):
+        more = " or more" if len(raw) > math.prod(shape) else ""
+        raise DatasetError(f"{path}: {len(raw)} values{more}, its header says {shape}")
+    return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
 def _either(path: Path, name: str) -> Path:

@@ -13,8 +13,6 @@ import os
 import shutil
 import signal
 import sys
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from alexnet_dist.data.archives import folder, imagenet
-from alexnet_dist.data.arrays import FASHION_MNIST, cifar10, fashion_mnist
+from alexnet_dist.data.arrays import FASHION_MNIST, cifar10, fashion_mnist, with_validation
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.merge import merge, write_lines
 from alexnet_dist.data.shards import Part, Task, read_part, write_shard
@@ -53,12 +51,14 @@ class Options:
         max_bad: share of the source's images that may be refused.
         workers: processes; 0 = the cores.
         part: (i, n): only each nth shard from the ith on, and no merge.
+        validation: share of the test split that becomes `val` (cifar10 alone).
     """
 
     keep: bool = False
     max_bad: float = 0.001
     workers: int = 0
     part: tuple[int, int] | None = None
+    validation: float = 0.0
 
 
 def prepare(kind: str, path: Path | None, out: Path, options: Options | None = None) -> str:
@@ -75,7 +75,13 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             written or holds something else. What was made so far waits in OUT.partial.
     """
     options = options or Options()
+    if options.validation and kind != "cifar10":
+        raise DatasetError(
+            f"--validation {options.validation:g}: it cuts CIFAR-10's test images; leave it out"
+        )
     source = list_source(kind, path)
+    if options.validation:
+        source = with_validation(source, options.validation)
     identity = source.identity() | {"keep": options.keep}
     if out.exists():
         if open_dataset(out, verify_hashes=True).source != identity:
@@ -119,8 +125,11 @@ def list_source(kind: str, path: Path | None) -> Source:
         raise DatasetError(f"{path} is not a folder: name the one that holds {kind}'s files")
     try:
         source = SOURCES[kind](path)
-    except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
-        raise DatasetError(f"{path} cannot be read whole: {error}") from error
+    except DatasetError:
+        raise
+    except Exception as error:  # a hostile archive can fail in any way
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DatasetError(f"{path} cannot be read whole: {reason}") from error
     if not source.splits.get("train"):
         raise DatasetError(f"{path}: no training images found")
     return source

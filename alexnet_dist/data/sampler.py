@@ -58,7 +58,8 @@ class TrainSampler:
         else:
             corners = np.full((len(ids), 2), margin // 2)
         words = draws.philox((ids, epochs, zero, zero), (seed, Purpose.LIGHTING))
-        alphas = np.stack(draws.normals(words)[:3], axis=-1) * data.lighting  # (n, 3)
+        scale = data.lighting * (epochs < data.lighting_epochs)  # (n,)
+        alphas = np.stack(draws.normals(words)[:3], axis=-1) * scale[:, None]  # (n, 3)
         return Samples(
             ids=ids,
             corners=corners[:, None, :],

@@ -3,12 +3,17 @@
 The same few lines serve every pipeline, so that equal bytes give equal windows.
 """
 
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.errors import DatasetError
 
 
 class Finish:
@@ -114,9 +119,25 @@ def _mean(config: Config, statistics: Statistics) -> Tensor:
     """(3, canvas or 1, canvas or 1)."""
     match config.data.subtract:
         case "mean_image":
-            mean_image = torch.from_numpy(statistics.mean_image).movedim(-1, 0)
-            return on_canvas(mean_image, config.data.canvas)
+            mean = statistics.mean_image
+            if config.data.mean_from != "none":
+                mean = _read_mean(Path(config.data.mean_from))
+            return on_canvas(torch.from_numpy(mean).movedim(-1, 0), config.data.canvas)
         case "mean_rgb":
             return torch.from_numpy(statistics.mean_rgb)[:, None, None]
         case "nothing":
             return torch.zeros(3, 1, 1)
+
+
+def _read_mean(path: Path) -> npt.NDArray[np.float32]:
+    try:
+        mean = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(f"data.mean_from={path}: cannot be read as .npy: {error}") from error
+    if mean.dtype.kind != "f" or mean.ndim != 3 or mean.shape[2] != 3:
+        raise DatasetError(
+            f"data.mean_from={path}: {mean.dtype} of shape {mean.shape}, expected floats of "
+            "(height, width, 3)"
+        )
+    found: npt.NDArray[np.float32] = mean.astype(np.float32)
+    return found

@@ -1,0 +1,72 @@
+"""Layouts beside one another: the same global batch, ranks of one host, steps in turn."""
+
+import time
+from typing import Any
+
+from alexnet_dist import layouts, ranks
+from alexnet_dist.bench import machine, median
+from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.config import Config, flat
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.engine import on_host
+from alexnet_dist.engines import make_engine
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.plan import KINDS
+from alexnet_dist.topology import connect
+
+_STEPS = 3  # of a pass; one before it warms up
+
+
+def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
+    """Training steps of every layout that fits on so many ranks, and of one process.
+
+    One process has the threads of all ranks. A pass starts its ranks anew, and is timed within.
+
+    Returns:
+        ratios of images/s (medians of pairs), machine, and every pass's images/s.
+    """
+    configs = {"one": load_config([flat(config), "layout.kind=one"])}
+    for kind in KINDS:
+        other = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={count}"])
+        if kind != "one" and not layouts.problem(other, count):
+            configs[kind] = other
+    if len(configs) == 1:
+        raise ConfigError(f"--ranks {count}: no layout fits on them with this config")
+    runs = [
+        {kind: _images_per_s(one, 1 if kind == "one" else count) for kind, one in configs.items()}
+        for _ in range(repeats)
+    ]
+
+    def ratio(a: str, b: str) -> float:
+        return median(run[a] / run[b] for run in runs)
+
+    pairs = [(kind, "one") for kind in configs if kind != "one"]
+    others = [kind for kind in configs if kind not in ("one", "replicas")]
+    pairs += [(kind, "replicas") for kind in others if "replicas" in configs]
+    return {
+        "ratios": {f"{a} / {b}": ratio(a, b) for a, b in pairs},
+        "ceilings": {"ranks": float(count)},
+        "machine": machine(config.data.workers),
+        "unit": "images/s",
+        "runs": runs,
+    }  # fmt: skip
+
+
+def _images_per_s(config: Config, count: int) -> float:
+    """Of the slowest rank."""
+    seconds: list[float] = ranks.call(_steps, count, config)
+    return config.train.batch / max(seconds)
+
+
+def _steps(config: Config) -> float:
+    """Seconds a step, on this rank."""
+    topology = connect(config)
+    engine = make_engine(config, topology)
+    batch = made_batch(config, topology.device, samples=config.train.batch // topology.replicas)
+    on_host(engine.train_step(batch, 0, 1e-4))()
+    topology.barrier()
+    begin = time.perf_counter()
+    for step in range(1, _STEPS + 1):
+        numbers = on_host(engine.train_step(batch, step, 1e-4))
+    numbers()
+    return (time.perf_counter() - begin) / _STEPS

@@ -1,0 +1,103 @@
+"""Caffe's .caffemodel and .binaryproto, by the few fields of its caffe.proto that hold weights."""
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from google.protobuf.message import DecodeError
+
+from alexnet_dist.errors import CheckpointError
+
+Floats = npt.NDArray[np.float32]
+
+# Message: field (number, type, repeated). Packed floats are bytes on the wire, and are taken so.
+_FIELDS = {
+    "BlobShape": {"dim": (1, "INT64", True)},
+    "BlobProto": {
+        "num": (1, "INT32", False), "channels": (2, "INT32", False), "height": (3, "INT32", False),
+        "width": (4, "INT32", False), "data": (5, "BYTES", True), "shape": (7, "BlobShape", False),
+    },
+    "V1LayerParameter": {"name": (4, "STRING", False), "blobs": (6, "BlobProto", True)},
+    "LayerParameter": {
+        "name": (1, "STRING", False), "type": (2, "STRING", False), "blobs": (7, "BlobProto", True),
+    },
+    "NetParameter": {
+        "name": (1, "STRING", False), "layers": (2, "V1LayerParameter", True),
+        "layer": (100, "LayerParameter", True),
+    },
+}  # fmt: skip
+
+
+def read_layers(path: Path) -> dict[str, list[Floats]]:
+    """The blobs of each layer of a .caffemodel, of the old format (V1) or the present one.
+
+    Raises CheckpointError.
+    """
+    net = _parsed("NetParameter", path)
+    layers = {layer.name: layer.blobs for layer in (*net.layers, *net.layer) if layer.blobs}
+    if not layers:
+        raise CheckpointError(f"{path}: no layer in it has weights: is it a .caffemodel?")
+    return {name: [_array(blob, path) for blob in blobs] for name, blobs in layers.items()}
+
+
+def read_mean(path: Path) -> Floats:
+    """(height, width, 3), red first, of a mean image (.binaryproto); raises CheckpointError."""
+    mean = _array(_parsed("BlobProto", path), path)
+    planes = mean.reshape(mean.shape[-3:]) if mean.ndim >= 3 else mean
+    if planes.ndim != 3 or len(planes) != 3:
+        raise CheckpointError(f"{path}: a mean of shape {mean.shape}, expected 3 × height × width")
+    return np.ascontiguousarray(planes[::-1].transpose(1, 2, 0))
+
+
+def write_layers(path: Path, name: str, layers: Mapping[str, list[Floats]]) -> None:
+    """A .caffemodel of the present format."""
+    net = _message("NetParameter")(name=name)
+    for layer, blobs in layers.items():
+        kind = "Convolution" if blobs[0].ndim == 4 else "InnerProduct"
+        part = net.layer.add(name=layer, type=kind)
+        for blob in blobs:
+            made = part.blobs.add()
+            made.shape.dim.extend(blob.shape)
+            made.data.append(np.ascontiguousarray(blob, "<f4").tobytes())
+    path.write_bytes(net.SerializeToString())
+
+
+def _parsed(kind: str, path: Path) -> Any:
+    message = _message(kind)()
+    try:
+        message.ParseFromString(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as Caffe's {kind}: {error}") from error
+    return message
+
+
+def _array(blob: Any, path: Path) -> Floats:
+    content = b"".join(blob.data)
+    old = [blob.num, blob.channels, blob.height, blob.width]
+    shape = list(blob.shape.dim) if blob.HasField("shape") else old
+    if min(shape, default=0) < 1 or int(np.prod(shape, dtype=object)) * 4 != len(content):
+        raise CheckpointError(f"{path}: {len(content)} bytes for a blob of shape {shape}")
+    return np.frombuffer(content, "<f4").reshape(shape)
+
+
+@cache
+def _message(kind: str) -> Any:
+    """The class of a message of ours: caffe.proto's, less what is not needed."""
+    file = descriptor_pb2.FileDescriptorProto(name="caffe_weights.proto", package="caffe_weights")
+    types = descriptor_pb2.FieldDescriptorProto
+    for message, fields in _FIELDS.items():
+        made = file.message_type.add(name=message)
+        for name, (number, of, repeated) in fields.items():
+            field = made.field.add(name=name, number=number)
+            field.label = types.LABEL_REPEATED if repeated else types.LABEL_OPTIONAL
+            if of in _FIELDS:
+                field.type, field.type_name = types.TYPE_MESSAGE, f".caffe_weights.{of}"
+            else:
+                field.type = types.Type.Value(f"TYPE_{of}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName(f"caffe_weights.{kind}"))

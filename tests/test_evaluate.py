@@ -1,0 +1,85 @@
+"""Evaluation: ensembles, ten views, confusion, intervals, predictions."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import alexnet_dist, assert_close
+
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import Split, open_for
+from alexnet_dist.evaluate import Evaluation, Score, evaluate_checkpoints
+from alexnet_dist.train import train
+
+
+@pytest.fixture
+def two_runs(tiny: Callable[..., Config]) -> list[Path]:
+    one = ["layout.kind=one", "train.precision=fp32", "train.epochs=1", "model.columns=1"]
+    configs = [tiny(*one, f"name=seed-{seed}", f"seed={seed}") for seed in (1, 2)]
+    for config in configs:
+        assert train(config).exit == 0
+    return [config.folder for config in configs]
+
+
+def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
+    two_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = [evaluate_checkpoints([run]) for run in two_runs]
+    both = evaluate_checkpoints(two_runs)
+    mean = (alone[0].probabilities + alone[1].probabilities) / 2
+    assert_close(both.probabilities, mean, 1e-7)
+    assert both.labels.tolist() == alone[0].labels.tolist()
+    assert both.score.correct1 == int((mean.argmax(1) == both.labels).sum())
+    assert int(both.confusion().diag().sum()) == both.score.correct1
+    assert both.confusion().sum(1).tolist() == torch.bincount(both.labels, minlength=10).tolist()
+
+    read: list[int] = []
+    whole = Split.read
+    monkeypatch.setattr(Split, "read", lambda split, i: (read.append(i), whole(split, i))[1])
+    ten = evaluate_checkpoints(two_runs[:1], ["evaluate.views=10"])
+    assert sorted(read) == list(range(23)), "ten views, and an image is decoded once"
+    assert not torch.equal(ten.probabilities, alone[0].probabilities)
+    monkeypatch.undo()
+
+    out = tmp_path / "predictions.npz"
+    command = ["evaluate", *map(str, two_runs), "--predictions", str(out)]
+    result = alexnet_dist(*command, "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["correct1"] == both.score.correct1
+    assert len(found["of"]) == 2
+    assert sum(row["right"] for row in found["classes"]) == both.score.correct1
+    assert found["top1_interval"][0] <= found["top1"] <= found["top1_interval"][1]
+    with np.load(out, allow_pickle=False) as kept:
+        assert_close(kept["probabilities"], both.probabilities, 1e-6)
+        assert kept["confusion"].sum() == 23
+        assert tuple(kept["classes"]) == open_for(both.checkpoints[0].config).classes
+    said = alexnet_dist(*command).stdout
+    assert "95 % of resamples between" in said
+    assert "taken for" in said
+
+
+def test_confusion_leaves_damaged_samples_out() -> None:
+    probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.6, 0.4]])
+    labels = torch.tensor([0, 0, 1, -1])
+    found = Evaluation(Score(3, 1, 3, 1.0), (), ("cat", "dog"), probabilities, labels)
+    assert found.confusion().tolist() == [[1, 1], [1, 0]]
+    report = found.report()
+    assert report["mistakes"] == [
+        {"of": "cat", "taken_for": "dog", "samples": 1},
+        {"of": "dog", "taken_for": "cat", "samples": 1},
+    ]
+    assert report["classes"][1] == {"name": "dog", "samples": 1, "right": 0}
+
+
+def test_the_bootstraps_interval_is_the_binomials() -> None:
+    score = Score(10_000, 8_000, 10_000, 0.5)
+    low, high = score.interval(8_000)
+    deviation = (0.8 * 0.2 / 10_000) ** 0.5
+    assert low == pytest.approx(0.8 - 1.96 * deviation, abs=3e-4)
+    assert high == pytest.approx(0.8 + 1.96 * deviation, abs=3e-4)
+    assert score.interval(8_000) == (low, high)
+    assert score.interval(10_000) == (1.0, 1.0)

@@ -1,0 +1,109 @@
+"""Pictures and the report, from runs."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import alexnet_dist
+
+from alexnet_dist import figures
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import configs_folder
+from alexnet_dist.report import PUBLISHED, report
+from alexnet_dist.telemetry import chroma, read_metrics
+from alexnet_dist.train import train
+
+
+def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:
+    grey = torch.randn(8, 1, 5, 5).expand(-1, 3, -1, -1)
+    opponent = torch.tensor([1.0, -1.0, 0.0])[None, :, None, None] * torch.randn(8, 1, 5, 5)
+    assert chroma(torch.cat([grey, opponent]), 2) == pytest.approx([0, 1], abs=1e-6)
+    assert chroma(torch.randn(500, 3, 11, 11), 1) == pytest.approx([2 / 3], abs=0.01)
+
+
+def test_nearest_rows_are_those_of_all_distances(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "_CHUNK", 7)  # many chunks, the last a part
+    rows = torch.randn(40, 6)
+    rows[33] = rows[2]  # a tie across chunks
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    kept = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    queries = torch.cat([rows[2:3] + 0.01, torch.randn(3, 6)])
+    places, distances = figures.nearest(queries, kept, 6)
+    every = (queries[:, None].double() - rows[None].double()).norm(dim=2)
+    expected = every.argsort(dim=1, stable=True)[:, :6]
+    assert places[0, :2].tolist() == [2, 33]
+    assert places.tolist() == expected.tolist()
+    assert torch.allclose(distances.double(), every.gather(1, expected), atol=1e-5)
+
+
+def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    one = ["layout.kind=one", "train.precision=fp32", "train.epochs=1", "log.every_steps=2"]
+    runs = {
+        "tiny-alexnet-2012-0": ["seed=0"],
+        "tiny-alexnet-2012-1": ["seed=1"],
+        "tiny-no-lrn-0": ["model.lrn.layers=[]"],
+        "tiny-fig1-relu": [],
+    }
+    folders = []
+    for name, overrides in runs.items():
+        config = tiny(*one, f"name={name}", *overrides)
+        assert train(config).exit == 0
+        folders.append(config.folder)
+    points = [p for p in read_metrics(folders[0]) if p["kind"] == "eval"]
+    assert 0 < points[-1]["chroma_1"] < 1
+    assert figures.colour(folders[0]) == [points[-1]["chroma_1"], points[-1]["chroma_2"]]
+    ten = {"top1": 0.5, "top5": 0.9, "correct1": 11, "samples": 23}
+    (folders[0] / "evaluation-views-10.json").write_text(json.dumps(ten))
+
+    result = alexnet_dist("figures", str(folders[0]), "--fig4")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^column 2: 0\.\d{3} of its kernels' energy is colour$", result.stdout, re.M)
+    for name in ("kernels", "curves", "fig4-left", "fig4-right"):
+        picture = folders[0] / "figures" / f"{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not (folders[0] / "figures" / "features.npy").exists()
+
+    hostile = tmp_path / "runs" / "<b>hostile"
+    hostile.mkdir()
+    (hostile / "config.json").write_text("{")
+    several = tmp_path / "runs" / "tiny-ensemble-views-1.json"
+    scored = alexnet_dist("evaluate", str(folders[0]), str(folders[1]), "--json")
+    several.write_text(scored.stdout)
+    said = report([*folders, hostile, several], tmp_path / "report.html")
+    assert said.endswith("4 runs; 1 hold no evaluated run")
+    page = (tmp_path / "report.html").read_text()
+    assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
+    assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
+    assert "tiny-alexnet-2012 on" in page
+    assert "n = 2: " in page
+    assert "50.00 (10 views)" in page
+    assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
+    error = 100 * (1 - json.loads(scored.stdout)["top1"])
+    assert f"<td>tiny-ensemble-views-1</td><td>2</td><td>{error:.2f}</td>" in page
+    assert "<td>tiny-fig1-relu</td><td>1</td><td>never</td>" in page
+    assert "epochs to 25 % training error" in page
+
+
+def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) -> None:
+    for run, shares in {"a": [0.1, 0.8, 0.7], "b": [0.1, 0.2, 0.9], "c": [0.1, 0.2, 0.3]}.items():
+        (tmp_path / run).mkdir()
+        points = [{"kind": "train", "epoch": e, "top1": s} for e, s in enumerate(shares, start=1)]
+        text = "".join(json.dumps(point) + "\n" for point in points)
+        (tmp_path / run / "metrics.jsonl").write_text(text)
+    a, b, c = (tmp_path / run for run in "abc")
+    assert figures.epochs_to(0.25, [a]) == 2
+    assert figures.epochs_to(0.25, [a, b, c]) == 3
+    assert figures.epochs_to(0.25, [a, c, c]) == float("inf")
+
+
+def test_published_rows_have_presets() -> None:
+    stems = {path.stem for path in (configs_folder() / "paper").glob("*.yaml")}
+    assert {row.preset for row in PUBLISHED} - {""} <= stems

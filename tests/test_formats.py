@@ -1,0 +1,220 @@
+"""Weights in and out: torchvision, Caffe, ONNX, safetensors; logits equal to 1e-6."""
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import alexnet_dist, assert_close
+from safetensors.torch import save_file
+
+from alexnet_dist import caffe
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.data.windows import Finish
+from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
+from alexnet_dist.formats import export_weights, import_weights
+from alexnet_dist.model import AlexNet
+
+SMALL = ["model.conv=[8,12,16,16,8]", "model.fc=[20,12]", "model.classes=5"]
+
+
+def network(source: Path) -> AlexNet:
+    """The network in a checkpoint."""
+    found = checkpoints.at(source)
+    model = AlexNet(found.config.model, drawn=False).eval()
+    file = found.parameters()
+    model.load_state_dict({name: file.rows(name, slice(None)) for name in file.keys()})  # noqa: SIM118
+    return model
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a checkpoint of drawn weights: ours("paper/caffenet", "model.crop=67", …)."""
+
+    def make(*sources: str) -> Path:
+        config = load_config([*sources, *SMALL])
+        model = AlexNet(config.model, seed=3)
+        tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        progress = {"step": 0, "score": None}
+        return checkpoints.save(tmp_path / "ours", config, "none", tensors, {}, progress, None)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torchvision", "caffe"])
+def test_weights_return_as_they_left(ours: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    sources = ["paper/caffenet", "model.crop=67", *SMALL]
+    left = ours(*sources)
+    out = tmp_path / {"safetensors": "w.safetensors", "torchvision": "w.pth"}.get(kind, "w.caffe")
+    export_weights(kind, left, out)
+    assert import_weights(kind, out, tmp_path / "back", sources).parent.parent == tmp_path / "back"
+    x = torch.randn(3, 3, 67, 67) * 50
+    before, after = network(left), network(tmp_path / "back")
+    assert_close(after(x).detach(), before(x).detach(), 1e-6)
+    for name, parameter in before.named_parameters():
+        assert torch.equal(parameter, after.get_parameter(name)), name
+
+
+def test_torchvisions_weights_give_torchvisions_logits(tmp_path: Path) -> None:
+    from torchvision.models import alexnet
+
+    theirs = alexnet(num_classes=3).eval()
+    torch.save(theirs.state_dict(), tmp_path / "alexnet.pth")
+    result = alexnet_dist(
+        "import", str(tmp_path / "alexnet.pth"), str(tmp_path / "tv"), "paper/torchvision-2014",
+        "model.classes=3", "--format", "torchvision",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    x = torch.randn(2, 3, 224, 224)
+    with torch.no_grad():
+        assert_close(network(tmp_path / "tv")(x), theirs(x), 1e-6)
+    out = tmp_path / "back.pth"
+    result = alexnet_dist("export", str(tmp_path / "tv"), str(out), "--format", "torchvision")
+    assert result.returncode == 0, result.stderr
+    again = alexnet(num_classes=3).eval()
+    again.load_state_dict(torch.load(out, weights_only=True))
+    with torch.no_grad():
+        assert torch.equal(again(x), theirs(x))
+
+
+def field(number: int, content: bytes) -> bytes:
+    """A length-delimited field of a protobuf message, byte by byte."""
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def old_blob(array: np.ndarray) -> bytes:
+    """A BlobProto as Caffe wrote it in 2014: four sizes and packed floats."""
+    sizes = (1, 1, 1, 1, *array.shape)[-4:]
+    head = b"".join(varint(n << 3) + varint(size) for n, size in enumerate(sizes, start=1))
+    return head + field(5, array.astype("<f4").tobytes())
+
+
+def test_a_caffemodel_of_2014_gives_the_logits_of_its_network(tmp_path: Path) -> None:
+    """V1 layers, BGR, groups, made byte by byte; the reference reads blue first."""
+    from torch.nn import functional as F
+
+    random = np.random.default_rng(0)
+    shapes = {
+        "conv1": (8, 3, 11, 11), "conv2": (12, 4, 5, 5), "conv3": (16, 12, 3, 3),
+        "conv4": (16, 8, 3, 3), "conv5": (8, 8, 3, 3), "fc6": (20, 8), "fc7": (12, 20),
+        "fc8": (5, 12),
+    }  # fmt: skip
+    blobs = {n: (random.normal(0, 0.1, s), random.normal(0, 1, s[0])) for n, s in shapes.items()}
+    layers = [field(4, b"data"), *(
+        field(4, name.encode()) + b"".join(field(6, old_blob(a)) for a in pair)
+        for name, pair in blobs.items()
+    )]  # fmt: skip
+    content = field(1, b"AlexNet") + b"".join(field(2, layer) for layer in layers)
+    (tmp_path / "net.caffemodel").write_bytes(content)
+    mean = random.uniform(90, 130, (3, 72, 72)).astype("<f4")
+    (tmp_path / "mean.binaryproto").write_bytes(old_blob(mean))
+    sources = ["paper/caffe-alexnet", *SMALL, "model.crop=67", "data.canvas=72"]
+    import_weights(
+        "caffe", tmp_path / "net.caffemodel", tmp_path / "run", sources,
+        tmp_path / "mean.binaryproto",
+    )  # fmt: skip
+
+    pixels = torch.from_numpy(random.integers(0, 256, (2, 72, 72, 3), dtype=np.uint8))
+    x = (pixels.movedim(-1, 1).flip(1).float() - torch.from_numpy(mean))[..., 2:69, 2:69]  # BGR
+    p = {n: [torch.tensor(a, dtype=torch.float32) for a in pair] for n, pair in blobs.items()}
+
+    def norm(maps: torch.Tensor) -> torch.Tensor:
+        return torch.cat(
+            [F.local_response_norm(h, 5, 1e-4, 0.75, 1.0) for h in maps.chunk(2, 1)], 1
+        )
+
+    y = F.max_pool2d(norm(F.relu(F.conv2d(x, *p["conv1"], 4))), 3, 2)
+    y = F.max_pool2d(norm(F.relu(F.conv2d(y, *p["conv2"], 1, 2, 1, 2))), 3, 2)
+    y = F.relu(F.conv2d(y, *p["conv3"], 1, 1))
+    y = F.relu(F.conv2d(y, *p["conv4"], 1, 1, 1, 2))
+    y = F.max_pool2d(F.relu(F.conv2d(y, *p["conv5"], 1, 1, 1, 2)), 3, 2).flatten(1)
+    y = F.linear(F.relu(F.linear(F.relu(F.linear(y, *p["fc6"])), *p["fc7"])), *p["fc8"])
+
+    config = checkpoints.at(tmp_path / "run").config
+    nothing = Statistics(np.zeros((9, 9, 3), np.float32), np.zeros(3), np.ones(3), np.eye(3))
+    finish = Finish(config, nothing, torch.device("cpu"), torch.float32)
+    corners, flips = torch.full((2, 1, 2), 2), torch.zeros(2, 1, dtype=torch.bool)
+    windows = finish(pixels[:, 2:69, 2:69], corners, flips, torch.zeros(2, 3))
+    with torch.no_grad():
+        logits = network(tmp_path / "run")(windows)
+    assert_close(logits / y.abs().max(), y / y.abs().max(), 1e-6)
+
+
+@pytest.mark.parametrize("preset", ["paper/released-code", "paper/caffenet", "paper/no-exchange"])
+def test_onnxruntime_gives_our_logits(
+    ours: Callable[..., Path], tmp_path: Path, preset: str
+) -> None:
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    left = ours(preset, "model.crop=68", "model.lrn.alpha=0.1")
+    export_weights("onnx", left, tmp_path / "net.onnx")
+    session = runtime.InferenceSession(str(tmp_path / "net.onnx"))
+    for n in (1, 5):
+        x = torch.randn(n, 3, 68, 68) * 50
+        (theirs,) = session.run(None, {"windows": x.numpy()})
+        with torch.no_grad():
+            logits = network(left)(x)
+        assert_close(theirs / logits.abs().max(), logits / logits.abs().max(), 1e-6)
+
+
+def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_path: Path) -> None:
+    sources, bad = ["paper/caffenet", "model.crop=67", *SMALL], tmp_path / "bad"
+    bad.write_bytes(b"\xff\xff\xff\x01 nothing of ours")
+    for kind, message in (
+        ("caffe", "cannot be read as Caffe's NetParameter"),
+        ("torchvision", "is not a state dict"),
+        ("safetensors", "cannot be read as safetensors"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            import_weights(kind, bad, tmp_path / "run", sources)
+    torch.save({"a": Path("/")}, bad)  # asks for a class
+    with pytest.raises(CheckpointError, match="is not a state dict"):
+        import_weights("torchvision", bad, tmp_path / "run", sources)
+    bad.write_bytes(field(100, field(1, b"conv1") + field(7, field(5, b"\0" * 8))))
+    with pytest.raises(CheckpointError, match=r"8 bytes for a blob of shape \[0, 0, 0, 0\]"):
+        import_weights("caffe", bad, tmp_path / "run", sources)
+    bad.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no layer in it has weights"):
+        caffe.read_layers(bad)
+    save_file({"conv1.weight": torch.zeros(2)}, bad)
+    with pytest.raises(CheckpointError, match=r"conv1\.bias: not there, and \[8\] by the config"):
+        import_weights("safetensors", bad, tmp_path / "run", sources)
+    with pytest.raises(ConfigError, match="only with --format caffe"):
+        import_weights("safetensors", bad, tmp_path / "run", sources, mean=bad)
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(ConfigError, match="torchvision's alexnet has 5 convolutions"):
+        import_weights(
+            "torchvision", tmp_path / "w.safetensors", tmp_path / "run", ["paper/fig1-relu"]
+        )
+    (tmp_path / "mean").write_bytes(struct.pack("<f", 1.0))
+    nothing = Statistics(np.zeros((9, 9, 3), np.float32), np.zeros(3), np.ones(3), np.eye(3))
+    config = load_config([*sources, f"data.mean_from={tmp_path / 'mean'}"])
+    with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
+        Finish(config, nothing, torch.device("cpu"), torch.float32)
+
+
+def test_an_imported_run_is_evaluated_like_any(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    from alexnet_dist.evaluate import evaluate_checkpoints
+    from alexnet_dist.train import train
+
+    config = tiny("layout.kind=one", "train.precision=fp32", "train.epochs=0.5", "name=first")
+    train(config)
+    export_weights("safetensors", config.folder, tmp_path / "w.safetensors")
+    from conftest import as_overrides
+
+    import_weights("safetensors", tmp_path / "w.safetensors", tmp_path / "in", as_overrides(config))
+    first, again = (evaluate_checkpoints([path]) for path in (config.folder, tmp_path / "in"))
+    assert again.score == first.score
