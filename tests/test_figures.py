@@ -95,7 +95,10 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
 def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) -> None:
     for run, shares in {"a": [0.1, 0.8, 0.7], "b": [0.1, 0.2, 0.9], "c": [0.1, 0.2, 0.3]}.items():
         (tmp_path / run).mkdir()
-        points = [{"kind": "train", "epoch": e, "top1": s} for e, s in enumerate(shares, start=1)]
+        points = [
+            {"kind": "train", "step": e, "epoch": e, "top1": share}
+            for e, share in enumerate(shares, start=1)
+        ]
         text = "".join(json.dumps(point) + "\n" for point in points)
         (tmp_path / run / "metrics.jsonl").write_text(text)
     a, b, c = (tmp_path / run for run in "abc")
