@@ -266,7 +266,7 @@ def handed_on(configs: Sequence[Config], folder: Path) -> list[tuple[list[str], 
     return found
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adam", marks=pytest.mark.drill)])
 def test_every_layout_hands_on_to_the_next_what_hashes_equal(
     optimizer: str, packed: Path, tmp_path: Path
 ) -> None:

@@ -175,6 +175,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     assert ended_state(runs / "done") == before
 
 
+@pytest.mark.drill  # tests/test_layouts.py changes layouts at every save, in fewer processes
 @pytest.mark.parametrize(
     ("kinds", "optimizer"),
     [(("columns", "one"), "sgd"), (("one", "columns"), "adam")],
