@@ -28,6 +28,7 @@ RUN = [
     "schedule.rate=0.02",
     "layout.kind=columns",
 ]
+ALONE = "layout.kind=one"  # a third of the processes, where the layout is not the point
 TIMES = ("images_per_s", "data_wait", "straggler", "straggler_rank")
 
 
@@ -361,9 +362,9 @@ def test_a_killed_rank_takes_the_others_with_it(
 def test_two_jobs_never_share_a_run_folder(
     command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
-    first = start(command("shared", "train.epochs=500"))
+    first = start(command("shared", ALONE, "train.epochs=500"))
     first.wait_for_step(runs / "shared", 3)
-    second = alexnet_dist(*command("shared", "train.epochs=500"))
+    second = alexnet_dist(*command("shared", ALONE, "train.epochs=500"))
     assert second.returncode == 1
     assert "shared is in use by process" in second.stderr
     assert "Traceback" not in second.stderr
@@ -372,8 +373,8 @@ def test_two_jobs_never_share_a_run_folder(
 
 
 def test_another_config_in_the_same_folder_is_refused(command: Callable[..., list[str]]) -> None:
-    assert alexnet_dist(*command("same", "train.epochs=1")).returncode == 0
-    other = alexnet_dist(*command("same", "train.epochs=1", "seed=5", "model.dropout=0.25"))
+    assert alexnet_dist(*command("same", ALONE, "train.epochs=1")).returncode == 0
+    other = alexnet_dist(*command("same", ALONE, "train.epochs=1", "seed=5", "model.dropout=0.25"))
     assert other.returncode == 1
     assert "model.dropout: 0.5 there, 0.25 here; seed: 0 there, 5 here" in other.stderr
     assert other.stderr.count("\n") == 1
@@ -381,12 +382,12 @@ def test_another_config_in_the_same_folder_is_refused(command: Callable[..., lis
 
 def test_a_run_cannot_end_before_where_it_is(command: Callable[..., list[str]], runs: Path) -> None:
     steps = "schedule.kind=steps"
-    assert alexnet_dist(*command("shorter", "train.epochs=2", steps)).returncode == 0
-    result = alexnet_dist(*command("shorter", "train.epochs=1", steps))
+    assert alexnet_dist(*command("shorter", ALONE, "train.epochs=2", steps)).returncode == 0
+    result = alexnet_dist(*command("shorter", ALONE, "train.epochs=1", steps))
     assert result.returncode == 2
     assert "train.epochs=1: ends at step 8, and the run in" in result.stderr
     assert read_run(runs / "shorter")["state"] == "failed"
-    assert alexnet_dist(*command("shorter", "train.epochs=3", steps)).returncode == 0
+    assert alexnet_dist(*command("shorter", ALONE, "train.epochs=3", steps)).returncode == 0
     assert read_run(runs / "shorter")["step"] == 22
 
 
@@ -417,7 +418,7 @@ def test_a_run_is_scored_drawn_and_watched(command: Callable[..., list[str]], ru
 
     for name in ("a", "b"):
         arguments = command(
-            name, "train.epochs=4", f"seed={len(name + name) if name == 'b' else 1}"
+            name, ALONE, "train.epochs=4", f"seed={len(name + name) if name == 'b' else 1}"
         )
         assert alexnet_dist(*arguments).returncode == 0
 
@@ -457,12 +458,12 @@ def test_tensorboards_steps_go_on_over_restarts(
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run = start(command("board"))
+    run = start(command("board", ALONE))
     run.wait_for_step(runs / "board", 21)
     for process in run.all():
         process.kill()
     run.end()
-    assert alexnet_dist(*command("board")).returncode == 0
+    assert alexnet_dist(*command("board", ALONE)).returncode == 0
     board = EventAccumulator(str(runs / "board"))
     board.Reload()
     assert [point.step for point in board.Scalars("train/loss")] == list(range(3, 61, 3))
