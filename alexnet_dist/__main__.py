@@ -20,9 +20,9 @@ from alexnet_dist.preemption import EXITS, FLAGS
 if TYPE_CHECKING:
     from alexnet_dist.evaluate import Score
 
-# How long one of torch's threads spins for the others before it sleeps. By default for milliseconds,
-# in which, where cores are shared, it keeps from its core the one it waits for. OpenMP reads it when
-# it loads.
+# How long one of torch's threads spins for the others before it sleeps. By default milliseconds, in
+# which, where cores are shared, it keeps from its core the one it waits for. OpenMP reads it as it
+# loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
