@@ -59,3 +59,7 @@ class SaidByRank0(AlexNetDistError, RuntimeError):
     """Rank 0 failed, and says why."""
 
     on_every_rank = True
+
+
+class RanksFailed(AlexNetDistError, RuntimeError):
+    """Ranks that this process started failed, and have said why on standard error."""
