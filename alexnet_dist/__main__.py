@@ -10,12 +10,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from alexnet_dist import launcher
-from alexnet_dist.config_layers import load_config
-from alexnet_dist.errors import AlexNetDistError, ConfigError, printable
+from alexnet_dist.errors import ConfigError, in_words, printable
 from alexnet_dist.preemption import EXITS, FLAGS
+
+try:
+    from alexnet_dist.config_layers import load_config
+except ImportError as error:  # a Python in which nothing was installed
+    sys.exit(f"alexnet-dist: {in_words(error) or error}")
 
 if TYPE_CHECKING:
     from alexnet_dist.evaluate import Score
@@ -23,6 +27,8 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
+    if sys.platform != "linux":
+        sys.exit(f"alexnet-dist: this is {sys.platform}, and it runs on Linux: use a container")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     rank, own = 0, os.getpid()
@@ -36,22 +42,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rank = launcher.rank()
         return int(options.run(options, arguments))
-    except AlexNetDistError as error:
-        if error.on_every_rank and rank:
-            time.sleep(1)  # rank 0 says it, and is ended as soon as another has left
-        else:
-            print(f"alexnet-dist: {printable(str(error))}", file=sys.stderr, flush=True)
-        code = error.exit_code
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT
         print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
         code = EXITS[FLAGS[number]]
-    except Exception:
-        print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-        code = 1
+    except Exception as error:
+        code = _say(error, rank)
     if launcher.place():
         os._exit(code)  # leave fast: peers and their threads may never answer again
     return code
+
+
+def _say(error: Exception, rank: int) -> int:
+    """In a line where it is known what to do, else with its traceback; the exit code."""
+    said = in_words(error)
+    if said is None:
+        print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        return 1
+    if said.on_every_rank and rank:
+        time.sleep(1)  # rank 0 says it, and is ended as soon as another has left
+    else:
+        which = f"alexnet-dist [r{rank}]" if rank else "alexnet-dist"
+        print(f"{which}: {printable(str(said))}", file=sys.stderr, flush=True)
+    return said.exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if "unrecognized arguments: -" in message:
+            message += "; a config's keys are written key=value, as in train.batch=64"
+        super().error(message)
 
 
 class _Stopped(KeyboardInterrupt):
@@ -62,7 +82,7 @@ class _Stopped(KeyboardInterrupt):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="alexnet-dist",
         description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
     )

@@ -23,11 +23,11 @@ from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import (
-    AlexNetDistError,
     CheckpointError,
     ConfigError,
     NotFinite,
     RanksFailed,
+    in_words,
 )
 from alexnet_dist.evaluate import Score, evaluate_engine, make_pipeline
 from alexnet_dist.layouts import check, ranks_wanted
@@ -153,10 +153,15 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     try:
         outcome = _run(config, signals, topology, dataset, digest, folder)
     except Exception as error:
+        said = in_words(error)
         with contextlib.suppress(OSError):  # the disk may be what failed
-            known, code = isinstance(error, AlexNetDistError), getattr(error, "exit_code", 1)
-            folder.report("failed", exit=code, reason=f"{error}", known=known)
-        raise
+            known, code = said is error, getattr(error, "exit_code", 1)
+            folder.report("failed", exit=code, reason=f"{said or error}", known=known)
+        if said is None or known:
+            raise
+        raise said from error
+    finally:
+        folder.close()
     leave()
     return outcome
 
