@@ -225,8 +225,8 @@ def test_a_run_that_failed_can_be_started_again_in_this_process(
 ) -> None:
     """A notebook keeps the traceback, and with it all that the run held, but for its folder."""
     config = tiny(ALONE, "train.epochs=0.1")
+    monkeypatch.setattr(TorchEngine, "train_step", raises(torch.OutOfMemoryError("full")))
     with pytest.raises(MachineError) as kept:
-        monkeypatch.setattr(TorchEngine, "train_step", raises(torch.OutOfMemoryError("full")))
         train(config)
     monkeypatch.undo()
     assert train(config).exit == 0
