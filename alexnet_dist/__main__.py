@@ -125,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("inspect", _inspect, "verify a packed data set, and show what is in it")
     sub.add_argument("data", type=Path, help="folder that prepare made")
     sub.add_argument("--sheet", type=Path, help="PNG to draw samples in; DATA/contact-sheet.png")
+    sub.add_argument("--quick", action="store_true", help="sizes, and some images; nothing drawn")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("bench", None, "time a part of it against references, in one run")
@@ -189,7 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", choices=kinds[:3], required=True)
     sub.add_argument("--mean", type=Path, help="caffe: its mean image, .binaryproto")
 
-    sub = command("doctor", _doctor, "what is here, and what a run would use")
+    sub = command("doctor", _doctor, "what is here, what a run would use, and what to mend")
+    sub.add_argument("config", nargs="*", help="of the run, as for train")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -292,7 +294,8 @@ def _part(text: str) -> tuple[int, int]:
 def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.data.inspect import inspect
 
-    found = inspect(options.data, options.sheet or options.data / "contact-sheet.png")
+    sheet = options.sheet or options.data / "contact-sheet.png"
+    found = inspect(options.data, None if options.quick else sheet)
     if options.json:
         print(json.dumps(found))
     else:
@@ -399,13 +402,22 @@ def _import(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist import doctor
 
-    rows = doctor.report(Path(load_config([]).output_dir))
+    findings = []
+    for one in doctor.examine(load_config(options.config), named=bool(options.config)):
+        findings.append(one)
+        if not options.json:
+            mark = "✗" if one.broken else "!" if one.remedy else " "
+            print(f"{mark} {one.what:20} {printable(one.found)}", flush=True)
+            if one.remedy:
+                print(f"{'':23}→ {printable(one.remedy)}")
+    broken = [one.what for one in findings if one.broken]
     if options.json:
-        print(json.dumps(dict(rows)))
+        print(json.dumps({"sound": not broken, "findings": [vars(one) for one in findings]}))
+    elif broken:
+        print(f"a run would fail: mend {', '.join(broken)}")
     else:
-        for what, finding in rows:
-            print(f"{what:22}{finding}")
-    return 0
+        print("nothing here stands in a run's way")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":
