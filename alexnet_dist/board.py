@@ -162,8 +162,8 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
         text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         to.add_text("config", "    " + text.replace("\n", "\n    "))
     if config.schedule.kind != "plateau":  # which nobody can foretell
-        for place in range(1, 201):
-            at = step + (schedule.last_step - step) * place // 200
+        left = schedule.last_step - step
+        for at in sorted({step + left * place // 200 for place in range(1, 201)} - {step}):
             to.add_scalar("schedule/rate", schedule.rate(at - 1), at)
 
 

@@ -36,10 +36,10 @@ from alexnet_dist.run_folder import RunFolder, warn_if_unwritable
 from alexnet_dist.timeline import SPANS, TIMELINE, Took
 from alexnet_dist.topology import Topology, cores
 from alexnet_dist.untrusted import json_object
-from alexnet_dist.verdict import verdict
+from alexnet_dist.verdict import STRAGGLES, verdict
 
 log = logging.getLogger("alexnet_dist")
-_STRAGGLES = 1.3  # times the median; said in the progress line
+_TOLD = 64  # ranks; of more, each one's times are not written
 _KINDS = ("train", "eval", "speed")
 # bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
 _PEAKS = (
@@ -88,6 +88,7 @@ class Telemetry:
         stored = dataset.splits[config.data.train_split].uniform(config.data.canvas)
         self._facts = config, cores() // topology.local_world_size, stored, self._cuda
         self._since_evaluation: Counter[str] = Counter()
+        self._slowest = 1.0, 0
         self._quarantine = logging.FileHandler(folder.path / "quarantine.jsonl", delay=True)
         self._quarantine.setFormatter(_JsonLine())
         logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
@@ -118,9 +119,9 @@ class Telemetry:
     def stepped(self, step: int, engine: Engine) -> None:
         """A step has been made. Collective."""
         TIMELINE.step()
-        self._trace(step)
-        if self.looks(step):
-            with TIMELINE.span("log"):
+        with TIMELINE.span("log"):
+            self._trace(step)
+            if self.looks(step):
                 self._board.histograms(engine, step)
 
     def train(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
@@ -137,15 +138,17 @@ class Telemetry:
             return
         own, waited, p50, p95, host, device = map(list, zip(*each, strict=True))
         images_per_s = steps * self._config.train.batch / took.training
-        speed = {"images_per_s": images_per_s, "step_p50_s": max(p50), "step_p95_s": max(p95)}
+        speed = {"images_per_s": images_per_s, "data_wait": max(waited)}
+        speed |= {"step_p50_s": max(p50), "step_p95_s": max(p95)}
         speed |= _straggler(own) | {"goodput": self._folder.goodput()}
         if utilised := self._utilised(images_per_s):
             speed["mfu"] = utilised
         memory = {"host_gb": max(host)} | ({"device_gb": max(device)} if self._cuda else {})
         shares = took.shares()
         self._since_evaluation += took.seconds
-        said = verdict(shares | {"data": max(waited)}, *self._facts)
-        ranks = {"own_s": own, "step_p50_s": p50, "step_p95_s": p95}
+        self._slowest = speed["straggler"], int(speed["straggler_rank"])
+        said = verdict(shares | {"data": speed["data_wait"]}, self._slowest, *self._facts)
+        ranks = {"own_s": own[:_TOLD], "step_p50_s": p50[:_TOLD], "step_p95_s": p95[:_TOLD]}
         self._write("train", step, {"epoch": epoch, **values})
         more = {"time": shares, "memory": memory, "ranks": ranks, "verdict": said}
         self._append({"kind": "speed", "step": step, **speed, **more})
@@ -155,7 +158,7 @@ class Telemetry:
         line = (
             f"epoch {epoch:.2f}  step {step}/{self._last_step}  loss {values['loss']:.4f}  "
             f"top-1 {values['top1']:.1%}  top-5 {values['top5']:.1%}  rate {values['rate']:.2e}  "
-            f"{images_per_s:.0f} images/s  data wait {max(waited):.0%}  "
+            f"{images_per_s:.0f} images/s  data wait {speed['data_wait']:.0%}  "
             + (f"MFU {utilised:.0%}  " if utilised else "")
             + (f"damaged {values['damaged']:.0f}  " if values["damaged"] else "")
             + _named(speed)
@@ -193,7 +196,7 @@ class Telemetry:
             return
         shares = {name: seconds[name] / total for name in SPANS}
         most = sorted(SPANS, key=lambda name: -shares[name])[:4]
-        said = verdict(shares, *self._facts)
+        said = verdict(shares, self._slowest, *self._facts)
         self._say(f"time: {', '.join(f'{n} {shares[n]:.0%}' for n in most)}; {said}")
         table = "\n".join(f"| {name} | {shares[name]:.1%} |" for name in SPANS)
         text = f"{said}\n\n| span | share of the time |\n|---|---|\n{table}"
@@ -299,7 +302,7 @@ def _straggler(own: Sequence[float]) -> dict[str, float]:
 
 def _named(speed: Mapping[str, float]) -> str:
     """The straggler, where there is one to speak of."""
-    if speed["straggler"] < _STRAGGLES:
+    if speed["straggler"] < STRAGGLES:
         return ""
     return f"rank {speed['straggler_rank']:.0f} takes {speed['straggler']:.1f} times the median  "
 

@@ -31,8 +31,7 @@ SPANS = (
     "data", "to_device", "windows", "forward", "backward", "optimizer", "exchange", "all_reduce",
     "log", "evaluate", "checkpoint", "other",
 )  # fmt: skip
-APART = ("evaluate", "checkpoint")  # no part of a step
-_WHOLE = ("log", *APART)  # spans inside count for these
+APART = ("log", "evaluate", "checkpoint")  # no part of a step; spans inside count for these
 _Mark = float | torch.cuda.Event
 
 
@@ -102,7 +101,7 @@ class Timeline:
 
     def enter(self, name: str) -> None:
         """What happens from now to the end of the span around this counts for this one."""
-        if self._open and self._open[-1] not in _WHOLE:
+        if self._open and self._open[-1] not in APART:
             self._open.append(name)
             self._mark()
 

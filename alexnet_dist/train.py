@@ -153,7 +153,8 @@ def _run(
         topology, lambda: signals.polls, config.layout.timeout_s,
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
-    every, classes = config.train.compare_replicas_every, config.model.classes
+    every, pictures = config.train.compare_replicas_every, config.log.pictures
+    classes = config.model.classes
 
     def settle(but: int) -> None:
         """Account for the steps that were begun, all `but` the newest."""
@@ -172,8 +173,8 @@ def _run(
             if not stop and _evaluation_due(config, schedule, progress):
                 settle(0)
                 with TIMELINE.span("evaluate"):
-                    taken = torch.zeros(classes, classes, dtype=torch.int64)
-                    confusion = taken if config.log.pictures else None
+                    zeros = torch.zeros(classes, classes, dtype=torch.int64)
+                    confusion = zeros if pictures else None
                     score = evaluate(engine, config, topology, dataset, signals, confusion)
                     if score is None:
                         continue  # a signal: the poll above says so now

@@ -4,14 +4,18 @@ from collections.abc import Mapping
 
 from alexnet_dist.config import Config
 
+STRAGGLES = 1.3  # times the median rank's own work
+
 
 def verdict(
-    shares: Mapping[str, float], config: Config, cores: int, stored_at_canvas: bool, cuda: bool
-) -> str:
-    """The span that is furthest past what it may take, with advice; else that nothing is.
+    shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
+    stored_at_canvas: bool, cuda: bool,
+) -> str:  # fmt: skip
+    """A slow rank; else the span that is furthest past what it may take; with advice.
 
     Args:
         shares: of the time, by span of `timeline.SPANS`.
+        slowest: the longest own work of a rank ÷ the median's, and whose.
         cores: for each rank of this host.
         stored_at_canvas: whether no training image has to be resized.
     """
@@ -39,6 +43,9 @@ def verdict(
          "log.histograms_every_steps=0"),
         ("other", 0.2, "waiting for Python", "fewer train.micro_batches, or a larger train.batch"),
     )  # fmt: skip
+    times, rank = slowest
+    if times >= STRAGGLES and shares["data"] < 0.1:
+        return f"rank {rank} takes {times:.1f} times the median: look at what else runs there"
     span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
     if shares[span] < may:
         computing = sum(shares[name] for name in ("windows", "forward", "backward", "optimizer"))

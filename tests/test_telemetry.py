@@ -29,6 +29,7 @@ from alexnet_dist.train import train
 from alexnet_dist.verdict import verdict
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
+DRILLED = ("replicas", "sharded_fc", "zero1")
 WATCHED = ["log.every_steps=1", "log.histograms_every_steps=4", "log.pictures=true",
            "log.embedding=9", "train.epochs=1", "train.precision=fp32"]  # fmt: skip
 
@@ -147,7 +148,7 @@ def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
     for tag in ("kernels/conv1", "answers/test", "confusion/test"):
         (image,) = board.Images(tag)
         assert image.encoded_image_string.startswith(b"\x89PNG")
-        assert image.width > 100
+        assert image.width > 60
     for tag in ("weights/conv1.weight", "gradients/fc8.bias"):
         assert [h.step for h in board.Histograms(tag)] == [4, 8]
         counts = board.Histograms(tag)[0].histogram_value
@@ -191,19 +192,23 @@ def test_watching_changes_nothing_and_none_is_written_unasked(tiny: Callable[...
     assert not list(config.folder.glob("0*"))
 
 
-def test_two_columns_show_what_one_process_shows(
-    tiny: Callable[..., Config], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    "kind", ["columns", *(pytest.param(k, marks=pytest.mark.drill) for k in DRILLED)]
+)
+def test_two_ranks_show_what_one_process_shows(kind: str, tiny: Callable[..., Config]) -> None:
     """Norms and histograms of whole gradients, pictures and the projector."""
-    precise = [*WATCHED, "train.precision=fp64"]
+    precise = [*WATCHED, f"train.precision={'fp32' if kind == 'zero1' else 'fp64'}"]
     one = tiny(*precise, "layout.kind=one", "name=one")
     assert train(one).exit == 0
-    two = tiny(*precise, "layout.kind=columns", "name=two")
+    two = tiny(*precise, f"layout.kind={kind}", "layout.ranks=2", "name=two")
     result = alexnet_dist("train", *as_overrides(two))
     assert result.returncode == 0, result.stderr
-    assert re.search(r"^time: \w+ \d+%, .*; .* of the time: ", result.stderr, re.M)
+    assert re.search(r"^time: \w+ \d+%, .*; .+: ", result.stderr, re.M)
     ours, theirs = board_of(two.folder), board_of(one.folder)
-    assert tags_of(two.folder) == tags_of(one.folder)
+    hidden = {t for t in tags_of(one.folder) if kind == "zero1" and t.startswith("gradient")}
+    assert tags_of(two.folder) == tags_of(one.folder) - hidden
+    if hidden:
+        return
     norms = [tag for tag in ours.Tags()["scalars"] if tag.startswith("gradient_norm/")]
     assert len(norms) == 16
     found: dict[str, list[Any]] = {}
@@ -222,7 +227,7 @@ def test_two_columns_show_what_one_process_shows(
         )
     point = next(p for p in read_metrics(two.folder) if p["kind"] == "speed")
     assert len(point["ranks"]["step_p95_s"]) == 2
-    assert point["time"]["exchange"] > 0
+    assert point["time"]["all_reduce" if kind == "replicas" else "exchange"] > 0
 
 
 def test_confusion_and_features_are_those_of_the_evaluation(tiny: Callable[..., Config]) -> None:
@@ -264,7 +269,14 @@ CALM = dict.fromkeys(SPANS, 0.0)
 def test_a_verdict_says_what_to_do(
     shares: dict[str, float], more: list[str], facts: tuple[int, bool, bool], said: str
 ) -> None:
-    assert re.search(said, verdict(CALM | shares, load_config(more), *facts))
+    assert re.search(said, verdict(CALM | shares, (1.1, 0), load_config(more), *facts))
+
+
+def test_a_slow_rank_comes_first_but_not_before_data() -> None:
+    facts = load_config([]), 8, True, True
+    said = verdict(CALM | {"exchange": 0.6}, (1.64, 3), *facts)
+    assert said == "rank 3 takes 1.6 times the median: look at what else runs there"
+    assert verdict(CALM | {"data": 0.2}, (1.64, 3), *facts).startswith("waiting for data 20%")
 
 
 def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
