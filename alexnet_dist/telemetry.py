@@ -240,6 +240,7 @@ class Telemetry:
         first, last = self._config.profile.steps
         if step == first - 1:
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints to the terminal
             self._tracer = profile(activities=kinds)
             self._tracer.start()
         if step == last:
