@@ -279,6 +279,28 @@ class CheckpointConfig:
 @dataclass(frozen=True)
 class LogConfig:
     every_steps: Annotated[int, Key("a line and a point this often, steps", ge=1, free=True)]
+    histograms_every_steps: Annotated[
+        int,
+        Key("TensorBoard: weights and gradients by layer this often, steps; 0 = never", ge=0,
+            free=True),
+    ]  # fmt: skip
+    pictures: Annotated[
+        bool, Key("TensorBoard: answers and confusion at each evaluation", free=True)
+    ]
+    embedding: Annotated[
+        int,
+        Key("TensorBoard: test images in the projector at the end; 0 = none", ge=0, le=10_000,
+            free=True),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: Annotated[
+        tuple[int, ...],
+        Key("first and last step to be traced by torch's profiler, on rank 0; none: []", ge=1,
+            free=True),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -295,6 +317,7 @@ class Config:
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    profile: ProfileConfig
 
     @property
     def folder(self) -> Path:
