@@ -186,13 +186,13 @@ def _folder(run: Path) -> Path:
 @contextmanager
 def _axes(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     """Axes to draw on; written to the path in the end."""
-    with _figure(path, 1, 1, size) as axes:
+    with figure(path, 1, 1, size) as axes:
         axes[0, 0].grid(alpha=0.3)
         yield axes[0, 0]
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
     """(rows, columns) axes; written to the path in the end."""
     import matplotlib
 
@@ -213,7 +213,7 @@ def _answers(
 ) -> None:  # fmt: skip
     """Fig. 4, left: an image above, its label, and bars of the five likeliest; red: right."""
     top = probabilities.topk(min(5, probabilities.shape[1]))
-    with _figure(path, 4, _ANSWERED // 2, (12, 10)) as axes:
+    with figure(path, 4, _ANSWERED // 2, (12, 10)) as axes:
         for place, (sample, label) in enumerate(zip(ids, split.labels(ids), strict=True)):
             row, column = divmod(place, _ANSWERED // 2)
             above, below = axes[2 * row, column], axes[2 * row + 1, column]
@@ -232,7 +232,7 @@ def _neighbours(
     shown: Any, ids: npt.NDArray[np.int64], known: Any, places: Tensor, canvas: int, path: Path
 ) -> None:
     """Fig. 4, right: a test image in the first column, then its training neighbours."""
-    with _figure(path, len(ids), 1 + places.shape[1], (10, 1.6 * len(ids))) as axes:
+    with figure(path, len(ids), 1 + places.shape[1], (10, 1.6 * len(ids))) as axes:
         for row, (sample, near) in enumerate(zip(ids, places.tolist(), strict=True)):
             _show(axes[row, 0], shown, int(sample), canvas)
             for column, place in enumerate(near, start=1):
@@ -254,7 +254,7 @@ def _short(name: str) -> str:
 
 def _curves(folder: Path, path: Path) -> None:
     points = read_metrics(folder)
-    with _figure(path, 1, 3, (15, 4)) as axes:
+    with figure(path, 1, 3, (15, 4)) as axes:
         left, right, colours = axes[0]
         for kind, style in (("train", "-"), ("eval", "o-")):
             chosen = [point for point in points if point["kind"] == kind]
