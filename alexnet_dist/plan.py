@@ -60,7 +60,7 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
                 "normalised": sum(values[name] for name in config.model.lrn.layers),
             },
             "layouts": beside,
-            "alone": _on(config, "one", 1),  # all of it on one device
+            "alone": _alone(config, ranks),
         }
 
 
@@ -95,6 +95,19 @@ def _on(config: Config, kind: str, ranks: int) -> dict[str, Any]:
         "bytes": traffic.bytes() | {"total": traffic.total()},
         "calls": {name: traffic.calls[name] for name in traffic.bytes()},
     }
+
+
+def _alone(config: Config, ranks: int) -> dict[str, Any]:
+    """All of the batch on one device; of a large one, a rank's share is planned and scaled up."""
+    share, times = config.train.batch // ranks, 1
+    if config.train.batch > 512 and config.train.batch % (ranks * config.train.micro_batches) == 0:
+        config, times = load_config([flat(config), f"train.batch={share}"]), ranks
+    found = _on(config, "one", 1)
+    memory = {name: size for name, size in found["memory"].items() if name != "peak"}
+    for name in ("activations", "temporary", "windows"):
+        memory[name] = memory.get(name, 0) * times
+    found["batch_per_replica"] *= times
+    return found | {"memory": memory | {"peak": sum(memory.values())}}
 
 
 _PARTS = {
