@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY, alexnet_dist
@@ -143,9 +144,13 @@ def test_your_own_images_to_the_end(place: Path) -> None:
     subprocess.run([sys.executable, "-c", program], check=True)  # one start for all of them
     for made in ("data/mine/contact-sheet.png", "runs/mine/figures/kernels.png"):
         assert (place / made).stat().st_size > 1000
-    mine = re.search(r"```yaml\n(.*?)```", (ROOT / "docs/own-data.md").read_text(), re.S)
-    assert mine is not None
-    (place / "mine.yaml").write_text(mine[1])
+    (example,) = blocks(ROOT / "docs/checkpoints.md", "python")
+    (saved,) = Path("runs/mine/checkpoints").iterdir()
+    found: dict[str, Any] = {}
+    exec(example.replace("runs/demo/checkpoints/step-00001406", str(saved)), found)
+    assert found["kernels"].shape == (8, 3, 11, 11)
+    (mine,) = blocks(ROOT / "docs/own-data.md", "yaml")
+    (place / "mine.yaml").write_text(mine)
     assert load_config(["demo", place / "mine.yaml"]).model.classes == 3
 
 
