@@ -114,7 +114,9 @@ def test_a_compiled_loop_leaves_torchs_threads_as_they_are() -> None:
         "import torch; torch.set_num_threads(1); from alexnet_dist import draws; "
         "draws.dropout_mask(0, 0, 6, torch.arange(4), 0, 8, 0.5); print(torch.get_num_threads())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
     assert result.stdout == "1\n", result.stderr
 
 
