@@ -153,12 +153,15 @@ def _parser() -> argparse.ArgumentParser:
         ("lrn", "local response normalisation, beside nn.LocalResponseNorm"),
         ("layouts", "every layout on this host's ranks, beside one process and replicas"),
         ("checkpoint", "what a save costs the loop"),
+        ("end-to-end", "training from data.path beside ready batches; ten views; start; memory"),
     ):
         sub = part(name, _bench_config, help)
         sub.set_defaults(part=name)
         sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
         if name == "layouts":
             sub.add_argument("--ranks", type=int, default=2, help="on this host")
+        if name == "end-to-end":
+            sub.add_argument("--steps", type=int, default=0, help="to watch memory over")
 
     sub = command("compare", _compare, "hold layouts against one process, on this machine")
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
@@ -337,6 +340,10 @@ def _bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from alexnet_dist.bench.layouts import bench_layouts
 
             return _bench(bench_layouts(config, options.ranks, options.repeats), options)
+        case "end-to-end":
+            from alexnet_dist.bench.end_to_end import bench_end_to_end
+
+            return _bench(bench_end_to_end(config, options.repeats, options.steps), options)
         case _:
             from alexnet_dist.bench.checkpoint import bench_checkpoint as bench
     return _bench(bench(config, options.repeats), options)

@@ -45,6 +45,19 @@ def test_bench_checkpoint_says_what_a_save_costs_the_loop() -> None:
     assert found["ceilings"]["a checkpoint, MB"] > 0.05
 
 
+def test_bench_end_to_end_trains_and_evaluates_from_shards(packed: Path) -> None:
+    end_to_end = ["bench", "end-to-end", *TINY, f"data.path={packed}", "--repeats", "1", "--json"]
+    result = alexnet_dist(*end_to_end, "--steps", "10")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    run = found["runs"][0]
+    assert found["ratios"]["steps from shards / batch ready"] == (
+        run["steps from shards"] / run["steps, batch ready"]
+    )
+    assert 0 < found["ceilings"]["start to first step, s"] < 60
+    assert found["ceilings"]["resident after 10 steps, MB"] > 100
+
+
 def test_bench_lrn_holds_ours_against_torchs() -> None:
     result = alexnet_dist("bench", "lrn", *TINY, "--repeats", "1", "--json")
     assert result.returncode == 0, result.stderr

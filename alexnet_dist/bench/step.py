@@ -1,15 +1,5 @@
-"""How fast a training step is, beside the same network as it is usually written.
+"""How fast a training step is, beside the same network as it is usually written."""
 
-Every contestant lives in a process of its own, with the memory and threads it would have by
-itself, and steps when it is its turn; so what one sets (an allocator, say) is not another's.
-"""
-
-import json
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_dist.bench import in_turn, machine, median
+from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
 from alexnet_dist.config_layers import load_config
@@ -28,7 +19,6 @@ from alexnet_dist.model import AlexNet, final_side
 from alexnet_dist.plan import multiply_adds
 from alexnet_dist.topology import connect
 
-Step = Callable[[], float]  # one training step; its loss, nats a sample
 _TRAINING = 3  # of a forward's: the gradients of inputs and of weights cost as much again
 
 
@@ -82,7 +72,7 @@ class Eager(nn.Module):
                 layer.bias.copy_(weights[f"{name}.bias"])
 
 
-def _eager(network: nn.Module, config: Config) -> Step:
+def _eager(network: nn.Module, config: Config) -> Work:
     """A plain loop: fp32, torch's defaults."""
     batch = made_batch(config, torch.device("cpu"), torch.float32)
     windows, labels = batch.windows.contiguous(), batch.labels
@@ -100,7 +90,7 @@ def _eager(network: nn.Module, config: Config) -> Step:
     return step
 
 
-def _ours(config: Config) -> Step:
+def _ours(config: Config) -> Work:
     topology = connect(config)
     engine, batch = make_engine(config, topology), None
 
@@ -112,8 +102,8 @@ def _ours(config: Config) -> Step:
     return step
 
 
-def _contestant(name: str, config: Config) -> Step:
-    """A step of what a row of the table names."""
+def contestant(name: str, config: Config) -> Work:
+    """A step of what a row of the table names; it gives the loss, nats a sample."""
 
     def with_(*overrides: str) -> Config:
         return load_config([flat(config), *overrides])
@@ -151,47 +141,6 @@ _CONTESTANTS = (*_LOSSES, "ours, bf16, no LRN", "torchvision's alexnet, fp32",
                 "matrix product, bf16", "matrix product, fp32")  # fmt: skip
 
 
-def serve(name: str, config: dict[str, Any]) -> None:
-    """A contestant's process: a line in, a step, its seconds and loss out."""
-    step = _contestant(name, load_config([config]))
-    for line in sys.stdin:
-        steps = int(line)
-        begin = time.perf_counter()
-        losses = [step() for _ in range(steps)]
-        print(json.dumps([(time.perf_counter() - begin) / steps, losses[0]]), flush=True)
-
-
-class _Process:
-    """A contestant, as a pass of the benchmark."""
-
-    def __init__(self, name: str, config: Config) -> None:
-        self.name, self.losses = name, list[float]()
-        code = f"from alexnet_dist.bench import step; step.serve({name!r}, {flat(config)!r})"
-        environment = dict(os.environ)
-        if not name.startswith("ours"):  # a reference has what its users have
-            environment.pop("GOMP_SPINCOUNT", None)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
-        )  # fmt: skip
-
-    def __call__(self, steps: int = 2) -> float:
-        """Seconds a step."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        print(steps, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            raise ConfigError(f"bench step: {self.name!r} failed; it has said why")
-        seconds, loss = json.loads(answer)
-        self.losses.append(loss)
-        return float(seconds)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
 def bench_step(config: Config, repeats: int) -> dict[str, Any]:
     """Training steps of the config's network on one process, and of its references.
 
@@ -200,10 +149,10 @@ def bench_step(config: Config, repeats: int) -> dict[str, Any]:
         each one's first step without dropout (equal work), and every pass's seconds a step.
     """
     losses = first_losses(config)
-    contestants = {name: _Process(name, config) for name in _CONTESTANTS}
+    contestants = {name: _made(name, config) for name in _CONTESTANTS}
     try:
         runs = in_turn(dict(contestants), repeats)
-        flop = {n: contestants[n].losses[0] for n in _CONTESTANTS if n.startswith("matrix")}
+        flop = {n: contestants[n].given[0] for n in _CONTESTANTS if n.startswith("matrix")}
     finally:
         for contestant in contestants.values():
             contestant.close()
@@ -241,8 +190,12 @@ def first_losses(config: Config) -> dict[str, float]:
     plain = load_config([flat(config), "model.dropout=0"])
     found = {}
     for name in _LOSSES:
-        process = _Process(name, plain)
-        process(1)
-        found[name] = process.losses[0]
-        process.close()
+        one = _made(name, plain)
+        one()
+        found[name] = one.given[0]
+        one.close()
     return found
+
+
+def _made(name: str, config: Config) -> Contestant:
+    return Contestant("step", name, config, plain=not name.startswith("ours"))

@@ -1,0 +1,131 @@
+"""Training from a packed data set beside training on a batch that is there already; evaluation
+beside its forward passes; the time to the first step; memory over many steps."""
+
+import itertools
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from alexnet_dist.bench import in_turn, machine, median
+from alexnet_dist.bench.contestants import Contestant, Work
+from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.config import Config, flat
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
+from alexnet_dist.engine import on_host
+from alexnet_dist.engines import make_engine
+from alexnet_dist.evaluate import make_pipeline
+from alexnet_dist.topology import connect
+
+_VIEWS, _IMAGES = 10, 32  # of a piece of evaluation
+_NEVER = 10**9  # steps
+
+
+def contestant(name: str, config: Config) -> Work:
+    """A step, or the ten views of some images; it gives their number."""
+    topology, dataset = connect(config), open_for(config)
+    engine = make_engine(config, topology)
+    evaluates = name.startswith("ten views")
+    split = config.data.eval_split if evaluates else config.data.train_split
+    pipeline, count = make_pipeline(config, topology, dataset, split), len(dataset.splits[split])
+    size = min(_IMAGES, count) if evaluates else config.train.batch
+    if evaluates:
+        starts = range(0, count - size + 1, size)
+        turns = (range(start, start + size) for start in itertools.cycle(starts))
+        plan = evaluation_plan(config, list(itertools.islice(turns, 10_000)))
+    else:
+        sampler = TrainSampler(config, count, dataset.statistics)
+        plan = sampler.plan(0, _NEVER, range(size))
+    decoded = (part.joined([size], None) for part in pipeline.batches(plan))
+    ready = name.endswith("ready")
+    first = made_batch(config, topology.device) if ready and not evaluates else next(decoded)
+    batches = itertools.repeat(first) if ready else decoded
+    if ready:
+        pipeline.close()
+    steps = itertools.count()
+
+    def step() -> float:
+        batch = next(batches)
+        if evaluates:
+            engine.predict(batch.windows).softmax(1).sum().item()
+        else:
+            on_host(engine.train_step(batch, next(steps), 1e-5))()
+        return float(size)
+
+    return step
+
+
+_CONTESTANTS = ("steps from shards", "steps, batch ready", "ten views", "ten views, windows ready")
+
+
+def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]:
+    """On one process, from the packed data set that the config names.
+
+    Args:
+        steps: over which memory is watched; 0: it is not.
+
+    Returns:
+        ratios (medians of pairs), under "ceilings" the seconds to the first step and the memory,
+        machine, and every pass's images/s.
+    """
+    ten = load_config([flat(config), f"evaluate.views={_VIEWS}"])
+    contestants = {n: Contestant("end_to_end", n, ten, pieces=4) for n in _CONTESTANTS}
+    found: dict[str, float] = {}
+    try:
+        seconds = in_turn(dict(contestants), repeats)
+        if steps:
+            found |= _memory(contestants["steps from shards"], steps)
+    finally:
+        for one in contestants.values():
+            one.close()
+    runs = [{n: contestants[n].given[0] / run[n] for n in run} for run in seconds]
+
+    def ratio(a: str, b: str) -> float:
+        return median(run[a] / run[b] for run in runs)
+
+    return {
+        "ratios": {
+            "steps from shards / batch ready": ratio(*_CONTESTANTS[:2]),
+            "ten views / windows ready": ratio(*_CONTESTANTS[2:]),
+        },
+        "ceilings": {"start to first step, s": _first_step(config), **found},
+        "machine": machine(config.data.workers),
+        "unit": "images/s",
+        "runs": runs,
+    }
+
+
+def _memory(one: Contestant, steps: int) -> dict[str, float]:
+    """Resident memory after a tenth of these steps and after all, MB."""
+    found = {}
+    for share, until in ((0.1, steps // 10), (0.9, steps)):
+        one.pieces = max(1, int(share * steps))
+        one()
+        found[f"resident after {until} steps, MB"] = one.memory() / 1e6
+    return found
+
+
+def _first_step(config: Config) -> float:
+    """Seconds from typing `alexnet-dist train` to the end of the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"output_dir": folder, "log.every_steps": 1, "log.embedding": 0}
+        path = Path(folder) / "config.yaml"
+        path.write_text(json.dumps(flat(config) | own))
+        begin = time.perf_counter()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "alexnet_dist", "train", str(path)],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "step 1/" in line:
+                break
+        seconds = time.perf_counter() - begin
+        process.terminate()
+        process.communicate()
+    return seconds
