@@ -163,7 +163,7 @@ def test_the_source_that_is_shown_packs(place: Path) -> None:
 def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Path) -> None:
     """Applied to a copy of the package, and held against the grouped network on one process."""
     for folder in ("alexnet_dist", "configs"):
-        subprocess.run(["cp", "-r", ROOT / folder, tmp_path], check=True)
+        subprocess.run(["cp", "-rp", ROOT / folder, tmp_path], check=True)
     outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     patches = blocks(ROOT / "docs/extending.md", "diff")
     assert len(patches) == 2
