@@ -179,6 +179,12 @@ def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Pa
     assert all(float(row[3]) > 0 and row[5] == "yes" for row in rows[1:])
 
 
+def test_the_design_places_every_module() -> None:
+    layers = (ROOT / "docs/design.md").read_text().partition("## Layers")[2].partition("## ")[0]
+    for path in (ROOT / "alexnet_dist").glob("[a-z]*.py"):
+        assert re.search(rf"\b{path.stem}\b", layers), f"docs/design.md, Layers: {path.stem}"
+
+
 def test_every_module_has_a_docstring() -> None:
     for path in sorted((ROOT / "alexnet_dist").rglob("*.py")):
         assert path.read_text().startswith('"""'), path
