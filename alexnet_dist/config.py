@@ -324,6 +324,8 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
+    """Tracing some steps. Two numbers, the first no later than the last, or none."""
+
     steps: Annotated[
         tuple[int, ...],
         Key("first and last step to be traced by torch's profiler, on rank 0; none: []", ge=1,

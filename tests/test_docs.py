@@ -163,7 +163,7 @@ def test_the_source_that_is_shown_packs(place: Path) -> None:
 def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Path) -> None:
     """Applied to a copy of the package, and held against the grouped network on one process."""
     for folder in ("alexnet_dist", "configs"):
-        subprocess.run(["cp", "-r", ROOT / folder, tmp_path], check=True)
+        subprocess.run(["cp", "-rp", ROOT / folder, tmp_path], check=True)
     outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
     patches = blocks(ROOT / "docs/extending.md", "diff")
     assert len(patches) == 2
@@ -177,6 +177,12 @@ def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Pa
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == ["one", "columns", "hooks"]
     assert all(float(row[3]) > 0 and row[5] == "yes" for row in rows[1:])
+
+
+def test_the_design_places_every_module() -> None:
+    layers = (ROOT / "docs/design.md").read_text().partition("## Layers")[2].partition("## ")[0]
+    for path in (ROOT / "alexnet_dist").glob("[a-z]*.py"):
+        assert re.search(rf"\b{path.stem}\b", layers), f"docs/design.md, Layers: {path.stem}"
 
 
 def test_every_module_has_a_docstring() -> None:
