@@ -167,9 +167,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
     sub.add_argument("--json", action="store_true", help="print one JSON list")
 
-    sub = command("plan", _plan, "what a run would take: memory, arithmetic, traffic")
-    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
-    sub.add_argument("--ranks", type=int, help="ranks; those that the layout would start here")
+    sub = command("plan", _plan, "what a run would take: memory, arithmetic, traffic, hours")
+    sub.add_argument("config", nargs="+", help="as for train, or a run folder")
+    sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
+    sub.add_argument("--ranks", type=int, help="ranks; all of --gpus, or as many as would start")
+    sub.add_argument("--machine", type=Path, metavar="JSON", help="numbers that --fit wrote")
+    sub.add_argument(
+        "--fit", type=Path, nargs="+", metavar="JSON",
+        help="of bench layouts --json: fit this CPU's numbers to them, write them to --machine",
+    )  # fmt: skip
+    sub.add_argument(
+        "--curve", type=Path, metavar="PNG", help="draw 1 to 1,024 devices, train.batch on each"
+    )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("figures", _figures, "draw a run's kernels and curves")
@@ -362,12 +371,34 @@ def _compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    from alexnet_dist import layouts, plan, topology
+    from alexnet_dist import cost, forecast, layouts, plan, scaling, topology
 
-    config = load_config(options.config)
-    ranks = options.ranks or layouts.ranks_wanted(config, topology.gpus(config))
-    planned = plan.plan(config, ranks)
-    print(json.dumps(planned) if options.json else "\n".join(plan.lines(planned)))
+    config = load_config(forecast.sources(options.config))
+    machine = scaling.fitted(options.fit) if options.fit else None
+    if machine and options.machine:
+        cost.write_machine(machine, options.machine)
+    elif options.machine:
+        machine = cost.read_machine(options.machine)
+    named = options.gpus and cost.Cluster.of(options.gpus, machine)
+    at = named or forecast.here(config, machine)
+    if options.curve:
+        if at is None:
+            raise ConfigError("--curve: nothing is known of these GPUs: say --gpus")
+        rows = scaling.curve(config, at)
+        scaling.draw(rows, at, options.curve)
+        print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
+        return 0
+    wanted = named.total if named else layouts.ranks_wanted(config, topology.gpus(config))
+    planned = plan.plan(config, options.ranks or wanted)
+    told = forecast.forecast(planned, config, at) if at else {}
+    if options.json:
+        print(json.dumps(planned | told))
+        return 0
+    text = plan.lines(planned)
+    text += forecast.lines(told, config.layout.kind) if told else [
+        "", "no prediction: nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
+    ]  # fmt: skip
+    print("\n".join(text))
     return 0
 
 

@@ -309,6 +309,12 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
             f"does not divide into train.micro_batches={config.train.micro_batches}",
         ),
         (
+            "profile.steps",
+            len(config.profile.steps) in (0, 2)
+            and list(config.profile.steps) == sorted(config.profile.steps),
+            "the first step and the last: [100,105]; or none: []",
+        ),
+        (
             "schedule.at_epochs",
             list(schedule.at_epochs) == sorted(set(schedule.at_epochs)),
             "epochs must rise",

@@ -93,9 +93,7 @@ class Evaluation:
 
     def confusion(self) -> Tensor:
         """(classes, classes) int64: samples of the row's class that were taken for the column's."""
-        size, sound = len(self.classes), self.labels >= 0
-        pairs = self.labels[sound] * size + self.probabilities[sound].argmax(1)
-        return torch.bincount(pairs, minlength=size * size).view(size, size)
+        return _confused(self.probabilities, self.labels)
 
     def report(self) -> dict[str, Any]:
         """For programs: counts, 95 % intervals, each class's error, and the commonest mistakes."""
@@ -176,8 +174,12 @@ def evaluate_engine(
     topology: Topology,
     dataset: Dataset,
     signals: StopSignals | None = None,
+    confusion: Tensor | None = None,
 ) -> Score | None:
     """Score one network on the evaluation split, by this run's own ranks. Collective.
+
+    Args:
+        confusion: (classes, classes) int64 zeros on the CPU, made what `Evaluation.confusion` is.
 
     Returns:
         The score, alike on every rank; None where a signal stopped it.
@@ -185,11 +187,44 @@ def evaluate_engine(
     totals = torch.zeros(4, dtype=torch.float64)
     for probabilities, labels in _probabilities(engine, config, topology, dataset):
         totals += _counted(probabilities, labels)
+        if confusion is not None:
+            confusion += _confused(probabilities, labels).cpu()
         if signals is not None and signals.poll(topology):
             return None
-    if topology.column != 0:  # a replica's columns hold the same probabilities
-        totals.zero_()
-    return _score(topology.sum(totals), config, dataset)
+    counted = [totals] if confusion is None else [totals, confusion]
+    for counts in counted:  # a replica's columns hold the same probabilities
+        topology.sum(counts if topology.column == 0 else counts.zero_())
+    return _score(totals, config, dataset)
+
+
+def seen(
+    engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
+    samples: range,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a network's last layer sees of samples (fc7), and what it says. Collective: each rank
+    decodes all of them.
+
+    Returns:
+        (n, units) float32, of the units that the last layer sees on this rank, and (n, classes)
+        logits, on the CPU.
+    """
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, views=1))
+    features: list[Tensor] = []
+    *_, last = engine.model.layers()
+    hook = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    pipeline = make_pipeline(config, topology, dataset, split)
+    size = config.evaluate.batch
+    parts = [samples[first : first + size] for first in range(0, len(samples), size)]
+    try:
+        logits = [
+            engine.predict(decoded.joined([len(decoded.facts)], None).windows)
+            for decoded in pipeline.batches(evaluation_plan(config, parts))
+        ]
+    finally:
+        hook.remove()
+        pipeline.close()
+    own = [part[: len(said)] for part, said in zip(features, logits, strict=True)]
+    return torch.cat(own).float().cpu(), torch.cat(logits).cpu()
 
 
 def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluation:
@@ -246,6 +281,14 @@ def _probabilities(
             yield outputs.unflatten(0, (-1, config.evaluate.views)).mean(1), labels
     finally:
         pipeline.close()
+
+
+def _confused(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(classes, classes) int64: samples of the row's class taken for the column's; those of a
+    negative label are left out."""
+    size, sound = probabilities.shape[1], labels >= 0
+    pairs = labels[sound] * size + probabilities[sound].argmax(1)
+    return torch.bincount(pairs, minlength=size * size).view(size, size)
 
 
 def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:

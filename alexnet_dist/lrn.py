@@ -80,7 +80,8 @@ class _LocalResponseNorm(torch.autograd.Function):
 
 
 def _compiled_here(maps: Tensor, beta: float) -> bool:
-    return lrn_cpu.fits(maps, beta) and not torch.compiler.is_compiling()
+    values = type(maps) is Tensor  # not a fake one, as a plan's
+    return values and lrn_cpu.fits(maps, beta) and not torch.compiler.is_compiling()
 
 
 def _denominator(a: Tensor, near: Tensor, alpha: float, k: float) -> Tensor:

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -146,6 +147,14 @@ class RunFolder:
         now = time.time()
         kept_s, self._since = self._run["kept_s"] + now - self._since, now
         self.report("running", newest_step=step, kept_s=round(kept_s, 3))
+
+    def goodput(self) -> float:
+        """Of the time since the first attempt began, the share whose steps still count: those that
+        a checkpoint holds, and those since. NaN where this process does not hold the folder."""
+        if not self._run:
+            return math.nan
+        now = time.time()
+        return float((self._run["kept_s"] + now - self._since) / (now - self._run["first_started"]))
 
     def keep_batch(self, batch: Batch, step: int, rank: int) -> Path:
         """Write a rank's part of a batch as its first layer saw it, to be looked at; the file."""

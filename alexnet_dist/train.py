@@ -5,7 +5,6 @@ import dataclasses
 import json
 import math
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -32,11 +31,13 @@ from alexnet_dist.errors import (
 from alexnet_dist.evaluate import Score, evaluate_engine, make_pipeline
 from alexnet_dist.layouts import check, ranks_wanted
 from alexnet_dist.optim import Schedule
+from alexnet_dist.plan import training_flops
 from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
 from alexnet_dist.replicas import check_replicas
 from alexnet_dist.run_folder import RunFolder
 from alexnet_dist.saving import Saver
 from alexnet_dist.telemetry import Telemetry, configure_logging, log
+from alexnet_dist.timeline import TIMELINE
 from alexnet_dist.topology import Topology, connect, gpus, leave
 from alexnet_dist.watchdog import Watchdog
 
@@ -178,8 +179,8 @@ def _run(
     folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split)))
     telemetry = Telemetry(
-        folder.path, dataclasses.asdict(config), progress.step, progress.evaluated_step,
-        schedule.last_step, topology.leads,
+        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
+        training_flops(config),
     )  # fmt: skip
 
     # The slots of each step that this rank and its replica's other columns decode.
@@ -198,7 +199,8 @@ def _run(
         topology, lambda: signals.polls, config.layout.timeout_s,
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
-    every, wait_s = config.train.compare_replicas_every, 0.0
+    every, pictures = config.train.compare_replicas_every, config.log.pictures
+    classes = config.model.classes
 
     def settle(but: int) -> None:
         """Account for the steps that were begun, all `but` the newest."""
@@ -216,8 +218,10 @@ def _run(
 
             if not stop and _evaluation_due(config, schedule, progress):
                 settle(0)
-                with telemetry.paused():
-                    score = evaluate_engine(engine, config, topology, dataset, signals)
+                with TIMELINE.span("evaluate"):
+                    zeros = torch.zeros(classes, classes, dtype=torch.int64)
+                    confusion = zeros if pictures else None
+                    score = evaluate_engine(engine, config, topology, dataset, signals, confusion)
                     if score is None:
                         continue  # a signal: the poll above says so now
                     if not math.isfinite(score.loss):
@@ -226,15 +230,14 @@ def _run(
                             "nothing was saved since. Lower schedule.rate, or warm up longer"
                         )
                     _observe(score, progress, schedule)
-                    kernels = engine.parameter("conv1.weight")
-                    telemetry.evaluation(step, epoch, score.tags(), kernels)
+                    telemetry.evaluation(step, epoch, score, engine, confusion)
 
             finished = progress.evaluated_step == schedule.last_step
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
             if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
                 settle(0)
-                with telemetry.paused():
+                with TIMELINE.span("checkpoint"):
                     check_replicas(engine.replicated(), topology, step)
                     telemetry.flush()
                     _save(saver, folder, engine, config, digest, progress, schedule)
@@ -246,22 +249,23 @@ def _run(
                 topology.decided_by_rank_0(saver.finish)
                 break
 
-            begin = time.perf_counter()
-            batch = next(batches).joined(counts, topology.column_group)
-            wait_s += time.perf_counter() - begin
-            rate = schedule.rate(step)
-            pending.append(Pending(step + 1, batch, on_host(engine.train_step(batch, step, rate))))
+            with TIMELINE.span("data"):
+                decoded = next(batches)
+            batch = decoded.joined(counts, topology.column_group)
+            rate, looks = schedule.rate(step), telemetry.looks(step + 1)
+            numbers = engine.train_step(batch, step, rate, looks)
+            pending.append(Pending(step + 1, batch, on_host(numbers)))
             progress.step = step + 1
 
             log_now = progress.step % config.log.every_steps == 0
             settle(0 if log_now else 1)
+            telemetry.stepped(progress.step, engine)
             if log_now:
                 epoch = progress.step / schedule.steps_per_epoch
                 means = progress.take_interval(size)
                 means |= {"rate": rate, "damaged": float(progress.damaged)}
                 means |= {"skipped": float(progress.skipped)}
-                telemetry.train(progress.step, epoch, means, wait_s, topology)
-                wait_s = 0.0
+                telemetry.train(progress.step, epoch, means)
 
         exit_code = 0 if finished else EXITS[stop]
         state = "stopped" if exit_code else "finished"
