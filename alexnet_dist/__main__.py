@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -302,10 +303,10 @@ def _prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def _part(text: str) -> tuple[int, int]:
     """i/n, as in --part 2/8."""
-    i, n = map(int, text.split("/"))
-    if not 1 <= i <= n:
-        raise ValueError(text)
-    return i, n
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r}: write I/N, as in 2/8, the second of eight")
+    return int(found[1]), int(found[2])
 
 
 def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:

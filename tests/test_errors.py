@@ -251,10 +251,20 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
 
 
-def test_options_that_are_keys_are_explained(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "demo", "--epochs=3"], "--epochs=3; a config's keys are written key=value"),
+        (["prepare", "folder", "a", "b", "--part", "3"], "'3': write I/N, as in 2/8"),
+        (["trian", "demo"], "invalid choice: 'trian' (choose from 'train'"),
+    ],
+)
+def test_options_that_are_not_there_are_explained(
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        __main__.main(["train", "demo", "--epochs=3"])
-    assert "--epochs=3; a config's keys are written key=value" in capfd.readouterr().err
+        __main__.main(arguments)
+    assert said in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
