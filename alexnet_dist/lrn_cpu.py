@@ -1,31 +1,24 @@
 """Local response normalisation on a CPU: one pass over memory forward, one backward.
 
-Compiled when first used (Numba, and kept on disk): what a pixel needs stays in the first cache, and
-one parallel region does a whole call, where torch's operators are a pass, or a wait for the slowest
-thread, each. float32 inside, also for bfloat16, which NumPy lacks: its bits are read and rounded.
+What a pixel needs stays in the first cache, and one parallel loop does a whole call, where torch's
+operators are a pass, and a wait for the slowest thread, each. float32 inside, also for bfloat16,
+which NumPy lacks: its bits are read and rounded.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numba import get_num_threads, njit, prange, set_num_threads
+from numba import prange
 from torch import Tensor
+
+from alexnet_dist.cpu_loops import parallel
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 _BLOCKS = 64  # of pixels, shared out to threads
-_FLAGS = {"contract", "arcp", "nsz", "reassoc", "afn"}  # fast, but NaN and infinity stay themselves
-
-
-def _compiled(function: Callable[..., None]) -> Any:
-    try:
-        return njit(parallel=True, fastmath=_FLAGS, cache=True)(function)
-    except RuntimeError:  # nowhere to keep it
-        return njit(parallel=True, fastmath=_FLAGS)(function)
 
 
 def fits(maps: Tensor, beta: float) -> bool:
@@ -51,23 +44,18 @@ def _called(
     out = torch.empty_like(given[0], memory_format=torch.channels_last)
     last = [t.permute(0, 2, 3, 1).contiguous().view(-1, t.shape[1]) for t in (*given, out)]
     arrays = [t.view(_BITS[t.dtype]).numpy() for t in last]
-    threads = get_num_threads()
-    set_num_threads(min(torch.get_num_threads(), threads))
-    try:
-        kernel = _kernels(out.dtype, size)[which]
-        kernel(*arrays, columns, np.float32(alpha), np.float32(k))
-    finally:
-        set_num_threads(threads)
+    loop = _loops(out.dtype, size)[which]
+    loop(*arrays, columns, np.float32(alpha), np.float32(k))
     return out
 
 
 @functools.cache
-def _kernels(dtype: torch.dtype, size: int) -> tuple[Any, Any]:
+def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """Forward and backward; what is known when they are compiled is a constant in them."""
     half, zero = size // 2, np.float32(0)
     shift, below, odd = map(np.uint32, (16, 0x7FFF, 1) if dtype == torch.bfloat16 else (0, 0, 0))
 
-    @_compiled
+    @parallel
     def forward(maps: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
         pixels, wide = maps.shape[0], maps.shape[1] // columns
         for block in prange(_BLOCKS):
@@ -92,7 +80,7 @@ def _kernels(dtype: torch.dtype, size: int) -> tuple[Any, Any]:
                         bits = sum_bits[i]
                         result[i] = (bits + below + ((bits >> shift) & odd)) >> shift
 
-    @_compiled
+    @parallel
     def backward(maps: Bits, grads: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
         # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
         pixels, wide = maps.shape[0], maps.shape[1] // columns
