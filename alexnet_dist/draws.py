@@ -115,7 +115,8 @@ def dropout_mask(
         first: the first unit, of the layer's units over all columns.
     """
     threshold = round(drop * 2**32)
-    if slots.device.type == "cpu" and not torch.compiler.is_compiling():
+    values = type(slots) is Tensor  # not a fake one, as a plan's
+    if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
         stay = torch.empty(len(slots), count, dtype=torch.bool)
         _masks(stay.numpy(), slots.numpy(), first, step, layer, seed, threshold)
         return stay

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.engine import DTYPES, Engine, label_ranks
+from alexnet_dist.engine import DTYPES, Engine, TorchEngine, label_ranks
 from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
+from alexnet_dist.trained import Trained, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,16 @@ class Score:
     @property
     def top5(self) -> float:
         return self.correct5 / self.samples
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """Bounds of a 95 % bootstrap interval of top1."""
+        return self.interval(self.correct1)
+
+    @property
+    def top5_interval(self) -> tuple[float, float]:
+        """Bounds of a 95 % bootstrap interval of top5."""
+        return self.interval(self.correct5)
 
     def interval(self, correct: int, resamples: int = 10_000) -> tuple[float, float]:
         """The middle 95 % of the share of right answers over bootstrap resamples of the samples.
@@ -92,8 +103,8 @@ class Evaluation:
         pairs = [divmod(place, len(self.classes)) for place in worst.indices.tolist()]
         return {
             **score.tags(),
-            "top1_interval": score.interval(score.correct1),
-            "top5_interval": score.interval(score.correct5),
+            "top1_interval": score.top1_interval,
+            "top5_interval": score.top5_interval,
             "of": [str(checkpoint.path) for checkpoint in self.checkpoints],
             "classes": [
                 {"name": name, "samples": int(row.sum()), "right": int(row[place])}
@@ -135,6 +146,29 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
 
 
 def evaluate(
+    network: Trained | Path | str, data: Path | str | None = None, views: Literal[1, 10] = 10
+) -> Score:
+    """Score a network, in this process, on the evaluation split of its data set or of another.
+
+    Args:
+        network: what `load_checkpoint` gave, its model as it now is; a run folder or a checkpoint.
+        data: a packed data set with as many classes; where the config says, if left out.
+        views: windows an image: the centre's, or the paper's ten.
+
+    Raises CheckpointError, DatasetError or ConfigError, each naming what does not fit.
+    """
+    trained = network if isinstance(network, Trained) else load_checkpoint(network)
+    changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
+    config = load_config([flat(trained.config) | changes])
+    topology = connect(config)
+    engine = TorchEngine(config, topology, drawn=False)
+    engine.model.load_state_dict(trained.model.state_dict())
+    score = evaluate_engine(engine, config, topology, open_for(config))
+    assert score is not None  # no signals are listened to
+    return score
+
+
+def evaluate_engine(
     engine: Engine,
     config: Config,
     topology: Topology,

@@ -164,13 +164,13 @@ def _folder(run: Path) -> Path:
 @contextmanager
 def _axes(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     """Axes to draw on; written to the path in the end."""
-    with _figure(path, 1, 1, size) as axes:
+    with figure(path, 1, 1, size) as axes:
         axes[0, 0].grid(alpha=0.3)
         yield axes[0, 0]
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
     """(rows, columns) axes; written to the path in the end."""
     import matplotlib
 
@@ -189,7 +189,7 @@ def _neighbours(
     shown: Split, samples: range, known: Split, places: Tensor, canvas: int, path: Path
 ) -> None:
     """Fig. 4, right: a test image in the first column, then its training neighbours."""
-    with _figure(path, len(places), 1 + places.shape[1], (10, 1.6 * len(places))) as axes:
+    with figure(path, len(places), 1 + places.shape[1], (10, 1.6 * len(places))) as axes:
         for row, (sample, near) in enumerate(zip(samples, places.tolist(), strict=False)):
             _show(axes[row, 0], shown, sample, canvas)
             for column, place in enumerate(near, start=1):
@@ -205,7 +205,7 @@ def _show(axes: Any, split: Split, sample: int, canvas: int) -> None:
 
 def _curves(folder: Path, path: Path) -> None:
     points = read_metrics(folder)
-    with _figure(path, 1, 3, (15, 4)) as axes:
+    with figure(path, 1, 3, (15, 4)) as axes:
         left, right, colours = axes[0]
         for kind, style in (("train", "-"), ("eval", "o-")):
             chosen = [point for point in points if point["kind"] == kind]

@@ -37,7 +37,12 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
     """
     with _pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
         whole = AlexNet(config.model, drawn=False)
-        forward = {layer.name: 2 * macs for layer, macs in multiply_adds(whole).items()}
+        counted = multiply_adds(whole)
+        forward = {layer.name: 2 * macs for layer, macs in counted.items()}
+        values = {
+            layer.name: macs // layer.weight.numel() * len(layer.weight)
+            for layer, macs in counted.items()
+        }
         beside = {kind: _on(config, kind, ranks) for kind in KINDS}
         return {
             "recipe": flat(config),
@@ -50,7 +55,12 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
             "forward_flops_per_image": forward,
             # Backward: as much for the weights, and again for what a layer saw, but the image.
             "training_flops_per_image": 3 * sum(forward.values()) - forward["conv1"],
+            "map_values_per_image": {
+                "all": sum(values.values()),
+                "normalised": sum(values[name] for name in config.model.lrn.layers),
+            },
             "layouts": beside,
+            "alone": _alone(config, ranks),
         }
 
 
@@ -83,7 +93,21 @@ def _on(config: Config, kind: str, ranks: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "memory": parts | {"peak": sum(parts.values())},
         "bytes": traffic.bytes() | {"total": traffic.total()},
+        "calls": {name: traffic.calls[name] for name in traffic.bytes()},
     }
+
+
+def _alone(config: Config, ranks: int) -> dict[str, Any]:
+    """All of the batch on one device; of a large one, a rank's share is planned and scaled up."""
+    share, times = config.train.batch // ranks, 1
+    if config.train.batch > 512 and config.train.batch % (ranks * config.train.micro_batches) == 0:
+        config, times = load_config([flat(config), f"train.batch={share}"]), ranks
+    found = _on(config, "one", 1)
+    memory = {name: size for name, size in found["memory"].items() if name != "peak"}
+    for name in ("activations", "temporary", "windows"):
+        memory[name] = memory.get(name, 0) * times
+    found["batch_per_replica"] *= times
+    return found | {"memory": memory | {"peak": sum(memory.values())}}
 
 
 _PARTS = {
@@ -149,9 +173,11 @@ def _zero(config: Config, ranks: int) -> dict[str, Any]:
         "parameters": sum(sizes),
         "memory": memory | {"peak": sum(memory.values())},
         "bytes": sent | {"total": sum(sent.values())},
+        "calls": {name: rounds * -(-sum(sizes) // _BUCKET) for name in sent},
     }
 
 
+_BUCKET = 2**24  # elements, as zero.py sets it
 _KINDS, _STATES, _STATS = ("weight", "bias"), {"sgd": 1, "adam": 2}, 48
 
 

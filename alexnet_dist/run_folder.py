@@ -1,6 +1,7 @@
 """A run's folder: who may write it, what it was made with, how it went."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
@@ -92,9 +93,20 @@ class RunFolder:
                 f"{holder.get('host', '?')}: wait for it, stop it, or give this run another name="
             ) from error
         except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise RunFolderError(
+                    f"{self.path}: its file system has no locks ({error.strerror}), which keep a "
+                    "run to one job: set output_dir= to another, or mount it with them (NFS: "
+                    "without nolock)"
+                ) from error
             raise RunFolderError(
                 f"{self.path}: cannot be written ({error.strerror}): set output_dir= or name="
             ) from error
+
+    def close(self) -> None:
+        """Let another process, or another run in this one, have the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def still_held(self) -> None:
         """Make the folder again where it has vanished; raises RunFolderError if it is another's."""

@@ -7,6 +7,7 @@ inside a node.
 import ctypes
 import dataclasses
 import datetime
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from alexnet_dist.shares import share
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -246,8 +248,14 @@ def _device(config: Config, place: Place) -> torch.device:
         raise ConfigError(
             f"layout.device=cuda: {place.local_world} ranks on this host need a GPU each, "
             f"and {found} are here; set layout.device=auto or layout.kind=one"
+            f"{'' if found else '; `alexnet-dist doctor` says why there is none'}"
         )
     if found < place.local_world and not own:
+        if found and place.rank == 0:
+            log.warning(
+                f"{place.local_world} ranks and {found} GPU(s) here: computing on the CPU; to use "
+                "what is there, set layout.kind=one, or layout.ranks to as many"
+            )
         return torch.device("cpu")
     device = torch.device("cuda", 0 if own else place.local_rank)
     torch.cuda.set_device(device)

@@ -33,11 +33,13 @@ class Traffic(TorchDispatchMode):
 
     Attributes:
         sent: bytes by collective; fractions, since a part need not divide.
+        calls: by collective.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.sent: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
 
     def bytes(self) -> dict[str, int]:
         """Bytes sent by this rank, by collective."""
@@ -58,6 +60,7 @@ class Traffic(TorchDispatchMode):
             ranks = ProcessGroup.unbox(args[group]).size()
             sent = Fraction(times * _bytes(args[tensors]) * (ranks - 1), ranks)
             self.sent[name] += sent  # type: ignore[assignment]
+            self.calls[name] += 1
         return func(*args, **(kwargs or {}))
 
 

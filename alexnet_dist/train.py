@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import math
+import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,24 +14,31 @@ from typing import Any
 import torch
 
 from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist import warm_start
-from alexnet_dist.config import Config
+from alexnet_dist import launcher, warm_start
+from alexnet_dist.config import Config, flat
 from alexnet_dist.data.dataset import Dataset, Split, check_damaged, open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, NotFinite
-from alexnet_dist.evaluate import Score, evaluate, make_pipeline
+from alexnet_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    NotFinite,
+    RanksFailed,
+    in_words,
+)
+from alexnet_dist.evaluate import Score, evaluate_engine, make_pipeline
+from alexnet_dist.layouts import check, ranks_wanted
 from alexnet_dist.optim import Schedule
 from alexnet_dist.plan import training_flops
-from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals
+from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
 from alexnet_dist.replicas import check_replicas
 from alexnet_dist.run_folder import RunFolder
 from alexnet_dist.saving import Saver
 from alexnet_dist.telemetry import Telemetry, configure_logging, log
 from alexnet_dist.timeline import TIMELINE
-from alexnet_dist.topology import Topology, connect, leave
+from alexnet_dist.topology import Topology, connect, gpus, leave
 from alexnet_dist.watchdog import Watchdog
 
 
@@ -93,15 +102,47 @@ class Progress:
 def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     """Train to the end or until a signal, from the run folder's newest good checkpoint.
 
+    Where no launcher did, the ranks of a layout that has several are started here.
+
     Args:
-        signals: handlers that are in place already.
+        signals: handlers that are in place already; if left out, those of the calling program,
+            which calls from its main thread, are back when this returns.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
         NotFinite: a loss, or more gradients than train.max_skipped, were not.
         ReplicasDiffer: copies of the network were no longer equal.
+        RanksFailed: ranks that were started here did, and have said why.
     """
-    signals = signals or StopSignals()
+    if signals is not None:
+        return _train(config, signals)
+    wanted = ranks_wanted(config, gpus(config))
+    with handlers_restored():
+        if wanted > 1 and launcher.place() is None:
+            return _on_own_ranks(config, wanted)
+        return _train(config, StopSignals())
+
+
+def _on_own_ranks(config: Config, count: int) -> Outcome:
+    """`alexnet-dist train` of this config, in this many processes."""
+    from alexnet_dist import ranks  # torchrun's, which ranks themselves do without
+
+    check(config, count)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(flat(config), file)
+        file.flush()
+        code = ranks.start(["train", file.name], count, config.folder)
+    if code not in (0, *EXITS.values()):
+        failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
+        failed.exit_code = code
+        raise failed
+    newest, _ = checkpoints.newest_good(config.folder / "checkpoints")
+    reached = Progress() if newest is None else Progress.of(newest.progress)
+    return Outcome(code, reached.step, None if code else reached.score, leads=True)
+
+
+def _train(config: Config, signals: StopSignals) -> Outcome:
+    """As one of the run's ranks, or alone."""
     topology = connect(config)
     signals.at_once = False
     configure_logging(topology)
@@ -113,10 +154,15 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     try:
         outcome = _run(config, signals, topology, dataset, digest, folder)
     except Exception as error:
+        said = in_words(error)
         with contextlib.suppress(OSError):  # the disk may be what failed
-            known, code = isinstance(error, AlexNetDistError), getattr(error, "exit_code", 1)
-            folder.report("failed", exit=code, reason=f"{error}", known=known)
-        raise
+            known, code = said is error, getattr(error, "exit_code", 1)
+            folder.report("failed", exit=code, reason=f"{said or error}", known=known)
+        if said is None or known:
+            raise
+        raise said from error
+    finally:
+        folder.close()
     leave()
     return outcome
 
@@ -175,7 +221,7 @@ def _run(
                 with TIMELINE.span("evaluate"):
                     zeros = torch.zeros(classes, classes, dtype=torch.int64)
                     confusion = zeros if pictures else None
-                    score = evaluate(engine, config, topology, dataset, signals, confusion)
+                    score = evaluate_engine(engine, config, topology, dataset, signals, confusion)
                     if score is None:
                         continue  # a signal: the poll above says so now
                     if not math.isfinite(score.loss):

@@ -463,11 +463,3 @@ def test_tensorboards_steps_go_on_over_restarts(
     board = EventAccumulator(str(runs / "board"))
     board.Reload()
     assert [point.step for point in board.Scalars("train/loss")] == list(range(3, 61, 3))
-
-
-def test_doctor_says_what_a_run_would_use() -> None:
-    result = alexnet_dist("doctor", "--json")
-    assert result.returncode == 0
-    found = json.loads(result.stdout)
-    assert {"python", "torch", "nvidia-dali-cuda120", "cpu", "gpus", "disk"} <= found.keys()
-    assert "missing" not in json.dumps(found)

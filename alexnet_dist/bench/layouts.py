@@ -23,7 +23,7 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
     One process has the threads of all ranks. A pass starts its ranks anew, and is timed within.
 
     Returns:
-        ratios of images/s (medians of pairs), machine, and every pass's images/s.
+        ratios of images/s (medians of pairs), machine, recipe, and every pass's images/s.
     """
     configs = {"one": load_config([flat(config), "layout.kind=one"])}
     for kind in KINDS:
@@ -48,6 +48,7 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
         "ceilings": {"ranks": float(count)},
         "machine": machine(config.data.workers),
         "unit": "images/s",
+        "recipe": flat(config),
         "runs": runs,
     }  # fmt: skip
 

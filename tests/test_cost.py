@@ -1,0 +1,264 @@
+"""The cost model: arithmetic worked by hand, what it recommends, and measured layouts held out."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import TINY, alexnet_dist
+
+from alexnet_dist import cost, scaling
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.cost import MACHINES, Cluster, Machine, Measured, fit, predict, transfer_s
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.forecast import forecast, plot, recommended, schedule
+from alexnet_dist.plan import plan
+
+# 1 GFLOP/s reached, 1 GB/s of memory, links of 100 MB/s and nodes of 80: round seconds.
+ROUND = Machine(
+    "round", {"fp32": 2e9}, 0.5, 1e9, 0.25, 1e8, 0.001, 8e7, 0.01, "made up", 40.0, 1.0, 1e12,
+)  # fmt: skip
+
+
+def counted(ranks: int, **layouts: dict[str, Any]) -> dict[str, Any]:
+    """A plan made by hand: 8 images of 0.5 GFLOP, and two layers of a million parameters."""
+    whole: dict[str, Any] = {"parameters": 2_000_000, "bytes": {}, "calls": {}}
+    return {
+        "recipe": {"train.precision": "fp32", "data.pipeline": "dali"},
+        "ranks": ranks,
+        "batch": 8,
+        "parameters": {"conv1": 1_000_000, "fc2": 1_000_000},
+        "forward_flops_per_image": {"conv1": 1e8, "fc2": 1e8},
+        "training_flops_per_image": 5e8,  # conv1: forward, weights; fc2 also inputs
+        "map_values_per_image": {"all": 1_000_000, "normalised": 0},
+        "alone": whole,
+        "layouts": layouts,
+    }
+
+
+def test_a_step_on_one_device_is_the_sum_of_its_parts() -> None:
+    found = predict(counted(1), "alone", Cluster(ROUND, 1))
+    assert found["parts_s"] == pytest.approx({
+        "arithmetic": 4.0,  # 8 × 0.5 GFLOP at 1 GFLOP/s
+        "maps": 11 * 8 * 4e6 / 1e9,
+        "parameters": 2e6 * 36 / 1e9,
+        "fixed": 0.25,
+        "exchange": 0.0,
+        "all-reduce": 0.0,
+        "decode": 8 / 40,
+    })  # fmt: skip
+    assert found["step_s"] == pytest.approx(4.0 + 0.352 + 0.072 + 0.25)
+    assert found["bottleneck"] == "arithmetic"
+
+
+def test_decoding_limits_where_it_takes_longer_than_all_the_rest() -> None:
+    slow = dataclasses.replace(ROUND, decode=1.0)
+    found = predict(counted(1), "alone", Cluster(slow, 1))
+    assert (found["step_s"], found["bottleneck"]) == (8.0, "decode")
+    assert found["training_images_per_s"] == pytest.approx(8 / 4.674)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "stride", "nodes", "seconds"),
+    [
+        ("all-reduce", 4, 1, 1, 1.0 + 3 * 4 * 0.001),  # in a node: up and down a tree of 4
+        ("all-gather", 4, 1, 1, 1.0 + 3 * 3 * 0.001),
+        ("all-reduce", 8, 1, 2, 1e8 / 8e7 + 3 * 6 * 0.01),  # a ring uses all the node's links
+        ("all-to-all", 8, 1, 2, 1e8 / 2e7 + 3 * 7 * 0.01),  # each device its own quarter
+        ("all-reduce", 4, 2, 2, 1e8 / 4e7 + 3 * 4 * 0.01),  # every other rank: half the links
+        ("all-reduce", 1, 1, 2, 0.0),
+    ],
+)
+def test_a_collective_takes_bytes_over_bandwidth_and_hops(
+    name: str, group: int, stride: int, nodes: int, seconds: float
+) -> None:
+    taken = transfer_s(name, 1e8, 3, group, stride, Cluster(ROUND, 4, nodes))
+    assert taken == pytest.approx(seconds)
+
+
+def test_sums_of_gradients_hide_behind_the_rest_of_the_backward() -> None:
+    """fc2's backward takes 0.4 of the step's arithmetic and maps, conv1's 0.2: fc2's sum hides
+    there, conv1's does not."""
+    replicas: dict[str, Any] = {"parameters": 2_000_000, "calls": {"all-reduce": 16}}
+    replicas["bytes"] = {"all-reduce": 8e6, "total": 8e6}
+    free = dataclasses.replace(ROUND, latency_s=0.0)
+    found = predict(counted(2, replicas=replicas), "replicas", Cluster(free, 2))
+    assert found["parts_s"]["all-reduce"] == pytest.approx(4e6 / 1e8)
+    slow = dataclasses.replace(free, link=4e6)  # a second a layer: 0.2 × 2.176 s of fc2's hide
+    found = predict(counted(2, replicas=replicas), "replicas", Cluster(slow, 2))
+    assert found["parts_s"]["all-reduce"] == pytest.approx(2.0 - 0.2 * (2 + 0.176))
+    on_cores = dataclasses.replace(slow, overlap=False)  # the cores send: nothing hides
+    found = predict(counted(2, replicas=replicas), "replicas", Cluster(on_cores, 2))
+    assert found["parts_s"]["all-reduce"] == pytest.approx(2.0)
+
+
+def tiny(*overrides: str) -> Config:
+    return load_config([*TINY, "train.batch=48", "model.classes=6", *overrides])
+
+
+def test_a_fit_finds_the_machine_that_took_the_seconds() -> None:
+    there = dataclasses.replace(
+        MACHINES["cpu"], peak={"fp32": 3e9}, memory=2e9, serial=0.2, link=5e7, latency_s=2e-3,
+        step_s=0.01,
+    )  # fmt: skip
+    measured = []
+    for overrides in (["train.batch=24"], ["train.batch=48"], ["model.fc=[360,280]"]):
+        planned = plan(tiny("train.precision=fp32", *overrides), 2)
+        for kind in ("alone", "columns", "replicas", "sharded_fc"):
+            found = predict(planned, kind, Cluster(there, 2))
+            seconds = planned["batch"] / found["training_images_per_s"]
+            measured.append(Measured(planned, kind, 2, seconds))
+    found = fit(measured)
+    for one in measured:
+        again = predict(one.planned, one.kind, Cluster(found, 2))
+        assert one.planned["batch"] / again["training_images_per_s"] == pytest.approx(
+            one.seconds, rel=1e-3
+        )
+    assert found.link == pytest.approx(there.link, rel=0.01)
+    assert found.step_s == pytest.approx(there.step_s, rel=0.01)
+    with pytest.raises(ConfigError, match="4 measured steps do not fix"):
+        fit(measured[:4])
+
+
+def test_what_is_recommended_is_the_fastest_that_fits_and_the_simplest_of_equals() -> None:
+    def one(speed: float, **more: str) -> dict[str, Any]:
+        return {"images_per_s": speed, **more}
+
+    assert recommended({"one": one(5.0)}) == "one"
+    assert recommended({"alone": one(10.0), "zero1": one(10.2)}) == "alone"
+    assert recommended({"alone": one(10.0), "sharded_fc": one(11.0)}) == "sharded_fc"
+    assert recommended({"columns": one(10.0), "replicas": one(20.0, too_large="9")}) == "columns"
+    assert recommended({"one": one(5.0, too_large="9 GB of 3")}) is None
+
+
+@pytest.mark.parametrize(
+    ("gpus", "batch", "sensible"),
+    [
+        ("h100", 128, {"one"}),
+        ("gtx580:2", 128, {"columns", "replicas", "sharded_fc"}),
+        ("v100:8x64", 65536, {"replicas", "columns_x_replicas"}),  # gathering samples does not pay
+    ],
+)
+def test_recommendations_for_the_papers_network(gpus: str, batch: int, sensible: set[str]) -> None:
+    precision = "fp32" if gpus.startswith("gtx") else "bf16"
+    config = load_config([f"train.batch={batch}", f"train.precision={precision}"])
+    at = Cluster.of(gpus)
+    assert forecast(plan(config, at.total), config, at)["recommended"] in sensible
+
+
+# What docs/scaling.md compares: config, cluster, and published images/s or times one device.
+PUBLISHED = [
+    (["train.precision=fp32"], "gtx580:2", "columns", "speed", 227, 0.10),
+    (["paper/torchvision-2014", "train.batch=512"], "v100", "one", "speed", 9319, 0.05),
+    (["paper/torchvision-2014", "train.batch=4096"], "v100:8", "replicas", "speed", 70869, 0.05),
+    (["paper/torchvision-2014", "train.batch=4096"], "a100:8", "replicas", "speed", 129266, 0.10),
+    (["paper/torchvision-2014", "train.batch=1024", "train.precision=fp32"], "k20:4x2",
+     "sharded_fc", "times", 6.25, 0.20),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("recipe", "gpus", "kind", "what", "published", "bound"), PUBLISHED)
+def test_published_speeds_are_met(
+    recipe: list[str], gpus: str, kind: str, what: str, published: float, bound: float
+) -> None:
+    at = Cluster.of(gpus)
+    planned = plan(load_config([*recipe, f"layout.kind={kind}"]), at.total)
+    found = predict(planned, kind, at)["training_images_per_s"]
+    if what == "times":
+        found /= predict(planned, "alone", at)["training_images_per_s"]
+    assert found == pytest.approx(published, rel=bound)
+
+
+def test_a_curve_keeps_the_batch_of_a_device_and_says_what_holds_it_up(tmp_path: Path) -> None:
+    at = Cluster.of("h100:2x2")
+    rows = scaling.curve(tiny("train.precision=bf16"), at, most=4)
+    assert {row["ranks"] for row in rows} == {1, 2, 4}
+    assert rows[0]["efficiency"] == 1
+    assert {row["layout"] for row in rows if row["ranks"] == 4} == {
+        "replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2",
+    }  # fmt: skip
+    for row in rows:
+        assert 0 < row["efficiency"] <= 1
+        assert row["images_per_s"] == pytest.approx(
+            row["efficiency"] * row["ranks"] * rows[0]["images_per_s"]
+        )
+    assert scaling.lines(rows)[-1].startswith("| 4 |")
+    scaling.draw(rows, at, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
+def test_a_forecast_as_json() -> None:
+    result = alexnet_dist("plan", *TINY, "train.batch=96", "layout.kind=replicas", "--gpus",
+                          "h100:8x4", "--json")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["machine"]["devices"] * found["machine"]["nodes"] == found["ranks"] == 32
+    assert found["recommended"] in found["predicted"]
+    replicas = found["predicted"]["replicas"]
+    assert replicas.keys() == {
+        "ranks", "images_per_s", "training_images_per_s", "step_s", "parts_s", "bottleneck",
+        "hours",
+    }  # fmt: skip
+    hours = found["epochs"] * found["images_per_epoch"] / replicas["images_per_s"] / 3600
+    assert replicas["hours"] == pytest.approx(hours)
+    assert found["decode"]["gpus"] == pytest.approx(found["decode"]["images_per_s"] / 5400)
+    assert len(found["schedule"]) == 60
+    assert found["measured"] is None
+    assert "problem" in found["layouts"]["sharded_fc"]
+    assert "sharded_fc" not in found["predicted"]
+
+
+def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "run"
+    folder.mkdir(parents=True)
+    config = tiny("layout.kind=one", f"output_dir={tmp_path / 'runs'}", "train.precision=bf16")
+    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
+    speeds = (1.0, 90.0, 100.0, 110.0)  # the first warms up
+    points = [{"kind": "train", "step": n, "images_per_s": s, "data_wait": 0.25}
+              for n, s in enumerate(speeds)]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    result = alexnet_dist("plan", str(folder), "--gpus", "cpu:2", "--ranks", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["measured"]["images_per_s"] == 100
+    assert found["measured"]["predicted_to_measured"] == pytest.approx(
+        found["predicted"]["one"]["images_per_s"] / 100
+    )
+    result = alexnet_dist("plan", str(folder), "--gpus", "cpu:2", "--ranks", "1")
+    for word in ("recommended: one", "measured in", "waiting for data 25%", "decoding", "rate"):
+        assert word in result.stdout
+
+
+def test_a_schedule_is_drawn() -> None:
+    config = tiny("schedule.kind=steps", "schedule.at_epochs=[30,60]", "schedule.rate=0.01")
+    points = schedule(config, 4800)
+    assert points[0] == (0.0, 0.01)
+    assert points[-1] == (pytest.approx(89.99), pytest.approx(1e-4))
+    drawn = plot(points)
+    assert drawn[1].count("*") == 20
+    assert sum(line.count("*") for line in drawn) == len(points)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpus", "h200:8"], "--gpus h200:8: write KIND:DEVICES"),
+        (["--gpus", "h100:0"], "as in h100:8x4"),
+        (["--gpus", "k20:2"], "train.precision=bf16: no figure for K20, only for fp32"),
+        (["--gpus", "h100:2", "--ranks", "4"], "4 ranks on 2 × H100"),
+        (["--fit", __file__], "not what `bench layouts --json` prints"),
+        (["--machine", __file__], "not a machine that plan --fit wrote"),
+    ],
+)
+def test_what_cannot_be_foretold_is_one_line(arguments: list[str], said: str) -> None:
+    result = alexnet_dist("plan", *TINY, "train.precision=bf16", *arguments)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
+    cost.write_machine(MACHINES["k20"], tmp_path / "k20.json")
+    assert cost.read_machine(tmp_path / "k20.json") == MACHINES["k20"]
