@@ -162,7 +162,9 @@ def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
         for tag in ("_hparams_/session_start_info", "_hparams_/session_end_info")
     ]
     assert data[0].session_start_info.hparams["train.batch"].number_value == 8
-    assert data[0].session_start_info.hparams["data.flip"].string_value == "True"
+    told = data[0].session_start_info.hparams
+    assert told["data.divide_by"].string_value == "[60.0, 60.0, 60.0]"
+    assert "checkpoint.every_steps" not in told
     assert data[1].session_end_info.status == 1
 
     embedded = config.folder / "00008" / "seen_by_fc8"
