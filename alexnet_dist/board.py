@@ -17,8 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from torchvision.io import ImageReadMode, decode_image
 
-from alexnet_dist.config import Config, fingerprint, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config import Config, flat
 from alexnet_dist.data.dataset import Dataset, Split
 from alexnet_dist.data.windows import on_canvas
 from alexnet_dist.engine import Engine
@@ -31,9 +30,9 @@ from alexnet_dist.topology import Topology
 log = logging.getLogger("alexnet_dist")
 ANSWERED = 8  # test images whose answers are drawn
 _VALUES = 65_536  # of a tensor, evenly spaced, in a histogram
-# Keys by which runs are compared, beside those of the recipe that are not base.yaml's.
-_USUAL = ("layout.kind", "model.dropout", "optimizer.kind", "optimizer.weight_decay",
-          "schedule.rate", "seed", "train.batch", "train.epochs", "train.precision")  # fmt: skip
+# By which runs are compared: TensorBoard shows the first five in order of the alphabet.
+_KEYS = ("layout.kind", "model.dropout", "optimizer.kind", "schedule.rate", "seed", "train.batch",
+         "train.epochs")  # fmt: skip
 _COMPARED = ("eval/top1", "eval/top5", "eval/loss", "train/loss", "speed/images_per_s")
 
 
@@ -173,9 +172,8 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
 
 def _hparams(config: Config) -> tuple[Any, Any, Any]:
     """What TensorBoard compares runs by, and the metrics beside it; its three parts."""
-    recipe, base, values = fingerprint(config), flat(load_config([])), flat(config)
-    keys = {*_USUAL, *(key for key in recipe if values[key] != base[key])}
-    told = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in keys}
+    values = flat(config)
+    told = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _KEYS}
     parts: tuple[Any, Any, Any] = hparams(told, dict.fromkeys(_COMPARED, 0))
     return parts
 
