@@ -19,11 +19,17 @@ def parallel(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def called(*arguments: Any) -> None:
-        threads = get_num_threads()
-        set_num_threads(min(torch.get_num_threads(), threads))
-        try:
-            loop(*arguments)
-        finally:
-            set_num_threads(threads)
+        most = _most_threads()
+        set_num_threads(min(torch.get_num_threads(), most))
+        loop(*arguments)
 
     return called
+
+
+@functools.cache
+def _most_threads() -> int:
+    """Numba's; to start them sets how many torch has, which is set back."""
+    torchs = torch.get_num_threads()
+    most = int(get_num_threads())
+    torch.set_num_threads(torchs)
+    return most

@@ -1,5 +1,8 @@
 """Counter-based draws: published vectors, NumPy = torch, slices, uniformity, independence."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +107,17 @@ def test_the_cpus_loop_draws_philoxs_words() -> None:
     words = draws.philox(counter, (4294967295, draws.Purpose.DROPOUT))
     stay = torch.stack(torch.broadcast_tensors(*words), -1).flatten(1) >= round(drop * 2**32)
     assert torch.equal(draws.dropout_mask(4294967295, 2**31, 7, slots, 0, 400, drop), stay)
+
+
+def test_a_compiled_loop_leaves_torchs_threads_as_they_are() -> None:
+    code = (
+        "import torch; torch.set_num_threads(1); from alexnet_dist import draws; "
+        "draws.dropout_mask(0, 0, 6, torch.arange(4), 0, 8, 0.5); print(torch.get_num_threads())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True
+    )
+    assert result.stdout == "1\n", result.stderr
 
 
 def test_dropout_masks_differ_by_seed_step_layer_slot_and_unit() -> None:
