@@ -30,6 +30,9 @@ from alexnet_dist.topology import Topology
 log = logging.getLogger("alexnet_dist")
 ANSWERED = 8  # test images whose answers are drawn
 _VALUES = 65_536  # of a tensor, evenly spaced, in a histogram
+# By which runs are compared: TensorBoard shows the first five in order of the alphabet.
+_KEYS = ("layout.kind", "model.dropout", "optimizer.kind", "schedule.rate", "seed", "train.batch",
+         "train.epochs")  # fmt: skip
 _COMPARED = ("eval/top1", "eval/top5", "eval/loss", "train/loss", "speed/images_per_s")
 
 
@@ -168,9 +171,10 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
 
 
 def _hparams(config: Config) -> tuple[Any, Any, Any]:
-    """What TensorBoard compares runs by: all keys, and the metrics beside them; its three parts."""
-    values = {key: v if type(v) in (int, float) else str(v) for key, v in flat(config).items()}
-    parts: tuple[Any, Any, Any] = hparams(values, dict.fromkeys(_COMPARED, 0))
+    """What TensorBoard compares runs by, and the metrics beside it; its three parts."""
+    values = flat(config)
+    told = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _KEYS}
+    parts: tuple[Any, Any, Any] = hparams(told, dict.fromkeys(_COMPARED, 0))
     return parts
 
 

@@ -114,7 +114,7 @@ def _measured(
     ran = load_config([folder / "config.json"])
     if any(_of(ran, key) != _of(config, key) for key in same):
         return None
-    points = [p for p in read_metrics(folder) if p["kind"] == "train"][1:]  # the first warms up
+    points = [p for p in read_metrics(folder) if p["kind"] == "speed"][1:]  # the first warms up
     if not points:
         return None
     middle = {key: statistics.median(p[key] for p in points)

@@ -69,8 +69,8 @@ class Progress:
         score: of that evaluation.
         best_step: where the validation error was lowest.
         best_error: how low.
-        interval: sums since the last log point: losses, top-1 and top-5 counts, norms of the
-            gradient, samples.
+        interval: sums over samples since the last log point: losses, top-1 and top-5 counts, the
+            step's gradient's norm, 1.
         damaged: samples of this epoch that others stood in for.
         skipped: updates left out because their loss or gradient was not finite.
     """
@@ -84,13 +84,13 @@ class Progress:
     damaged: int = 0
     skipped: int = 0
 
-    def take_interval(self, size: int) -> dict[str, float]:
-        """Means since the last log point, of steps of `size` samples; begins a new interval."""
+    def take_interval(self) -> dict[str, float]:
+        """Means since the last log point; begins a new interval."""
         loss, top1, top5, norm, images = self.interval
         self.interval = [0.0] * 5
         of = images or math.nan  # every update was left out
         means = {"loss": loss / of, "top1": top1 / of, "top5": top5 / of}
-        return means | {"gradient_norm": norm / of * size}
+        return means | {"gradient_norm": norm / of}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
@@ -262,7 +262,7 @@ def _run(
             telemetry.stepped(progress.step, engine)
             if log_now:
                 epoch = progress.step / schedule.steps_per_epoch
-                means = progress.take_interval(size)
+                means = progress.take_interval()
                 means |= {"rate": rate, "damaged": float(progress.damaged)}
                 means |= {"skipped": float(progress.skipped)}
                 telemetry.train(progress.step, epoch, means)

@@ -332,12 +332,12 @@ what, at = sys.argv.pop(1), int(sys.argv.pop(1))
 last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 def patched(sound):
-    def train_step(self, batch, step, rate):
+    def train_step(self, batch, step, rate, *more):
         if step == at and what == "raise":
             raise RuntimeError("broken on purpose")
         if step == at and what == "poison" and last:
             batch.windows[0] = float("nan")
-        stats = sound(self, batch, step, rate)
+        stats = sound(self, batch, step, rate, *more)
         if step == at and what == "flip" and last:
             self.replicated()["conv2.weight"].detach().view(torch.int32)[0, 0, 0, 0] ^= 1 << 9
         return stats

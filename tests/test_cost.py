@@ -216,7 +216,7 @@ def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
     config = tiny("layout.kind=one", f"output_dir={tmp_path / 'runs'}", "train.precision=bf16")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
     speeds = (1.0, 90.0, 100.0, 110.0)  # the first warms up
-    points = [{"kind": "train", "step": n, "images_per_s": s, "data_wait": 0.25}
+    points = [{"kind": "speed", "step": n, "images_per_s": s, "data_wait": 0.25}
               for n, s in enumerate(speeds)]  # fmt: skip
     (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     result = alexnet_dist("plan", str(folder), "--gpus", "cpu:2", "--ranks", "1", "--json")

@@ -142,10 +142,10 @@ from alexnet_dist.engine import TorchEngine
 
 at, sound = {int(step) for step in sys.argv.pop(1).split(",")}, TorchEngine.train_step
 
-def train_step(engine, batch, step, rate):
+def train_step(engine, batch, step, rate, *more):
     if step in at:
         batch.windows[0, 0, 0, 0] = float("nan")
-    return sound(engine, batch, step, rate)
+    return sound(engine, batch, step, rate, *more)
 
 TorchEngine.train_step = train_step
 sys.exit(main())
