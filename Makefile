@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo report results test test-slurm drill check format sample clean
+.PHONY: help venv demo report results test test-slurm drill check format sample docs clean
 
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ format: $(READY) ## mend style where it can be
 sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-mnist
 	$(BIN)/python tests/cut_fashion_mnist.py \
 		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
+
+docs: $(READY)  ## docs/configuration.md again, from the dataclasses
+	$(BIN)/python tests/document_config.py
 
 clean:          ## remove what `make` made, except data and runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -10,19 +10,30 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from alexnet_dist import launcher
-from alexnet_dist.config_layers import load_config
-from alexnet_dist.errors import AlexNetDistError, ConfigError, printable
+from alexnet_dist.errors import ConfigError, in_words, printable
 from alexnet_dist.preemption import EXITS, FLAGS
+
+try:
+    from alexnet_dist.config_layers import load_config
+except ImportError as error:  # a Python in which nothing was installed
+    sys.exit(f"alexnet-dist: {in_words(error) or error}")
 
 if TYPE_CHECKING:
     from alexnet_dist.evaluate import Score
 
+# How long one of torch's threads spins for the others before it sleeps. By default milliseconds, in
+# which, where cores are shared, it keeps from its core the one it waits for. OpenMP reads it as it
+# loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
+    if sys.platform != "linux":
+        sys.exit(f"alexnet-dist: this is {sys.platform}, and it runs on Linux: use a container")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
     rank, own = 0, os.getpid()
@@ -36,22 +47,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rank = launcher.rank()
         return int(options.run(options, arguments))
-    except AlexNetDistError as error:
-        if error.on_every_rank and rank:
-            time.sleep(1)  # rank 0 says it, and is ended as soon as another has left
-        else:
-            print(f"alexnet-dist: {printable(str(error))}", file=sys.stderr, flush=True)
-        code = error.exit_code
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT
         print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
         code = EXITS[FLAGS[number]]
-    except Exception:
-        print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
-        code = 1
+    except Exception as error:
+        code = _say(error, rank)
     if launcher.place():
         os._exit(code)  # leave fast: peers and their threads may never answer again
     return code
+
+
+def _say(error: Exception, rank: int) -> int:
+    """In a line where it is known what to do, else with its traceback; the exit code."""
+    said = in_words(error)
+    if said is None:
+        print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
+        return 1
+    if said.on_every_rank and rank:
+        time.sleep(1)  # rank 0 says it, and is ended as soon as another has left
+    else:
+        which = f"alexnet-dist [r{rank}]" if rank else "alexnet-dist"
+        print(f"{which}: {printable(str(said))}", file=sys.stderr, flush=True)
+    return said.exit_code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if "unrecognized arguments: -" in message:
+            message += "; a config's keys are written key=value, as in train.batch=64"
+        super().error(message)
 
 
 class _Stopped(KeyboardInterrupt):
@@ -62,7 +87,7 @@ class _Stopped(KeyboardInterrupt):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="alexnet-dist",
         description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
     )
@@ -105,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("inspect", _inspect, "verify a packed data set, and show what is in it")
     sub.add_argument("data", type=Path, help="folder that prepare made")
     sub.add_argument("--sheet", type=Path, help="PNG to draw samples in; DATA/contact-sheet.png")
+    sub.add_argument("--quick", action="store_true", help="sizes, and some images; nothing drawn")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("bench", None, "time a part of it against references, in one run")
@@ -178,7 +204,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--format", choices=kinds[:3], required=True)
     sub.add_argument("--mean", type=Path, help="caffe: its mean image, .binaryproto")
 
-    sub = command("doctor", _doctor, "what is here, and what a run would use")
+    sub = command("doctor", _doctor, "what is here, what a run would use, and what to mend")
+    sub.add_argument("config", nargs="*", help="of the run, as for train")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -281,7 +308,8 @@ def _part(text: str) -> tuple[int, int]:
 def _inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.data.inspect import inspect
 
-    found = inspect(options.data, options.sheet or options.data / "contact-sheet.png")
+    sheet = options.sheet or options.data / "contact-sheet.png"
+    found = inspect(options.data, None if options.quick else sheet)
     if options.json:
         print(json.dumps(found))
     else:
@@ -410,13 +438,22 @@ def _import(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist import doctor
 
-    rows = doctor.report(Path(load_config([]).output_dir))
+    findings = []
+    for one in doctor.examine(load_config(options.config), named=bool(options.config)):
+        findings.append(one)
+        if not options.json:
+            mark = "✗" if one.broken else "!" if one.remedy else " "
+            print(f"{mark} {one.what:20} {printable(one.found)}", flush=True)
+            if one.remedy:
+                print(f"{'':23}→ {printable(one.remedy)}")
+    broken = [one.what for one in findings if one.broken]
     if options.json:
-        print(json.dumps(dict(rows)))
+        print(json.dumps({"sound": not broken, "findings": [vars(one) for one in findings]}))
+    elif broken:
+        print(f"a run would fail: mend {', '.join(broken)}")
     else:
-        for what, finding in rows:
-            print(f"{what:22}{finding}")
-    return 0
+        print("nothing here stands in a run's way")
+    return 1 if broken else 0
 
 
 if __name__ == "__main__":

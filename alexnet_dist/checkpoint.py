@@ -29,7 +29,7 @@ from torch import Tensor
 from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_layers import load_config
 from alexnet_dist.durable import sha256, sync, write
-from alexnet_dist.errors import CheckpointError, NotFinite
+from alexnet_dist.errors import CheckpointError, NotFinite, looked_in
 from alexnet_dist.untrusted import json_object, read_bytes
 
 VERSION = 1
@@ -247,7 +247,7 @@ def at(path: Path) -> Checkpoint:
     if (path / "manifest.json").is_file():
         return verify(path)
     raise CheckpointError(
-        f"{path} is neither a run folder nor a checkpoint: name runs/NAME or "
+        f"{path} is neither a run folder nor a checkpoint{looked_in(path)}: name runs/NAME or "
         "runs/NAME/checkpoints/step-…"
     )
 

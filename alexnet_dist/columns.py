@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alexnet_dist.shares import share
-from alexnet_dist.waits import WAITS
+from alexnet_dist.timeline import TIMELINE
 
 
 class ColumnExchange:
@@ -94,7 +94,7 @@ def summed_parts(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's part of (ranks, *shape), summed over ranks in their order: the same bits on
     every backend."""
     mine = torch.empty_like(parts)
-    with WAITS.counted(parts.is_cuda):
+    with TIMELINE.span("exchange"):
         dist.all_to_all_single(mine, parts, group=group)
     return mine.sum(0)
 
@@ -102,7 +102,7 @@ def summed_parts(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(ranks, *shape): every rank's tensor of one shape, in order."""
     parts = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
-    with WAITS.counted(part.is_cuda):
+    with TIMELINE.span("exchange"):
         dist.all_gather_single(parts, part, group)
     return parts.view(group.size(), *part.shape)
 

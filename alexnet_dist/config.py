@@ -38,6 +38,9 @@ LayerName = Literal[ConvName, FcName]
 
 @dataclass(frozen=True)
 class LrnConfig:
+    """Local response normalisation (paper §3.3): b = a / (k + α Σ a²)^β, the sum over `size`
+    adjacent maps of the same column. `size` is odd."""
+
     layers: Annotated[tuple[ConvName, ...], Key("layers followed by normalisation")]
     size: Annotated[int, Key("n: adjacent maps summed over", ge=1)]
     alpha: Annotated[
@@ -63,6 +66,11 @@ class SpatialNormConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The network. Layers are numbered through: five convolutions are followed by fc6, six by fc7.
+    `kernel`, `stride` and `padding` have a number for each layer of `conv`; the widths of `conv`
+    and `fc` split into `columns`; every layer that is named must exist; `init=paper` needs pixels
+    of 0–255 with a mean taken off."""
+
     columns: Annotated[int, Key("columns of the network: 1 or 2", ge=1, le=2)]
     exchange: Annotated[
         tuple[LayerName, ...], Key("layers that see both columns; the others see their own")
@@ -124,6 +132,9 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
+    """What is read, and what conv1 sees of it. A `canvas` holds a window of `model.crop`; under
+    `model.init=paper` `divide_by` is [1, 1, 1], and `subtract` is not nothing."""
+
     path: Annotated[str, Key("packed data set, made by `alexnet-dist prepare`", free=True)]
     train_split: Annotated[str, Key("split to train on")]
     eval_split: Annotated[str, Key("split to evaluate on")]
@@ -164,9 +175,13 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LayoutConfig:
+    """How the network lies on ranks. `columns` and `columns_x_replicas` need `model.columns=2`;
+    `sharded_fc` needs every fully-connected layer in `model.exchange`; `zero1` and `zero2` take
+    neither `optimizer.kind=lars` nor `train.precision=fp64`."""
+
     kind: Annotated[
         Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],
-        Key("how replicas and columns lie on ranks: alexnet_dist/layouts.py", free=True),
+        Key("how replicas and columns lie on ranks: docs/layouts.md", free=True),
     ]
     ranks: Annotated[
         int,
@@ -190,6 +205,8 @@ class LayoutConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
+    """How weights follow from gradients. `kind=lars` does not go with ZeRO."""
+
     kind: Annotated[
         Literal["sgd", "adam", "lars"],
         Key("sgd: the paper's; lars: sgd with a rate for each layer (You et al. 2017)"),
@@ -211,6 +228,8 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
+    """The learning rate over time. `at_epochs` rise."""
+
     kind: Annotated[
         Literal["steps", "plateau", "polynomial"],
         Key("how the rate falls: at given epochs, when the error stalls, or to 0 at the end"),
@@ -226,6 +245,9 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """The steps. `batch` divides by `micro_batches` × replicas; `init_new` is empty where
+    `init_from=none`."""
+
     batch: Annotated[int, Key("samples in a step, all ranks together", ge=1)]
     epochs: Annotated[float, Key("passes over the training split", gt=0)]
     init_from: Annotated[
@@ -258,6 +280,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
+    """Scoring the evaluation split, every image of it once."""
+
     every_epochs: Annotated[float, Key("evaluate this often, and at the end, epochs", gt=0)]
     views: Annotated[Literal[1, 10], Key("windows an image: the centre's, or the paper's ten")]
     batch: Annotated[int, Key("images at a time, all ranks together", ge=1, free=True)]
@@ -265,6 +289,8 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """What is saved, and kept. Saves are written behind the loop."""
+
     every_steps: Annotated[int, Key("save this often, and at the end, steps", ge=1, free=True)]
     keep_last: Annotated[int, Key("newest checkpoints kept; the best is kept too", ge=1, free=True)]
     keep_every_steps: Annotated[
@@ -278,11 +304,38 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
+    """What is said of a run while it goes on."""
+
     every_steps: Annotated[int, Key("a line and a point this often, steps", ge=1, free=True)]
+    histograms_every_steps: Annotated[
+        int,
+        Key("TensorBoard: weights and gradients by layer this often, steps; 0 = never", ge=0,
+            free=True),
+    ]  # fmt: skip
+    pictures: Annotated[
+        bool, Key("TensorBoard: answers and confusion at each evaluation", free=True)
+    ]
+    embedding: Annotated[
+        int,
+        Key("TensorBoard: test images in the projector at the end; 0 = none", ge=0, le=10_000,
+            free=True),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    steps: Annotated[
+        tuple[int, ...],
+        Key("first and last step to be traced by torch's profiler, on rank 0; none: []", ge=1,
+            free=True),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Config:
+    """A run. `name` is of letters, digits, '.', '_' and '-', at most 100, and does not begin with a
+    sign."""
+
     name: Annotated[str, Key("the run's name: its folder under output_dir", free=True)]
     output_dir: Annotated[str, Key("where run folders lie", free=True)]
     seed: Annotated[int, Key("everything random in the run follows from it", ge=0, lt=2**32)]
@@ -295,6 +348,7 @@ class Config:
     evaluate: EvaluateConfig
     checkpoint: CheckpointConfig
     log: LogConfig
+    profile: ProfileConfig
 
     @property
     def folder(self) -> Path:

@@ -27,16 +27,18 @@ _NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, Recurs
 _LONGEST, _DEEPEST, _MOST_INTERPOLATIONS = 200_000, 20, 10
 
 
-def load_config(sources: Sequence[Source]) -> Config:
+def load_config(sources: Source | Sequence[Source]) -> Config:
     """The config of `base.yaml`, then each source in order.
 
-    A source is a file, the name of a shipped file, a `key=value`, or a mapping of dotted keys.
+    A source is a file, the name of a shipped file, a `key=value`, or a mapping of dotted keys; one
+    alone needs no list.
 
     Raises ConfigError on the first thing that is wrong.
     """
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for source in (configs_folder() / "base.yaml", *sources):
+    layers = [sources] if isinstance(sources, str | Path | Mapping) else sources
+    for source in (configs_folder() / "base.yaml", *layers):
         name, layer = _read_layer(source)
         for dotted, value in _flatten(layer, name):
             values[dotted] = value
@@ -305,6 +307,12 @@ def _check_combinations(config: Config, origin: Mapping[str, str]) -> None:
             "train.batch",
             config.train.batch % config.train.micro_batches == 0,
             f"does not divide into train.micro_batches={config.train.micro_batches}",
+        ),
+        (
+            "profile.steps",
+            len(config.profile.steps) in (0, 2)
+            and list(config.profile.steps) == sorted(config.profile.steps),
+            "the first step and the last: [100,105]; or none: []",
         ),
         (
             "schedule.at_epochs",

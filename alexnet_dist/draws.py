@@ -9,12 +9,15 @@ a draw that it needs, and to resume needs only the step number.
 import hashlib
 import math
 from enum import IntEnum
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from numba import njit, prange
 from torch import Tensor
+
+from alexnet_dist.cpu_loops import parallel
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -32,6 +35,9 @@ class Purpose(IntEnum):
     WINDOW = 2  # crop and flip
     LIGHTING = 3
     DROPOUT = 4
+
+
+_DROPOUT = int(Purpose.DROPOUT)
 
 
 def philox(
@@ -108,12 +114,35 @@ def dropout_mask(
         slots: (n,) int64, the samples' places in the global batch; on the device of the mask.
         first: the first unit, of the layer's units over all columns.
     """
+    threshold = round(drop * 2**32)
+    values = type(slots) is Tensor  # not a fake one, as a plan's
+    if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
+        stay = torch.empty(len(slots), count, dtype=torch.bool)
+        _masks(stay.numpy(), slots.numpy(), first, step, layer, seed, threshold)
+        return stay
     start, end = first // 4, -(-(first + count) // 4)
     units = torch.arange(start, end, device=slots.device)[None, :]
     counter = (units, slots[:, None], torch.full_like(units, step), torch.full_like(units, layer))
     words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed, Purpose.DROPOUT))), dim=-1)
-    stay = words >= round(drop * 2**32)  # (n, blocks of four, 4)
+    stay = words >= threshold  # (n, blocks of four, 4)
     return stay.flatten(1)[:, first - 4 * start :][:, :count]
+
+
+_philox: Any = njit(cache=False)(philox)  # of int64 numbers: the same arithmetic once more
+
+
+@parallel
+def _masks(
+    stay: npt.NDArray[np.bool_], slots: npt.NDArray[np.int64], first: int, step: int, layer: int,
+    seed: int, threshold: int,
+) -> None:  # fmt: skip
+    for row in prange(len(slots)):
+        for block in range(first // 4, (first + stay.shape[1] + 3) // 4):
+            words = _philox((block, slots[row], step, layer), (seed, _DROPOUT))
+            for lane in range(4):
+                unit = 4 * block + lane - first
+                if 0 <= unit < stay.shape[1]:
+                    stay[row, unit] = words[lane] >= threshold
 
 
 def initial_weights(

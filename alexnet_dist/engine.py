@@ -25,8 +25,8 @@ from alexnet_dist.replicas import (
     sum_bucket_in_bf16,
     summed,
 )
+from alexnet_dist.timeline import TIMELINE
 from alexnet_dist.topology import Topology
-from alexnet_dist.waits import WAITS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
 
@@ -43,8 +43,15 @@ class WholeTensors(Protocol):
 class Engine(Protocol):
     """One layout's way to train and to predict."""
 
-    def train_step(self, batch: Batch, step: int, rate: float) -> Tensor:
+    model: AlexNet  # this rank's part of the network
+
+    def train_step(
+        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+    ) -> Tensor:
         """One update from this replica's samples of a step.
+
+        Args:
+            keep_gradients: for `gradient`, until the next step.
 
         Returns:
             (6,) float64 on the device, over all replicas: sum of losses, count of labels ranked
@@ -58,6 +65,10 @@ class Engine(Protocol):
 
     def parameter(self, name: str) -> Tensor | None:
         """A whole parameter (conv1.weight, …) on rank 0's CPU; None elsewhere. Collective."""
+
+    def gradient(self, name: str) -> Tensor | None:
+        """A parameter's whole gradient of the last step, were they kept, on rank 0's CPU; None
+        elsewhere, and where each rank has a part of all (ZeRO). Collective."""
 
     def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Parameters and optimiser tensors, whole, on rank 0's CPU; less elsewhere. Collective."""
@@ -92,19 +103,28 @@ class TorchEngine:
         )
         self.network: nn.Module = self._replicated(replicas) if replicas else self.model
 
-    def train_step(self, batch: Batch, step: int, rate: float) -> Tensor:
+    def train_step(
+        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+    ) -> Tensor:
         self.model.train()
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
         stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
             with self._summing(part == parts):
-                with self._autocast():
-                    logits = self.network(windows, slots, step)
-                loss, counts = scored(logits, labels)
-                (loss * (scale / self.config.train.batch)).backward()
+                with TIMELINE.span("forward"):
+                    with self._autocast():
+                        logits = self.network(windows, slots, step)
+                    loss, counts = scored(logits, labels)
+                with TIMELINE.span("backward"):
+                    (loss * (scale / self.config.train.batch)).backward()
             stats = stats + counts
-        WAITS.end()
-        stats, squares = with_damaged(stats, batch), self._squares()
+        self.gradients = self._copied(scale) if keep_gradients else {}
+        with TIMELINE.span("optimizer"):
+            return self._updated(with_damaged(stats, batch), rate, scale)
+
+    def _updated(self, stats: Tensor, rate: float, scale: float) -> Tensor:
+        """A step's numbers, complete, and the update unless they forbid it."""
+        squares = self._squares()
         if self.shards:  # every rank has scored all samples, and decoded its own
             stats[5] = squares
             summed(stats[4:], self.shards)
@@ -113,6 +133,11 @@ class TorchEngine:
             stats[5] = summed(squares, self.topology.column_group)
         self.optimizer.step(rate, skip=judged(stats, scale))
         return stats
+
+    def _copied(self, scale: float) -> dict[str, Tensor]:
+        """This rank's part of the gradients, which are `scale` times too large."""
+        grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
+        return {name: grad / (scale or 1.0) for name, grad in grads.items() if grad is not None}
 
     def _squares(self) -> Tensor:
         """float64; summed over the ranks that share a network, the gradient's squared norm."""
@@ -160,6 +185,9 @@ class TorchEngine:
 
     def parameter(self, name: str) -> Tensor | None:
         return self._merged(name, self.model.get_parameter(name))
+
+    def gradient(self, name: str) -> Tensor | None:
+        return self._merged(name, self.gradients[name])
 
     def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         parameters = dict(self.model.named_parameters())

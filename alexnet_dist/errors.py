@@ -1,5 +1,9 @@
 """Errors that need no traceback: one line that names what, why, and what to do."""
 
+import errno
+import re
+from pathlib import Path
+
 
 def printable(text: str) -> str:
     """Control characters escaped, lines kept: names come from files, and terminals obey them."""
@@ -59,3 +63,74 @@ class SaidByRank0(AlexNetDistError, RuntimeError):
     """Rank 0 failed, and says why."""
 
     on_every_rank = True
+
+
+class RanksFailed(AlexNetDistError, RuntimeError):
+    """Ranks that this process started failed, and have said why on standard error."""
+
+
+class MachineError(AlexNetDistError, RuntimeError):
+    """This machine, or what is installed on it, does not have what a run takes."""
+
+
+# What libraries say, searched for in "TYPE: TEXT", and what a user is told.
+_PLAN = "`alexnet-dist plan CONFIG` says what a rank takes"
+_SAID = (
+    (r"OutOfMemoryError|CUDA error: out of memory|cudaErrorMemoryAllocation",
+     "a GPU's memory is full: raise train.micro_batches, lower evaluate.batch, set "
+     f"train.precision=bf16, or take more GPUs; {_PLAN}"),
+    (r"^MemoryError|DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc",
+     "this machine's memory is full: raise train.micro_batches, lower evaluate.batch, "
+     f"data.prefetch or data.workers; {_PLAN}"),
+    (r"EADDRINUSE|[Aa]ddress already in use",
+     "the port at which ranks meet is taken: set MASTER_PORT to another, or start them by "
+     "`torchrun --standalone`, which finds one"),
+    (r"environment variable MASTER_\w+ expected",
+     "RANK and WORLD_SIZE say that a launcher started this, and it did not say where ranks meet: "
+     "set MASTER_ADDR and MASTER_PORT, start by torchrun, or unset RANK to run alone"),
+    (r"waiting for clients|client socket has timed out|socketStartConnect|No route to host",
+     "the ranks did not meet within layout.timeout_s: start all of them, with one MASTER_ADDR and "
+     "MASTER_PORT, which every node must reach"),
+    (r"Connection (closed|reset) by peer|NCCL communicator was abort",
+     "the connection to another rank is lost: it, or its node, has ended, and says why itself; the "
+     "same command goes on from the last checkpoint"),
+    (r"NVIDIA driver|CUDA driver version|libcuda\.so|no kernel image is available",
+     "torch and this GPU's driver do not fit: update the driver, or install the torch that is "
+     "built for it (pytorch.org); `alexnet-dist doctor` names both"),
+)  # fmt: skip
+_FAILED = {
+    errno.ENOSPC: "make room, or name another disk by output_dir= or data.path=",
+    errno.EDQUOT: "make room, or name another disk by output_dir= or data.path=",
+    errno.EACCES: "name a folder that is yours, by output_dir= or data.path=",
+    errno.EROFS: "name a folder that can be written, by output_dir=",
+    errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
+    errno.ENOMEM: "free memory, or lower data.workers and data.prefetch",
+}
+_PACKAGES = {  # by the name they are imported by, where it is not their own
+    "nvidia": "nvidia-dali-cuda120", "onnx": "'alexnet-dist[export]'", "yaml": "pyyaml",
+    "onnxscript": "'alexnet-dist[export]'", "PIL": "pillow", "sklearn": "scikit-learn",
+}  # fmt: skip
+
+
+def in_words(error: Exception) -> AlexNetDistError | None:
+    """What a user can do about an error of a library; None where that is not known."""
+    if isinstance(error, AlexNetDistError):
+        return error
+    name = getattr(error, "name", None)
+    if isinstance(error, ModuleNotFoundError) and name and not name.startswith("alexnet_dist"):
+        top = name.partition(".")[0]
+        return MachineError(
+            f"{name} is not installed in this Python: pip install {_PACKAGES.get(top, top)}, or "
+            "everything by `make venv`, and start .venv/bin/alexnet-dist"
+        )
+    text = " ".join(str(error).split("Exception raised from")[0].split())[:300]
+    if isinstance(error, OSError) and error.errno in _FAILED:
+        return MachineError(f"{text}: {_FAILED[error.errno]}")
+    said = (words for sign, words in _SAID if re.search(sign, f"{type(error).__name__}: {text}"))
+    words = next(said, None)
+    return None if words is None else MachineError(f"{words} ({text})")
+
+
+def looked_in(path: Path) -> str:
+    """For a relative path that is not there: the directory it was looked for in."""
+    return "" if path.is_absolute() else f" in {Path.cwd()}"

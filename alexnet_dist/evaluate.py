@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,11 +19,12 @@ from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.engine import DTYPES, Engine, label_ranks
+from alexnet_dist.engine import DTYPES, Engine, TorchEngine, label_ranks
 from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
+from alexnet_dist.trained import Trained, load_checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,16 @@ class Score:
     @property
     def top5(self) -> float:
         return self.correct5 / self.samples
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """Bounds of a 95 % bootstrap interval of top1."""
+        return self.interval(self.correct1)
+
+    @property
+    def top5_interval(self) -> tuple[float, float]:
+        """Bounds of a 95 % bootstrap interval of top5."""
+        return self.interval(self.correct5)
 
     def interval(self, correct: int, resamples: int = 10_000) -> tuple[float, float]:
         """The middle 95 % of the share of right answers over bootstrap resamples of the samples.
@@ -82,9 +93,7 @@ class Evaluation:
 
     def confusion(self) -> Tensor:
         """(classes, classes) int64: samples of the row's class that were taken for the column's."""
-        size, sound = len(self.classes), self.labels >= 0
-        pairs = self.labels[sound] * size + self.probabilities[sound].argmax(1)
-        return torch.bincount(pairs, minlength=size * size).view(size, size)
+        return _confused(self.probabilities, self.labels)
 
     def report(self) -> dict[str, Any]:
         """For programs: counts, 95 % intervals, each class's error, and the commonest mistakes."""
@@ -94,8 +103,8 @@ class Evaluation:
         pairs = [divmod(place, len(self.classes)) for place in worst.indices.tolist()]
         return {
             **score.tags(),
-            "top1_interval": score.interval(score.correct1),
-            "top5_interval": score.interval(score.correct5),
+            "top1_interval": score.top1_interval,
+            "top5_interval": score.top5_interval,
             "of": [str(checkpoint.path) for checkpoint in self.checkpoints],
             "classes": [
                 {"name": name, "samples": int(row.sum()), "right": int(row[place])}
@@ -137,13 +146,40 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
 
 
 def evaluate(
+    network: Trained | Path | str, data: Path | str | None = None, views: Literal[1, 10] = 10
+) -> Score:
+    """Score a network, in this process, on the evaluation split of its data set or of another.
+
+    Args:
+        network: what `load_checkpoint` gave, its model as it now is; a run folder or a checkpoint.
+        data: a packed data set with as many classes; where the config says, if left out.
+        views: windows an image: the centre's, or the paper's ten.
+
+    Raises CheckpointError, DatasetError or ConfigError, each naming what does not fit.
+    """
+    trained = network if isinstance(network, Trained) else load_checkpoint(network)
+    changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
+    config = load_config([flat(trained.config) | changes])
+    topology = connect(config)
+    engine = TorchEngine(config, topology, drawn=False)
+    engine.model.load_state_dict(trained.model.state_dict())
+    score = evaluate_engine(engine, config, topology, open_for(config))
+    assert score is not None  # no signals are listened to
+    return score
+
+
+def evaluate_engine(
     engine: Engine,
     config: Config,
     topology: Topology,
     dataset: Dataset,
     signals: StopSignals | None = None,
+    confusion: Tensor | None = None,
 ) -> Score | None:
     """Score one network on the evaluation split, by this run's own ranks. Collective.
+
+    Args:
+        confusion: (classes, classes) int64 zeros on the CPU, made what `Evaluation.confusion` is.
 
     Returns:
         The score, alike on every rank; None where a signal stopped it.
@@ -151,11 +187,44 @@ def evaluate(
     totals = torch.zeros(4, dtype=torch.float64)
     for probabilities, labels in _probabilities(engine, config, topology, dataset):
         totals += _counted(probabilities, labels)
+        if confusion is not None:
+            confusion += _confused(probabilities, labels).cpu()
         if signals is not None and signals.poll(topology):
             return None
-    if topology.column != 0:  # a replica's columns hold the same probabilities
-        totals.zero_()
-    return _score(topology.sum(totals), config, dataset)
+    counted = [totals] if confusion is None else [totals, confusion]
+    for counts in counted:  # a replica's columns hold the same probabilities
+        topology.sum(counts if topology.column == 0 else counts.zero_())
+    return _score(totals, config, dataset)
+
+
+def seen(
+    engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
+    samples: range,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What a network's last layer sees of samples (fc7), and what it says. Collective: each rank
+    decodes all of them.
+
+    Returns:
+        (n, units) float32, of the units that the last layer sees on this rank, and (n, classes)
+        logits, on the CPU.
+    """
+    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, views=1))
+    features: list[Tensor] = []
+    *_, last = engine.model.layers()
+    hook = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    pipeline = make_pipeline(config, topology, dataset, split)
+    size = config.evaluate.batch
+    parts = [samples[first : first + size] for first in range(0, len(samples), size)]
+    try:
+        logits = [
+            engine.predict(decoded.joined([len(decoded.facts)], None).windows)
+            for decoded in pipeline.batches(evaluation_plan(config, parts))
+        ]
+    finally:
+        hook.remove()
+        pipeline.close()
+    own = [part[: len(said)] for part, said in zip(features, logits, strict=True)]
+    return torch.cat(own).float().cpu(), torch.cat(logits).cpu()
 
 
 def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluation:
@@ -212,6 +281,14 @@ def _probabilities(
             yield outputs.unflatten(0, (-1, config.evaluate.views)).mean(1), labels
     finally:
         pipeline.close()
+
+
+def _confused(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """(classes, classes) int64: samples of the row's class taken for the column's; those of a
+    negative label are left out."""
+    size, sound = probabilities.shape[1], labels >= 0
+    pairs = labels[sound] * size + probabilities[sound].argmax(1)
+    return torch.bincount(pairs, minlength=size * size).view(size, size)
 
 
 def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:

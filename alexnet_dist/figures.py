@@ -6,29 +6,27 @@ import statistics
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, write_png
 
 from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.checkpoint import Checkpoint
+from alexnet_dist.board import ANSWERED, answered, evenly, image_of
 from alexnet_dist.config_layers import load_config
-from alexnet_dist.data.dataset import Dataset, open_for
-from alexnet_dist.data.sampler import evaluation_plan
-from alexnet_dist.data.windows import on_canvas
+from alexnet_dist.data.dataset import Split, open_for
 from alexnet_dist.engine import TorchEngine
 from alexnet_dist.errors import CheckpointError
-from alexnet_dist.evaluate import make_pipeline
-from alexnet_dist.telemetry import chroma, kernel_picture, read_metrics
+from alexnet_dist.evaluate import seen
+from alexnet_dist.pictures import Picture, chroma, kernel_picture
+from alexnet_dist.telemetry import read_metrics
 from alexnet_dist.topology import connect
 
-_ANSWERED, _QUERIES, _NEIGHBOURS = 8, 5, 6  # of Fig. 4
+_QUERIES, _NEIGHBOURS = 5, 6  # of Fig. 4, right
 _CHUNK = 4096  # rows of the memory map compared at a time
 
 
@@ -39,8 +37,7 @@ def draw(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: no checkpoint yet, so nothing to draw")
     out = _folder(folder)
     conv1 = newest.parameters().rows("conv1.weight", slice(None))
-    picture = torch.from_numpy(kernel_picture(conv1, newest.config.model.columns))
-    write_png(picture.movedim(-1, 0).contiguous(), str(out / "kernels.png"))
+    _write(kernel_picture(conv1, newest.config.model.columns), out / "kernels.png")
     drawn = [out / "kernels.png"]
     if (folder / "metrics.jsonl").is_file():  # an imported run has none
         _curves(folder, out / "curves.png")
@@ -64,25 +61,30 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     Those features of the training split lie in `figures/features.npy` as long as they are compared.
     """
     found = checkpoints.at(folder)
-    alone = ["layout.kind=one", "layout.ranks=0", "evaluate.views=1", *overrides]
+    alone = ["layout.kind=one", "layout.ranks=0", *overrides]
     config = load_config([found.manifest["config"], *alone])
-    dataset, out = open_for(config), _folder(folder)
-    shown = replace(dataset.splits[config.data.eval_split], _files={})
-    ids = np.linspace(0, len(shown) - 1, _ANSWERED).astype(np.int64)
-    network = _Network(found, config, dataset)
-    features, logits = network.of(config.data.eval_split, ids)
-    _answers(dataset, ids, shown, logits.softmax(1), config.data.canvas, out / "fig4-left.png")
+    dataset, out, topology = open_for(config), _folder(folder), connect(config)
+    engine = TorchEngine(config, topology)
+    engine.load(found.parameters(), None)
 
-    known, path = replace(dataset.splits[config.data.train_split], _files={}), out / "features.npy"
+    def see(split: str, samples: range) -> tuple[Tensor, Tensor]:
+        return seen(engine, config, topology, dataset, split, samples)
+
+    shown = dataset.splits[config.data.eval_split]
+    samples = evenly(len(shown), ANSWERED)
+    features, logits = see(config.data.eval_split, samples)
+    _write(answered(shown, samples, dataset.classes, logits, config), out / "fig4-left.png")
+
+    known, path = dataset.splits[config.data.train_split], out / "features.npy"
     kept = np.lib.format.open_memmap(path, "w+", np.float32, (len(known), features.shape[1]))
     try:
         for first in range(0, len(known), config.evaluate.batch):
-            part = np.arange(first, min(first + config.evaluate.batch, len(known)))
-            kept[part[0] : part[-1] + 1] = network.of(config.data.train_split, part)[0].numpy()
+            part = range(first, min(first + config.evaluate.batch, len(known)))
+            kept[part.start : part.stop] = see(config.data.train_split, part)[0].numpy()
         places, _ = nearest(features[:_QUERIES], kept, _NEIGHBOURS)
     finally:
         path.unlink()
-    _neighbours(shown, ids[:_QUERIES], known, places, config.data.canvas, out / "fig4-right.png")
+    _neighbours(shown, samples, known, places, config.data.canvas, out / "fig4-right.png")
     for split in (shown, known):
         split.close()
     return [out / "fig4-left.png", out / "fig4-right.png"]
@@ -109,34 +111,6 @@ def nearest(queries: Tensor, rows: npt.NDArray[np.float32], count: int) -> tuple
         order = best.argsort(dim=1, stable=True)[:, :count]
         best, places = best.gather(1, order), places.gather(1, order)
     return places, best
-
-
-class _Network:
-    """A checkpoint's network on one device, and what its last layer sees of samples."""
-
-    def __init__(self, found: Checkpoint, config: Any, dataset: Dataset) -> None:
-        self.config, self.dataset, self.topology = config, dataset, connect(config)
-        self.engine = TorchEngine(config, self.topology)
-        self.engine.load(found.parameters(), None)
-        self.seen: list[Tensor] = []
-        last = self.engine.model.layers()[-1]
-        last.register_forward_pre_hook(lambda _, inputs: self.seen.append(inputs[0]))
-
-    def of(self, split: str, ids: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        """(n, units) float32 what the last layer sees, and (n, classes) logits."""
-        pipeline = make_pipeline(self.config, self.topology, self.dataset, split)
-        try:
-            one = [range(int(i), int(i) + 1) for i in ids]
-            whole = [range(int(ids[0]), int(ids[-1]) + 1)]
-            plan = evaluation_plan(self.config, whole if len(whole[0]) == len(ids) else one)
-            logits = [
-                self.engine.predict(decoded.joined([len(decoded.facts)], None).windows)
-                for decoded in pipeline.batches(plan)
-            ]
-        finally:
-            pipeline.close()
-        features, self.seen = torch.cat(self.seen).float().cpu(), []
-        return features, torch.cat(logits).float().cpu()
 
 
 def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
@@ -177,6 +151,10 @@ def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:
         axes.set(xlabel="top-1 error, %")
 
 
+def _write(picture: Picture, path: Path) -> None:
+    Image.fromarray(picture).save(path)
+
+
 def _folder(run: Path) -> Path:
     out = (run if (run / "checkpoints").is_dir() else run.parent.parent) / "figures"
     out.mkdir(exist_ok=True)
@@ -207,49 +185,22 @@ def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> It
     pyplot.close(figure)
 
 
-def _answers(
-    dataset: Dataset, ids: npt.NDArray[np.int64], split: Any, probabilities: Tensor, canvas: int,
-    path: Path,
-) -> None:  # fmt: skip
-    """Fig. 4, left: an image above, its label, and bars of the five likeliest; red: right."""
-    top = probabilities.topk(min(5, probabilities.shape[1]))
-    with figure(path, 4, _ANSWERED // 2, (12, 10)) as axes:
-        for place, (sample, label) in enumerate(zip(ids, split.labels(ids), strict=True)):
-            row, column = divmod(place, _ANSWERED // 2)
-            above, below = axes[2 * row, column], axes[2 * row + 1, column]
-            _show(above, split, int(sample), canvas)
-            above.set_title(_short(dataset.classes[label]), fontsize=9)
-            values, classes = top.values[place].tolist(), top.indices[place].tolist()
-            colours = ["C3" if c == label else "C0" for c in classes]
-            below.barh(range(len(classes)), values, color=colours, alpha=0.6)
-            below.set_yticks(range(len(classes)), [_short(dataset.classes[c]) for c in classes])
-            below.tick_params(labelsize=8)
-            below.invert_yaxis()
-            below.set_xlim(0, 1)
-
-
 def _neighbours(
-    shown: Any, ids: npt.NDArray[np.int64], known: Any, places: Tensor, canvas: int, path: Path
+    shown: Split, samples: range, known: Split, places: Tensor, canvas: int, path: Path
 ) -> None:
     """Fig. 4, right: a test image in the first column, then its training neighbours."""
-    with figure(path, len(ids), 1 + places.shape[1], (10, 1.6 * len(ids))) as axes:
-        for row, (sample, near) in enumerate(zip(ids, places.tolist(), strict=True)):
-            _show(axes[row, 0], shown, int(sample), canvas)
+    with figure(path, len(places), 1 + places.shape[1], (10, 1.6 * len(places))) as axes:
+        for row, (sample, near) in enumerate(zip(samples, places.tolist(), strict=False)):
+            _show(axes[row, 0], shown, sample, canvas)
             for column, place in enumerate(near, start=1):
                 _show(axes[row, column], known, place, canvas)
         axes[0, 0].set_title("test", fontsize=9)
         axes[0, 1].set_title("nearest in training", fontsize=9)
 
 
-def _show(axes: Any, split: Any, sample: int, canvas: int) -> None:
-    _, encoded = split.read_whole(sample)
-    image = decode_image(torch.frombuffer(encoded, dtype=torch.uint8), ImageReadMode.RGB)
-    axes.imshow(on_canvas(image, canvas).movedim(0, -1).numpy())
+def _show(axes: Any, split: Split, sample: int, canvas: int) -> None:
+    axes.imshow(image_of(split, sample, canvas))
     axes.axis("off")
-
-
-def _short(name: str) -> str:
-    return name.split(",")[0][:24]
 
 
 def _curves(folder: Path, path: Path) -> None:

@@ -2,7 +2,7 @@
 
 b = a · d^−β with d = k + α Σ a², summed over n adjacent maps of the same column. The sum is a
 product with a banded matrix of ones, which in channels_last reads each pixel's maps once; on a
-CPU it goes by chunks that stay in the cache, so that memory is passed over as seldom as it can be.
+CPU one loop over pixels does it all (`lrn_cpu`).
 """
 
 from typing import Any
@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_dist import lrn_cpu
 from alexnet_dist.config import LrnConfig
-
-_CHUNK_BYTES = 512 * 1024
 
 
 def band(maps: int, columns: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -57,25 +56,32 @@ class _LocalResponseNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(maps)
         ctx.constants = (columns, size, alpha, beta, k)
+        if _compiled_here(maps, beta):
+            return lrn_cpu.forward(maps, columns, size, alpha, k)
         near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
-        out = torch.empty_like(maps, memory_format=torch.channels_last)
-        for a, b in zip(_chunks(maps), _chunks(out), strict=True):
-            b.copy_(a * _power(_denominator(a, near, alpha, k), beta))
-        return out
+        a = _rows(maps)
+        return _maps((a * _power(_denominator(a, near, alpha, k), beta)).to(a.dtype), maps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (maps,) = ctx.saved_tensors
         columns, size, alpha, beta, k = ctx.constants
+        if _compiled_here(maps, beta):
+            out = lrn_cpu.backward(maps, grads[0], columns, size, alpha, k)
+            return out, None, None, None, None, None
         near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
-        out = torch.empty_like(maps, memory_format=torch.channels_last)
-        for a, g, result in zip(_chunks(maps), _chunks(grads[0]), _chunks(out), strict=True):
-            # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
-            d = _denominator(a, near, alpha, k)
-            scaled = g * _power(d, beta)
-            crossed = (scaled * a / d).to(a.dtype) @ near
-            result.copy_(scaled.addcmul_(a, crossed, value=-2 * alpha * beta))
-        return out, None, None, None, None, None
+        a, g = _rows(maps), _rows(grads[0])
+        # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
+        d = _denominator(a, near, alpha, k)
+        scaled = g * _power(d, beta)
+        crossed = (scaled * a / d).to(a.dtype) @ near
+        out = scaled.addcmul_(a, crossed, value=-2 * alpha * beta).to(a.dtype)
+        return _maps(out, maps), None, None, None, None, None
+
+
+def _compiled_here(maps: Tensor, beta: float) -> bool:
+    values = type(maps) is Tensor  # not a fake one, as a plan's
+    return values and lrn_cpu.fits(maps, beta) and not torch.compiler.is_compiling()
 
 
 def _denominator(a: Tensor, near: Tensor, alpha: float, k: float) -> Tensor:
@@ -94,11 +100,12 @@ def _power(d: Tensor, beta: float) -> Tensor:
     return root.sqrt().mul_(root)
 
 
-def _chunks(maps: Tensor) -> tuple[Tensor, ...]:
-    """Views (pixels, channels) of (n, channels, h, w): whole on a GPU, cache-sized on a CPU."""
-    rows = maps.permute(0, 2, 3, 1).contiguous().view(-1, maps.shape[1])
-    if rows.device.type != "cpu":
-        return (rows,)
-    height = max(1, _CHUNK_BYTES // (rows.shape[1] * rows.element_size()))
-    parts: tuple[Tensor, ...] = rows.split(height)
-    return parts
+def _rows(maps: Tensor) -> Tensor:
+    """(n, channels, h, w) to (pixels, channels)."""
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
+
+
+def _maps(rows: Tensor, like: Tensor) -> Tensor:
+    """(pixels, channels) to (n, channels, h, w), in channels_last."""
+    n, channels, h, w = like.shape
+    return rows.view(n, h, w, channels).permute(0, 3, 1, 2)

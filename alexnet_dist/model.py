@@ -126,8 +126,8 @@ class AlexNet(nn.Module):
         self.config, self.seed = config, seed
         self.columns_here = tuple(columns_here or range(config.columns))
         self.exchange = exchange or AllHere()
-        self.activation: Callable[[Tensor], Tensor] = {
-            "relu": torch.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+        self.activation: Callable[[Tensor], Tensor] = {  # in place: no layer's backward sees before
+            "relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_,
         }[config.activation]  # fmt: skip
 
         all_here = len(self.columns_here) == config.columns

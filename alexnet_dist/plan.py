@@ -213,6 +213,15 @@ def lines(planned: dict[str, Any]) -> list[str]:
     return text
 
 
+def training_flops(config: Config) -> int:
+    """Of an image: forward; backward as much for the weights, and again for what a layer saw, but
+    the image."""
+    with FakeTensorMode():
+        counted = multiply_adds(AlexNet(config.model, drawn=False))
+    forward = {layer.name: 2 * macs for layer, macs in counted.items()}
+    return 3 * sum(forward.values()) - forward["conv1"]
+
+
 def multiply_adds(model: AlexNet) -> dict[Layer, int]:
     """Of each layer, forward, an image: places it is used at × its weights."""
     counted: dict[Layer, int] = {}

@@ -10,6 +10,8 @@
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -77,3 +79,14 @@ class StopSignals:
         self.flag = max(self.flag, FLAGS[signal.Signals(number)])
         if self.at_once:
             os._exit(EXITS[self.flag])
+
+
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """A program's own handlers are back when this ends, whatever was set meanwhile."""
+    before = {number: signal.getsignal(number) for number in FLAGS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

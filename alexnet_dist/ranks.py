@@ -18,6 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alexnet_dist.preemption import EXITS, FLAGS
 from alexnet_dist.run_folder import read_run
 
+_OF_MEMORY = "by the kernel where memory ran out: see dmesg, and `alexnet-dist plan`"
 _LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
 
 
@@ -41,7 +42,8 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
         if code < 0:
             rank = error.get_first_failure()[0]
             name = signal.Signals(-code).name
-            print(f"rank {rank} was killed by {name}; run again to resume", file=sys.stderr)
+            why = f" ({_OF_MEMORY})" if name == "SIGKILL" else ""
+            print(f"rank {rank} was killed by {name}{why}; run again to resume", file=sys.stderr)
         return code if code > 0 else 1
     except SignalException as error:
         run = read_run(folder)

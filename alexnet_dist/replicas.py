@@ -15,8 +15,8 @@ from torch.futures import Future
 
 from alexnet_dist.columns import gathered, join_logits, join_maps, summed_parts
 from alexnet_dist.errors import ReplicasDiffer
+from alexnet_dist.timeline import TIMELINE
 from alexnet_dist.topology import Topology
-from alexnet_dist.waits import WAITS
 
 
 class ShardExchange:
@@ -71,9 +71,9 @@ def sum_bucket_in_bf16(group: dist.ProcessGroup, bucket: GradBucket) -> Future[T
 
 
 def _waits_from(bucket: GradBucket) -> None:
-    """With the last bucket this rank's own backward is over; `Waits.end` follows the backward."""
+    """With the last bucket this rank's own backward is over."""
     if bucket.is_last():
-        WAITS.begin(bucket.buffer().is_cuda)
+        TIMELINE.enter("all_reduce")
 
 
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Future[Any]:
@@ -86,7 +86,7 @@ def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Future[Any]:
 def summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Summed over a group's ranks, in place; the host does not wait for a GPU."""
     if group is not None:
-        with WAITS.counted(tensor.is_cuda):
+        with TIMELINE.span("all_reduce"):
             dist.all_reduce(tensor, group=group)
     return tensor
 

@@ -1,9 +1,11 @@
 """A run's folder: who may write it, what it was made with, how it went."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -91,9 +93,20 @@ class RunFolder:
                 f"{holder.get('host', '?')}: wait for it, stop it, or give this run another name="
             ) from error
         except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise RunFolderError(
+                    f"{self.path}: its file system has no locks ({error.strerror}), which keep a "
+                    "run to one job: set output_dir= to another, or mount it with them (NFS: "
+                    "without nolock)"
+                ) from error
             raise RunFolderError(
                 f"{self.path}: cannot be written ({error.strerror}): set output_dir= or name="
             ) from error
+
+    def close(self) -> None:
+        """Let another process, or another run in this one, have the folder."""
+        if self._lock is not None:
+            self._lock.close()
 
     def still_held(self) -> None:
         """Make the folder again where it has vanished; raises RunFolderError if it is another's."""
@@ -134,6 +147,14 @@ class RunFolder:
         now = time.time()
         kept_s, self._since = self._run["kept_s"] + now - self._since, now
         self.report("running", newest_step=step, kept_s=round(kept_s, 3))
+
+    def goodput(self) -> float:
+        """Of the time since the first attempt began, the share whose steps still count: those that
+        a checkpoint holds, and those since. NaN where this process does not hold the folder."""
+        if not self._run:
+            return math.nan
+        now = time.time()
+        return float((self._run["kept_s"] + now - self._since) / (now - self._run["first_started"]))
 
     def keep_batch(self, batch: Batch, step: int, rank: int) -> Path:
         """Write a rank's part of a batch as its first layer saw it, to be looked at; the file."""

@@ -1,21 +1,7 @@
 """What a run tells: a progress line, metrics.jsonl, TensorBoard. Written by rank 0 alone.
 
-| tag | unit |
-|---|---|
-| train/loss | nats a sample, mean since the last point |
-| train/top1, train/top5 | share of labels ranked first, among the first five, in training |
-| train/rate | learning rate ε |
-| train/damaged | samples of this epoch that were damaged, so that others stood in for them |
-| train/epoch, eval/epoch | passes over the training split so far |
-| eval/loss, eval/top1, eval/top5 | the same on the evaluation split |
-| eval/correct1, eval/correct5, eval/samples | the counts behind them, in metrics.jsonl alone |
-| speed/images_per_s | training images, all ranks together |
-| speed/data_wait | share of the time spent waiting for the pipeline |
-| speed/straggler, speed/straggler_rank | longest own work of a rank ÷ the median's, and whose |
-| train/gradient_norm | of the whole network's gradient, mean since the last point |
-| train/skipped | updates left out so far, their loss or gradient not finite |
-| eval/chroma_1, eval/chroma_2 | colour in the kernels of conv1, by column: see `chroma` |
-| kernels/conv1 | the first layer's kernels, a row block a column |
+docs/tensorboard.md lists every tag. Those of train/ and eval/ repeat to the bit; times and memory
+are told apart from them, in lines of their own (`"kind": "speed"`).
 """
 
 import contextlib
@@ -25,27 +11,42 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import yaml
+import psutil
+import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alexnet_dist.board import Board
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import Dataset
+from alexnet_dist.engine import Engine
 from alexnet_dist.errors import printable
-from alexnet_dist.topology import Topology
+from alexnet_dist.evaluate import Score
+from alexnet_dist.optim import Schedule
+from alexnet_dist.pictures import chroma
+from alexnet_dist.run_folder import RunFolder, warn_if_unwritable
+from alexnet_dist.timeline import SPANS, TIMELINE, Took
+from alexnet_dist.topology import Topology, cores
 from alexnet_dist.untrusted import json_object
-from alexnet_dist.waits import WAITS
+from alexnet_dist.verdict import STRAGGLES, verdict
 
 log = logging.getLogger("alexnet_dist")
-_STRAGGLES = 1.3  # times the median; said in the progress line
+_TOLD = 64  # ranks; of more, each one's times are not written
+_KINDS = ("train", "eval", "speed")
+# bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
+_PEAKS = (
+    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12),
+    ("A10", 125e12), ("4090", 165e12), ("3090", 71e12),
+)  # fmt: skip
 
 
 def configure_logging(topology: Topology) -> None:
@@ -73,60 +74,92 @@ class Telemetry:
     Each rank appends the samples that it found damaged to quarantine.jsonl.
 
     Args:
-        folder: the run folder.
         step: where the run continues; later points of an earlier attempt are cut off.
         evaluated_step: the last step whose evaluation counts.
-        last_step: where the run ends.
+        flops: of training, an image.
     """
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], step: int, evaluated_step: int,
-        last_step: int, leads: bool,
+        self, config: Config, folder: RunFolder, topology: Topology, dataset: Dataset,
+        schedule: Schedule, step: int, evaluated_step: int, flops: int,
     ) -> None:  # fmt: skip
-        self._step, self._last_step, self._leads = step, last_step, leads
-        self._quarantine = logging.FileHandler(folder / "quarantine.jsonl", delay=True)
+        self._config, self._folder, self._topology = config, folder, topology
+        self._step, self._last_step, self._flops = step, schedule.last_step, flops
+        stored = dataset.splits[config.data.train_split].uniform(config.data.canvas)
+        self._facts = config, cores() // topology.local_world_size, stored, self._cuda
+        self._since_evaluation: Counter[str] = Counter()
+        self._slowest = 1.0, 0
+        self._quarantine = logging.FileHandler(folder.path / "quarantine.jsonl", delay=True)
         self._quarantine.setFormatter(_JsonLine())
         logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
-        self._since = time.perf_counter()
-        self._waited = 0.0
-        WAITS.take()
-        if not leads:
-            return
-        self._columns, self._batch = config["model"]["columns"], config["train"]["batch"]
-        path = folder / "metrics.jsonl"
-        _cut(path, step, evaluated_step)
-        self._metrics = path.open("ab", buffering=0)
-        self._unwritten = b""
-        self._board: SummaryWriter | None = SummaryWriter(str(folder), purge_step=step + 1)
-        if step == 0:
-            text = yaml.safe_dump(dict(config), sort_keys=False)
-            self._board.add_text("config", "    " + text.replace("\n", "\n    "))
-        self._terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=last_step, initial=step, disable=not self._terminal, bar_format="{desc} {bar:20}"
-        )
+        self._board = Board(folder.path, config, schedule, topology, dataset, step)
+        if topology.leads:
+            path = folder.path / "metrics.jsonl"
+            _cut(path, step, evaluated_step)
+            self._metrics = path.open("ab", buffering=0)
+            self._unwritten = b""
+            self._terminal = sys.stderr.isatty()
+            self._bar = tqdm(
+                total=self._last_step, initial=step, disable=not self._terminal,
+                bar_format="{desc} {bar:20}",
+            )  # fmt: skip
+        self._tracer: profile | None = None
+        self._trace(step)
+        TIMELINE.start(self._cuda)
 
-    def train(
-        self, step: int, epoch: float, values: Mapping[str, float], wait_s: float,
-        topology: Topology,
-    ) -> None:  # fmt: skip
+    @property
+    def _cuda(self) -> bool:
+        return self._topology.device.type == "cuda"
+
+    def looks(self, step: int) -> bool:
+        """Whether gradients of this step are to be kept."""
+        every = self._config.log.histograms_every_steps
+        return every > 0 and step % every == 0
+
+    def stepped(self, step: int, engine: Engine) -> None:
+        """A step has been made. Collective."""
+        TIMELINE.step()
+        with TIMELINE.span("log"):
+            self._trace(step)
+            if self.looks(step):
+                self._board.histograms(engine, step)
+
+    def train(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
         """A point of training: `values` (tags of train/) repeat to the bit, the times do not.
         Collective."""
-        now = time.perf_counter()
-        seconds, steps = now - self._since, step - self._step
-        self._since, self._step = now, step
-        own = topology.each(seconds - self._waited - WAITS.take())
-        self._waited = 0.0
-        if not self._leads:
+        took = TIMELINE.take()
+        with TIMELINE.span("log"):
+            self._train(step, epoch, values, took)
+
+    def _train(self, step: int, epoch: float, values: Mapping[str, float], took: Took) -> None:
+        steps, self._step = step - self._step, step
+        each = self._topology.each(*_measured(took, self._cuda))
+        if not self._topology.leads:
             return
-        speed = {"images_per_s": steps * self._batch / seconds, "data_wait": wait_s / seconds}
-        speed |= _straggler(own)
-        self._write("train", step, {"epoch": epoch, **values}, speed)
-        left = time.gmtime((self._last_step - step) * seconds / max(1, steps))
+        own, waited, p50, p95, host, device = map(list, zip(*each, strict=True))
+        images_per_s = steps * self._config.train.batch / took.training
+        speed = {"images_per_s": images_per_s, "data_wait": max(waited)}
+        speed |= {"step_p50_s": max(p50), "step_p95_s": max(p95)}
+        speed |= _straggler(own) | {"goodput": self._folder.goodput()}
+        if utilised := self._utilised(images_per_s):
+            speed["mfu"] = utilised
+        memory = {"host_gb": max(host)} | ({"device_gb": max(device)} if self._cuda else {})
+        shares = took.shares()
+        self._since_evaluation += took.seconds
+        self._slowest = speed["straggler"], int(speed["straggler_rank"])
+        said = verdict(shares | {"data": speed["data_wait"]}, self._slowest, *self._facts)
+        ranks = {"own_s": own[:_TOLD], "step_p50_s": p50[:_TOLD], "step_p95_s": p95[:_TOLD]}
+        self._write("train", step, {"epoch": epoch, **values})
+        more = {"time": shares, "memory": memory, "ranks": ranks, "verdict": said}
+        self._append({"kind": "speed", "step": step, **speed, **more})
+        for group, scalars in {"speed": speed, "time": shares, "memory": memory}.items():
+            self._board.scalars(group, step, scalars)
+        left = time.gmtime((self._last_step - step) * took.training / max(1, steps))
         line = (
             f"epoch {epoch:.2f}  step {step}/{self._last_step}  loss {values['loss']:.4f}  "
             f"top-1 {values['top1']:.1%}  top-5 {values['top5']:.1%}  rate {values['rate']:.2e}  "
-            f"{speed['images_per_s']:.0f} images/s  data wait {speed['data_wait']:.0%}  "
+            f"{images_per_s:.0f} images/s  data wait {speed['data_wait']:.0%}  "
+            + (f"MFU {utilised:.0%}  " if utilised else "")
             + (f"damaged {values['damaged']:.0f}  " if values["damaged"] else "")
             + _named(speed)
             + f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
@@ -138,78 +171,123 @@ class Telemetry:
             log.info(line)
 
     def evaluation(
-        self, step: int, epoch: float, values: Mapping[str, float], kernels: Tensor | None
+        self, step: int, epoch: float, score: Score, engine: Engine, confusion: Tensor | None
     ) -> None:
-        """A point of evaluation; `kernels` is conv1.weight."""
-        if not self._leads:
-            return
-        colour = {} if kernels is None else {
-            f"chroma_{column}": value
-            for column, value in enumerate(chroma(kernels, self._columns), start=1)
-        }  # fmt: skip
-        self._write("eval", step, {"epoch": epoch, **values, **colour}, {})
+        """A point of evaluation. Collective."""
+        kernels, values = engine.parameter("conv1.weight"), score.tags()
+        self._board.evaluation(engine, step, kernels, confusion)
         if kernels is not None:
-            picture = kernel_picture(kernels, self._columns)
-            self._draw(lambda to: to.add_image("kernels/conv1", picture, step, dataformats="HWC"))
-        with logging_redirect_tqdm():
-            log.info(
+            colours = enumerate(chroma(kernels, self._config.model.columns), start=1)
+            values |= {f"chroma_{column}": value for column, value in colours}
+            self._write("eval", step, {"epoch": epoch, **values})
+            self._say(
                 f"epoch {epoch:.2f}  step {step}/{self._last_step}  evaluation: "
-                f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}  "
-                f"loss {values['loss']:.4f}  ({values['correct1']} of {values['samples']} right)"
+                f"top-1 {score.top1:.2%}  top-5 {score.top5:.2%}  "
+                f"loss {score.loss:.4f}  ({score.correct1} of {score.samples} right)"
             )
+            self._judge(step)
+        if step == self._last_step:
+            self._board.end(engine, step)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what happens inside out of the training speed."""
-        begin = time.perf_counter()
-        self._waited += WAITS.take()
-        yield
-        WAITS.take()
-        self._since += time.perf_counter() - begin
+    def _judge(self, step: int) -> None:
+        """Where the time went since the last evaluation, in words."""
+        total, seconds = self._since_evaluation.total(), self._since_evaluation
+        if total == 0:
+            return
+        shares = {name: seconds[name] / total for name in SPANS}
+        most = sorted(SPANS, key=lambda name: -shares[name])[:4]
+        said = verdict(shares, self._slowest, *self._facts)
+        self._say(f"time: {', '.join(f'{n} {shares[n]:.0%}' for n in most)}; {said}")
+        table = "\n".join(f"| {name} | {shares[name]:.1%} |" for name in SPANS)
+        text = f"{said}\n\n| span | share of the time |\n|---|---|\n{table}"
+        self._board.draw(lambda to: to.add_text("verdict", text, step))
+        self._since_evaluation = Counter()
+
+    def _say(self, line: str) -> None:
+        with logging_redirect_tqdm():
+            log.info(line)
 
     def flush(self) -> None:
         """Make durable what was written, before a checkpoint says that it was."""
-        if self._leads:
-            self._append("")
+        if self._topology.leads:
+            self._append(None)
             with contextlib.suppress(OSError):  # said when it was written
                 os.fsync(self._metrics.fileno())
-            self._draw(lambda board: board.flush())
+            self._board.draw(lambda to: to.flush())
 
     def close(self) -> None:
+        TIMELINE.stop()
+        self._end_trace()
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
         self._quarantine.close()
-        if self._leads:
+        self._board.close()
+        if self._topology.leads:
             self._bar.close()
-            self._draw(lambda board: board.close())
             self._metrics.close()
 
-    def _write(
-        self, kind: str, step: int, values: Mapping[str, float], speed: Mapping[str, float]
-    ) -> None:
-        self._append(json.dumps({"kind": kind, "step": step, **values, **speed}) + "\n")
-        for group, scalars in ((kind, values), ("speed", speed)):
-            for name, value in scalars.items():
-                if isinstance(value, float):
-                    add = partial(SummaryWriter.add_scalar, tag=f"{group}/{name}")
-                    self._draw(partial(add, scalar_value=value, global_step=step))
+    def _utilised(self, images_per_s: float) -> float | None:
+        """Of what the devices could at most compute, the share that the network's arithmetic is;
+        None where that is not known."""
+        if not self._cuda:
+            return None
+        peak = peak_flops(torch.cuda.get_device_name())
+        return peak and self._flops * images_per_s / peak / self._topology.world_size
 
-    def _append(self, line: str) -> None:
+    def _trace(self, step: int) -> None:
+        """Begin or end torch's profiler, of `profile.steps`, after this step."""
+        if not self._config.profile.steps or not self._topology.leads:
+            return
+        first, last = self._config.profile.steps
+        if step == first - 1:
+            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints to the terminal
+            self._tracer = profile(activities=kinds)
+            self._tracer.start()
+        if step == last:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        tracer, self._tracer = self._tracer, None
+        if tracer is None:
+            return
+        tracer.stop()
+        first, last = self._config.profile.steps
+        path = self._folder.path / f"trace-{first}-{last}.json.gz"
+        with warn_if_unwritable(path):
+            tracer.export_chrome_trace(str(path))
+            by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
+            text = tracer.key_averages().table(sort_by=by, row_limit=30)
+            text = "    " + text.replace("\n", "\n    ")
+            self._board.draw(lambda to: to.add_text("profile", text, last))
+            self._say(f"traced steps {first} to {last}: open {path} in https://ui.perfetto.dev")
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        self._append({"kind": kind, "step": step, **values})
+        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
+        self._board.scalars(kind, step, scalars)
+
+    def _append(self, point: Mapping[str, Any] | None) -> None:
         """To metrics.jsonl; what a full disk refuses is kept, and tried again with the next."""
-        self._unwritten += line.encode()
+        self._unwritten += b"" if point is None else json.dumps(point).encode() + b"\n"
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:
             log.warning(f"NOT WRITTEN YET, the run goes on: {self._metrics.name}: {error}")
 
-    def _draw(self, draw: Callable[[SummaryWriter], None]) -> None:
-        """In TensorBoard, whose writer never comes back from a full disk: then without it."""
-        try:
-            if self._board is not None:
-                draw(self._board)
-        except OSError as error:
-            self._board = None
-            log.warning(f"TensorBoard's file is given up, the run goes on: {error}")
+
+def peak_flops(device: str) -> float | None:
+    """Of a GPU of this name, in bf16, FLOP/s; None where it is not known."""
+    return next((peak for name, peak in _PEAKS if name in device), None)
+
+
+def _measured(took: Took, cuda: bool) -> tuple[float, ...]:
+    """What a rank tells of an interval: seconds of its own work, share of the time it waited for
+    data, median and 95th percentile of its steps in seconds, memory of host and device in GB."""
+    p50, p95 = np.percentile(took.steps, [50, 95]).tolist()
+    host = psutil.Process().memory_info().rss / 1e9
+    device = torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0
+    return took.own, took.shares()["data"], p50, p95, host, device
 
 
 def _straggler(own: Sequence[float]) -> dict[str, float]:
@@ -225,7 +303,7 @@ def _straggler(own: Sequence[float]) -> dict[str, float]:
 
 def _named(speed: Mapping[str, float]) -> str:
     """The straggler, where there is one to speak of."""
-    if speed["straggler"] < _STRAGGLES:
+    if speed["straggler"] < STRAGGLES:
         return ""
     return f"rank {speed['straggler_rank']:.0f} takes {speed['straggler']:.1f} times the median  "
 
@@ -238,7 +316,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             point = json_object(line)
         except ValueError:
             break
-        if type(point.get("step")) is not int or point.get("kind") not in ("train", "eval"):
+        if type(point.get("step")) is not int or point.get("kind") not in _KINDS:
             break
         points.append(point)
     return points
@@ -248,7 +326,7 @@ def _cut(path: Path, step: int, evaluated_step: int) -> None:
     """Drop the points that a resumed run will make again."""
     if not path.exists():
         return
-    until = {"train": step, "eval": evaluated_step}
+    until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
     aside = path.with_name(".metrics.jsonl.writing")
     with aside.open("w") as file:
@@ -256,39 +334,3 @@ def _cut(path: Path, step: int, evaluated_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-
-
-def chroma(kernels: Tensor, columns: int) -> list[float]:
-    """Of each column, how much of its conv1 kernels' energy is colour: 0 of grey kernels, 2/3 of
-    random ones. Fig. 3's columns, one "largely color-agnostic", the other "largely
-    color-specific", differ in it.
-
-    Args:
-        kernels: (maps, 3, k, k).
-    """
-    colour = kernels - kernels.mean(1, keepdim=True)
-    shares = colour.square().sum((1, 2, 3)) / kernels.square().sum((1, 2, 3)).clamp_min(1e-30)
-    return [float(column.mean()) for column in shares.chunk(columns)]
-
-
-def kernel_picture(kernels: Tensor, columns: int, zoom: int = 3) -> npt.NDArray[np.uint8]:
-    """conv1's kernels as in Fig. 3: three rows of kernels for each column, the first on top.
-
-    Args:
-        kernels: (maps, 3, k, k).
-
-    Returns:
-        (height, width, 3), each kernel stretched to the full range.
-    """
-    low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
-    unit = ((kernels - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
-    pixels = np.rint(unit * 255).astype(np.uint8).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    tiles = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
-    blocks = []
-    for block in np.array_split(tiles, columns):
-        rows = np.array_split(block, 3)
-        wide = max(len(row) for row in rows)
-        padded = [np.pad(r, ((0, wide - len(r)), *[(0, 0)] * 3), constant_values=255) for r in rows]
-        blocks += [np.concatenate(list(row), axis=1) for row in padded]
-        blocks.append(np.full((6, blocks[0].shape[1], 3), 255, np.uint8))
-    return np.concatenate(blocks[:-1])

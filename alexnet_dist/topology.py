@@ -7,6 +7,7 @@ inside a node.
 import ctypes
 import dataclasses
 import datetime
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from alexnet_dist.shares import share
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ class Topology:
         if self.control is not None:
             dist.barrier(self.control)
 
-    def each(self, number: float) -> list[float]:
-        """Every rank's number, on every rank. Collective."""
+    def each(self, *numbers: float) -> list[list[float]]:
+        """Every rank's numbers, on every rank. Collective."""
         if self.control is None:
-            return [number]
-        mine = torch.tensor([number], dtype=torch.float64)
-        found = torch.empty(self.world_size, dtype=torch.float64)
+            return [list(numbers)]
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        found = torch.empty(self.world_size * len(numbers), dtype=torch.float64)
         dist.all_gather_single(found, mine, self.control)
-        return found.tolist()
+        return found.view(self.world_size, -1).tolist()
 
     def sum(self, counts: Tensor) -> Tensor:
         """A CPU tensor summed over all ranks."""
@@ -133,7 +135,7 @@ def connect(config: Config) -> Topology:
     )
     check(config, here.world_size)
     device = _device(config, place)
-    torch.set_num_threads(config.layout.threads or max(1, _cores() // here.local_world_size))
+    torch.set_num_threads(config.layout.threads or max(1, cores() // here.local_world_size))
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -153,7 +155,7 @@ def connect(config: Config) -> Topology:
     if place.node is not None:
         nodes = dataclasses.replace(here, control=control).each(place.node)
         launcher.check_even(place.tasks_per_node)  # now, so that rank 0 lives to say it
-        _check_columns_meet([int(node) for node in nodes], columns)
+        _check_columns_meet([int(node) for (node,) in nodes], columns)
     by_replica = [
         _group(range(first, first + columns), backend, timeout) if columns > 1 else None
         for first in range(0, world, columns)
@@ -246,15 +248,22 @@ def _device(config: Config, place: Place) -> torch.device:
         raise ConfigError(
             f"layout.device=cuda: {place.local_world} ranks on this host need a GPU each, "
             f"and {found} are here; set layout.device=auto or layout.kind=one"
+            f"{'' if found else '; `alexnet-dist doctor` says why there is none'}"
         )
     if found < place.local_world and not own:
+        if found and place.rank == 0:
+            log.warning(
+                f"{place.local_world} ranks and {found} GPU(s) here: computing on the CPU; to use "
+                "what is there, set layout.kind=one, or layout.ranks to as many"
+            )
         return torch.device("cpu")
     device = torch.device("cuda", 0 if own else place.local_rank)
     torch.cuda.set_device(device)
     return device
 
 
-def _cores() -> int:
+def cores() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0))
 
 

@@ -2,8 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import math
-import time
+import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,22 +14,31 @@ from typing import Any
 import torch
 
 from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist import warm_start
-from alexnet_dist.config import Config
+from alexnet_dist import launcher, warm_start
+from alexnet_dist.config import Config, flat
 from alexnet_dist.data.dataset import Dataset, Split, check_damaged, open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.engines import make_engine
-from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, NotFinite
-from alexnet_dist.evaluate import Score, evaluate, make_pipeline
+from alexnet_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    NotFinite,
+    RanksFailed,
+    in_words,
+)
+from alexnet_dist.evaluate import Score, evaluate_engine, make_pipeline
+from alexnet_dist.layouts import check, ranks_wanted
 from alexnet_dist.optim import Schedule
-from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals
+from alexnet_dist.plan import training_flops
+from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
 from alexnet_dist.replicas import check_replicas
 from alexnet_dist.run_folder import RunFolder
 from alexnet_dist.saving import Saver
 from alexnet_dist.telemetry import Telemetry, configure_logging, log
-from alexnet_dist.topology import Topology, connect, leave
+from alexnet_dist.timeline import TIMELINE
+from alexnet_dist.topology import Topology, connect, gpus, leave
 from alexnet_dist.watchdog import Watchdog
 
 
@@ -92,15 +102,47 @@ class Progress:
 def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     """Train to the end or until a signal, from the run folder's newest good checkpoint.
 
+    Where no launcher did, the ranks of a layout that has several are started here.
+
     Args:
-        signals: handlers that are in place already.
+        signals: handlers that are in place already; if left out, those of the calling program,
+            which calls from its main thread, are back when this returns.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
         NotFinite: a loss, or more gradients than train.max_skipped, were not.
         ReplicasDiffer: copies of the network were no longer equal.
+        RanksFailed: ranks that were started here did, and have said why.
     """
-    signals = signals or StopSignals()
+    if signals is not None:
+        return _train(config, signals)
+    wanted = ranks_wanted(config, gpus(config))
+    with handlers_restored():
+        if wanted > 1 and launcher.place() is None:
+            return _on_own_ranks(config, wanted)
+        return _train(config, StopSignals())
+
+
+def _on_own_ranks(config: Config, count: int) -> Outcome:
+    """`alexnet-dist train` of this config, in this many processes."""
+    from alexnet_dist import ranks  # torchrun's, which ranks themselves do without
+
+    check(config, count)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(flat(config), file)
+        file.flush()
+        code = ranks.start(["train", file.name], count, config.folder)
+    if code not in (0, *EXITS.values()):
+        failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
+        failed.exit_code = code
+        raise failed
+    newest, _ = checkpoints.newest_good(config.folder / "checkpoints")
+    reached = Progress() if newest is None else Progress.of(newest.progress)
+    return Outcome(code, reached.step, None if code else reached.score, leads=True)
+
+
+def _train(config: Config, signals: StopSignals) -> Outcome:
+    """As one of the run's ranks, or alone."""
     topology = connect(config)
     signals.at_once = False
     configure_logging(topology)
@@ -112,10 +154,15 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     try:
         outcome = _run(config, signals, topology, dataset, digest, folder)
     except Exception as error:
+        said = in_words(error)
         with contextlib.suppress(OSError):  # the disk may be what failed
-            known, code = isinstance(error, AlexNetDistError), getattr(error, "exit_code", 1)
-            folder.report("failed", exit=code, reason=f"{error}", known=known)
-        raise
+            known, code = said is error, getattr(error, "exit_code", 1)
+            folder.report("failed", exit=code, reason=f"{said or error}", known=known)
+        if said is None or known:
+            raise
+        raise said from error
+    finally:
+        folder.close()
     leave()
     return outcome
 
@@ -132,8 +179,8 @@ def _run(
     folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split)))
     telemetry = Telemetry(
-        folder.path, dataclasses.asdict(config), progress.step, progress.evaluated_step,
-        schedule.last_step, topology.leads,
+        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
+        training_flops(config),
     )  # fmt: skip
 
     # The slots of each step that this rank and its replica's other columns decode.
@@ -152,7 +199,8 @@ def _run(
         topology, lambda: signals.polls, config.layout.timeout_s,
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
-    every, wait_s = config.train.compare_replicas_every, 0.0
+    every, pictures = config.train.compare_replicas_every, config.log.pictures
+    classes = config.model.classes
 
     def settle(but: int) -> None:
         """Account for the steps that were begun, all `but` the newest."""
@@ -170,8 +218,10 @@ def _run(
 
             if not stop and _evaluation_due(config, schedule, progress):
                 settle(0)
-                with telemetry.paused():
-                    score = evaluate(engine, config, topology, dataset, signals)
+                with TIMELINE.span("evaluate"):
+                    zeros = torch.zeros(classes, classes, dtype=torch.int64)
+                    confusion = zeros if pictures else None
+                    score = evaluate_engine(engine, config, topology, dataset, signals, confusion)
                     if score is None:
                         continue  # a signal: the poll above says so now
                     if not math.isfinite(score.loss):
@@ -180,15 +230,14 @@ def _run(
                             "nothing was saved since. Lower schedule.rate, or warm up longer"
                         )
                     _observe(score, progress, schedule)
-                    kernels = engine.parameter("conv1.weight")
-                    telemetry.evaluation(step, epoch, score.tags(), kernels)
+                    telemetry.evaluation(step, epoch, score, engine, confusion)
 
             finished = progress.evaluated_step == schedule.last_step
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
             if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
                 settle(0)
-                with telemetry.paused():
+                with TIMELINE.span("checkpoint"):
                     check_replicas(engine.replicated(), topology, step)
                     telemetry.flush()
                     _save(saver, folder, engine, config, digest, progress, schedule)
@@ -200,22 +249,23 @@ def _run(
                 topology.decided_by_rank_0(saver.finish)
                 break
 
-            begin = time.perf_counter()
-            batch = next(batches).joined(counts, topology.column_group)
-            wait_s += time.perf_counter() - begin
-            rate = schedule.rate(step)
-            pending.append(Pending(step + 1, batch, on_host(engine.train_step(batch, step, rate))))
+            with TIMELINE.span("data"):
+                decoded = next(batches)
+            batch = decoded.joined(counts, topology.column_group)
+            rate, looks = schedule.rate(step), telemetry.looks(step + 1)
+            numbers = engine.train_step(batch, step, rate, looks)
+            pending.append(Pending(step + 1, batch, on_host(numbers)))
             progress.step = step + 1
 
             log_now = progress.step % config.log.every_steps == 0
             settle(0 if log_now else 1)
+            telemetry.stepped(progress.step, engine)
             if log_now:
                 epoch = progress.step / schedule.steps_per_epoch
                 means = progress.take_interval(size)
                 means |= {"rate": rate, "damaged": float(progress.damaged)}
                 means |= {"skipped": float(progress.skipped)}
-                telemetry.train(progress.step, epoch, means, wait_s, topology)
-                wait_s = 0.0
+                telemetry.train(progress.step, epoch, means)
 
         exit_code = 0 if finished else EXITS[stop]
         state = "stopped" if exit_code else "finished"

@@ -23,6 +23,7 @@ from alexnet_dist.layouts import ZERO_STAGES
 from alexnet_dist.model import AlexNet, Layer
 from alexnet_dist.optim import Optimizer
 from alexnet_dist.replicas import summed
+from alexnet_dist.timeline import TIMELINE
 from alexnet_dist.topology import Topology
 
 
@@ -84,7 +85,7 @@ class ZeroEngine:
         assert topology.replica_group is not None
         self.config, self.topology, self.group = config, topology, topology.replica_group
         with topology.device:
-            model = AlexNet(config.model, config.seed)
+            self.model = model = AlexNet(config.model, config.seed)
         for parameter in model.parameters():  # it flattens, and broadcasts bytes: no channels_last
             parameter.data = parameter.data.contiguous()
         self.optimizer = Optimizer(config.optimizer, model.named_parameters())
@@ -96,7 +97,9 @@ class ZeroEngine:
                 momentum = {"momentum_buffer": torch.zeros_like(piece)}
                 self.optimizer.optimizer.state[piece].update(momentum)
 
-    def train_step(self, batch: Batch, step: int, rate: float) -> Tensor:
+    def train_step(
+        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+    ) -> Tensor:
         self.engine.train()
         size, parts = self.config.train.batch, self.config.train.micro_batches
         n, replicas = len(batch.labels), self.topology.replicas
@@ -107,16 +110,19 @@ class ZeroEngine:
         stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for part in range(parts):
             rows = slice(part * n // parts, (part + 1) * n // parts)
-            logits = self.engine(batch.windows[rows], slots[rows], step)
-            loss, counts = scored(logits, batch.labels[rows])
-            self.engine.backward(loss * scale, scale_wrt_gas=False)
+            with TIMELINE.span("forward"):
+                logits = self.engine(batch.windows[rows], slots[rows], step)
+                loss, counts = scored(logits, batch.labels[rows])
+            with TIMELINE.span("backward"):
+                self.engine.backward(loss * scale, scale_wrt_gas=False)
             stats = stats + counts
             if part == parts - 1:
                 stats = with_damaged(stats, batch)
                 stats[5] = get_total_norm(self._gradients()).double() ** 2
                 skip = judged(summed(stats, self.group), self.optimizer.loss_scale(rate))
                 self.optimizer.prepare(rate, skip=skip)
-            self.engine.step()  # counts micro-batches, and updates after the last
+            with TIMELINE.span("optimizer"):
+                self.engine.step()  # counts micro-batches, and updates after the last
         return stats
 
     @torch.no_grad()
@@ -129,6 +135,9 @@ class ZeroEngine:
         if not self.topology.leads:
             return None
         return self.engine.module.get_parameter(name).detach().cpu().clone()  # type: ignore[no-any-return]
+
+    def gradient(self, name: str) -> Tensor | None:
+        return None
 
     def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         parameters: dict[str, Tensor] = {}

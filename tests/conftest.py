@@ -38,6 +38,9 @@ TINY = [
     "schedule.kind=polynomial",
     "train.batch=8",
     "evaluate.batch=10",
+    "log.histograms_every_steps=0",
+    "log.pictures=false",
+    "log.embedding=0",
 ]
 
 

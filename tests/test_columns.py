@@ -15,7 +15,7 @@ from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engines import make_engine
-from alexnet_dist.evaluate import evaluate, make_pipeline
+from alexnet_dist.evaluate import evaluate_engine, make_pipeline
 from alexnet_dist.topology import connect
 
 STEPS = 20
@@ -179,7 +179,7 @@ def scores(config: Config, sizes: list[int]) -> Any:
     for size in sizes:
         batched = dataclasses.replace(config.evaluate, batch=size)
         resized = dataclasses.replace(config, evaluate=batched)
-        found.append(evaluate(engine, resized, topology, dataset))
+        found.append(evaluate_engine(engine, resized, topology, dataset))
     return found
 
 

@@ -1,46 +1,182 @@
-"""What the documents name exists: links, files, commands, targets, keys."""
+"""What the documents say is so: links, files, keys and commands exist, and examples run."""
 
+import contextlib
+import os
 import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from conftest import alexnet_dist
+from conftest import TINY, alexnet_dist
+from document_config import PATH, reference
+from made import image_folder
 
+from alexnet_dist.__main__ import _parser
 from alexnet_dist.config import keys
+from alexnet_dist.config_layers import load_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def blocks(path: Path, language: str) -> list[str]:
+    """A document's blocks of code in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), re.M | re.S)
+
+
+def commands(path: Path) -> Iterator[list[str]]:
+    """The words of every command line in a document, without comments."""
+    for block in blocks(path, "bash"):
+        text = ""
+        for line in block.replace("\\\n", " ").splitlines():
+            text += line + "\n"
+            with contextlib.suppress(ValueError):  # a quotation that goes on
+                words, text = shlex.split(text, comments=True), ""
+                yield [word.removeprefix(".venv/bin/") for word in words]
+        assert not text, f"{path}: {text}"
+
+
+def of_program(words: list[str]) -> list[str] | None:
+    """The arguments of alexnet-dist in a command line, however it is started."""
+    for at, word in enumerate(words):
+        if word == "alexnet-dist" or (word == "alexnet_dist" and words[at - 1] == "-m"):
+            return words[at + 1 :]
+    return None
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub makes of the headings of a document."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
+
+
+def check_sources(sources: list[str]) -> None:
+    """Config sources load; a YAML file that the reader would write himself is passed over."""
+    shipped = [s for s in sources if "=" in s or not s.endswith(".yaml") or (ROOT / s).exists()]
+    load_config(shipped)
+
+
+@each_document
 def test_what_a_document_names_exists(path: Path) -> None:
     text = path.read_text()
-    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", text):
-        assert (path.parent / link).exists(), f"link to {link}"
-    for file in re.findall(r"\b(?:configs|docs|tests|alexnet_dist)/[\w./-]+\.\w+\b", text):
-        assert (ROOT / file).exists(), f"file {file}"
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        file, _, anchor = link.partition("#")
+        target = path.parent / file if file else path
+        assert target.exists(), f"link to {link}"
+        assert not anchor or anchor in anchors(target), f"link to {link}"
+    for file in re.findall(
+        r"\b(?:configs|docs|tests|alexnet_dist|launch|slurm)/[\w./-]+\.\w+\b", text
+    ):
+        new = re.search(rf"^\+\+\+ b/{re.escape(file)}$", text, re.M)  # by a patch that is shown
+        assert new or (ROOT / file).exists(), f"file {file}"
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     for target in re.findall(r"`make ([a-z-]+)", text):
         assert target in targets, f"make {target}"
     known = {dotted for dotted, _, _ in keys()}
     sections = {dotted.partition(".")[0] for dotted in known if "." in dotted}
-    for key in re.findall(r"\b([a-z]+(?:\.[a-z_0-9]+)+)=", text):
-        assert key in known or key.partition(".")[0] not in sections, f"key {key}"
+    for key in re.findall(r"`([a-z]+(?:\.(?!py`)[a-z_0-9]+)+)(?:=[^`]*)?`", text):
+        section = key.partition(".")[0]
+        found = key in known or any(k.startswith(key + ".") for k in known)
+        assert section not in sections or found or key == "model.gain", f"key {key}"
+    for name in re.findall(r"`((?:paper|results)/[\w-]+)`", text):
+        assert (ROOT / f"configs/{name}.yaml").exists(), f"config {name}"
 
 
-def test_documented_commands_exist() -> None:
-    usage = alexnet_dist("--help").stdout
-    for path in DOCUMENTS:
-        for command in re.findall(r"alexnet-dist ([a-z]+)\b", path.read_text()):
-            assert re.search(rf"^ +{command} ", usage, re.M), f"{path.name}: {command}"
+@each_document
+def test_every_command_parses(path: Path) -> None:
+    """Options, configs and keys exist; nothing is run."""
+    for words in commands(path):
+        arguments = of_program(words)
+        if arguments is not None:
+            try:
+                options = _parser().parse_args(arguments)
+            except SystemExit:
+                pytest.fail(f"not a command: {shlex.join(words)}")
+            check_sources([*getattr(options, "config", []), *getattr(options, "overrides", [])])
+        elif "launch.submit" in words or "launch.ensemble" in words or "sbatch" in words[:1]:
+            own = [
+                w for w in words if w.startswith(("paper/", "demo", "layout", "name=", "train."))
+            ]
+            assert own or "--wrap" in words, words
+            check_sources(own)
+        elif words[:1] == ["make"]:
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+            assert words[1] in targets, words
+    usage = _parser().format_help()
+    for command in re.findall(r"alexnet-dist ([a-z]+)\b", path.read_text()):
+        assert re.search(rf"^ +{command} ", usage, re.M), f"alexnet-dist {command}"
 
 
-def test_the_tag_table_is_what_is_written() -> None:
-    """telemetry.py documents every tag of a run's metrics."""
-    from alexnet_dist import telemetry
+def test_every_key_is_in_the_reference_as_it_is() -> None:
+    assert PATH.read_text() == reference(), "docs/configuration.md is out of date: make docs"
 
-    table = set(re.findall(r"\b((?:train|eval|speed|kernels)/\w+)", telemetry.__doc__ or ""))
-    assert table >= {"train/loss", "train/rate", "eval/top1", "speed/data_wait", "kernels/conv1"}
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the documents suppose it: `my-images` of three classes, and a table of them."""
+    images = image_folder(tmp_path / "my-images", 12, 4)
+    rows = [f"{file.relative_to(images)},{file.parent.name}" for file in images.rglob("*.JPEG")]
+    (images / "labels.csv").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_your_own_images_to_the_end(place: Path) -> None:
+    """Every command of that page in its order, training a tiny network."""
+    typed = []
+    for words in commands(ROOT / "docs/own-data.md"):
+        arguments = of_program(words)
+        assert arguments is not None, words
+        if arguments[0] == "train":
+            own = [a for a in TINY if not a.startswith(("model.classes", "data.eval_split"))]
+            arguments += [*own, "layout.kind=one", "train.epochs=1"]
+        typed.append(arguments)
+    assert [words[0] for words in typed] == [
+        "prepare", "inspect", "train", "evaluate", "figures", "export"
+    ]  # fmt: skip
+    program = f"from alexnet_dist.__main__ import main\nfor a in {typed!r}: assert main(a) == 0, a"
+    subprocess.run([sys.executable, "-c", program], check=True)  # one start for all of them
+    for made in ("data/mine/contact-sheet.png", "runs/mine/figures/kernels.png"):
+        assert (place / made).stat().st_size > 1000
+    (example,) = blocks(ROOT / "docs/checkpoints.md", "python")
+    (saved,) = Path("runs/mine/checkpoints").iterdir()
+    found: dict[str, Any] = {}
+    exec(example.replace("runs/demo/checkpoints/step-00001406", str(saved)), found)
+    assert found["kernels"].shape == (8, 3, 11, 11)
+    (mine,) = blocks(ROOT / "docs/own-data.md", "yaml")
+    (place / "mine.yaml").write_text(mine)
+    assert load_config(["demo", place / "mine.yaml"]).model.classes == 3
+
+
+def test_the_source_that_is_shown_packs(place: Path) -> None:
+    (example,) = blocks(ROOT / "docs/extending.md", "python")
+    said = subprocess.check_output([sys.executable, "-c", example], text=True)
+    assert said == "data/table: packed 43 train, 5 val images of 3 classes\n"
+
+
+def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Path) -> None:
+    """Applied to a copy of the package, and held against the grouped network on one process."""
+    for folder in ("alexnet_dist", "configs"):
+        subprocess.run(["cp", "-r", ROOT / folder, tmp_path], check=True)
+    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+    patches = blocks(ROOT / "docs/extending.md", "diff")
+    assert len(patches) == 2
+    for patch in patches:
+        apply = ["git", "apply", "-C1", "-"]
+        subprocess.run(apply, input=patch, cwd=tmp_path, env=outside, text=True, check=True)
+    arguments = ["compare", *TINY, f"data.path={packed}", "model.gain=[conv1,conv3]"]
+    arguments += ["--layouts", "columns:2,hooks:2", "--steps", "3"]
+    result = alexnet_dist(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    assert [row[0] for row in rows] == ["one", "columns", "hooks"]
+    assert all(float(row[3]) > 0 and row[5] == "yes" for row in rows[1:])
 
 
 def test_every_module_has_a_docstring() -> None:

@@ -97,6 +97,15 @@ def test_any_part_of_a_dropout_mask_is_the_part_of_the_whole(first: int, count: 
     assert torch.equal(part, whole[8:20, first : first + count])
 
 
+def test_the_cpus_loop_draws_philoxs_words() -> None:
+    slots, drop = torch.arange(40) * 7919, 0.3
+    blocks = torch.arange(100)[None, :]
+    counter = (blocks, slots[:, None], torch.tensor(2**31), torch.tensor(7))
+    words = draws.philox(counter, (4294967295, draws.Purpose.DROPOUT))
+    stay = torch.stack(torch.broadcast_tensors(*words), -1).flatten(1) >= round(drop * 2**32)
+    assert torch.equal(draws.dropout_mask(4294967295, 2**31, 7, slots, 0, 400, drop), stay)
+
+
 def test_dropout_masks_differ_by_seed_step_layer_slot_and_unit() -> None:
     slots = torch.arange(500)
     mask = draws.dropout_mask(0, 0, 6, slots, 0, 400, 0.3).double()

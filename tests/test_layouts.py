@@ -23,7 +23,7 @@ from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine
 from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.evaluate import evaluate, make_pipeline
+from alexnet_dist.evaluate import evaluate_engine, make_pipeline
 from alexnet_dist.shares import share
 from alexnet_dist.topology import Topology, connect
 from alexnet_dist.zero import deepspeed_config
@@ -86,7 +86,7 @@ def trajectories(configs: Sequence[Config]) -> list[Any]:
         topology = connect(config)
         engine = make_engine(config, topology)
         stats = list(steps_of(config, topology, engine))
-        score = evaluate(engine, config, topology, open_for(config))
+        score = evaluate_engine(engine, config, topology, open_for(config))
         found.append((stats, *engine.whole_tensors(), score))
     return found
 

@@ -56,10 +56,36 @@ def test_columns_change_exactly_the_maps_at_their_border() -> None:
     assert changed == [46, 47, 48, 49]
 
 
-def test_chunks_of_any_number_give_the_same() -> None:
-    maps = torch.randn(3, 96, 41, 41)  # 5,043 pixels: four chunks, the last not full
-    reference = torch.nn.LocalResponseNorm(5, 5e-4, 0.75, 2.0)(maps.double())
-    assert_close(local_response_norm(maps, 1, **CONSTANTS), reference, 1e-6)
+def relative(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    return ((ours - reference).abs().max() / reference.abs().max()).item()
+
+
+@pytest.mark.parametrize(("columns", "size"), [(1, 5), (2, 5), (2, 3), (1, 9)])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
+def test_the_cpus_loop_is_the_formula(
+    columns: int, size: int, dtype: torch.dtype, bound: float
+) -> None:
+    constants = CONSTANTS | {"size": size}
+    maps = (torch.randn(3, 16, 7, 5) * 50).to(dtype).requires_grad_()  # not in channels_last
+    wide = maps.detach().double().requires_grad_()
+    upper = torch.randn(maps.shape).to(dtype)
+    ours, reference = (local_response_norm(m, columns, **constants) for m in (maps, wide))
+    ours.backward(upper)
+    reference.backward(upper.double())
+    assert ours.dtype == maps.grad.dtype == dtype
+    assert relative(ours, reference) < bound
+    assert relative(maps.grad, wide.grad) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so_and_where_it_is(dtype: torch.dtype, value: float) -> None:
+    maps = torch.ones(1, 16, 2, 2, dtype=dtype)
+    maps[0, 8, 1, 1] = value
+    wrong = ~local_response_norm(maps, 1, **CONSTANTS).isfinite()
+    assert wrong[0, 8, 1, 1]
+    wrong[0, 6:11, 1, 1] = False  # itself and its neighbours
+    assert not wrong.any()
 
 
 def test_bf16_is_near_float64() -> None:

@@ -29,7 +29,6 @@ RUN = [
     "layout.kind=columns",
 ]
 ALONE = "layout.kind=one"  # a third of the processes, where the layout is not the point
-TIMES = ("images_per_s", "data_wait", "straggler", "straggler_rank")
 
 
 @pytest.fixture
@@ -97,10 +96,7 @@ def ended_state(folder: Path) -> dict[str, Any]:
     """All that must be the same to the bit: tensors' hashes, progress, metrics less times."""
     last = checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1])
     best = checkpoints.best(folder / "checkpoints")
-    metrics = [
-        {key: value for key, value in point.items() if key not in TIMES}
-        for point in read_metrics(folder)
-    ]
+    metrics = [point for point in read_metrics(folder) if point["kind"] != "speed"]
     return {
         "last": last.manifest["files"],
         "progress": last.progress,
@@ -467,11 +463,3 @@ def test_tensorboards_steps_go_on_over_restarts(
     board = EventAccumulator(str(runs / "board"))
     board.Reload()
     assert [point.step for point in board.Scalars("train/loss")] == list(range(3, 61, 3))
-
-
-def test_doctor_says_what_a_run_would_use() -> None:
-    result = alexnet_dist("doctor", "--json")
-    assert result.returncode == 0
-    found = json.loads(result.stdout)
-    assert {"python", "torch", "nvidia-dali-cuda120", "cpu", "gpus", "disk"} <= found.keys()
-    assert "missing" not in json.dumps(found)

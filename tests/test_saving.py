@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 
 from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import open_for
 from alexnet_dist.errors import CheckpointError, CrashLoop, NotFinite, RunFolderError
+from alexnet_dist.optim import Schedule
 from alexnet_dist.run_folder import RunFolder, read_run
 from alexnet_dist.saving import Saver
 from alexnet_dist.telemetry import Telemetry, read_metrics
+from alexnet_dist.timeline import TIMELINE
 from alexnet_dist.topology import Topology
 
 
@@ -139,19 +142,27 @@ def test_a_folder_that_vanished_is_made_again(
 
 
 def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = {"model": {"columns": 1}, "train": {"batch": 8}}
-    telemetry = Telemetry(tmp_path, config, 0, 0, 100, leads=True)
+    config = tiny("layout.kind=one")
+    folder, dataset = RunFolder(config), open_for(config)
+    folder.take()
+    folder.running(0, 100)
+    telemetry = Telemetry(config, folder, Topology(), dataset, Schedule.of(config, 60), 0, 0, 1)
     values = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "damaged": 0.0, "rate": 0.01}
-    telemetry.train(1, 0.1, values, 0.0, Topology())
+
+    def step(number: int) -> None:
+        TIMELINE.step()
+        telemetry.train(number, number / 10, values)
+
+    step(1)
     kept = telemetry._metrics
     with Path("/dev/full").open("wb", buffering=0) as full, caplog.at_level(logging.WARNING):
         telemetry._metrics = full
-        telemetry.train(2, 0.2, values, 0.0, Topology())
+        step(2)
         telemetry.flush()
     assert "NOT WRITTEN YET, the run goes on: /dev/full" in caplog.text
     telemetry._metrics = kept
-    telemetry.train(3, 0.3, values, 0.0, Topology())
+    step(3)
     telemetry.close()
-    assert [point["step"] for point in read_metrics(tmp_path)] == [1, 2, 3]
+    assert [point["step"] for point in read_metrics(folder.path)] == [1, 1, 2, 2, 3, 3]

@@ -26,6 +26,7 @@ from alexnet_dist.data.pipeline import (
     undecodable,
 )
 from alexnet_dist.data.windows import Finish, canvas_in
+from alexnet_dist.errors import MachineError
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -55,7 +56,14 @@ class DaliPipeline:
         _, side = first.patch(self.crop, self.canvas)
         inside: deque[tuple[Samples, IdArray, list[Bytes]]] = deque()  # fed, and not yet out
         feed = self._feed(itertools.chain([first], plan), inside)
-        graph = self._graph(feed, max(1, len(first.ids)), side)
+        try:
+            graph = self._graph(feed, max(1, len(first.ids)), side)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise MachineError(
+                f"data.pipeline=dali: no pipeline can be built on {self.device} ({reason}): "
+                "update the GPU's driver, or set data.pipeline=torch"
+            ) from error
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         empty = torch.empty((0, side, side, 3), dtype=torch.uint8, device=self.device)
         while True:

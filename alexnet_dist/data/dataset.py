@@ -26,7 +26,7 @@ import numpy.typing as npt
 from alexnet_dist.config import Config
 from alexnet_dist.config_layers import configs_folder
 from alexnet_dist.durable import sha256
-from alexnet_dist.errors import ConfigError, DatasetError
+from alexnet_dist.errors import ConfigError, DatasetError, looked_in
 from alexnet_dist.untrusted import json_object, read_bytes
 
 VERSION = 2
@@ -154,8 +154,9 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
         source = demo if folder == Path("data/demo") else "SOURCE PATH"
         raise DatasetError(
-            f"{path} is missing: make the data set with `alexnet-dist prepare {source} "
-            f"{folder}` (remove the folder first if it is there), or set data.path to where it lies"
+            f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
+            f"{source} {folder}` (remove the folder first if it is there), or set data.path to "
+            "where it lies"
         ) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error

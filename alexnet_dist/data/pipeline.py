@@ -18,6 +18,7 @@ from torch import Tensor
 from alexnet_dist.columns import gather_rows
 from alexnet_dist.data.dataset import Split
 from alexnet_dist.errors import DatasetError
+from alexnet_dist.timeline import TIMELINE
 
 IdArray = npt.NDArray[np.int64]
 
@@ -97,7 +98,8 @@ class Decoded:
         labels, ids, damaged = facts[:, :3].long().unbind(1)
         drawn = facts[:, 6:].long().unflatten(1, (-1, 3))  # (n, v, 3)
         corners, flips, lighting = drawn[..., :2], drawn[..., 2].bool(), facts[:, 3:6]
-        windows = self.finish(patches, corners, flips, lighting)
+        with TIMELINE.span("windows"):
+            windows = self.finish(patches, corners, flips, lighting)
         return Batch(windows, labels, ids, lighting.float(), damaged.bool())
 
 
@@ -115,9 +117,10 @@ def facts_of(samples: Samples, read: IdArray, split: Split) -> Tensor:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Begin a copy to the device: from pinned memory, it waits for nothing."""
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()  # itself where it is pinned
-    return tensor.to(device, non_blocking=True)
+    with TIMELINE.span("to_device"):
+        if device.type == "cuda":
+            tensor = tensor.pin_memory()  # itself where it is pinned
+        return tensor.to(device, non_blocking=True)
 
 
 def undecodable(split: Split, ids: Sequence[int], error: Exception) -> DatasetError:

@@ -95,7 +95,7 @@ def evaluation_plan(config: Config, batches: list[range]) -> Iterator[Samples]:
     for batch in batches:
         n = len(batch)
         yield Samples(
-            ids=np.arange(batch.start, batch.stop),
+            ids=np.array(batch, dtype=np.int64),
             corners=np.broadcast_to(corners, (n, *corners.shape)),
             flips=np.broadcast_to(flips, (n, len(flips))),
             lighting=np.zeros((n, 3), np.float32),

@@ -1,0 +1,76 @@
+"""Writes docs/configuration.md from the dataclasses of config.py and the values of base.yaml."""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from alexnet_dist.config import Config, ConvName, FcName, Key, LayerName, flat
+from alexnet_dist.config_layers import load_config
+
+PATH = Path(__file__).parent.parent / "docs/configuration.md"
+HEAD = """# Configuration
+
+Every key, made by `make docs` from [config.py](../alexnet_dist/config.py) and
+[base.yaml](../configs/base.yaml), which holds the default of each: the network and the recipe of
+the paper. A file says only what differs. Keys with a ◦ may change between two starts of one run;
+the others define the run, and a checkpoint of other values is refused by name.
+
+```bash
+alexnet-dist train demo my.yaml layout.kind=one train.epochs=2 'model.exchange=[conv3,fc6,fc7,fc8]'
+```
+
+A source is a YAML file, the name of a shipped one (`demo`, `paper/no-lrn`), or `key=value`; later
+ones win, key by key, and a list replaces a list. Quote what a shell would read itself.
+`config.json` in a run folder is a source too.
+"""
+
+
+def reference() -> str:
+    """The text of docs/configuration.md."""
+    return HEAD + "".join(_section(Config, "", flat(load_config([]))))
+
+
+def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
+    hints = get_type_hints(of, include_extras=True)
+    own = [f.name for f in dataclasses.fields(of) if not dataclasses.is_dataclass(hints[f.name])]
+    yield f"\n## {prefix.rstrip('.') or 'The run'}\n\n{inspect.cleandoc(of.__doc__ or '')}\n\n"
+    yield "| key | value | default | meaning |\n|---|---|---|---|\n"
+    for name in own:
+        kind, key = get_args(hints[name])
+        free, default = " ◦" if key.free else "", _shown(values[prefix + name])
+        yield f"| `{prefix}{name}`{free} | {_value(kind, key)} | {default} | {_cell(key.doc)} |\n"
+    for field in dataclasses.fields(of):
+        if field.name not in own:
+            yield from _section(hints[field.name], f"{prefix}{field.name}.", values)
+
+
+def _value(kind: Any, key: Key) -> str:
+    """A key's type and bounds, in words."""
+    if get_origin(kind) is tuple:
+        item = _value(get_args(kind)[0], key)
+        return f"list: {item}" + ("; or one for all" if key.spread else "")
+    layers = {ConvName: "layers conv1 …", FcName: "layers fc6 …", LayerName: "layers"}
+    if kind in layers:
+        return layers[kind]
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    bounds = {"≥": key.ge, ">": key.gt, "≤": key.le, "<": key.lt}
+    words = [f"{sign} {bound:,.10g}" for sign, bound in bounds.items() if bound is not None]
+    names = {int: "whole number", float: "number", bool: "true, false", str: "text"}
+    return " ".join([names[kind], ", ".join(words)]).strip()
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value).lower() if isinstance(value, bool) else f"{value}".removesuffix(".0")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PATH.write_text(reference())

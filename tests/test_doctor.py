@@ -1,0 +1,162 @@
+"""`doctor`: what it finds here, and what it says of machines where something is amiss."""
+
+import errno
+import fcntl
+import json
+import shutil
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import alexnet_dist, as_overrides
+
+from alexnet_dist import doctor, ranks
+from alexnet_dist.__main__ import main
+from alexnet_dist.config import Config
+from alexnet_dist.data import inspect
+from alexnet_dist.doctor import Finding
+from alexnet_dist.preemption import handlers_restored
+
+Usage = namedtuple("Usage", "total used free")
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture
+def examined(tiny: Callable[..., Config], monkeypatch: Patch) -> Callable[..., dict[str, Finding]]:
+    """Findings by name, of an exchange that is not made."""
+    monkeypatch.setattr(ranks, "call", lambda *_: [0.002, 0.001])
+
+    def examine(*overrides: str) -> dict[str, Finding]:
+        return {one.what: one for one in doctor.examine(tiny(*overrides), named=True)}
+
+    return examine
+
+
+def test_doctor_says_what_a_run_would_use(tiny: Callable[..., Config]) -> None:
+    result = alexnet_dist("doctor", "--json", *as_overrides(tiny("data.pipeline=dali")))
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads(result.stdout)
+    assert found["sound"]
+    said = {one["what"]: one["found"] for one in found["findings"]}
+    assert {"python", "cpu", "memory", "allocator", "slurm", "disk", "clock"} <= said.keys()
+    assert f"torch {metadata.version('torch')}" in said["packages"]
+    assert said["layout"].startswith("columns: 2 process(es) on the CPU, 1 thread(s) each, over gl")
+    assert "2 ranks gathered and summed rightly" in said["exchange, gloo"]
+    assert "decodes on the CPU" in said["dali"]
+    assert "10 classes, train 60, test 23 images" in said["data"]
+
+
+def test_what_is_amiss_is_a_line_with_a_remedy_and_the_exit_code(
+    tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "call", lambda *_: [0.002, 0.001])
+    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+    gone = f"data.path={tmp_path / 'gone'}"
+    with handlers_restored():
+        assert main(["doctor", gone, "layout.device=cuda"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    data = next(place for place, line in enumerate(lines) if line.startswith("✗ data"))
+    assert "→" in lines[data + 1]
+    assert "alexnet-dist prepare" in lines[data + 1]
+    assert lines[-1] == "a run would fail: mend gpus, layout, data"
+
+
+def no_room(patch: Patch, tmp_path: Path) -> None:
+    patch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 1000))
+
+
+def no_locks(patch: Patch, tmp_path: Path) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    patch.setattr(fcntl, "flock", refuse)
+
+
+def driver_that_torch_cannot_use(patch: Patch, tmp_path: Path) -> None:
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82\n")
+    patch.setattr(doctor, "_DRIVER", tmp_path / "version")
+    patch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+
+
+def wrong_sums(patch: Patch, tmp_path: Path) -> None:
+    patch.setattr(ranks, "call", lambda *_: [0.1, "wrong: sum 2.0, gathered [1.0, 1.0]"])
+
+
+def ranks_that_die(patch: Patch, tmp_path: Path) -> None:
+    def die(*_: Any) -> None:
+        raise RuntimeError("a rank was killed")
+
+    patch.setattr(ranks, "call", die)
+
+
+def old_package(patch: Patch, tmp_path: Path) -> None:
+    version = metadata.version
+    patch.setattr(metadata, "version", lambda name: "0.1" if name == "tqdm" else version(name))
+
+
+def half_a_core(patch: Patch, tmp_path: Path) -> None:
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    patch.setattr(doctor, "_CGROUP", tmp_path)
+
+
+def no_bf16(patch: Patch, tmp_path: Path) -> None:
+    patch.setattr(doctor, "_flags", lambda: {"avx2"})
+    patch.setattr(doctor, "gpus", lambda config: 0)
+
+
+def one_gpu(patch: Patch, tmp_path: Path) -> None:
+    patch.setattr(doctor, "gpus", lambda config: 1)
+
+
+def no_dali(patch: Patch, tmp_path: Path) -> None:
+    patch.setitem(sys.modules, "nvidia.dali", None)
+
+
+@pytest.mark.parametrize(
+    ("amiss", "what", "said", "broken"),
+    [
+        (no_room, "disk", "make room, lower checkpoint.keep_last", True),
+        (no_locks, "run folders", "on a file system with locks", True),
+        (driver_that_torch_cannot_use, "gpus", "update the driver, or install the torch", True),
+        (wrong_sums, "exchange, gloo", "GLOO_SOCKET_IFNAME", True),
+        (ranks_that_die, "exchange", "a rank was killed", True),
+        (old_package, "tqdm", "tqdm>=4.70 is needed", True),
+        (no_dali, "dali", "nvidia-dali-cuda120", False),
+        (half_a_core, "cpu quota", "set layout.threads=1", False),
+        (no_bf16, "bf16", "train.precision=fp32", False),
+        (one_gpu, "layout", "layout.kind=one uses the GPU", False),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_what_is_amiss_is_named(
+    amiss: Callable[[Patch, Path], None], what: str, said: str, broken: bool,
+    examined: Callable[..., dict[str, Finding]], monkeypatch: Patch, tmp_path: Path,
+) -> None:  # fmt: skip
+    amiss(monkeypatch, tmp_path)
+    found = examined("train.precision=bf16")
+    assert said in found[what].found + found[what].remedy
+    assert found[what].remedy
+    assert found[what].broken == broken
+    assert not any(one.broken for one in found.values() if one.what != what)
+
+
+def test_what_a_run_does_not_use_need_not_work(
+    examined: Callable[..., dict[str, Finding]], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    no_dali(monkeypatch, tmp_path)
+    assert not examined("data.pipeline=torch")["dali"].broken
+    assert examined("data.pipeline=dali")["dali"].broken
+    monkeypatch.setattr(doctor, "gpus", lambda config: 4)
+    found = examined("layout.kind=columns_x_replicas", "layout.device=auto")["layout"].found
+    assert found.startswith("columns_x_replicas: 4 process(es) on a GPU each, over NCCL")
+
+
+def test_a_quick_look_at_a_data_set_takes_some_of_each(packed: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(inspect, "_QUICK", 5)
+    found = inspect.inspect(packed, None)
+    assert (found["train"]["samples"], found["train"]["decoded"]) == (60, "5, evenly spread")
+    assert "contact sheet" not in found

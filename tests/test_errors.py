@@ -1,0 +1,276 @@
+"""Every way a newcomer fails is one line that says what to do.
+
+Here: what machines, installations and launchers do. Elsewhere: configs (test_config.py), data sets
+(test_data.py), sources (test_prepare.py, test_hostile_sources.py), layouts (test_layouts.py),
+checkpoints and run folders (test_checkpoint.py, test_run.py, test_paper.py), Slurm
+(test_launch.py), signals (test_run.py).
+"""
+
+import errno
+import fcntl
+import logging
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import as_overrides
+
+from alexnet_dist import __main__, launcher, load_checkpoint, topology, train
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.windows import Finish
+from alexnet_dist.engine import TorchEngine
+from alexnet_dist.errors import MachineError, in_words
+from alexnet_dist.formats import export_weights
+from alexnet_dist.preemption import handlers_restored
+from alexnet_dist.run_folder import read_run
+
+Tiny = Callable[..., Config]
+Patch = pytest.MonkeyPatch
+ALONE = "layout.kind=one"
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: Patch) -> Iterator[None]:
+    """What a run sets in its process is set back."""
+    log = logging.getLogger()
+    handlers, level = log.handlers[:], log.level
+    with handlers_restored():
+        yield
+    log.handlers[:], log.level = handlers, level
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    """A function that does nothing else."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    return fail
+
+
+def out_of_gpu_memory(tiny: Tiny, patch: Patch) -> None:
+    full = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 10 GiB"
+    patch.setattr(TorchEngine, "train_step", raises(torch.OutOfMemoryError(full)))
+    train(tiny(ALONE))
+
+
+def out_of_memory(tiny: Tiny, patch: Patch) -> None:
+    train(tiny(ALONE, "model.fc=[8000000,8000000]"))  # 256 TB
+
+
+def no_gpu(tiny: Tiny, patch: Patch) -> None:
+    patch.setattr(torch.cuda, "device_count", lambda: 0)
+    train(tiny(ALONE, "layout.device=cuda"))
+
+
+def one_gpu_for_two_columns(tiny: Tiny, patch: Patch) -> None:
+    patch.setattr(torch.cuda, "device_count", lambda: 1)
+    topology._device(tiny("layout.device=cuda"), launcher.Place(0, 2, 0, 2))
+
+
+def dali_without_driver(tiny: Tiny, patch: Patch) -> None:
+    if torch.cuda.is_available():
+        import nvidia.dali
+
+        patch.setattr(nvidia.dali.Pipeline, "build", raises(RuntimeError("Please install CUDA")))
+    _decode(tiny, torch.device("cuda", 0))
+
+
+def dali_not_installed(tiny: Tiny, patch: Patch) -> None:
+    patch.setitem(sys.modules, "nvidia.dali", None)
+    _decode(tiny, torch.device("cpu"))
+
+
+def _decode(tiny: Tiny, device: torch.device) -> None:
+    from alexnet_dist.data.dali_pipeline import DaliPipeline
+    from alexnet_dist.data.sampler import evaluation_plan
+
+    config = tiny("data.pipeline=dali")
+    split = open_for(config).splits["test"]
+    finish = Finish(config, open_for(config).statistics, torch.device("cpu"), torch.float32)
+    plan = evaluation_plan(config, [range(2)])
+    next(DaliPipeline(config, split, device, finish, 1).batches(plan))
+
+
+def onnx_not_installed(tiny: Tiny, patch: Patch) -> None:
+    config = tiny(ALONE, "train.epochs=0.1")
+    train(config)
+    patch.setitem(sys.modules, "onnx", None)
+    export_weights("onnx", config.folder, config.folder / "out.onnx")
+
+
+def driver_too_old(tiny: Tiny, patch: Patch) -> None:
+    raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
+
+
+def port_taken(tiny: Tiny, patch: Patch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        _rank(patch, other.getsockname()[1])
+        topology.connect(tiny("layout.kind=columns"))
+
+
+def rank_1_never_comes(tiny: Tiny, patch: Patch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = other.getsockname()[1]
+    _rank(patch, port)
+    topology.connect(tiny("layout.kind=columns", "layout.timeout_s=1"))
+
+
+def no_address(tiny: Tiny, patch: Patch) -> None:
+    _rank(patch, 1)
+    patch.delenv("MASTER_ADDR")
+    topology.connect(tiny("layout.kind=columns"))
+
+
+def _rank(patch: Patch, port: int) -> None:
+    """As launchers do."""
+    for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2)):
+        patch.setenv(name, str(value))
+    patch.setenv("MASTER_ADDR", "127.0.0.1")
+    patch.setenv("MASTER_PORT", str(port))
+
+
+def peer_lost(tiny: Tiny, patch: Patch) -> None:
+    raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:2093")
+
+
+def no_space(tiny: Tiny, patch: Patch) -> None:
+    config = tiny(ALONE)
+    config.folder.mkdir(parents=True)
+    (config.folder / ".config.json.writing").symlink_to("/dev/full")
+    train(config)
+
+
+def not_ours(tiny: Tiny, patch: Patch) -> None:
+    train(tiny(ALONE, "output_dir=/proc"))
+
+
+def no_locks(tiny: Tiny, patch: Patch) -> None:
+    patch.setattr(fcntl, "flock", raises(OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))))
+    train(tiny(ALONE))
+
+
+def too_many_files(tiny: Tiny, patch: Patch) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "shard-00000.tar")
+
+
+def data_elsewhere(tiny: Tiny, patch: Patch) -> None:
+    train(tiny(ALONE, "data.path=data/imagenet"))
+
+
+def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
+    load_checkpoint("runs/demo")
+
+
+@pytest.mark.parametrize(
+    ("provoke", "said"),
+    [
+        (out_of_gpu_memory, r"GPU's memory is full: raise train\.micro_batches, lower"),
+        (out_of_memory, r"this machine's memory is full: raise train\.micro_batches.*tried to all"),
+        (no_gpu, r"layout\.device=cuda: 1 ranks .* 0 are here; set layout\.device=auto .*doctor"),
+        (one_gpu_for_two_columns, r"2 ranks .* need a GPU each, and 1 are here; "),
+        (dali_without_driver, r"data\.pipeline=dali: no pipeline .* on cuda:0 .*pipeline=torch"),
+        (dali_not_installed, r"nvidia\.dali is not installed .*pip install nvidia-dali-cuda120"),
+        (onnx_not_installed, r"--format onnx needs onnx: pip install 'alexnet-dist\[export\]'"),
+        (driver_too_old, r"torch and this GPU's driver do not fit: update the driver, or install"),
+        (port_taken, r"port at which ranks meet is taken: set MASTER_PORT to another, or "),
+        (rank_1_never_comes, r"did not meet within layout\.timeout_s: start all.*1/2 clients"),
+        (no_address, r"RANK and WORLD_SIZE say .* set MASTER_ADDR and MASTER_PORT.*unset"),
+        (peer_lost, r"connection to another rank is lost.* goes on from the last checkpoint"),
+        (no_space, r"No space left on device.*: make room, or name another disk by output_dir="),
+        (not_ours, r"/proc/run: cannot be written .*: set output_dir= or name="),
+        (no_locks, r"file system has no locks .*set output_dir= to another, or mount it with"),
+        (too_many_files, r"'shard-00000\.tar': raise the limit of open files: ulimit -n"),
+        (data_elsewhere, r"data/imagenet/dataset\.json is missing in /.*: make .* set data\.path"),
+        (run_elsewhere, r"runs/demo is neither .* checkpoint in /.*: name runs/NAME"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_a_failure_is_one_line_that_says_what_to_do(
+    provoke: Callable[[Tiny, Patch], None], said: str, tiny: Tiny, monkeypatch: Patch
+) -> None:
+    with pytest.raises(Exception, match=r".") as caught:
+        provoke(tiny, monkeypatch)
+    words = in_words(caught.value)
+    assert words is not None, repr(caught.value)
+    assert "\n" not in str(words)
+    with pytest.raises(type(words), match=said):
+        raise words
+
+
+def test_the_command_says_it_without_a_traceback(
+    tiny: Tiny, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    monkeypatch.setattr(TorchEngine, "train_step", raises(full))
+    config = tiny(ALONE)
+    assert __main__.main(["train", *as_overrides(config)]) == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("alexnet-dist: a GPU's memory is full: ")
+    assert read_run(config.folder)["reason"] in last
+    assert not read_run(config.folder)["known"], "another start may find more memory"
+
+
+def test_a_run_that_failed_can_be_started_again_in_this_process(
+    tiny: Tiny, monkeypatch: Patch
+) -> None:
+    """A notebook keeps the traceback, and with it all that the run held, but for its folder."""
+    config = tiny(ALONE, "train.epochs=0.1")
+    monkeypatch.setattr(TorchEngine, "train_step", raises(torch.OutOfMemoryError("full")))
+    with pytest.raises(MachineError) as kept:
+        train(config)
+    monkeypatch.undo()
+    assert train(config).exit == 0
+    assert kept.traceback
+
+
+def test_what_nobody_foresaw_keeps_its_traceback(
+    tiny: Tiny, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TorchEngine, "train_step", raises(ZeroDivisionError("ours")))
+    assert __main__.main(["train", *as_overrides(tiny(ALONE))]) == 1
+    assert "Traceback" in capfd.readouterr().err
+    assert in_words(ModuleNotFoundError("ours", name="alexnet_dist.gone")) is None
+
+
+def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
+    tiny: Tiny, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    device = topology._device(tiny("layout.device=auto"), launcher.Place(0, 2, 0, 2))
+    assert device.type == "cpu"
+    assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
+
+
+def test_options_that_are_keys_are_explained(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        __main__.main(["train", "demo", "--epochs=3"])
+    assert "--epochs=3; a config's keys are written key=value" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("sys.version_info = (3, 10, 4, 'final', 0)", "3.11 or newer is needed: make the environ"),
+        ("sys.modules['yaml'] = None", "yaml is not installed in this Python: pip install pyyaml"),
+        ("sys.platform = 'darwin'", "this is darwin, and it runs on Linux"),
+    ],
+)
+def test_a_python_that_cannot_run_it_is_told_so(before: str, said: str, tmp_path: Path) -> None:
+    code = f"import runpy, sys\n{before}\nrunpy.run_module('alexnet_dist', run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 1
+    assert said in result.stderr
+    assert result.stderr.startswith("alexnet-dist: ")
+    assert result.stderr.count("\n") == 1

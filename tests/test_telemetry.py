@@ -1,0 +1,300 @@
+"""What a run tells of itself: where its time went, and all of it read back from TensorBoard."""
+
+import gzip
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import alexnet_dist, as_overrides
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist import timeline
+from alexnet_dist.config import Config
+from alexnet_dist.config_layers import load_config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.engine import TorchEngine
+from alexnet_dist.evaluate import evaluate, seen
+from alexnet_dist.plan import plan, training_flops
+from alexnet_dist.run_folder import RunFolder
+from alexnet_dist.telemetry import peak_flops, read_metrics
+from alexnet_dist.timeline import SPANS, Timeline
+from alexnet_dist.topology import Topology
+from alexnet_dist.train import train
+from alexnet_dist.verdict import verdict
+
+DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
+DRILLED = ("replicas", "sharded_fc", "zero1")
+WATCHED = ["log.every_steps=1", "log.histograms_every_steps=4", "log.pictures=true",
+           "log.embedding=9", "train.epochs=1", "train.precision=fp32"]  # fmt: skip
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Lets so many seconds go by."""
+    now = [0.0]
+    monkeypatch.setattr(timeline.time, "perf_counter", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def test_time_counts_for_the_innermost_span(clock: Callable[[float], None]) -> None:
+    line = Timeline()
+    line.start(cuda=False)
+    for _ in range(2):
+        with line.span("data"):
+            clock(1)
+        with line.span("backward"):
+            clock(4)
+            with line.span("exchange"):
+                clock(2)
+            clock(8)
+            line.enter("all_reduce")  # to the end of the backward
+            clock(16)
+        line.step()
+    with line.span("evaluate"):
+        clock(32)
+        with line.span("exchange"):  # no exchange of a step's
+            clock(64)
+    clock(0.5)
+    took = line.take()
+    assert took.seconds == {
+        "data": 2, "backward": 24, "exchange": 4, "all_reduce": 32, "evaluate": 96, "other": 0.5,
+    }  # fmt: skip
+    assert took.steps == [31, 31]
+    assert (took.total, took.training, took.own) == (158.5, 62.5, 26.5)
+    assert sum(took.shares().values()) == pytest.approx(1)
+    clock(3)
+    line.step()
+    assert line.take().steps == [3.5]  # what was open when times were taken is not lost
+
+
+def test_a_span_that_fails_is_closed_and_none_costs_before_the_start(
+    clock: Callable[[float], None],
+) -> None:
+    line = Timeline()
+    with line.span("data"):
+        line.enter("forward")
+    assert not line._marks
+    line.start(cuda=False)
+
+    def fail() -> None:
+        with line.span("forward"):
+            line.enter("exchange")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    clock(1)
+    assert line.take().seconds["other"] == 1
+
+
+def board_of(folder: Path) -> EventAccumulator:
+    board = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "histograms": 0})
+    board.Reload()
+    return board
+
+
+def tags_of(folder: Path) -> set[str]:
+    found = board_of(folder).Tags()
+    texts = {tag.removesuffix("/text_summary") for tag in found["tensors"]}
+    return {*found["scalars"], *found["images"], *found["histograms"], *texts} - {
+        "custom_scalars__config__"
+    }
+
+
+def test_a_run_writes_the_tags_that_are_documented(tiny: Callable[..., Config]) -> None:
+    config = tiny(*WATCHED, "layout.kind=one", "profile.steps=[2,3]", "name=watched")
+    assert train(config).exit == 0
+    table = re.findall(r"^\| `([\w/, `]+)` \|", DOCUMENTED.read_text(), re.M)
+    patterns = [tag for row in table for tag in re.split(r"`, `", row)]
+    cuda = {"speed/mfu", "memory/device_gb"}
+    parameters = [f"{layer}.{kind}" for layer in config.model.layer_names
+                  for kind in ("weight", "bias")]  # fmt: skip
+    meant: set[str] = set()
+    for pattern in patterns:
+        named = [pattern.replace("PARAMETER", p) for p in parameters]
+        meant |= {*named} if "PARAMETER" in pattern else {pattern}
+    assert tags_of(config.folder) == meant - cuda
+    assert {f"time/{span}" for span in SPANS} <= meant
+
+    points = {kind: [p for p in read_metrics(config.folder) if p["kind"] == kind]
+              for kind in ("train", "eval", "speed")}  # fmt: skip
+    board = board_of(config.folder)
+    for kind, own in points.items():
+        for point in own:
+            for key, value in point.items():
+                tags = {f"{key}/{k}": v for k, v in value.items()} if key in (
+                    "time", "memory") else {f"{kind}/{key}": value}  # fmt: skip
+                for tag, number in tags.items():
+                    if tag in meant:
+                        steps = {s.step: s.value for s in board.Scalars(tag)}
+                        assert steps[point["step"]] == pytest.approx(number, nan_ok=True)
+    for point in points["speed"]:
+        assert sum(point["time"].values()) == pytest.approx(1)
+        assert 0 < point["ranks"]["own_s"][0] <= 1 / point["images_per_s"] * 8 * 1.001
+        assert "% of the time: " in point["verdict"]
+        assert 0 < point["goodput"] <= 1
+
+
+def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
+    config = tiny(*WATCHED, "layout.kind=one", "profile.steps=[2,3]", "name=drawn")
+    assert train(config).exit == 0
+    board = board_of(config.folder)
+    for tag in ("kernels/conv1", "answers/test", "confusion/test"):
+        (image,) = board.Images(tag)
+        assert image.encoded_image_string.startswith(b"\x89PNG")
+        assert image.width > 60
+    for tag in ("weights/conv1.weight", "gradients/fc8.bias"):
+        assert [h.step for h in board.Histograms(tag)] == [4, 8]
+        counts = board.Histograms(tag)[0].histogram_value
+        assert counts.num == (8 * 3 * 11 * 11 if "conv1" in tag else 10)
+    planned = {s.step: s.value for s in board.Scalars("schedule/rate")}
+    used = {s.step: s.value for s in board.Scalars("train/rate")}
+    assert {step: planned[step] for step in used} == pytest.approx(used)
+
+    data = [
+        HParamsPluginData.FromString(board.SummaryMetadata(tag).plugin_data.content)
+        for tag in ("_hparams_/session_start_info", "_hparams_/session_end_info")
+    ]
+    assert data[0].session_start_info.hparams["train.batch"].number_value == 8
+    assert data[0].session_start_info.hparams["data.flip"].string_value == "True"
+    assert data[1].session_end_info.status == 1
+
+    embedded = config.folder / "00008" / "seen_by_fc8"
+    rows = [line.split("\t") for line in (embedded / "tensors.tsv").read_text().splitlines()]
+    assert (len(rows), len(rows[0])) == (9, 28)
+    assert len((embedded / "metadata.tsv").read_text().splitlines()) == 9
+    assert "00008/seen_by_fc8/tensors.tsv" in (config.folder / "projector_config.pbtxt").read_text()
+    trace = json.loads(gzip.decompress((config.folder / "trace-2-3.json.gz").read_bytes()))
+    convolutions = [e for e in trace["traceEvents"] if e.get("name") == "aten::convolution"]
+    assert len(convolutions) == 2 * 5
+    (_,) = (tag for tag in board.Tags()["tensors"] if tag == "profile/text_summary")
+
+
+def test_watching_changes_nothing_and_none_is_written_unasked(tiny: Callable[..., Config]) -> None:
+    """Weights, momenta and metrics to the bit."""
+    ends = []
+    for name, more in {"watched": [*WATCHED, "profile.steps=[2,3]"], "plain": []}.items():
+        every = ["log.every_steps=1", "train.epochs=1", "train.precision=fp32"]
+        config = tiny("layout.kind=one", *every, *more, f"name={name}")
+        assert train(config).exit == 0
+        last = checkpoints.verify(checkpoints.steps(config.folder / "checkpoints")[-1])
+        points = [p for p in read_metrics(config.folder) if p["kind"] != "speed"]
+        ends.append((last.manifest["files"], last.progress, points))
+    assert ends[0] == ends[1]
+    groups = {tag.partition("/")[0] for tag in tags_of(config.folder)}
+    assert not groups & {"weights", "gradients", "gradient_norm", "answers", "confusion", "profile"}
+    assert not list(config.folder.glob("0*"))
+
+
+@pytest.mark.parametrize(
+    "kind", ["columns", *(pytest.param(k, marks=pytest.mark.drill) for k in DRILLED)]
+)
+def test_two_ranks_show_what_one_process_shows(kind: str, tiny: Callable[..., Config]) -> None:
+    """Norms and histograms of whole gradients, pictures and the projector."""
+    precise = [*WATCHED, f"train.precision={'fp32' if kind == 'zero1' else 'fp64'}"]
+    one = tiny(*precise, "layout.kind=one", "name=one")
+    assert train(one).exit == 0
+    two = tiny(*precise, f"layout.kind={kind}", "layout.ranks=2", "name=two")
+    result = alexnet_dist("train", *as_overrides(two))
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^time: \w+ \d+%, .*; .+: ", result.stderr, re.M)
+    ours, theirs = board_of(two.folder), board_of(one.folder)
+    hidden = {t for t in tags_of(one.folder) if kind == "zero1" and t.startswith("gradient")}
+    assert tags_of(two.folder) == tags_of(one.folder) - hidden
+    if hidden:
+        return
+    norms = [tag for tag in ours.Tags()["scalars"] if tag.startswith("gradient_norm/")]
+    assert len(norms) == 16
+    found: dict[str, list[Any]] = {}
+    for tag in norms:
+        found[tag] = [s.value for s in ours.Scalars(tag)]
+        assert found[tag] == pytest.approx([s.value for s in theirs.Scalars(tag)], rel=1e-5)
+    total = sum(values[0] ** 2 for values in found.values()) ** 0.5
+    step_4 = {s.step: s.value for s in ours.Scalars("train/gradient_norm")}[4]
+    assert total == pytest.approx(step_4, rel=1e-5)
+    for tag in ("weights/fc6.weight", "gradients/fc6.weight"):
+        mine, other = (b.Histograms(tag)[0].histogram_value for b in (ours, theirs))
+        assert (mine.num, mine.bucket) == (other.num, other.bucket)
+    for tag in ("kernels/conv1", "confusion/test"):
+        assert (
+            ours.Images(tag)[0].encoded_image_string == theirs.Images(tag)[0].encoded_image_string
+        )
+    point = next(p for p in read_metrics(two.folder) if p["kind"] == "speed")
+    assert len(point["ranks"]["step_p95_s"]) == 2
+    assert point["time"]["all_reduce" if kind == "replicas" else "exchange"] > 0
+
+
+def test_confusion_and_features_are_those_of_the_evaluation(tiny: Callable[..., Config]) -> None:
+    config = tiny("layout.kind=one", "train.precision=fp32", "evaluate.views=10")
+    engine, dataset = TorchEngine(config, Topology()), open_for(config)
+    confusion = torch.zeros(10, 10, dtype=torch.int64)
+    score = evaluate(engine, config, Topology(), dataset, confusion=confusion)
+    assert score is not None
+    assert (int(confusion.sum()), int(confusion.trace())) == (score.samples, score.correct1)
+    features, logits = seen(engine, config, Topology(), dataset, "test", range(0, 23, 2))
+    assert (features.shape, logits.shape) == ((12, 28), (12, 10))
+    drawn = torch.nn.functional.linear(features, engine.model.get_parameter("fc8.weight"))
+    assert torch.allclose(drawn + engine.model.get_parameter("fc8.bias"), logits, atol=1e-5)
+
+
+CALM = dict.fromkeys(SPANS, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("shares", "more", "facts", "said"),
+    [
+        ({"forward": 0.3, "backward": 0.6}, [], (8, True, False),
+         r"^computing 90% of the time: nothing else holds it up$"),
+        ({"data": 0.41}, ["data.workers=2"], (8, True, False),
+         r"^waiting for data 41% of the time: data\.workers=8$"),
+        ({"data": 0.41}, [], (8, False, False), "prepare the images without --keep"),
+        ({"data": 0.41}, [], (8, True, True), r"data\.pipeline=dali decodes on the GPU"),
+        ({"data": 0.41}, ["data.pipeline=dali"], (8, True, True), "more cores for each rank"),
+        ({"data": 0.2, "exchange": 0.7}, [], (8, True, False), "^exchanging between columns 70%"),
+        ({"all_reduce": 0.5}, ["layout.kind=replicas"], (8, True, True), "compress_gradients=true"),
+        ({"all_reduce": 0.5}, ["layout.kind=replicas", "layout.compress_gradients=true"],
+         (8, True, True), r"a larger train\.batch"),
+        ({"evaluate": 0.5}, ["evaluate.every_epochs=0.5"], (8, True, True), "every_epochs=1$"),
+        ({"checkpoint": 0.3}, ["checkpoint.every_steps=10"], (8, True, True), "every_steps=20$"),
+        ({"log": 0.3}, ["log.every_steps=1"], (8, True, True), r"log\.every_steps=2"),
+        ({"other": 0.5}, [], (8, True, True), "^waiting for Python 50%"),
+    ],
+)  # fmt: skip
+def test_a_verdict_says_what_to_do(
+    shares: dict[str, float], more: list[str], facts: tuple[int, bool, bool], said: str
+) -> None:
+    assert re.search(said, verdict(CALM | shares, (1.1, 0), load_config(more), *facts))
+
+
+def test_a_slow_rank_comes_first_but_not_before_data() -> None:
+    facts = load_config([]), 8, True, True
+    said = verdict(CALM | {"exchange": 0.6}, (1.64, 3), *facts)
+    assert said == "rank 3 takes 1.6 times the median: look at what else runs there"
+    assert verdict(CALM | {"data": 0.2}, (1.64, 3), *facts).startswith("waiting for data 20%")
+
+
+def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
+    tiny: Callable[..., Config],
+) -> None:
+    config = tiny("layout.kind=one")
+    assert training_flops(config) == plan(config, 1)["training_flops_per_image"]
+    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
+    assert peak_flops("NVIDIA GeForce GTX 580") is None
+
+
+def test_goodput_is_what_counts_of_all_the_time(tiny: Callable[..., Config]) -> None:
+    folder = RunFolder(tiny())
+    assert folder.goodput() != folder.goodput()  # this process does not hold it
+    folder.take()
+    folder.running(0, 100)
+    now = folder._since
+    folder._run |= {"first_started": now - 100, "kept_s": 20.0}
+    folder._since = now - 30
+    assert folder.goodput() == pytest.approx(0.5, abs=0.01)
