@@ -122,6 +122,47 @@ def test_a_fit_finds_the_machine_that_took_the_seconds() -> None:
         fit(measured[:4])
 
 
+MEASURED = Path(__file__).with_name("measured_layouts.json")  # five of bench layouts, two cores
+DISTURBED = (128, 227, "zero1")  # 47 images/s where zero2, which does more, reached 88
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
+    found = []
+    for one in json.loads(MEASURED.read_text()):
+        path = tmp_path_factory.mktemp("bench") / "layouts.json"
+        path.write_text(json.dumps(one))
+        found += scaling.read_bench(path)
+    return found
+
+
+def place(one: Measured) -> tuple[int, int, str]:
+    return one.planned["batch"], one.planned["recipe"]["model.crop"], one.kind
+
+
+def error(one: Measured, machine: Machine) -> float:
+    found = predict(one.planned, one.kind, Cluster(machine, one.cores))
+    return float(one.planned["batch"] / found["training_images_per_s"] / one.seconds - 1)
+
+
+def test_a_batch_held_out_of_the_fit_is_predicted(measured: list[Measured]) -> None:
+    for batch, crop in {place(one)[:2] for one in measured}:
+        others = fit([one for one in measured if place(one)[:2] != (batch, crop)])
+        for one in measured:
+            if place(one)[:2] == (batch, crop) and place(one) != DISTURBED:
+                assert abs(error(one, others)) < 0.16, place(one)
+
+
+@pytest.mark.parametrize("kind", ["alone", "columns", "sharded_fc", "zero2"])
+def test_a_layout_and_a_batch_both_held_out_are_predicted(
+    measured: list[Measured], kind: str
+) -> None:
+    batch, crop = 128, 227
+    others = fit([o for o in measured if o.kind != kind and place(o)[:2] != (batch, crop)])
+    (one,) = (o for o in measured if place(o) == (batch, crop, kind))
+    assert abs(error(one, others)) < 0.15
+
+
 def test_what_is_recommended_is_the_fastest_that_fits_and_the_simplest_of_equals() -> None:
     def one(speed: float, **more: str) -> dict[str, Any]:
         return {"images_per_s": speed, **more}
