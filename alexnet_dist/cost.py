@@ -75,26 +75,26 @@ class Machine:
     overlap: bool = True
 
 
-# Links: 0.8 of the data sheet's, one direction. LRN: the passes of lrn.py where it is not compiled.
-# Hops and fixed times are estimates.
-_LRN_EAGER, _LRN_FUSED, _LINK = 110.0, 8.0, 0.8
+# Links: 0.8 of the data sheet's, one direction. LRN: the passes of lrn.py's operators, uncompiled.
+# Reached: published speeds, taken to be of 512 images a GPU. Hops and fixed times are estimates.
+_LRN_EAGER, _LRN_FUSED, _LINK = 96.0, 8.0, 0.8
 MACHINES = {
     "h100": Machine(
-        "H100 SXM 80 GB", {"bf16": 989e12, "fp32": 67e12}, 0.25, 3.35e12, 1e-3,
+        "H100 SXM 80 GB", {"bf16": 989e12, "fp32": 67e12}, 0.26, 3.35e12, 1e-3,
         _LINK * 450e9, 3e-6, _LINK * 8 * 50e9, 6e-6,
         "data sheet; a DGX H100's NVLink 4, 8 × 400 Gb/s and 112 cores; reached: the A100's; "
         "decode: the A100's × 7/5 by its JPEG engines",
         5400.0, 14.0, 80e9, lrn_passes=_LRN_EAGER,
     ),
     "a100": Machine(
-        "A100 SXM 80 GB", {"bf16": 312e12, "fp32": 19.5e12}, 0.25, 2.04e12, 1e-3,
+        "A100 SXM 80 GB", {"bf16": 312e12, "fp32": 19.5e12}, 0.26, 2.04e12, 1e-3,
         _LINK * 300e9, 3e-6, _LINK * 8 * 25e9, 6e-6,
         "data sheet; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; reached: 16,487 images/s "
         "published of one; decode: 30,695 published of 8 with real JPEGs",
         3837.0, 16.0, 80e9, lrn_passes=_LRN_EAGER,
     ),
     "v100": Machine(
-        "V100 SXM2 16 GB", {"bf16": 125e12, "fp32": 15.7e12}, 0.35, 0.9e12, 1e-3,
+        "V100 SXM2 16 GB", {"bf16": 125e12, "fp32": 15.7e12}, 0.378, 0.9e12, 1e-3,
         _LINK * 150e9, 3e-6, _LINK * 7e9, 6e-6,
         "data sheet; it has no bf16: its fp16 stands there; NVLink 2, and between nodes the "
         "56 Gb/s of the published 512; reached: 9,319 images/s published of one; decode: a quarter "
@@ -134,8 +134,8 @@ class Cluster:
     def of(cls, text: str, machine: Machine | None = None) -> "Cluster":
         """h100:8x4 is 4 nodes of 8; h100 is one device; raises ConfigError."""
         kind, _, size = text.partition(":")
-        devices, _, nodes = (size or "1").partition("x")
-        numbers = [int(n) if n.isdecimal() else 0 for n in (devices, nodes or "1")]
+        devices, by, nodes = (size or "1").partition("x")
+        numbers = [int(n) if n.isdecimal() else 0 for n in (devices, nodes if by else "1")]
         if kind not in MACHINES or min(numbers) < 1:
             raise ConfigError(
                 f"--gpus {text}: write KIND:DEVICES or KIND:DEVICESxNODES, as in h100:8x4, with a "

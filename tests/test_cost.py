@@ -150,7 +150,7 @@ def test_a_batch_held_out_of_the_fit_is_predicted(measured: list[Measured]) -> N
         others = fit([one for one in measured if place(one)[:2] != (batch, crop)])
         for one in measured:
             if place(one)[:2] == (batch, crop) and place(one) != DISTURBED:
-                assert abs(error(one, others)) < 0.16, place(one)
+                assert abs(error(one, others)) < 0.15, place(one)
 
 
 @pytest.mark.parametrize("kind", ["alone", "columns", "sharded_fc", "zero2"])
@@ -193,7 +193,7 @@ def test_recommendations_for_the_papers_network(gpus: str, batch: int, sensible:
 PUBLISHED = [
     (["train.precision=fp32"], "gtx580:2", "columns", "speed", 227, 0.10),
     (["paper/torchvision-2014", "train.batch=512"], "v100", "one", "speed", 9319, 0.05),
-    (["paper/torchvision-2014", "train.batch=4096"], "v100:8", "replicas", "speed", 70869, 0.05),
+    (["paper/torchvision-2014", "train.batch=4096"], "v100:8", "replicas", "speed", 70869, 0.10),
     (["paper/torchvision-2014", "train.batch=4096"], "a100:8", "replicas", "speed", 129266, 0.10),
     (["paper/torchvision-2014", "train.batch=1024", "train.precision=fp32"], "k20:4x2",
      "sharded_fc", "times", 6.25, 0.20),
@@ -282,22 +282,23 @@ def test_a_schedule_is_drawn() -> None:
     assert sum(line.count("*") for line in drawn) == len(points)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["--gpus", "h200:8"], "--gpus h200:8: write KIND:DEVICES"),
-        (["--gpus", "h100:0"], "as in h100:8x4"),
-        (["--gpus", "k20:2"], "train.precision=bf16: no figure for K20, only for fp32"),
-        (["--gpus", "h100:2", "--ranks", "4"], "4 ranks on 2 × H100"),
-        (["--fit", __file__], "not what `bench layouts --json` prints"),
-        (["--machine", __file__], "not a machine that plan --fit wrote"),
-    ],
-)
-def test_what_cannot_be_foretold_is_one_line(arguments: list[str], said: str) -> None:
-    result = alexnet_dist("plan", *TINY, "train.precision=bf16", *arguments)
-    assert result.returncode == 2
-    assert said in result.stderr
-    assert result.stderr.count("\n") == 1
+@pytest.mark.parametrize("text", ["h200:8", "h100:0", "h100:8x", "h100:-1", ""])
+def test_a_cluster_that_is_none_says_how_to_write_one(text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--gpus {text}: write KIND:DEVICES .*as in h100:8x4"):
+        Cluster.of(text)
+
+
+def test_what_cannot_be_foretold_is_one_line() -> None:
+    config = tiny("layout.kind=replicas", "train.precision=bf16")
+    planned = plan(config, 2)
+    with pytest.raises(ConfigError, match="bf16: no figure for K20, only for fp32"):
+        forecast(planned, config, Cluster.of("k20:2"))
+    with pytest.raises(ConfigError, match="2 ranks on 1 × H100"):
+        forecast(planned, config, Cluster.of("h100"))
+    with pytest.raises(ConfigError, match=r"--fit .*: not what `bench layouts --json` prints"):
+        scaling.read_bench(Path(__file__))
+    with pytest.raises(ConfigError, match=r"--machine .*: not a machine that plan --fit wrote"):
+        cost.read_machine(Path(__file__))
 
 
 def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
