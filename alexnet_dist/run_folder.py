@@ -51,6 +51,7 @@ class RunFolder:
         self.config, self.path = config, config.folder
         self.checkpoints = self.path / "checkpoints"
         self._run: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}  # what run.json said
         self._since = 0.0
         self._lock: TextIO | None = None
 
@@ -58,6 +59,7 @@ class RunFolder:
         """Make the folder and hold it; raises RunFolderError where another process does."""
         self._hold()
         before, now = read_run(self.path), time.time()
+        self._before = before
         newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
         # A stop that asks to be resumed counts too: a time limit may be shorter than a start.
         failed = before.get("state") in ("starting", "running", "failed") or (
@@ -136,6 +138,13 @@ class RunFolder:
             self._run |= {"state": state, "updated": time.time(), **more}
             with warn_if_unwritable(self.path / "run.json"):
                 write_json(self.path / "run.json", self._run)
+
+    def failed(self, code: int, reason: str, known: bool) -> None:
+        """This attempt has failed. A finished run that was asked for the impossible stays so."""
+        if self._run.get("state") == "starting" and self._before.get("state") == "finished":
+            write_json(self.path / "run.json", self._before)
+        else:
+            self.report("failed", exit=code, reason=reason, known=known)
 
     def running(self, step: int, last_step: int) -> None:
         """The first step of this attempt begins."""

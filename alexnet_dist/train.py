@@ -157,7 +157,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
         said = in_words(error)
         with contextlib.suppress(OSError):  # the disk may be what failed
             known, code = said is error, getattr(error, "exit_code", 1)
-            folder.report("failed", exit=code, reason=f"{said or error}", known=known)
+            folder.failed(code, f"{said or error}", known)
         if said is None or known:
             raise
         raise said from error

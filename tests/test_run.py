@@ -382,7 +382,7 @@ def test_a_run_cannot_end_before_where_it_is(command: Callable[..., list[str]], 
     result = alexnet_dist(*command("shorter", ALONE, "train.epochs=1", steps))
     assert result.returncode == 2
     assert "train.epochs=1: ends at step 8, and the run in" in result.stderr
-    assert read_run(runs / "shorter")["state"] == "failed"
+    assert read_run(runs / "shorter")["state"] == "finished"  # as it was
     assert alexnet_dist(*command("shorter", ALONE, "train.epochs=3", steps)).returncode == 0
     assert read_run(runs / "shorter")["step"] == 22
 
