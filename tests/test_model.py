@@ -188,3 +188,19 @@ def test_labels_are_ranked_with_ties_to_the_lower_class_and_nan_last() -> None:
     scores = torch.tensor([[1.0, 3, 2], [2, 2, 2], [2, 2, 2], [nan, nan, nan], [nan, 1, 0]])
     labels = torch.tensor([2, 0, 2, 0, 1])
     assert label_ranks(scores, labels).tolist() == [1, 0, 2, 3, 1]
+
+
+def test_the_network_compiles_as_one_graph() -> None:
+    config = load_config([*TINY, "layout.kind=one"])
+    model, slots = AlexNet(config.model, config.seed), torch.arange(4)
+    windows = torch.randn(4, 3, 67, 67).contiguous(memory_format=torch.channels_last)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for step in (3, 4):
+        found = []
+        for network in (model, compiled):
+            logits = network(windows, slots, step)
+            logits.square().sum().backward()
+            found.append([logits.detach(), *(p.grad.clone() for p in model.parameters())])
+            model.zero_grad()
+        for eager, one in zip(*found, strict=True):
+            assert_close(one, eager, 1e-5 * eager.abs().max().item())
