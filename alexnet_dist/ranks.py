@@ -60,6 +60,8 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
             return EXITS[FLAGS[number]]
         print(f"{folder}: stopped by {number.name} before it could save", file=sys.stderr)
         return 1
+    finally:
+        del os.environ[_LAUNCHER]  # what this process starts later has another
 
 
 def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:

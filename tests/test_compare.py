@@ -83,7 +83,8 @@ def test_a_wrong_choice_of_layouts_says_why(layouts: str, message: str) -> None:
 def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None:
     result = alexnet_dist("compare", "demo", cwd=tmp_path)
     assert result.returncode == 1
-    assert f"data/demo/dataset.json is missing in {tmp_path}: make the data set with" in result.stderr
+    missing = f"data/demo/dataset.json is missing in {tmp_path}: make the data set with"
+    assert missing in result.stderr
     made = result.stderr.partition("`alexnet-dist ")[2].partition("`")[0].split()
     assert made[-1] == "data/demo"
     done = alexnet_dist(*made, cwd=tmp_path)
