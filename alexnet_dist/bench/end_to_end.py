@@ -73,6 +73,8 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
         ratios (medians of pairs), under "ceilings" the seconds to the first step and the memory,
         machine, and every pass's images/s.
     """
+    alone = ("layout.kind=one", "layout.ranks=0")
+    config = load_config([flat(config), *alone])
     ten = load_config([flat(config), f"evaluate.views={_VIEWS}"])
     contestants = {n: Contestant("end_to_end", n, ten, pieces=4) for n in _CONTESTANTS}
     found: dict[str, float] = {}
