@@ -177,7 +177,7 @@ class DataConfig:
 class LayoutConfig:
     """How the network lies on ranks. `columns` and `columns_x_replicas` need `model.columns=2`;
     `sharded_fc` needs every fully-connected layer in `model.exchange`; `zero1` and `zero2` take
-    neither `optimizer.kind=lars` nor `train.precision=fp64`."""
+    neither `optimizer.kind=lars` nor `train.precision=fp64` nor `train.compile`."""
 
     kind: Annotated[
         Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],
@@ -276,6 +276,11 @@ class TrainConfig:
         Literal["bf16", "fp32", "fp64"], Key("bf16: autocast, weights stay in fp32")
     ]
     deterministic: Annotated[bool, Key("GPU: only kernels that repeat to the bit", free=True)]
+    compile: Annotated[
+        Literal["none", "inductor", "aot_eager"],
+        Key("torch.compile's backend for the training steps' network, or none; inductor fuses "
+            "kernels for a GPU: a CPU's costly loops are compiled anyway", free=True),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

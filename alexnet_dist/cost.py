@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 
 from alexnet_dist.errors import ConfigError
 
@@ -75,19 +74,32 @@ class Machine:
     overlap: bool = True
 
 
+# bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
+_PEAKS = {
+    "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+    "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12,
+    "3090": 71e12,
+}  # fmt: skip
+
+
+def peak_flops(device: str) -> float | None:
+    """Of a GPU of this name, in bf16, FLOP/s; None where it is not known."""
+    return next((peak for name, peak in _PEAKS.items() if name in device), None)
+
+
 # Links: 0.8 of the data sheet's, one direction. LRN: the passes of lrn.py's operators, uncompiled.
 # Reached: published speeds, taken to be of 512 images a GPU. Hops and fixed times are estimates.
 _LRN_EAGER, _LRN_FUSED, _LINK = 96.0, 8.0, 0.8
 MACHINES = {
     "h100": Machine(
-        "H100 SXM 80 GB", {"bf16": 989e12, "fp32": 67e12}, 0.26, 3.35e12, 1e-3,
+        "H100 SXM 80 GB", {"bf16": _PEAKS["H100"], "fp32": 67e12}, 0.26, 3.35e12, 1e-3,
         _LINK * 450e9, 3e-6, _LINK * 8 * 50e9, 6e-6,
         "data sheet; a DGX H100's NVLink 4, 8 × 400 Gb/s and 112 cores; reached: the A100's; "
         "decode: the A100's × 7/5 by its JPEG engines",
         5400.0, 14.0, 80e9, lrn_passes=_LRN_EAGER,
     ),
     "a100": Machine(
-        "A100 SXM 80 GB", {"bf16": 312e12, "fp32": 19.5e12}, 0.26, 2.04e12, 1e-3,
+        "A100 SXM 80 GB", {"bf16": _PEAKS["A100"], "fp32": 19.5e12}, 0.26, 2.04e12, 1e-3,
         _LINK * 300e9, 3e-6, _LINK * 8 * 25e9, 6e-6,
         "data sheet; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; reached: 16,487 images/s "
         "published of one; decode: 30,695 published of 8 with real JPEGs",
@@ -315,6 +327,8 @@ def fit(measured: Sequence[Measured]) -> Machine:
     Raises:
         ConfigError: too few layouts or batches.
     """
+    from scipy.optimize import nnls  # takes half a second, and only this needs it
+
     names = ("flops", "serial", "bytes", "sent", "hops", "steps")
     rows = [_row(one) for one in measured]
     if len(rows) <= len(names):

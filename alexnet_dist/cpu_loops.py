@@ -4,18 +4,41 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from numba import get_num_threads, njit, set_num_threads
+from torch import Tensor
 
 _FAST = {"contract", "arcp", "nsz", "reassoc", "afn"}  # NaN and infinity stay themselves
+# NumPy lacks bfloat16: loops read and write the bits of every kind.
+_BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32, torch.float64: torch.uint64}
 
 
-def parallel(function: Callable[..., None]) -> Callable[..., None]:
-    """A function of arrays and numbers, its `prange` loops on as many threads as torch's."""
+def bits(tensor: Tensor) -> Any:
+    """Its bits as a NumPy array of unsigned integers, which share its memory."""
+    return tensor.view(_BITS[tensor.dtype]).numpy()
+
+
+def rounding(dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """(shift, below, odd) of which (b + below + (b >> shift & odd)) >> shift rounds the bits b of a
+    float32, or of a float64, to those of a dtype, ties to even; b << shift is the way back."""
+    word = np.uint64 if dtype == torch.float64 else np.uint32
+    of = (16, 0x7FFF, 1) if dtype == torch.bfloat16 else (0, 0, 0)
+    shift, below, odd = map(word, of)
+    return shift, below, odd
+
+
+def parallel(function: Callable[..., None], *, fast: bool = False) -> Callable[..., None]:
+    """A function of arrays and numbers, its `prange` loops on as many threads as torch's.
+
+    Args:
+        fast: sums in any order, reciprocals for quotients; else it rounds as torch's operators do.
+    """
+    options: dict[str, Any] = {"parallel": True, "fastmath": _FAST if fast else False}
     try:
-        loop: Any = njit(parallel=True, fastmath=_FAST, cache=True)(function)
+        loop: Any = njit(cache=True, **options)(function)
     except RuntimeError:  # there is nowhere to keep it
-        loop = njit(parallel=True, fastmath=_FAST)(function)
+        loop = njit(**options)(function)
 
     @functools.wraps(function)
     def called(*arguments: Any) -> None:

@@ -106,11 +106,12 @@ def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
 
 
 def dropout_mask(
-    seed: int, step: int, layer: int, slots: Tensor, first: int, count: int, drop: float
+    seed: int, step: int | Tensor, layer: int, slots: Tensor, first: int, count: int, drop: float
 ) -> Tensor:
     """Which units stay: bool (len(slots), count), True with probability 1 − drop.
 
     Args:
+        step: as a tensor, () int64, where this is compiled, or a number would be part of the code.
         slots: (n,) int64, the samples' places in the global batch; on the device of the mask.
         first: the first unit, of the layer's units over all columns.
     """
@@ -118,11 +119,12 @@ def dropout_mask(
     values = type(slots) is Tensor  # not a fake one, as a plan's
     if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
         stay = torch.empty(len(slots), count, dtype=torch.bool)
-        _masks(stay.numpy(), slots.numpy(), first, step, layer, seed, threshold)
+        _masks(stay.numpy(), slots.numpy(), first, int(step), layer, seed, threshold)
         return stay
     start, end = first // 4, -(-(first + count) // 4)
     units = torch.arange(start, end, device=slots.device)[None, :]
-    counter = (units, slots[:, None], torch.full_like(units, step), torch.full_like(units, layer))
+    zero = torch.zeros_like(units)
+    counter = (units, slots[:, None], zero + step, zero + layer)
     words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed, Purpose.DROPOUT))), dim=-1)
     stay = words >= threshold  # (n, blocks of four, 4)
     return stay.flatten(1)[:, first - 4 * start :][:, :count]

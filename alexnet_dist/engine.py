@@ -102,18 +102,26 @@ class TorchEngine:
             config.optimizer, self.model.named_parameters(), self._whole_sums
         )
         self.network: nn.Module = self._replicated(replicas) if replicas else self.model
+        self.compiles = config.train.compile != "none"
+        self.trained = (
+            torch.compile(self.network, backend=config.train.compile, dynamic=False)
+            if self.compiles
+            else self.network
+        )
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
     ) -> Tensor:
         self.model.train()
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
+        # As a number it would be part of what is compiled.
+        now = torch.full((), step, device=self.topology.device) if self.compiles else step
         stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
             with self._summing(part == parts):
                 with TIMELINE.span("forward"):
                     with self._autocast():
-                        logits = self.network(windows, slots, step)
+                        logits = self.trained(windows, slots, now)
                     loss, counts = scored(logits, labels)
                 with TIMELINE.span("backward"):
                     (loss * (scale / self.config.train.batch)).backward()

@@ -1,8 +1,7 @@
 """Local response normalisation on a CPU: one pass over memory forward, one backward.
 
 What a pixel needs stays in the first cache, and one parallel loop does a whole call, where torch's
-operators are a pass, and a wait for the slowest thread, each. float32 inside, also for bfloat16,
-which NumPy lacks: its bits are read and rounded.
+operators are a pass, and a wait for the slowest thread, each. float32 inside, also for bfloat16.
 """
 
 import functools
@@ -14,16 +13,17 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from alexnet_dist.cpu_loops import parallel
+from alexnet_dist.cpu_loops import bits, parallel, rounding
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-_BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32}
 _BLOCKS = 64  # of pixels, shared out to threads
+fast = functools.partial(parallel, fast=True)
 
 
 def fits(maps: Tensor, beta: float) -> bool:
     """Whether what is here computes this."""
-    return maps.device.type == "cpu" and maps.dtype in _BITS and beta == 0.75
+    narrow = maps.dtype in (torch.bfloat16, torch.float32)
+    return maps.device.type == "cpu" and narrow and beta == 0.75
 
 
 def forward(maps: Tensor, columns: int, size: int, alpha: float, k: float) -> Tensor:
@@ -43,9 +43,8 @@ def _called(
 ) -> Tensor:
     out = torch.empty_like(given[0], memory_format=torch.channels_last)
     last = [t.permute(0, 2, 3, 1).contiguous().view(-1, t.shape[1]) for t in (*given, out)]
-    arrays = [t.view(_BITS[t.dtype]).numpy() for t in last]
     loop = _loops(out.dtype, size)[which]
-    loop(*arrays, columns, np.float32(alpha), np.float32(k))
+    loop(*map(bits, last), columns, np.float32(alpha), np.float32(k))
     return out
 
 
@@ -53,9 +52,9 @@ def _called(
 def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """Forward and backward; what is known when they are compiled is a constant in them."""
     half, zero = size // 2, np.float32(0)
-    shift, below, odd = map(np.uint32, (16, 0x7FFF, 1) if dtype == torch.bfloat16 else (0, 0, 0))
+    shift, below, odd = rounding(dtype)
 
-    @parallel
+    @fast
     def forward(maps: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
         pixels, wide = maps.shape[0], maps.shape[1] // columns
         for block in prange(_BLOCKS):
@@ -77,10 +76,10 @@ def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable
                         root = np.float32(1) / np.sqrt(k + alpha * total)
                         sums[i] = a[i] * root * np.sqrt(root)
                     for i in range(wide):
-                        bits = sum_bits[i]
-                        result[i] = (bits + below + ((bits >> shift) & odd)) >> shift
+                        b = sum_bits[i]
+                        result[i] = (b + below + ((b >> shift) & odd)) >> shift
 
-    @parallel
+    @fast
     def backward(maps: Bits, grads: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
         # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
         pixels, wide = maps.shape[0], maps.shape[1] // columns
@@ -112,7 +111,7 @@ def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable
                             total += crossed[i + near]
                         g[i] -= np.float32(1.5) * alpha * a[i] * total
                     for i in range(wide):
-                        bits = g_bits[i]
-                        result[i] = (bits + below + ((bits >> shift) & odd)) >> shift
+                        b = g_bits[i]
+                        result[i] = (b + below + ((b >> shift) & odd)) >> shift
 
     return forward, backward

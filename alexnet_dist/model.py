@@ -162,7 +162,7 @@ class AlexNet(nn.Module):
         """conv1 … fc8."""
         return [module for module in self.children() if isinstance(module, Layer)]
 
-    def forward(self, x: Tensor, slots: Tensor | None = None, step: int = 0) -> Tensor:
+    def forward(self, x: Tensor, slots: Tensor | None = None, step: int | Tensor = 0) -> Tensor:
         """Logits of windows.
 
         Args:
@@ -229,7 +229,7 @@ class AlexNet(nn.Module):
         return F.max_pool2d(x, kernel, stride, ceil_mode=config.round_up)
 
     def _dropout(
-        self, before: Layer, x: Tensor, first: int, slots: Tensor | None, step: int
+        self, before: Layer, x: Tensor, first: int, slots: Tensor | None, step: int | Tensor
     ) -> Tensor:
         """Units zeroed by a mask that depends on (seed, step, layer, slot, unit) alone.
 

@@ -26,6 +26,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alexnet_dist.board import Board
 from alexnet_dist.config import Config
+from alexnet_dist.cost import peak_flops
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.engine import Engine
 from alexnet_dist.errors import printable
@@ -41,12 +42,6 @@ from alexnet_dist.verdict import STRAGGLES, verdict
 log = logging.getLogger("alexnet_dist")
 _TOLD = 64  # ranks; of more, each one's times are not written
 _KINDS = ("train", "eval", "speed")
-# bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
-_PEAKS = (
-    ("B200", 2250e12), ("GH200", 989e12), ("H200", 989e12), ("H100 PCIe", 756e12),
-    ("H100 NVL", 835e12), ("H100", 989e12), ("A100", 312e12), ("L40S", 362e12), ("L4", 121e12),
-    ("A10", 125e12), ("4090", 165e12), ("3090", 71e12),
-)  # fmt: skip
 
 
 def configure_logging(topology: Topology) -> None:
@@ -274,11 +269,6 @@ class Telemetry:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:
             log.warning(f"NOT WRITTEN YET, the run goes on: {self._metrics.name}: {error}")
-
-
-def peak_flops(device: str) -> float | None:
-    """Of a GPU of this name, in bf16, FLOP/s; None where it is not known."""
-    return next((peak for name, peak in _PEAKS if name in device), None)
 
 
 def _measured(took: Took, cuda: bool) -> tuple[float, ...]:

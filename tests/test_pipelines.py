@@ -137,7 +137,7 @@ def test_batches_do_not_depend_on_workers_prefetch_or_ranks(
         assert torch.equal(one.windows, torch.cat([a.windows, b.windows]))
 
 
-def test_windows_by_slices_are_those_by_gathers(stored: dict[str, Path]) -> None:
+def test_windows_by_loop_are_those_by_gathers(stored: dict[str, Path]) -> None:
     """What a CPU does and what a GPU does, both on the CPU."""
     config = config_of(stored["256"], "data.divide_by=[60,50,40]")
     statistics = open_dataset(stored["256"]).statistics
@@ -153,9 +153,9 @@ def test_windows_by_slices_are_those_by_gathers(stored: dict[str, Path]) -> None
                 finish = Finish(
                     dataclasses.replace(config, data=data), statistics, torch.device("cpu"), dtype
                 )
-                by_slices = finish(patches, corners, flips, lighting)
-                finish.by_slices = finish.by_gathers  # type: ignore[method-assign]
-                assert torch.equal(finish(patches, corners, flips, lighting), by_slices)
+                by_loop = finish(patches, corners, flips, lighting)
+                finish.by_loop = finish.by_gathers  # type: ignore[method-assign]
+                assert torch.equal(finish(patches, corners, flips, lighting), by_loop)
 
 
 # --- whole runs

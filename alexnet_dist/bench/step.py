@@ -11,13 +11,13 @@ from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
 from alexnet_dist.config_layers import load_config
-from alexnet_dist.engine import on_host
+from alexnet_dist.cost import peak_flops
 from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.lrn import alpha_of
 from alexnet_dist.model import AlexNet, final_side
 from alexnet_dist.plan import multiply_adds
-from alexnet_dist.topology import connect
+from alexnet_dist.topology import connect, gpus
 
 _TRAINING = 3  # of a forward's: the gradients of inputs and of weights cost as much again
 
@@ -72,20 +72,25 @@ class Eager(nn.Module):
                 layer.bias.copy_(weights[f"{name}.bias"])
 
 
+def _device(config: Config) -> torch.device:
+    return torch.device("cuda" if gpus(config) else "cpu")
+
+
 def _eager(network: nn.Module, config: Config) -> Work:
     """A plain loop: fp32, torch's defaults."""
-    batch = made_batch(config, torch.device("cpu"), torch.float32)
+    batch = made_batch(config, _device(config), torch.float32)
     windows, labels = batch.windows.contiguous(), batch.labels
+    network.to(_device(config))
     optimizer = torch.optim.SGD(
         network.parameters(), lr=1e-4, momentum=0.9, weight_decay=config.optimizer.weight_decay
     )
 
-    def step() -> float:
+    def step() -> Tensor:
         optimizer.zero_grad()
         loss = F.cross_entropy(network(windows), labels)
         loss.backward()
         optimizer.step()
-        return loss.item()
+        return loss.detach()
 
     return step
 
@@ -94,10 +99,10 @@ def _ours(config: Config) -> Work:
     topology = connect(config)
     engine, batch = make_engine(config, topology), None
 
-    def step() -> float:
+    def step() -> Tensor:
         nonlocal batch
         batch = batch or made_batch(config, topology.device)
-        return on_host(engine.train_step(batch, 0, 1e-4))()[0] / config.train.batch
+        return engine.train_step(batch, 0, 1e-4)[0] / config.train.batch
 
     return step
 
@@ -113,6 +118,8 @@ def contestant(name: str, config: Config) -> Work:
             return _ours(with_("train.precision=bf16"))
         case "ours, fp32":
             return _ours(with_("train.precision=fp32"))
+        case "ours, bf16, compiled":
+            return _ours(with_("train.precision=bf16", "train.compile=inductor"))
         case "ours, bf16, no LRN":
             return _ours(with_("train.precision=bf16", "model.lrn.layers=[]"))
         case "eager, fp32":
@@ -124,9 +131,10 @@ def contestant(name: str, config: Config) -> Work:
 
             return _eager(alexnet(num_classes=config.model.classes), config)
         case "matrix product, bf16" | "matrix product, fp32":
-            side = 4096 if name.endswith("bf16") else 2048
-            dtype = torch.bfloat16 if name.endswith("bf16") else torch.float32
-            a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+            device, narrow = _device(config), name.endswith("bf16")
+            side = 8192 if device.type == "cuda" else 4096 if narrow else 2048
+            dtype = torch.bfloat16 if narrow else torch.float32
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
 
             def product() -> float:
                 a @ b
@@ -139,20 +147,24 @@ def contestant(name: str, config: Config) -> Work:
 _LOSSES = ("ours, bf16", "ours, fp32", "eager, fp32")
 _CONTESTANTS = (*_LOSSES, "ours, bf16, no LRN", "torchvision's alexnet, fp32",
                 "matrix product, bf16", "matrix product, fp32")  # fmt: skip
+_COMPILED = "ours, bf16, compiled"  # where there is a GPU
 
 
 def bench_step(config: Config, repeats: int) -> dict[str, Any]:
-    """Training steps of the config's network on one process, and of its references.
+    """Training steps of the config's network on one process, on a GPU where there is one, and of
+    its references.
 
     Returns:
         ratios (medians of pairs; of a reference's seconds to ours), ceilings, machine, the loss of
         each one's first step without dropout (equal work), and every pass's seconds a step.
     """
     losses = first_losses(config)
-    contestants = {name: _made(name, config) for name in _CONTESTANTS}
+    gpu = _device(config).type == "cuda"
+    names = (*_CONTESTANTS, _COMPILED) if gpu else _CONTESTANTS
+    contestants = {name: _made(name, config, pieces=50 if gpu else 2) for name in names}
     try:
         runs = in_turn(dict(contestants), repeats)
-        flop = {n: contestants[n].given[0] for n in _CONTESTANTS if n.startswith("matrix")}
+        flop = {n: contestants[n].given[0] for n in names if n.startswith("matrix")}
     finally:
         for contestant in contestants.values():
             contestant.close()
@@ -160,24 +172,33 @@ def bench_step(config: Config, repeats: int) -> dict[str, Any]:
     def ratio(reference: str, ours: str) -> float:
         return median(run[reference] / run[ours] for run in runs)
 
+    best = _COMPILED if gpu else "ours, bf16"
     macs = multiply_adds(AlexNet(config.model, drawn=False))
     work = _TRAINING * 2 * sum(macs.values()) * config.train.batch
     rates = {name: [flop[name] / run[name] for run in runs] for name in flop}
-    reached = median(
-        work / run["ours, bf16"] / rate
-        for run, rate in zip(runs, rates["matrix product, bf16"], strict=True)
-    )
+    product = zip(runs, rates["matrix product, bf16"], strict=True)
+    ratios = {
+        "ours, bf16 / eager, fp32": ratio("eager, fp32", "ours, bf16"),
+        "ours, fp32 / eager, fp32": ratio("eager, fp32", "ours, fp32"),
+        "ours, bf16 / torchvision's alexnet, fp32": ratio(
+            "torchvision's alexnet, fp32", "ours, bf16"
+        ),
+        "ours, bf16 / the same without LRN": ratio("ours, bf16, no LRN", "ours, bf16"),
+        f"{best} / bf16 matrix product, by FLOP": median(
+            work / run[best] / rate for run, rate in product
+        ),
+    }
+    if gpu:
+        ratios[f"{best} / ours, bf16"] = ratio("ours, bf16", best)
+        if peak := peak_flops(torch.cuda.get_device_name()):
+            ratios[f"{best} / data sheet, by FLOP (MFU)"] = median(
+                work / run[best] / peak for run in runs
+            )
+    decodes = median(config.train.batch / run[best] for run in runs)
     return {
-        "ratios": {
-            "ours, bf16 / eager, fp32": ratio("eager, fp32", "ours, bf16"),
-            "ours, fp32 / eager, fp32": ratio("eager, fp32", "ours, fp32"),
-            "ours, bf16 / torchvision's alexnet, fp32": ratio(
-                "torchvision's alexnet, fp32", "ours, bf16"
-            ),
-            "ours, bf16 / the same without LRN": ratio("ours, bf16, no LRN", "ours, bf16"),
-            "ours, bf16 / bf16 matrix product, by FLOP": reached,
-        },
-        "ceilings": {f"{n}, GFLOP/s": median(rate) / 1e9 for n, rate in rates.items()},
+        "ratios": ratios,
+        "ceilings": {f"{n}, GFLOP/s": median(rate) / 1e9 for n, rate in rates.items()}
+        | {f"images/s to decode for {best}": decodes},
         "losses": losses,
         "machine": machine(config.data.workers),
         "unit": "seconds a step",
@@ -197,5 +218,5 @@ def first_losses(config: Config) -> dict[str, float]:
     return found
 
 
-def _made(name: str, config: Config) -> Contestant:
-    return Contestant("step", name, config, plain=not name.startswith("ours"))
+def _made(name: str, config: Config, pieces: int = 2) -> Contestant:
+    return Contestant("step", name, config, pieces, plain=not name.startswith("ours"))

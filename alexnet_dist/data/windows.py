@@ -3,15 +3,20 @@
 The same few lines serve every pipeline, so that equal bytes give equal windows.
 """
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from numba import prange
 from torch import Tensor
 
 from alexnet_dist.config import Config
+from alexnet_dist.cpu_loops import bits, parallel, rounding
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.errors import DatasetError
 
@@ -30,10 +35,10 @@ class Finish:
         self.crop, self.dtype = config.model.crop, dtype
         # Sums in float64 where the network computes in it, else float32.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        mean = _mean(config, statistics).movedim(0, -1)  # (canvas or 1, canvas or 1, 3)
-        self.mean = mean.contiguous().to(device, wide)
-        colours = torch.tensor(config.data.divide_by, dtype=wide, device=device)
-        self.divide_by = colours.repeat(self.crop)
+        side = config.data.canvas
+        mean = _mean(config, statistics).movedim(0, -1).expand(side, side, 3)
+        self.mean = mean.to(device, wide).contiguous()
+        self.divide_by = torch.tensor(config.data.divide_by, dtype=wide, device=device)
 
     def __call__(self, patches: Tensor, corners: Tensor, flips: Tensor, lighting: Tensor) -> Tensor:
         """Windows (n · v, 3, crop, crop), channels_last.
@@ -44,43 +49,66 @@ class Finish:
             flips: (n, v) bool.
             lighting: (n, 3), grey levels.
         """
-        # A row of pixels at a time: red, green, blue, red, … Arithmetic along it is vectorised.
-        rows = lighting.to(self.mean.dtype).repeat(1, self.crop)[:, None, None]  # (n, 1, 1, 3 crop)
         inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners  # in the patch
-        make = self.by_slices if patches.device.type == "cpu" else self.by_gathers
-        windows = make(patches, inside, corners, flips, rows)  # (n, v, crop, crop, 3)
+        make = self.by_loop if patches.device.type == "cpu" else self.by_gathers
+        light = lighting.to(self.mean.dtype)
+        windows = make(patches, inside, corners, flips, light)  # (n, v, crop, crop, 3)
         return windows.flatten(0, 1).movedim(-1, 1)
 
     def by_gathers(
-        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, rows: Tensor
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
         """For a GPU: a few kernels over the whole batch."""
         x = cut(patches, inside, flips, self.crop).to(self.mean.dtype)
-        if self.mean.shape[0] == 1:
-            x -= self.mean
-        else:
-            x -= cut(self.mean.expand(len(x), -1, -1, -1), corners, flips, self.crop)
-        lit = (x.flatten(3) + rows) / self.divide_by
-        windows: Tensor = lit.unflatten(3, (-1, 3)).to(self.dtype)
+        x -= cut(self.mean.expand(len(x), -1, -1, -1), corners, flips, self.crop)
+        windows: Tensor = ((x + light[:, None, None, None]) / self.divide_by).to(self.dtype)
         return windows
 
-    def by_slices(
-        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, rows: Tensor
+    def by_loop(
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
-        """For a CPU: a window at a time, which stays in the cache; the same sums."""
-        side = self.crop
-        windows = torch.empty((*flips.shape, side, side, 3), dtype=self.dtype)
-        places = zip(inside.tolist(), corners.tolist(), flips.tolist(), strict=True)
-        for n, views in enumerate(places):
-            for v, ((top, left), (above, before), flip) in enumerate(zip(*views, strict=True)):
-                x = patches[n, top : top + side, left : left + side].to(self.mean.dtype)
-                if self.mean.shape[0] == 1:
-                    x -= self.mean
-                else:
-                    x -= self.mean[above : above + side, before : before + side]
-                x.flatten(1).add_(rows[n, 0]).div_(self.divide_by)
-                windows[n, v] = x.flip(1) if flip else x
+        """For a CPU: one pass over the batch; the same sums, so the same bits."""
+        windows = torch.empty((*flips.shape, self.crop, self.crop, 3), dtype=self.dtype)
+        given = (patches.flatten(2), inside, corners, flips, light.repeat(1, self.crop),
+                 self.mean.flatten(1), self.divide_by.repeat(self.crop))  # fmt: skip
+        _loop(self.dtype)(*(tensor.numpy() for tensor in given), bits(windows.flatten(3)))
         return windows
+
+
+@functools.cache
+def _loop(dtype: torch.dtype) -> Callable[..., None]:
+    """`Finish.by_loop`, a row of pixels (red, green, blue, red, …) at a time."""
+    wide, word = (np.float64, np.uint64) if dtype == torch.float64 else (np.float32, np.uint32)
+    shift, below, odd = rounding(dtype)
+
+    @parallel
+    def windows(
+        patches: Any, inside: Any, corners: Any, flips: Any, light: Any, mean: Any, divide_by: Any,
+        out: Any,
+    ) -> None:  # fmt: skip
+        views, side, length = flips.shape[1], out.shape[2], out.shape[3]
+        for window in prange(flips.size):
+            n, v = window // views, window % views
+            x = np.empty(length, wide)
+            x_bits, lit = x.view(word), light[n]
+            for row in range(side):
+                first, off = 3 * inside[n, v, 1], 3 * corners[n, v, 1]
+                pixels = patches[n, inside[n, v, 0] + row, first : first + length]
+                mean_row = mean[corners[n, v, 0] + row, off : off + length]
+                for i in range(length):
+                    x[i] = (wide(pixels[i]) - mean_row[i] + lit[i]) / divide_by[i]
+                result = out[n, v, row]
+                if flips[n, v]:
+                    for i in range(0, length, 3):
+                        for colour in range(3):
+                            b = x_bits[length - 3 - i + colour]
+                            result[i + colour] = (b + below + ((b >> shift) & odd)) >> shift
+                else:
+                    for i in range(length):
+                        b = x_bits[i]
+                        result[i] = (b + below + ((b >> shift) & odd)) >> shift
+
+    return windows
 
 
 def cut(images: Tensor, corners: Tensor, flips: Tensor, side: int) -> Tensor:
