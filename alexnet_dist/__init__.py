@@ -20,7 +20,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a checkout can be run by any Pyth
     )
 
 if TYPE_CHECKING:
-    from alexnet_dist.config_layers import load_config
+    from alexnet_dist.config_files import load_config
     from alexnet_dist.evaluate import evaluate
     from alexnet_dist.model import AlexNet
     from alexnet_dist.train import train
@@ -49,7 +49,7 @@ class _Package(ModuleType):
     AlexNet = _From("model")
     evaluate = _From("evaluate")
     load_checkpoint = _From("trained")
-    load_config = _From("config_layers")
+    load_config = _From("config_files")
     train = _From("train")
 
     def __dir__(self) -> list[str]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from alexnet_dist import launcher
+from alexnet_dist import launched
 from alexnet_dist.errors import ConfigError, in_words, printable
 from alexnet_dist.preemption import EXITS, FLAGS
 
 try:
-    from alexnet_dist.config_layers import load_config
+    from alexnet_dist.config_files import load_config
 except ImportError as error:  # a Python in which nothing was installed
     sys.exit(f"alexnet-dist: {in_words(error) or error}")
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in {*FLAGS} - {signal.SIGINT}:  # outside a run, which has its own handlers
         signal.signal(number, stop)
     try:
-        rank = launcher.rank()
+        rank = launched.rank()
         return int(options.run(options, arguments))
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = EXITS[FLAGS[number]]
     except Exception as error:
         code = _say(error, rank)
-    if launcher.place():
+    if launched.place():
         os._exit(code)  # leave fast: peers and their threads may never answer again
     return code
 
@@ -219,18 +219,18 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     signals, parent = StopSignals(), os.getppid()  # before seconds of imports
     config = load_config(options.config)
-    from alexnet_dist import layouts, ranks, topology
+    from alexnet_dist import layouts, own_ranks, topology
 
     wanted = layouts.ranks_wanted(config, topology.gpus(config))
-    if launcher.place():
-        ranks.leave_with_parent(parent)
+    if launched.place():
+        own_ranks.leave_with_parent(parent)
         signals.at_once = True  # ranks that wait for one another never poll
         if signals.exit_code is not None:
             return signals.exit_code
     elif wanted > 1:
         layouts.check(config, wanted)
         if signals.exit_code is None:
-            return ranks.start(arguments, wanted, config.folder)
+            return own_ranks.start(arguments, wanted, config.folder)
         print(f"{config.folder}: stopped before it began", file=sys.stderr)
         return signals.exit_code
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alexnet_dist.config import Config, fingerprint, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.durable import sha256, sync, write
 from alexnet_dist.errors import CheckpointError, NotFinite, looked_in
 from alexnet_dist.untrusted import json_object, read_bytes

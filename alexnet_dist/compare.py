@@ -21,16 +21,16 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alexnet_dist import layouts, ranks
+from alexnet_dist import layouts, own_ranks
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine
-from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluate import make_pipeline
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.optim import Schedule
 from alexnet_dist.shares import share
 from alexnet_dist.topology import Topology, connect
@@ -151,7 +151,7 @@ def _row(
     runs["own"] = (config, min(steps, _SPEED_STEPS))
     if zero:
         del runs["bounded"]
-    found, update = ranks.call(measure, config.layout.ranks, runs, path, zero)[0]
+    found, update = own_ranks.call(measure, config.layout.ranks, runs, path, zero)[0]
     difference = update if zero else _difference(path / "bounded", oracle / "bounded")
     only = ("parameters",)
     drift = None if path == oracle else _difference(path / "fp32", oracle / "fp32", only)

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
-from alexnet_dist import launcher, layouts, ranks
+from alexnet_dist import launched, layouts, own_ranks
 from alexnet_dist.config import Config
 from alexnet_dist.data.inspect import inspect
 from alexnet_dist.errors import AlexNetDistError, in_words
@@ -199,7 +199,7 @@ def _layout(config: Config) -> Iterator[Finding]:
 def _exchange(config: Config) -> Iterator[Finding]:
     """Two real processes, over what a run would meet by."""
     for backend in ("gloo", "nccl") if torch.cuda.device_count() > 1 else ("gloo",):
-        found = ranks.call(_meet, 2, backend)
+        found = own_ranks.call(_meet, 2, backend)
         wrong = [word for word in found if isinstance(word, str)]
         if wrong:
             names = {"gloo": "set GLOO_SOCKET_IFNAME=lo, and see that localhost is in /etc/hosts",
@@ -213,7 +213,7 @@ def _exchange(config: Config) -> Iterator[Finding]:
 def _meet(backend: str) -> float | str:
     """Seconds of a sum of 8 MiB; or what is wrong. In each of two ranks."""
     try:
-        here = launcher.place()
+        here = launched.place()
         assert here is not None
         device = torch.device("cuda", here.local_rank) if backend == "nccl" else torch.device("cpu")
         dist.init_process_group(
@@ -263,7 +263,7 @@ def _dali(config: Config) -> Iterator[Finding]:
 
 def _slurm(config: Config) -> Iterator[Finding]:
     there = [name for name in ("sbatch", "srun", "scontrol", "sacct") if shutil.which(name)]
-    job, restarts = launcher.job()
+    job, restarts = launched.job()
     within = f"in job {job}, started {restarts + 1} time(s)" if job else "not in a job"
     missing = {"srun", "scontrol"} - {*there} if there or job else set()
     remedy = f"install Slurm's client: {', '.join(sorted(missing))} missing" if missing else ""

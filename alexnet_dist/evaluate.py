@@ -13,17 +13,18 @@ from torch import Tensor
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Dataset, check_damaged, open_for
 from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.engine import DTYPES, Engine, TorchEngine, label_ranks
-from alexnet_dist.engines import make_engine
+from alexnet_dist.engine import DTYPES, Engine, label_ranks
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
+from alexnet_dist.torch_engine import TorchEngine
 from alexnet_dist.trained import Trained, load_checkpoint
 
 

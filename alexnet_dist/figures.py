@@ -17,14 +17,14 @@ from torch import Tensor
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.board import ANSWERED, answered, evenly, image_of
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Split, open_for
-from alexnet_dist.engine import TorchEngine
 from alexnet_dist.errors import CheckpointError
 from alexnet_dist.evaluate import seen
 from alexnet_dist.pictures import Picture, chroma, kernel_picture
 from alexnet_dist.telemetry import read_metrics
 from alexnet_dist.topology import connect
+from alexnet_dist.torch_engine import TorchEngine
 
 _QUERIES, _NEIGHBOURS = 5, 6  # of Fig. 4, right
 _CHUNK = 4096  # rows of the memory map compared at a time

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.cost import CORE_DECODES, MACHINES, Cluster, Machine, predict
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.errors import AlexNetDistError, ConfigError

@@ -25,7 +25,7 @@ from alexnet_dist import caffe
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.model import AlexNet
 

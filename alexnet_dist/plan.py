@@ -18,13 +18,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from alexnet_dist import layouts
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.pipeline import Decoded
-from alexnet_dist.engine import DTYPES, TorchEngine
+from alexnet_dist.engine import DTYPES
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.model import AlexNet, Layer
 from alexnet_dist.replicas import summed
 from alexnet_dist.topology import Topology
+from alexnet_dist.torch_engine import TorchEngine
 from alexnet_dist.traffic import Traffic
 
 KINDS = ("one", "columns", "replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2")

@@ -19,7 +19,7 @@ from typing import Any
 
 from alexnet_dist import figures
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.errors import AlexNetDistError
 from alexnet_dist.telemetry import read_metrics
 

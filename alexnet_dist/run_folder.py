@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from alexnet_dist import launcher
+from alexnet_dist import launched
 from alexnet_dist.checkpoint import step_of, steps
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
@@ -66,7 +66,7 @@ class RunFolder:
             before.get("state") == "stopped" and before.get("exit") == 75
         )
         idle = failed and newest <= before.get("resumed_at", 0)
-        job, restart = launcher.job()
+        job, restart = launched.job()
         self._run = {
             "attempt": int(before.get("attempt", 0)) + 1,
             "host": socket.gethostname(),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.cost import Cluster, Machine, Measured, bottleneck, fit, predict
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.figures import figure

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_default_store
 
-from alexnet_dist import launcher
+from alexnet_dist import launched
 from alexnet_dist.config import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError, SaidByRank0
-from alexnet_dist.launcher import Place
+from alexnet_dist.launched import Place
 from alexnet_dist.layouts import check, columns_of
 from alexnet_dist.shares import share
 
@@ -125,7 +125,7 @@ def gpus(config: Config) -> int:
 
 def connect(config: Config) -> Topology:
     """Join the other ranks, take a device, set threads; raises ConfigError if ranks do not fit."""
-    place = launcher.place() or Place()
+    place = launched.place() or Place()
     here = Topology(
         global_rank=place.rank,
         world_size=place.world,
@@ -154,7 +154,7 @@ def connect(config: Config) -> Topology:
     control = _group(range(world), "gloo", timeout)
     if place.node is not None:
         nodes = dataclasses.replace(here, control=control).each(place.node)
-        launcher.check_even(place.tasks_per_node)  # now, so that rank 0 lives to say it
+        launched.check_even(place.tasks_per_node)  # now, so that rank 0 lives to say it
         _check_columns_meet([int(node) for (node,) in nodes], columns)
     by_replica = [
         _group(range(first, first + columns), backend, timeout) if columns > 1 else None

@@ -6,21 +6,17 @@ import json
 import math
 import tempfile
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist import launcher, warm_start
+from alexnet_dist import launched, warm_start
 from alexnet_dist.config import Config, flat
-from alexnet_dist.data.dataset import Dataset, Split, check_damaged, open_for
-from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.data.dataset import Dataset, open_for
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
-from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -30,9 +26,11 @@ from alexnet_dist.errors import (
 )
 from alexnet_dist.evaluate import Score, evaluate_engine, make_pipeline
 from alexnet_dist.layouts import check, ranks_wanted
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.optim import Schedule
 from alexnet_dist.plan import training_flops
 from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
+from alexnet_dist.progress import Pending, Progress
 from alexnet_dist.replicas import check_replicas
 from alexnet_dist.run_folder import RunFolder
 from alexnet_dist.saving import Saver
@@ -59,46 +57,6 @@ class Outcome:
     leads: bool
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what a checkpoint holds beside tensors.
-
-    Attributes:
-        step: optimiser steps done.
-        evaluated_step: the last step after which the network was evaluated.
-        score: of that evaluation.
-        best_step: where the validation error was lowest.
-        best_error: how low.
-        interval: sums over samples since the last log point: losses, top-1 and top-5 counts, the
-            step's gradient's norm, 1.
-        damaged: samples of this epoch that others stood in for.
-        skipped: updates left out because their loss or gradient was not finite.
-    """
-
-    step: int = 0
-    evaluated_step: int = 0
-    score: Score | None = None
-    best_step: int | None = None
-    best_error: float = 2.0  # above any
-    interval: list[float] = field(default_factory=lambda: [0.0] * 5)
-    damaged: int = 0
-    skipped: int = 0
-
-    def take_interval(self) -> dict[str, float]:
-        """Means since the last log point; begins a new interval."""
-        loss, top1, top5, norm, images = self.interval
-        self.interval = [0.0] * 5
-        of = images or math.nan  # every update was left out
-        means = {"loss": loss / of, "top1": top1 / of, "top5": top5 / of}
-        return means | {"gradient_norm": norm / of}
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Progress":
-        score = state["score"] and Score(**state["score"])
-        known = {f.name: state[f.name] for f in dataclasses.fields(cls) if f.name in state}
-        return cls(**known | {"score": score})
-
-
 def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     """Train to the end or until a signal, from the run folder's newest good checkpoint.
 
@@ -118,20 +76,20 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
         return _train(config, signals)
     wanted = ranks_wanted(config, gpus(config))
     with handlers_restored():
-        if wanted > 1 and launcher.place() is None:
+        if wanted > 1 and launched.place() is None:
             return _on_own_ranks(config, wanted)
         return _train(config, StopSignals())
 
 
 def _on_own_ranks(config: Config, count: int) -> Outcome:
     """`alexnet-dist train` of this config, in this many processes."""
-    from alexnet_dist import ranks  # torchrun's, which ranks themselves do without
+    from alexnet_dist import own_ranks  # torchrun's, which ranks themselves do without
 
     check(config, count)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(flat(config), file)
         file.flush()
-        code = ranks.start(["train", file.name], count, config.folder)
+        code = own_ranks.start(["train", file.name], count, config.folder)
     if code not in (0, *EXITS.values()):
         failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
         failed.exit_code = code
@@ -205,7 +163,7 @@ def _run(
     def settle(but: int) -> None:
         """Account for the steps that were begun, all `but` the newest."""
         while len(pending) > but:
-            _settle(pending.popleft(), progress, config, split, folder, topology)
+            progress.settle(pending.popleft(), config, split, folder, topology)
 
     try:
         while True:
@@ -216,7 +174,7 @@ def _run(
             if stop == CANNOT_SAVE:
                 topology.decided_by_rank_0(saver.finish)  # raises
 
-            if not stop and _evaluation_due(config, schedule, progress):
+            if not stop and progress.evaluation_due(config, schedule):
                 settle(0)
                 with TIMELINE.span("evaluate"):
                     zeros = torch.zeros(classes, classes, dtype=torch.int64)
@@ -229,7 +187,7 @@ def _run(
                             f"the evaluation after step {step} gave a loss of {score.loss}: "
                             "nothing was saved since. Lower schedule.rate, or warm up longer"
                         )
-                    _observe(score, progress, schedule)
+                    progress.observe(score, schedule)
                     telemetry.evaluation(step, epoch, score, engine, confusion)
 
             finished = progress.evaluated_step == schedule.last_step
@@ -345,60 +303,6 @@ def _save(
 
     if parameters:  # on rank 0
         saver.begin(write)
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A step that was begun, its batch, and its numbers when they have reached the host."""
-
-    step: int
-    batch: Batch
-    numbers: Callable[[], list[float]]
-
-
-def _settle(
-    one: Pending, progress: Progress, config: Config, split: Split, folder: RunFolder,
-    topology: Topology,
-) -> None:  # fmt: skip
-    """Account for a step."""
-    size, step = config.train.batch, one.step
-    loss, top1, top5, failed, damaged, norm = one.numbers()
-    if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # an epoch begins
-        progress.damaged = 0
-    progress.damaged += int(damaged)
-    check_damaged(config, split, progress.damaged)
-    if failed:
-        kept = folder.keep_batch(one.batch, step, topology.global_rank)
-        what = (
-            f"step {step}: its loss is {loss / size:.4g} and its gradient's norm {norm:.4g}: the "
-            f"update was not made, its batch is in {kept.parent}"
-        )
-        if progress.skipped >= config.train.max_skipped:
-            raise NotFinite(
-                f"{what}; {progress.skipped} left out before, train.max_skipped="
-                f"{config.train.max_skipped}. Lower schedule.rate, warm up longer, or look at the "
-                "data"
-            )
-        progress.skipped += 1
-        log.warning(
-            f"{what}; left out {progress.skipped} of train.max_skipped={config.train.max_skipped}"
-        )
-        return
-    for place, value in enumerate((loss, top1, top5, norm * size, size)):
-        progress.interval[place] += value
-
-
-def _observe(score: Score, progress: Progress, schedule: Schedule) -> None:
-    progress.evaluated_step, progress.score = progress.step, score
-    schedule.observe(1 - score.top1)
-    if 1 - score.top1 < progress.best_error:
-        progress.best_step, progress.best_error = progress.step, 1 - score.top1
-
-
-def _evaluation_due(config: Config, schedule: Schedule, progress: Progress) -> bool:
-    step, every = progress.step, config.evaluate.every_epochs * schedule.steps_per_epoch
-    crossed = step // every > (step - 1) // every
-    return progress.evaluated_step < step and (crossed or step == schedule.last_step)
 
 
 def _opening(

@@ -10,7 +10,7 @@ from torch import Tensor
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Dataset, open_dataset, open_for
 from alexnet_dist.data.sampler import views
 from alexnet_dist.data.windows import Finish, on_canvas

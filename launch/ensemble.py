@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError
 from launch.job import TrainJob, guarded, slurm

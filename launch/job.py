@@ -19,9 +19,9 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission, JobPaths
 
-from alexnet_dist import launcher, layouts
+from alexnet_dist import launched, layouts
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.durable import read_run
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError, printable
@@ -77,7 +77,7 @@ def check_private(folder: Path) -> None:
 def before(arguments: Sequence[str]) -> Config:
     """The config of a job that is about to start its ranks; raises what they would all raise."""
     config = load_config(arguments)
-    tasks = launcher.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    tasks = launched.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
     if sum(tasks) != int(os.environ.get("SLURM_NTASKS", sum(tasks))):
         tasks = (*tasks[:-1], int(os.environ["SLURM_NTASKS"]) - sum(tasks[:-1]))
     check_placement(config, tasks)
@@ -90,7 +90,7 @@ def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
     ranks = sum(tasks)
     if ranks == 1:
         return  # a task alone starts its own ranks
-    launcher.check_even(tasks)
+    launched.check_even(tasks)
     layouts.check(config, ranks)
     columns = layouts.columns_of(config)
     if tasks[0] % columns:
@@ -106,7 +106,7 @@ def after(code: int, config: Config) -> int:
     if code == 0:  # every rank reached the end; by now another job may have the folder
         return code
     run = read_run(config.folder)
-    if (run.get("job"), run.get("restart")) != launcher.job():
+    if (run.get("job"), run.get("restart")) != launched.job():
         if code == 2:
             return code  # a mistake, and the ranks have said which
         from alexnet_dist.run_folder import RunFolder

@@ -19,7 +19,7 @@ import submitit
 import yaml
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import configs_folder, load_config
+from alexnet_dist.config_files import configs_folder, load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.errors import ConfigError
 from launch.job import PRIVATE, TrainJob, check_placement, check_private, guarded

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import configs_folder, load_config
+from alexnet_dist.config_files import configs_folder, load_config
 from alexnet_dist.data.arrays import read_idx
 from alexnet_dist.data.prepare import Options, prepare
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from alexnet_dist.config import Config, ConvName, FcName, Key, LayerName, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 
 PATH = Path(__file__).parent.parent / "docs/configuration.md"
 HEAD = """# Configuration

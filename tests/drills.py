@@ -30,7 +30,7 @@ from conftest import SAMPLE, TINY, alexnet_dist, as_overrides, write_idx
 from test_run import Started, ended_state
 
 from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError
 from alexnet_dist.run_folder import read_run

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torchvision.io import decode_image
 
-from alexnet_dist import evaluate, load_checkpoint, load_config, ranks, train
+from alexnet_dist import evaluate, load_checkpoint, load_config, own_ranks, train
 from alexnet_dist.config import Config
 from alexnet_dist.errors import CheckpointError, DatasetError, RanksFailed
 from alexnet_dist.evaluate import evaluate_checkpoints
@@ -111,7 +111,7 @@ def test_a_layout_of_several_ranks_is_started_here(
     assert (outcome.exit, outcome.step, outcome.leads) == (0, 8, True)
     assert outcome.score is not None
     assert outcome.score.samples == 23
-    monkeypatch.setattr(ranks, "start", lambda *_: 1)
+    monkeypatch.setattr(own_ranks, "start", lambda *_: 1)
     with pytest.raises(RanksFailed, match="a rank ended with exit code 1, and said why"):
         train(config)
 

@@ -11,7 +11,7 @@ from conftest import TINY, alexnet_dist, assert_close
 from alexnet_dist.bench.data import index_cost
 from alexnet_dist.bench.step import Eager
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.model import AlexNet
 
 

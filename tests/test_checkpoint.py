@@ -218,7 +218,7 @@ def test_a_hostile_file_is_refused(tiny: Callable[..., Config], tmp_path: Path) 
 
 
 def test_as_overrides_makes_the_config_again(tiny: Callable[..., Config]) -> None:
-    from alexnet_dist.config_layers import load_config
+    from alexnet_dist.config_files import load_config
 
     config = tiny("model.exchange=[conv3,fc8]", "schedule.at_epochs=[1,2]")
     assert load_config(as_overrides(config)) == config

@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, alexnet_dist
 
 from alexnet_dist.compare import chosen
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.errors import ConfigError
 
 KEYS = ["layout", "ranks", "final_loss", "max_difference", "bound", "holds", "images_per_s",

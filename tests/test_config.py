@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alexnet_dist.config import Config, fingerprint, flat, keys
-from alexnet_dist.config_layers import configs_folder, load_config
+from alexnet_dist.config_files import configs_folder, load_config
 from alexnet_dist.errors import ConfigError
 
 YAMLS = sorted(p for p in configs_folder().rglob("*.yaml") if p.parent.name != "cluster")
@@ -32,7 +32,7 @@ def test_shipped_files_are_found_by_name() -> None:
 def test_every_key_is_read_by_code() -> None:
     package = Path(__file__).parent.parent / "alexnet_dist"
     code = "\n".join(p.read_text() for p in package.rglob("*.py") if "config" not in p.name)
-    rules = (package / "config_layers.py").read_text().partition("def _check_combinations")[2]
+    rules = (package / "config_files.py").read_text().partition("def _check_combinations")[2]
     for dotted, _, _ in keys():
         last = dotted.rpartition(".")[2]
         assert re.search(rf"\.{last}\b", code + rules), f"{dotted} is read nowhere"

@@ -10,7 +10,7 @@ from conftest import TINY, alexnet_dist
 
 from alexnet_dist import cost, scaling
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.cost import MACHINES, Cluster, Machine, Measured, fit, predict, transfer_s
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.forecast import forecast, plot, recommended, schedule

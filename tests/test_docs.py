@@ -17,7 +17,7 @@ from made import image_folder
 
 from alexnet_dist.__main__ import _parser
 from alexnet_dist.config import keys
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

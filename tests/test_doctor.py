@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import alexnet_dist, as_overrides
 
-from alexnet_dist import doctor, ranks
+from alexnet_dist import doctor, own_ranks
 from alexnet_dist.__main__ import main
 from alexnet_dist.config import Config
 from alexnet_dist.data import inspect
@@ -28,7 +28,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture
 def examined(tiny: Callable[..., Config], monkeypatch: Patch) -> Callable[..., dict[str, Finding]]:
     """Findings by name, of an exchange that is not made."""
-    monkeypatch.setattr(ranks, "call", lambda *_: [0.002, 0.001])
+    monkeypatch.setattr(own_ranks, "call", lambda *_: [0.002, 0.001])
 
     def examine(*overrides: str) -> dict[str, Finding]:
         return {one.what: one for one in doctor.examine(tiny(*overrides), named=True)}
@@ -53,7 +53,7 @@ def test_doctor_says_what_a_run_would_use(tiny: Callable[..., Config]) -> None:
 def test_what_is_amiss_is_a_line_with_a_remedy_and_the_exit_code(
     tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ranks, "call", lambda *_: [0.002, 0.001])
+    monkeypatch.setattr(own_ranks, "call", lambda *_: [0.002, 0.001])
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
     gone = f"data.path={tmp_path / 'gone'}"
     with handlers_restored():
@@ -83,14 +83,14 @@ def driver_that_torch_cannot_use(patch: Patch, tmp_path: Path) -> None:
 
 
 def wrong_sums(patch: Patch, tmp_path: Path) -> None:
-    patch.setattr(ranks, "call", lambda *_: [0.1, "wrong: sum 2.0, gathered [1.0, 1.0]"])
+    patch.setattr(own_ranks, "call", lambda *_: [0.1, "wrong: sum 2.0, gathered [1.0, 1.0]"])
 
 
 def ranks_that_die(patch: Patch, tmp_path: Path) -> None:
     def die(*_: Any) -> None:
         raise RuntimeError("a rank was killed")
 
-    patch.setattr(ranks, "call", die)
+    patch.setattr(own_ranks, "call", die)
 
 
 def old_package(patch: Patch, tmp_path: Path) -> None:

@@ -20,15 +20,15 @@ import pytest
 import torch
 from conftest import as_overrides
 
-from alexnet_dist import __main__, launcher, load_checkpoint, topology, train
+from alexnet_dist import __main__, launched, load_checkpoint, topology, train
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.engine import TorchEngine
 from alexnet_dist.errors import MachineError, in_words
 from alexnet_dist.formats import export_weights
 from alexnet_dist.preemption import handlers_restored
 from alexnet_dist.run_folder import read_run
+from alexnet_dist.torch_engine import TorchEngine
 
 Tiny = Callable[..., Config]
 Patch = pytest.MonkeyPatch
@@ -71,7 +71,7 @@ def no_gpu(tiny: Tiny, patch: Patch) -> None:
 
 def one_gpu_for_two_columns(tiny: Tiny, patch: Patch) -> None:
     patch.setattr(torch.cuda, "device_count", lambda: 1)
-    topology._device(tiny("layout.device=cuda"), launcher.Place(0, 2, 0, 2))
+    topology._device(tiny("layout.device=cuda"), launched.Place(0, 2, 0, 2))
 
 
 def dali_without_driver(tiny: Tiny, patch: Patch) -> None:
@@ -246,7 +246,7 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     tiny: Tiny, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    device = topology._device(tiny("layout.device=auto"), launcher.Place(0, 2, 0, 2))
+    device = topology._device(tiny("layout.device=auto"), launched.Place(0, 2, 0, 2))
     assert device.type == "cpu"
     assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
 

@@ -12,7 +12,7 @@ from conftest import alexnet_dist
 
 from alexnet_dist import figures
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import configs_folder
+from alexnet_dist.config_files import configs_folder
 from alexnet_dist.pictures import chroma
 from alexnet_dist.report import PUBLISHED, report
 from alexnet_dist.telemetry import read_metrics

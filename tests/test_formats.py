@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from alexnet_dist import caffe
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.windows import Finish
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError

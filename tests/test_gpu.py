@@ -11,7 +11,7 @@ from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajecto
 from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
 
 from alexnet_dist import draws
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.data.sampler import evaluation_plan

@@ -23,11 +23,11 @@ import alexnet_dist
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import TensorFile
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data import arrays
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, printable
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.telemetry import configure_logging, log
 from alexnet_dist.topology import Topology
 

@@ -17,11 +17,11 @@ import torch
 from conftest import TINY, on_ranks
 from submitit.core.utils import JobPaths
 
-from alexnet_dist import launcher, topology
+from alexnet_dist import launched, topology
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import configs_folder
+from alexnet_dist.config_files import configs_folder
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
-from alexnet_dist.launcher import Place
+from alexnet_dist.launched import Place
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.run_folder import RunFolder, read_run
 from launch import ensemble, job, status, submit
@@ -41,21 +41,21 @@ STEP = {
 def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert launcher.place() == Place(3, 4, 1, 2, 1, (2, 2), None, "n2", "7-0-0")
+    assert launched.place() == Place(3, 4, 1, 2, 1, (2, 2), None, "n2", "7-0-0")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert launcher.place().meeting == "7-2-0"  # type: ignore[union-attr]
+    assert launched.place().meeting == "7-2-0"  # type: ignore[union-attr]
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # salloc, srun --pty bash
-    assert launcher.place() is None
+    assert launched.place() is None
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launcher.place() == Place(1, 2)
+    assert launched.place() == Place(1, 2)
 
 
 def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
-    assert launcher.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
-    assert launcher.tasks_per_node("4") == (4,)
+    assert launched.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
+    assert launched.tasks_per_node("4") == (4,)
     with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=two: not as Slurm"):
-        launcher.tasks_per_node("two")
+        launched.tasks_per_node("two")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_rank_takes_its_own_gpu(
 
 def _meet(folder: str) -> tuple[int, list[str]]:
     """Ranks that Slurm started, as far as they can tell, meet without a port agreed on."""
-    from alexnet_dist.config_layers import load_config
+    from alexnet_dist.config_files import load_config
 
     rank = os.environ["RANK"]
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -16,14 +16,14 @@ from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist import layouts
 from alexnet_dist.checkpoint import TensorFile
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine
-from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluate import evaluate_engine, make_pipeline
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.shares import share
 from alexnet_dist.topology import Topology, connect
 from alexnet_dist.zero import deepspeed_config

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import TINY, assert_close
 
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.engine import label_ranks
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.model import AlexNet

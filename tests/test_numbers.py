@@ -12,16 +12,17 @@ from safetensors.torch import load_file
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import DTYPES, Engine, TorchEngine
-from alexnet_dist.engines import make_engine
+from alexnet_dist.engine import DTYPES, Engine
 from alexnet_dist.errors import ReplicasDiffer
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.replicas import check_replicas
 from alexnet_dist.run_folder import read_run
 from alexnet_dist.shares import share
 from alexnet_dist.telemetry import read_metrics
 from alexnet_dist.topology import Topology, connect
+from alexnet_dist.torch_engine import TorchEngine
 
 
 def config_of(kind: str) -> Config:
@@ -138,7 +139,7 @@ def test_a_flipped_bit_is_found_and_named() -> None:
 POISON = """
 import sys
 from alexnet_dist.__main__ import main
-from alexnet_dist.engine import TorchEngine
+from alexnet_dist.torch_engine import TorchEngine
 
 at, sound = {int(step) for step in sys.argv.pop(1).split(",")}, TorchEngine.train_step
 
@@ -182,4 +183,6 @@ def test_steps_that_are_not_finite_are_left_out_as_often_as_the_config_allows(
     points = [point for point in read_metrics(folder) if point["kind"] == "train"]
     assert [point["skipped"] for point in points] == [0] * 3 + [1] * 12
     assert [point["step"] for point in points if point["loss"] != point["loss"]] == [4]
-    assert TorchEngine.train_step.__module__ == "alexnet_dist.engine"  # this process is not patched
+    assert (
+        TorchEngine.train_step.__module__ == "alexnet_dist.torch_engine"
+    )  # this process is not patched

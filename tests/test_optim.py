@@ -7,7 +7,7 @@ import torch
 from conftest import assert_close
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.optim import Optimizer, Schedule
 
 RATES = [0.1, 0.1, 0.01, 0.0, 0.0, 0.05, 0.2]

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config, fingerprint
-from alexnet_dist.config_layers import configs_folder, load_config
+from alexnet_dist.config_files import configs_folder, load_config
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError

@@ -19,7 +19,7 @@ from conftest import TINY, alexnet_dist, as_overrides, on_ranks
 from test_data import flip
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_dataset, open_for
 from alexnet_dist.data.pipeline import Batch, Decoded
 from alexnet_dist.data.prepare import Options, prepare

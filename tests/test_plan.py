@@ -11,10 +11,10 @@ import torch
 from conftest import TINY, alexnet_dist, on_ranks
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.pipeline import Decoded
 from alexnet_dist.engine import DTYPES
-from alexnet_dist.engines import make_engine
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.model import final_side
 from alexnet_dist.plan import lines, plan
 from alexnet_dist.topology import connect
@@ -173,10 +173,10 @@ def test_a_layout_that_does_not_fit_says_what_does() -> None:
 MEASURE = """
 import sys
 import torch
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.engine import DTYPES
-from alexnet_dist.engines import make_engine
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.topology import connect
 
 def status(key):

@@ -16,16 +16,16 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist import timeline
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.cost import peak_flops
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.engine import TorchEngine
 from alexnet_dist.evaluate import evaluate_engine, seen
 from alexnet_dist.plan import plan, training_flops
 from alexnet_dist.run_folder import RunFolder
 from alexnet_dist.telemetry import read_metrics
 from alexnet_dist.timeline import SPANS, Timeline
 from alexnet_dist.topology import Topology
+from alexnet_dist.torch_engine import TorchEngine
 from alexnet_dist.train import train
 from alexnet_dist.verdict import verdict
 

@@ -18,7 +18,7 @@ FOREVER = ["train.epochs=1000", "evaluate.every_epochs=1000", "layout.timeout_s=
 STUCK = """
 import os, sys, time
 from alexnet_dist.__main__ main
-from alexnet_dist.engine import TorchEngine
+from alexnet_dist.torch_engine import TorchEngine
 
 sound = TorchEngine.train_step
 

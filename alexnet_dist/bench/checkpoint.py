@@ -12,7 +12,7 @@ from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.engine import Engine, on_host
-from alexnet_dist.engines import make_engine
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.saving import Saver
 from alexnet_dist.topology import connect
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.errors import ConfigError
 
 # A training step, say; what it gives is kept beside its seconds, and may be under way on a GPU.

@@ -20,7 +20,7 @@ from torchvision.io import decode_jpeg
 
 from alexnet_dist.bench import Pass, in_turn, machine, median
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
 from alexnet_dist.data.merge import described
 from alexnet_dist.data.pipeline import Decoded

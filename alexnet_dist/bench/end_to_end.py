@@ -14,12 +14,12 @@ from alexnet_dist.bench import in_turn, machine, median
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engine import on_host
-from alexnet_dist.engines import make_engine
 from alexnet_dist.evaluate import make_pipeline
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.topology import connect
 
 _VIEWS, _IMAGES = 10, 32  # of a piece of evaluation

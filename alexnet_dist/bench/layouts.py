@@ -3,14 +3,14 @@
 import time
 from typing import Any
 
-from alexnet_dist import layouts, ranks
+from alexnet_dist import layouts, own_ranks
 from alexnet_dist.bench import machine, median
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.engine import on_host
-from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.plan import KINDS
 from alexnet_dist.topology import connect
 
@@ -55,7 +55,7 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
 
 def _images_per_s(config: Config, count: int) -> float:
     """Of the slowest rank."""
-    seconds: list[float] = ranks.call(_steps, count, config)
+    seconds: list[float] = own_ranks.call(_steps, count, config)
     return config.train.batch / max(seconds)
 
 

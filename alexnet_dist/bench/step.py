@@ -10,11 +10,11 @@ from alexnet_dist.bench import in_turn, machine, median
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_layers import load_config
+from alexnet_dist.config_files import load_config
 from alexnet_dist.cost import peak_flops
-from alexnet_dist.engines import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.lrn import alpha_of
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.model import AlexNet, final_side
 from alexnet_dist.plan import multiply_adds
 from alexnet_dist.topology import connect, gpus

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_layers import configs_folder
+from alexnet_dist.config_files import configs_folder
 from alexnet_dist.durable import sha256
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
 from alexnet_dist.untrusted import json_object, read_bytes

@@ -1,9 +1,10 @@
 """Which engine computes which layout."""
 
 from alexnet_dist.config import Config
-from alexnet_dist.engine import Engine, TorchEngine
+from alexnet_dist.engine import Engine
 from alexnet_dist.layouts import ZERO_STAGES
 from alexnet_dist.topology import Topology
+from alexnet_dist.torch_engine import TorchEngine
 
 
 def make_engine(config: Config, topology: Topology) -> Engine:
