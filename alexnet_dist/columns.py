@@ -5,8 +5,8 @@ over columns; the loss is computed alike on every column, so the gradients of th
 are not. Both directions move bf16 under autocast: what comes in goes out.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from alexnet_dist.shares import share
 from alexnet_dist.timeline import TIMELINE
-
-P = ParamSpec("P")
 
 
 class ColumnExchange:
@@ -39,18 +37,11 @@ class ColumnExchange:
         return join_logits(logits, self.group, self.classes)
 
 
-def uncompiled(exchange: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """torch.compile compiles what lies between exchanges, and leaves them as they are."""
-    return torch.compiler.disable(exchange)  # type: ignore[no-any-return]
-
-
-@uncompiled
 def join_maps(maps: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(n, own channels, …) to (n, channels of all ranks, …); gradients are summed back."""
     return _JoinMaps.apply(maps, group)  # type: ignore[no-any-return]
 
 
-@uncompiled
 def join_logits(logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tensor:
     """(n, own classes) to (n, classes); each rank takes its own slice of the gradients."""
     return _JoinLogits.apply(logits, group, classes)  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
-from alexnet_dist.columns import gathered, join_logits, join_maps, summed_parts, uncompiled
+from alexnet_dist.columns import gathered, join_logits, join_maps, summed_parts
 from alexnet_dist.errors import ReplicasDiffer
 from alexnet_dist.timeline import TIMELINE
 from alexnet_dist.topology import Topology
@@ -35,7 +35,6 @@ class ShardExchange:
         """Convolutions have all channels here; fc6's and fc7's units are joined."""
         return maps if maps.dim() == 4 else join_maps(maps, self.group)
 
-    @uncompiled
     def features(self, features: Tensor) -> Tensor:
         return _JoinSamples.apply(features, self.group)  # type: ignore[no-any-return]
 

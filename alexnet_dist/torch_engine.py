@@ -1,7 +1,7 @@
 """Every layout but ZeRO, by torch and DDP."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -51,11 +51,7 @@ class TorchEngine:
         )
         self.network: nn.Module = self._replicated(replicas) if replicas else self.model
         self.compiles = config.train.compile != "none"
-        self.trained = (
-            torch.compile(self.network, backend=config.train.compile, dynamic=False)
-            if self.compiles
-            else self.network
-        )
+        self.trained = self._compiled() if self.compiles else self.network
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
@@ -112,6 +108,13 @@ class TorchEngine:
             return ShardExchange(self.shards, classes)
         columns = self.topology.column_group
         return ColumnExchange(columns, classes) if columns else None
+
+    def _compiled(self) -> Callable[..., Tensor]:
+        """The network compiled; of ranks that meet in it, what lies between two exchanges."""
+        exchange = self.model.exchange
+        for method in ("maps", "features", "logits") if self.topology.world_size > 1 else ():
+            setattr(exchange, method, torch.compiler.disable(getattr(exchange, method)))
+        return torch.compile(self.network, backend=self.config.train.compile, dynamic=False)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Windows, labels and slots of each; with shards, labels and slots of all ranks."""
