@@ -29,7 +29,7 @@ from torch import Tensor
 from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_files import load_config
 from alexnet_dist.durable import sha256, sync, write
-from alexnet_dist.errors import CheckpointError, NotFinite, looked_in
+from alexnet_dist.errors import CheckpointError, ConfigError, NotFinite, looked_in
 from alexnet_dist.untrusted import json_object, read_bytes
 
 VERSION = 1
@@ -253,7 +253,7 @@ def at(path: Path) -> Checkpoint:
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
-    """Raises CheckpointError where the checkpoint was made by another run than `config` defines."""
+    """Raises ConfigError where the checkpoint was made by another run than `config` defines."""
     theirs, ours = fingerprint(checkpoint.config), fingerprint(config)
     differ = [
         f"{key}: {theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here"
@@ -263,7 +263,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) 
     if checkpoint.manifest["dataset"] != dataset_digest:
         differ.append("data.path: another data set there")
     if differ:
-        raise CheckpointError(
+        raise ConfigError(
             f"{checkpoint.path} belongs to another run ({'; '.join(differ)}): "
             "give this run another name=, or restore those keys"
         )

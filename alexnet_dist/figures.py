@@ -17,9 +17,10 @@ from torch import Tensor
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.board import ANSWERED, answered, evenly, image_of
+from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Split, open_for
-from alexnet_dist.errors import CheckpointError
+from alexnet_dist.errors import CheckpointError, looked_in
 from alexnet_dist.evaluate import seen
 from alexnet_dist.pictures import Picture, chroma, kernel_picture
 from alexnet_dist.telemetry import read_metrics
@@ -32,9 +33,7 @@ _CHUNK = 4096  # rows of the memory map compared at a time
 
 def draw(folder: Path) -> list[Path]:
     """Draw kernels and curves of a run folder into its `figures/`; their paths."""
-    newest, _ = checkpoints.newest_good(folder / "checkpoints")
-    if newest is None:
-        raise CheckpointError(f"{folder}: no checkpoint yet, so nothing to draw")
+    newest = _newest(folder)
     out = _folder(folder)
     conv1 = newest.parameters().rows("conv1.weight", slice(None))
     _write(kernel_picture(conv1, newest.config.model.columns), out / "kernels.png")
@@ -45,11 +44,16 @@ def draw(folder: Path) -> list[Path]:
     return drawn
 
 
+def _newest(folder: Path) -> Checkpoint:
+    found, _ = checkpoints.newest_good(folder / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{folder} has no checkpoint to draw{looked_in(folder)}")
+    return found
+
+
 def colour(folder: Path) -> list[float]:
     """Fig. 3 in numbers: the chroma of each column's kernels in a run's newest checkpoint."""
-    newest, _ = checkpoints.newest_good(folder / "checkpoints")
-    if newest is None:
-        raise CheckpointError(f"{folder}: no checkpoint yet")
+    newest = _newest(folder)
     conv1 = newest.parameters().rows("conv1.weight", slice(None))
     return chroma(conv1, newest.config.model.columns)
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.config import Config
-from alexnet_dist.errors import CheckpointError, NotFinite
+from alexnet_dist.errors import CheckpointError, ConfigError, NotFinite
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 2, 2), "conv1.bias": torch.randn(4)}
 BUFFERS = {f"momentum_buffer/{name}": tensor * 2 for name, tensor in TENSORS.items()}
@@ -195,9 +195,9 @@ def test_another_runs_checkpoint_is_refused_by_key(
 ) -> None:
     found = checkpoints.verify(save(tmp_path, tiny(), 1))
     checkpoints.check_same_run(found, tiny("layout.kind=one", "log.every_steps=7"), "digest")
-    with pytest.raises(CheckpointError, match=r"another run \(seed: 0 there, 3 here\): give"):
+    with pytest.raises(ConfigError, match=r"another run \(seed: 0 there, 3 here\): give"):
         checkpoints.check_same_run(found, tiny("seed=3"), "digest")
-    with pytest.raises(CheckpointError, match=r"data\.path: another data set there"):
+    with pytest.raises(ConfigError, match=r"data\.path: another data set there"):
         checkpoints.check_same_run(found, tiny(), "other")
 
 

@@ -194,7 +194,7 @@ def test_fine_tuning_begins_from_the_named_weights_and_a_new_last_layer(
                  f"train.init_sha256={'f' * 64}")  # fmt: skip
     with pytest.raises(ConfigError, match=r"train\.init_sha256='f+': .*first has "):
         train(moved)
-    with pytest.raises(CheckpointError, match=r"train\.init_sha256: '[0-9a-f]{64}' there, 'any'"):
+    with pytest.raises(ConfigError, match=r"train\.init_sha256: '[0-9a-f]{64}' there, 'any'"):
         checkpoints.check_same_run(after, config, after.manifest["dataset"])
     with pytest.raises(CheckpointError, match=r"train\.init_from='nowhere': nowhere is neither"):
         resolved(tiny("train.init_from=nowhere"))
