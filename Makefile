@@ -31,7 +31,7 @@ results: $(READY) ## train and evaluate all of docs/results.md; hours; goes on w
 	configs/results/train.sh $(PARTS)
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -m "not drill and not slurm"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not drill and not slurm"
 
 test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-get install slurm-wlm munge
 	$(BIN)/python -m pytest -m slurm -s tests/test_slurm.py

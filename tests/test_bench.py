@@ -55,7 +55,9 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(packed: Path) -> None
         run["steps from shards"] / run["steps, batch ready"]
     )
     assert 0 < found["ceilings"]["start to first step, s"] < 60
-    assert found["ceilings"]["resident after 10 steps, MB"] > 100
+    libraries = found["ceilings"]["resident of the libraries alone, MB"]
+    assert found["ceilings"]["resident after 10 steps, MB"] > libraries > 100
+    assert found["ratios"]["resident / planned and the libraries"] > 0.5
 
 
 def test_bench_lrn_holds_ours_against_torchs() -> None:

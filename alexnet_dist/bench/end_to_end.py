@@ -20,6 +20,7 @@ from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engine import on_host
 from alexnet_dist.evaluate import make_pipeline
 from alexnet_dist.make_engine import make_engine
+from alexnet_dist.plan import plan
 from alexnet_dist.topology import connect
 
 _VIEWS, _IMAGES = 10, 32  # of a piece of evaluation
@@ -29,6 +30,8 @@ _NEVER = 10**9  # steps
 def contestant(name: str, config: Config) -> Work:
     """A step, or the ten views of some images; it gives their number."""
     topology, dataset = connect(config), open_for(config)
+    if name == _LIBRARIES:
+        return lambda: 0.0
     engine = make_engine(config, topology)
     evaluates = name.startswith("ten views")
     split = config.data.eval_split if evaluates else config.data.train_split
@@ -60,6 +63,7 @@ def contestant(name: str, config: Config) -> Work:
     return step
 
 
+_LIBRARIES = "the libraries alone"
 _CONTESTANTS = ("steps from shards", "steps, batch ready", "ten views", "ten views, windows ready")
 
 
@@ -70,8 +74,8 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
         steps: over which memory is watched; 0: it is not.
 
     Returns:
-        ratios (medians of pairs), under "ceilings" the seconds to the first step and the memory,
-        machine, and every pass's images/s.
+        ratios (medians of pairs; of memory), under "ceilings" the seconds to the first step and the
+        memory, machine, and every pass's images/s.
     """
     alone = ("layout.kind=one", "layout.ranks=0")
     config = load_config([flat(config), *alone])
@@ -81,7 +85,7 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
     try:
         seconds = in_turn(dict(contestants), repeats)
         if steps:
-            found |= _memory(contestants["steps from shards"], steps)
+            found = _memory(contestants["steps from shards"], config, steps)
     finally:
         for one in contestants.values():
             one.close()
@@ -94,22 +98,39 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
         "ratios": {
             "steps from shards / batch ready": ratio(*_CONTESTANTS[:2]),
             "ten views / windows ready": ratio(*_CONTESTANTS[2:]),
+            **{name: value for name, value in found.items() if "/" in name},
         },
-        "ceilings": {"start to first step, s": _first_step(config), **found},
+        "ceilings": {
+            "start to first step, s": _first_step(config),
+            **{name: value for name, value in found.items() if "/" not in name},
+        },
         "machine": machine(config.data.workers),
         "unit": "images/s",
         "runs": runs,
     }
 
 
-def _memory(one: Contestant, steps: int) -> dict[str, float]:
-    """Resident memory after a tenth of these steps and after all, MB."""
-    found = {}
-    for share, until in ((0.1, steps // 10), (0.9, steps)):
+def _memory(one: Contestant, config: Config, steps: int) -> dict[str, float]:
+    """Resident memory after a tenth of these steps and after all, MB, and beside the plan's."""
+    libraries = Contestant("end_to_end", _LIBRARIES, config)
+    libraries()
+    beside = libraries.memory()
+    libraries.close()
+    after: list[int] = []
+    for share in (0.1, 0.9):
         one.pieces = max(1, int(share * steps))
         one()
-        found[f"resident after {until} steps, MB"] = one.memory() / 1e6
-    return found
+        after.append(one.memory())
+    planned = plan(config, 1)["layouts"]["one"]["memory"]["peak"]
+    return {
+        f"resident after {steps // 10} steps, MB": after[0] / 1e6,
+        f"resident after {steps} steps, MB": after[1] / 1e6,
+        "resident of the libraries alone, MB": beside / 1e6,
+        "planned, MB": planned / 1e6,
+        f"resident after {steps} steps / after {steps // 10}": after[1] / after[0],
+        "resident but for the libraries / planned": (after[1] - beside) / planned,
+        "resident / planned and the libraries": after[1] / (planned + beside),
+    }
 
 
 def _first_step(config: Config) -> float:
