@@ -371,7 +371,7 @@ def test_two_jobs_never_share_a_run_folder(
 def test_another_config_in_the_same_folder_is_refused(command: Callable[..., list[str]]) -> None:
     assert alexnet_dist(*command("same", ALONE, "train.epochs=1")).returncode == 0
     other = alexnet_dist(*command("same", ALONE, "train.epochs=1", "seed=5", "model.dropout=0.25"))
-    assert other.returncode == 1
+    assert other.returncode == 2
     assert "model.dropout: 0.5 there, 0.25 here; seed: 0 there, 5 here" in other.stderr
     assert other.stderr.count("\n") == 1
 
