@@ -1,6 +1,6 @@
 #!/bin/sh
-# Train and evaluate all that docs/results.md has, or the parts named: full seeds ablations fig1
-# photographs finetune. Killed at any moment and started again, it goes on where it was.
+# Train and evaluate all that docs/results.md has, or the parts named: full further seeds ablations
+# fig1 photographs finetune. Killed at any moment and started again, it goes on where it was.
 #
 #     configs/results/train.sh                      # all; hours
 #     configs/results/train.sh seeds ablations
@@ -40,6 +40,15 @@ full() {
             runs/fashion-mnist-227-alexnet-2012-0
     done
     "$run" figures runs/fashion-mnist-227-alexnet-2012-0 --fig4
+}
+
+further() { # from where full ended, by the same recipe, over other windows in another order
+    trained fashion-mnist-227-further-alexnet-2012-1 results/fashion-mnist-227 seed=1 \
+        train.init_from=runs/fashion-mnist-227-alexnet-2012-0 train.epochs=8
+    for views in 1 10; do
+        scored $views runs/fashion-mnist-227-further-alexnet-2012-1/evaluation-views-$views.json \
+            runs/fashion-mnist-227-further-alexnet-2012-1
+    done
 }
 
 cheap() { # NAME SEEDS CONFIG...: a variant over seeds, one view and ten
@@ -134,7 +143,7 @@ finetune() { # half of the photographs, then the other half with a new last laye
     done
 }
 
-for part in ${*:-five ablations fig1 photographs finetune full}; do
+for part in ${*:-five ablations fig1 photographs finetune full further}; do
     [ "$part" != seeds ] || part=five
     $part
 done
