@@ -153,9 +153,7 @@ def test_a_batch_held_out_of_the_fit_is_predicted(measured: list[Measured]) -> N
                 assert abs(error(one, others)) < 0.15, place(one)
 
 
-@pytest.mark.parametrize(
-    "kind", ["alone", "columns", "replicas", "sharded_fc", "zero1", "zero2"]
-)
+@pytest.mark.parametrize("kind", ["alone", "columns", "replicas", "sharded_fc", "zero1", "zero2"])
 def test_a_layout_and_a_batch_both_held_out_are_predicted(
     measured: list[Measured], kind: str
 ) -> None:

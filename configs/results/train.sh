@@ -86,7 +86,7 @@ fig1() {
     for seed in $seeds; do
         "$run" prepare fashion_mnist /usr/share/datasets/fashion-mnist data/fashion-mnist-keep --keep
         for unit in relu tanh sigmoid; do
-            for rate in 0.0003 0.001 0.003 0.01 0.03; do
+            for rate in 0.0003 0.001 0.003 0.01 0.03 0.1; do
                 trained fashion-rate-$rate-fig1-$unit-"$seed" paper/fig1-$unit seed="$seed" \
                     schedule.rate=$rate data.path=data/fashion-mnist-keep train.epochs=3 \
                     log.every_steps=10 || echo "$unit at $rate: did not end" # a rate may be too high
