@@ -15,10 +15,11 @@ HEAD = """# Configuration
 Every key, made by `make docs` from [config.py](../alexnet_dist/config.py) and
 [base.yaml](../configs/base.yaml), which holds the default of each: the network and the recipe of
 the paper. A file says only what differs. Keys with a ◦ may change between two starts of one run;
-the others define the run, and a checkpoint of other values is refused by name.
+the others define the run, and a checkpoint of other values is refused by name (`train.epochs` under
+`schedule.kind=polynomial` only).
 
 ```bash
-alexnet-dist train demo my.yaml layout.kind=one train.epochs=2 'model.exchange=[conv3,fc6,fc7,fc8]'
+.venv/bin/alexnet-dist train demo my.yaml layout.kind=one train.epochs=2 'model.exchange=[conv3,fc6,fc7,fc8]'
 ```
 
 A source is a YAML file, the name of a shipped one (`demo`, `paper/no-lrn`), or `key=value`; later

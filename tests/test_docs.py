@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import TINY, alexnet_dist
 from document_config import PATH, reference
 from made import image_folder
@@ -18,6 +19,7 @@ from made import image_folder
 from alexnet_dist.__main__ import _parser
 from alexnet_dist.config import keys
 from alexnet_dist.config_files import load_config
+from alexnet_dist.layouts import check
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -30,14 +32,14 @@ def blocks(path: Path, language: str) -> list[str]:
 
 
 def commands(path: Path) -> Iterator[list[str]]:
-    """The words of every command line in a document, without comments."""
+    """The words of every command line in a document, without comments and redirection."""
     for block in blocks(path, "bash"):
         text = ""
         for line in block.replace("\\\n", " ").splitlines():
             text += line + "\n"
             with contextlib.suppress(ValueError):  # a quotation that goes on
                 words, text = shlex.split(text, comments=True), ""
-                yield [word.removeprefix(".venv/bin/") for word in words]
+                yield [w.removeprefix(".venv/bin/") for w in words if not w.startswith(">")]
         assert not text, f"{path}: {text}"
 
 
@@ -60,6 +62,24 @@ def check_sources(sources: list[str]) -> None:
     """Config sources load; a YAML file that the reader would write himself is passed over."""
     shipped = [s for s in sources if "=" in s or not s.endswith(".yaml") or (ROOT / s).exists()]
     load_config(shipped)
+
+
+def check_placement(words: list[str], sources: list[str]) -> None:
+    """The layout takes as many ranks as the script, or the template of a cluster, starts."""
+    if "--local" in words:
+        return
+    if "sbatch" in words[:1]:
+        if "slurm/train.sbatch" not in words:
+            return
+        script = (ROOT / "slurm/train.sbatch").read_text()
+        asked = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\d+)", script, re.M))
+        asked |= dict(re.findall(r"--([a-z-]+)=(\d+)", " ".join(words)))
+        ranks = int(asked["nodes"]) * int(asked["ntasks-per-node"])
+    else:
+        site = yaml.safe_load((ROOT / "configs/cluster/template.yaml").read_text())
+        asked = dict(re.findall(r"cluster\.([a-z_]+)=(\d+)", " ".join(words)))
+        ranks = int(asked.get("nodes", site["nodes"])) * site["tasks_per_node"]
+    check(load_config(sources), ranks)
 
 
 @each_document
@@ -105,6 +125,8 @@ def test_every_command_parses(path: Path) -> None:
             ]
             assert own or "--wrap" in words, words
             check_sources(own)
+            if own:
+                check_placement(words, own)
         elif words[:1] == ["make"]:
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
             assert words[1] in targets, words
@@ -142,10 +164,10 @@ def test_your_own_images_to_the_end(place: Path) -> None:
     ]  # fmt: skip
     program = f"from alexnet_dist.__main__ import main\nfor a in {typed!r}: assert main(a) == 0, a"
     subprocess.run([sys.executable, "-c", program], check=True)  # one start for all of them
-    for made in ("data/mine/contact-sheet.png", "runs/mine/figures/kernels.png"):
+    for made in ("data/mine/contact-sheet.png", "runs/own/figures/kernels.png"):
         assert (place / made).stat().st_size > 1000
     (example,) = blocks(ROOT / "docs/checkpoints.md", "python")
-    (saved,) = Path("runs/mine/checkpoints").iterdir()
+    (saved,) = Path("runs/own/checkpoints").iterdir()
     found: dict[str, Any] = {}
     exec(example.replace("runs/demo/checkpoints/step-00001406", str(saved)), found)
     assert found["kernels"].shape == (8, 3, 11, 11)
