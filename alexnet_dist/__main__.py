@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.exit(f"alexnet-dist: this is {sys.platform}, and it runs on Linux: use a container")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments)
-    rank, own = 0, os.getpid()
+    here, own = None, os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() == own:  # not in a forked child
@@ -46,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in {*FLAGS} - {signal.SIGINT}:  # outside a run, which has its own handlers
         signal.signal(number, stop)
     try:
-        rank = launched.rank()
+        here = launched.place()
         return int(options.run(options, arguments))
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT
         print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
         code = EXITS[FLAGS[number]]
     except Exception as error:
-        code = _say(error, rank)
-    if launched.place():
+        code = _say(error, here.rank if here else 0)
+    if here:
         os._exit(code)  # leave fast: peers and their threads may never answer again
     return code
 
@@ -105,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("evaluate", _evaluate, "score checkpoints; several are averaged")
     sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
     sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
-    sub.add_argument("--predictions", type=Path, metavar="NPZ", help="file to write them all to")
+    sub.add_argument("--predictions", type=_out, metavar="NPZ", help="file to write them all to")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = command("prepare", _prepare, "turn a source of images into a packed data set")
@@ -130,7 +130,9 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("inspect", _inspect, "verify a packed data set, and show what is in it")
     sub.add_argument("data", type=Path, help="folder that prepare made")
-    sub.add_argument("--sheet", type=Path, help="PNG to draw samples in; DATA/contact-sheet.png")
+    sub.add_argument(
+        "--sheet", type=_picture, help="PNG to draw samples in; DATA/contact-sheet.png"
+    )
     sub.add_argument("--quick", action="store_true", help="sizes, and some images; nothing drawn")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -140,14 +142,14 @@ def _parser() -> argparse.ArgumentParser:
     def part(name: str, run: object, help: str) -> argparse.ArgumentParser:
         sub = parts.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
-        sub.add_argument("--repeats", type=int, default=5, help="passes of each")
+        sub.add_argument("--repeats", type=_count, default=5, help="passes of each")
         sub.add_argument("--json", action="store_true", help="print one JSON object")
         return sub
 
     sub = part("data", _bench_data, "decoding, beside ImageFolder and the bare decoder")
     sub.add_argument("folder", type=Path, help="images to time on: train/CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
-    sub.add_argument("--images", type=int, default=2000, help="of a pass")
+    sub.add_argument("--images", type=_count, default=2000, help="of a pass")
 
     for name, help in (
         ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
@@ -160,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(part=name)
         sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
         if name == "layouts":
-            sub.add_argument("--ranks", type=int, default=2, help="on this host")
+            sub.add_argument("--ranks", type=_count, default=2, help="on this host")
         if name == "end-to-end":
             sub.add_argument("--steps", type=int, default=0, help="to watch memory over")
 
@@ -173,14 +175,14 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("plan", _plan, "what a run would take: memory, arithmetic, traffic, hours")
     sub.add_argument("config", nargs="+", help="as for train, or a run folder")
     sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
-    sub.add_argument("--ranks", type=int, help="ranks; all of --gpus, or as many as would start")
-    sub.add_argument("--machine", type=Path, metavar="JSON", help="numbers that --fit wrote")
+    sub.add_argument("--ranks", type=_count, help="ranks; all of --gpus, or as many as would start")
+    sub.add_argument("--machine", type=_out, metavar="JSON", help="numbers that --fit wrote")
     sub.add_argument(
         "--fit", type=Path, nargs="+", metavar="JSON",
         help="of bench layouts --json: fit this CPU's numbers to them, write them to --machine",
     )  # fmt: skip
     sub.add_argument(
-        "--curve", type=Path, metavar="PNG", help="draw 1 to 1,024 devices, train.batch on each"
+        "--curve", type=_picture, metavar="PNG", help="draw 1 to 1,024 devices, train.batch on each"
     )
     sub.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -193,11 +195,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("report", _report, "one HTML page: the paper's results and the runs' beside them")
     sub.add_argument("run_folder", type=Path, nargs="*", help="of runs; others are passed over")
-    sub.add_argument("--out", type=Path, default=Path("report.html"))
+    sub.add_argument("--out", type=_out, default=Path("report.html"))
 
     sub = command("export", _export, "write a run's weights as another program reads them")
     sub.add_argument("checkpoint", type=Path, help="run folder (its best) or checkpoint")
-    sub.add_argument("out", type=Path, help="file to write")
+    sub.add_argument("out", type=_out, help="file to write")
     kinds = ["safetensors", "torchvision", "caffe", "onnx"]
     sub.add_argument("--format", choices=kinds, required=True)
 
@@ -235,6 +237,7 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return signals.exit_code
 
     from alexnet_dist import checkpoint, figures
+    from alexnet_dist.run_folder import warn_if_unwritable
     from alexnet_dist.train import train
 
     outcome = train(config, signals)
@@ -246,7 +249,8 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     best = checkpoint.best(config.folder / "checkpoints")
     print(f"{config.folder}: done, {outcome.step} steps; {_words(outcome.score)}")
     print(f"best checkpoint: {best.path}")
-    print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
+    with warn_if_unwritable(config.folder / "figures"):
+        print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
     print(f"next: alexnet-dist evaluate {config.folder} --views 10")
     return outcome.exit
@@ -299,6 +303,29 @@ def _prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     how = Options(options.keep, options.max_bad, options.workers, options.part, options.validation)
     print(prepare(options.source, options.path, options.out, how))
     return 0
+
+
+def _count(text: str) -> int:
+    """A whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number, 1 or more")
+    return int(text)
+
+
+def _out(text: str) -> Path:
+    """A file that can be made: known before the work that ends in it."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        why = "is a folder" if path.is_dir() else f"no folder {path.parent} that you may write in"
+        raise argparse.ArgumentTypeError(f"{text!r}: {why}: name a file to write")
+    return path
+
+
+def _picture(text: str) -> Path:
+    """A PNG that can be made."""
+    if not text.endswith(".png"):
+        raise argparse.ArgumentTypeError(f"{text!r}: a picture to write, NAME.png")
+    return _out(text)
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -90,7 +90,7 @@ class Board:
             if self._topology.leads:
                 answers = answered(self._split, samples, classes, logits, config)
                 pictures["answers/test"] = answers
-        if confusion is not None:
+        if confusion is not None and self._topology.leads:
             pictures["confusion/test"] = confusion_picture(confusion, classes)
 
         def draw(to: SummaryWriter) -> None:

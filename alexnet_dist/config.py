@@ -296,7 +296,9 @@ class EvaluateConfig:
 class CheckpointConfig:
     """What is saved, and kept. Saves are written behind the loop."""
 
-    every_steps: Annotated[int, Key("save this often, steps; also a new best, and the end", ge=1, free=True)]
+    every_steps: Annotated[
+        int, Key("save this often, steps; also a new best, and the end", ge=1, free=True)
+    ]
     keep_last: Annotated[int, Key("newest checkpoints kept; the best is kept too", ge=1, free=True)]
     keep_every_steps: Annotated[
         int, Key("those of every so many steps are kept for good; 0 = none", ge=0, free=True)

@@ -191,7 +191,7 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         return tuple(_checked(dotted, v, item, key, source) for v in value)
     if get_origin(kind) is Literal:
         choices = get_args(kind)
-        if value not in choices or isinstance(value, bool):
+        if not any(type(value) is type(choice) and value == choice for choice in choices):
             near = _nearest(str(value), [str(choice) for choice in choices])
             raise wrong(f"one of {', '.join(map(str, choices))}{near}")
         return value

@@ -121,7 +121,7 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         ),
         (
             "model.init",
-            model.init == "he" or min(data.divide_by) == max(data.divide_by) == 1,
+            model.init == "he" or {*data.divide_by} == {1},
             f"these weights expect grey levels of 0–255, and data.divide_by="
             f"{list(data.divide_by)} scales them: with such inputs the loss stays flat. "
             "Set data.divide_by=[1,1,1] or model.init=he",

@@ -59,7 +59,12 @@ def examine(config: Config, named: bool) -> Iterator[Finding]:
             yield from check(config)
         except Exception as error:  # a doctor examines on
             what, said = check.__name__.strip("_"), in_words(error)
-            yield Finding(what, f"{said or repr(error)}", "see the README's issues", broken=True)
+            yield Finding(
+                what,
+                f"{said or repr(error)}",
+                "mend what it says; a run may fail by it too",
+                broken=True,
+            )
     yield _data(Path(config.data.path), named)
 
 

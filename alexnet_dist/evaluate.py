@@ -58,14 +58,14 @@ class Score:
         """Bounds of a 95 % bootstrap interval of top5."""
         return self.interval(self.correct5)
 
-    def interval(self, correct: int, resamples: int = 10_000) -> tuple[float, float]:
+    def interval(self, correct: int) -> tuple[float, float]:
         """The middle 95 % of the share of right answers over bootstrap resamples of the samples.
 
         Drawing samples with replacement, each right or not, is drawing a binomial. The same
         numbers give the same interval.
         """
         generator = np.random.Generator(np.random.Philox(key=[self.samples, correct]))
-        drawn = generator.binomial(self.samples, correct / self.samples, resamples) / self.samples
+        drawn = generator.binomial(self.samples, correct / self.samples, 10_000) / self.samples
         low, high = np.percentile(drawn, [2.5, 97.5])
         return float(low), float(high)
 
@@ -94,7 +94,10 @@ class Evaluation:
 
     def confusion(self) -> Tensor:
         """(classes, classes) int64: samples of the row's class that were taken for the column's."""
-        return _confused(self.probabilities, self.labels)
+        size = len(self.classes)
+        counts = torch.zeros(size, size, dtype=torch.int64)
+        _confuse(counts, self.probabilities, self.labels)
+        return counts
 
     def report(self) -> dict[str, Any]:
         """For programs: counts, 95 % intervals, each class's error, and the commonest mistakes."""
@@ -189,7 +192,7 @@ def evaluate_engine(
     for probabilities, labels in _probabilities(engine, config, topology, dataset):
         totals += _counted(probabilities, labels)
         if confusion is not None:
-            confusion += _confused(probabilities, labels).cpu()
+            _confuse(confusion, probabilities.cpu(), labels.cpu())
         if signals is not None and signals.poll(topology):
             return None
     counted = [totals] if confusion is None else [totals, confusion]
@@ -284,12 +287,12 @@ def _probabilities(
         pipeline.close()
 
 
-def _confused(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(classes, classes) int64: samples of the row's class taken for the column's; those of a
-    negative label are left out."""
-    size, sound = probabilities.shape[1], labels >= 0
-    pairs = labels[sound] * size + probabilities[sound].argmax(1)
-    return torch.bincount(pairs, minlength=size * size).view(size, size)
+def _confuse(counts: Tensor, probabilities: Tensor, labels: Tensor) -> None:
+    """Add to (classes, classes) int64 counts samples of the row's class taken for the column's;
+    those of a negative label are left out."""
+    sound = labels >= 0
+    labels, taken = labels[sound], probabilities[sound].argmax(1)
+    counts.index_put_((labels, taken), torch.ones_like(labels), accumulate=True)
 
 
 def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:

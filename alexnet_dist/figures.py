@@ -160,7 +160,7 @@ def _write(picture: Picture, path: Path) -> None:
 
 
 def _folder(run: Path) -> Path:
-    out = (run if (run / "checkpoints").is_dir() else run.parent.parent) / "figures"
+    out = run / "figures"
     out.mkdir(exist_ok=True)
     return out
 

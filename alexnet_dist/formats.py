@@ -47,11 +47,12 @@ def import_weights(
 
     Raises CheckpointError where the file is not of that kind, or of another network.
     """
+    if checkpoints.steps(out / "checkpoints"):
+        raise ConfigError(f"{out}: holds a run already: name a folder that is to be made")
     if mean is not None:
         if kind != "caffe":
             raise ConfigError(f"--mean {mean}: only with --format caffe")
-        out.mkdir(parents=True, exist_ok=True)
-        np.save(out / "mean.npy", caffe.read_mean(mean))
+        mean_image = caffe.read_mean(mean)
         own = ["data.subtract=mean_image", f"data.mean_from={(out / 'mean.npy').resolve()}"]
         sources = [*sources, *own]
     config = load_config([*sources, f"name={out.name}", f"output_dir={out.parent}"])
@@ -68,6 +69,9 @@ def import_weights(
             )
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
+    if mean is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        np.save(out / "mean.npy", mean_image)
     return checkpoints.save(out / "checkpoints", config, "imported", whole, {}, progress, None)
 
 
@@ -96,6 +100,11 @@ def _read_torchvision(path: Path, config: Config) -> Tensors:
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"{path} is not a state dict: {reason}") from error
+        if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+            keys = f", but of {', '.join(map(str, found))[:200]}" if isinstance(found, dict) else ""
+            raise CheckpointError(
+                f"{path} is no dict of tensors{keys}: save the model's state_dict() alone"
+            )
     names = {b: a for a, b in _torchvision_names(config).items()}
     return {names.get(name, name): tensor for name, tensor in found.items()}
 

@@ -65,14 +65,12 @@ def _ranks_problem(config: Config, ranks: int) -> str:
             f"layout.ranks={config.layout.ranks}: the launcher started {ranks} (WORLD_SIZE): set "
             "layout.ranks=0 to take the launcher's number"
         )
-    if kind == "sharded_fc":
-        widths = {"model.fc": list(model.fc), "model.classes": model.classes}
-        if any(width % ranks for width in model.fc) or model.classes < ranks:
-            both = [n for n in divisors(*model.fc) if 1 < n <= model.classes]
-            return (
-                f"layout.kind=sharded_fc: model.fc={widths['model.fc']} and model.classes="
-                f"{model.classes} do not split over {ranks} ranks: {_some(both)} ranks do"
-            )
+    if kind == "sharded_fc" and (any(width % ranks for width in model.fc) or model.classes < ranks):
+        both = [n for n in divisors(*model.fc) if 1 < n <= model.classes]
+        return (
+            f"layout.kind=sharded_fc: model.fc={list(model.fc)} and model.classes="
+            f"{model.classes} do not split over {ranks} ranks: {_some(both)} ranks do"
+        )
     return ""
 
 

@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from alexnet_dist.errors import AlexNetDistError, RanksFailed
 from alexnet_dist.preemption import EXITS, FLAGS
 from alexnet_dist.run_folder import read_run
 
@@ -22,7 +23,7 @@ _OF_MEMORY = "by the kernel where memory ran out: see dmesg, and `alexnet-dist p
 _LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
 
 
-def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s: int = 120) -> int:
+def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
     """Run `alexnet-dist ARGUMENTS` in this many ranks; the exit code the ranks agreed on.
 
     Signals are passed on to every rank, which saves and leaves.
@@ -30,7 +31,7 @@ def start(arguments: Sequence[str], ranks: int, folder: Path, shutdown_timeout_s
     Args:
         folder: the run folder, whose run.json says how the ranks stopped.
     """
-    config = _on_this_host(ranks, shutdown_timeout_s)
+    config = _on_this_host(ranks, shutdown_timeout_s=120)
     os.environ[_LAUNCHER] = str(os.getpid())
     command = ["-m", "alexnet_dist", *arguments]
     attempts_before = read_run(folder).get("attempt", 0)
@@ -68,10 +69,26 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """What a module's function returns on each of this many ranks.
 
     Raises:
-        ChildFailedError: one failed; it has said why.
+        AlexNetDistError: they all did.
+        RanksFailed: one failed; it has said why.
     """
-    results = elastic_launch(_on_this_host(ranks, 10), function)(*args)
+    try:
+        results = elastic_launch(_on_this_host(ranks, 10), _mistake_or)(function, *args)
+    except ChildFailedError as error:
+        raise RanksFailed(f"a rank failed, and said why ({function.__name__})") from error
+    if isinstance(results[0], AlexNetDistError):
+        raise results[0]
     return [results[rank] for rank in range(ranks)]
+
+
+def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
+    """What it returns, or the mistake that every rank finds alike."""
+    try:
+        return function(*args)
+    except AlexNetDistError as error:
+        if error.on_every_rank:
+            return error
+        raise
 
 
 def _on_this_host(ranks: int, shutdown_timeout_s: int) -> LaunchConfig:

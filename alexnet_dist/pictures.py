@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
+MOST_CLASSES = 2000  # of a confusion: a matrix of their square
 _FONT = ImageFont.load_default(12)
 _RIGHT, _WRONG = (240, 160, 150), (170, 200, 230)
 
@@ -25,18 +26,18 @@ def chroma(kernels: Tensor, columns: int) -> list[float]:
     return [float(column.mean()) for column in shares.chunk(columns)]
 
 
-def kernel_picture(kernels: Tensor, columns: int, zoom: int = 3) -> Picture:
+def kernel_picture(kernels: Tensor, columns: int) -> Picture:
     """conv1's kernels as in Fig. 3: three rows of kernels for each column, the first on top.
 
     Args:
         kernels: (maps, 3, k, k).
 
     Returns:
-        (height, width, 3), each kernel stretched to the full range.
+        (height, width, 3), each kernel stretched to the full range, three pixels for one.
     """
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     unit = ((kernels - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
-    pixels = np.rint(unit * 255).astype(np.uint8).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    pixels = np.rint(unit * 255).astype(np.uint8).repeat(3, axis=1).repeat(3, axis=2)
     tiles = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     blocks = []
     for block in np.array_split(tiles, columns):

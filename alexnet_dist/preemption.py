@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # a process that torch has yet to be loaded into can be signa
 
 # Exit codes by the flag's value; where ranks saw different signals, the highest counts.
 EXITS = {1: 75, 2: 143, 3: 130}
-CANNOT_SAVE = 4  # a flag of rank 0 alone, which is no signal
+CANNOT_SAVE = 4  # told by rank 0 alone, no signal: it holds while it is so
 FLAGS = {signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
 
 
@@ -32,6 +32,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.flag = 0
+        self.cannot_save = False  # the other ranks are to know
         self.at_once = False  # leave as soon as one arrives: there is nothing to save yet
         self.polls = 0
         self._pid = os.getpid()
@@ -49,17 +50,20 @@ class StopSignals:
         import torch.distributed as dist
 
         self.polls += 1
+        mine, said = CANNOT_SAVE if self.cannot_save else self.flag, 0
         if topology.control is None:
-            return self.flag
+            return mine
         if self._waiting is not None:
             flags, work = self._waiting
             work.wait()
-            self._agreed = max(self._agreed, int(flags))
-        flags = torch.tensor(self.flag)
+            said = int(flags)
+            if said != CANNOT_SAVE:
+                self._agreed = max(self._agreed, said)
+        flags = torch.tensor(mine)
         work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=topology.control, async_op=True)
         assert work is not None
         self._waiting = flags, work
-        return self._agreed
+        return max(self._agreed, said)
 
     @property
     def exit_code(self) -> int | None:

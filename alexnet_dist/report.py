@@ -20,6 +20,7 @@ from typing import Any
 from alexnet_dist import figures
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
+from alexnet_dist.durable import read_run
 from alexnet_dist.errors import AlexNetDistError
 from alexnet_dist.telemetry import read_metrics
 
@@ -101,6 +102,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
     Files are what `evaluate --json` said of several runs. What holds no evaluated run is passed
     over, and counted.
     """
+    folders = [folder for folder in folders if folder != out]
     averaged = [found for path in folders if (found := _averaged(path)) is not None]
     runs = [run for folder in folders if (run := _read(folder)) is not None]
     groups: dict[str, list[Run]] = {}
@@ -127,19 +129,16 @@ def _read(folder: Path) -> Run | None:
     try:
         config = load_config([json.loads((folder / "config.json").read_text())])
         evaluated = [point for point in read_metrics(folder) if point["kind"] == "eval"]
-    except (OSError, ValueError, AlexNetDistError):
+        if not evaluated:
+            return None
+        views = {int(config.evaluate.views): max(evaluated, key=lambda point: float(point["top1"]))}
+        for own in folder.glob("evaluation-views-*.json"):
+            found = json.loads(own.read_text())
+            known = {key: float(found[key]) for key in ("top1", "top5", "correct1", "samples")}
+            views[int(own.stem.rpartition("-")[2])] = known
+    except (OSError, ValueError, KeyError, TypeError, AlexNetDistError):
         return None
-    if not evaluated:
-        return None
-    best = max(evaluated, key=lambda point: float(point["top1"]))
-    views = {int(config.evaluate.views): best}
-    for own in sorted(folder.glob("evaluation-views-*.json")):
-        views[int(own.stem.rpartition("-")[2])] = json.loads(own.read_text())
-    try:
-        state = json.loads((folder / "run.json").read_text()).get("state")
-    except (OSError, ValueError):
-        state = None
-    return Run(folder, config, views, state == "finished")
+    return Run(folder, config, views, read_run(folder).get("state") == "finished")
 
 
 def _averaged(path: Path) -> tuple[str, Mapping[str, Any]] | None:
@@ -198,7 +197,7 @@ def _all_runs(groups: Mapping[str, Sequence[Run]]) -> str:
         [
             run.folder.name, run.config.data.path, str(run.config.seed), str(views),
             f"{100 * (1 - found['top1']):.2f}", f"{100 * (1 - found['top5']):.2f}",
-            f"{found['correct1']} of {found['samples']}", "yes" if run.finished else "no",
+            f"{found['correct1']:.0f} of {found['samples']:.0f}", "yes" if run.finished else "no",
         ]
         for runs in groups.values() for run in runs for views, found in sorted(run.views.items())
     ]  # fmt: skip

@@ -80,7 +80,11 @@ class RunFolder:
             "idle_restarts": (before.get("idle_restarts", 0) + 1) if idle else 0,
             "kept_s": before.get("kept_s", 0.0),
         }
-        self._check_progress(str(before.get("reason") or "it was killed"))
+        try:
+            self._check_crash_loop(str(before.get("reason") or "it was killed"))
+        except CrashLoop:
+            self.close()
+            raise
         self.report("starting")
 
     def _hold(self) -> None:
@@ -120,7 +124,7 @@ class RunFolder:
             self._hold()
             self.save_config()
 
-    def _check_progress(self, last: str) -> None:
+    def _check_crash_loop(self, last: str) -> None:
         """Raises CrashLoop where starting again has not helped often enough."""
         idle, most = self._run["idle_restarts"], self.config.checkpoint.max_idle_restarts
         if idle > most:

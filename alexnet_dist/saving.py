@@ -42,7 +42,7 @@ class Saver:
         """
         self._join()
         if isinstance(self._error, CheckpointError) and self._write is not None:
-            self._error = None
+            self._error, self.failed = None, False
             self._run()
         if self._error is not None:
             raise self._error

@@ -111,6 +111,14 @@ class Topology:
         dist.all_gather_single(found, mine, self.control)
         return found.view(self.world_size, -1).tolist()
 
+    def first_said(self, text: str) -> str:
+        """Of every rank's text, the first that is not empty, on every rank. Collective."""
+        if self.control is None:
+            return text
+        said: list[Any] = [None] * self.world_size
+        dist.all_gather_object(said, text, self.control)
+        return next(filter(None, said), "")
+
     def sum(self, counts: Tensor) -> Tensor:
         """A CPU tensor summed over all ranks."""
         if self.control is not None:

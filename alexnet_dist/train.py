@@ -14,7 +14,7 @@ import torch
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist import launched, warm_start
 from alexnet_dist.config import Config, flat
-from alexnet_dist.data.dataset import Dataset, open_for
+from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine, on_host
 from alexnet_dist.errors import (
@@ -28,6 +28,7 @@ from alexnet_dist.evaluate import Score, evaluate_engine, make_pipeline
 from alexnet_dist.layouts import check, ranks_wanted
 from alexnet_dist.make_engine import make_engine
 from alexnet_dist.optim import Schedule
+from alexnet_dist.pictures import MOST_CLASSES
 from alexnet_dist.plan import training_flops
 from alexnet_dist.preemption import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
 from alexnet_dist.progress import Pending, Progress
@@ -105,8 +106,10 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     signals.at_once = False
     configure_logging(topology)
     config = topology.decided_by_rank_0(lambda: warm_start.resolved(config))
-    digest = topology.decided_by_rank_0(lambda: open_for(config, config.data.verify_hashes).digest)
+    digest = topology.decided_by_rank_0(lambda: open_for(config).digest)
     dataset = open_for(config)
+    if config.data.verify_hashes:
+        verify_shards(dataset, topology)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
@@ -136,6 +139,7 @@ def _run(
     progress = _resume(folder, engine, schedule, config, digest, topology)
     folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split)))
+    pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
     telemetry = Telemetry(
         config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
         training_flops(config),
@@ -147,7 +151,6 @@ def _run(
     counts = [len(slots) for slots in shares]
     sampler = TrainSampler(config, len(split), dataset.statistics)
     plan = sampler.plan(progress.step, schedule.last_step, shares[topology.column])
-    pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
     batches = pipeline.batches(plan)
 
     saver = Saver(lambda: bool(checkpoints.steps(folder.checkpoints)))
@@ -157,8 +160,8 @@ def _run(
         topology, lambda: signals.polls, config.layout.timeout_s,
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
-    every, pictures = config.train.compare_replicas_every, config.log.pictures
-    classes = config.model.classes
+    every, classes = config.train.compare_replicas_every, config.model.classes
+    drawn = config.log.pictures and classes <= MOST_CLASSES
 
     def settle(but: int) -> None:
         """Account for the steps that were begun, all `but` the newest."""
@@ -168,17 +171,16 @@ def _run(
     try:
         while True:
             step, epoch = progress.step, progress.step / schedule.steps_per_epoch
-            if saver.failed:
-                signals.flag = CANNOT_SAVE
+            signals.cannot_save = saver.failed
             stop = signals.poll(topology)
             if stop == CANNOT_SAVE:
-                topology.decided_by_rank_0(saver.finish)  # raises
+                topology.decided_by_rank_0(saver.finish)  # raises, unless it now can
+                continue
 
             if not stop and progress.evaluation_due(config, schedule):
                 settle(0)
                 with TIMELINE.span("evaluate"):
-                    zeros = torch.zeros(classes, classes, dtype=torch.int64)
-                    confusion = zeros if pictures else None
+                    confusion = torch.zeros(classes, classes, dtype=torch.int64) if drawn else None
                     score = evaluate_engine(engine, config, topology, dataset, signals, confusion)
                     if score is None:
                         continue  # a signal: the poll above says so now

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import TensorFile
-from alexnet_dist.config import Config
+from alexnet_dist.config import Config, TrainConfig
+from alexnet_dist.config_files import load_config
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.model import AlexNet
 
@@ -15,11 +16,15 @@ from alexnet_dist.model import AlexNet
 def resolved(config: Config) -> Config:
     """The config with the checkpoint it begins from, and its weights' hash, which defines the run.
 
+    Once the run has checkpoints of its own, those it began from may change or go.
+
     Raises ConfigError where it asks for another hash, CheckpointError where there is no checkpoint.
     """
     train = config.train
     if train.init_from == "none":
         return config
+    if begun := _begun(config):
+        return dataclasses.replace(config, train=begun)
     try:
         source = checkpoints.at(Path(train.init_from))
     except CheckpointError as error:
@@ -32,6 +37,23 @@ def resolved(config: Config) -> Config:
         )
     begun = dataclasses.replace(train, init_from=str(source.path), init_sha256=found)
     return dataclasses.replace(config, train=begun)
+
+
+def _begun(config: Config) -> TrainConfig | None:
+    """`train` with what the run in this folder began from; None where it did not yet, or the config
+    asks for other weights."""
+    if not checkpoints.steps(config.folder / "checkpoints"):
+        return None
+    try:
+        before = load_config([config.folder / "config.json"]).train
+    except ConfigError:
+        return None
+    same = Path(before.init_from).is_relative_to(config.train.init_from)
+    if not same or config.train.init_sha256 not in ("any", before.init_sha256):
+        return None
+    return dataclasses.replace(
+        config.train, init_from=before.init_from, init_sha256=before.init_sha256
+    )
 
 
 class InitialWeights:

@@ -6,6 +6,7 @@ scores the average of those that finished. --wait stays until the queue is done,
 """
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.durable import read_run
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, RunFolderError
 from launch.job import TrainJob, guarded, slurm
 from launch.status import queued, status, table
 from launch.submit import checked, executor, split
@@ -62,8 +63,7 @@ def main(arguments: Sequence[str]) -> int:
     left = [m for m, config in zip(members, configs, strict=True) if not finished(config)]
 
     name = f"{base.name}-over-{key}"
-    queue = ["squeue", "--me", "--noheader", f"--name={name}"]
-    if left and not slurm(*queue) and "--evaluate" not in arguments:
+    if left and "--evaluate" not in arguments and not waiting(name):
         folder = Path(base.output_dir) / name / "launch"
         made = executor(cluster, name, folder, int(parallel))
         with made.batch():
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         print(f"stop: scancel {number}    (they save first)", flush=True)
     if left and "--wait" in arguments:
-        while slurm(*queue):
+        while waiting(name):
             time.sleep(5)
     begun = [config.folder for config in configs if read_run(config.folder)]
     if begun:
@@ -83,6 +83,16 @@ def main(arguments: Sequence[str]) -> int:
         print("when they have ended, the same command starts what is unfinished, or scores all")
         return 0
     return score([config for config in configs if finished(config)], len(members))
+
+
+def waiting(name: str) -> bool:
+    """Whether jobs of this name are in the queue; raises RunFolderError where it is not told."""
+    for _ in range(10):
+        told = slurm("squeue", "--me", "--noheader", f"--name={name}")
+        if told is not None or shutil.which("squeue") is None:
+            return bool(told)
+        time.sleep(3)
+    raise RunFolderError(f"{name}: squeue does not answer: whether its jobs are done is not known")
 
 
 def finished(config: Config) -> bool:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from submitit import JobEnvironment
-from submitit.core.utils import DelayedSubmission, JobPaths
+from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 
 from alexnet_dist import launched, layouts
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.durable import read_run
-from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError, printable
+from alexnet_dist.errors import ConfigError, RunFolderError, in_words, printable
 
 PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and pickles are code
 
@@ -213,9 +213,18 @@ def guarded(main: Any) -> int:
     """Run a program of this package: an error that has a name is one line."""
     try:
         return int(main(sys.argv[1:]))
-    except AlexNetDistError as error:
-        print(f"launch: {printable(str(error))}", file=sys.stderr, flush=True)
-        return error.exit_code
+    except KeyboardInterrupt:
+        print("launch: interrupted; jobs go on", file=sys.stderr)
+        return 130
+    except FailedJobError as error:  # sbatch's own words
+        print(f"launch: Slurm refused: {printable(str(error))}", file=sys.stderr, flush=True)
+        return 1
+    except Exception as error:
+        said = in_words(error)
+        if said is None:
+            raise
+        print(f"launch: {printable(str(said))}", file=sys.stderr, flush=True)
+        return said.exit_code
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import yaml
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import configs_folder, load_config
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError
 from launch.job import PRIVATE, TrainJob, check_placement, check_private, guarded
 
@@ -60,14 +61,16 @@ def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
     """
     rest = [text for text in arguments if not text.startswith(("cluster=", "cluster."))]
     values: dict[str, Any] = {}
-    origin = "the command line"
     for text in arguments:
-        key, _, value = text.partition("=")
-        if key == "cluster":
-            origin = value
-            values |= _read(value)
-        elif key.startswith("cluster."):
-            values[key.removeprefix("cluster.")] = yaml.safe_load(value)
+        name, _, value = text.partition("=")
+        if name == "cluster":
+            values |= _checked(_read(value), value)
+        elif name.startswith("cluster."):
+            values |= _checked({name.removeprefix("cluster."): _parsed(value, name)}, text)
+    return Cluster(**values), rest
+
+
+def _checked(values: dict[str, Any], origin: str) -> dict[str, Any]:
     hints = get_type_hints(Cluster)
     for key, value in values.items():
         if key not in hints:
@@ -75,7 +78,14 @@ def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
         wanted = get_origin(hints[key]) or hints[key]
         if type(value) is not wanted:
             raise ConfigError(f"{origin}: {key}={value!r}: must be of type {wanted.__name__}")
-    return Cluster(**values), rest
+    return values
+
+
+def _parsed(text: str, origin: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{origin}: not YAML: {error}") from error
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -86,9 +96,10 @@ def _read(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"cluster={name}: no such file, nor one of {known}")
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a YAML file of keys and values: {error}") from error
+        text = path.read_text()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    found = _parsed(text, str(path))
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds a {type(found).__name__}; write keys and values")
     return found
@@ -151,10 +162,10 @@ def main(arguments: Sequence[str]) -> int:
     if local:
         cluster = dataclasses.replace(cluster, nodes=1, tasks_per_node=1)  # it starts its own ranks
     config = checked(run, cluster)
-    folder = config.folder / "launch"
     if local:
-        return _here(TrainJob(run), folder)
-    job = executor(cluster, config.name, folder, parallel=1).submit(TrainJob(run))
+        return _here(TrainJob(run), config.folder)
+    made = executor(cluster, config.name, config.folder / "launch", parallel=1)
+    job = made.submit(TrainJob(run))
     again = shlex.join(["python", "-m", "launch.submit", *arguments])
     print(
         f"job {job.job_id}, run folder {config.folder}\n"
@@ -166,8 +177,9 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _here(run: TrainJob, folder: Path) -> int:
+def _here(run: TrainJob, run_folder: Path) -> int:
     """Run a job on this machine, in Submitit's processes; what it printed, and its exit code."""
+    folder, begun = run_folder / "launch", read_run(run_folder).get("attempt")
     os.umask(PRIVATE)
     folder.mkdir(parents=True, exist_ok=True)
     check_private(folder)
@@ -177,7 +189,9 @@ def _here(run: TrainJob, folder: Path) -> int:
     print(f"process {job.job_id}; watch: tail -F {job.paths.stdout}", flush=True)
     failed = job.exception()
     print(job.stdout() or "", end="")
-    return 1 if failed else 0
+    ended = read_run(run_folder)
+    code = int(ended.get("exit") or 0) if ended.get("attempt") != begun else 0
+    return (code or 1) if failed else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ the others define the run, and a checkpoint of other values is refused by name (
 `schedule.kind=polynomial` only).
 
 ```bash
-.venv/bin/alexnet-dist train demo my.yaml layout.kind=one train.epochs=2 'model.exchange=[conv3,fc6,fc7,fc8]'
+.venv/bin/alexnet-dist train demo my.yaml layout.kind=one 'model.exchange=[conv3,fc6,fc7,fc8]'
 ```
 
 A source is a YAML file, the name of a shipped one (`demo`, `paper/no-lrn`), or `key=value`; later

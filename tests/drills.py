@@ -326,7 +326,7 @@ def two_writers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row
 PATCHED = """
 import os, sys
 import torch
-from alexnet_dist import __main__, engine, zero
+from alexnet_dist import __main__, torch_engine, zero
 
 what, at = sys.argv.pop(1), int(sys.argv.pop(1))
 last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -343,7 +343,7 @@ def patched(sound):
         return stats
     return train_step
 
-for one in (engine.TorchEngine, zero.ZeroEngine):
+for one in (torch_engine.TorchEngine, zero.ZeroEngine):
     one.train_step = patched(one.train_step)
 sys.exit(__main__.main())
 """
@@ -395,7 +395,7 @@ def crash_loop(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]
     row, name = Row("crash loop", "columns"), "looping"
     ground.whole("columns")
     starts, said = 0, ""
-    while "starts in a row failed" not in said and starts < 9:
+    while "starts in a row saved nothing" not in said and starts < 9:
         more = "checkpoint.max_idle_restarts=3"
         said = patched(ground, "columns", name, "raise", 6, more).stderr
         starts += 1

@@ -63,6 +63,8 @@ def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("train.batch=true", r"train\.batch=True: must be a whole number"),
         ("train.batch=", r"train\.batch=.*: must be a whole number"),
         ("train.epochs=long", r"train\.epochs='long': must be a number"),
+        ("data.divide_by=[]", r"data\.divide_by=\[\]"),
+        ("evaluate.views=1.0", r"evaluate\.views=1\.0: must be one of 1, 10"),
         ("data.flip=1", r"data\.flip=1: must be true or false"),
         ("name=3", r"name=3: must be text"),
         ("train.batch=0", r"train\.batch=0: must be at least 1 \(samples in a step"),

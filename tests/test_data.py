@@ -228,15 +228,16 @@ def test_damage_is_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("split", ["train", "test"])  # of two ranks each hashes one
 def test_a_damaged_data_set_stops_training_before_it_starts(
-    tiny: Callable[..., Config], packed: Path, tmp_path: Path
+    split: str, tiny: Callable[..., Config], packed: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "data"
     shutil.copytree(packed, root)
-    flip("train/shard-00000.tar", 600)(root)
+    flip(f"{split}/shard-00000.tar", 600)(root)
     result = alexnet_dist("train", *as_overrides(tiny(f"data.path={root}")))
     assert result.returncode == 1
-    assert result.stderr.startswith(f"alexnet-dist: {root}/train/shard-00000.tar: SHA-256")
+    assert result.stderr.startswith(f"alexnet-dist: {root}/{split}/shard-00000.tar: SHA-256")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 

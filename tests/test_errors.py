@@ -256,6 +256,11 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     [
         (["train", "demo", "--epochs=3"], "--epochs=3; a config's keys are written key=value"),
         (["prepare", "folder", "a", "b", "--part", "3"], "'3': write I/N, as in 2/8"),
+        (["bench", "step", "--repeats", "0"], "'0': a whole number, 1 or more"),
+        (["plan", "demo", "--ranks", "-1"], "'-1': a whole number, 1 or more"),
+        (["plan", "demo", "--curve", "a.pdf"], "'a.pdf': a picture to write, NAME.png"),
+        (["report", "--out", "/nowhere/a.html"], "no folder /nowhere that you may write in"),
+        (["evaluate", "runs/demo", "--predictions", "/tmp"], "'/tmp': is a folder: name a file"),
         (["trian", "demo"], "invalid choice: 'trian' (choose from 'train'"),
     ],
 )
@@ -265,6 +270,18 @@ def test_options_that_are_not_there_are_explained(
     with pytest.raises(SystemExit, match="2"):
         __main__.main(arguments)
     assert said in capfd.readouterr().err
+
+
+def test_a_mistake_that_only_ranks_see_is_one_line(
+    tiny: Tiny, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(ALONE, "layout.device=cuda", "layout.ranks=1")
+    if torch.cuda.is_available():
+        pytest.skip("here are GPUs")
+    assert __main__.main(["compare", *as_overrides(config), "--layouts", "one"]) == 2
+    said = capfd.readouterr().err
+    assert "alexnet-dist: layout.device=cuda: 1 ranks on this host need a GPU each" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(

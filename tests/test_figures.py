@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,11 +76,15 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     hostile = tmp_path / "runs" / "<b>hostile"
     hostile.mkdir()
     (hostile / "config.json").write_text("{")
+    damaged = tmp_path / "runs" / "damaged"
+    shutil.copytree(folders[1], damaged)
+    (damaged / "evaluation-views-10.json").write_text('{"top1": 0.5}')
     several = tmp_path / "runs" / "tiny-ensemble-views-1.json"
     scored = alexnet_dist("evaluate", str(folders[0]), str(folders[1]), "--json")
     several.write_text(scored.stdout)
-    said = report([*folders, hostile, several], tmp_path / "report.html")
-    assert said.endswith("4 runs; 1 hold no evaluated run")
+    out = tmp_path / "report.html"
+    said = report([*folders, hostile, damaged, several, out], out)
+    assert said.endswith("4 runs; 2 hold no evaluated run")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2

@@ -183,6 +183,10 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     torch.save({"a": Path("/")}, bad)  # asks for a class
     with pytest.raises(CheckpointError, match="is not a state dict"):
         import_weights("torchvision", bad, tmp_path / "run", sources)
+    torch.save({"epoch": 3, "state_dict": {"a": torch.zeros(1)}}, bad)
+    with pytest.raises(CheckpointError, match=r"no dict of tensors, but of epoch, state_dict: sav"):
+        import_weights("torchvision", bad, tmp_path / "run", sources)
+    assert not (tmp_path / "run").exists()
     bad.write_bytes(field(100, field(1, b"conv1") + field(7, field(5, b"\0" * 8))))
     with pytest.raises(CheckpointError, match=r"8 bytes for a blob of shape \[0, 0, 0, 0\]"):
         import_weights("caffe", bad, tmp_path / "run", sources)
@@ -218,3 +222,7 @@ def test_an_imported_run_is_evaluated_like_any(tiny: Callable[..., Config], tmp_
     import_weights("safetensors", tmp_path / "w.safetensors", tmp_path / "in", as_overrides(config))
     first, again = (evaluate_checkpoints([path]) for path in (config.folder, tmp_path / "in"))
     assert again.score == first.score
+    with pytest.raises(ConfigError, match="in: holds a run already"):
+        import_weights(
+            "safetensors", tmp_path / "w.safetensors", tmp_path / "in", as_overrides(config)
+        )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, on_ranks
-from submitit.core.utils import JobPaths
+from submitit.core.utils import FailedJobError, JobPaths
 
 from alexnet_dist import launched, topology
 from alexnet_dist.config import Config
@@ -224,7 +224,7 @@ def test_stops_that_save_nothing_are_a_crash_loop_too(
         folder = RunFolder(config)
         folder.take()
         folder.report("stopped", exit=75)
-        folder._lock.close()  # type: ignore[union-attr]
+        folder.close()
     with pytest.raises(RunFolderError, match="2 starts in a row saved nothing"):
         RunFolder(config).take()
 
@@ -243,6 +243,8 @@ def test_shipped_clusters_load(name: str) -> None:
         (["cluster.node=1"], r"unknown key node; there are nodes, tasks_per_node"),
         (["cluster.nodes=many"], r"nodes='many': must be of type int"),
         (["cluster.nodes=true"], r"nodes=True: must be of type int"),
+        (["cluster=template", "cluster.nodes=x"], r"cluster\.nodes=x: nodes='x': must be of type"),
+        (["cluster.setup=["], r"cluster\.setup: not YAML: "),
     ],
 )
 def test_wrong_clusters_are_named(arguments: list[str], said: str) -> None:
@@ -259,6 +261,39 @@ def test_values_of_an_ensemble() -> None:
     for wrong in ("seed", "seed=", "seed=1,1", "seed=4..0"):
         with pytest.raises(ConfigError, match=r"write KEY=0\.\.4"):
             ensemble.values_of(wrong)
+
+
+def test_a_queue_that_does_not_answer_is_not_an_empty_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def told(*answers: str | None) -> bool:
+        left = list(answers)
+        monkeypatch.setattr(ensemble, "slurm", lambda *_: left.pop(0))
+        return ensemble.waiting("five")
+
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not told(None)  # no Slurm here
+    (tmp_path / "squeue").touch(0o755)
+    assert told(None, None, "7 RUNNING")
+    assert not told(None, "")
+    with pytest.raises(RunFolderError, match="squeue does not answer"):
+        told(*[None] * 10)
+
+
+def test_what_slurm_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(error: BaseException) -> tuple[int, str]:
+        def main(arguments: list[str]) -> int:
+            raise error
+
+        return job.guarded(main), capsys.readouterr().err
+
+    code, said = refused(FailedJobError("sbatch: error: invalid partition specified: gpu"))
+    assert (code, said.count("\n")) == (1, 1)
+    assert "Slurm refused: sbatch: error: invalid partition" in said
+    assert refused(KeyboardInterrupt())[0] == 130
+    code, said = refused(PermissionError(13, "Permission denied", "/runs"))
+    assert (code, said.count("\n")) == (1, 1)
 
 
 def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 arithmetic; and what the variants need of the network."""
 
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -205,6 +206,10 @@ def test_fine_tuning_begins_from_the_named_weights_and_a_new_last_layer(
     assert InitialWeights(more).rows("fc8.weight", slice(0, 2)).shape == (2, 28)
     with pytest.raises(ConfigError, match=r"fc8\.weight is \[10, 28\] there, and \[12, 28\] here"):
         InitialWeights(tiny(*one, f"train.init_from={first}", "model.classes=12"))
+    shutil.rmtree(first)
+    assert train(config).exit == 0, "it has weights of its own"
+    with pytest.raises(CheckpointError, match="first is neither"):
+        train(tiny(*warm, "name=third"))
 
 
 def test_where_the_weights_lie_does_not_define_a_run(tiny: Callable[..., Config]) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist import train
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.errors import CheckpointError, CrashLoop, NotFinite, RunFolderError
@@ -58,6 +60,27 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_while_an_older_one_rem
     assert fails == []
 
 
+def test_a_run_whose_first_save_fails_once_goes_on(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No older checkpoint is there: it is tried again at once, and the run ends only where that
+    fails too."""
+    sound, full = checkpoints.save, [1]
+
+    def save(*args: Any) -> Path:
+        if full and full.pop():
+            raise CheckpointError("the disk is full")
+        return sound(*args)
+
+    monkeypatch.setattr(checkpoints, "save", save)
+    config = tiny("layout.kind=one", "checkpoint.every_steps=2", "train.epochs=2")
+    assert train(config).exit == 0
+    assert not full
+    full += [1, 1]
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        train(tiny("layout.kind=one", "checkpoint.every_steps=2", "name=full"))
+
+
 @pytest.mark.parametrize(
     ("error", "remains"), [(CheckpointError("full"), False), (NotFinite("conv1"), True)]
 )
@@ -87,8 +110,7 @@ def attempt(
             folder.saved(saved)
         folder.report(state, **more)
     finally:
-        assert folder._lock is not None
-        folder._lock.close()
+        folder.close()
 
 
 def test_a_crash_loop_is_broken_and_says_why(tiny: Callable[..., Config]) -> None:
@@ -99,9 +121,11 @@ def test_a_crash_loop_is_broken_and_says_why(tiny: Callable[..., Config]) -> Non
         attempt(config, "failed", reason="CUDA error: illegal access")
         assert read_run(config.folder)["idle_restarts"] == idle
     refused = r"3 starts in a row saved nothing after step 16; the last: CUDA error: ill"
+    kept = []  # as a notebook keeps tracebacks; the folder is let go all the same
     for more in (3, 4):
-        with pytest.raises(CrashLoop, match=rf"{refused}.*max_idle_restarts={more} \(now 2\)"):
-            attempt(config, "running")
+        with pytest.raises(CrashLoop, match=rf"{refused}.*max_idle_restarts={more} \(now 2\)") as e:
+            RunFolder(config).take()
+        kept.append(e)
         refused = refused.replace("3 starts", "4 starts")
     found = read_run(config.folder)
     assert (found["state"], found["exit"], found["attempt"]) == ("failed", 2, 7)

@@ -27,6 +27,7 @@ from alexnet_dist.config import Config
 from alexnet_dist.config_files import configs_folder
 from alexnet_dist.durable import sha256
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
+from alexnet_dist.topology import Topology
 from alexnet_dist.untrusted import json_object, read_bytes
 
 VERSION = 2
@@ -63,6 +64,7 @@ class Split:
     name: str
     shards: tuple[Path, ...]
     index: npt.NDArray[np.void]
+    sha256s: tuple[str, ...] = ()  # of the shards
     _files: dict[int, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -74,6 +76,11 @@ class Split:
     def uniform(self, side: int) -> bool:
         """Whether every image is a square of this side."""
         return bool((self.index["height"] == side).all() and (self.index["width"] == side).all())
+
+    def check_shard(self, number: int) -> None:
+        """Raises DatasetError where a shard's bytes are not those that were packed."""
+        path = self.shards[number]
+        _compare_hash(path, sha256(path), self.sha256s[number])
 
     def read(self, sample: int) -> bytearray:
         """A sample's encoded image; raises DatasetError where its checksum does not match."""
@@ -176,9 +183,12 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
             *(np.array(meta[k], float) for k in ("mean_rgb", "eigenvalues", "eigenvectors")),
         )
         splits = {
-            str(name): _open_split(folder, str(name), split, len(classes), verify_hashes)
+            str(name): _open_split(folder, str(name), split, len(classes))
             for name, split in meta["splits"].items()
         }
+        for split in splits.values():
+            for number in range(len(split.shards) if verify_hashes else 0):
+                split.check_shard(number)
     except DatasetError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -195,9 +205,31 @@ def _finite(array: npt.NDArray[np.floating]) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def open_for(config: Config, verify_hashes: bool = False) -> Dataset:
+def verify_shards(dataset: Dataset, topology: Topology) -> None:
+    """Hash every shard, each rank its share. Collective: ranks meet after each shard, so that many
+    on a slow disk outlast no timeout.
+
+    Raises DatasetError, on every rank, of the first that is not what was packed.
+    """
+    shards = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
+    for first in range(0, len(shards), topology.world_size):
+        wrong = ""
+        for split, number in shards[first : first + topology.world_size][topology.global_rank :][
+            :1
+        ]:
+            try:
+                split.check_shard(number)
+            except DatasetError as error:
+                wrong = str(error)
+        if wrong := topology.first_said(wrong):
+            damaged = DatasetError(wrong)
+            damaged.on_every_rank = True
+            raise damaged
+
+
+def open_for(config: Config) -> Dataset:
     """The data set a config names; raises DatasetError, or ConfigError where they do not agree."""
-    dataset = open_dataset(Path(config.data.path), verify_hashes)
+    dataset = open_dataset(Path(config.data.path))
     for key, name in (
         ("data.train_split", config.data.train_split),
         ("data.eval_split", config.data.eval_split),
@@ -227,15 +259,10 @@ def check_damaged(config: Config, split: Split, damaged: int) -> None:
         )
 
 
-def _open_split(
-    folder: Path, name: str, meta: Mapping[str, Any], classes: int, verify_hashes: bool
-) -> Split:
+def _open_split(folder: Path, name: str, meta: Mapping[str, Any], classes: int) -> Split:
     index = _load(folder, meta["index"], INDEX, dims=1)
     sizes = [int(shard["size"]) for shard in meta["shards"]]
     shards = tuple(_sized(folder, shard) for shard in meta["shards"])
-    if verify_hashes:
-        for path, shard in zip(shards, meta["shards"], strict=True):
-            _compare_hash(path, sha256(path), shard["sha256"])
     where = f"{folder / str(meta['index']['file'])}"
     if len(index) != meta["samples"]:
         raise DatasetError(f"{where}: {len(index)} samples, dataset.json says {meta['samples']}")
@@ -256,7 +283,7 @@ def _open_split(
             )
         if not (index["height"].all() and index["width"].all()):
             raise DatasetError(f"{where}: an image without pixels: prepare the data set again")
-    return Split(name, shards, index)
+    return Split(name, shards, index, tuple(str(shard["sha256"]) for shard in meta["shards"]))
 
 
 def _sized(folder: Path, meta: Mapping[str, Any]) -> Path:

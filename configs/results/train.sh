@@ -63,7 +63,7 @@ cheap() { # NAME SEEDS CONFIG...: a variant over seeds, one view and ten
     done
 }
 
-five() {
+seeds() {
     fashion_mnist
     cheap alexnet-2012 "0 1 2 3 4" results/cheap
     for views in 1 10; do
@@ -143,8 +143,7 @@ finetune() { # half of the photographs, then the other half with a new last laye
     done
 }
 
-for part in ${*:-five ablations fig1 photographs finetune full further}; do
-    [ "$part" != seeds ] || part=five
+for part in ${*:-seeds ablations fig1 photographs finetune full further}; do
     $part
 done
 "$run" report runs/* --out runs/report.html
