@@ -59,4 +59,5 @@ docs: $(READY)  ## docs/configuration.md again, from the dataclasses
 	$(BIN)/python tests/document_config.py
 
 clean:          ## remove what `make` made, except data and runs
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache

@@ -22,6 +22,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.untrusted import read_bytes
 
 Source = str | Path | Mapping[str, Any]
+ALONE = ("layout.kind=one", "layout.ranks=0")  # sources: one process
 _NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError)
 # Bounds of a file, which would grow beyond any memory or stack by aliases of aliases, by
 # interpolations of interpolations, or by nesting.

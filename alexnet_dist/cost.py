@@ -188,6 +188,7 @@ def quantities(planned: Mapping[str, Any], kind: str, cores: float = 1.0) -> dic
 
 
 def laid(planned: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What `plan` says of a layout, or of one process on a share of the batch."""
     found: dict[str, Any] = planned["alone"] if kind == "alone" else planned["layouts"][kind]
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config_files import ALONE, load_config
 from alexnet_dist.data.dataset import Dataset, check_damaged, open_for
 from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan
@@ -236,11 +236,12 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
 
     Args:
         paths: run folders (their best checkpoint) or checkpoints.
-        overrides: `key=value` over the first one's config.
+        overrides: `key=value` over their configs.
+
+    Raises CheckpointError, DatasetError, or ConfigError where they cannot be averaged.
     """
     found = [checkpoints.at(path) for path in paths]
-    alone = ("layout.kind=one", "layout.ranks=0")
-    configs = [load_config([c.manifest["config"], *alone, *overrides]) for c in found]
+    configs = [load_config([c.manifest["config"], *ALONE, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config)
     for checkpoint, other in zip(found, configs, strict=True):

@@ -18,7 +18,7 @@ from torch import Tensor
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.board import ANSWERED, answered, evenly, image_of
 from alexnet_dist.checkpoint import Checkpoint
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config_files import ALONE, load_config
 from alexnet_dist.data.dataset import Split, open_for
 from alexnet_dist.errors import CheckpointError, looked_in
 from alexnet_dist.evaluate import seen
@@ -65,8 +65,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     Those features of the training split lie in `figures/features.npy` as long as they are compared.
     """
     found = checkpoints.at(folder)
-    alone = ["layout.kind=one", "layout.ranks=0", *overrides]
-    config = load_config([found.manifest["config"], *alone])
+    config = load_config([found.manifest["config"], *ALONE, *overrides])
     dataset, out, topology = open_for(config), _folder(folder), connect(config)
     engine = TorchEngine(config, topology)
     engine.load(found.parameters(), None)

@@ -45,7 +45,8 @@ def import_weights(
         sources: the config of the network they are for, as for train.
         mean: Caffe's mean image, taken off in place of the data set's.
 
-    Raises CheckpointError where the file is not of that kind, or of another network.
+    Raises CheckpointError where the file is not of that kind, or of another network; ConfigError
+    where `out` holds a run, or kind and network do not fit.
     """
     if checkpoints.steps(out / "checkpoints"):
         raise ConfigError(f"{out}: holds a run already: name a folder that is to be made")
@@ -76,7 +77,13 @@ def import_weights(
 
 
 def export_weights(kind: str, source: Path, out: Path) -> Path:
-    """Write a run's best or a checkpoint's weights as another program reads them."""
+    """Write a run's best or a checkpoint's weights as another program reads them.
+
+    Args:
+        kind: safetensors, torchvision, caffe or onnx.
+
+    Raises CheckpointError; ConfigError where that program has no such network.
+    """
     found = checkpoints.at(source)
     config, file = found.config, found.parameters()
     tensors = {name: file.rows(name, slice(None)).float() for name in file.keys()}  # noqa: SIM118

@@ -8,6 +8,7 @@ from alexnet_dist.torch_engine import TorchEngine
 
 
 def make_engine(config: Config, topology: Topology) -> Engine:
+    """The engine of this rank, its weights drawn. Collective."""
     if config.layout.kind in ZERO_STAGES:
         from alexnet_dist.zero import ZeroEngine  # imports DeepSpeed, for seconds
 

@@ -71,6 +71,8 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
         NotFinite: a loss, or more gradients than train.max_skipped, were not.
         ReplicasDiffer: copies of the network were no longer equal.
+        MachineError: memory, a GPU or a disk was full, or what is installed does not fit.
+        SaidByRank0: on the other ranks, where one of these is rank 0's.
         RanksFailed: ranks that were started here did, and have said why.
     """
     if signals is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config_files import ALONE, load_config
 from alexnet_dist.data.dataset import Dataset, open_dataset, open_for
 from alexnet_dist.data.sampler import views
 from alexnet_dist.data.windows import Finish, on_canvas
@@ -92,8 +92,7 @@ def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained
     """
     found = checkpoints.at(Path(path))
     moved = {} if data is None else {"data.path": str(data)}
-    alone = {"layout.kind": "one", "layout.ranks": 0}
-    config = load_config([flat(found.config) | alone | moved])
+    config = load_config([flat(found.config) | moved, *ALONE])
     file = found.parameters()
     tensors = {name: file.rows(name, slice(None)) for name in file.keys()}  # noqa: SIM118
     dtype = torch.float64 if config.train.precision == "fp64" else torch.float32

@@ -7,7 +7,7 @@ gives {"ratios", "ceilings", "machine", "unit", "runs"}, and what else it found.
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,11 @@ def _cpuinfo() -> list[str]:
 
 def median(values: Iterable[float]) -> float:
     return statistics.median(values)
+
+
+def ratio(runs: Iterable[Mapping[str, float]], a: str, b: str) -> float:
+    """The median over passes of what one gave, divided by what another did."""
+    return median(run[a] / run[b] for run in runs)
 
 
 def table(found: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torchvision.io import decode_jpeg
 
-from alexnet_dist.bench import Pass, in_turn, machine, median
+from alexnet_dist.bench import Pass, in_turn, machine, median, ratio
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
@@ -73,16 +73,15 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
             for what, value in _differences(config, topology, dataset, images).items()
         }
 
-    def ratio(ours: str, reference: str) -> float:
-        return median(a[ours] / a[reference] for a in runs)
-
     ratios = {}
     for kind in ("torch", "dali"):
         for stored in packed:
-            ratios[f"{kind}, {stored} / ImageFolder"] = ratio(f"{kind}, {stored}", "ImageFolder")
-        ratios[f"{kind}, decoded / bare decode"] = ratio(f"{kind}, decoded", "bare decode")
+            ratios[f"{kind}, {stored} / ImageFolder"] = ratio(
+                runs, f"{kind}, {stored}", "ImageFolder"
+            )
+        ratios[f"{kind}, decoded / bare decode"] = ratio(runs, f"{kind}, decoded", "bare decode")
         million, thousand = (f"{kind}, of {n}" for n in ("1,000,000", "1,000"))
-        ratios[f"{kind}, 1,000,000 / 1,000 samples"] = ratio(million, thousand)
+        ratios[f"{kind}, 1,000,000 / 1,000 samples"] = ratio(runs, million, thousand)
     return {
         "ratios": ratios,
         "ceilings": {

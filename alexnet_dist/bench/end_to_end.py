@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.bench import in_turn, machine, median
+from alexnet_dist.bench import in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config_files import ALONE, load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engine import on_host
@@ -77,8 +77,7 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
         ratios (medians of pairs; of memory), under "ceilings" the seconds to the first step and the
         memory, machine, and every pass's images/s.
     """
-    alone = ("layout.kind=one", "layout.ranks=0")
-    config = load_config([flat(config), *alone])
+    config = load_config([flat(config), *ALONE])
     ten = load_config([flat(config), f"evaluate.views={_VIEWS}"])
     # Many more steps than batches that are decoded ahead, while it is another's turn.
     pieces = {n: 4 * config.data.prefetch if "steps" in n else 4 for n in _CONTESTANTS}
@@ -93,13 +92,10 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
             one.close()
     runs = [{n: contestants[n].given[0] / run[n] for n in run} for run in seconds]
 
-    def ratio(a: str, b: str) -> float:
-        return median(run[a] / run[b] for run in runs)
-
     return {
         "ratios": {
-            "steps from shards / batch ready": ratio(*_CONTESTANTS[:2]),
-            "ten views / windows ready": ratio(*_CONTESTANTS[2:]),
+            "steps from shards / batch ready": ratio(runs, *_CONTESTANTS[:2]),
+            "ten views / windows ready": ratio(runs, *_CONTESTANTS[2:]),
             **{name: value for name, value in found.items() if "/" in name},
         },
         "ceilings": {

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from alexnet_dist import layouts, own_ranks
-from alexnet_dist.bench import machine, median
+from alexnet_dist.bench import machine, ratio
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
 from alexnet_dist.config_files import load_config
@@ -37,14 +37,11 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
         for _ in range(repeats)
     ]
 
-    def ratio(a: str, b: str) -> float:
-        return median(run[a] / run[b] for run in runs)
-
     pairs = [(kind, "one") for kind in configs if kind != "one"]
     others = [kind for kind in configs if kind not in ("one", "replicas")]
     pairs += [(kind, "replicas") for kind in others if "replicas" in configs]
     return {
-        "ratios": {f"{a} / {b}": ratio(a, b) for a, b in pairs},
+        "ratios": {f"{a} / {b}": ratio(runs, a, b) for a, b in pairs},
         "ceilings": {"ranks": float(count)},
         "machine": machine(config.data.workers),
         "unit": "images/s",

@@ -6,22 +6,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from alexnet_dist.bench import Pass, in_turn, machine, median
+from alexnet_dist.bench import Pass, in_turn, machine, ratio
 from alexnet_dist.config import Config
 from alexnet_dist.lrn import alpha_of, local_response_norm
 from alexnet_dist.topology import connect
 
 
 def bench_lrn(config: Config, repeats: int) -> dict[str, Any]:
-    """On conv1's maps (batch, 96, 55, 55 for the paper's network): ours in bf16 and fp32, torch's
-    in fp32, and a copy of the maps.
+    """On maps of conv1's size (batch, 96, 55, 55 for the paper's network): ours in bf16 and fp32,
+    torch's in fp32, and a copy of the maps.
 
     Returns:
         ratios (medians of pairs), the largest difference between fp32's gradients relative to the
         largest, machine, and every pass's seconds.
     """
     device, lrn, columns = connect(config).device, config.model.lrn, config.model.columns
-    side = (config.model.crop - 11) // 4 + 1
+    side = (config.model.crop - config.model.kernel[0]) // config.model.stride[0] + 1
     shape = (config.train.batch, config.model.conv[0], side, side)
     alpha = alpha_of(lrn, "conv1") if "conv1" in lrn.layers else 1e-4
     torchs = nn.LocalResponseNorm(lrn.size, alpha * lrn.size, lrn.beta, lrn.k)
@@ -51,15 +51,12 @@ def bench_lrn(config: Config, repeats: int) -> dict[str, Any]:
 
     reference = "nn.LocalResponseNorm, fp32"
 
-    def ratio(a: str, b: str) -> float:
-        return median(run[a] / run[b] for run in runs)
-
     return {
         "ratios": {
-            f"{reference} / ours, bf16": ratio(reference, "ours, bf16"),
-            f"{reference} / ours, fp32": ratio(reference, "ours, fp32"),
-            "ours, bf16 / a copy": ratio("ours, bf16", "a copy of the maps, bf16"),
-            "ours, fp32 / a copy": ratio("ours, fp32", "a copy of the maps, fp32"),
+            f"{reference} / ours, bf16": ratio(runs, reference, "ours, bf16"),
+            f"{reference} / ours, fp32": ratio(runs, reference, "ours, fp32"),
+            "ours, bf16 / a copy": ratio(runs, "ours, bf16", "a copy of the maps, bf16"),
+            "ours, fp32 / a copy": ratio(runs, "ours, fp32", "a copy of the maps, fp32"),
         },
         "ceilings": {"largest difference of gradients": float(difference.abs().max())},
         "machine": machine(config.data.workers),

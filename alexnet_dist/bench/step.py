@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_dist.bench import in_turn, machine, median
+from alexnet_dist.bench import in_turn, machine, median, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config import Config, flat
@@ -169,27 +169,24 @@ def bench_step(config: Config, repeats: int) -> dict[str, Any]:
         for contestant in contestants.values():
             contestant.close()
 
-    def ratio(reference: str, ours: str) -> float:
-        return median(run[reference] / run[ours] for run in runs)
-
     best = _COMPILED if gpu else "ours, bf16"
     macs = multiply_adds(AlexNet(config.model, drawn=False))
     work = _TRAINING * 2 * sum(macs.values()) * config.train.batch
     rates = {name: [flop[name] / run[name] for run in runs] for name in flop}
     product = zip(runs, rates["matrix product, bf16"], strict=True)
     ratios = {
-        "ours, bf16 / eager, fp32": ratio("eager, fp32", "ours, bf16"),
-        "ours, fp32 / eager, fp32": ratio("eager, fp32", "ours, fp32"),
+        "ours, bf16 / eager, fp32": ratio(runs, "eager, fp32", "ours, bf16"),
+        "ours, fp32 / eager, fp32": ratio(runs, "eager, fp32", "ours, fp32"),
         "ours, bf16 / torchvision's alexnet, fp32": ratio(
-            "torchvision's alexnet, fp32", "ours, bf16"
+            runs, "torchvision's alexnet, fp32", "ours, bf16"
         ),
-        "ours, bf16 / the same without LRN": ratio("ours, bf16, no LRN", "ours, bf16"),
+        "ours, bf16 / the same without LRN": ratio(runs, "ours, bf16, no LRN", "ours, bf16"),
         f"{best} / bf16 matrix product, by FLOP": median(
             work / run[best] / rate for run, rate in product
         ),
     }
     if gpu:
-        ratios[f"{best} / ours, bf16"] = ratio("ours, bf16", best)
+        ratios[f"{best} / ours, bf16"] = ratio(runs, "ours, bf16", best)
         if peak := peak_flops(torch.cuda.get_device_name()):
             ratios[f"{best} / data sheet, by FLOP (MFU)"] = median(
                 work / run[best] / peak for run in runs

@@ -71,6 +71,7 @@ class Split:
         return len(self.index)
 
     def labels(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(n,): the classes of (n,) samples."""
         return self.index["label"][ids].astype(np.int64)
 
     def uniform(self, side: int) -> bool:

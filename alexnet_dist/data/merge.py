@@ -87,6 +87,7 @@ def colour_statistics(
 
 
 def described(folder: Path, name: str) -> dict[str, Any]:
+    """A file as dataset.json names it."""
     path = folder / name
     return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
 

@@ -88,6 +88,7 @@ def read_member(tar: tarfile.TarFile, name: str, path: Path) -> bytes:
 
 
 def needed(path: Path, which: str) -> Path:
+    """The path of a file; raises DatasetError where it is not there."""
     if not path.is_file():
         raise DatasetError(f"{path} is missing: one {which}")
     return path
