@@ -44,7 +44,8 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
             layer.name: macs // layer.weight.numel() * len(layer.weight)
             for layer, macs in counted.items()
         }
-        beside = {kind: _on(config, kind, ranks) for kind in KINDS}
+        kinds = dict.fromkeys((*KINDS, config.layout.kind))  # one of your own too
+        beside = {kind: _on(config, kind, ranks) for kind in kinds}
         return {
             "recipe": flat(config),
             "layout": config.layout.kind,

@@ -1,6 +1,7 @@
 """What the documents say is so: links, files, keys and commands exist, and examples run."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -192,9 +193,12 @@ def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Pa
     for patch in patches:
         apply = ["git", "apply", "-C1", "-"]
         subprocess.run(apply, input=patch, cwd=tmp_path, env=outside, text=True, check=True)
+    own = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
+    planned = alexnet_dist("plan", *TINY, "layout.kind=hooks", "--ranks", "2", "--json", **own)
+    assert "bytes" in json.loads(planned.stdout)["layouts"]["hooks"], planned.stderr
     arguments = ["compare", *TINY, f"data.path={packed}", "model.gain=[conv1,conv3]"]
     arguments += ["--layouts", "columns:2,hooks:2", "--steps", "3"]
-    result = alexnet_dist(*arguments, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    result = alexnet_dist(*arguments, **own)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[1:]]
     assert [row[0] for row in rows] == ["one", "columns", "hooks"]
