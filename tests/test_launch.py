@@ -1,6 +1,7 @@
 """What needs no Slurm: its variables, what follows when ranks have left, what is refused."""
 
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -296,9 +298,30 @@ def test_what_slurm_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert (code, said.count("\n")) == (1, 1)
 
 
-def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
-    import json
+@pytest.mark.parametrize(("attempt", "code"), [(2, 143), (1, 1)])  # (it never began again)
+def test_a_local_job_leaves_with_its_runs_code(
+    attempt: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def said(**run: Any) -> None:
+        (tmp_path / "run.json").write_text(json.dumps(run))
 
+    def ended() -> RuntimeError:
+        said(attempt=attempt, state="stopped", exit=143)
+        return RuntimeError("its process left")
+
+    paths = SimpleNamespace(stdout="log")
+    here = SimpleNamespace(job_id="1", paths=paths, exception=ended, stdout=lambda: "")
+    executor = SimpleNamespace(update_parameters=lambda **_: None, submit=lambda run: here)
+    monkeypatch.setattr(submit.submitit, "LocalExecutor", lambda folder: executor)
+    said(attempt=1, state="stopped", exit=75)
+    before = os.umask(0o022)
+    try:
+        assert submit._here(job.TrainJob([]), tmp_path) == code
+    finally:
+        os.umask(before)
+
+
+def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
     def row(queue: dict[str, str], **run: Any) -> dict[str, Any]:
         now = time.time()
         common = {"attempt": 3, "host": socket.gethostname(), "pid": os.getpid(), "job": None,
