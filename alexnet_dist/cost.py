@@ -133,6 +133,13 @@ MACHINES = {
         "nodes 10 Gb/s",
         CORE_DECODES, serial=0.015, zero_s=0.154, overlap=False,
     ),
+    "cpu-avx512": Machine(
+        "a core of an AMD EPYC with AVX-512 and no AMX", {"bf16": 2.19e11, "fp32": 1.12e11}, 1.0,
+        9.6e9, 0.0, 2.94e9, 3.3e-4, 1.25e9, 1e-3,
+        "fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; between "
+        "nodes 10 Gb/s",
+        CORE_DECODES, zero_s=0.062, overlap=False,
+    ),
 }  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from alexnet_dist.config import Config
 from alexnet_dist.data.inspect import inspect
 from alexnet_dist.errors import AlexNetDistError, in_words
 from alexnet_dist.model import AlexNet
-from alexnet_dist.topology import gpus
+from alexnet_dist.topology import cores, cpu_flags, gpus
 
 _CGROUP, _DRIVER = Path("/sys/fs/cgroup"), Path("/proc/driver/nvidia/version")
 _MB = 2**20
@@ -88,29 +88,24 @@ def _packages(config: Config) -> Iterator[Finding]:
 
 
 def _processor(config: Config) -> Iterator[Finding]:
-    cores, flags = len(os.sched_getaffinity(0)), _flags()
+    may_use, flags = cores(), cpu_flags()
     kinds = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    does = ", ".join(kinds) or platform.machine()
     yield Finding(
         "cpu",
-        f"{cores} of {os.cpu_count()} cores may be used; {', '.join(kinds) or platform.machine()}; "
+        f"{may_use} of {os.cpu_count()} cores may be used; {does}; "
         f"torch computes by {torch.backends.cpu.get_cpu_capability()}",
     )
     quota = _cores_of_quota()
-    if quota and quota < cores:
+    if quota and quota < may_use:
         remedy = f"set layout.threads={max(1, int(quota))}, or give the container more"
-        yield Finding("cpu quota", f"{quota:g} cores' time for {cores} cores", remedy)
+        yield Finding("cpu quota", f"{quota:g} cores' time for {may_use} cores", remedy)
     if not {"avx512_bf16", "amx_bf16", "bf16"} & flags and not gpus(config):
         if config.train.precision == "bf16":
             remedy = "try train.precision=fp32, which may be faster here"
             yield Finding("bf16", "this processor has no bf16 instructions", remedy)
     else:
         yield Finding("bf16", "by the device's own instructions")
-
-
-def _flags() -> set[str]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return {flag for line in lines if line.lower().startswith(("flags", "features"))
-            for flag in line.partition(":")[2].split()}  # fmt: skip
 
 
 def _cores_of_quota() -> float | None:
@@ -178,13 +173,13 @@ def _gpus(config: Config) -> Iterator[Finding]:
 
 def _layout(config: Config) -> Iterator[Finding]:
     """What would be used, and why."""
-    here, cores = gpus(config), len(os.sched_getaffinity(0))
+    here, may_use = gpus(config), cores()
     count = layouts.ranks_wanted(config, here)
     own, each = here >= count, " each" if count > 1 else ""
     if problem := layouts.problem(config, count):
         yield Finding("layout", f"{config.layout.kind} on {count} rank(s)", problem, broken=True)
         return
-    threads = config.layout.threads or max(1, cores // count)
+    threads = config.layout.threads or max(1, may_use // count)
     on = f"a GPU{each}" if own else f"the CPU, {threads} thread(s){each}"
     by = f", over {'NCCL' if own else 'gloo'}" if count > 1 else ""
     why = f"{here or 'no'} GPU(s) here" + (", and a rank needs its own" if here and not own else "")

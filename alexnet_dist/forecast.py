@@ -1,7 +1,6 @@
 """What a plan means on a machine: speed of each layout, the recommended one, hours, decoding, the
 schedule, and what the run has measured since."""
 
-import os
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from alexnet_dist.data.dataset import open_for
 from alexnet_dist.errors import AlexNetDistError, ConfigError
 from alexnet_dist.optim import Schedule
 from alexnet_dist.telemetry import read_metrics
+from alexnet_dist.topology import cores, cpu_flags
 
 _ILSVRC_2012 = 1_281_167  # training images, where the data set is not here
 # Of layouts as fast as one another, the first is recommended.
@@ -26,7 +26,8 @@ _AS_FAST = 0.97
 def here(config: Config, machine: Machine | None) -> Cluster | None:
     """This host: its GPUs, or its cores; None where nothing is known of its GPUs."""
     if config.layout.device == "cpu" or not torch.cuda.is_available():
-        return Cluster(machine or MACHINES["cpu"], len(os.sched_getaffinity(0)))
+        like = "cpu" if "amx_bf16" in cpu_flags() else "cpu-avx512"
+        return Cluster(machine or MACHINES[like], cores())
     name, count = torch.cuda.get_device_name().lower(), torch.cuda.device_count()
     known = machine or next((MACHINES[kind] for kind in MACHINES if kind in name), None)
     return Cluster(known, count) if known else None

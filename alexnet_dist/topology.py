@@ -12,6 +12,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -273,6 +274,13 @@ def _device(config: Config, place: Place) -> torch.device:
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def cpu_flags() -> set[str]:
+    """The kernel's words for what this host's processor can do, as in amx_bf16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {flag for line in lines if line.lower().startswith(("flags", "features"))
+            for flag in line.partition(":")[2].split()}  # fmt: skip
 
 
 def _keep_memory() -> None:

@@ -104,7 +104,7 @@ def half_a_core(patch: Patch, tmp_path: Path) -> None:
 
 
 def no_bf16(patch: Patch, tmp_path: Path) -> None:
-    patch.setattr(doctor, "_flags", lambda: {"avx2"})
+    patch.setattr(doctor, "cpu_flags", lambda: {"avx2"})
     patch.setattr(doctor, "gpus", lambda config: 0)
 
 

@@ -4,7 +4,6 @@ A lone time says as much of the machine as of the program; only the ratios are c
 gives {"ratios", "ceilings", "machine", "unit", "runs"}, and what else it found.
 """
 
-import os
 import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from alexnet_dist.topology import cores
 
 Pass = Callable[[], float]  # what is measured, in the part's unit, of one pass
 
@@ -27,7 +28,7 @@ def machine(workers: int) -> dict[str, Any]:
     names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cores(),
         "workers": workers,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

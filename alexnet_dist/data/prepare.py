@@ -31,6 +31,7 @@ from alexnet_dist.data.shards import Part, Task, read_part, write_shard
 from alexnet_dist.data.sources import Source
 from alexnet_dist.durable import sync
 from alexnet_dist.errors import DatasetError
+from alexnet_dist.topology import cores
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagenet": imagenet, "folder": folder, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
@@ -197,7 +198,7 @@ def _tasks(source: Source, aside: Path, options: Options) -> list[Task]:
 def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple[int, Part]]:
     """Write the shards that are left, in as many processes; each one's place, as they end."""
     images = sum(len(tasks[place].items) for place in left)
-    workers = min(workers or len(os.sched_getaffinity(0)), len(left), images // _LEAST_IMAGES)
+    workers = min(workers or cores(), len(left), images // _LEAST_IMAGES)
     if workers <= 1:
         yield from ((place, write_shard(tasks[place])) for place in left)
         return
