@@ -164,10 +164,12 @@ def too_many_files(tiny: Tiny, patch: Patch) -> None:
 
 
 def data_elsewhere(tiny: Tiny, patch: Patch) -> None:
+    patch.chdir("/")
     train(tiny(ALONE, "data.path=data/imagenet"))
 
 
 def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
+    patch.chdir("/")
     load_checkpoint("runs/demo")
 
 

@@ -71,7 +71,7 @@ def poisoned_steps(kinds: Sequence[str]) -> list[tuple[list[list[float]], bool, 
     ("ranks", "kinds"),
     [
         (2, ["columns", "replicas", "sharded_fc", "zero1", "zero2"]),
-        (4, ["columns_x_replicas"]),
+        pytest.param(4, ["columns_x_replicas"], marks=pytest.mark.drill),
     ],
 )
 def test_a_gradient_that_is_not_finite_on_one_rank_is_applied_on_none(

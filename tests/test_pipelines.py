@@ -165,7 +165,7 @@ def run(config: Config, *more: str) -> Any:
     return alexnet_dist("train", *as_overrides(config), *more)
 
 
-@pytest.mark.parametrize("kind", ["256", "kept"])
+@pytest.mark.parametrize("kind", ["256", pytest.param("kept", marks=pytest.mark.drill)])
 def test_fifty_steps_on_either_pipeline_are_the_same_run(
     stored: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
@@ -187,8 +187,15 @@ def test_fifty_steps_on_either_pipeline_are_the_same_run(
         np.testing.assert_allclose(losses[0], losses[1], rtol=0.01)
 
 
-@pytest.mark.parametrize("source", ["imagenet", "cifar10"])
-@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize(
+    ("source", "pipeline"),
+    [
+        ("imagenet", "torch"),
+        ("cifar10", "dali"),
+        pytest.param("imagenet", "dali", marks=pytest.mark.drill),
+        pytest.param("cifar10", "torch", marks=pytest.mark.drill),
+    ],
+)
 def test_two_epochs_on_two_columns_of_the_real_formats(
     tmp_path: Path, source: str, pipeline: str
 ) -> None:

@@ -132,7 +132,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
         pytest.param("replicas", 3, marks=pytest.mark.drill),
         pytest.param("columns_x_replicas", 4, marks=pytest.mark.drill),
         pytest.param("sharded_fc", 2, marks=pytest.mark.drill),
-        ("zero1", 2),
+        pytest.param("zero1", 2, marks=pytest.mark.drill),
     ],
 )
 def test_every_layout_killed_ends_as_if_it_never_was(
