@@ -143,7 +143,7 @@ def sent(configs: Sequence[Config]) -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.drill)])
 def test_real_processes_send_what_was_planned_to_the_byte(ranks: int) -> None:
     configs = [config_of(kind, *more) for count, kind, more in CASES if count == ranks]
     for config, measured in zip(configs, on_ranks(ranks, sent, configs)[0], strict=True):
