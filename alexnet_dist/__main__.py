@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("config", nargs="+", help="as for train, or a run folder")
     sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
     sub.add_argument("--ranks", type=_count, help="ranks; all of --gpus, or as many as would start")
-    sub.add_argument("--machine", type=_out, metavar="JSON", help="numbers that --fit wrote")
+    sub.add_argument("--machine", type=Path, metavar="JSON", help="numbers that --fit wrote")
     sub.add_argument(
         "--fit", type=Path, nargs="+", metavar="JSON",
         help="of bench layouts --json: fit this CPU's numbers to them, write them to --machine",

@@ -396,4 +396,8 @@ def read_machine(path: Path) -> Machine:
 
 
 def write_machine(machine: Machine, path: Path) -> None:
-    path.write_text(json.dumps(dataclasses.asdict(machine), indent=1) + "\n")
+    """For `read_machine`; raises ConfigError."""
+    try:
+        path.write_text(json.dumps(dataclasses.asdict(machine), indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--machine {path}: cannot be written: {error.strerror}") from error

@@ -323,3 +323,5 @@ def test_what_cannot_be_foretold_is_one_line() -> None:
 def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
     cost.write_machine(MACHINES["k20"], tmp_path / "k20.json")
     assert cost.read_machine(tmp_path / "k20.json") == MACHINES["k20"]
+    with pytest.raises(ConfigError, match=r"--machine /.*/k20\.json: cannot be written: No such f"):
+        cost.write_machine(MACHINES["k20"], tmp_path / "nowhere" / "k20.json")

@@ -215,13 +215,12 @@ def verify_shards(dataset: Dataset, topology: Topology) -> None:
     shards = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
     for first in range(0, len(shards), topology.world_size):
         wrong = ""
-        for split, number in shards[first : first + topology.world_size][topology.global_rank :][
-            :1
-        ]:
-            try:
+        own = first + topology.global_rank
+        try:
+            for split, number in shards[own : own + 1]:
                 split.check_shard(number)
-            except DatasetError as error:
-                wrong = str(error)
+        except DatasetError as error:
+            wrong = str(error)
         if wrong := topology.first_said(wrong):
             damaged = DatasetError(wrong)
             damaged.on_every_rank = True
