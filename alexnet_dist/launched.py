@@ -64,12 +64,6 @@ def place() -> Place | None:
     )
 
 
-def rank() -> int:
-    """This process's number among all; 0 where it is alone."""
-    here = place()
-    return here.rank if here else 0
-
-
 def job() -> tuple[str | None, int]:
     """Slurm's number of this job, None outside one, and how often Slurm started it before."""
     return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
