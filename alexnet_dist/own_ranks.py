@@ -5,17 +5,18 @@ import logging
 import os
 import signal
 import sys
+import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
-from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from alexnet_dist.errors import AlexNetDistError, RanksFailed
+from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
 from alexnet_dist.preemption import EXITS, FLAGS
 from alexnet_dist.run_folder import read_run
 
@@ -82,12 +83,15 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
 
 
 def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
-    """What it returns, or the mistake that every rank finds alike."""
+    """What it returns, or the mistake that every rank finds alike; another is said here."""
     try:
         return function(*args)
-    except AlexNetDistError as error:
-        if error.on_every_rank:
+    except Exception as error:
+        if isinstance(error, AlexNetDistError) and error.on_every_rank:
             return error
+        said = in_words(error)
+        words = traceback.format_exc() if said is None else printable(str(said))
+        print(f"[r{os.environ['RANK']}] {words}", file=sys.stderr, flush=True)
         raise
 
 
@@ -103,6 +107,7 @@ def _on_this_host(ranks: int, shutdown_timeout_s: int) -> LaunchConfig:
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
         shutdown_timeout=shutdown_timeout_s,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
     )
 
 

@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,11 +21,11 @@ import pytest
 import torch
 from conftest import as_overrides
 
-from alexnet_dist import __main__, launched, load_checkpoint, topology, train
+from alexnet_dist import __main__, launched, load_checkpoint, own_ranks, topology, train
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.errors import MachineError, in_words
+from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, in_words
 from alexnet_dist.formats import export_weights
 from alexnet_dist.preemption import handlers_restored
 from alexnet_dist.run_folder import read_run
@@ -284,6 +285,21 @@ def test_a_mistake_that_only_ranks_see_is_one_line(
     said = capfd.readouterr().err
     assert "alexnet-dist: layout.device=cuda: 1 ranks on this host need a GPU each" in said
     assert "Traceback" not in said
+
+
+def _fails_on_rank_1(error: Exception) -> None:
+    if isinstance(error, ConfigError) or os.environ["RANK"] == "1":
+        raise error
+    time.sleep(60)  # as a rank that waits for the other; it is ended with it
+
+
+def test_what_fails_on_a_rank_started_here_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ConfigError, match="every rank's"):
+        own_ranks.call(_fails_on_rank_1, 2, ConfigError("every rank's"))
+    assert "every rank's" not in capfd.readouterr().err
+    with pytest.raises(RanksFailed, match="a rank failed, and said why"):
+        own_ranks.call(_fails_on_rank_1, 2, OSError(errno.ENOSPC, "No space left"))
+    assert "[r1] [Errno 28] No space left: make room" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
