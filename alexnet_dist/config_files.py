@@ -109,9 +109,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             f"{', '.join(shipped)}{_nearest(text, shipped)}"
         )
     try:
-        text = read_bytes(path, _LONGEST).decode()
-        _check_growth(text)
-        layer = OmegaConf.to_container(OmegaConf.create(text), resolve=True)
+        layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=True)
     except _NOT_YAML as error:
         raise ConfigError(f"{path}: not a YAML file of keys and values: {_line(error)}") from error
     if not isinstance(layer, dict):
@@ -119,8 +117,13 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     return str(path), layer  # type: ignore[return-value]
 
 
-def _check_growth(text: str) -> None:
-    """Raises ValueError, before it grows, where a YAML text could."""
+def bounded_yaml(path: Path) -> str:
+    """A YAML file's text, whose values are not much larger than it.
+
+    Raises:
+        OSError, ValueError, yaml.YAMLError: it cannot be read, could grow, is not YAML.
+    """
+    text = read_bytes(path, _LONGEST).decode()
     depth = 0
     for event in yaml.parse(text):
         depth += isinstance(event, yaml.CollectionStartEvent)
@@ -133,6 +136,7 @@ def _check_growth(text: str) -> None:
             raise ValueError(f"nested deeper than {_DEEPEST}")
     if text.count("${") > _MOST_INTERPOLATIONS:
         raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations (${{…}})")
+    return text
 
 
 def _is_file(path: Path) -> bool:

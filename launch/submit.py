@@ -19,7 +19,7 @@ import submitit
 import yaml
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_files import configs_folder, load_config
+from alexnet_dist.config_files import bounded_yaml, configs_folder, load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError
@@ -67,7 +67,13 @@ def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
             values |= _checked(_read(value), value)
         elif name.startswith("cluster."):
             values |= _checked({name.removeprefix("cluster."): _parsed(value, name)}, text)
-    return Cluster(**values), rest
+    cluster = Cluster(**values)
+    if cluster.signal_s >= 60 * cluster.time_min:
+        raise ConfigError(
+            f"cluster.signal_s={cluster.signal_s}: seconds before the limit of time_min="
+            f"{cluster.time_min} minutes: must be fewer than those of the limit"
+        )
+    return cluster, rest
 
 
 def _checked(values: dict[str, Any], origin: str) -> dict[str, Any]:
@@ -78,6 +84,8 @@ def _checked(values: dict[str, Any], origin: str) -> dict[str, Any]:
         wanted = get_origin(hints[key]) or hints[key]
         if type(value) is not wanted:
             raise ConfigError(f"{origin}: {key}={value!r}: must be of type {wanted.__name__}")
+        if wanted is int and value < (least := 0 if key == "gpus_per_node" else 1):
+            raise ConfigError(f"{origin}: {key}={value}: must be at least {least}")
     return values
 
 
@@ -96,9 +104,9 @@ def _read(name: str) -> dict[str, Any]:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"cluster={name}: no such file, nor one of {known}")
     try:
-        text = path.read_text()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        text = bounded_yaml(path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: not a YAML file of keys and values: {error}") from error
     found = _parsed(text, str(path))
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds a {type(found).__name__}; write keys and values")

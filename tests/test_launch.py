@@ -246,12 +246,22 @@ def test_shipped_clusters_load(name: str) -> None:
         (["cluster.nodes=many"], r"nodes='many': must be of type int"),
         (["cluster.nodes=true"], r"nodes=True: must be of type int"),
         (["cluster=template", "cluster.nodes=x"], r"cluster\.nodes=x: nodes='x': must be of type"),
+        (["cluster.nodes=0"], r"cluster\.nodes=0: nodes=0: must be at least 1"),
+        (["cluster.gpus_per_node=-1"], r"gpus_per_node=-1: must be at least 0"),
+        (["cluster.time_min=2"], r"signal_s=120: seconds before the limit of time_min=2 minutes"),
         (["cluster.setup=["], r"cluster\.setup: not YAML: "),
     ],
 )
 def test_wrong_clusters_are_named(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         submit.split(arguments)
+
+
+def test_a_cluster_file_that_would_grow_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("a: &a [x, x]\nb: [*a, *a]\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: not a YAML file of .* has aliases"):
+        submit.split([f"cluster={file}"])
 
 
 def test_values_of_an_ensemble() -> None:
