@@ -29,8 +29,8 @@ from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engine import Engine
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.evaluate import make_pipeline
 from alexnet_dist.make_engine import make_engine
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.shares import share
 from alexnet_dist.topology import Topology, connect

@@ -15,13 +15,11 @@ from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
 from alexnet_dist.config_files import ALONE, load_config
 from alexnet_dist.data.dataset import Dataset, check_damaged, open_for
-from alexnet_dist.data.pipeline import Pipeline
 from alexnet_dist.data.sampler import evaluation_plan
-from alexnet_dist.data.torch_pipeline import TorchPipeline
-from alexnet_dist.data.windows import Finish
-from alexnet_dist.engine import DTYPES, Engine, label_ranks
+from alexnet_dist.engine import Engine, label_ranks
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.make_engine import make_engine
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.preemption import StopSignals
 from alexnet_dist.topology import Topology, connect
 from alexnet_dist.torch_engine import TorchEngine
@@ -132,21 +130,6 @@ class Evaluation:
                 confusion=self.confusion().numpy(),
                 classes=np.array(self.classes, dtype=np.str_),
             )
-
-
-def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
-    """The pipeline a config names, over one split, for this rank."""
-    device = topology.device
-    finish = Finish(config, dataset.statistics, device, DTYPES[config.train.precision])
-    own = dataclasses.replace(dataset.splits[split], _files={})  # its own files, to close
-    threads = config.data.workers or torch.get_num_threads()
-    match config.data.pipeline:
-        case "torch":
-            return TorchPipeline(config, own, device, finish, threads)
-        case "dali":
-            from alexnet_dist.data.dali_pipeline import DaliPipeline
-
-            return DaliPipeline(config, own, device, finish, threads)
 
 
 def evaluate(

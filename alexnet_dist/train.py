@@ -24,9 +24,10 @@ from alexnet_dist.errors import (
     RanksFailed,
     in_words,
 )
-from alexnet_dist.evaluate import Score, evaluate_engine, make_pipeline
+from alexnet_dist.evaluate import Score, evaluate_engine
 from alexnet_dist.layouts import check, ranks_wanted
 from alexnet_dist.make_engine import make_engine
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.pictures import MOST_CLASSES
 from alexnet_dist.plan import training_flops

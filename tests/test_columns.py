@@ -14,8 +14,9 @@ from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipeline import Batch
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.evaluate import evaluate_engine, make_pipeline
+from alexnet_dist.evaluate import evaluate_engine
 from alexnet_dist.make_engine import make_engine
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.topology import connect
 
 STEPS = 20

@@ -28,7 +28,7 @@ from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_ax
 from alexnet_dist.data.torch_pipeline import TorchPipeline
 from alexnet_dist.data.windows import Finish, on_canvas
 from alexnet_dist.errors import ConfigError, DatasetError
-from alexnet_dist.evaluate import make_pipeline
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.topology import Topology
 
 # --- preparing

@@ -15,8 +15,8 @@ from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.data.sampler import evaluation_plan
-from alexnet_dist.evaluate import make_pipeline
 from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.topology import Topology
 
 pytestmark = [

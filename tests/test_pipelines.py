@@ -25,7 +25,8 @@ from alexnet_dist.data.pipeline import Batch, Decoded
 from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.evaluate import evaluate_checkpoints, make_pipeline
+from alexnet_dist.evaluate import evaluate_checkpoints
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.run_folder import read_run
 from alexnet_dist.telemetry import read_metrics
 from alexnet_dist.topology import Topology

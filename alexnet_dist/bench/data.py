@@ -26,7 +26,7 @@ from alexnet_dist.data.merge import described
 from alexnet_dist.data.pipeline import Decoded
 from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.evaluate import make_pipeline
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.topology import Topology, connect
 
 

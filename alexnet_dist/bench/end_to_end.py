@@ -18,8 +18,8 @@ from alexnet_dist.config_files import ALONE, load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engine import on_host
-from alexnet_dist.evaluate import make_pipeline
 from alexnet_dist.make_engine import make_engine
+from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.plan import plan
 from alexnet_dist.topology import connect
 

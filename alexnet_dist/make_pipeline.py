@@ -1,0 +1,28 @@
+"""Which pipeline decodes which config's samples."""
+
+import dataclasses
+
+import torch
+
+from alexnet_dist.config import Config
+from alexnet_dist.data.dataset import Dataset
+from alexnet_dist.data.pipeline import Pipeline
+from alexnet_dist.data.torch_pipeline import TorchPipeline
+from alexnet_dist.data.windows import Finish
+from alexnet_dist.engine import DTYPES
+from alexnet_dist.topology import Topology
+
+
+def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
+    """The pipeline a config names, over one split, for this rank."""
+    device = topology.device
+    finish = Finish(config, dataset.statistics, device, DTYPES[config.train.precision])
+    own = dataclasses.replace(dataset.splits[split], _files={})  # its own files, to close
+    threads = config.data.workers or torch.get_num_threads()
+    match config.data.pipeline:
+        case "torch":
+            return TorchPipeline(config, own, device, finish, threads)
+        case "dali":
+            from alexnet_dist.data.dali_pipeline import DaliPipeline
+
+            return DaliPipeline(config, own, device, finish, threads)
