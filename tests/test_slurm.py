@@ -78,7 +78,7 @@ class Cluster:
         told = self.call("scontrol", "--oneliner", "show", "job", job)
         return dict(re.findall(r"(\w+)=(\S*)", told))
 
-    def until(self, what: str, condition: Callable[[], Any], seconds: float = 150) -> float:
+    def until(self, what: str, condition: Callable[[], Any], seconds: float = 400) -> float:
         """Wait for a condition; seconds since 1970 when it was seen to hold."""
         deadline = time.monotonic() + seconds
         while not condition():
