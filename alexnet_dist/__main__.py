@@ -226,14 +226,15 @@ def _train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     wanted = layouts.ranks_wanted(config, topology.gpus(config))
     if launched.place():
         own_ranks.leave_with_parent(parent)
-        signals.at_once = True  # ranks that wait for one another never poll
+        signals.last_words = ""  # ranks that wait for one another never poll
         if signals.exit_code is not None:
             return signals.exit_code
     elif wanted > 1:
         layouts.check(config, wanted)
+        signals.last_words = f"{config.folder}: stopped before it began\n"
         if signals.exit_code is None:
             return own_ranks.start(arguments, wanted, config.folder)
-        print(f"{config.folder}: stopped before it began", file=sys.stderr)
+        print(signals.last_words, end="", file=sys.stderr)
         return signals.exit_code
 
     from alexnet_dist import checkpoint, figures

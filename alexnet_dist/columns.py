@@ -103,7 +103,7 @@ def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(ranks, *shape): every rank's tensor of one shape, in order."""
     parts = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
     with TIMELINE.span("exchange"):
-        dist.all_gather_single(parts, part, group)
+        dist.all_gather_single(parts, part.contiguous(), group)  # NCCL takes no other
     return parts.view(group.size(), *part.shape)
 
 

@@ -88,7 +88,8 @@ _SAID = (
     (r"environment variable MASTER_\w+ expected",
      "RANK and WORLD_SIZE say that a launcher started this, and it did not say where ranks meet: "
      "set MASTER_ADDR and MASTER_PORT, start by torchrun, or unset RANK to run alone"),
-    (r"waiting for clients|client socket has timed out|socketStartConnect|No route to host",
+    (r"waiting for clients|client socket has timed out|socketStartConnect|No route to host|"
+     r"wait timeout after",
      "the ranks did not meet within layout.timeout_s: start all of them, with one MASTER_ADDR and "
      "MASTER_PORT, which every node must reach"),
     (r"Connection (closed|reset) by peer|NCCL communicator was abort",

@@ -22,6 +22,7 @@ class Place:
         address: a name by which the other nodes find this one.
         meeting: distinguishes this start of this job step from any other; empty where ranks meet
             at MASTER_ADDR.
+        cores: that Slurm was asked for, for each task; None where it was not.
     """
 
     rank: int = 0
@@ -33,6 +34,7 @@ class Place:
     gpus_on_node: int | None = None
     address: str = "localhost"
     meeting: str = ""
+    cores: int | None = None
 
 
 def place() -> Place | None:
@@ -49,7 +51,7 @@ def place() -> Place | None:
     if world == 1:
         return None
     tasks, node = tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"]), _number("SLURM_NODEID")
-    gpus = has("SLURM_GPUS_ON_NODE")
+    gpus, cores = has("SLURM_GPUS_ON_NODE"), has("SLURM_CPUS_PER_TASK")
     start = (*job(), _number("SLURM_STEP_ID"))
     return Place(
         rank=_number("SLURM_PROCID"),
@@ -61,6 +63,7 @@ def place() -> Place | None:
         gpus_on_node=int(gpus) if gpus and gpus.isdecimal() else None,
         address=os.environ["SLURMD_NODENAME"],
         meeting="" if "MASTER_ADDR" in os.environ else "-".join(map(str, start)),
+        cores=int(cores) if cores and cores.isdecimal() else None,
     )
 
 

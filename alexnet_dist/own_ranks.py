@@ -8,6 +8,7 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
-from alexnet_dist.preemption import EXITS, FLAGS
+from alexnet_dist.preemption import EXITS, FLAGS, handlers_restored
 from alexnet_dist.run_folder import read_run
 
 _OF_MEMORY = "by the kernel where memory ran out: see dmesg, and `alexnet-dist plan`"
@@ -52,9 +53,11 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
         ended = run.get("state") in ("stopped", "finished")
         if ended and run["attempt"] > attempts_before:  # else it tells of an earlier attempt
             return int(run["exit"])
-        if error.sigval == signal.SIGINT:
-            for child in psutil.Process().children():  # a second SIGINT, to ranks that still live
-                child.send_signal(signal.SIGINT)
+        living = psutil.Process().children()
+        if error.sigval == signal.SIGINT and living:  # a second one: the first is being waited for
+            for child in living:
+                with suppress(psutil.NoSuchProcess):
+                    child.send_signal(signal.SIGINT)
             os._exit(130)
         number = signal.Signals(error.sigval)
         if run.get("attempt", 0) == attempts_before:
@@ -74,7 +77,11 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
         RanksFailed: one failed; it has said why.
     """
     try:
-        results = elastic_launch(_on_this_host(ranks, 10), _mistake_or)(function, *args)
+        with handlers_restored():
+            results = elastic_launch(_on_this_host(ranks, 10), _mistake_or)(function, *args)
+    except SignalException as error:
+        signal.raise_signal(error.sigval)  # now to this program's own handler
+        raise
     except ChildFailedError as error:
         raise RanksFailed(f"a rank failed, and said why ({function.__name__})") from error
     if isinstance(results[0], AlexNetDistError):

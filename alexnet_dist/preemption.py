@@ -33,7 +33,8 @@ class StopSignals:
     def __init__(self) -> None:
         self.flag = 0
         self.cannot_save = False  # the other ranks are to know
-        self.at_once = False  # leave as soon as one arrives: there is nothing to save yet
+        # Where there is nothing to save yet: leave as soon as one arrives, with these words.
+        self.last_words: str | None = None
         self.polls = 0
         self._pid = os.getpid()
         self._agreed = 0
@@ -81,7 +82,8 @@ class StopSignals:
         if number == signal.SIGINT and self.flag == FLAGS[signal.SIGINT]:
             os._exit(130)
         self.flag = max(self.flag, FLAGS[signal.Signals(number)])
-        if self.at_once:
+        if self.last_words is not None:
+            os.write(2, self.last_words.encode())
             os._exit(EXITS[self.flag])
 
 

@@ -65,6 +65,7 @@ class RunFolder:
         failed = before.get("state") in ("starting", "running", "failed") or (
             before.get("state") == "stopped" and before.get("exit") == 75
         )
+        refused = before.get("exit") == 2  # it ran nothing
         idle = failed and newest <= before.get("resumed_at", 0)
         job, restart = launched.job()
         self._run = {
@@ -77,7 +78,7 @@ class RunFolder:
             "started": now,
             "resumed_at": newest,
             "newest_step": newest,
-            "idle_restarts": (before.get("idle_restarts", 0) + 1) if idle else 0,
+            "idle_restarts": before.get("idle_restarts", 0) + (not refused) if idle else 0,
             "kept_s": before.get("kept_s", 0.0),
         }
         try:

@@ -29,7 +29,7 @@ class Saver:
     def begin(self, write: Callable[[], None]) -> None:
         """Start writing, once what was begun before has ended."""
         self._join()
-        self._write, self._error = write, None
+        self._write, self._error, self.failed = write, None, False
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 

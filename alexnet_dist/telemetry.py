@@ -35,7 +35,7 @@ from alexnet_dist.optim import Schedule
 from alexnet_dist.pictures import chroma
 from alexnet_dist.run_folder import RunFolder, warn_if_unwritable
 from alexnet_dist.timeline import SPANS, TIMELINE, Took
-from alexnet_dist.topology import Topology, cores
+from alexnet_dist.topology import Topology
 from alexnet_dist.untrusted import json_object
 from alexnet_dist.verdict import STRAGGLES, verdict
 
@@ -81,7 +81,7 @@ class Telemetry:
         self._config, self._folder, self._topology = config, folder, topology
         self._step, self._last_step, self._flops = step, schedule.last_step, flops
         stored = dataset.splits[config.data.train_split].uniform(config.data.canvas)
-        self._facts = config, cores() // topology.local_world_size, stored, self._cuda
+        self._facts = config, topology.cores, stored, self._cuda
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0
         self._quarantine = logging.FileHandler(folder.path / "quarantine.jsonl", delay=True)

@@ -39,6 +39,7 @@ class Topology:
 
     Attributes:
         columns: ranks that share a replica, one column each; 1 where all columns are here.
+        cores: of this host, that this rank may count on.
         control: a CPU group of all ranks, for flags and words; None in a world of one.
         column_group: the ranks of this replica; None where there is one.
         replica_group: the ranks that hold this column, one a replica; None where there is one.
@@ -50,6 +51,7 @@ class Topology:
     local_rank: int = 0
     local_world_size: int = 1
     columns: int = 1
+    cores: int = 1
     device: torch.device = _CPU
     control: dist.ProcessGroup | None = None
     column_group: dist.ProcessGroup | None = None
@@ -141,10 +143,11 @@ def connect(config: Config) -> Topology:
         local_rank=place.local_rank,
         local_world_size=place.local_world,
         columns=columns_of(config),
+        cores=cores_of(place),
     )
     check(config, here.world_size)
     device = _device(config, place)
-    torch.set_num_threads(config.layout.threads or max(1, cores() // here.local_world_size))
+    torch.set_num_threads(config.layout.threads or here.cores)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -274,6 +277,12 @@ def _device(config: Config, place: Place) -> torch.device:
 def cores() -> int:
     """That this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def cores_of(place: Place) -> int:
+    """That a rank may count on: Slurm's for its task, which may be bound to them; else a share of
+    this host's."""
+    return min(cores(), place.cores or max(1, cores() // place.local_world))
 
 
 def cpu_flags() -> set[str]:

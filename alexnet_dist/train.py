@@ -106,7 +106,7 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
 def _train(config: Config, signals: StopSignals) -> Outcome:
     """As one of the run's ranks, or alone."""
     topology = connect(config)
-    signals.at_once = False
+    signals.last_words = None
     configure_logging(topology)
     config = topology.decided_by_rank_0(lambda: warm_start.resolved(config))
     digest = topology.decided_by_rank_0(lambda: open_for(config).digest)

@@ -11,6 +11,7 @@ import faulthandler
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -137,7 +138,7 @@ def _place() -> dict[str, Any]:
     waits = any(
         "torch/distributed" in line.filename
         or line.name == "_engine_run_backward"
-        or ".wait()" in (line.line or "")
+        or re.search(r"\.(wait|synchronize|cpu|item)\(\)", line.line or "")  # a GPU waits there
         for line in lines
     )
     return {"stack": "".join(traceback.format_list([*ours, *lines[-3:]])), "waits": waits}

@@ -167,7 +167,8 @@ class ZeroEngine:
                 for name, shape, rows in self._places(group):
                     tensor = optimizer.rows(f"{kind}/{name}", slice(None))
                     if tensor.dim() == 0 and shape:
-                        self.optimizer.optimizer.state[piece][kind] = tensor.clone()
+                        alike = tensor.to(piece.device, copy=True)
+                        self.optimizer.optimizer.state[piece][kind] = alike
                         break
                     flat[rows] = tensor.flatten()
                 else:

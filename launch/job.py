@@ -26,6 +26,7 @@ from alexnet_dist.data.dataset import open_for
 from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError, RunFolderError, in_words, printable
 
+SEEN_GPUS, ALL_GPUS = "ALEXNET_DIST_SEEN_GPUS", "all"  # what a --local job's submitter saw
 PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and pickles are code
 
 
@@ -41,6 +42,7 @@ class TrainJob:
 
     def __call__(self) -> int:
         os.umask(PRIVATE)
+        see_gpus_again()
         forget_results(JobEnvironment().paths)
         from alexnet_dist.__main__ import main  # its handlers take the place of Submitit's
 
@@ -52,6 +54,15 @@ class TrainJob:
     def checkpoint(self) -> DelayedSubmission:
         """For a signal that comes before the run's own handlers: nothing is there to save."""
         return DelayedSubmission(self)
+
+
+def see_gpus_again() -> None:
+    """Submitit hides this machine's GPUs from a job that it starts here; undo it."""
+    seen = os.environ.pop(SEEN_GPUS, None)
+    if seen == ALL_GPUS:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    elif seen is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = seen
 
 
 def forget_results(paths: JobPaths) -> None:

@@ -23,7 +23,15 @@ from alexnet_dist.config_files import bounded_yaml, configs_folder, load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError
-from launch.job import PRIVATE, TrainJob, check_placement, check_private, guarded
+from launch.job import (
+    ALL_GPUS,
+    PRIVATE,
+    SEEN_GPUS,
+    TrainJob,
+    check_placement,
+    check_private,
+    guarded,
+)
 
 _NEVER = 1_000_000  # timeouts before Submitit gives up: the run counts its own vain starts
 
@@ -157,7 +165,12 @@ def executor(cluster: Cluster, name: str, folder: Path, parallel: int) -> submit
         stderr_to_stdout=True,
         additional_parameters={"requeue": True, **cluster.sbatch},
         setup=cluster.setup or None,
-        srun_args=["--kill-on-bad-exit=1", "--wait=120"],
+        # srun no longer takes the job's cores a task by itself (Slurm 22.05).
+        srun_args=[
+            "--kill-on-bad-exit=1",
+            "--wait=120",
+            f"--cpus-per-task={cluster.cpus_per_task}",
+        ],
         # Submitit's own requeueing knows neither a dead rank nor an array's last element.
         teardown=[f"exec {shlex.join(after)} $? --submitted {shlex.quote(str(folder.absolute()))}"],
     )
@@ -193,6 +206,7 @@ def _here(run: TrainJob, run_folder: Path) -> int:
     check_private(folder)
     made = submitit.LocalExecutor(folder.absolute())
     made.update_parameters(timeout_min=60 * 24 * 365, stderr_to_stdout=True)
+    os.environ[SEEN_GPUS] = os.environ.get("CUDA_VISIBLE_DEVICES", ALL_GPUS)
     job = made.submit(run)
     print(f"process {job.job_id}; watch: tail -F {job.paths.stdout}", flush=True)
     failed = job.exception()

@@ -10,6 +10,7 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import as_overrides
+from torch.distributed.elastic.multiprocessing import SignalException
 
 from alexnet_dist import __main__, launched, load_checkpoint, own_ranks, topology, train
 from alexnet_dist.config import Config
@@ -300,6 +302,23 @@ def test_what_fails_on_a_rank_started_here_is_said(capfd: pytest.CaptureFixture[
     with pytest.raises(RanksFailed, match="a rank failed, and said why"):
         own_ranks.call(_fails_on_rank_1, 2, OSError(errno.ENOSPC, "No space left"))
     assert "[r1] [Errno 28] No space left: make room" in capfd.readouterr().err
+
+
+def _told_to_stop() -> None:
+    if os.environ["RANK"] == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(60)
+
+
+def test_a_signal_while_ranks_work_reaches_this_programs_own_handler() -> None:
+    heard = []
+    with handlers_restored():
+        signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+        ours = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(SignalException):
+            own_ranks.call(_told_to_stop, 2)
+        assert heard == [1]
+        assert signal.getsignal(signal.SIGTERM) is ours
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,31 @@ def test_a_rank_takes_its_own_gpu(
     assert str(topology._device(tiny("layout.device=auto"), place)) == device
 
 
+def test_a_task_counts_on_the_cores_slurm_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    for name, value in (STEP | {"SLURM_CPUS_PER_TASK": "6"}).items():
+        monkeypatch.setenv(name, value)
+    place = launched.place()
+    assert place is not None
+    assert topology.cores_of(place) == 6
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # bound to fewer
+    assert topology.cores_of(place) == 2
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    assert topology.cores_of(Place(1, 8, 1, 4)) == 8
+
+
+def test_a_local_job_sees_this_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # Submitit's
+    job.see_gpus_again()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+    monkeypatch.setenv(job.SEEN_GPUS, "2,3")
+    job.see_gpus_again()
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
+    monkeypatch.setenv(job.SEEN_GPUS, job.ALL_GPUS)
+    job.see_gpus_again()
+    assert "CUDA_VISIBLE_DEVICES" not in os.environ
+
+
 def _meet(folder: str) -> tuple[int, list[str]]:
     """Ranks that Slurm started, as far as they can tell, meet without a port agreed on."""
     from alexnet_dist.config_files import load_config

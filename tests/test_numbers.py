@@ -11,6 +11,7 @@ from conftest import TINY, as_overrides, on_ranks
 from safetensors.torch import load_file
 
 from alexnet_dist import checkpoint as checkpoints
+from alexnet_dist import replicas
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data.pipeline import Batch
@@ -134,6 +135,14 @@ def test_a_flipped_bit_is_found_and_named() -> None:
             assert f"step 7: replicas are no longer equal to the bit: conv3.weight of {who}. " in (
                 sentence
             )
+
+
+def test_bits_of_a_view_from_an_odd_place_are_summed() -> None:
+    """ZeRO's parameters are views of one long tensor."""
+    whole = torch.arange(7, dtype=torch.float32)
+    before = replicas._sum_of_bits(whole[1:5])
+    whole[2] = 2.5
+    assert replicas._sum_of_bits(whole[1:5]) != before
 
 
 POISON = """

@@ -335,6 +335,19 @@ def test_a_cancelled_job_saves_and_stays_away_and_its_folder_is_one_jobs(
     cluster.same_end("cancelled", "two")
 
 
+def test_a_cluster_takes_no_folder_that_holds_something_else(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    run = subprocess.run(
+        [DEVCLUSTER, "up", tmp_path], check=False, capture_output=True, text=True,
+        env=cluster.environment,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "holds something else than a devcluster" in run.stderr
+    assert (tmp_path / "thesis.tex").exists()
+
+
 def test_what_cannot_run_is_said_once_and_not_tried_again(cluster: Cluster) -> None:
     wrong = {
         "layout.kind=sharded": (ON_ONE_NODE, "layout.kind"),
