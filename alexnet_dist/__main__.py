@@ -425,14 +425,18 @@ def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return 0
     wanted = named.total if named else layouts.ranks_wanted(config, topology.gpus(config))
     planned = plan.plan(config, options.ranks or wanted)
-    told = forecast.forecast(planned, config, at) if at else {}
+    told, why = {}, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
+    try:
+        told = forecast.forecast(planned, config, at) if at else {}
+    except ConfigError as error:
+        if named:
+            raise
+        why = str(error)
     if options.json:
         print(json.dumps(planned | told))
         return 0
     text = plan.lines(planned)
-    text += forecast.lines(told, config.layout.kind) if told else [
-        "", "no prediction: nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
-    ]  # fmt: skip
+    text += forecast.lines(told, config.layout.kind) if told else ["", f"no prediction: {why}"]
     print("\n".join(text))
     return 0
 

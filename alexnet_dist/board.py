@@ -121,10 +121,13 @@ class Board:
     ) -> None:
         shutil.rmtree(self._folder / f"{step:05d}" / name, ignore_errors=True)
         labels = [self._dataset.classes[y] for y in self._split.labels(np.array(samples))]
-        images = [image_of(self._split, sample, self._config.data.canvas) for sample in samples]
-        whole = torch.from_numpy(np.stack(images)).movedim(-1, 1) / 255
-        small = interpolate(whole, (32, 32), mode="bilinear", antialias=True)
-        to.add_embedding(features, labels, small, step, name)
+        images = torch.cat([self._small(sample) for sample in samples])
+        to.add_embedding(features, labels, images, step, name)
+
+    def _small(self, sample: int) -> Tensor:
+        image = image_of(self._split, sample, self._config.data.canvas)
+        whole = torch.from_numpy(image).movedim(-1, 0)[None] / 255
+        return interpolate(whole, (32, 32), mode="bilinear", antialias=True)
 
 
 def evenly(size: int, count: int) -> range:

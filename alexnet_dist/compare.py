@@ -12,6 +12,7 @@ micro-batches on one process.
 
 import contextlib
 import dataclasses
+import logging
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -33,8 +34,10 @@ from alexnet_dist.make_engine import make_engine
 from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.shares import share
-from alexnet_dist.topology import Topology, connect
+from alexnet_dist.topology import Topology, connect, gpus
 from alexnet_dist.traffic import Traffic
+
+log = logging.getLogger(__name__)
 
 BOUND, ZERO_BOUND = 1e-12, 1e-5
 _DEFAULTS = ("one:1", "columns:2", "replicas:2", "columns_x_replicas:4", "sharded_fc:2",
@@ -124,7 +127,16 @@ def chosen(config: Config, names: str | None) -> list[Config]:
             continue
         if kind != "one":
             found.append(one)
-    return found
+    return on_devices_alike(found)
+
+
+def on_devices_alike(found: Sequence[Config]) -> list[Config]:
+    """All on the CPU, where this host has GPUs for some of them only."""
+    here, most = gpus(found[0]), max(one.layout.ranks for one in found)
+    if 0 < here < most and found[0].layout.device == "auto":
+        log.warning(f"{here} GPU(s) here, and {most} ranks would need their own: all on the CPU")
+        return [_with(one, device="cpu") for one in found]
+    return list(found)
 
 
 def compare(
@@ -256,6 +268,8 @@ def _difference(
 
 def _with(config: Config, **values: str | int) -> Config:
     """The config with other values of some keys, checked."""
-    sections = {"kind": "layout", "ranks": "layout", "precision": "train", "micro_batches": "train"}
-    overrides = [f"{sections[key]}.{key}={value}" for key, value in values.items()]
+    of_train = ("precision", "micro_batches")
+    overrides = [
+        f"{'train' if key in of_train else 'layout'}.{key}={value}" for key, value in values.items()
+    ]
     return load_config([flat(config), *overrides])

@@ -49,6 +49,7 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         for key, length in spread.items()
     ]  # fmt: skip
     rules += [
+        ("model.exchange", "conv1" not in model.exchange, "conv1 sees the image: leave it out"),
         (
             "model.pool_average",
             {*model.pool_average} <= {*model.pool_after},

@@ -12,6 +12,7 @@ of gradients overlap the rest of the backward, and images are decoded beside it.
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ _PEAKS = {
 
 def peak_flops(device: str) -> float | None:
     """Of a GPU of this name, in bf16, FLOP/s; None where it is not known."""
-    return next((peak for name, peak in _PEAKS.items() if name in device), None)
+    return next((peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
 # Links: 0.8 of the data sheet's, one direction. LRN: the passes of lrn.py's operators, uncompiled.

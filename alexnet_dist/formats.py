@@ -172,7 +172,10 @@ def _write_onnx(out: Path, found: Checkpoint, config: Config, tensors: Tensors) 
 
 
 def _torchvision_names(config: Config) -> Mapping[str, str]:
-    """Our parameters' names to torchvision's; raises ConfigError where it has no such network."""
+    """Our parameters' names to torchvision's; raises ConfigError for other numbers of layers.
+
+    In a layer that sees its own column only, weights keep our shape, half of torchvision's.
+    """
     layers = config.model.layer_names
     if (len(config.model.conv), len(layers)) != (5, 8):
         raise ConfigError(

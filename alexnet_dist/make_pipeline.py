@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import torch
-
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.pipeline import Pipeline
@@ -18,7 +16,7 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
     device = topology.device
     finish = Finish(config, dataset.statistics, device, DTYPES[config.train.precision])
     own = dataclasses.replace(dataset.splits[split], _files={})  # its own files, to close
-    threads = config.data.workers or torch.get_num_threads()
+    threads = config.data.workers or topology.cores
     match config.data.pipeline:
         case "torch":
             return TorchPipeline(config, own, device, finish, threads)

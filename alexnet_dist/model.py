@@ -260,7 +260,9 @@ def final_side(config: ModelConfig) -> int:
     for name, (kernel, stride, padding) in zip(config.conv_names, shapes, strict=True):
         side = steps(side + 2 * padding - kernel, stride)
         if name in config.pool_after:
-            side = steps(side - config.pool[0], config.pool[1])
+            edge, (window, apart) = side, config.pool
+            side = steps(edge - window, apart)
+            side -= config.round_up and (side - 1) * apart >= edge  # torch lets none begin there
         if side < 1:
             return side
     return side

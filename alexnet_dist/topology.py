@@ -148,6 +148,7 @@ def connect(config: Config) -> Topology:
     check(config, here.world_size)
     device = _device(config, place)
     torch.set_num_threads(config.layout.threads or here.cores)
+    torch.backends.cudnn.allow_tf32 = False  # train.precision=fp32 says float32
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

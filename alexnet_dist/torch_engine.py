@@ -112,7 +112,8 @@ class TorchEngine:
     def _compiled(self) -> Callable[..., Tensor]:
         """The network compiled; of ranks that meet in it, what lies between two exchanges."""
         exchange = self.model.exchange
-        for method in ("maps", "features", "logits") if self.topology.world_size > 1 else ():
+        apart = self.shards or self.topology.column_group
+        for method in ("maps", "features", "logits") if apart else ():
             setattr(exchange, method, torch.compiler.disable(getattr(exchange, method)))
         return torch.compile(self.network, backend=self.config.train.compile, dynamic=False)
 

@@ -45,6 +45,7 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
         # Its `bf16` would cast the network itself.
         "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # each would wait for the GPU
     }
     if config.layout.compress_gradients:
         ours["communication_data_type"] = "bf16"
@@ -203,7 +204,9 @@ class ZeroEngine:
         }
 
     def _initialised(self, model: AlexNet) -> Any:
-        os.environ.setdefault("DS_ACCELERATOR", self.topology.device.type)
+        device = self.topology.device
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # it asks; srun does not set it
         warnings.filterwarnings(
             "ignore", message=".*all_gather_into_tensor", category=FutureWarning
         )

@@ -9,6 +9,7 @@ import torch
 from conftest import TINY, alexnet_dist, assert_close
 
 from alexnet_dist.bench.data import index_cost
+from alexnet_dist.bench.layouts import bench_layouts
 from alexnet_dist.bench.step import Eager
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config_files import load_config
@@ -92,6 +93,16 @@ def test_bench_step_and_layouts_print_their_ratios() -> None:
     run = json.loads(result.stdout)["runs"][0]
     assert {"one", "columns", "replicas", "sharded_fc", "zero1", "zero2"} <= run.keys()
     assert all(rate > 0 for rate in run.values())
+
+
+def test_bench_layouts_leaves_out_what_a_config_cannot_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("alexnet_dist.bench.layouts._images_per_s", lambda *_: 1.0)
+    found = bench_layouts(load_config([*TINY, "train.precision=fp64"]), 2, 1)
+    timed = found["runs"][0].keys()
+    assert {"one", "columns", "replicas", "sharded_fc"} <= timed
+    assert not {"zero1", "zero2"} & timed
 
 
 def test_an_index_of_imagenets_size_is_ready_at_once_and_small() -> None:

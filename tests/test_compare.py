@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, alexnet_dist
 
 from alexnet_dist.compare import chosen
@@ -78,6 +79,13 @@ def test_a_layout_that_cannot_be_is_one_clear_line(command: list[str]) -> None:
 def test_a_wrong_choice_of_layouts_says_why(layouts: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         chosen(load_config(TINY), layouts)
+
+
+def test_rows_are_computed_on_devices_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config([*TINY, "layout.device=auto"])
+    for here, device in ((0, "auto"), (1, "cpu"), (2, "auto")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda here=here: here)
+        assert {one.layout.device for one in chosen(config, "replicas:2")} == {device}
 
 
 def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None:

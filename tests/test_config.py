@@ -165,6 +165,7 @@ def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
     ("sources", "message"),
     [
         (["layout.kind=columns_x_replicas", "model.columns=1"], "there is nothing to split"),
+        (["model.exchange=[conv1]"], r"conv1 sees the image"),
         (["layout.kind=sharded_fc", "model.exchange=[fc8]"], r"add fc6, fc7, fc8, or set layout"),
         (["layout.kind=zero1", "train.compile=inductor"], r"DeepSpeed runs .* train\.compile=none"),
         (["layout.kind=zero1", "optimizer.kind=lars"], r"flat partitions .* set layout.kind=repl"),

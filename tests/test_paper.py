@@ -152,6 +152,9 @@ def test_rounding_up_covers_all_pixels() -> None:
     config = load_config(["paper/fig1-relu"]).model
     assert final_side(config) == 4
     assert final_side(load_config(["paper/fig1-relu", "model.round_up=false"]).model) == 3
+    sparse = load_config(["model.pool=[1,2]", "model.round_up=true", "model.fc=[8,8]"]).model
+    model = AlexNet(sparse, drawn=False).eval()  # a window cannot begin beyond the edge
+    assert model(torch.zeros(1, 3, sparse.crop, sparse.crop)).shape == (1, sparse.classes)
     x = torch.zeros(1, 3, 32, 32)
     logits = AlexNet(config).eval()(x)
     x[..., -1, -1] = 100

@@ -41,6 +41,9 @@ def test_a_plan_is_read_by_people() -> None:
     assert result.returncode == 0, result.stderr
     for word in ("conv1", "GFLOP", "columns_x_replicas", "all-reduce", "activations", "peak"):
         assert word in result.stdout
+    unpredicted = alexnet_dist("plan", "demo", "train.precision=fp64")
+    assert unpredicted.returncode == 0, unpredicted.stderr
+    assert "no prediction: train.precision=fp64: no figure for" in unpredicted.stdout
 
 
 def formula(config: Config, ranks: int) -> dict[str, int]:

@@ -197,6 +197,13 @@ def test_two_nodes_of_two_tasks_run_to_the_end(cluster: Cluster, whole: Callable
         cluster.until("sacct knows", lambda: "COMPLETED" in told(), 20)
 
 
+def test_deepspeed_finds_its_place_without_torchrun(
+    cluster: Cluster, whole: Callable[..., str]
+) -> None:
+    whole("zero", ON_ONE_NODE, "layout.kind=zero1", "train.epochs=2")
+    assert read_run(cluster.runs / "zero")["state"] == "finished"
+
+
 def test_a_time_limit_is_survived_and_ends_to_the_bit(
     cluster: Cluster, whole: Callable[..., str]
 ) -> None:

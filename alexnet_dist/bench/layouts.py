@@ -6,6 +6,7 @@ from typing import Any
 from alexnet_dist import layouts, own_ranks
 from alexnet_dist.bench import machine, ratio
 from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.compare import on_devices_alike
 from alexnet_dist.config import Config, flat
 from alexnet_dist.config_files import load_config
 from alexnet_dist.engine import on_host
@@ -27,9 +28,13 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
     """
     configs = {"one": load_config([flat(config), "layout.kind=one"])}
     for kind in KINDS:
-        other = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={count}"])
+        try:
+            other = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={count}"])
+        except ConfigError:
+            continue  # a layout that this config cannot have
         if kind != "one" and not layouts.problem(other, count):
             configs[kind] = other
+    configs = dict(zip(configs, on_devices_alike(list(configs.values())), strict=True))
     if len(configs) == 1:
         raise ConfigError(f"--ranks {count}: no layout fits on them with this config")
     runs = [

@@ -62,9 +62,8 @@ class TorchPipeline:
         origins, side = samples.patch(self.crop, self.canvas)
         n = len(samples.ids)
         read = np.empty_like(samples.ids)
-        patches = torch.empty((n, side, side, 3), dtype=torch.uint8)
-        if self.device.type == "cuda":
-            patches = patches.pin_memory()
+        pinned = self.device.type == "cuda"
+        patches = torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=pinned)
         filled = patches.numpy()
 
         def decode(places: range) -> None:
