@@ -197,9 +197,7 @@ class LayoutConfig:
         Literal["auto", "cpu", "cuda"],
         Key("auto: a GPU for each rank where there are enough, else CPU", free=True),
     ]
-    threads: Annotated[
-        int, Key("arithmetic threads a rank; 0 = cores ÷ ranks on the host", ge=0, free=True)
-    ]
+    threads: Annotated[int, Key("arithmetic threads a rank; 0 = its cores", ge=0, free=True)]
     timeout_s: Annotated[int, Key("longest wait of one rank for another, s", ge=1, free=True)]
 
 

@@ -92,7 +92,9 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
         try:
             parsed = OmegaConf.to_container(OmegaConf.from_dotlist([text]), resolve=True)
         except _NOT_YAML as error:
-            raise ConfigError(f"{text!r}: {value!r} is not a YAML value: {_line(error)}") from error
+            raise ConfigError(
+                f"{text!r}: {value!r} is not a YAML value: {one_line(error)}"
+            ) from error
         return "the command line", parsed  # type: ignore[return-value]
     shipped_names = (configs_folder() / text, configs_folder() / f"{text}.yaml")
     path = next(filter(_is_file, (Path(text), *shipped_names)), None)
@@ -111,7 +113,9 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     try:
         layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=True)
     except _NOT_YAML as error:
-        raise ConfigError(f"{path}: not a YAML file of keys and values: {_line(error)}") from error
+        raise ConfigError(
+            f"{path}: not a YAML file of keys and values: {one_line(error)}"
+        ) from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path}: holds a {type(layer).__name__}; write keys and values")
     return str(path), layer  # type: ignore[return-value]
@@ -146,7 +150,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """An error's words, on one line."""
     return " ".join(str(error).split())
 
 

@@ -48,8 +48,6 @@ class Topology:
 
     global_rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
     columns: int = 1
     cores: int = 1
     device: torch.device = _CPU
@@ -140,8 +138,6 @@ def connect(config: Config) -> Topology:
     here = Topology(
         global_rank=place.rank,
         world_size=place.world,
-        local_rank=place.local_rank,
-        local_world_size=place.local_world,
         columns=columns_of(config),
         cores=cores_of(place),
     )

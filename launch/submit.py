@@ -19,7 +19,7 @@ import submitit
 import yaml
 
 from alexnet_dist.config import Config
-from alexnet_dist.config_files import bounded_yaml, configs_folder, load_config
+from alexnet_dist.config_files import bounded_yaml, configs_folder, load_config, one_line
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError
@@ -100,8 +100,8 @@ def _checked(values: dict[str, Any], origin: str) -> dict[str, Any]:
 def _parsed(text: str, origin: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{origin}: not YAML: {error}") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not YAML: {one_line(error)}") from error
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -114,7 +114,9 @@ def _read(name: str) -> dict[str, Any]:
     try:
         text = bounded_yaml(path)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: not a YAML file of keys and values: {error}") from error
+        raise ConfigError(
+            f"{path}: not a YAML file of keys and values: {one_line(error)}"
+        ) from error
     found = _parsed(text, str(path))
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: holds a {type(found).__name__}; write keys and values")

@@ -242,7 +242,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
     begin = time.monotonic()
     target.send_signal(number)
     found, output = run.end()
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 10
     assert found == code, output
     assert "stopped at step" in output
     assert "Traceback" not in output
@@ -362,7 +362,7 @@ def test_a_killed_rank_takes_the_others_with_it(
     begin = time.monotonic()
     code, _ = run.end()
     assert code == 1
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 10
     assert not any(process.is_running() for process in processes)
 
 

@@ -37,6 +37,7 @@ RUN = [
 FOUR = ("layout.kind=columns_x_replicas", "train.epochs=40")  # 300 steps, two nodes
 TWO = ("layout.kind=columns", "train.epochs=100")  # 750 steps, one node
 ONE = ("layout.kind=one", "train.epochs=400")  # 3,000 steps
+LONGEST_S = 400  # a run of 2,250 steps, on a busy machine
 ON_TWO_NODES = ("--nodes=2", "--ntasks-per-node=2")
 ON_ONE_NODE = ("--nodes=1", "--ntasks-per-node=2")
 
@@ -78,7 +79,7 @@ class Cluster:
         told = self.call("scontrol", "--oneliner", "show", "job", job)
         return dict(re.findall(r"(\w+)=(\S*)", told))
 
-    def until(self, what: str, condition: Callable[[], Any], seconds: float = 400) -> float:
+    def until(self, what: str, condition: Callable[[], Any], seconds: float = 150) -> float:
         """Wait for a condition; seconds since 1970 when it was seen to hold."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -109,10 +110,10 @@ class Cluster:
         self.until(f"{name} {states}", lambda: read_run(self.runs / name).get("state") in states)
         return read_run(self.runs / name)
 
-    def until_over(self, job: str) -> str:
+    def until_over(self, job: str, seconds: float = 150) -> str:
         """Slurm's last word on a job, when it has one."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        self.until(f"job {job} over", lambda: self.job(job)["JobState"] in over)
+        self.until(f"job {job} over", lambda: self.job(job)["JobState"] in over, seconds)
         return self.job(job)["JobState"]
 
     def until_requeued(self, job: str, restarts: int = 1) -> None:
@@ -171,7 +172,7 @@ def whole(cluster: Cluster) -> Callable[..., str]:
     def make(name: str, options: Sequence[str], *run: str) -> str:
         if name not in made:
             job = cluster.sbatch(options, *run, f"name={name}")
-            assert cluster.until_over(job) == "COMPLETED", cluster.log(job)
+            assert cluster.until_over(job, LONGEST_S) == "COMPLETED", cluster.log(job)
             made[name] = job
         return name
 
@@ -219,7 +220,7 @@ def test_a_time_limit_is_survived_and_ends_to_the_bit(
     begun = time.time()
     cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     trains = cluster.until_running("limit", attempt=2)
-    assert cluster.until_over(job) == "COMPLETED", cluster.log(job)
+    assert cluster.until_over(job, LONGEST_S) == "COMPLETED", cluster.log(job)
     say("time limit", requeued_to_first_step=trains - begun)
     cluster.same_end("limit", "long")
 

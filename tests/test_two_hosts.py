@@ -180,7 +180,7 @@ def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
     hosts.plug("up")
     assert all(codes), codes
     assert not left
-    assert took < TIMEOUT_S + 20
+    assert took < TIMEOUT_S + 6
     assert read_run(runs / "cut")["state"] == "failed"
 
     assert "cut continues at step" in ended(start("cut", kind, 2))
