@@ -72,6 +72,13 @@ class Started:
             time.sleep(0.02)
         raise TimeoutError(f"no step {step} within 120 s")
 
+    def wait_for_checkpoint(self, folder: Path) -> None:
+        """Until one is whole: they are written behind the steps."""
+        self.wait_for_step(folder, 1)
+        while not checkpoints.steps(folder / "checkpoints"):
+            assert self.process.poll() is None, self.process.stdout.read()  # type: ignore[union-attr]
+            time.sleep(0.02)
+
     def wait_until_it_hears(self) -> None:
         """Until it has a handler of its own for SIGUSR1, which would kill it before."""
         bit = 1 << (signal.SIGUSR1 - 1)
@@ -132,7 +139,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
         run.end()
     last = alexnet_dist(*command("killed"))
     assert last.returncode == 0, last.stderr
-    assert "continues at step 40" in last.stderr or "continues at step 44" in last.stderr
+    assert re.search(r"continues at step (36|40|44)\b", last.stderr)  # 40 may not be whole yet
     assert ended_state(runs / "killed") == expected
     assert read_run(runs / "killed")["attempt"] == 3
 
@@ -160,6 +167,7 @@ def test_every_layout_killed_ends_as_if_it_never_was(
     )
     run = start(command("killed", *layout))
     run.wait_for_step(runs / "killed", 9)
+    run.wait_for_checkpoint(runs / "killed")
     for process in run.all():
         process.kill()
     run.end()
@@ -289,7 +297,7 @@ def test_a_second_interrupt_leaves_at_once(
     kind: str, command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
     run = start(command("hurried", f"layout.kind={kind}", "train.epochs=500"))
-    run.wait_for_step(runs / "hurried", 6)
+    run.wait_for_checkpoint(runs / "hurried")
     processes = run.all()
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.01)

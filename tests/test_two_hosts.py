@@ -170,6 +170,7 @@ def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
 
     both = start("cut", kind, 2)
     both[0].wait_for_step(runs / "cut", 12)
+    both[0].wait_for_checkpoint(runs / "cut")
     processes = [process for host in both for process in host.all()]
     hosts.plug("down")
     begin = time.monotonic()
