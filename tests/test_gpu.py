@@ -1,23 +1,30 @@
 """What only a GPU can show. Skipped where there is none."""
 
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import made
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, on_ranks
+from conftest import TINY, alexnet_dist, as_overrides, on_ranks
 from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajectory
 from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
+from test_run import ALONE, RUN, Started, ended_state
 
 from alexnet_dist import draws
+from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare import Options, prepare
-from alexnet_dist.data.sampler import evaluation_plan
+from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
+from alexnet_dist.engine import on_host
 from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.make_engine import make_engine
 from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.topology import Topology
+from alexnet_dist.telemetry import read_metrics
+from alexnet_dist.topology import Topology, connect
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,17 +46,70 @@ def test_normalisation_is_the_cpus() -> None:
     torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-12, atol=1e-12)
 
 
+GPU = ["layout.device=cuda", "train.deterministic=true"]
+
+
 @pytest.fixture
 def arguments(packed: object) -> list[str]:
-    gpu = ["layout.device=cuda", "train.deterministic=true"]
-    return [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one", *gpu]
+    return [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one", *GPU]
 
 
-def test_twenty_steps_are_the_cpus(arguments: list[str]) -> None:
-    losses, parameters, _ = trajectory(load_config([*arguments, "layout.device=cpu"]))
-    ((ours, tensors, _),) = on_ranks(1, trajectory, load_config(arguments))
-    np.testing.assert_allclose(ours, losses, rtol=1e-9)
-    assert largest_difference(tensors, parameters) <= 1e-9
+@pytest.mark.parametrize("how", ["micro_batches=1", "micro_batches=4", "compile=inductor"])
+def test_twenty_steps_and_an_evaluation_are_the_cpus(packed: Path, how: str) -> None:
+    double = "train.precision=fp64"
+    (oracle,) = trajectories([config_of(packed, double)])
+    ((ours,),) = on_ranks(1, trajectories, [config_of(packed, double, *GPU, f"train.{how}")])
+    assert_same_run(ours, oracle, 1e-9)
+
+
+def wait_for_nothing(config: Config) -> int:
+    """Steps during which anything that waits for the device is an error."""
+    topology, dataset = connect(config), open_for(config)
+    engine, size = make_engine(config, topology), config.train.batch
+    pipeline = make_pipeline(config, topology, dataset, "train")
+    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
+    steps = 0
+    for part in pipeline.batches(sampler.plan(0, 8, range(size))):
+        numbers = on_host(engine.train_step(part.joined([size], None), steps, 0.001))
+        steps += 1
+        if steps == 3:  # all is loaded and allocated
+            torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+    pipeline.close()
+    assert numbers()[3] == 0
+    return steps
+
+
+@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+@pytest.mark.parametrize("compiled", ["none", "inductor"])
+def test_a_step_does_not_wait_for_the_gpu(packed: Path, pipeline: str, compiled: str) -> None:
+    how = [f"data.pipeline={pipeline}", f"train.compile={compiled}", "train.precision=bf16"]
+    assert on_ranks(1, wait_for_nothing, config_of(packed, "layout.device=cuda", *how)) == [8]
+
+
+def test_a_stopped_run_on_a_gpu_ends_as_if_it_never_was(tiny: Callable[..., Config]) -> None:
+    """To the bit, in bf16; and it tells of the device what a CPU has not."""
+
+    def arguments(name: str) -> list[str]:
+        return ["train", *as_overrides(tiny(*RUN, ALONE, *GPU, f"name={name}"))]
+
+    whole = alexnet_dist(*arguments("whole"))
+    assert whole.returncode == 0, whole.stderr
+    stopped = Started(arguments("stopped"))
+    runs = tiny().folder.parent
+    stopped.wait_for_step(runs / "stopped", 15)
+    stopped.process.send_signal(signal.SIGUSR1)
+    code, output = stopped.end()
+    assert code == 75, output
+    again = alexnet_dist(*arguments("stopped"))
+    assert again.returncode == 0, again.stderr
+    assert "continues at step" in again.stderr
+    assert ended_state(runs / "stopped") == ended_state(runs / "whole")
+    last = [point for point in read_metrics(runs / "whole") if point["kind"] == "speed"][-1]
+    assert last["memory"]["device_gb"] > 0
+    assert sum(last["time"].values()) == pytest.approx(1)
+    assert last["time"]["forward"] > 0
+    assert last["time"]["backward"] > 0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
@@ -63,8 +123,7 @@ def test_two_columns_on_two_gpus_equal_one(arguments: list[str]) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_replicas_and_sharded_layers_on_two_gpus_follow_the_oracle(packed: Path) -> None:
-    gpu = ["layout.device=cuda", "train.deterministic=true", "train.precision=fp64"]
-    config = config_of(packed, *gpu)
+    config = config_of(packed, *GPU, "train.precision=fp64")
     ((oracle,),) = on_ranks(1, trajectories, [config])
     cases = [on(config, kind, 2, n) for kind in ("replicas", "sharded_fc") for n in (1, 4)]
     for ours in on_ranks(2, trajectories, cases)[0]:
@@ -76,8 +135,7 @@ def test_an_update_by_zero_on_two_gpus_is_the_oracles(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # float32 as on a CPU
-    gpu = ["layout.device=cuda", "train.deterministic=true", "train.precision=fp32"]
-    config = config_of(packed, *gpu)
+    config = config_of(packed, *GPU, "train.precision=fp32")
     (states,) = on_ranks(1, states_of, config)
     ((through, ours),) = on_ranks(2, updates, [on(config, "zero1", 2)], states)[0]
     assert all(torch.equal(through[0][name], states[0][0][name]) for name in states[0][0])
