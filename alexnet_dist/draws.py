@@ -116,6 +116,13 @@ def dropout_mask(
         first: the first unit, of the layer's units over all columns.
     """
     threshold = round(drop * 2**32)
+    if slots.is_cuda:
+        from alexnet_dist import gpu_kernels
+
+        now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
+        of = (slots, now, layer, first, count, seed, _DROPOUT, threshold)
+        kept: Tensor = gpu_kernels.dropout_mask(*of)
+        return kept
     values = type(slots) is Tensor  # not a fake one, as a plan's
     if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
         stay = torch.empty(len(slots), count, dtype=torch.bool)

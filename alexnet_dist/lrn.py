@@ -1,8 +1,8 @@
 """Local response normalisation across adjacent maps (paper §3.3), forward and backward.
 
 b = a · d^−β with d = k + α Σ a², summed over n adjacent maps of the same column. The sum is a
-product with a banded matrix of ones, which in channels_last reads each pixel's maps once; on a
-CPU one loop over pixels does it all (`lrn_cpu`).
+product with a banded matrix of ones, which in channels_last reads each pixel's maps once. In bf16
+and float32 one loop over pixels does it all, on a CPU (`lrn_cpu`) and on a GPU (`gpu_kernels`).
 """
 
 from typing import Any
@@ -56,7 +56,12 @@ class _LocalResponseNorm(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(maps)
         ctx.constants = (columns, size, alpha, beta, k)
-        if _compiled_here(maps, beta):
+        if _on_gpu(maps, beta):
+            from alexnet_dist import gpu_kernels
+
+            normalised: Tensor = gpu_kernels.lrn(maps, columns, size, alpha, k)
+            return normalised
+        if _on_cpu(maps, beta):
             return lrn_cpu.forward(maps, columns, size, alpha, k)
         near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
         a = _rows(maps)
@@ -66,7 +71,12 @@ class _LocalResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (maps,) = ctx.saved_tensors
         columns, size, alpha, beta, k = ctx.constants
-        if _compiled_here(maps, beta):
+        if _on_gpu(maps, beta):
+            from alexnet_dist import gpu_kernels
+
+            out = gpu_kernels.lrn_backward(maps, grads[0], columns, size, alpha, k)
+            return out, None, None, None, None, None
+        if _on_cpu(maps, beta):
             out = lrn_cpu.backward(maps, grads[0], columns, size, alpha, k)
             return out, None, None, None, None, None
         near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
@@ -79,7 +89,13 @@ class _LocalResponseNorm(torch.autograd.Function):
         return _maps(out, maps), None, None, None, None, None
 
 
-def _compiled_here(maps: Tensor, beta: float) -> bool:
+def _on_gpu(maps: Tensor, beta: float) -> bool:
+    """Whether a GPU's kernel computes this."""
+    return maps.is_cuda and maps.dtype in (torch.bfloat16, torch.float32) and beta == 0.75
+
+
+def _on_cpu(maps: Tensor, beta: float) -> bool:
+    """Whether a CPU's loop does."""
     values = type(maps) is Tensor  # not a fake one, as a plan's
     return values and lrn_cpu.fits(maps, beta) and not torch.compiler.is_compiling()
 

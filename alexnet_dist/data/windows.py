@@ -50,19 +50,19 @@ class Finish:
             lighting: (n, 3), grey levels.
         """
         inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners  # in the patch
-        make = self.by_loop if patches.device.type == "cpu" else self.by_gathers
+        make = self.by_loop if patches.device.type == "cpu" else self.by_kernel
         light = lighting.to(self.mean.dtype)
         windows = make(patches, inside, corners, flips, light)  # (n, v, crop, crop, 3)
         return windows.flatten(0, 1).movedim(-1, 1)
 
-    def by_gathers(
+    def by_kernel(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
-        """For a GPU: a few kernels over the whole batch."""
-        x = cut(patches, inside, flips, self.crop).to(self.mean.dtype)
-        x -= cut(self.mean.expand(len(x), -1, -1, -1), corners, flips, self.crop)
-        windows: Tensor = ((x + light[:, None, None, None]) / self.divide_by).to(self.dtype)
-        return windows
+        """For a GPU."""
+        from alexnet_dist import gpu_kernels
+
+        given = (patches, inside, corners, flips, light, self.mean, self.divide_by)
+        return gpu_kernels.windows(*given, self.crop, self.dtype)
 
     def by_loop(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
@@ -108,16 +108,6 @@ def _loop(dtype: torch.dtype) -> Callable[..., None]:
                         b = x_bits[i]
                         result[i] = (b + below + ((b >> shift) & odd)) >> shift
 
-    return windows
-
-
-def cut(images: Tensor, corners: Tensor, flips: Tensor, side: int) -> Tensor:
-    """Windows (n, v, side, side, 3) of images (n, height, width, 3), mirrored where flips say."""
-    along = torch.arange(side, device=images.device)
-    rows = corners[..., :1] + along  # (n, v, side)
-    columns = corners[..., 1:] + torch.where(flips[..., None], along.flip(0), along)
-    n = torch.arange(len(images), device=images.device)[:, None, None, None]
-    windows: Tensor = images[n, rows[..., :, None], columns[..., None, :]]
     return windows
 
 
