@@ -4,15 +4,13 @@ Those of the network are operators that torch.compile takes as they are. Importe
 GPU; TRITON_INTERPRET=1 runs them on a CPU, slowly (tests/test_gpu_kernels.py).
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-_BLOCK = 1024
+_BLOCK, _WARPS = 256, 8  # an element a thread, so that neighbours' loads are one
 
 
 @custom_op("alexnet_dist::lrn", mutates_args=())
@@ -21,7 +19,7 @@ def lrn(maps: Tensor, columns: int, size: int, alpha: float, k: float) -> Tensor
     maps = maps.contiguous(memory_format=torch.channels_last)
     out, count = torch.empty_like(maps), maps.numel()
     _lrn[(triton.cdiv(count, _BLOCK),)](
-        maps, out, count, alpha, k, maps.shape[1] // columns, size // 2, _BLOCK
+        maps, out, count, alpha, k, maps.shape[1] // columns, size // 2, _BLOCK, num_warps=_WARPS
     )
     return out
 
@@ -35,7 +33,16 @@ def lrn_backward(
     maps, grads = maps.contiguous(memory_format=last), grads.contiguous(memory_format=last)
     out, count = torch.empty_like(maps), maps.numel()
     _lrn_backward[(triton.cdiv(count, _BLOCK),)](
-        maps, grads, out, count, alpha, k, maps.shape[1] // columns, size // 2, _BLOCK
+        maps,
+        grads,
+        out,
+        count,
+        alpha,
+        k,
+        maps.shape[1] // columns,
+        size // 2,
+        _BLOCK,
+        num_warps=_WARPS,
     )
     return out
 
@@ -48,8 +55,8 @@ def dropout_mask(
     """As `draws.dropout_mask`; step: () int64."""
     stay = torch.empty(len(slots), count, dtype=torch.uint8, device=slots.device)
     blocks = -(-(first + count) // 4) - first // 4
-    _masks[(len(slots), triton.cdiv(blocks, 256))](
-        stay, slots, step, layer, first, count, seed, purpose, threshold, 256
+    _masks[(len(slots), triton.cdiv(blocks, _BLOCK))](
+        stay, slots, step, layer, first, count, seed, purpose, threshold, _BLOCK, num_warps=_WARPS
     )
     return stay.view(torch.bool)
 
@@ -65,6 +72,7 @@ def windows(
     _windows[grid](
         rows, inside.contiguous(), corners.contiguous(), flips.contiguous().view(torch.uint8),
         light.contiguous(), mean, divide_by, out, views, rows.shape[1], mean.shape[0], crop, _BLOCK,
+        num_warps=_WARPS,
     )  # fmt: skip
     return out
 
@@ -88,7 +96,7 @@ def _(
 
 
 @triton.jit
-def _power(d: Any) -> Any:
+def _power(d):
     """d^−3/4"""
     root = 1.0 / tl.sqrt(d)
     return root * tl.sqrt(root)
@@ -96,9 +104,9 @@ def _power(d: Any) -> Any:
 
 @triton.jit
 def _denominator(
-    maps: Any, at: Any, place: Any, inside: Any, alpha: Any, k: Any,
+    maps, at, place, inside, alpha, k,
     shift: tl.constexpr, wide: tl.constexpr, half: tl.constexpr,
-) -> Any:  # fmt: skip
+):  # fmt: skip
     """d = k + α Σ a² around the elements `shift` after these, `place` in columns of `wide`."""
     total = tl.zeros(at.shape, tl.float32)
     for near in tl.static_range(shift - half, shift + half + 1):
@@ -109,7 +117,7 @@ def _denominator(
 
 
 @triton.jit
-def _places(count: Any, wide: tl.constexpr, block: tl.constexpr) -> Any:
+def _places(count, wide: tl.constexpr, block: tl.constexpr):
     """Of this program's elements: where they are, whether they are, their place in a column."""
     begin = tl.program_id(0).to(tl.int64) * block
     along = tl.arange(0, block)
@@ -119,9 +127,9 @@ def _places(count: Any, wide: tl.constexpr, block: tl.constexpr) -> Any:
 
 @triton.jit
 def _lrn(
-    maps: Any, out: Any, count: Any, alpha: Any, k: Any, wide: tl.constexpr, half: tl.constexpr,
+    maps, out, count, alpha, k, wide: tl.constexpr, half: tl.constexpr,
     block: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     at, inside, place = _places(count, wide, block)
     a = tl.load(maps + at, mask=inside, other=0.0).to(tl.float32)
     d = _denominator(maps, at, place, inside, alpha, k, 0, wide, half)
@@ -130,9 +138,9 @@ def _lrn(
 
 @triton.jit
 def _lrn_backward(
-    maps: Any, grads: Any, out: Any, count: Any, alpha: Any, k: Any, wide: tl.constexpr,
+    maps, grads, out, count, alpha, k, wide: tl.constexpr,
     half: tl.constexpr, block: tl.constexpr,
-) -> None:  # fmt: skip
+):  # fmt: skip
     # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
     at, inside, place = _places(count, wide, block)
     crossed = tl.zeros(at.shape, tl.float32)
@@ -150,9 +158,9 @@ def _lrn_backward(
 
 @triton.jit
 def _masks(
-    stay: Any, slots: Any, step: Any, layer: Any, first: Any, count: Any, seed: Any, purpose: Any,
-    threshold: Any, block: tl.constexpr,
-) -> None:  # fmt: skip
+    stay, slots, step, layer, first, count, seed, purpose,
+    threshold, block: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     four = first // 4 + tl.program_id(1) * block + tl.arange(0, block)  # units of one counter
     zero = tl.zeros((block,), tl.int64)
@@ -174,9 +182,9 @@ def _masks(
 
 @triton.jit
 def _windows(
-    patches: Any, inside: Any, corners: Any, flips: Any, light: Any, mean: Any, divide_by: Any,
-    out: Any, views: Any, side: Any, canvas: Any, crop: tl.constexpr, block: tl.constexpr,
-) -> None:  # fmt: skip
+    patches, inside, corners, flips, light, mean, divide_by,
+    out, views, side, canvas, crop: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
     window = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)  # (crop, crop, 3) in a line
     known = at < 3 * crop * crop

@@ -4,9 +4,12 @@ interpreter."""
 import numpy as np
 import pytest
 import torch
+import triton
 from conftest import TINY, on_ranks
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
-from alexnet_dist import draws
+from alexnet_dist import draws, gpu_kernels
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Statistics
@@ -26,8 +29,6 @@ def normalised(
     columns: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[float, float]:
     """How far the kernels are from the formula in float64, forward and backward."""
-    from alexnet_dist import gpu_kernels
-
     maps = (torch.randn(shape) * 50).to(dtype)
     upper = torch.randn(shape).to(dtype)
     leaf = maps.double().requires_grad_()
@@ -52,8 +53,6 @@ def test_normalisation_is_the_formula(
 
 
 def masks() -> list[bool]:
-    from alexnet_dist import gpu_kernels
-
     same = []
     slots = torch.tensor([0, 1, 5, 2**20])
     for first, count, seed, step in ((0, 36, 0, 0), (17, 301, 2**32 - 1, 1), (6, 5, 7, 2**31)):
@@ -73,8 +72,6 @@ def test_masks_are_the_cpus_bits() -> None:
 
 
 def same_windows(config: Config, dtype: torch.dtype, views: int) -> bool:
-    from alexnet_dist import gpu_kernels
-
     rng, n, canvas, crop = np.random.default_rng(0), 3, config.data.canvas, config.model.crop
     mean = (rng.random((canvas, canvas, 3)) * 255).astype(np.float32)
     statistics = Statistics(mean, mean.mean((0, 1)), np.ones(3), np.eye(3))
@@ -100,3 +97,43 @@ def same_windows(config: Config, dtype: torch.dtype, views: int) -> bool:
 def test_windows_are_the_cpus_bits(dtype: torch.dtype, views: int) -> None:
     config = load_config([*TINY, "model.crop=67", "data.divide_by=[58.4,57.1,57.4]"])
     assert on_ranks(1, same_windows, config, dtype, views) == [True]
+
+
+BF16, FP32, FP64 = "*bf16", "*fp32", "*fp64"
+SHAPE = {"wide": 48, "half": 2, "block": 256}
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    ("name", "constants", "pointers"),
+    [
+        ("_lrn", SHAPE, {"maps": BF16, "out": BF16}),
+        ("_lrn", SHAPE, {"maps": FP32, "out": FP32}),
+        ("_lrn_backward", SHAPE, {"maps": BF16, "grads": BF16, "out": BF16}),
+        ("_lrn_backward", SHAPE, {"maps": FP32, "grads": FP32, "out": FP32}),
+        ("_masks", {"block": 256}, {"stay": "*u8", "slots": "*i64", "step": "*i64"}),
+        *(
+            ("_windows", {"crop": 227, "block": 256},
+             dict.fromkeys(("light", "mean", "divide_by"), wide)
+             | dict.fromkeys(("patches", "flips"), "*u8")
+             | dict.fromkeys(("inside", "corners"), "*i64") | {"out": out})
+            for wide, out in ((FP32, BF16), (FP32, FP32), (FP64, FP64))
+        ),
+    ],
+)  # fmt: skip
+def test_kernels_compile_for_gpus_that_are_not_here(
+    name: str, constants: dict[str, int], pointers: dict[str, str], arch: int
+) -> None:
+    numbers = {"alpha": "fp32", "k": "fp32"}
+    kernel = getattr(gpu_kernels, name)
+    kinds = {
+        argument: "constexpr"
+        if argument in constants
+        else (pointers | numbers).get(argument, "i32")
+        for argument in kernel.arg_names
+    }
+    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
+    target = GPUTarget("cuda", arch, 32)
+    compiled = triton.compile(ASTSource(kernel, kinds, places), target=target)
+    assert f"sm_{arch}" in compiled.asm["ptx"]
+    assert compiled.asm["cubin"]
