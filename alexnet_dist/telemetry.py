@@ -84,6 +84,7 @@ class Telemetry:
         self._facts = config, topology.cores, stored, self._cuda
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0
+        self._mfu: float | None = None
         self._quarantine = logging.FileHandler(folder.path / "quarantine.jsonl", delay=True)
         self._quarantine.setFormatter(_JsonLine())
         logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
@@ -136,13 +137,16 @@ class Telemetry:
         speed = {"images_per_s": images_per_s, "data_wait": max(waited)}
         speed |= {"step_p50_s": max(p50), "step_p95_s": max(p95)}
         speed |= _straggler(own) | {"goodput": self._folder.goodput()}
-        if utilised := self._utilised(images_per_s):
-            speed["mfu"] = utilised
+        self._mfu = self._utilised(images_per_s)
+        if self._mfu:
+            speed["mfu"] = self._mfu
         memory = {"host_gb": max(host)} | ({"device_gb": max(device)} if self._cuda else {})
         shares = took.shares()
         self._since_evaluation += took.seconds
         self._slowest = speed["straggler"], int(speed["straggler_rank"])
-        said = verdict(shares | {"data": speed["data_wait"]}, self._slowest, *self._facts)
+        said = verdict(
+            shares | {"data": speed["data_wait"]}, self._slowest, *self._facts, self._mfu
+        )
         ranks = {"own_s": own[:_TOLD], "step_p50_s": p50[:_TOLD], "step_p95_s": p95[:_TOLD]}
         self._write("train", step, {"epoch": epoch, **values})
         more = {"time": shares, "memory": memory, "ranks": ranks, "verdict": said}
@@ -154,7 +158,7 @@ class Telemetry:
             f"epoch {epoch:.2f}  step {step}/{self._last_step}  loss {values['loss']:.4f}  "
             f"top-1 {values['top1']:.1%}  top-5 {values['top5']:.1%}  rate {values['rate']:.2e}  "
             f"{images_per_s:.0f} images/s  data wait {speed['data_wait']:.0%}  "
-            + (f"MFU {utilised:.0%}  " if utilised else "")
+            + (f"MFU {self._mfu:.0%}  " if self._mfu else "")
             + (f"damaged {values['damaged']:.0f}  " if values["damaged"] else "")
             + _named(speed)
             + f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
@@ -191,7 +195,7 @@ class Telemetry:
             return
         shares = {name: seconds[name] / total for name in SPANS}
         most = sorted(SPANS, key=lambda name: -shares[name])[:4]
-        said = verdict(shares, self._slowest, *self._facts)
+        said = verdict(shares, self._slowest, *self._facts, self._mfu)
         self._say(f"time: {', '.join(f'{n} {shares[n]:.0%}' for n in most)}; {said}")
         table = "\n".join(f"| {name} | {shares[name]:.1%} |" for name in SPANS)
         text = f"{said}\n\n| span | share of the time |\n|---|---|\n{table}"

@@ -5,19 +5,22 @@ from collections.abc import Mapping
 from alexnet_dist.config import Config
 
 STRAGGLES = 1.3  # times the median rank's own work
+STARVED = 0.05  # of a GPU's peak
 
 
 def verdict(
     shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
-    stored_at_canvas: bool, cuda: bool,
+    stored_at_canvas: bool, cuda: bool, mfu: float | None = None,
 ) -> str:  # fmt: skip
-    """A slow rank; else the span that is furthest past what it may take; with advice.
+    """A slow rank; else the span that is furthest past what it may take; else a GPU that waits for
+    Python between its kernels; with advice.
 
     Args:
         shares: of the time, by span of `timeline.SPANS`.
         slowest: the longest own work of a rank ÷ the median's, and whose.
         cores: for each rank of this host.
         stored_at_canvas: whether no training image has to be resized.
+        mfu: share of a GPU's peak; None where it is not known.
     """
     data, save, keys = config.data, config.checkpoint, config.evaluate
     if 0 < data.workers < cores:
@@ -33,6 +36,12 @@ def verdict(
         if config.layout.compress_gradients or config.layout.kind == "sharded_fc"
         else "layout.compress_gradients=true halves the bytes"
     )
+    if data.pipeline == "torch":
+        fewer = "data.pipeline=dali, whose threads do without Python's lock"
+    elif config.train.compile == "none":
+        fewer = "train.compile=inductor, or a larger train.batch"
+    else:
+        fewer = "a larger train.batch"
     rules = (  # span, what it may take, what is said, what helps
         ("data", 0.1, "waiting for data", faster),
         ("exchange", 0.3, "exchanging between columns", "see what `plan` says of other layouts"),
@@ -48,6 +57,8 @@ def verdict(
         return f"rank {rank} takes {times:.1f} times the median: look at what else runs there"
     span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
     if shares[span] < may:
+        if mfu is not None and mfu < STARVED:
+            return f"the GPU does {mfu:.1%} of what it could, its kernels wait for Python: {fewer}"
         computing = sum(shares[name] for name in ("windows", "forward", "backward", "optimizer"))
         return f"computing {computing:.0%} of the time: nothing else holds it up"
     return f"{what} {shares[span]:.0%} of the time: {help_}"

@@ -274,6 +274,24 @@ def test_a_verdict_says_what_to_do(
     assert re.search(said, verdict(CALM | shares, (1.1, 0), load_config(more), *facts))
 
 
+@pytest.mark.parametrize(
+    ("mfu", "more", "said"),
+    [
+        (0.2, [], "^computing 90%"),
+        (0.013, [], r"^the GPU does 1\.3% of what it could, .* data\.pipeline=dali"),
+        (0.013, ["data.pipeline=dali"], r"train\.compile=inductor"),
+        (
+            0.013,
+            ["data.pipeline=dali", "train.compile=inductor"],
+            r"Python: a larger train\.batch$",
+        ),
+    ],
+)
+def test_a_starved_gpu_is_told(mfu: float, more: list[str], said: str) -> None:
+    shares = CALM | {"forward": 0.5, "backward": 0.4}
+    assert re.search(said, verdict(shares, (1.0, 0), load_config(more), 8, True, True, mfu))
+
+
 def test_a_slow_rank_comes_first_but_not_before_data() -> None:
     facts = load_config([]), 8, True, True
     said = verdict(CALM | {"exchange": 0.6}, (1.64, 3), *facts)
