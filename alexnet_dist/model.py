@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -95,10 +95,12 @@ class _Conv(Layer):
             kernel = self.whole[-1]
             below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
             x = F.pad(x, (0, right, 0, below))
-        how: dict[str, Any] = {"stride": self.stride, "padding": self.padding}
-        if x.is_cuda:  # cuDNN's grouped kernels take longer than one after another
-            return self.by_groups(functools.partial(F.conv2d, **how), x)
-        return F.conv2d(x, self.weight, self.bias, **how, groups=self.groups)
+        convolved = functools.partial(F.conv2d, stride=self.stride, padding=self.padding)
+        if x.is_cuda:  # cuDNN's grouped kernels take longer than one group after another
+            x = self.by_groups(convolved, x)
+        else:
+            x = convolved(x, self.weight, self.bias, groups=self.groups)
+        return x
 
 
 class _Linear(Layer):

@@ -1,11 +1,15 @@
 """The GPU's kernels against the CPU's loops: on a GPU where there is one, else by Triton's
 interpreter."""
 
+from collections import Counter
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 import triton
 from conftest import TINY, on_ranks
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -15,6 +19,7 @@ from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.windows import Finish
 from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.model import AlexNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -97,6 +102,29 @@ def same_windows(config: Config, dtype: torch.dtype, views: int) -> bool:
 def test_windows_are_the_cpus_bits(dtype: torch.dtype, views: int) -> None:
     config = load_config([*TINY, "model.crop=67", "data.divide_by=[58.4,57.1,57.4]"])
     assert on_ranks(1, same_windows, config, dtype, views) == [True]
+
+
+def test_the_network_of_a_gpu_is_one_graph_with_these_kernels() -> None:
+    """Traced with tensors that only say that they are on a GPU."""
+    graphs: list[torch.fx.GraphModule] = []
+
+    def kept(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    with FakeTensorMode(), torch.device("cuda"):
+        model = AlexNet(load_config([]).model, drawn=False)
+        x = torch.empty(4, 3, 227, 227).contiguous(memory_format=torch.channels_last)
+        step = torch.zeros((), dtype=torch.int64)
+        logits = torch.compile(model, fullgraph=True, backend=kept)(x, torch.arange(4), step)
+    assert (logits.shape, logits.device.type) == ((4, 1000), "cuda")
+    (graph,) = graphs
+    called = Counter(str(node.target) for node in graph.graph.nodes)
+    assert called["alexnet_dist.dropout_mask.default"] == 2
+    inner = [str(n.target) for m in graph.modules() if isinstance(m, torch.fx.GraphModule)
+             for n in m.graph.nodes]  # fmt: skip
+    assert inner.count("alexnet_dist.lrn.default") == 2
+    assert inner.count("alexnet_dist.lrn_backward.default") == 2
 
 
 BF16, FP32, FP64 = "*bf16", "*fp32", "*fp64"
