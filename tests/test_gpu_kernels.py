@@ -1,6 +1,7 @@
 """The GPU's kernels against the CPU's loops: on a GPU where there is one, else by Triton's
 interpreter."""
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 
@@ -30,30 +31,28 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def normalised(
-    columns: int, size: int, dtype: torch.dtype, shape: tuple[int, ...]
-) -> tuple[float, float]:
+def normalised(dtype: torch.dtype) -> list[float]:
     """How far the kernels are from the formula in float64, forward and backward."""
-    maps = (torch.randn(shape) * 50).to(dtype)
-    upper = torch.randn(shape).to(dtype)
-    leaf = maps.double().requires_grad_()
-    reference = local_response_norm(leaf, columns, size, 1e-4, 0.75, 2.0)
-    reference.backward(upper.double())
-    constants = (columns, size, 1e-4, 2.0)
-    ours = gpu_kernels.lrn(maps.to(DEVICE), *constants)
-    grad = gpu_kernels.lrn_backward(maps.to(DEVICE), upper.to(DEVICE), *constants)
-    assert ours.dtype == grad.dtype == dtype
-    assert ours.is_contiguous(memory_format=torch.channels_last)
-    pairs = ((ours, reference), (grad, leaf.grad))
-    return tuple(float((a.cpu() - b.detach()).abs().max() / b.abs().max()) for a, b in pairs)  # type: ignore[return-value]
+    found = []
+    for columns, size in ((1, 5), (2, 5), (2, 3), (1, 9)):
+        maps, upper = (torch.randn(3, 22, 7, 5) * 50).to(dtype), torch.randn(3, 22, 7, 5).to(dtype)
+        leaf = maps.double().requires_grad_()
+        reference = local_response_norm(leaf, columns, size, 1e-4, 0.75, 2.0)
+        reference.backward(upper.double())
+        constants = (columns, size, 1e-4, 2.0)
+        ours = gpu_kernels.lrn(maps.to(DEVICE), *constants)
+        grad = gpu_kernels.lrn_backward(maps.to(DEVICE), upper.to(DEVICE), *constants)
+        assert ours.dtype == grad.dtype == dtype
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        for mine, wide in ((ours, reference.detach()), (grad, leaf.grad)):
+            found.append(float((mine.cpu() - wide).abs().max() / wide.abs().max()))
+    return found
 
 
-@pytest.mark.parametrize(("columns", "size"), [(1, 5), (2, 5), (2, 3), (1, 9)])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_normalisation_is_the_formula(
-    columns: int, size: int, dtype: torch.dtype, bound: float
-) -> None:
-    (found,) = on_ranks(1, normalised, columns, size, dtype, (3, 22, 7, 5))
+def test_normalisation_is_the_formula(dtype: torch.dtype, bound: float) -> None:
+    (found,) = on_ranks(1, normalised, dtype)
+    assert len(found) == 8
     assert max(found) < bound
 
 
@@ -76,32 +75,34 @@ def test_masks_are_the_cpus_bits() -> None:
     assert on_ranks(1, masks) == [[True] * 6]
 
 
-def same_windows(config: Config, dtype: torch.dtype, views: int) -> bool:
+def same_windows(config: Config) -> list[bool]:
     rng, n, canvas, crop = np.random.default_rng(0), 3, config.data.canvas, config.model.crop
     mean = (rng.random((canvas, canvas, 3)) * 255).astype(np.float32)
     statistics = Statistics(mean, mean.mean((0, 1)), np.ones(3), np.eye(3))
-    finish = Finish(config, statistics, torch.device("cpu"), dtype)
-    side = crop if views == 1 else canvas
-    patches = torch.from_numpy(rng.integers(0, 256, (n, side, side, 3), np.uint8))
-    corners = torch.from_numpy(rng.integers(0, canvas - crop + 1, (n, views, 2)))
-    flips = torch.from_numpy(rng.integers(0, 2, (n, views)).astype(bool))
-    light = torch.randn(n, 3).to(finish.mean.dtype)
-    inside = torch.zeros_like(corners) if views == 1 else corners
-    given = (patches, inside, corners, flips, light)
-    ours = gpu_kernels.windows(
-        *(t.to(DEVICE) for t in (*given, finish.mean, finish.divide_by)), crop, dtype
-    )
-    return torch.equal(ours.cpu(), finish.by_loop(*given))
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    narrow = [torch.bfloat16] if DEVICE == "cuda" else []
+    same = []
+    for dtype, views in itertools.product([torch.float32, torch.float64, *narrow], (1, 3)):
+        finish = Finish(config, statistics, torch.device("cpu"), dtype)
+        side = crop if views == 1 else canvas
+        patches = torch.from_numpy(rng.integers(0, 256, (n, side, side, 3), np.uint8))
+        corners = torch.from_numpy(rng.integers(0, canvas - crop + 1, (n, views, 2)))
+        flips = torch.from_numpy(rng.integers(0, 2, (n, views)).astype(bool))
+        light = torch.randn(n, 3).to(finish.mean.dtype)
+        inside = torch.zeros_like(corners) if views == 1 else corners
+        given = (patches, inside, corners, flips, light)
+        ours = gpu_kernels.windows(
+            *(t.to(DEVICE) for t in (*given, finish.mean, finish.divide_by)), crop, dtype
+        )
+        same.append(torch.equal(ours.cpu(), finish.by_loop(*given)))
+    return same
 
 
-@pytest.mark.parametrize(
-    "dtype",  # the interpreter cuts bfloat16 off where a GPU rounds
-    [torch.float32, torch.float64, *([torch.bfloat16] if DEVICE == "cuda" else [])],
-)
-@pytest.mark.parametrize("views", [1, 3])
-def test_windows_are_the_cpus_bits(dtype: torch.dtype, views: int) -> None:
+def test_windows_are_the_cpus_bits() -> None:
     config = load_config([*TINY, "model.crop=67", "data.divide_by=[58.4,57.1,57.4]"])
-    assert on_ranks(1, same_windows, config, dtype, views) == [True]
+    (same,) = on_ranks(1, same_windows, config)
+    assert len(same) >= 4
+    assert all(same)
 
 
 def test_the_network_of_a_gpu_is_one_graph_with_these_kernels() -> None:
