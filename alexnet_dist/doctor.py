@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shutil
+import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from packaging.requirements import Requirement
 from alexnet_dist import launched, layouts, own_ranks
 from alexnet_dist.config import Config
 from alexnet_dist.data.inspect import inspect
-from alexnet_dist.errors import AlexNetDistError, in_words
+from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.model import AlexNet
 from alexnet_dist.topology import cores, cpu_flags, gpus
 
@@ -156,6 +157,7 @@ def _gpus(config: Config) -> Iterator[Finding]:
             "it has no bf16 instructions: try train.precision=fp32" if old else "",
         )
     if torch.cuda.device_count():
+        yield _compiler()
         return
     if _DRIVER.exists() or shutil.which("nvidia-smi"):
         driver = _DRIVER.read_text().splitlines()[0] if _DRIVER.exists() else "an NVIDIA driver"
@@ -169,6 +171,16 @@ def _gpus(config: Config) -> Iterator[Finding]:
     wanted = config.layout.device == "cuda"
     remedy = "set layout.device=auto, or use a machine with a GPU" if wanted else ""
     yield Finding("gpus", "none, nor a driver for one", remedy, broken=wanted)
+
+
+def _compiler() -> Finding:
+    """What Triton builds a GPU's kernels with."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if compiler and headers.exists():
+        return Finding("kernels", f"built by Triton with {compiler}")
+    lacks = f"there is no {headers}" if compiler else "there is no C compiler"
+    return Finding("kernels", f"not to be built: {lacks}", COMPILER, broken=True)
 
 
 def _layout(config: Config) -> Iterator[Finding]:

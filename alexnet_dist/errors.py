@@ -75,6 +75,7 @@ class MachineError(AlexNetDistError, RuntimeError):
 
 # What libraries say, searched for in "TYPE: TEXT", and what a user is told.
 _PLAN = "`alexnet-dist plan CONFIG` says what a rank takes"
+COMPILER = "install gcc and Python's headers (on Debian: gcc python3-dev), or set CC"
 _SAID = (
     (r"OutOfMemoryError|CUDA error: out of memory|cudaErrorMemoryAllocation",
      "a GPU's memory is full: raise train.micro_batches, lower evaluate.batch, set "
@@ -95,6 +96,8 @@ _SAID = (
     (r"Connection (closed|reset) by peer|NCCL communicator was abort",
      "the connection to another rank is lost: it, or its node, has ended, and says why itself; the "
      "same command goes on from the last checkpoint"),
+    (r"Failed to find C compiler|CalledProcessError.*(cuda_utils|triton)",
+     f"a GPU's kernels cannot be built: {COMPILER}"),
     (r"NVIDIA driver|CUDA driver version|libcuda\.so|no kernel image is available",
      "torch and this GPU's driver do not fit: update the driver, or install the torch that is "
      "built for it (pytorch.org); `alexnet-dist doctor` names both"),

@@ -144,6 +144,20 @@ def test_what_is_amiss_is_named(
     assert not any(one.broken for one in found.values() if one.what != what)
 
 
+def test_what_builds_a_gpus_kernels_is_named(monkeypatch: Patch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    found = doctor._compiler()
+    assert found.broken
+    assert "no C compiler" in found.found
+    assert "gcc python3-dev" in found.remedy
+    monkeypatch.setenv("CC", "gcc-12")
+    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    assert "Python.h" in doctor._compiler().found
+    (tmp_path / "Python.h").touch()
+    assert doctor._compiler() == Finding("kernels", "built by Triton with gcc-12")
+
+
 def test_what_a_run_does_not_use_need_not_work(
     examined: Callable[..., dict[str, Finding]], monkeypatch: Patch, tmp_path: Path
 ) -> None:

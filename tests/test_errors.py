@@ -108,6 +108,12 @@ def onnx_not_installed(tiny: Tiny, patch: Patch) -> None:
     export_weights("onnx", config.folder, config.folder / "out.onnx")
 
 
+def no_compiler(tiny: Tiny, patch: Patch) -> None:
+    error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+    patch.setattr(Finish, "__call__", raises(error))
+    train(tiny(ALONE))
+
+
 def driver_too_old(tiny: Tiny, patch: Patch) -> None:
     raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
 
@@ -187,6 +193,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (dali_not_installed, r"nvidia\.dali is not installed .*pip install nvidia-dali-cuda120"),
         (onnx_not_installed, r"--format onnx needs onnx: pip install 'alexnet-dist\[export\]'"),
         (driver_too_old, r"torch and this GPU's driver do not fit: update the driver, or install"),
+        (no_compiler, r"kernels cannot be built: install gcc and Python's headers .*Debian"),
         (port_taken, r"port at which ranks meet is taken: set MASTER_PORT to another, or "),
         (rank_1_never_comes, r"did not meet within layout\.timeout_s: start all.*1/2 clients"),
         (no_address, r"RANK and WORLD_SIZE say .* set MASTER_ADDR and MASTER_PORT.*unset"),
