@@ -90,23 +90,24 @@ def peak_flops(device: str) -> float | None:
     return next((peak for name, peak in _PEAKS.items() if re.search(rf"\b{name}\b", device)), None)
 
 
-# Links: 0.8 of the data sheet's, one direction. LRN: the passes of lrn.py's operators, uncompiled.
+# Links: 0.8 of the data sheet's, one direction. LRN: by bench lrn 12 copies on an H200.
 # Reached: published speeds, taken to be of 512 images a GPU. Hops and fixed times are estimates.
-_LRN_EAGER, _LRN_FUSED, _LINK = 96.0, 8.0, 0.8
+_LRN, _LRN_FUSED, _LINK = 24.0, 8.0, 0.8
 MACHINES = {
     "h100": Machine(
-        "H100 SXM 80 GB", {"bf16": _PEAKS["H100"], "fp32": 67e12}, 0.26, 3.35e12, 1e-3,
+        "H100 SXM 80 GB", {"bf16": _PEAKS["H100"], "fp32": 67e12}, 0.26, 3.35e12, 4e-3,
         _LINK * 450e9, 3e-6, _LINK * 8 * 50e9, 6e-6,
         "data sheet; a DGX H100's NVLink 4, 8 × 400 Gb/s and 112 cores; reached: the A100's; "
+        "fixed: what an uncompiled step took beyond that on an H200; "
         "decode: the A100's × 7/5 by its JPEG engines",
-        5400.0, 14.0, 80e9, lrn_passes=_LRN_EAGER,
+        5400.0, 14.0, 80e9, lrn_passes=_LRN,
     ),
     "a100": Machine(
         "A100 SXM 80 GB", {"bf16": _PEAKS["A100"], "fp32": 19.5e12}, 0.26, 2.04e12, 1e-3,
         _LINK * 300e9, 3e-6, _LINK * 8 * 25e9, 6e-6,
         "data sheet; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; reached: 16,487 images/s "
         "published of one; decode: 30,695 published of 8 with real JPEGs",
-        3837.0, 16.0, 80e9, lrn_passes=_LRN_EAGER,
+        3837.0, 16.0, 80e9, lrn_passes=_LRN,
     ),
     "v100": Machine(
         "V100 SXM2 16 GB", {"bf16": 125e12, "fp32": 15.7e12}, 0.378, 0.9e12, 1e-3,
@@ -114,7 +115,7 @@ MACHINES = {
         "data sheet; it has no bf16: its fp16 stands there; NVLink 2, and between nodes the "
         "56 Gb/s of the published 512; reached: 9,319 images/s published of one; decode: a quarter "
         "of the A100's; 40 cores of 8",
-        960.0, 5.0, 16e9, lrn_passes=_LRN_EAGER,
+        960.0, 5.0, 16e9, lrn_passes=_LRN,
     ),
     "k20": Machine(
         "K20", {"fp32": 3.52e12}, 0.40, 208e9, 1e-3, 6e9, 2e-5, 12e9, 5e-5,

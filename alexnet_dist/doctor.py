@@ -157,7 +157,8 @@ def _gpus(config: Config) -> Iterator[Finding]:
             "it has no bf16 instructions: try train.precision=fp32" if old else "",
         )
     if torch.cuda.device_count():
-        yield _compiler()
+        if gpus(config):
+            yield _compiler()
         return
     if _DRIVER.exists() or shutil.which("nvidia-smi"):
         driver = _DRIVER.read_text().splitlines()[0] if _DRIVER.exists() else "an NVIDIA driver"

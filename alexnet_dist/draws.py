@@ -1,9 +1,9 @@
 """Counter-based random numbers: every draw is a function of its key, none of a stream's state.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Integers
-and uniforms are the same bits from NumPy and torch, on CPU and GPU, because one piece of int64
-arithmetic serves both. Normals are made in float64 on the host. A rank computes just the part of
-a draw that it needs, and to resume needs only the step number.
+and uniforms are the same bits from NumPy and torch, because one piece of int64 arithmetic serves
+both; a GPU's masks are drawn by Triton, to the same bits. Normals are made in float64 on the host.
+A rank computes just the part of a draw that it needs, and to resume needs only the step number.
 """
 
 import hashlib

@@ -15,7 +15,7 @@ _BLOCK, _WARPS = 256, 8  # an element a thread, so that neighbours' loads are on
 
 @custom_op("alexnet_dist::lrn", mutates_args=())
 def lrn(maps: Tensor, columns: int, size: int, alpha: float, k: float) -> Tensor:
-    """(n, channels, h, w) normalised, in channels_last; float32 inside."""
+    """As `lrn.local_response_norm` with a β of ¾, in channels_last; float32 inside."""
     maps = maps.contiguous(memory_format=torch.channels_last)
     out, count = torch.empty_like(maps), maps.numel()
     _lrn[(triton.cdiv(count, _BLOCK),)](
@@ -53,6 +53,7 @@ def dropout_mask(
     threshold: int,
 ) -> Tensor:  # fmt: skip
     """As `draws.dropout_mask`; step: () int64."""
+    slots = slots.contiguous()
     stay = torch.empty(len(slots), count, dtype=torch.uint8, device=slots.device)
     blocks = -(-(first + count) // 4) - first // 4
     _masks[(len(slots), triton.cdiv(blocks, _BLOCK))](

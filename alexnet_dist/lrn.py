@@ -2,7 +2,8 @@
 
 b = a · d^−β with d = k + α Σ a², summed over n adjacent maps of the same column. The sum is a
 product with a banded matrix of ones, which in channels_last reads each pixel's maps once. In bf16
-and float32 one loop over pixels does it all, on a CPU (`lrn_cpu`) and on a GPU (`gpu_kernels`).
+and float32, with the paper's β of ¾, one pass does it all: a loop on a CPU (`lrn_cpu`), a kernel on
+a GPU (`gpu_kernels`).
 """
 
 from typing import Any

@@ -96,7 +96,7 @@ class _Conv(Layer):
             below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
             x = F.pad(x, (0, right, 0, below))
         convolved = functools.partial(F.conv2d, stride=self.stride, padding=self.padding)
-        if x.is_cuda:  # cuDNN's grouped kernels take longer than one group after another
+        if x.is_cuda:  # cuDNN's grouped kernels took longer than one group after another
             x = self.by_groups(convolved, x)
         else:
             x = convolved(x, self.weight, self.bias, groups=self.groups)

@@ -5,15 +5,15 @@ from collections.abc import Mapping
 from alexnet_dist.config import Config
 
 STRAGGLES = 1.3  # times the median rank's own work
-STARVED = 0.05  # of a GPU's peak
+STARVED = 0.02  # of a GPU's peak in bf16
 
 
 def verdict(
     shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
     stored_at_canvas: bool, cuda: bool, mfu: float | None = None,
 ) -> str:  # fmt: skip
-    """A slow rank; else the span that is furthest past what it may take; else a GPU that waits for
-    Python between its kernels; with advice.
+    """A slow rank; else the span that is furthest past what it may take; else a GPU that does
+    little; with advice.
 
     Args:
         shares: of the time, by span of `timeline.SPANS`.
@@ -38,7 +38,7 @@ def verdict(
     )
     if data.pipeline == "torch":
         fewer = "data.pipeline=dali, whose threads do without Python's lock"
-    elif config.train.compile == "none":
+    elif config.train.compile == "none" and config.layout.kind not in ("zero1", "zero2"):
         fewer = "train.compile=inductor, or a larger train.batch"
     else:
         fewer = "a larger train.batch"
@@ -57,8 +57,8 @@ def verdict(
         return f"rank {rank} takes {times:.1f} times the median: look at what else runs there"
     span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
     if shares[span] < may:
-        if mfu is not None and mfu < STARVED:
-            return f"the GPU does {mfu:.1%} of what it could, its kernels wait for Python: {fewer}"
+        if mfu is not None and mfu < STARVED and config.train.precision == "bf16":
+            return f"the GPU does {mfu:.1%} of what it could, and may wait for Python: {fewer}"
         computing = sum(shares[name] for name in ("windows", "forward", "backward", "optimizer"))
         return f"computing {computing:.0%} of the time: nothing else holds it up"
     return f"{what} {shares[span]:.0%} of the time: {help_}"

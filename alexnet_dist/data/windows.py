@@ -1,6 +1,7 @@
-"""From decoded bytes to what conv1 sees: cut, mirrored, the mean off, lit, scaled. On any device.
+"""From decoded bytes to what conv1 sees: cut, mirrored, the mean off, lit, scaled.
 
-The same few lines serve every pipeline, so that equal bytes give equal windows.
+A loop on a CPU and a kernel on a GPU make the same sums, for every pipeline, so that equal bytes
+give equal windows.
 """
 
 import functools
