@@ -31,18 +31,9 @@ def lrn_backward(
     """The gradient of what `lrn` was given, from the one of what it gave."""
     last = torch.channels_last
     maps, grads = maps.contiguous(memory_format=last), grads.contiguous(memory_format=last)
-    out, count = torch.empty_like(maps), maps.numel()
+    out, count, wide = torch.empty_like(maps), maps.numel(), maps.shape[1] // columns
     _lrn_backward[(triton.cdiv(count, _BLOCK),)](
-        maps,
-        grads,
-        out,
-        count,
-        alpha,
-        k,
-        maps.shape[1] // columns,
-        size // 2,
-        _BLOCK,
-        num_warps=_WARPS,
+        maps, grads, out, count, alpha, k, wide, size // 2, _BLOCK, num_warps=_WARPS
     )
     return out
 
