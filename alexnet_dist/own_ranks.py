@@ -4,11 +4,13 @@ import ctypes
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ _LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
 def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
     """Run `alexnet-dist ARGUMENTS` in this many ranks; the exit code the ranks agreed on.
 
-    Signals are passed on to every rank, which saves and leaves.
+    Signals are passed on to every rank, which saves and leaves; a second SIGINT ends all at once.
 
     Args:
         folder: the run folder, whose run.json says how the ranks stopped.
@@ -38,7 +40,8 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
     command = ["-m", "alexnet_dist", *arguments]
     attempts_before = read_run(folder).get("attempt", 0)
     try:
-        elastic_launch(config, sys.executable)(*command)
+        with _ended_by_a_second_interrupt():
+            elastic_launch(config, sys.executable)(*command)
         return 0
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
@@ -53,12 +56,6 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
         ended = run.get("state") in ("stopped", "finished")
         if ended and run["attempt"] > attempts_before:  # else it tells of an earlier attempt
             return int(run["exit"])
-        living = psutil.Process().children()
-        if error.sigval == signal.SIGINT and living:  # a second one: the first is being waited for
-            for child in living:
-                with suppress(psutil.NoSuchProcess):
-                    child.send_signal(signal.SIGINT)
-            os._exit(130)
         number = signal.Signals(error.sigval)
         if run.get("attempt", 0) == attempts_before:
             print(f"{folder}: stopped by {number.name} before it began", file=sys.stderr)
@@ -67,6 +64,36 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
         return 1
     finally:
         del os.environ[_LAUNCHER]  # what this process starts later has another
+
+
+@contextmanager
+def _ended_by_a_second_interrupt() -> Iterator[None]:
+    """By a thread, as the main thread may be waiting for ranks: it ends them and this process."""
+    heard, bell = socket.socketpair()
+    bell.setblocking(False)
+    before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        interrupts = 0
+        while numbers := heard.recv(64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts < 2:
+                continue
+            ranks = psutil.Process().children()
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(signal.SIGINT)
+            for rank in psutil.wait_procs(ranks, timeout=2)[1]:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()  # checkpoints bear it
+            os._exit(EXITS[FLAGS[signal.SIGINT]])
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        bell.close()
 
 
 def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:

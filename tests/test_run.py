@@ -110,6 +110,7 @@ def start() -> Iterator[Callable[..., Started]]:
         if one.process.poll() is None:
             for process in one.all():
                 process.kill()
+            one.process.wait()
 
 
 def ended_state(folder: Path) -> dict[str, Any]:
@@ -303,10 +304,12 @@ def test_a_second_interrupt_leaves_at_once(
     run = start(command("hurried", f"layout.kind={kind}", "train.epochs=500"))
     run.wait_for_checkpoint(runs / "hurried")
     processes = run.all()
+    begin = time.monotonic()
     run.process.send_signal(signal.SIGINT)
     time.sleep(0.01)
     run.process.send_signal(signal.SIGINT)
     code, output = run.end()
+    assert time.monotonic() - begin < 20
     assert code == 130, output
     assert not psutil.wait_procs(processes, timeout=10)[1]
     found, wrong = checkpoints.newest_good(runs / "hurried" / "checkpoints")
