@@ -9,7 +9,6 @@ import torch
 from numba import get_num_threads, njit, set_num_threads
 from torch import Tensor
 
-_FAST = {"contract", "arcp", "nsz", "reassoc", "afn"}  # NaN and infinity stay themselves
 # NumPy lacks bfloat16: loops read and write the bits of every kind.
 _BITS = {torch.bfloat16: torch.uint16, torch.float32: torch.uint32, torch.float64: torch.uint64}
 
@@ -28,17 +27,16 @@ def rounding(dtype: torch.dtype) -> tuple[Any, Any, Any]:
     return shift, below, odd
 
 
-def parallel(function: Callable[..., None], *, fast: bool = False) -> Callable[..., None]:
+def parallel(function: Callable[..., None]) -> Callable[..., None]:
     """A function of arrays and numbers, its `prange` loops on as many threads as torch's.
 
-    Args:
-        fast: sums in any order, reciprocals for quotients; else it rounds as torch's operators do.
+    Without fast-math: with it the code that a process compiles and the code that the next one loads
+    give different bits.
     """
-    options: dict[str, Any] = {"parallel": True, "fastmath": _FAST if fast else False}
     try:
-        loop: Any = njit(cache=True, **options)(function)
+        loop: Any = njit(cache=True, parallel=True)(function)
     except RuntimeError:  # there is nowhere to keep it
-        loop = njit(**options)(function)
+        loop = njit(parallel=True)(function)
 
     @functools.wraps(function)
     def called(*arguments: Any) -> None:

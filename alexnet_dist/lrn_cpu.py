@@ -17,7 +17,6 @@ from alexnet_dist.cpu_loops import bits, parallel, rounding
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 _BLOCKS = 64  # of pixels, shared out to threads
-fast = functools.partial(parallel, fast=True)
 
 
 def fits(maps: Tensor, beta: float) -> bool:
@@ -54,7 +53,7 @@ def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable
     half, zero = size // 2, np.float32(0)
     shift, below, odd = rounding(dtype)
 
-    @fast
+    @parallel
     def forward(maps: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
         pixels, wide = maps.shape[0], maps.shape[1] // columns
         for block in prange(_BLOCKS):
@@ -79,7 +78,7 @@ def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable
                         b = sum_bits[i]
                         result[i] = (b + below + ((b >> shift) & odd)) >> shift
 
-    @fast
+    @parallel
     def backward(maps: Bits, grads: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
         # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
         pixels, wide = maps.shape[0], maps.shape[1] // columns

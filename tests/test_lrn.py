@@ -1,9 +1,11 @@
 """Local response normalisation against the printed formula, forward and backward."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, on_ranks
 
 from alexnet_dist.lrn import local_response_norm
 
@@ -99,3 +101,21 @@ def test_bf16_is_near_float64() -> None:
     ours.backward(gradient.bfloat16())
     reference.backward(gradient)
     assert_close(maps.grad.double(), wide.grad, 0.02)
+
+
+def gradient() -> bytes:
+    torch.manual_seed(0)
+    maps = (torch.randn(4, 96, 13, 13) * 30).contiguous(memory_format=torch.channels_last)
+    leaf = maps.requires_grad_()
+    local_response_norm(leaf, 2, **CONSTANTS).backward(torch.randn(maps.shape))
+    return leaf.grad.numpy().tobytes()
+
+
+def test_the_loop_that_is_compiled_and_the_one_that_is_loaded_give_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
+    (compiled,) = on_ranks(1, gradient)
+    assert list(tmp_path.rglob("*.nbc"))
+    (loaded,) = on_ranks(1, gradient)
+    assert compiled == loaded
