@@ -87,6 +87,7 @@ def _ended_by_a_second_interrupt() -> Iterator[None]:
                 with suppress(psutil.NoSuchProcess):
                     rank.kill()  # checkpoints bear it
             os._exit(EXITS[FLAGS[signal.SIGINT]])
+        heard.close()
 
     threading.Thread(target=listen, daemon=True).start()
     try:
