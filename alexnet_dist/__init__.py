@@ -7,8 +7,7 @@ Each is imported when it is first asked for: a program hears signals before torc
 
 import sys
 from importlib import import_module
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = ["AlexNet", "evaluate", "load_checkpoint", "load_config", "train"]
@@ -20,40 +19,26 @@ if sys.version_info < (3, 11):  # noqa: UP036 (a checkout can be run by any Pyth
     )
 
 if TYPE_CHECKING:
-    from alexnet_dist.config_files import load_config
-    from alexnet_dist.evaluate import evaluate
-    from alexnet_dist.model import AlexNet
-    from alexnet_dist.train import train
-    from alexnet_dist.trained import load_checkpoint
+    from alexnet_dist.config.load import load_config
+    from alexnet_dist.evaluation.evaluate import evaluate
+    from alexnet_dist.evaluation.load import load_checkpoint
+    from alexnet_dist.network.model import AlexNet
+    from alexnet_dist.training.loop import train
+
+_HOMES = {
+    "AlexNet": "network.model",
+    "evaluate": "evaluation.evaluate",
+    "load_checkpoint": "evaluation.load",
+    "load_config": "config.load",
+    "train": "training.loop",
+}
 
 
-class _From:
-    """An attribute of the package that is a module's attribute of the same name."""
-
-    def __init__(self, module: str) -> None:
-        self.module = f"{__name__}.{module}"
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, package: ModuleType, kind: type) -> Any:
-        return getattr(import_module(self.module), self.name)
-
-    def __set__(self, package: ModuleType, value: object) -> None:
-        """Importing train.py or evaluate.py sets the package's attribute to the module: ignored."""
-        if not isinstance(value, ModuleType):
-            raise AttributeError(f"{__name__}.{self.name} cannot be set: set it in {self.module}")
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-class _Package(ModuleType):
-    AlexNet = _From("model")
-    evaluate = _From("evaluate")
-    load_checkpoint = _From("trained")
-    load_config = _From("config_files")
-    train = _From("train")
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -12,10 +12,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
-from alexnet_dist.durable import read_run
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError, RunFolderError
+from alexnet_dist.files import read_run
 from launch.job import TrainJob, guarded, slurm
 from launch.status import queued, status, table
 from launch.submit import checked, executor, split
@@ -103,7 +103,7 @@ def score(configs: Sequence[Config], of: int) -> int:
     """Print the score of the average of these runs; 0 where they are all there should be."""
     if not configs:
         raise ConfigError("launch.ensemble: no run has finished yet")
-    from alexnet_dist.evaluate import evaluate_checkpoints
+    from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     found = evaluate_checkpoints([config.folder for config in configs]).score
     print(f"the average of {len(configs)} of {of}: top-1 {found.top1:.2%}, top-5 {found.top5:.2%}")

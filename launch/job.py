@@ -19,12 +19,12 @@ from typing import Any
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 
-from alexnet_dist import launched, layouts
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError, RunFolderError, in_words, printable
+from alexnet_dist.files import read_run
+from alexnet_dist.parallel import environment, layouts
 
 SEEN_GPUS, ALL_GPUS = "ALEXNET_DIST_SEEN_GPUS", "all"  # what a --local job's submitter saw
 PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and pickles are code
@@ -44,7 +44,7 @@ class TrainJob:
         os.umask(PRIVATE)
         see_gpus_again()
         forget_results(JobEnvironment().paths)
-        from alexnet_dist.__main__ import main  # its handlers take the place of Submitit's
+        from alexnet_dist.cli.main import main  # its handlers take the place of Submitit's
 
         code = main(["train", *self.arguments])
         if code:
@@ -88,7 +88,7 @@ def check_private(folder: Path) -> None:
 def before(arguments: Sequence[str]) -> Config:
     """The config of a job that is about to start its ranks; raises what they would all raise."""
     config = load_config(arguments)
-    tasks = launched.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    tasks = environment.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
     if sum(tasks) != int(os.environ.get("SLURM_NTASKS", sum(tasks))):
         tasks = (*tasks[:-1], int(os.environ["SLURM_NTASKS"]) - sum(tasks[:-1]))
     check_placement(config, tasks)
@@ -101,7 +101,7 @@ def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
     ranks = sum(tasks)
     if ranks == 1:
         return  # a task alone starts its own ranks
-    launched.check_even(tasks)
+    environment.check_even(tasks)
     layouts.check(config, ranks)
     columns = layouts.columns_of(config)
     if tasks[0] % columns:
@@ -117,10 +117,10 @@ def after(code: int, config: Config) -> int:
     if code == 0:  # every rank reached the end; by now another job may have the folder
         return code
     run = read_run(config.folder)
-    if (run.get("job"), run.get("restart")) != launched.job():
+    if (run.get("job"), run.get("restart")) != environment.job():
         if code == 2:
             return code  # a mistake, and the ranks have said which
-        from alexnet_dist.run_folder import RunFolder
+        from alexnet_dist.training.run_folder import RunFolder
 
         folder = RunFolder(config)  # raises where another job has it, or this began in vain before
         folder.take()

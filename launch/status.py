@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.durable import read_run
 from alexnet_dist.errors import RunFolderError, printable
+from alexnet_dist.files import read_run
 from launch.job import guarded, slurm
 
 COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")

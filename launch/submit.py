@@ -18,11 +18,11 @@ from typing import Any, get_origin, get_type_hints
 import submitit
 import yaml
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import bounded_yaml, configs_folder, load_config, one_line
+from alexnet_dist.config.load import bounded_yaml, configs_folder, load_config, one_line
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.durable import read_run
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.files import read_run
 from launch.job import (
     ALL_GPUS,
     PRIVATE,

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import configs_folder, load_config
-from alexnet_dist.data.arrays import read_idx
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.config.load import configs_folder, load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.prepare.arrays import read_idx
+from alexnet_dist.data.prepare.prepare import Options, prepare
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"
 
@@ -119,7 +119,7 @@ def alexnet_dist(*arguments: str, **options: Any) -> subprocess.CompletedProcess
 
 def as_overrides(config: Config) -> Sequence[str]:
     """Arguments that make this config again."""
-    from alexnet_dist.config import flat
+    from alexnet_dist.config.schema import flat
 
     def text(value: Any) -> str:
         return str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")

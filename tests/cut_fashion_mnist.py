@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from alexnet_dist.data.arrays import read_idx
+from alexnet_dist.data.prepare.arrays import read_idx
 
 
 def cut(source: Path, out: Path) -> None:

@@ -29,12 +29,12 @@ import psutil
 from conftest import SAMPLE, TINY, alexnet_dist, as_overrides, write_idx
 from test_run import Started, ended_state
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.config_files import load_config
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.load import load_config
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError
-from alexnet_dist.run_folder import read_run
-from alexnet_dist.telemetry import read_metrics
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import read_run
 
 SAVE = 4  # steps from save to save
 LAYOUTS = {"one": 1, "columns": 2, "replicas": 3, "columns_x_replicas": 4, "zero1": 2}
@@ -326,7 +326,9 @@ def two_writers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row
 PATCHED = """
 import os, sys
 import torch
-from alexnet_dist import __main__, torch_engine, zero
+from alexnet_dist.cli import main
+from alexnet_dist.engines import ddp
+from alexnet_dist.engines import zero
 
 what, at = sys.argv.pop(1), int(sys.argv.pop(1))
 last = int(os.environ.get("RANK", 0)) == int(os.environ.get("WORLD_SIZE", 1)) - 1
@@ -343,9 +345,9 @@ def patched(sound):
         return stats
     return train_step
 
-for one in (torch_engine.TorchEngine, zero.ZeroEngine):
+for one in (ddp.TorchEngine, zero.ZeroEngine):
     one.train_step = patched(one.train_step)
-sys.exit(__main__.main())
+sys.exit(main.main())
 """
 
 

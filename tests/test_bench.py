@@ -12,8 +12,8 @@ from alexnet_dist.bench.data import index_cost
 from alexnet_dist.bench.layouts import bench_layouts
 from alexnet_dist.bench.step import Eager
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.config_files import load_config
-from alexnet_dist.model import AlexNet
+from alexnet_dist.config.load import load_config
+from alexnet_dist.network.model import AlexNet
 
 
 def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import torch
 from conftest import as_overrides
 from safetensors.torch import save_file
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.config import Config
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, NotFinite
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 2, 2), "conv1.bias": torch.randn(4)}
@@ -218,7 +218,7 @@ def test_a_hostile_file_is_refused(tiny: Callable[..., Config], tmp_path: Path) 
 
 
 def test_as_overrides_makes_the_config_again(tiny: Callable[..., Config]) -> None:
-    from alexnet_dist.config_files import load_config
+    from alexnet_dist.config.load import load_config
 
     config = tiny("model.exchange=[conv3,fc8]", "schedule.at_epochs=[1,2]")
     assert load_config(as_overrides(config)) == config

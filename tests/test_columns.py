@@ -9,15 +9,15 @@ import pytest
 import torch
 from conftest import TINY, on_ranks
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.evaluate import evaluate_engine
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.topology import connect
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.evaluation.evaluate import evaluate_engine
+from alexnet_dist.parallel.topology import connect
 
 STEPS = 20
 EVERYTHING_ON = [
@@ -54,7 +54,8 @@ def trajectory(config: Config, mutation: str = "") -> Trajectory:
 
 def mutate(name: str) -> None:
     """Break one thing that the comparison must notice."""
-    from alexnet_dist import columns, draws, lrn
+    from alexnet_dist.network import lrn, philox
+    from alexnet_dist.parallel import columns
 
     match name:
         case "lrn across columns":
@@ -68,13 +69,13 @@ def mutate(name: str) -> None:
 
             columns.torch.Tensor.sum = first_only
         case "other dropout masks":
-            mask = draws.dropout_mask
+            mask = philox.dropout_mask
 
             def shifted(seed: int, step: int, layer: int, slots: torch.Tensor, first: int,
                         *rest: Any) -> torch.Tensor:  # fmt: skip
                 return mask(seed, step, layer, slots, 0, *rest)
 
-            draws.dropout_mask = shifted
+            philox.dropout_mask = shifted
 
 
 def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import TINY, alexnet_dist
 
-from alexnet_dist.compare import chosen
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.reporting.compare_layouts import chosen
 
 KEYS = ["layout", "ranks", "final_loss", "max_difference", "bound", "holds", "images_per_s",
         "bytes_per_rank_step"]  # fmt: skip
@@ -43,7 +43,7 @@ def test_a_layout_that_is_wrong_does_not_hold(command: list[str], tmp_path: Path
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'compare' in sys.argv or 'spawn_main' in ' '.join(sys.orig_argv):\n"
-        "    import alexnet_dist.replicas as replicas\n"
+        "    import alexnet_dist.parallel.replicas as replicas\n"
         "    replicas._all_reduced = lambda tensor, group: done()\n"
         "    def done():\n"
         "        future = replicas.Future()\n"

@@ -8,13 +8,21 @@ from typing import Any
 import pytest
 from conftest import TINY, alexnet_dist
 
-from alexnet_dist import cost, scaling
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
-from alexnet_dist.cost import MACHINES, Cluster, Machine, Measured, fit, predict, transfer_s
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.forecast import forecast, plot, recommended, schedule
-from alexnet_dist.plan import plan
+from alexnet_dist.planning import cost_model, scaling
+from alexnet_dist.planning.cost_model import (
+    MACHINES,
+    Cluster,
+    Machine,
+    Measured,
+    fit,
+    predict,
+    transfer_s,
+)
+from alexnet_dist.planning.dry_run import plan
+from alexnet_dist.planning.forecast import forecast, plot, recommended, schedule
 
 # 1 GFLOP/s reached, 1 GB/s of memory, links of 100 MB/s and nodes of 80: round seconds.
 ROUND = Machine(
@@ -317,11 +325,11 @@ def test_what_cannot_be_foretold_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"--fit .*: not what `bench layouts --json` prints"):
         scaling.read_bench(Path(__file__))
     with pytest.raises(ConfigError, match=r"--machine .*: not a machine that plan --fit wrote"):
-        cost.read_machine(Path(__file__))
+        cost_model.read_machine(Path(__file__))
 
 
 def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
-    cost.write_machine(MACHINES["k20"], tmp_path / "k20.json")
-    assert cost.read_machine(tmp_path / "k20.json") == MACHINES["k20"]
+    cost_model.write_machine(MACHINES["k20"], tmp_path / "k20.json")
+    assert cost_model.read_machine(tmp_path / "k20.json") == MACHINES["k20"]
     with pytest.raises(ConfigError, match=r"--machine /.*/k20\.json: cannot be written: No such f"):
-        cost.write_machine(MACHINES["k20"], tmp_path / "nowhere" / "k20.json")
+        cost_model.write_machine(MACHINES["k20"], tmp_path / "nowhere" / "k20.json")

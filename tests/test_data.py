@@ -19,17 +19,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.io import encode_jpeg
 
-from alexnet_dist.config import Config
-from alexnet_dist.data.arrays import read_idx
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
-from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.data.prepare import prepare
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
+from alexnet_dist.data.prepare.arrays import read_idx
+from alexnet_dist.data.prepare.prepare import prepare
+from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
-from alexnet_dist.data.torch_pipeline import TorchPipeline
-from alexnet_dist.data.windows import Finish, on_canvas
 from alexnet_dist.errors import ConfigError, DatasetError
-from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.topology import Topology
+from alexnet_dist.parallel.topology import Topology
 
 # --- preparing
 

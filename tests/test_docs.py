@@ -17,10 +17,10 @@ from conftest import TINY, alexnet_dist
 from document_config import PATH, reference
 from made import image_folder
 
-from alexnet_dist.__main__ import _parser
-from alexnet_dist.config import keys
-from alexnet_dist.config_files import load_config
-from alexnet_dist.layouts import check
+from alexnet_dist.cli.main import _parser
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import keys
+from alexnet_dist.parallel.layouts import check
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -163,7 +163,7 @@ def test_your_own_images_to_the_end(place: Path) -> None:
     assert [words[0] for words in typed] == [
         "prepare", "inspect", "train", "evaluate", "figures", "export"
     ]  # fmt: skip
-    program = f"from alexnet_dist.__main__ import main\nfor a in {typed!r}: assert main(a) == 0, a"
+    program = f"from alexnet_dist.cli.main import main\nfor a in {typed!r}: assert main(a) == 0, a"
     subprocess.run([sys.executable, "-c", program], check=True)  # one start for all of them
     for made in ("data/mine/contact-sheet.png", "runs/own/figures/kernels.png"):
         assert (place / made).stat().st_size > 1000

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from conftest import alexnet_dist, as_overrides
 
-from alexnet_dist import doctor, own_ranks
-from alexnet_dist.__main__ import main
-from alexnet_dist.config import Config
+from alexnet_dist.cli.main import main
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data import inspect
-from alexnet_dist.doctor import Finding
-from alexnet_dist.preemption import handlers_restored
+from alexnet_dist.parallel import spawn
+from alexnet_dist.parallel.stop_signals import handlers_restored
+from alexnet_dist.reporting import doctor
+from alexnet_dist.reporting.doctor import Finding
 
 Usage = namedtuple("Usage", "total used free")
 Patch = pytest.MonkeyPatch
@@ -28,7 +29,7 @@ Patch = pytest.MonkeyPatch
 @pytest.fixture
 def examined(tiny: Callable[..., Config], monkeypatch: Patch) -> Callable[..., dict[str, Finding]]:
     """Findings by name, of an exchange that is not made."""
-    monkeypatch.setattr(own_ranks, "call", lambda *_: [0.002, 0.001])
+    monkeypatch.setattr(spawn, "call", lambda *_: [0.002, 0.001])
 
     def examine(*overrides: str) -> dict[str, Finding]:
         return {one.what: one for one in doctor.examine(tiny(*overrides), named=True)}
@@ -53,7 +54,7 @@ def test_doctor_says_what_a_run_would_use(tiny: Callable[..., Config]) -> None:
 def test_what_is_amiss_is_a_line_with_a_remedy_and_the_exit_code(
     tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(own_ranks, "call", lambda *_: [0.002, 0.001])
+    monkeypatch.setattr(spawn, "call", lambda *_: [0.002, 0.001])
     monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
     gone = f"data.path={tmp_path / 'gone'}"
     with handlers_restored():
@@ -83,14 +84,14 @@ def driver_that_torch_cannot_use(patch: Patch, tmp_path: Path) -> None:
 
 
 def wrong_sums(patch: Patch, tmp_path: Path) -> None:
-    patch.setattr(own_ranks, "call", lambda *_: [0.1, "wrong: sum 2.0, gathered [1.0, 1.0]"])
+    patch.setattr(spawn, "call", lambda *_: [0.1, "wrong: sum 2.0, gathered [1.0, 1.0]"])
 
 
 def ranks_that_die(patch: Patch, tmp_path: Path) -> None:
     def die(*_: Any) -> None:
         raise RuntimeError("a rank was killed")
 
-    patch.setattr(own_ranks, "call", die)
+    patch.setattr(spawn, "call", die)
 
 
 def old_package(patch: Patch, tmp_path: Path) -> None:

@@ -23,15 +23,17 @@ import torch
 from conftest import as_overrides
 from torch.distributed.elastic.multiprocessing import SignalException
 
-from alexnet_dist import __main__, launched, load_checkpoint, own_ranks, topology, train
-from alexnet_dist.config import Config
+from alexnet_dist import load_checkpoint, train
+from alexnet_dist.cli import main
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.windows import Finish
+from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, in_words
-from alexnet_dist.formats import export_weights
-from alexnet_dist.preemption import handlers_restored
-from alexnet_dist.run_folder import read_run
-from alexnet_dist.torch_engine import TorchEngine
+from alexnet_dist.formats.convert import export_weights
+from alexnet_dist.parallel import environment, spawn, topology
+from alexnet_dist.parallel.stop_signals import handlers_restored
+from alexnet_dist.training.run_folder import read_run
 
 Tiny = Callable[..., Config]
 Patch = pytest.MonkeyPatch
@@ -74,7 +76,7 @@ def no_gpu(tiny: Tiny, patch: Patch) -> None:
 
 def one_gpu_for_two_columns(tiny: Tiny, patch: Patch) -> None:
     patch.setattr(torch.cuda, "device_count", lambda: 1)
-    topology._device(tiny("layout.device=cuda"), launched.Place(0, 2, 0, 2))
+    topology._device(tiny("layout.device=cuda"), environment.Place(0, 2, 0, 2))
 
 
 def dali_without_driver(tiny: Tiny, patch: Patch) -> None:
@@ -91,7 +93,7 @@ def dali_not_installed(tiny: Tiny, patch: Patch) -> None:
 
 
 def _decode(tiny: Tiny, device: torch.device) -> None:
-    from alexnet_dist.data.dali_pipeline import DaliPipeline
+    from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
     from alexnet_dist.data.sampler import evaluation_plan
 
     config = tiny("data.pipeline=dali")
@@ -225,7 +227,7 @@ def test_the_command_says_it_without_a_traceback(
     full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     monkeypatch.setattr(TorchEngine, "train_step", raises(full))
     config = tiny(ALONE)
-    assert __main__.main(["train", *as_overrides(config)]) == 1
+    assert main.main(["train", *as_overrides(config)]) == 1
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("alexnet-dist: a GPU's memory is full: ")
     assert read_run(config.folder)["reason"] in last
@@ -249,7 +251,7 @@ def test_what_nobody_foresaw_keeps_its_traceback(
     tiny: Tiny, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(TorchEngine, "train_step", raises(ZeroDivisionError("ours")))
-    assert __main__.main(["train", *as_overrides(tiny(ALONE))]) == 1
+    assert main.main(["train", *as_overrides(tiny(ALONE))]) == 1
     assert "Traceback" in capfd.readouterr().err
     assert in_words(ModuleNotFoundError("ours", name="alexnet_dist.gone")) is None
 
@@ -258,7 +260,7 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     tiny: Tiny, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    device = topology._device(tiny("layout.device=auto"), launched.Place(0, 2, 0, 2))
+    device = topology._device(tiny("layout.device=auto"), environment.Place(0, 2, 0, 2))
     assert device.type == "cpu"
     assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
 
@@ -280,7 +282,7 @@ def test_options_that_are_not_there_are_explained(
     arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
-        __main__.main(arguments)
+        main.main(arguments)
     assert said in capfd.readouterr().err
 
 
@@ -290,7 +292,7 @@ def test_a_mistake_that_only_ranks_see_is_one_line(
     config = tiny(ALONE, "layout.device=cuda", "layout.ranks=1")
     if torch.cuda.is_available():
         pytest.skip("here are GPUs")
-    assert __main__.main(["compare", *as_overrides(config), "--layouts", "one"]) == 2
+    assert main.main(["compare", *as_overrides(config), "--layouts", "one"]) == 2
     said = capfd.readouterr().err
     assert "alexnet-dist: layout.device=cuda: 1 ranks on this host need a GPU each" in said
     assert "Traceback" not in said
@@ -304,10 +306,10 @@ def _fails_on_rank_1(error: Exception) -> None:
 
 def test_what_fails_on_a_rank_started_here_is_said(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ConfigError, match="every rank's"):
-        own_ranks.call(_fails_on_rank_1, 2, ConfigError("every rank's"))
+        spawn.call(_fails_on_rank_1, 2, ConfigError("every rank's"))
     assert "every rank's" not in capfd.readouterr().err
     with pytest.raises(RanksFailed, match="a rank failed, and said why"):
-        own_ranks.call(_fails_on_rank_1, 2, OSError(errno.ENOSPC, "No space left"))
+        spawn.call(_fails_on_rank_1, 2, OSError(errno.ENOSPC, "No space left"))
     assert "[r1] [Errno 28] No space left: make room" in capfd.readouterr().err
 
 
@@ -323,7 +325,7 @@ def test_a_signal_while_ranks_work_reaches_this_programs_own_handler() -> None:
         signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
         ours = signal.getsignal(signal.SIGTERM)
         with pytest.raises(SignalException):
-            own_ranks.call(_told_to_stop, 2)
+            spawn.call(_told_to_stop, 2)
         assert heard == [1]
         assert signal.getsignal(signal.SIGTERM) is ours
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import alexnet_dist, assert_close
 
-from alexnet_dist.config import Config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Split, open_for
-from alexnet_dist.evaluate import Evaluation, Score, evaluate_checkpoints
-from alexnet_dist.train import train
+from alexnet_dist.evaluation.evaluate import Evaluation, Score, evaluate_checkpoints
+from alexnet_dist.training.loop import train
 
 
 @pytest.fixture

@@ -11,13 +11,13 @@ import pytest
 import torch
 from conftest import alexnet_dist
 
-from alexnet_dist import figures
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import configs_folder
-from alexnet_dist.pictures import chroma
-from alexnet_dist.report import PUBLISHED, report
-from alexnet_dist.telemetry import read_metrics
-from alexnet_dist.train import train
+from alexnet_dist.config.load import configs_folder
+from alexnet_dist.config.schema import Config
+from alexnet_dist.plotting import chroma
+from alexnet_dist.reporting import figures
+from alexnet_dist.reporting.report import PUBLISHED, report
+from alexnet_dist.training.loop import train
+from alexnet_dist.training.metrics import read_metrics
 
 
 def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:

@@ -10,15 +10,15 @@ import torch
 from conftest import alexnet_dist, assert_close
 from safetensors.torch import save_file
 
-from alexnet_dist import caffe
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
-from alexnet_dist.data.windows import Finish
+from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
-from alexnet_dist.formats import export_weights, import_weights
-from alexnet_dist.model import AlexNet
+from alexnet_dist.formats import caffe
+from alexnet_dist.formats.convert import export_weights, import_weights
+from alexnet_dist.network.model import AlexNet
 
 SMALL = ["model.conv=[8,12,16,16,8]", "model.fc=[20,12]", "model.classes=5"]
 
@@ -211,8 +211,8 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
 
 
 def test_an_imported_run_is_evaluated_like_any(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    from alexnet_dist.evaluate import evaluate_checkpoints
-    from alexnet_dist.train import train
+    from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+    from alexnet_dist.training.loop import train
 
     config = tiny("layout.kind=one", "train.precision=fp32", "train.epochs=0.5", "name=first")
     train(config)

@@ -13,18 +13,18 @@ from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajecto
 from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
 from test_run import ALONE, RUN, Started, ended_state, start
 
-from alexnet_dist import draws
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
-from alexnet_dist.engine import on_host
-from alexnet_dist.lrn import local_response_norm
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.telemetry import read_metrics
-from alexnet_dist.topology import Topology, connect
+from alexnet_dist.engines.base import on_host
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.network import philox
+from alexnet_dist.network.lrn import local_response_norm
+from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.training.metrics import read_metrics
 
 __all__ = ["start"]  # a fixture
 
@@ -36,8 +36,8 @@ pytestmark = [
 
 def test_dropout_masks_are_the_cpus_bits() -> None:
     slots = torch.arange(64)
-    on_cpu = draws.dropout_mask(3, 5, 6, slots, 17, 300, 0.5)
-    assert torch.equal(draws.dropout_mask(3, 5, 6, slots.cuda(), 17, 300, 0.5).cpu(), on_cpu)
+    on_cpu = philox.dropout_mask(3, 5, 6, slots, 17, 300, 0.5)
+    assert torch.equal(philox.dropout_mask(3, 5, 6, slots.cuda(), 17, 300, 0.5).cpu(), on_cpu)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])

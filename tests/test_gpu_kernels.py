@@ -15,13 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alexnet_dist import draws, gpu_kernels, lrn
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
-from alexnet_dist.data.windows import Finish
-from alexnet_dist.lrn import local_response_norm
-from alexnet_dist.model import AlexNet
+from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.network import lrn, philox
+from alexnet_dist.network.kernels import gpu
+from alexnet_dist.network.lrn import local_response_norm
+from alexnet_dist.network.model import AlexNet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -42,8 +43,8 @@ def normalised(dtype: torch.dtype) -> list[float]:
         reference = local_response_norm(leaf, columns, size, 1e-4, 0.75, 2.0)
         reference.backward(upper.double())
         constants = (columns, size, 1e-4, 2.0)
-        ours = gpu_kernels.lrn(maps.to(DEVICE), *constants)
-        grad = gpu_kernels.lrn_backward(maps.to(DEVICE), upper.to(DEVICE), *constants)
+        ours = gpu.lrn(maps.to(DEVICE), *constants)
+        grad = gpu.lrn_backward(maps.to(DEVICE), upper.to(DEVICE), *constants)
         assert ours.dtype == grad.dtype == dtype
         assert ours.is_contiguous(memory_format=torch.channels_last)
         for mine, wide in ((ours, reference.detach()), (grad, leaf.grad)):
@@ -83,12 +84,12 @@ def masks() -> list[bool]:
     slots = torch.stack([slots, slots + 1], dim=1)[:, 0]  # strided, as a micro-batch's may be
     for first, count, seed, step in ((0, 36, 0, 0), (17, 301, 2**32 - 1, 1), (6, 5, 7, 2**31)):
         for drop in (0.5, 0.1):
-            ours = gpu_kernels.dropout_mask(
+            ours = gpu.dropout_mask(
                 slots.to(DEVICE), torch.tensor(step, device=DEVICE), 6, first, count, seed,
-                int(draws.Purpose.DROPOUT), round(drop * 2**32),
+                int(philox.Purpose.DROPOUT), round(drop * 2**32),
             )  # fmt: skip
             assert ours.dtype == torch.bool
-            cpus = draws.dropout_mask(seed, step, 6, slots, first, count, drop)
+            cpus = philox.dropout_mask(seed, step, 6, slots, first, count, drop)
             same.append(torch.equal(ours.cpu(), cpus))
     return same
 
@@ -113,7 +114,7 @@ def same_windows(config: Config) -> list[bool]:
         light = torch.randn(n, 3).to(finish.mean.dtype)
         inside = torch.zeros_like(corners) if views == 1 else corners
         given = (patches, inside, corners, flips, light)
-        ours = gpu_kernels.windows(
+        ours = gpu.windows(
             *(t.to(DEVICE) for t in (*given, finish.mean, finish.divide_by)), crop, dtype
         )
         same.append(torch.equal(ours.cpu(), finish.by_loop(*given)))
@@ -176,7 +177,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(
     name: str, constants: dict[str, int], pointers: dict[str, str], arch: int
 ) -> None:
     numbers = {"alpha": "fp32", "k": "fp32"}
-    kernel = getattr(gpu_kernels, name)
+    kernel = getattr(gpu, name)
     kinds = {
         argument: "constexpr"
         if argument in constants

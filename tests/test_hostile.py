@@ -20,16 +20,16 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import alexnet_dist
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.checkpoint import TensorFile
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.store import TensorFile
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data import arrays
 from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, printable
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.telemetry import configure_logging, log
-from alexnet_dist.topology import Topology
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.training.metrics import configure_logging, log
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

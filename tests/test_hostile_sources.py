@@ -26,18 +26,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data import archives
-from alexnet_dist.data.arrays import read_idx, read_pickle
 from alexnet_dist.data.dataset import INDEX, open_dataset
-from alexnet_dist.data.devkit import read_synsets
-from alexnet_dist.data.prepare import list_source
+from alexnet_dist.data.prepare.arrays import read_idx, read_pickle
+from alexnet_dist.data.prepare.devkit import read_synsets
+from alexnet_dist.data.prepare.prepare import list_source
 from alexnet_dist.errors import AlexNetDistError, ConfigError, DatasetError
-from alexnet_dist.progress import Progress
-from alexnet_dist.run_folder import RunFolder, read_run
-from alexnet_dist.telemetry import read_metrics
-from alexnet_dist.untrusted import json_object, read_bytes, within_memory
+from alexnet_dist.files import json_object, read_bytes, within_memory
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import RunFolder, read_run
+from alexnet_dist.training.state import Progress
 
 ROOT = Path(__file__).parent.parent
 FEW = settings(

@@ -19,13 +19,13 @@ import torch
 from conftest import TINY, on_ranks
 from submitit.core.utils import FailedJobError, JobPaths
 
-from alexnet_dist import launched, topology
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import configs_folder
+from alexnet_dist.config.load import configs_folder
+from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
-from alexnet_dist.launched import Place
-from alexnet_dist.preemption import StopSignals
-from alexnet_dist.run_folder import RunFolder, read_run
+from alexnet_dist.parallel import environment, topology
+from alexnet_dist.parallel.environment import Place
+from alexnet_dist.parallel.stop_signals import StopSignals
+from alexnet_dist.training.run_folder import RunFolder, read_run
 from launch import ensemble, job, status, submit
 
 STEP = {
@@ -43,21 +43,21 @@ STEP = {
 def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
-    assert launched.place() == Place(3, 4, 1, 2, 1, (2, 2), None, "n2", "7-0-0")
+    assert environment.place() == Place(3, 4, 1, 2, 1, (2, 2), None, "n2", "7-0-0")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
-    assert launched.place().meeting == "7-2-0"  # type: ignore[union-attr]
+    assert environment.place().meeting == "7-2-0"  # type: ignore[union-attr]
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # salloc, srun --pty bash
-    assert launched.place() is None
+    assert environment.place() is None
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert launched.place() == Place(1, 2)
+    assert environment.place() == Place(1, 2)
 
 
 def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
-    assert launched.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
-    assert launched.tasks_per_node("4") == (4,)
+    assert environment.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
+    assert environment.tasks_per_node("4") == (4,)
     with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=two: not as Slurm"):
-        launched.tasks_per_node("two")
+        environment.tasks_per_node("two")
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_task_counts_on_the_cores_slurm_gave_it(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     for name, value in (STEP | {"SLURM_CPUS_PER_TASK": "6"}).items():
         monkeypatch.setenv(name, value)
-    place = launched.place()
+    place = environment.place()
     assert place is not None
     assert topology.cores_of(place) == 6
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # bound to fewer
@@ -150,7 +150,7 @@ def test_a_local_job_sees_this_machines_gpus(monkeypatch: pytest.MonkeyPatch) ->
 
 def _meet(folder: str) -> tuple[int, list[str]]:
     """Ranks that Slurm started, as far as they can tell, meet without a port agreed on."""
-    from alexnet_dist.config_files import load_config
+    from alexnet_dist.config.load import load_config
 
     rank = os.environ["RANK"]
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -12,22 +12,22 @@ import torch
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
 from safetensors.torch import save, save_file
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist import layouts
-from alexnet_dist.checkpoint import TensorFile
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.store import TensorFile
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipeline import Batch
+from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.engine import Engine
+from alexnet_dist.engines.base import Engine
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.engines.zero import deepspeed_config
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.evaluate import evaluate_engine
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.shares import share
-from alexnet_dist.topology import Topology, connect
-from alexnet_dist.zero import deepspeed_config
+from alexnet_dist.evaluation.evaluate import evaluate_engine
+from alexnet_dist.parallel import layouts
+from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.partition import share
 
 STEPS = 20
 ON = [

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import assert_close, on_ranks
 
-from alexnet_dist.lrn import local_response_norm
+from alexnet_dist.network.lrn import local_response_norm
 
 CONSTANTS = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 from conftest import TINY, assert_close
 
-from alexnet_dist.config_files import load_config
-from alexnet_dist.engine import label_ranks
+from alexnet_dist.config.load import load_config
+from alexnet_dist.engines.base import label_ranks
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.model import AlexNet
-from alexnet_dist.shares import share
+from alexnet_dist.network.model import AlexNet
+from alexnet_dist.partition import share
 
 PAPER = [34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000]
 REVIEW = [34_944, 614_656, 885_120, 1_327_488, 884_992, 37_752_832, 16_781_312, 40_970]
@@ -21,7 +21,7 @@ MAPS = [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]
 def weightless(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Counting needs no weights."""
     if "counts" in request.node.name:
-        monkeypatch.setattr("alexnet_dist.model.Layer.initialise", lambda *args: None)
+        monkeypatch.setattr("alexnet_dist.network.model.Layer.initialise", lambda *args: None)
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,21 @@ import torch
 from conftest import TINY, as_overrides, on_ranks
 from safetensors.torch import load_file
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist import replicas
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
-from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import DTYPES, Engine
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.engines.base import Engine
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ReplicasDiffer
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.replicas import check_replicas
-from alexnet_dist.run_folder import read_run
-from alexnet_dist.shares import share
-from alexnet_dist.telemetry import read_metrics
-from alexnet_dist.topology import Topology, connect
-from alexnet_dist.torch_engine import TorchEngine
+from alexnet_dist.network.precision import DTYPES
+from alexnet_dist.parallel import replicas
+from alexnet_dist.parallel.replicas import check_replicas
+from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.partition import share
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import read_run
 
 
 def config_of(kind: str) -> Config:
@@ -147,8 +148,8 @@ def test_bits_of_a_view_from_an_odd_place_are_summed() -> None:
 
 POISON = """
 import sys
-from alexnet_dist.__main__ import main
-from alexnet_dist.torch_engine import TorchEngine
+from alexnet_dist.cli.main import main
+from alexnet_dist.engines.ddp import TorchEngine
 
 at, sound = {int(step) for step in sys.argv.pop(1).split(",")}, TorchEngine.train_step
 
@@ -193,5 +194,5 @@ def test_steps_that_are_not_finite_are_left_out_as_often_as_the_config_allows(
     assert [point["skipped"] for point in points] == [0] * 3 + [1] * 12
     assert [point["step"] for point in points if point["loss"] != point["loss"]] == [4]
     assert (
-        TorchEngine.train_step.__module__ == "alexnet_dist.torch_engine"
+        TorchEngine.train_step.__module__ == "alexnet_dist.engines.ddp"
     )  # this process is not patched

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import assert_close
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
-from alexnet_dist.optim import Optimizer, Schedule
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.engines.optimizer import Optimizer, Schedule
 
 RATES = [0.1, 0.1, 0.01, 0.0, 0.0, 0.05, 0.2]
 

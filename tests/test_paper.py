@@ -13,16 +13,16 @@ import torch
 from conftest import TINY, assert_close
 from torch.nn import functional as F
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.config import Config, fingerprint
-from alexnet_dist.config_files import configs_folder, load_config
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.warm_start import InitialWeights, resolved
+from alexnet_dist.config.load import configs_folder, load_config
+from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
-from alexnet_dist.model import AlexNet, final_side
-from alexnet_dist.plan import multiply_adds
-from alexnet_dist.train import train
-from alexnet_dist.warm_start import InitialWeights, resolved
+from alexnet_dist.network.model import AlexNet, final_side
+from alexnet_dist.planning.dry_run import multiply_adds
+from alexnet_dist.training.loop import train
 
 PAPER = [34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000]
 REVIEW = [34_944, 614_656, 885_120, 1_327_488, 884_992, 37_752_832, 16_781_312, 40_970]

@@ -20,18 +20,18 @@ from conftest import TINY, alexnet_dist, as_overrides, on_ranks
 from test_data import flip
 from torch import Tensor
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch, Decoded
 from alexnet_dist.data.dataset import open_dataset, open_for
-from alexnet_dist.data.pipeline import Batch, Decoded
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.prepare.prepare import Options, prepare
+from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
-from alexnet_dist.data.windows import Finish
-from alexnet_dist.evaluate import evaluate_checkpoints
-from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.run_folder import read_run
-from alexnet_dist.telemetry import read_metrics
-from alexnet_dist.topology import Topology
+from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import read_run
 
 PIPELINES = ("torch", "dali")
 

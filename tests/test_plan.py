@@ -10,15 +10,15 @@ import pytest
 import torch
 from conftest import TINY, alexnet_dist, on_ranks
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
-from alexnet_dist.data.pipeline import Decoded
-from alexnet_dist.engine import DTYPES
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.model import final_side
-from alexnet_dist.plan import lines, plan
-from alexnet_dist.topology import connect
-from alexnet_dist.traffic import Traffic
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Decoded
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.network.model import final_side
+from alexnet_dist.network.precision import DTYPES
+from alexnet_dist.parallel.topology import connect
+from alexnet_dist.parallel.traffic import Traffic
+from alexnet_dist.planning.dry_run import lines, plan
 
 SIZES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -94,7 +94,7 @@ def formula(config: Config, ranks: int) -> dict[str, int]:
 
 def layers(config: Config, parts: int) -> dict[str, int]:
     """Parameters of the first of `parts` columns, by layer."""
-    from alexnet_dist.model import AlexNet
+    from alexnet_dist.network.model import AlexNet
 
     columns_here = [0] if parts == 2 else None
     model = AlexNet(config.model, columns_here=columns_here, drawn=False)
@@ -176,11 +176,11 @@ def test_a_layout_that_does_not_fit_says_what_does() -> None:
 MEASURE = """
 import sys
 import torch
-from alexnet_dist.config_files import load_config
-from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import DTYPES
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.topology import connect
+from alexnet_dist.config.load import load_config
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.network.precision import DTYPES
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.parallel.topology import connect
 
 def status(key):
     lines = open("/proc/self/status").read().splitlines()

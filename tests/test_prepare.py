@@ -28,10 +28,10 @@ from PIL import Image
 from torchvision.io import decode_image
 
 from alexnet_dist.data import prepare as prepare_module
-from alexnet_dist.data.arrays import read_pickle
-from alexnet_dist.data.convert import RefusedImage, convert
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.prepare.arrays import read_pickle
+from alexnet_dist.data.prepare.convert import RefusedImage, convert
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import DatasetError
 
 ONE = Options(workers=1)
@@ -385,7 +385,7 @@ def test_dalis_webdataset_reader_reads_it_by_our_index(folder_packed: Path, tmp_
 
 # --- killed, parted, short of room
 
-SMALL_SHARDS = "import alexnet_dist.data.prepare as p, alexnet_dist.__main__ as m, sys\n" \
+SMALL_SHARDS = "import alexnet_dist.data.prepare.prepare as p, alexnet_dist.cli.main as m, sys\n" \
     "p._ITEMS_PER_SHARD, p._LEAST_IMAGES = 7, 1\n" \
     "if __name__ == '__main__': sys.exit(m.main(sys.argv[1:]))\n"  # fmt: skip
 

@@ -15,10 +15,10 @@ import psutil
 import pytest
 from conftest import alexnet_dist, as_overrides
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.config import Config
-from alexnet_dist.run_folder import read_run
-from alexnet_dist.telemetry import read_metrics
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.schema import Config
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import read_run
 
 # 60 images, 8 a step, 8 epochs: 60 steps; evaluations after every 15; a save every 4.
 RUN = [

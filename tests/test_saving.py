@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist import train
-from alexnet_dist.config import Config
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.writer import Saver
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, CrashLoop, NotFinite, RunFolderError
-from alexnet_dist.optim import Schedule
-from alexnet_dist.run_folder import RunFolder, read_run
-from alexnet_dist.saving import Saver
-from alexnet_dist.telemetry import Telemetry, read_metrics
-from alexnet_dist.timeline import TIMELINE
-from alexnet_dist.topology import Topology
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.timing import TIMELINE
+from alexnet_dist.training.metrics import Telemetry, read_metrics
+from alexnet_dist.training.run_folder import RunFolder, read_run
 
 
 def test_the_loop_goes_on_while_one_checkpoint_is_written() -> None:

@@ -13,21 +13,21 @@ from conftest import alexnet_dist, as_overrides
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist import timeline
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
-from alexnet_dist.cost import peak_flops
+from alexnet_dist import timing
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.evaluate import evaluate_engine, seen
-from alexnet_dist.plan import plan, training_flops
-from alexnet_dist.run_folder import RunFolder
-from alexnet_dist.telemetry import read_metrics
-from alexnet_dist.timeline import SPANS, Timeline
-from alexnet_dist.topology import Topology
-from alexnet_dist.torch_engine import TorchEngine
-from alexnet_dist.train import train
-from alexnet_dist.verdict import verdict
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.evaluation.evaluate import evaluate_engine, seen
+from alexnet_dist.parallel.device import peak_flops
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.planning.dry_run import plan, training_flops
+from alexnet_dist.timing import SPANS, Timeline
+from alexnet_dist.training.bottleneck import verdict
+from alexnet_dist.training.loop import train
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import RunFolder
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
 DRILLED = ("replicas", "sharded_fc", "zero1")
@@ -39,7 +39,7 @@ WATCHED = ["log.every_steps=1", "log.histograms_every_steps=4", "log.pictures=tr
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Lets so many seconds go by."""
     now = [0.0]
-    monkeypatch.setattr(timeline.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     return lambda seconds: now.__setitem__(0, now[0] + seconds)
 
 

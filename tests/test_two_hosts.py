@@ -16,8 +16,8 @@ import pytest
 from conftest import TINY, alexnet_dist
 from test_run import Started, ended_state
 
-from alexnet_dist import checkpoint as checkpoints
-from alexnet_dist.run_folder import read_run
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.training.run_folder import read_run
 
 pytestmark = [
     pytest.mark.drill,

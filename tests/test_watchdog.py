@@ -10,15 +10,15 @@ import pytest
 from conftest import as_overrides
 from test_run import RUN, Started
 
-from alexnet_dist.config import Config
-from alexnet_dist.run_folder import read_run
-from alexnet_dist.telemetry import read_metrics
+from alexnet_dist.config.schema import Config
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import read_run
 
 FOREVER = ["train.epochs=1000", "evaluate.every_epochs=1000", "layout.timeout_s=5"]
 STUCK = """
 import os, sys, time
-from alexnet_dist.__main__ main
-from alexnet_dist.torch_engine import TorchEngine
+from alexnet_dist.cli.main import main
+from alexnet_dist.engines.ddp import TorchEngine
 
 sound = TorchEngine.train_step
 
@@ -29,7 +29,7 @@ def train_step(engine, batch, step, rate, *more):
 
 TorchEngine.train_step = train_step
 sys.exit(main())
-""".replace("__main__ main", "__main__ import main")
+"""
 
 
 def started(config: Config, *launcher: str) -> Started:

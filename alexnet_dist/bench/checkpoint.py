@@ -6,15 +6,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist import checkpoint as checkpoints
 from alexnet_dist.bench import machine, median
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.config import Config
-from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import Engine, on_host
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.saving import Saver
-from alexnet_dist.topology import connect
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.writer import Saver
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.engines.base import Engine, on_host
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.parallel.topology import connect
 
 _STEPS = 5  # without a save, and at least so many with one
 _BETWEEN = 100  # steps from save to save that the ratio is quoted for

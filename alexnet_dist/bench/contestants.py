@@ -15,8 +15,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from alexnet_dist.config import Config, flat
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 
 # A training step, say; what it gives is kept beside its seconds, and may be under way on a GPU.

@@ -19,15 +19,15 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 
 from alexnet_dist.bench import Pass, in_turn, machine, median, ratio
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import load_config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Decoded
 from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
-from alexnet_dist.data.merge import described
-from alexnet_dist.data.pipeline import Decoded
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.prepare.merge import described
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.topology import Topology, connect
+from alexnet_dist.parallel.topology import Topology, connect
 
 
 def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:

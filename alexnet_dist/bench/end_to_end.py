@@ -13,15 +13,15 @@ from typing import Any
 from alexnet_dist.bench import in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.config import Config, flat
-from alexnet_dist.config_files import ALONE, load_config
+from alexnet_dist.config.load import ALONE, load_config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
-from alexnet_dist.engine import on_host
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.make_pipeline import make_pipeline
-from alexnet_dist.plan import plan
-from alexnet_dist.topology import connect
+from alexnet_dist.engines.base import on_host
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.parallel.topology import connect
+from alexnet_dist.planning.dry_run import plan
 
 _VIEWS, _IMAGES = 10, 32  # of a piece of evaluation
 _NEVER = 10**9  # steps

@@ -3,17 +3,17 @@
 import time
 from typing import Any
 
-from alexnet_dist import layouts, own_ranks
 from alexnet_dist.bench import machine, ratio
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.compare import on_devices_alike
-from alexnet_dist.config import Config, flat
-from alexnet_dist.config_files import load_config
-from alexnet_dist.engine import on_host
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.engines.base import on_host
+from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.plan import KINDS
-from alexnet_dist.topology import connect
+from alexnet_dist.parallel import layouts, spawn
+from alexnet_dist.parallel.topology import connect
+from alexnet_dist.planning.dry_run import KINDS
+from alexnet_dist.reporting.compare_layouts import on_devices_alike
 
 _STEPS = 3  # of a pass; one before it warms up
 
@@ -57,7 +57,7 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
 
 def _images_per_s(config: Config, count: int) -> float:
     """Of the slowest rank."""
-    seconds: list[float] = own_ranks.call(_steps, count, config)
+    seconds: list[float] = spawn.call(_steps, count, config)
     return config.train.batch / max(seconds)
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.bench import Pass, in_turn, machine, ratio
-from alexnet_dist.config import Config
-from alexnet_dist.lrn import alpha_of, local_response_norm
-from alexnet_dist.topology import connect
+from alexnet_dist.config.schema import Config
+from alexnet_dist.network.lrn import alpha_of, local_response_norm
+from alexnet_dist.parallel.topology import connect
 
 
 def bench_lrn(config: Config, repeats: int) -> dict[str, Any]:

@@ -9,15 +9,15 @@ from torch import Tensor, nn
 from alexnet_dist.bench import in_turn, machine, median, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.config import Config, flat
-from alexnet_dist.config_files import load_config
-from alexnet_dist.cost import peak_flops
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.lrn import alpha_of
-from alexnet_dist.make_engine import make_engine
-from alexnet_dist.model import AlexNet, final_side
-from alexnet_dist.plan import multiply_adds
-from alexnet_dist.topology import connect, gpus
+from alexnet_dist.network.flops import multiply_adds
+from alexnet_dist.network.lrn import alpha_of
+from alexnet_dist.network.model import AlexNet, final_side
+from alexnet_dist.parallel.device import peak_flops
+from alexnet_dist.parallel.topology import connect, gpus
 
 _TRAINING = 3  # of a forward's: the gradients of inputs and of weights cost as much again
 

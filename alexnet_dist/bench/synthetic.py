@@ -2,9 +2,9 @@
 
 import torch
 
-from alexnet_dist.config import Config
-from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import DTYPES
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.network.precision import DTYPES
 
 
 def made_batch(

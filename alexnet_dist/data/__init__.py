@@ -1,1 +1,1 @@
-"""Images from source to window: prepare, packed data set, sampler, pipelines."""
+"""Images from their source to the windows that conv1 sees."""

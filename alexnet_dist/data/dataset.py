@@ -23,12 +23,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.config import Config
-from alexnet_dist.config_files import configs_folder
-from alexnet_dist.durable import sha256
+from alexnet_dist.config.load import configs_folder
+from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
-from alexnet_dist.topology import Topology
-from alexnet_dist.untrusted import json_object, read_bytes
+from alexnet_dist.files import json_object, read_bytes, sha256
+from alexnet_dist.parallel.topology import Topology
 
 VERSION = 2
 # Of each sample: the shard, where its encoded image begins in it and how long that is (bytes), its

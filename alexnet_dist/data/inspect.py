@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from alexnet_dist.data.dataset import Dataset, Split, open_dataset
-from alexnet_dist.data.windows import on_canvas
+from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.errors import DatasetError
 
 _QUICK = 100  # samples of a split

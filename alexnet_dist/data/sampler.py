@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist import draws
-from alexnet_dist.config import Config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Samples
 from alexnet_dist.data.dataset import Statistics
-from alexnet_dist.data.pipeline import Samples
-from alexnet_dist.draws import Purpose
+from alexnet_dist.network import philox
+from alexnet_dist.network.philox import Purpose
 
 
 class TrainSampler:
@@ -45,21 +45,21 @@ class TrainSampler:
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = draws.permutation(self.config.seed, epoch, self.count)
+            self._orders[epoch] = philox.permutation(self.config.seed, epoch, self.count)
         return self._orders[epoch]
 
     def _drawn(self, ids: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> Samples:
         data, seed = self.config.data, self.config.seed
         zero = np.zeros_like(ids)
-        top, left, mirror, _ = draws.philox((ids, epochs, zero, zero), (seed, Purpose.WINDOW))
+        top, left, mirror, _ = philox.philox((ids, epochs, zero, zero), (seed, Purpose.WINDOW))
         margin = data.canvas - self.config.model.crop
         if data.random_crop:
-            corners = np.stack([draws.integers(w, margin + 1) for w in (top, left)], axis=-1)
+            corners = np.stack([philox.integers(w, margin + 1) for w in (top, left)], axis=-1)
         else:
             corners = np.full((len(ids), 2), margin // 2)
-        words = draws.philox((ids, epochs, zero, zero), (seed, Purpose.LIGHTING))
+        words = philox.philox((ids, epochs, zero, zero), (seed, Purpose.LIGHTING))
         scale = data.lighting * (epochs < data.lighting_epochs)  # (n,)
-        alphas = np.stack(draws.normals(words)[:3], axis=-1) * scale[:, None]  # (n, 3)
+        alphas = np.stack(philox.normals(words)[:3], axis=-1) * scale[:, None]  # (n, 3)
         return Samples(
             ids=ids,
             corners=corners[:, None, :],

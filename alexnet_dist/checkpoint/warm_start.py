@@ -1,0 +1,87 @@
+"""Beginning from another run's weights, some layers anew: pre-training and fine-tuning."""
+
+import dataclasses
+from pathlib import Path
+
+from torch import Tensor
+
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.store import TensorFile
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, TrainConfig
+from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.network.model import AlexNet
+
+
+def resolved(config: Config) -> Config:
+    """The config with the checkpoint it begins from, and its weights' hash, which defines the run.
+
+    Once the run has checkpoints of its own, those it began from may change or go.
+
+    Raises ConfigError where it asks for another hash, CheckpointError where there is no checkpoint.
+    """
+    train = config.train
+    if train.init_from == "none":
+        return config
+    if begun := _begun(config):
+        return dataclasses.replace(config, train=begun)
+    try:
+        source = checkpoints.at(Path(train.init_from))
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from={train.init_from!r}: {error}") from error
+    found = str(source.manifest["files"]["model.safetensors"]["sha256"])
+    if train.init_sha256 not in ("any", found):
+        raise ConfigError(
+            f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {found}: name the "
+            "weights this run is to begin from, or set train.init_sha256=any"
+        )
+    begun = dataclasses.replace(train, init_from=str(source.path), init_sha256=found)
+    return dataclasses.replace(config, train=begun)
+
+
+def _begun(config: Config) -> TrainConfig | None:
+    """`train` with what the run in this folder began from; None where it did not yet, or the config
+    asks for other weights."""
+    if not checkpoints.steps(config.folder / "checkpoints"):
+        return None
+    try:
+        before = load_config([config.folder / "config.json"]).train
+    except ConfigError:
+        return None
+    same = Path(before.init_from).is_relative_to(config.train.init_from)
+    if not same or config.train.init_sha256 not in ("any", before.init_sha256):
+        return None
+    return dataclasses.replace(
+        config.train, init_from=before.init_from, init_sha256=before.init_sha256
+    )
+
+
+class InitialWeights:
+    """Whole parameters of train.init_from, those of train.init_new drawn as for any new run.
+
+    Raises ConfigError where a layer that is not new has another shape there.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.anew = AlexNet(config.model, config.seed)
+        self.file: TensorFile = checkpoints.at(Path(config.train.init_from)).parameters()
+        self.new = config.train.init_new
+        there = {*self.file.keys()}
+        for name, parameter in self.anew.named_parameters():
+            if name.partition(".")[0] in self.new:
+                continue
+            shape = self.file.rows(name, slice(None)).shape if name in there else ()
+            if shape != parameter.shape:
+                raise ConfigError(
+                    f"train.init_from={config.train.init_from!r}: {name} is "
+                    f"{list(shape) or 'not'} there, and {list(parameter.shape)} here: add "
+                    f"{name.partition('.')[0]} to train.init_new, or change the network"
+                )
+
+    def keys(self) -> list[str]:
+        return [name for name, _ in self.anew.named_parameters()]
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        if name.partition(".")[0] in self.new:
+            return self.anew.get_parameter(name).detach()[rows]
+        return self.file.rows(name, rows)

@@ -1,0 +1,1 @@
+"""Decoding and cropping, by torchvision or by DALI."""

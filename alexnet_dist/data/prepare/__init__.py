@@ -1,0 +1,1 @@
+"""A source of images, turned into a packed data set."""

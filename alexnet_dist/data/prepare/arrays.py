@@ -1,0 +1,194 @@
+"""Sources of pixels: CIFAR-10's pickles and Fashion-MNIST's IDX files."""
+
+import gzip
+import io
+import math
+import pickle
+import pickletools
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from alexnet_dist.data.prepare.sources import (
+    LARGEST_MEMBER,
+    Item,
+    Pixels,
+    Source,
+    needed,
+    open_tar,
+    read_member,
+)
+from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import read_bytes
+
+_MOST = 2**30  # values of an IDX file; Fashion-MNIST has 47 million
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+FASHION_MNIST_CLASSES = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
+    "Ankle boot",
+)  # fmt: skip
+
+
+def cifar10(path: Path) -> Source:
+    """The python version: `cifar-10-batches-py`, or the folder or tar.gz that holds it."""
+    read = _reader(path)
+
+    def batch(name: str) -> list[Item]:
+        values = read_pickle(read(name), name)
+        pixels, labels = values.get(b"data"), values.get(b"labels")
+        if (
+            not (isinstance(pixels, np.ndarray) and pixels.shape[1:] == (3072,))
+            or not isinstance(labels, list)
+            or len(labels) != len(pixels)
+        ):
+            raise DatasetError(f"{path}: {name} is not a batch of CIFAR-10")
+        if not all(isinstance(label, int) and 0 <= label < len(classes) for label in labels):
+            raise DatasetError(f"{path}: {name} has a label outside its {len(classes)} classes")
+        planes = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return [
+            Item(f"{name}/{number:05d}", label, pixels=image)
+            for number, (label, image) in enumerate(zip(labels, planes, strict=True))
+        ]
+
+    names = read_pickle(read("batches.meta"), "batches.meta").get(b"label_names")
+    if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
+        raise DatasetError(f"{path}: batches.meta names no classes")
+    classes = tuple(name.decode("utf-8", "replace") for name in names)
+    train = [item for number in range(1, 6) for item in batch(f"data_batch_{number}")]
+    return Source("cifar10", classes, {"train": train, "test": batch("test_batch")})
+
+
+def with_validation(source: Source, share: float) -> Source:
+    """A share of the test split becomes `val`, as many of each class: scikit-learn's stratified
+    split with random state 0. Raises DatasetError where that cannot be."""
+    from sklearn.model_selection import train_test_split
+
+    items = source.splits["test"]
+    places, labels = range(len(items)), [item.label for item in items]
+    try:
+        test, val = train_test_split(places, test_size=share, random_state=0, stratify=labels)
+    except ValueError as error:
+        raise DatasetError(f"--validation {share:g}: {error}") from error
+    cut = {"test": [items[i] for i in test], "val": [items[i] for i in val]}
+    return Source(source.kind, source.classes, {**source.splits, **cut})
+
+
+def _reader(path: Path) -> Callable[[str], bytes]:
+    """Reads a file of CIFAR-10 by its name."""
+    packed, inside = path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py"
+    root = inside if inside.is_dir() else path
+    if (root / "batches.meta").is_file() or not packed.is_file():
+        which = "of CIFAR-10's python version"
+        return lambda name: read_bytes(needed(root / name, which), LARGEST_MEMBER)
+    tar = open_tar(packed, "r:gz")
+
+    def read(name: str) -> bytes:
+        return read_member(tar, f"cifar-10-batches-py/{name}", packed)
+
+    return read
+
+
+class _Bytes:
+    """Stands in for numpy's array while CIFAR-10 is unpickled: keeps its state, runs nothing."""
+
+    state: tuple[Any, ...] = ()
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.state = state
+
+
+class _OnlyArrays(pickle.Unpickler):
+    """Dictionaries, lists, numbers, bytes; arrays as `_Bytes`; anything else is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.removeprefix("numpy.").split(".")[-1] == "multiarray" and name == "_reconstruct":
+            return lambda *_: _Bytes()
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return _Bytes
+        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
+            return lambda text, _: text.encode("latin1")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
+    """A pickled dictionary of CIFAR-10 without running what a pickle may run; raises DatasetError.
+
+    Arrays must be of bytes in two dimensions.
+    """
+    try:
+        for opcode, argument, _ in pickletools.genops(content):  # lengths are compared here
+            memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+            if memo and int(argument or 0) > len(content):
+                raise pickle.UnpicklingError("a memo beyond its own length")  # takes that memory
+        values = _OnlyArrays(io.BytesIO(content), encoding="bytes").load()
+        if not isinstance(values, dict):
+            raise pickle.UnpicklingError("it is no dictionary")
+        return {
+            key: _array(value) if isinstance(value, _Bytes) else value
+            for key, value in values.items()
+        }
+    except Exception as error:  # a pickle can fail in any way
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DatasetError(f"{name} is not a pickle of CIFAR-10: {reason}") from error
+
+
+def _array(found: _Bytes) -> Pixels:
+    _, shape, _, fortran, content = found.state
+    rows, width = shape
+    if fortran or not isinstance(content, bytes):
+        raise pickle.UnpicklingError("an array of another kind")
+    return np.frombuffer(content, np.uint8).reshape(rows, width)
+
+
+def fashion_mnist(path: Path) -> Source:
+    """The four IDX files of Fashion-MNIST, gzipped or not."""
+    splits = {}
+    for split, stem in (("train", "train"), ("test", "t10k")):
+        images = read_idx(_either(path, f"{stem}-images-idx3-ubyte"), dims=3)
+        labels_file = _either(path, f"{stem}-labels-idx1-ubyte")
+        labels = read_idx(labels_file, dims=1)
+        if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
+            raise DatasetError(
+                f"{labels_file}: {len(labels)} labels up to {labels.max(initial=0)}, for "
+                f"{len(images)} images of {len(FASHION_MNIST_CLASSES)} classes"
+            )
+        splits[split] = [
+            Item(f"{stem}/{number:05d}", int(label), pixels=image)
+            for number, (label, image) in enumerate(zip(labels, images, strict=True))
+        ]
+    return Source("fashion_mnist", FASHION_MNIST_CLASSES, splits)
+
+
+def read_idx(path: Path, dims: int) -> Pixels:
+    """An IDX file of bytes (LeCun's format), gzipped or not; raises DatasetError."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            header = file.read(4 + 4 * dims)
+            if len(header) < 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
+                raise DatasetError(f"{path}: not an IDX file of bytes in {dims} dimensions")
+            shape = struct.unpack(f">{dims}I", header[4:])
+            if math.prod(max(1, size) for size in shape) > _MOST:
+                raise DatasetError(f"{path}: its header says {shape}, more than {_MOST:,} values")
+            raw = file.read(math.prod(shape) + 1)  # of a bomb no more
+    except (OSError, EOFError, zlib.error) as error:
+        raise DatasetError(f"{path} cannot be read: {error}") from error
+    if len(raw) != math.prod(shape):
+        more = " or more" if len(raw) > math.prod(shape) else ""
+        raise DatasetError(f"{path}: {len(raw)} values{more}, its header says {shape}")
+    return np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def _either(path: Path, name: str) -> Path:
+    for candidate in (path / f"{name}.gz", path / name):
+        if candidate.is_file():
+            return candidate
+    raise DatasetError(
+        f"{path} has neither {name}.gz nor {name}: name the folder of Fashion-MNIST's four files "
+        f"(Debian: the package dataset-fashion-mnist, in {FASHION_MNIST})"
+    )

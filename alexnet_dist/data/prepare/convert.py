@@ -1,0 +1,141 @@
+"""One image of a source to one image of a packed data set: RGB or grey, 8 bits, upright, decodable.
+
+What a decoder would read differently from another (EXIF rotation, CMYK, 16 bits, alpha, palettes)
+is settled here once, so that every pipeline sees the same pixels.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, UnidentifiedImageError
+from torchvision.io import ImageReadMode, decode_image, encode_png
+
+from alexnet_dist.data.prepare.sources import Pixels
+
+SIDE = 256  # of stored images (paper §2)
+_MOST_PIXELS = 100_000_000  # a header that says more is a decompression bomb
+_LONGEST_SIDE = 65_535  # what the index and JPEG can say
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that runs a program
+# EXIF's orientations and what makes them upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+
+
+class RefusedImage(ValueError):
+    """Why an image cannot be packed."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An image as it is packed.
+
+    Attributes:
+        kind: the file's extension: jpg or png.
+        image: (1 or 3, h, w) uint8, what every decoder makes of `encoded`.
+    """
+
+    kind: str
+    encoded: bytes
+    image: torch.Tensor
+
+
+def convert(content: bytes, keep: bool) -> Stored:
+    """An encoded image of any kind, as JPEG of 256 × 256: shorter side to 256, the centre.
+
+    Args:
+        keep: at its own size; a plain JPEG keeps its bytes.
+
+    Raises RefusedImage.
+    """
+    if not content:
+        raise RefusedImage("the file is empty")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of broken EXIF, which is of no use to anyone
+        try:
+            opened = Image.open(io.BytesIO(content), formats=_FORMATS)
+            width, height = opened.size
+            if width * height > _MOST_PIXELS or max(width, height) > _LONGEST_SIDE:
+                raise RefusedImage(f"its header says {width} × {height} pixels: too many")
+            turn = _orientation(opened)
+            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1
+            if not keep:
+                opened.draft(None, (2 * SIDE, 2 * SIDE))  # decode a huge JPEG at ½, ¼ or ⅛
+            opened.load()
+            image = _eight_bits(opened)
+        except RefusedImage:
+            raise
+        except UnidentifiedImageError as error:
+            raise RefusedImage(f"none of {', '.join(_FORMATS)}") from error
+        except Exception as error:  # a hostile image can fail in any way; the reason is reported
+            raise RefusedImage(f"{type(error).__name__}: {error}") from error
+    if turn in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[turn])
+    if keep and plain:
+        return _stored("jpg", content)
+    if keep and opened.format not in ("JPEG", "MPO"):
+        return _stored("png", _encoded(image, "PNG"))
+    return _stored("jpg", _encoded(image if keep else _square(image), "JPEG"))
+
+
+def pack_pixels(pixels: Pixels) -> Stored:
+    """Pixels (h, w) or (h, w, 3) as PNG, which loses nothing."""
+    image = torch.tensor(pixels).reshape(*pixels.shape[:2], -1).movedim(-1, 0)
+    return Stored("png", encode_png(image).numpy().tobytes(), image)
+
+
+def _stored(kind: str, encoded: bytes) -> Stored:
+    """Decoded again: what cannot be would stop a run, and statistics are of what runs will see."""
+    try:
+        buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+        return Stored(kind, encoded, decode_image(buffer, ImageReadMode.UNCHANGED))
+    except RuntimeError as error:
+        raise RefusedImage(f"decoded by Pillow but not by torchvision: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # broken EXIF: the image itself is well
+        return 1
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey or RGB of 8 bits; alpha on white. Pillow inverts Adobe's CMYK as it reads it."""
+    if image.mode.startswith("I"):  # 16 bits of grey
+        grey = np.asarray(image).clip(0, 65535) / 257
+        return Image.fromarray(np.rint(grey).astype(np.uint8))
+    if image.mode in ("L", "RGB"):
+        return image if "transparency" not in image.info else _on_white(image)
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
+        return _on_white(image)
+    if image.mode in ("P", "CMYK", "YCbCr"):
+        return image.convert("RGB")
+    raise RefusedImage(f"pixels of Pillow's mode {image.mode}")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    seen = image.convert("RGBA")
+    white = Image.new("RGBA", seen.size, "white")
+    return Image.alpha_composite(white, seen).convert("RGB")
+
+
+def _square(image: Image.Image) -> Image.Image:
+    """The centre's square at 256 × 256, antialiased: as if the whole were resized, then cut."""
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box)
+
+
+def _encoded(image: Image.Image, kind: str) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, quality=95, exif=b"", icc_profile=None)
+    return out.getvalue()

@@ -1,0 +1,104 @@
+"""From shards to a data set: its index, its statistics, its description, each durable."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from alexnet_dist.data.dataset import INDEX, VERSION
+from alexnet_dist.data.prepare.shards import Part
+from alexnet_dist.data.prepare.sources import Source
+from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import sha256
+
+
+def merge(
+    source: Source, identity: Mapping[str, Any], parts: Mapping[str, list[Part]], aside: Path
+) -> None:
+    """Make the data set's own files of all parts."""
+    meta: dict[str, Any] = {
+        "version": VERSION,
+        "source": dict(identity),
+        "classes": list(source.classes),
+        "splits": {},
+    }
+    refused = [
+        entry for split in parts.values() for part in split for entry in part.meta["refused"]
+    ]
+    write_lines(aside / "quarantine.jsonl", map(json.dumps, refused))
+    for split, found in parts.items():
+        index = np.concatenate([np.empty(0, INDEX), *(part.index for part in found)])
+        write(aside / split / "samples.npy", partial(np.save, arr=index))
+        for number, part in enumerate(found):
+            lines = [f"v1.2 {len(part.meta['lines'])}", *part.meta["lines"]]
+            write_lines(aside / split / f"shard-{number:05d}.idx", lines)
+        meta["splits"][split] = {
+            "samples": len(index),
+            "class_counts": np.bincount(index["label"], minlength=len(source.classes)).tolist(),
+            "index": described(aside, f"{split}/samples.npy"),
+            "shards": [
+                {"file": f"{split}/shard-{number:05d}.tar"}
+                | {key: part.meta[key] for key in ("size", "sha256")}
+                for number, part in enumerate(found)
+            ],
+        }
+    mean_image, colours = colour_statistics(parts["train"])
+    write(aside / "mean.npy", partial(np.save, arr=mean_image))
+    meta |= {"mean_image": described(aside, "mean.npy"), **colours}
+    write_lines(aside / "dataset.json", [json.dumps(meta, indent=1)])
+
+
+def colour_statistics(
+    parts: Sequence[Part],
+) -> tuple[npt.NDArray[np.float32], dict[str, list[Any]]]:
+    """Mean image, mean RGB, and the covariance's eigenvalues and vectors, over all pixels.
+
+    Sums are of integers, so that they are exact in any order.
+
+    Returns:
+        (h, w, 3) float32, and what dataset.json keeps; row i of `eigenvectors` belongs to
+        eigenvalue i, largest first, its largest component positive.
+    """
+    whole = [part for part in parts if len(part.index)]
+    if not whole:
+        raise DatasetError("not one training image could be packed")
+    images = sum(len(part.index) for part in whole)
+    sums = np.zeros((1, 1, 3), np.int64)
+    products = np.zeros((3, 3), np.int64)
+    for part in whole:
+        own_sums, own_products = part.colour_sums()
+        sums, products = sums + own_sums, products + own_products
+    pixels = images * sums.shape[0] * sums.shape[1]
+    mean = sums.sum((0, 1)) / pixels
+    covariance = products / pixels - np.outer(mean, mean)
+    values, vectors = np.linalg.eigh(covariance)
+    values, vectors = values[::-1].clip(min=0), vectors.T[::-1]
+    signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(1)[:, None], axis=1))
+    return (sums / images).astype(np.float32), {
+        "mean_rgb": mean.tolist(),
+        "eigenvalues": values.tolist(),
+        "eigenvectors": (vectors * signs).tolist(),
+    }
+
+
+def described(folder: Path, name: str) -> dict[str, Any]:
+    """A file as dataset.json names it."""
+    path = folder / name
+    return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    write(path, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
+
+
+def write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,263 @@
+"""Turn a source of images into a packed data set (`dataset.py` says how one looks).
+
+It is made in OUT.partial, shard by shard, by processes here or by parts anywhere, and renamed to
+OUT when it is whole. Killed at any moment and run again, it goes on, to the same bytes.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.prepare.archives import folder, imagenet
+from alexnet_dist.data.prepare.arrays import FASHION_MNIST, cifar10, fashion_mnist, with_validation
+from alexnet_dist.data.prepare.merge import merge, write_lines
+from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
+from alexnet_dist.data.prepare.sources import Source
+from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import sync
+from alexnet_dist.parallel.topology import cores
+
+SOURCES: dict[str, Callable[[Path], Source]] = {
+    "imagenet": imagenet, "folder": folder, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
+}  # fmt: skip
+_ITEMS_PER_SHARD = 1000
+_LEAST_IMAGES = 250  # that are worth the start of a process
+_BYTES_PER_IMAGE = 45_000  # of 256 × 256, about
+_TAR_BYTES = 2048  # of headers and padding, about
+_PART_BYTES = 256 * 256 * 3 * 4  # of colour sums, until the data set is whole
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to pack.
+
+    Attributes:
+        keep: images keep their own size.
+        max_bad: share of the source's images that may be refused.
+        workers: processes; 0 = the cores.
+        part: (i, n): only each nth shard from the ith on, and no merge.
+        validation: share of the test split that becomes `val` (cifar10 alone).
+    """
+
+    keep: bool = False
+    max_bad: float = 0.001
+    workers: int = 0
+    part: tuple[int, int] | None = None
+    validation: float = 0.0
+
+
+def prepare(kind: str, path: Path | None, out: Path, options: Options | None = None) -> str:
+    """Pack the source of a kind at a path; nothing where `out` was made of the same already.
+
+    Args:
+        path: None for where the system keeps it (fashion_mnist alone).
+
+    Returns:
+        What was done, in a line.
+
+    Raises:
+        DatasetError: the source is not there, not whole, or too much of it is bad; `out` cannot be
+            written or holds something else. What was made so far waits in OUT.partial.
+    """
+    options = options or Options()
+    if options.validation and kind != "cifar10":
+        raise DatasetError(
+            f"--validation {options.validation:g}: it cuts CIFAR-10's test images; leave it out"
+        )
+    source = list_source(kind, path)
+    if options.validation:
+        source = with_validation(source, options.validation)
+    identity = source.identity() | {"keep": options.keep}
+    if out.exists():
+        if open_dataset(out, verify_hashes=True).source != identity:
+            raise DatasetError(
+                f"{out} holds a data set of other files or options: remove it, or name another "
+                "folder"
+            )
+        _sweep(out)
+        return f"{out}: already prepared from these files, and whole"
+    aside = out.with_name(out.name + ".partial")
+    try:
+        with _held(aside, identity, alone=options.part is None):
+            parts = _write_shards(source, aside, options)
+            if options.part is not None:
+                return (
+                    f"{aside}: part {options.part[0]} of {options.part[1]} is written; when all "
+                    "are, the same command without --part makes the data set of them"
+                )
+            merge(source, identity, parts, aside)
+            aside.rename(out)
+            sync(out.parent)
+            _sweep(out)
+    except OSError as error:
+        raise DatasetError(
+            f"{out} cannot be written: {error}; what was made waits in {aside}, and the same "
+            "command goes on"
+        ) from error
+    counts = ", ".join(f"{sum(len(p.index) for p in parts[s])} {s}" for s in source.splits)
+    bad = sum(len(part.meta["refused"]) for split in parts.values() for part in split)
+    refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""
+    return f"{out}: packed {counts} images of {len(source.classes)} classes{refused}"
+
+
+def list_source(kind: str, path: Path | None) -> Source:
+    """The source of a kind at a path; raises DatasetError where it is not there or not whole."""
+    if path is None:
+        if kind != "fashion_mnist":
+            raise DatasetError(f"prepare {kind}: say where it lies: prepare {kind} PATH OUT")
+        path = FASHION_MNIST
+    if kind != "fashion_mnist" and not path.is_dir():
+        raise DatasetError(f"{path} is not a folder: name the one that holds {kind}'s files")
+    try:
+        source = SOURCES[kind](path)
+    except DatasetError:
+        raise
+    except Exception as error:  # a hostile archive can fail in any way
+        reason = " ".join(f"{error}".split()) or type(error).__name__
+        raise DatasetError(f"{path} cannot be read whole: {reason}") from error
+    if not source.splits.get("train"):
+        raise DatasetError(f"{path}: no training images found")
+    return source
+
+
+@contextlib.contextmanager
+def _held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None]:
+    """Hold the folder that is being filled: parts share it, a whole run has it alone."""
+    aside.mkdir(parents=True, exist_ok=True)
+    with (aside / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DatasetError(f"{aside}: another prepare is at work there: wait for it") from error
+        begun, ours = aside / ".begun.json", json.dumps(identity, sort_keys=True)
+        if begun.exists() and begun.read_text() != ours:
+            raise DatasetError(f"{aside} was begun from other files or options: remove it")
+        own = begun.with_suffix(f".{os.getpid()}.writing")  # parts may begin at the same time
+        own.write_text(ours)
+        own.replace(begun)
+        yield
+
+
+def _write_shards(source: Source, aside: Path, options: Options) -> dict[str, list[Part]]:
+    """The parts of every shard, or of this command's share, in order; written where they were not.
+
+    Raises DatasetError as soon as more than `max_bad` is refused.
+    """
+    tasks = _tasks(source, aside, options)
+    parts = [read_part(task) for task in tasks]
+    left = [place for place, part in enumerate(parts) if part is None]
+    _check_disk(aside, [tasks[place] for place in left])
+    images = [len(task.items) for task in tasks]
+    total = sum(len(items) for items in source.splits.values())
+    _check_refused(parts, total, options.max_bad, aside)
+    with tqdm(
+        total=sum(images),
+        initial=sum(images) - sum(images[place] for place in left),
+        unit=" images", desc="packing", mininterval=0.5 if sys.stderr.isatty() else 30,
+    ) as bar:  # fmt: skip
+        for place, part in _written(tasks, left, options.workers):
+            parts[place] = part
+            bar.update(images[place])
+            _check_refused(parts, total, options.max_bad, aside)
+    found: dict[str, list[Part]] = {split: [] for split in source.splits}
+    for task, made in zip(tasks, parts, strict=True):
+        assert made is not None
+        found[task.folder.name].append(made)
+    return found
+
+
+def _tasks(source: Source, aside: Path, options: Options) -> list[Task]:
+    tasks = []
+    for split, items in source.splits.items():
+        (aside / split).mkdir(exist_ok=True)
+        for number, first in enumerate(range(0, len(items), _ITEMS_PER_SHARD)):
+            own = items[first : first + _ITEMS_PER_SHARD]
+            train = split == "train"
+            tasks.append(Task(aside / split, number, first, own, options.keep, train))
+    if options.part is None:
+        return tasks
+    return tasks[options.part[0] - 1 :: options.part[1]]
+
+
+def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple[int, Part]]:
+    """Write the shards that are left, in as many processes; each one's place, as they end."""
+    images = sum(len(tasks[place].items) for place in left)
+    workers = min(workers or cores(), len(left), images // _LEAST_IMAGES)
+    if workers <= 1:
+        yield from ((place, write_shard(tasks[place])) for place in left)
+        return
+    # Spawned, since forking a process that has threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),)) as pool:
+        try:
+            futures = {pool.submit(write_shard, tasks[place]): place for place in left}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise DatasetError(
+                "a process that packs images died (out of memory?): the same command goes on, with "
+                "fewer --workers if need be"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+
+
+def _begin_worker(parent: int) -> None:
+    """Of a process that writes shards: Ctrl-C is its parent's, and it ends when that does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_parent_death_signal = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before that was said
+        os._exit(1)
+    torch.set_num_threads(1)
+
+
+def _check_refused(parts: list[Part | None], total: int, max_bad: float, aside: Path) -> None:
+    refused = [entry for part in parts if part is not None for entry in part.meta["refused"]]
+    if len(refused) > max_bad * total:
+        write_lines(aside / "quarantine.jsonl", map(json.dumps, refused))
+        shown = "; ".join(f"{entry['name']!r}: {entry['reason']}" for entry in refused[:3])
+        raise DatasetError(
+            f"--max-bad {max_bad:g}: {len(refused)} of {total} images cannot be packed ({shown}): "
+            f"all found so far are in {aside / 'quarantine.jsonl'}; mend them and remove {aside}, "
+            "or raise --max-bad"
+        )
+
+
+def _check_disk(aside: Path, left: list[Task]) -> None:
+    need = len(left) * _PART_BYTES
+    for task in left:
+        for item in task.items:
+            own = item.size if item.pixels is None else item.pixels.nbytes
+            need += _TAR_BYTES + (own if task.keep else min(own, _BYTES_PER_IMAGE))
+    free = shutil.disk_usage(aside).free
+    if free < need:
+        raise DatasetError(
+            f"{aside}: about {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make "
+            "room, or name a folder on another disk"
+        )
+
+
+def _sweep(out: Path) -> None:
+    """Remove what was of use only while the data set was made."""
+    left_over = (".lock", ".begun.json", "*.writing", "*/.shard-*.npz", "*/*.writing")
+    for left in (path for pattern in left_over for path in out.glob(pattern)):
+        left.unlink(missing_ok=True)

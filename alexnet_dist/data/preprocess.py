@@ -1,0 +1,162 @@
+"""From decoded bytes to what conv1 sees: cut, mirrored, the mean off, lit, scaled.
+
+A loop on a CPU and a kernel on a GPU make the same sums, for every pipeline, so that equal bytes
+give equal windows.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from numba import prange
+from torch import Tensor
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.errors import DatasetError
+from alexnet_dist.network.kernels.numba_loops import bits, parallel, rounding
+
+
+class Finish:
+    """Makes windows of patches.
+
+    Args:
+        device: where patches lie.
+        dtype: of the windows: what conv1 computes in.
+    """
+
+    def __init__(
+        self, config: Config, statistics: Statistics, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.crop, self.dtype = config.model.crop, dtype
+        # Sums in float64 where the network computes in it, else float32.
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        side = config.data.canvas
+        mean = _mean(config, statistics).movedim(0, -1).expand(side, side, 3)
+        self.mean = mean.to(device, wide).contiguous()
+        self.divide_by = torch.tensor(config.data.divide_by, dtype=wide, device=device)
+
+    def __call__(self, patches: Tensor, corners: Tensor, flips: Tensor, lighting: Tensor) -> Tensor:
+        """Windows (n · v, 3, crop, crop), channels_last.
+
+        Args:
+            patches: (n, side, side, 3) uint8: of one window the window, of several the canvas.
+            corners: (n, v, 2) int64, in the canvas.
+            flips: (n, v) bool.
+            lighting: (n, 3), grey levels.
+        """
+        inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners  # in the patch
+        make = self.by_loop if patches.device.type == "cpu" else self.by_kernel
+        light = lighting.to(self.mean.dtype)
+        windows = make(patches, inside, corners, flips, light)  # (n, v, crop, crop, 3)
+        return windows.flatten(0, 1).movedim(-1, 1)
+
+    def by_kernel(
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
+    ) -> Tensor:
+        """For a GPU."""
+        from alexnet_dist.network.kernels import gpu
+
+        given = (patches, inside, corners, flips, light, self.mean, self.divide_by)
+        return gpu.windows(*given, self.crop, self.dtype)
+
+    def by_loop(
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
+    ) -> Tensor:
+        """For a CPU: one pass over the batch; the same sums, so the same bits."""
+        windows = torch.empty((*flips.shape, self.crop, self.crop, 3), dtype=self.dtype)
+        given = (patches.flatten(2), inside, corners, flips, light.repeat(1, self.crop),
+                 self.mean.flatten(1), self.divide_by.repeat(self.crop))  # fmt: skip
+        _loop(self.dtype)(*(tensor.numpy() for tensor in given), bits(windows.flatten(3)))
+        return windows
+
+
+@functools.cache
+def _loop(dtype: torch.dtype) -> Callable[..., None]:
+    """`Finish.by_loop`, a row of pixels (red, green, blue, red, …) at a time."""
+    wide, word = (np.float64, np.uint64) if dtype == torch.float64 else (np.float32, np.uint32)
+    shift, below, odd = rounding(dtype)
+
+    @parallel
+    def windows(
+        patches: Any, inside: Any, corners: Any, flips: Any, light: Any, mean: Any, divide_by: Any,
+        out: Any,
+    ) -> None:  # fmt: skip
+        views, side, length = flips.shape[1], out.shape[2], out.shape[3]
+        for window in prange(flips.size):
+            n, v = window // views, window % views
+            x = np.empty(length, wide)
+            x_bits, lit = x.view(word), light[n]
+            for row in range(side):
+                first, off = 3 * inside[n, v, 1], 3 * corners[n, v, 1]
+                pixels = patches[n, inside[n, v, 0] + row, first : first + length]
+                mean_row = mean[corners[n, v, 0] + row, off : off + length]
+                for i in range(length):
+                    x[i] = (wide(pixels[i]) - mean_row[i] + lit[i]) / divide_by[i]
+                result = out[n, v, row]
+                if flips[n, v]:
+                    for i in range(0, length, 3):
+                        for colour in range(3):
+                            b = x_bits[length - 3 - i + colour]
+                            result[i + colour] = (b + below + ((b >> shift) & odd)) >> shift
+                else:
+                    for i in range(length):
+                        b = x_bits[i]
+                        result[i] = (b + below + ((b >> shift) & odd)) >> shift
+
+    return windows
+
+
+def on_canvas(image: Tensor, side: int) -> Tensor:
+    """Resize the shorter side to `side` and take the centre square, as the paper does (§2).
+
+    Args:
+        image: (colours, h, w), uint8 or floating.
+
+    Returns:
+        (colours, side, side), itself where it already has that size.
+    """
+    (height, width), (top, left) = canvas_in(image.shape[1], image.shape[2], side)
+    if image.shape[1:] != (height, width):
+        image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+    return image[:, top : top + side, left : left + side]
+
+
+def canvas_in(height: int, width: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size that an image is resized to, and where its canvas begins in that: its centre."""
+    scale = side / min(height, width)
+    size = max(side, round(height * scale)), max(side, round(width * scale))
+    return size, ((size[0] - side) // 2, (size[1] - side) // 2)
+
+
+def _mean(config: Config, statistics: Statistics) -> Tensor:
+    """(3, canvas or 1, canvas or 1)."""
+    match config.data.subtract:
+        case "mean_image":
+            mean = statistics.mean_image
+            if config.data.mean_from != "none":
+                mean = _read_mean(Path(config.data.mean_from))
+            return on_canvas(torch.from_numpy(mean).movedim(-1, 0), config.data.canvas)
+        case "mean_rgb":
+            return torch.from_numpy(statistics.mean_rgb)[:, None, None]
+        case "nothing":
+            return torch.zeros(3, 1, 1)
+
+
+def _read_mean(path: Path) -> npt.NDArray[np.float32]:
+    try:
+        mean = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DatasetError(f"data.mean_from={path}: cannot be read as .npy: {error}") from error
+    if mean.dtype.kind != "f" or mean.ndim != 3 or mean.shape[2] != 3:
+        raise DatasetError(
+            f"data.mean_from={path}: {mean.dtype} of shape {mean.shape}, expected floats of "
+            "(height, width, 3)"
+        )
+    found: npt.NDArray[np.float32] = mean.astype(np.float32)
+    return found

@@ -1,0 +1,1 @@
+"""A training step and a prediction, on each of the layouts."""

@@ -1,0 +1,132 @@
+"""What the loop knows of an engine, and what engines share: how a step is scored and judged."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.errors import CheckpointError
+from alexnet_dist.network.model import AlexNet
+
+
+class WholeTensors(Protocol):
+    """Whole tensors by name, any rows of which can be read: what a checkpoint offers."""
+
+    def keys(self) -> list[str]: ...
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows (dim 0); a scalar whole."""
+
+
+class Engine(Protocol):
+    """One layout's way to train and to predict."""
+
+    model: AlexNet  # this rank's part of the network
+
+    def train_step(
+        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+    ) -> Tensor:
+        """One update from this replica's samples of a step.
+
+        Args:
+            keep_gradients: for `gradient`, until the next step.
+
+        Returns:
+            (6,) float64 on the device, over all replicas: sum of losses, count of labels ranked
+            first, count among the first five, 0 if loss and gradient were finite, so that the
+            update was made, else 1, count of damaged samples, and norm of the whole network's
+            gradient. Alike on all ranks. Reading it waits for the device; a step later it is free.
+        """
+
+    def predict(self, windows: Tensor) -> Tensor:
+        """(n, 3, crop, crop) to logits (n, classes), float32 or wider, without dropout."""
+
+    def parameter(self, name: str) -> Tensor | None:
+        """A whole parameter (conv1.weight, …) on rank 0's CPU; None elsewhere. Collective."""
+
+    def gradient(self, name: str) -> Tensor | None:
+        """A parameter's whole gradient of the last step, were they kept, on rank 0's CPU; None
+        elsewhere, and where each rank has a part of all (ZeRO). Collective."""
+
+    def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Parameters and optimiser tensors, whole, on rank 0's CPU; less elsewhere. Collective."""
+
+    def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
+        """Take this rank's parts of whole tensors."""
+
+    def replicated(self) -> dict[str, Tensor]:
+        """The tensors of which every replica has a copy that must be equal to the bit."""
+
+
+def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy, and (3,) float64: it, top-1 and top-5 counts; no host sync.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,) int64.
+    """
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    rank = label_ranks(logits.detach(), labels)
+    counts = [loss.detach(), (rank < 1).sum(), (rank < 5).sum()]
+    return loss, torch.stack([count.double() for count in counts])
+
+
+def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
+    """A step's numbers, (6,): what `scored` counted, 0, the damaged samples of the batch, 0."""
+    return F.pad(
+        torch.cat([counts, counts.new_zeros(1), batch.damaged.sum().double()[None]]), (0, 1)
+    )
+
+
+def judged(stats: Tensor, scale: float) -> Tensor:
+    """Complete a step's numbers, in place; float32, not 0 where its update must not be made.
+
+    Args:
+        stats: (6,), the last the squared norm of gradients that are `scale` times too large.
+    """
+    stats[5] = stats[5].sqrt() / (scale or 1.0)
+    stats[3] = (~(stats[0] + stats[5]).isfinite()).to(stats.dtype)
+    return stats[3].float()
+
+
+def fitting(tensor: Tensor, like: Tensor, name: str) -> Tensor:
+    """The tensor; raises CheckpointError unless it has the shape of the one it is for."""
+    if tensor.shape != like.shape:
+        raise CheckpointError(
+            f"{name}: {tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} in the network"
+        )
+    return tensor
+
+
+def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
+    """(n,) how many classes are ranked before each label: ties to the lower index, NaN last.
+
+    Args:
+        scores: (n, classes).
+        labels: (n,) int64.
+    """
+    own = scores.gather(1, labels[:, None])
+    index = torch.arange(scores.shape[1], device=scores.device)
+    before = ~(scores <= own) | ((scores == own) & (index < labels[:, None]))
+    return before.sum(1)
+
+
+def on_host(stats: Tensor) -> Callable[[], list[float]]:
+    """Begin a copy to the host; the call it gives waits for that copy alone, not for later work."""
+    if stats.device.type == "cpu":
+        return stats.tolist
+    host = torch.empty_like(stats, device="cpu", pin_memory=True)
+    host.copy_(stats, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> list[float]:
+        copied.synchronize()
+        return host.tolist()
+
+    return read

@@ -1,0 +1,16 @@
+"""Which engine computes which layout."""
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.engines.base import Engine
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.parallel.layouts import ZERO_STAGES
+from alexnet_dist.parallel.topology import Topology
+
+
+def make_engine(config: Config, topology: Topology) -> Engine:
+    """The engine of this rank, its weights drawn. Collective."""
+    if config.layout.kind in ZERO_STAGES:
+        from alexnet_dist.engines.zero import ZeroEngine  # imports DeepSpeed, for seconds
+
+        return ZeroEngine(config, topology)
+    return TorchEngine(config, topology)

@@ -1,0 +1,165 @@
+"""The paper's SGD, Adam, LARS, and the schedules of the learning rate."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
+from alexnet_dist.errors import CheckpointError
+
+
+class Optimizer:
+    """A fused torch optimiser that steps at the rate it is told.
+
+    The paper's update (§5) is v ← 0.9·v − 0.0005·ε·w − ε·g; w ← w + v. With ε inside the
+    velocity, torch's SGD at a rate of 1 makes it exactly, v being minus its momentum buffer, if
+    the gradients arrive multiplied by ε. The loss is scaled by ε for that (`loss_scale`), which
+    costs nothing; buffers need no rescaling when ε changes, and ε = 0 lets the velocity decay.
+
+    Args:
+        whole_sums: (2, weights) sums over this rank's rows to sums over whole tensors, for LARS.
+    """
+
+    def __init__(
+        self,
+        config: OptimizerConfig,
+        parameters: Iterable[tuple[str, nn.Parameter]],
+        whole_sums: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> None:
+        self.config, self.whole_sums = config, whole_sums
+        named = list(parameters)
+        groups = [
+            {"params": [p for name, p in named if name.endswith(".bias") == biases]}
+            for biases in (False, True)
+        ]
+        self.optimizer: torch.optim.Optimizer
+        if config.kind == "adam":
+            betas = (config.betas[0], config.betas[1])
+            self.optimizer = torch.optim.Adam(groups, betas=betas, eps=config.eps, fused=True)
+        else:
+            self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+            for _, parameter in named:  # torch would leave them unset if the first step is skipped
+                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        self.parameters = dict(named)
+
+    @property
+    def velocity(self) -> bool:
+        return self.config.kind != "adam" and self.config.momentum_form == "velocity"
+
+    def loss_scale(self, rate: float) -> float:
+        """What the loss must be multiplied by before its backward."""
+        return rate if self.velocity and self.config.kind == "sgd" else 1.0
+
+    def step(self, rate: float, skip: Tensor) -> None:
+        """Update the parameters; not at all where `skip` (float32, on the device) is not 0."""
+        self.prepare(rate, skip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def prepare(self, rate: float, skip: Tensor) -> None:
+        """All of a step but torch's part."""
+        for group, biases in zip(self.optimizer.param_groups, (False, True), strict=True):
+            decay = self.config.weight_decay * (self.config.bias_decay or not biases)
+            bias_rate = self.config.bias_rate if biases else 1.0
+            group["lr"] = bias_rate * (1.0 if self.velocity else rate)
+            group["weight_decay"] = decay * (rate if self.velocity else 1.0)
+        self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        if self.config.kind == "lars":
+            self._scale_layers(rate if self.velocity else 1.0)
+
+    @torch.no_grad()
+    def _scale_layers(self, scale: float) -> None:
+        """LARS (You et al. 2017): gradients of weights become scale × λ × (g + decay × w) with a λ
+        for each layer, those of biases scale × g."""
+        weights, biases = (group["params"] for group in self.optimizer.param_groups)
+        grads, decay = [w.grad for w in weights], self.config.weight_decay
+        norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads)]
+        w, g = self.whole_sums(torch.stack(norms).square()).sqrt()
+        trust = torch.where((w > 0) & (g > 0), self.config.trust * w / (g + decay * w), 1.0)
+        torch._foreach_add_(grads, weights, alpha=decay)
+        torch._foreach_mul_(grads, list((scale * trust).unbind()))
+        torch._foreach_mul_([b.grad for b in biases], scale)
+        self.optimizer.param_groups[0]["weight_decay"] = 0.0  # it is in the gradient
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every state tensor as `KIND/PARAMETER`: momentum_buffer/conv1.weight, …"""
+        return {
+            f"{kind}/{name}": value
+            for name, parameter in self.parameters.items()
+            for kind, value in self.optimizer.state.get(parameter, {}).items()
+            if isinstance(value, Tensor)
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `tensors` gave, of this rank's parts of the parameters."""
+        self.optimizer.state.clear()
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            parameter = self.parameters.get(name)
+            if parameter is None or value.shape not in (parameter.shape, ()):
+                raise CheckpointError(f"{key}: {tuple(value.shape)} fits no parameter")
+            kept = torch.empty_like(parameter) if value.dim() else torch.empty_like(value)
+            kept = kept.to(parameter.device)
+            self.optimizer.state[parameter][kind] = kept.copy_(value)
+
+
+@dataclass
+class Schedule:
+    """The learning rate of every step; its few numbers travel in the checkpoint.
+
+    Attributes:
+        steps_per_epoch: may be fractional.
+        best_error: plateau: lowest validation error so far.
+        stalled: plateau: evaluations since then.
+        drops: plateau: times the rate has fallen.
+    """
+
+    config: ScheduleConfig
+    steps_per_epoch: float
+    last_step: int
+    best_error: float = 1.0
+    stalled: int = 0
+    drops: int = 0
+
+    @classmethod
+    def of(cls, config: Config, samples: int) -> "Schedule":
+        per_epoch = samples / config.train.batch
+        last_step = max(1, round(config.train.epochs * per_epoch))
+        return cls(config.schedule, per_epoch, last_step)
+
+    def rate(self, step: int) -> float:
+        """The rate of the step of this number, counted from 0."""
+        config, epoch = self.config, step / self.steps_per_epoch
+        warm = 1.0
+        if epoch < config.warmup_epochs:
+            warm = (step + 1) / (config.warmup_epochs * self.steps_per_epoch)
+        match config.kind:
+            case "steps":
+                falls = sum(epoch >= at for at in config.at_epochs)
+                shape = config.factor**falls
+            case "plateau":
+                shape = config.factor**self.drops
+            case "polynomial":
+                shape = (1 - step / self.last_step) ** config.power
+        return float(config.rate * min(1.0, warm) * shape)
+
+    def observe(self, error: float) -> None:
+        """Tell it a validation error; plateau falls when errors stop improving (paper §5)."""
+        if error < self.best_error:
+            self.best_error, self.stalled = error, 0
+            return
+        self.stalled += 1
+        if self.stalled >= self.config.patience and self.drops < self.config.max_drops:
+            self.stalled, self.drops = 0, self.drops + 1
+
+    def state(self) -> dict[str, Any]:
+        kept = asdict(self)
+        return {key: kept[key] for key in ("best_error", "stalled", "drops")}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.best_error, self.stalled, self.drops = (
+            float(state["best_error"]), int(state["stalled"]), int(state["drops"]),
+        )  # fmt: skip

@@ -1,0 +1,233 @@
+"""ZeRO stages 1 and 2 by DeepSpeed: replicas that split the optimiser's state, and at stage 2 the
+gradients, among them. The only importer of DeepSpeed.
+"""
+
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import get_total_norm
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.engines.base import WholeTensors, fitting, judged, scored, with_damaged
+from alexnet_dist.engines.optimizer import Optimizer
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.model import AlexNet, Layer
+from alexnet_dist.parallel.columns import merge
+from alexnet_dist.parallel.layouts import ZERO_STAGES
+from alexnet_dist.parallel.replicas import summed
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.timing import TIMELINE
+
+
+def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
+    """DeepSpeed's config from ours, the user's file laid over it; raises ConfigError."""
+    parts = config.train.micro_batches
+    ours: dict[str, Any] = {
+        "train_batch_size": config.train.batch,
+        "train_micro_batch_size_per_gpu": config.train.batch // replicas // parts,
+        "gradient_accumulation_steps": parts,
+        "gradient_clipping": 0.0,  # its default is 1
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": ZERO_STAGES[config.layout.kind],
+            "reduce_bucket_size": 2**24,  # its default of 2 GB is always allocated
+            "allgather_bucket_size": 2**24,
+            "compute_grad_norm": False,  # one more collective and a stop of the host, for nothing
+        },
+        # Its `bf16` would cast the network itself.
+        "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
+        "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # each would wait for the GPU
+    }
+    if config.layout.compress_gradients:
+        ours["communication_data_type"] = "bf16"
+        # Under autocast it asks the layers instead, and knows torch's own only.
+        ours["torch_autocast"]["lower_precision_safe_modules"] = [
+            f"{layer.__module__}.{layer.__qualname__}" for layer in Layer.__subclasses__()
+        ]
+    if config.layout.deepspeed == "none":
+        return ours
+    try:
+        theirs = json.loads(Path(config.layout.deepspeed).read_text())
+        return _laid_over(ours, dict(theirs))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"layout.deepspeed={config.layout.deepspeed!r}: not a JSON file of DeepSpeed keys: "
+            f"{error}"
+        ) from error
+
+
+def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested mappings merged, `above` winning."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict)
+        merged[key] = _laid_over(inner, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+class ZeroEngine:
+    """A whole network on each rank; each rank keeps and updates a part of flat float32 weights.
+
+    DeepSpeed flattens weights and biases (our two parameter groups) each into one long vector,
+    padded to a multiple of the ranks, and gives every rank an equal piece of it.
+    """
+
+    def __init__(self, config: Config, topology: Topology) -> None:
+        assert topology.replica_group is not None
+        self.config, self.topology, self.group = config, topology, topology.replica_group
+        with topology.device:
+            self.model = model = AlexNet(config.model, config.seed)
+        for parameter in model.parameters():  # it flattens, and broadcasts bytes: no channels_last
+            parameter.data = parameter.data.contiguous()
+        self.optimizer = Optimizer(config.optimizer, model.named_parameters())
+        self.optimizer.optimizer.state.clear()  # the pieces get theirs
+        self.engine = self._initialised(model)
+        self.zero = self.engine.optimizer
+        if config.optimizer.kind == "sgd":
+            for piece in self._pieces():
+                momentum = {"momentum_buffer": torch.zeros_like(piece)}
+                self.optimizer.optimizer.state[piece].update(momentum)
+
+    def train_step(
+        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+    ) -> Tensor:
+        self.engine.train()
+        size, parts = self.config.train.batch, self.config.train.micro_batches
+        n, replicas = len(batch.labels), self.topology.replicas
+        first = self.topology.replica * n
+        slots = torch.arange(first, first + n, device=self.topology.device)
+        # DeepSpeed averages over ranks where the loss's sum asks for a sum.
+        scale = self.optimizer.loss_scale(rate) / size * replicas
+        stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        for part in range(parts):
+            rows = slice(part * n // parts, (part + 1) * n // parts)
+            with TIMELINE.span("forward"):
+                logits = self.engine(batch.windows[rows], slots[rows], step)
+                loss, counts = scored(logits, batch.labels[rows])
+            with TIMELINE.span("backward"):
+                self.engine.backward(loss * scale, scale_wrt_gas=False)
+            stats = stats + counts
+            if part == parts - 1:
+                stats = with_damaged(stats, batch)
+                stats[5] = get_total_norm(self._gradients()).double() ** 2
+                skip = judged(summed(stats, self.group), self.optimizer.loss_scale(rate))
+                self.optimizer.prepare(rate, skip=skip)
+            with TIMELINE.span("optimizer"):
+                self.engine.step()  # counts micro-batches, and updates after the last
+        return stats
+
+    @torch.no_grad()
+    def predict(self, windows: Tensor) -> Tensor:
+        self.engine.eval()
+        logits: Tensor = self.engine(windows)
+        return logits.float()
+
+    def parameter(self, name: str) -> Tensor | None:
+        if not self.topology.leads:
+            return None
+        return self.engine.module.get_parameter(name).detach().cpu().clone()  # type: ignore[no-any-return]
+
+    def gradient(self, name: str) -> Tensor | None:
+        return None
+
+    def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        parameters: dict[str, Tensor] = {}
+        optimizer: dict[str, Tensor] = {}
+        for group, piece in enumerate(self._pieces()):
+            parameters |= self._cut(group, merge(piece, self._length(group), self.group))
+            for kind, value in self.optimizer.optimizer.state[piece].items():
+                whole = merge(value, self._length(group), self.group)
+                tensors = self._cut(group, whole)
+                optimizer |= {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
+        return parameters, optimizer
+
+    def replicated(self) -> dict[str, Tensor]:
+        return dict(self.engine.module.named_parameters())
+
+    @torch.no_grad()
+    def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
+        for name, parameter in self.engine.module.named_parameters():
+            parameter.copy_(fitting(parameters.rows(name, slice(None)), parameter, name))
+        kinds = {key.partition("/")[0] for key in (optimizer.keys() if optimizer else ())}
+        for group, piece in enumerate(self._pieces()):
+            mine = slice(self.group.rank() * len(piece), (self.group.rank() + 1) * len(piece))
+            piece.copy_(self.zero.bit16_groups_flat[group][mine])
+            for kind in sorted(kinds):
+                assert optimizer is not None
+                flat = torch.zeros(self._length(group))
+                for name, shape, rows in self._places(group):
+                    tensor = optimizer.rows(f"{kind}/{name}", slice(None))
+                    if tensor.dim() == 0 and shape:
+                        alike = tensor.to(piece.device, copy=True)
+                        self.optimizer.optimizer.state[piece][kind] = alike
+                        break
+                    flat[rows] = tensor.flatten()
+                else:
+                    state = flat[mine].to(piece.device)
+                    self.optimizer.optimizer.state[piece][kind] = state
+
+    def _gradients(self) -> list[Tensor]:
+        """This rank's part of them, summed over ranks; none where DeepSpeed offloads them."""
+        return [part for parts in self.zero.averaged_gradients.values() for part in parts or ()]
+
+    def _pieces(self) -> list[Tensor]:
+        """This rank's float32 piece of the weights, and of the biases."""
+        return list(self.zero.single_partition_of_fp32_groups)
+
+    def _length(self, group: int) -> int:
+        return len(self.zero.bit16_groups_flat[group])
+
+    def _places(self, group: int) -> Iterator[tuple[str, torch.Size, slice]]:
+        """Each parameter's name, shape and place in the group's flat vector."""
+        names = {parameter: name for name, parameter in self.engine.module.named_parameters()}
+        for parameter in self.zero.bit16_groups[group]:
+            begin = parameter.storage_offset()
+            yield names[parameter], parameter.shape, slice(begin, begin + parameter.numel())
+
+    def _cut(self, group: int, flat: Tensor | None) -> dict[str, Tensor]:
+        """Parameters' tensors from a flat vector; of a scalar, one for each; none from None."""
+        if flat is None or not self.topology.leads:
+            return {}
+        return {
+            name: (flat[rows].view(shape) if flat.dim() else flat).clone()
+            for name, shape, rows in self._places(group)
+        }
+
+    def _initialised(self, model: AlexNet) -> Any:
+        device = self.topology.device
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # it asks; srun does not set it
+        warnings.filterwarnings(
+            "ignore", message=".*all_gather_into_tensor", category=FutureWarning
+        )
+        import deepspeed
+        from deepspeed.runtime import torch_autocast
+        from deepspeed.utils import groups, logger
+
+        logger.setLevel(logging.ERROR)  # it warns of optimisers it has not tested: ours have been
+        # No kernel is compiled for a collective we do not use; and ours have our timeout.
+        deepspeed.ops.__compatible_ops__ = {}
+        groups._WORLD_GROUP = self.group
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # by an engine before this one
+        config = deepspeed_config(self.config, self.topology.replicas)
+        optimizer, theirs = self.optimizer.optimizer, self.config.layout.deepspeed
+        try:
+            engine, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=config, dist_init_required=False
+            )
+        except (ValueError, AssertionError) as error:
+            if theirs == "none":
+                raise
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"layout.deepspeed={theirs!r}: DeepSpeed refuses: {reason}") from None
+        return engine

@@ -1,0 +1,1 @@
+"""Scores, and a trained network that answers."""

@@ -1,0 +1,86 @@
+"""Files that are to outlive a crash, and files that may hold anything.
+
+Those from elsewhere are read within bounds, so that none takes memory, time or a stack.
+"""
+
+import hashlib
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
+# Of run.json: what is reckoned with, and left out where it is no number.
+_COUNTS = ("attempt", "idle_restarts", "resumed_at", "newest_step", "first_started", "kept_s")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file that is on the disk when this returns; `sync` its folder for its name."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What a run folder's run.json says; empty where there is none. (Here, it needs no torch.)"""
+    try:
+        found = json_object(read_bytes(folder / "run.json"))
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 2**63
+
+
+def read_bytes(path: Path, most: int = _MOST) -> bytes:
+    """A whole file; raises ValueError where it is longer than `most` bytes, OSError as ever."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"longer than {most:,} bytes")
+    return content
+
+
+def json_object(text: bytes) -> dict[str, Any]:
+    """The JSON object that these bytes are; raises ValueError for anything else."""
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"a {type(found).__name__}, not an object")
+    return found
+
+
+@contextmanager
+def within_memory(most: int) -> Iterator[None]:
+    """This process may take so many bytes more; beyond them allocations raise MemoryError."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = [limit for limit in (used + most, *before) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min(limits), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

@@ -1,0 +1,198 @@
+"""Weights from other programs into a checkpoint of ours, and a checkpoint's out to them.
+
+| format | from | to |
+|---|---|---|
+| safetensors | our names: conv1.weight, … | the same, the config in its metadata |
+| torchvision | a state dict (.pth, read without running a pickle, or .safetensors) | the same |
+| caffe | .caffemodel, its first layer's BGR turned; --mean: its mean image | .caffemodel, BGR |
+| onnx | | logits of windows (n, 3, crop, crop), by ONNX's own operators |
+
+What leaves expects the windows that conv1 sees here: the mean off, divided by data.divide_by.
+"""
+
+import json
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.store import Checkpoint
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.formats import caffe
+from alexnet_dist.network.model import AlexNet
+
+Tensors = dict[str, Tensor]
+# The places of weights in torchvision's alexnet.
+_TORCHVISION = ("features.0", "features.3", "features.6", "features.8", "features.10",
+                "classifier.1", "classifier.4", "classifier.6")  # fmt: skip
+
+
+def import_weights(
+    kind: str, path: Path, out: Path, sources: Sequence[str], mean: Path | None = None
+) -> Path:
+    """Make a checkpoint in `out`/checkpoints of another program's weights; its path.
+
+    Args:
+        kind: safetensors, torchvision or caffe.
+        sources: the config of the network they are for, as for train.
+        mean: Caffe's mean image, taken off in place of the data set's.
+
+    Raises CheckpointError where the file is not of that kind, or of another network; ConfigError
+    where `out` holds a run, or kind and network do not fit.
+    """
+    if checkpoints.steps(out / "checkpoints"):
+        raise ConfigError(f"{out}: holds a run already: name a folder that is to be made")
+    if mean is not None:
+        if kind != "caffe":
+            raise ConfigError(f"--mean {mean}: only with --format caffe")
+        mean_image = caffe.read_mean(mean)
+        own = ["data.subtract=mean_image", f"data.mean_from={(out / 'mean.npy').resolve()}"]
+        sources = [*sources, *own]
+    config = load_config([*sources, f"name={out.name}", f"output_dir={out.parent}"])
+    tensors = _READ[kind](path, config)
+    with torch.device("meta"):
+        wanted = dict(AlexNet(config.model, drawn=False).named_parameters())
+    for name in sorted({*wanted} | {*tensors}):
+        there = list(tensors[name].shape) if name in tensors else "not there"
+        here = list(wanted[name].shape) if name in wanted else "not in this network"
+        if there != here:
+            raise CheckpointError(
+                f"{path}: {name}: {there}, and {here} by the config: name the preset it is of "
+                "(paper/torchvision-2014, paper/caffe-alexnet, paper/caffenet) and model.classes"
+            )
+    whole = {name: tensors[name].float().contiguous() for name in wanted}
+    progress = {"step": 0, "score": None}
+    if mean is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        np.save(out / "mean.npy", mean_image)
+    return checkpoints.save(out / "checkpoints", config, "imported", whole, {}, progress, None)
+
+
+def export_weights(kind: str, source: Path, out: Path) -> Path:
+    """Write a run's best or a checkpoint's weights as another program reads them.
+
+    Args:
+        kind: safetensors, torchvision, caffe or onnx.
+
+    Raises CheckpointError; ConfigError where that program has no such network.
+    """
+    found = checkpoints.at(source)
+    config, file = found.config, found.parameters()
+    tensors = {name: file.rows(name, slice(None)).float() for name in file.keys()}  # noqa: SIM118
+    _WRITE[kind](out, found, config, tensors)
+    return out
+
+
+def _read_safetensors(path: Path, config: Config) -> Tensors:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_torchvision(path: Path, config: Config) -> Tensors:
+    if path.suffix == ".safetensors":
+        found = _read_safetensors(path, config)
+    else:
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"{path} is not a state dict: {reason}") from error
+        if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+            keys = f", but of {', '.join(map(str, found))[:200]}" if isinstance(found, dict) else ""
+            raise CheckpointError(
+                f"{path} is no dict of tensors{keys}: save the model's state_dict() alone"
+            )
+    names = {b: a for a, b in _torchvision_names(config).items()}
+    return {names.get(name, name): tensor for name, tensor in found.items()}
+
+
+def _read_caffe(path: Path, config: Config) -> Tensors:
+    tensors: Tensors = {}
+    for layer, blobs in caffe.read_layers(path).items():
+        weight, *biases = (torch.from_numpy(blob.copy()) for blob in blobs)
+        if layer.startswith("fc"):
+            weight = weight.reshape(weight.shape[-2:])  # the old format: 1 × 1 × out × in
+        tensors[f"{layer}.weight"] = weight.flip(1) if layer == "conv1" else weight  # BGR
+        tensors |= {f"{layer}.bias": bias.flatten() for bias in biases}
+    return tensors
+
+
+def _write_safetensors(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
+    save_file(tensors, out, {"config": json.dumps(flat(config)), "of": str(found.path)})
+
+
+def _write_torchvision(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
+    names = _torchvision_names(config)
+    renamed = {names[name]: tensor for name, tensor in tensors.items()}
+    if out.suffix == ".safetensors":
+        save_file(renamed, out)
+    else:
+        torch.save(renamed, out)
+
+
+def _write_caffe(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
+    weights = tensors | {"conv1.weight": tensors["conv1.weight"].flip(1)}
+    layers = {
+        name: [weights[f"{name}.{kind}"].numpy() for kind in ("weight", "bias")]
+        for name in config.model.layer_names
+    }
+    caffe.write_layers(out, config.name, layers)
+
+
+def _write_onnx(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 (torch.onnx needs it)
+    except ImportError as error:
+        raise ConfigError(
+            f"--format onnx needs {error.name}: pip install 'alexnet-dist[export]'"
+        ) from error
+    model = AlexNet(config.model, drawn=False).eval()
+    model.load_state_dict(tensors)
+    windows = torch.zeros(2, 3, config.model.crop, config.model.crop)
+    batch = {"x": {0: torch.export.Dim("batch")}}
+    program = torch.onnx.export(
+        model, (windows,), input_names=["windows"], output_names=["logits"],
+        dynamic_shapes=batch, dynamo=True, verbose=False,
+    )  # fmt: skip
+    assert program is not None
+    made = program.model_proto
+    onnx.helper.set_model_props(made, {"config": json.dumps(flat(config))})
+    onnx.save(made, out)
+
+
+def _torchvision_names(config: Config) -> Mapping[str, str]:
+    """Our parameters' names to torchvision's; raises ConfigError for other numbers of layers.
+
+    In a layer that sees its own column only, weights keep our shape, half of torchvision's.
+    """
+    layers = config.model.layer_names
+    if (len(config.model.conv), len(layers)) != (5, 8):
+        raise ConfigError(
+            f"model.conv={list(config.model.conv)}, model.fc={list(config.model.fc)}: "
+            "torchvision's alexnet has 5 convolutions and 3 more layers: use --format safetensors"
+        )
+    return {
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in zip(layers, _TORCHVISION, strict=True)
+        for kind in ("weight", "bias")
+    }
+
+
+_READ: dict[str, Callable[[Path, Config], Tensors]] = {
+    "safetensors": _read_safetensors, "torchvision": _read_torchvision, "caffe": _read_caffe,
+}  # fmt: skip
+_WRITE: dict[str, Callable[[Path, Checkpoint, Config, Tensors], None]] = {
+    "safetensors": _write_safetensors, "torchvision": _write_torchvision, "caffe": _write_caffe,
+    "onnx": _write_onnx,
+}  # fmt: skip

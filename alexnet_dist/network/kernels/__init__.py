@@ -1,0 +1,1 @@
+"""Loops and kernels of ours, where torch's operators take too many passes over memory."""

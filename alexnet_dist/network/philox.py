@@ -1,0 +1,173 @@
+"""Counter-based random numbers: every draw is a function of its key, none of a stream's state.
+
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Integers
+and uniforms are the same bits from NumPy and torch, because one piece of int64 arithmetic serves
+both; a GPU's masks are drawn by Triton, to the same bits. Normals are made in float64 on the host.
+A rank computes just the part of a draw that it needs, and to resume needs only the step number.
+"""
+
+import hashlib
+import math
+from enum import IntEnum
+from typing import Any, TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from numba import njit, prange
+from torch import Tensor
+
+from alexnet_dist.network.kernels.numba_loops import parallel
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_BLOCK = 65536
+
+Words = TypeVar("Words", npt.NDArray[np.int64], Tensor)
+
+
+class Purpose(IntEnum):
+    """The second word of a key: draws for one purpose never meet those for another."""
+
+    ORDER = 1
+    WINDOW = 2  # crop and flip
+    LIGHTING = 3
+    DROPOUT = 4
+
+
+_DROPOUT = int(Purpose.DROPOUT)
+
+
+def philox(
+    counter: tuple[Words, Words, Words, Words], key: tuple[int, int]
+) -> tuple[Words, Words, Words, Words]:
+    """Four 32-bit words for each counter.
+
+    Args:
+        counter: four int64 arrays or tensors that broadcast, values in [0, 2**32).
+        key: two integers in [0, 2**32).
+
+    Returns:
+        Four int64 arrays of the broadcast shape, values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # A product of two 32-bit words wraps in int64, but its 64 bits are right.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def integers(words: Words, limits: Words | int) -> Words:
+    """Integers in [0, limit) from 32-bit words (their high bits; limits up to 2**31)."""
+    return (words * limits) >> 32
+
+
+@overload
+def uniforms(words: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]: ...
+@overload
+def uniforms(words: Tensor) -> Tensor: ...
+def uniforms(words: npt.NDArray[np.int64] | Tensor) -> npt.NDArray[np.float64] | Tensor:
+    """Float64 in (0, 1), never 0 or 1, from 32-bit words."""
+    wide = words.double() if isinstance(words, Tensor) else words.astype(np.float64)
+    return (wide + 0.5) * 2.0**-32
+
+
+def normals(
+    words: tuple[npt.NDArray[np.int64], ...],
+) -> tuple[npt.NDArray[np.float64], ...]:
+    """Four independent standard normals from four uniform words (Box and Muller)."""
+    u = [uniforms(word) for word in words]
+    pairs: list[npt.NDArray[np.float64]] = []
+    for radius, angle in ((u[0], u[1]), (u[2], u[3])):
+        length = np.sqrt(-2.0 * np.log(radius))
+        pairs += [length * np.cos(math.tau * angle), length * np.sin(math.tau * angle)]
+    return tuple(pairs)
+
+
+def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+    """The order of `count` samples in an epoch: sample ids, each once."""
+    keys = np.empty(count, dtype=np.int64)
+    for start in range(0, count, _BLOCK):  # what it takes meanwhile stays small
+        ids = np.arange(start, min(start + _BLOCK, count), dtype=np.int64)
+        zero = np.zeros_like(ids)
+        high, low, _, _ = philox((ids, zero + epoch, zero, zero), (seed, Purpose.ORDER))
+        keys[ids] = (high << 31) ^ low
+    return np.argsort(keys, kind="stable")
+
+
+def dropout_mask(
+    seed: int, step: int | Tensor, layer: int, slots: Tensor, first: int, count: int, drop: float
+) -> Tensor:
+    """Which units stay: bool (len(slots), count), True with probability 1 − drop.
+
+    Args:
+        step: as a tensor, () int64, where this is compiled, or a number would be part of the code.
+        slots: (n,) int64, the samples' places in the global batch; on the device of the mask.
+        first: the first unit, of the layer's units over all columns.
+    """
+    threshold = round(drop * 2**32)
+    if slots.is_cuda:
+        from alexnet_dist.network.kernels import gpu
+
+        now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
+        of = (slots, now, layer, first, count, seed, _DROPOUT, threshold)
+        kept: Tensor = gpu.dropout_mask(*of)
+        return kept
+    values = type(slots) is Tensor  # not a fake one, as a plan's
+    if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
+        stay = torch.empty(len(slots), count, dtype=torch.bool)
+        _masks(stay.numpy(), slots.numpy(), first, int(step), layer, seed, threshold)
+        return stay
+    start, end = first // 4, -(-(first + count) // 4)
+    units = torch.arange(start, end, device=slots.device)[None, :]
+    zero = torch.zeros_like(units)
+    counter = (units, slots[:, None], zero + step, zero + layer)
+    words = torch.stack(torch.broadcast_tensors(*philox(counter, (seed, Purpose.DROPOUT))), dim=-1)
+    stay = words >= threshold  # (n, blocks of four, 4)
+    return stay.flatten(1)[:, first - 4 * start :][:, :count]
+
+
+_philox: Any = njit(cache=False)(philox)  # of int64 numbers: the same arithmetic once more
+
+
+@parallel
+def _masks(
+    stay: npt.NDArray[np.bool_], slots: npt.NDArray[np.int64], first: int, step: int, layer: int,
+    seed: int, threshold: int,
+) -> None:  # fmt: skip
+    for row in prange(len(slots)):
+        for block in range(first // 4, (first + stay.shape[1] + 3) // 4):
+            words = _philox((block, slots[row], step, layer), (seed, _DROPOUT))
+            for lane in range(4):
+                unit = 4 * block + lane - first
+                if 0 <= unit < stay.shape[1]:
+                    stay[row, unit] = words[lane] >= threshold
+
+
+def initial_weights(
+    seed: int, name: str, shape: tuple[int, ...], rows: slice, std: float, dtype: torch.dtype
+) -> Tensor:
+    """N(0, std) for some rows (dim 0) of a parameter of this name and whole shape, on the CPU.
+
+    Each row has a counter of its own, so any slice equals the slice of the whole. Speed is why
+    these come from NumPy's compiled Philox 4x64 and its ziggurat, and are rounded from float64
+    row by row.
+    """
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
+    key = np.array([seed, int.from_bytes(digest, "little")], dtype=np.uint64)
+    begin, end, _ = rows.indices(shape[0])
+    values = torch.empty((end - begin, *shape[1:]), dtype=dtype, device="cpu")
+    for row, out in enumerate(values.numpy(), start=begin):
+        bits = np.random.Philox(key=key, counter=np.array([0, 0, 0, row], dtype=np.uint64))
+        out[...] = np.random.Generator(bits).standard_normal(out.shape) * std
+    return values

@@ -1,0 +1,97 @@
+"""Layouts: how replicas and columns lie on ranks, and which number of ranks each takes.
+
+| `layout.kind` | ranks | what |
+|---|---|---|
+| one | 1 | all columns in one process |
+| columns | 2 | the paper's: a process for each column |
+| replicas | N | a whole network on each rank, gradients summed (DDP) |
+| columns_x_replicas | 2N | replicas of two column ranks each |
+| zero1, zero2 | N | replicas whose optimiser state (zero2: and gradients) is split (DeepSpeed) |
+| sharded_fc | N | convolutions as replicas, fc6 … fc8 split over all ranks (Krizhevsky 2014, (a)) |
+"""
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import ConfigError
+
+SPLIT_IN_COLUMNS = ("columns", "columns_x_replicas")
+ZERO_STAGES = {"zero1": 1, "zero2": 2}
+_LEAST = {"one": 1, "columns": 2, "columns_x_replicas": 4}
+
+
+def columns_of(config: Config) -> int:
+    """Ranks that share a replica, a column each."""
+    return config.model.columns if config.layout.kind in SPLIT_IN_COLUMNS else 1
+
+
+def ranks_wanted(config: Config, gpus: int) -> int:
+    """Ranks to start where no launcher did: `layout.ranks`, a GPU each, or the fewest that fit."""
+    least = _LEAST.get(config.layout.kind, 2)
+    most = 2 if config.layout.kind == "columns" else gpus
+    if config.layout.ranks or config.layout.kind == "one":
+        return config.layout.ranks or 1
+    fitting = (ranks for ranks in range(most, least, -1) if not problem(config, ranks))
+    return next(fitting, least)
+
+
+def check(config: Config, ranks: int) -> None:
+    """Raises ConfigError where the layout, or the global batch, cannot lie on this many ranks."""
+    if wrong := problem(config, ranks):
+        raise ConfigError(wrong)
+
+
+def problem(config: Config, ranks: int) -> str:
+    """Why the layout does not lie on this many ranks, and what would; empty where it does."""
+    return _ranks_problem(config, ranks) or _batch_problem(config, ranks // columns_of(config))
+
+
+def _ranks_problem(config: Config, ranks: int) -> str:
+    model, kind = config.model, config.layout.kind
+    takes, fits = {
+        "one": ("1 rank", ranks == 1),
+        "columns": ("2 ranks", ranks == 2),
+        "columns_x_replicas": ("an even number of ranks", ranks % 2 == 0),
+        "replicas": ("any number of ranks", True),
+    }.get(kind, ("2 or more ranks", ranks >= 2))
+    if not fits:
+        fitting = ["replicas", *(["zero1", "zero2", "sharded_fc"] if ranks > 1 else ["one"])]
+        if model.columns == 2 and ranks % 2 == 0:
+            fitting.append("columns" if ranks == 2 else "columns_x_replicas")
+        return (
+            f"layout.kind={kind} takes {takes}, and the launcher started {ranks} "
+            f"(WORLD_SIZE, or layout.ranks): on {ranks} fit {', '.join(fitting)}"
+        )
+    if config.layout.ranks not in (0, ranks):
+        return (
+            f"layout.ranks={config.layout.ranks}: the launcher started {ranks} (WORLD_SIZE): set "
+            "layout.ranks=0 to take the launcher's number"
+        )
+    if kind == "sharded_fc" and (any(width % ranks for width in model.fc) or model.classes < ranks):
+        both = [n for n in divisors(*model.fc) if 1 < n <= model.classes]
+        return (
+            f"layout.kind=sharded_fc: model.fc={list(model.fc)} and model.classes="
+            f"{model.classes} do not split over {ranks} ranks: {_some(both)} ranks do"
+        )
+    return ""
+
+
+def _batch_problem(config: Config, replicas: int) -> str:
+    batch, parts = config.train.batch, config.train.micro_batches
+    if batch % (replicas * parts) == 0:
+        return ""
+    lower = batch // (replicas * parts) * replicas * parts
+    near = " and ".join(str(b) for b in (lower, lower + replicas * parts) if b)
+    return (
+        f"train.batch={batch}: does not divide into {replicas} replicas × train.micro_batches="
+        f"{parts}: batches of {near} do; {batch} with these micro-batches divides into "
+        f"{_some(divisors(batch // parts))} replicas, and on {replicas} replicas into micro-batches"
+        f" of {_some(divisors(batch // replicas)) if batch % replicas == 0 else 'no size'}"
+    )
+
+
+def divisors(*numbers: int) -> list[int]:
+    """What divides all of them."""
+    return [n for n in range(1, min(numbers) + 1) if not any(number % n for number in numbers)]
+
+
+def _some(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:12])) + (" …" if len(numbers) > 12 else "")

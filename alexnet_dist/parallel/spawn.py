@@ -1,0 +1,160 @@
+"""Start a layout's ranks on this host by torchrun's elastic API, when no launcher did."""
+
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
+from alexnet_dist.files import read_run
+from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored
+
+_OF_MEMORY = "by the kernel where memory ran out: see dmesg, and `alexnet-dist plan`"
+_LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
+
+
+def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
+    """Run `alexnet-dist ARGUMENTS` in this many ranks; the exit code the ranks agreed on.
+
+    Signals are passed on to every rank, which saves and leaves; a second SIGINT ends all at once.
+
+    Args:
+        folder: the run folder, whose run.json says how the ranks stopped.
+    """
+    config = _on_this_host(ranks, shutdown_timeout_s=120)
+    os.environ[_LAUNCHER] = str(os.getpid())
+    command = ["-m", "alexnet_dist", *arguments]
+    attempts_before = read_run(folder).get("attempt", 0)
+    try:
+        with _ended_by_a_second_interrupt():
+            elastic_launch(config, sys.executable)(*command)
+        return 0
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        if code < 0:
+            rank = error.get_first_failure()[0]
+            name = signal.Signals(-code).name
+            why = f" ({_OF_MEMORY})" if name == "SIGKILL" else ""
+            print(f"rank {rank} was killed by {name}{why}; run again to resume", file=sys.stderr)
+        return code if code > 0 else 1
+    except SignalException as error:
+        run = read_run(folder)
+        ended = run.get("state") in ("stopped", "finished")
+        if ended and run["attempt"] > attempts_before:  # else it tells of an earlier attempt
+            return int(run["exit"])
+        number = signal.Signals(error.sigval)
+        if run.get("attempt", 0) == attempts_before:
+            print(f"{folder}: stopped by {number.name} before it began", file=sys.stderr)
+            return EXITS[FLAGS[number]]
+        print(f"{folder}: stopped by {number.name} before it could save", file=sys.stderr)
+        return 1
+    finally:
+        del os.environ[_LAUNCHER]  # what this process starts later has another
+
+
+@contextmanager
+def _ended_by_a_second_interrupt() -> Iterator[None]:
+    """By a thread, as the main thread may be waiting for ranks: it ends them and this process."""
+    heard, bell = socket.socketpair()
+    bell.setblocking(False)
+    before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
+
+    def listen() -> None:
+        interrupts = 0
+        while numbers := heard.recv(64):
+            interrupts += numbers.count(signal.SIGINT)
+            if interrupts < 2:
+                continue
+            ranks = psutil.Process().children()
+            for rank in ranks:
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(signal.SIGINT)
+            for rank in psutil.wait_procs(ranks, timeout=2)[1]:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()  # checkpoints bear it
+            os._exit(EXITS[FLAGS[signal.SIGINT]])
+        heard.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        bell.close()
+
+
+def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
+    """What a module's function returns on each of this many ranks.
+
+    Raises:
+        AlexNetDistError: they all did.
+        RanksFailed: one failed; it has said why.
+    """
+    try:
+        with handlers_restored():
+            results = elastic_launch(_on_this_host(ranks, 10), _mistake_or)(function, *args)
+    except SignalException as error:
+        signal.raise_signal(error.sigval)  # now to this program's own handler
+        raise
+    except ChildFailedError as error:
+        raise RanksFailed(f"a rank failed, and said why ({function.__name__})") from error
+    if isinstance(results[0], AlexNetDistError):
+        raise results[0]
+    return [results[rank] for rank in range(ranks)]
+
+
+def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
+    """What it returns, or the mistake that every rank finds alike; another is said here."""
+    try:
+        return function(*args)
+    except Exception as error:
+        if isinstance(error, AlexNetDistError) and error.on_every_rank:
+            return error
+        said = in_words(error)
+        words = traceback.format_exc() if said is None else printable(str(said))
+        print(f"[r{os.environ['RANK']}] {words}", file=sys.stderr, flush=True)
+        raise
+
+
+def _on_this_host(ranks: int, shutdown_timeout_s: int) -> LaunchConfig:
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+        shutdown_timeout=shutdown_timeout_s,
+        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
+    )
+
+
+def leave_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when the launcher dies: a rank then saves and leaves.
+
+    The kernel sends it once for each of the launcher's threads, so it cannot be SIGINT.
+
+    Args:
+        parent: the rank's parent as it began: a launcher that has died since says nothing more.
+    """
+    set_parent_death_signal = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    if os.getppid() != int(os.environ.get(_LAUNCHER, parent)):
+        os._exit(EXITS[FLAGS[signal.SIGTERM]])

@@ -1,0 +1,98 @@
+"""Stopping on signals: a handler sets a flag, the ranks agree on it, the loop saves and leaves.
+
+| what arrives | what happens | exit |
+|---|---|---|
+| SIGUSR1, SIGUSR2 | saved; resume me | 75 |
+| SIGTERM | saved; do not resume by yourself | 143 |
+| first SIGINT | saved; do not resume by yourself | 130 |
+| second SIGINT | left at once, the last good checkpoint intact | 130 |
+"""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # a process that torch has yet to be loaded into can be signalled too
+    import torch
+    import torch.distributed as dist
+
+    from alexnet_dist.parallel.topology import Topology
+
+# Exit codes by the flag's value; where ranks saw different signals, the highest counts.
+EXITS = {1: 75, 2: 143, 3: 130}
+CANNOT_SAVE = 4  # told by rank 0 alone, no signal: it holds while it is so
+FLAGS = {signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
+
+
+class StopSignals:
+    """Handlers for this process, from now until `ignore`; forked children are left alone."""
+
+    def __init__(self) -> None:
+        self.flag = 0
+        self.cannot_save = False  # the other ranks are to know
+        # Where there is nothing to save yet: leave as soon as one arrives, with these words.
+        self.last_words: str | None = None
+        self.polls = 0
+        self._pid = os.getpid()
+        self._agreed = 0
+        self._waiting: tuple[torch.Tensor, dist.Work] | None = None
+        for number in FLAGS:
+            signal.signal(number, self._handle)
+
+    def poll(self, topology: "Topology") -> int:
+        """The flag all ranks agree on, 0 for none. Collective, and never waits for a slow rank.
+
+        The agreement begun at one call is read at the next, so that it costs no step any time.
+        """
+        import torch
+        import torch.distributed as dist
+
+        self.polls += 1
+        mine, said = CANNOT_SAVE if self.cannot_save else self.flag, 0
+        if topology.control is None:
+            return mine
+        if self._waiting is not None:
+            flags, work = self._waiting
+            work.wait()
+            said = int(flags)
+            if said != CANNOT_SAVE:
+                self._agreed = max(self._agreed, said)
+        flags = torch.tensor(mine)
+        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=topology.control, async_op=True)
+        assert work is not None
+        self._waiting = flags, work
+        return max(self._agreed, said)
+
+    @property
+    def exit_code(self) -> int | None:
+        """The code to leave with for what has arrived here; None where nothing has."""
+        return EXITS.get(self.flag)
+
+    def ignore(self) -> None:
+        """Ignore these signals from now on: an exit code is not to be lost while leaving."""
+        for number in FLAGS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return
+        if number == signal.SIGINT and self.flag == FLAGS[signal.SIGINT]:
+            os._exit(130)
+        self.flag = max(self.flag, FLAGS[signal.Signals(number)])
+        if self.last_words is not None:
+            os.write(2, self.last_words.encode())
+            os._exit(EXITS[self.flag])
+
+
+@contextmanager
+def handlers_restored() -> Iterator[None]:
+    """A program's own handlers are back when this ends, whatever was set meanwhile."""
+    before = {number: signal.getsignal(number) for number in FLAGS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,256 @@
+"""What a run would take, before anything is allocated: parameters, memory, arithmetic, traffic.
+
+The engine runs one step on fake tensors (shapes without values) and torch's fake process group,
+as rank 0 of any number of ranks. ZeRO's figures are formulas: DeepSpeed does not run on those.
+"""
+
+import contextlib
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # gives the collectives fake results
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.batch import Decoded
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.flops import multiply_adds
+from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.precision import DTYPES
+from alexnet_dist.parallel import layouts
+from alexnet_dist.parallel.replicas import summed
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.parallel.traffic import Traffic
+
+KINDS = ("one", "columns", "replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
+
+
+def plan(config: Config, ranks: int) -> dict[str, Any]:
+    """The plan of a config on this many ranks, for every layout: its own among them.
+
+    A layout that does not lie on them has its `problem` instead.
+    """
+    with _pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
+        whole = AlexNet(config.model, drawn=False)
+        counted = multiply_adds(whole)
+        forward = {layer.name: 2 * macs for layer, macs in counted.items()}
+        values = {
+            layer.name: macs // layer.weight.numel() * len(layer.weight)
+            for layer, macs in counted.items()
+        }
+        kinds = dict.fromkeys((*KINDS, config.layout.kind))  # one of your own too
+        beside = {kind: _on(config, kind, ranks) for kind in kinds}
+        return {
+            "recipe": flat(config),
+            "layout": config.layout.kind,
+            "ranks": ranks,
+            "batch": config.train.batch,
+            "parameters": {
+                layer.name: layer.weight.numel() + layer.bias.numel() for layer in whole.layers()
+            },
+            "forward_flops_per_image": forward,
+            # Backward: as much for the weights, and again for what a layer saw, but the image.
+            "training_flops_per_image": 3 * sum(forward.values()) - forward["conv1"],
+            "map_values_per_image": {
+                "all": sum(values.values()),
+                "normalised": sum(values[name] for name in config.model.lrn.layers),
+            },
+            "layouts": beside,
+            "alone": _alone(config, ranks),
+        }
+
+
+def _on(config: Config, kind: str, ranks: int) -> dict[str, Any]:
+    """Parameters, memory and traffic of a rank on one layout, or why it cannot be."""
+    try:
+        laid_out = load_config(
+            [flat(config), f"layout.kind={kind}", f"layout.ranks={ranks}", "train.compile=none"]
+        )
+        layouts.check(laid_out, ranks)
+    except ConfigError as error:
+        return {"problem": str(error)}
+    if kind in layouts.ZERO_STAGES:
+        return _zero(laid_out, ranks)
+    topology = _topology(laid_out, ranks)
+    engine = _PlannedEngine(laid_out, topology, drawn=False)
+    part, counts = _decoded(laid_out, topology)
+    engine.memory = memory = MemTracker()
+    traffic = Traffic()
+    memory.track_external(engine.model, engine.optimizer.optimizer, *engine.buckets)
+    with traffic:
+        batch = part.joined(counts, topology.column_group)
+    with memory, traffic:
+        engine.train_step(batch, 0, 0.01)
+    peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
+    parts = {_PARTS[name]: size for name, size in peak.items() if name in _PARTS}
+    parts["windows"] = batch.windows.numel() * batch.windows.element_size()
+    # Not derived but measured: oneDNN and MKL pack the largest weights, by CPU one to three times.
+    parts["workspace"] = 2 * max(p.numel() * p.element_size() for p in engine.model.parameters())
+    return {
+        "batch_per_replica": config.train.batch // topology.replicas,
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "memory": parts | {"peak": sum(parts.values())},
+        "bytes": traffic.bytes() | {"total": traffic.total()},
+        "calls": {name: traffic.calls[name] for name in traffic.bytes()},
+    }
+
+
+def _alone(config: Config, ranks: int) -> dict[str, Any]:
+    """All of the batch on one device; of a large one, a rank's share is planned and scaled up."""
+    share, times = config.train.batch // ranks, 1
+    if config.train.batch > 512 and config.train.batch % (ranks * config.train.micro_batches) == 0:
+        config, times = load_config([flat(config), f"train.batch={share}"]), ranks
+    found = _on(config, "one", 1)
+    memory = {name: size for name, size in found["memory"].items() if name != "peak"}
+    for name in ("activations", "temporary", "windows"):
+        memory[name] = memory.get(name, 0) * times
+    found["batch_per_replica"] *= times
+    return found | {"memory": memory | {"peak": sum(memory.values())}}
+
+
+_PARTS = {
+    "Parameter": "parameters",
+    "Gradient": "gradients",
+    "Optstate": "optimizer",
+    "Activation": "activations",
+    "Temp": "temporary",
+    "Other": "buckets",
+}
+
+
+class _PlannedEngine(TorchEngine):
+    """DDP does not run on fake tensors: here each gradient lies in a bucket of its own, and is
+    summed as soon as it is whole. Bytes and memory are DDP's."""
+
+    buckets: tuple[Tensor, ...] = ()
+    memory: MemTracker | None = None
+
+    def _replicated(self, group: dist.ProcessGroup) -> nn.Module:
+        compress = self.config.layout.compress_gradients
+
+        def sum_up(parameter: Tensor) -> None:
+            if self._last and parameter.grad is not None:
+                summed(parameter.grad.bfloat16() if compress else parameter.grad, group)
+
+        for name, parameter in self.model.named_parameters():
+            if not (self.shards and self._split_over(name)):
+                parameter.grad = torch.zeros_like(parameter)
+                self.buckets += (parameter.grad,)
+                parameter.register_post_accumulate_grad_hook(sum_up)
+        return self.model
+
+    def _summing(self, now: bool) -> AbstractContextManager[object]:
+        self._last = now
+        if self.memory:  # it follows one forward of a module at a time
+            self.memory.reset_mod_stats()
+        return contextlib.nullcontext()
+
+
+def _zero(config: Config, ranks: int) -> dict[str, Any]:
+    """DeepSpeed's stages: gradients all-reduced (at stage 2 after every micro-batch), updated
+    weights gathered; weights and biases each padded to an even piece a rank."""
+    layers = AlexNet(config.model, drawn=False).layers()
+    sizes = [sum(layer.get_parameter(kind).numel() for layer in layers) for kind in _KINDS]
+    padded = sum(-(-size // (2 * ranks)) * 2 * ranks for size in sizes)
+    rounds = config.train.micro_batches if config.layout.kind == "zero2" else 1
+    width = 2 if config.layout.compress_gradients else 4
+    share = ranks - 1
+    sent = {
+        "all-reduce": round(2 * (rounds * width * sum(sizes) + _STATS) * share / ranks),
+        "all-gather": 4 * padded * share // ranks,
+    }
+    replica = _on(config, "replicas", ranks)["memory"]
+    memory = {name: replica[name] for name in ("activations", "temporary", "windows", "workspace")}
+    memory |= {
+        "parameters": 4 * padded,
+        "gradients": 4 * padded,  # whole until they are reduced, at stage 2 too
+        "optimizer": 4 * padded // ranks * (1 + _STATES[config.optimizer.kind]),
+    }
+    return {
+        "batch_per_replica": config.train.batch // ranks,
+        "parameters": sum(sizes),
+        "memory": memory | {"peak": sum(memory.values())},
+        "bytes": sent | {"total": sum(sent.values())},
+        "calls": {name: rounds * -(-sum(sizes) // _BUCKET) for name in sent},
+    }
+
+
+_BUCKET = 2**24  # elements, as zero.py sets it
+_KINDS, _STATES, _STATS = ("weight", "bias"), {"sgd": 1, "adam": 2}, 48
+
+
+def lines(planned: dict[str, Any]) -> list[str]:
+    """A plan as text."""
+    layers = planned["parameters"]
+    flops = planned["forward_flops_per_image"]
+    text = [f"{'layer':8}{'parameters':>12}{'forward MFLOP/image':>21}"]
+    text += [f"{name:8}{layers[name]:12,}{flops[name] / 1e6:21,.1f}" for name in layers]
+    text += [
+        f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
+        f"training: {planned['training_flops_per_image'] / 1e9:.2f} GFLOP an image, "
+        f"{planned['training_flops_per_image'] * planned['batch'] / 1e12:.2f} TFLOP a step",
+        "",
+        f"on {planned['ranks']} rank(s), a batch of {planned['batch']} in all; of a rank, a step:",
+        f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
+    ]
+    for kind, found in planned["layouts"].items():
+        if "problem" in found:
+            text.append(f"{kind:20}{found['problem']}")
+            continue
+        sent = [f"{name} {size / 1e6:,.1f}" for name, size in found["bytes"].items()]
+        text.append(
+            f"{kind:20}{found['batch_per_replica']:6}{found['parameters']:12,}"
+            f"{found['memory']['peak'] / 1e6:11,.0f} MB"
+            f"{found['bytes'].get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
+        )
+    parts = planned["layouts"][planned["layout"]].get("memory", {})
+    if not parts:
+        return text
+    text += ["", f"memory of a rank of {planned['layout']}, MB at its peak:"]
+    text += [f"  {name:14}{size / 1e6:10,.1f}" for name, size in parts.items()]
+    return text
+
+
+@contextlib.contextmanager
+def _pretended(ranks: int) -> Any:
+    """A world of this many ranks of which this process is the first, and that says nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _topology(config: Config, ranks: int) -> Topology:
+    columns = layouts.columns_of(config)
+
+    def group(members: range) -> Any:
+        return dist.new_group(list(members), backend="fake") if len(members) > 1 else None
+
+    return Topology(
+        world_size=ranks,
+        columns=columns,
+        column_group=group(range(columns)),
+        replica_group=group(range(0, ranks, columns)),
+    )
+
+
+def _decoded(config: Config, topology: Topology) -> tuple[Decoded, list[int]]:
+    """What rank 0 decodes of a step, and how many samples each column rank does."""
+    counts = [len(slots) for slots in topology.shares(range(config.train.batch))]
+    side, dtype = config.model.crop, DTYPES[config.train.precision]
+
+    def finish(patches: Tensor, *drawn: Tensor) -> Tensor:
+        windows = torch.empty(len(patches), 3, side, side, dtype=dtype)
+        return windows.contiguous(memory_format=torch.channels_last)
+
+    patches = torch.empty(counts[0], side, side, 3, dtype=torch.uint8)
+    facts = torch.empty(counts[0], 9, dtype=torch.float64)  # of one window
+    return Decoded(patches, facts, finish), counts

@@ -1,0 +1,275 @@
+"""Every layout beside the grouped network on one process, on this machine, in real processes.
+
+| row | what must hold |
+|---|---|
+| all but ZeRO | in float64, after all steps: parameters and optimiser tensors within 1e-12 |
+| zero1, zero2 | in float32, from the oracle's state at each step: one update within 1e-5 |
+
+Differences are of each tensor, relative to its largest value. In float32 trajectories drift apart
+by rounding alone: how far parameters do is shown beside the drift between one and four
+micro-batches on one process.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import tempfile
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.engines.base import Engine
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.engines.optimizer import Schedule
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.parallel import layouts, spawn
+from alexnet_dist.parallel.topology import Topology, connect, gpus
+from alexnet_dist.parallel.traffic import Traffic
+from alexnet_dist.partition import share
+
+log = logging.getLogger(__name__)
+
+BOUND, ZERO_BOUND = 1e-12, 1e-5
+_DEFAULTS = ("one:1", "columns:2", "replicas:2", "columns_x_replicas:4", "sharded_fc:2",
+             "zero1:2", "zero2:2")  # fmt: skip
+_SPEED_STEPS = 8  # two warm up
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout's outcome; the fields are the keys of `--json`.
+
+    Attributes:
+        final_loss: of the run that is bounded, nats a sample.
+        max_difference: largest difference to the oracle, of any tensor.
+        images_per_s: all ranks together, in the config's own precision.
+        bytes_per_rank_step: sent by rank 0 in a step of the config's own precision.
+    """
+
+    layout: str
+    ranks: int
+    final_loss: float
+    max_difference: float
+    bound: float
+    holds: bool
+    images_per_s: float
+    bytes_per_rank_step: int
+
+
+HEADING = (
+    "layout              ranks  final loss  difference    bound  holds  images/s  "
+    "bytes/rank/step  fp32 drift"
+)
+
+
+def line(row: Row, drift: float | None, floor: float | None) -> str:
+    """A row of the table under HEADING."""
+    beside = f"noise floor {floor:.1e}" if floor is not None else "" if drift is None else drift
+    return (
+        f"{row.layout:18}  {row.ranks:5}  {row.final_loss:10.6f}  {row.max_difference:10.1e}  "
+        f"{row.bound:7.0e}  {'yes' if row.holds else 'NO':>5}  {row.images_per_s:8.1f}  "
+        f"{row.bytes_per_rank_step:15,}  {beside if isinstance(beside, str) else f'{beside:.1e}'}"
+    )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one set of ranks measured."""
+
+    losses: list[float]
+    images_per_s: float
+    bytes_per_step: int
+
+
+class InMemory:
+    """Whole tensors in memory, as an engine loads them."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self.tensors)
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        tensor = self.tensors[name]
+        return tensor[rows] if tensor.dim() else tensor
+
+
+def chosen(config: Config, names: str | None) -> list[Config]:
+    """A config for each of `LAYOUT[:RANKS],…`, the oracle first; None: all that can be here.
+
+    Raises:
+        ConfigError: a layout is unknown, or cannot be.
+    """
+    found = [_with(config, kind="one", ranks=1)]
+    for name in names.split(",") if names else _DEFAULTS:
+        kind, _, count = name.strip().partition(":")
+        if not count.isdecimal() and count:
+            raise ConfigError(f"--layouts {name}: write LAYOUT or LAYOUT:RANKS, as in replicas:2")
+        try:
+            one = _with(config, kind=kind, ranks=int(count or 0))
+            wanted = layouts.ranks_wanted(one, gpus=0)
+            one = _with(one, ranks=wanted)
+            layouts.check(one, wanted)
+        except ConfigError:
+            if names:
+                raise
+            continue
+        if kind != "one":
+            found.append(one)
+    return on_devices_alike(found)
+
+
+def on_devices_alike(found: Sequence[Config]) -> list[Config]:
+    """All on the CPU, where this host has GPUs for some of them only."""
+    here, most = gpus(found[0]), max(one.layout.ranks for one in found)
+    if 0 < here < most and found[0].layout.device == "auto":
+        log.warning(f"{here} GPU(s) here, and {most} ranks would need their own: all on the CPU")
+        return [_with(one, device="cpu") for one in found]
+    return list(found)
+
+
+def compare(
+    config: Config, names: str | None, steps: int
+) -> Iterator[tuple[Row, float | None, float | None]]:
+    """Row by row: what was measured, the drift in float32, and its noise floor (one process: how
+    far four micro-batches drift from one)."""
+    with tempfile.TemporaryDirectory() as folder:
+        oracle = Path(folder) / "oracle"
+        for place, laid_out in enumerate(chosen(config, names)):
+            path = Path(folder) / f"{place}" if place else oracle
+            yield _row(laid_out, steps, path, oracle)
+
+
+def _row(
+    config: Config, steps: int, path: Path, oracle: Path
+) -> tuple[Row, float | None, float | None]:
+    zero = config.layout.kind in layouts.ZERO_STAGES
+    bounded = _with(config, precision="fp32" if zero else "fp64")
+    runs = {"bounded": (bounded, steps), "fp32": (_with(config, precision="fp32"), steps)}
+    parts = next((p for p in (4, 3, 2) if config.train.batch % p == 0), 1)
+    if path == oracle and parts > 1:
+        runs["parts"] = (_with(runs["fp32"][0], micro_batches=parts), steps)
+    runs["own"] = (config, min(steps, _SPEED_STEPS))
+    if zero:
+        del runs["bounded"]
+    found, update = spawn.call(measure, config.layout.ranks, runs, path, zero)[0]
+    difference = update if zero else _difference(path / "bounded", oracle / "bounded")
+    only = ("parameters",)
+    drift = None if path == oracle else _difference(path / "fp32", oracle / "fp32", only)
+    floor = _difference(path / "parts", path / "fp32", only) if "parts" in runs else None
+    bound = ZERO_BOUND if zero else BOUND
+    row = Row(
+        config.layout.kind,
+        config.layout.ranks,
+        found["fp32" if zero else "bounded"].losses[-1],
+        difference,
+        bound,
+        difference <= bound,
+        round(found["own"].images_per_s, 1),
+        found["own"].bytes_per_step,
+    )
+    return row, drift, floor
+
+
+def measure(
+    runs: Mapping[str, tuple[Config, int]], path: Path, zero: bool
+) -> tuple[dict[str, Run], float]:
+    """On each rank: run each config for its steps; rank 0 leaves whole tensors in `path`/NAME.
+    With `zero`, also the largest difference of an update."""
+    found = {name: _run(config, steps, path / name) for name, (config, steps) in runs.items()}
+    return found, _updates(*runs["fp32"]) if zero else 0.0
+
+
+def _run(config: Config, steps: int, path: Path) -> Run:
+    topology = connect(config)
+    engine = make_engine(config, topology)
+    losses, traffic, begin = [], Traffic(), time.perf_counter()
+    batches = _batches(config, topology, steps)
+    for step in range(steps):
+        with traffic if step == 1 else contextlib.nullcontext():  # the first warms up
+            batch, rate = next(batches)
+            stats = engine.train_step(batch, step, rate)
+        losses.append(stats[0].item() / config.train.batch)
+        begin = time.perf_counter() if step == 1 else begin
+    batches.close()
+    speed = (steps - 2) * config.train.batch / (time.perf_counter() - begin)
+    tensors = engine.whole_tensors()
+    if topology.leads:
+        path.mkdir(parents=True)
+        for name, part in zip(("parameters", "optimizer"), tensors, strict=True):
+            save_file(part, path / name)
+    return Run(losses, speed, traffic.total())
+
+
+def _updates(config: Config, steps: int) -> float:
+    """The largest difference one update makes, from the oracle's state at each step.
+
+    Every rank computes the oracle too.
+    """
+    topology = connect(config)
+    alone = Topology(device=topology.device)
+    engine: Engine = make_engine(config, topology)
+    oracle: Engine = make_engine(_with(config, kind="one", ranks=1), alone)
+    mine, largest = share(config.train.batch, topology.replica, topology.replicas), 0.0
+    for step, (batch, rate) in enumerate(_batches(config, alone, steps)):
+        engine.load(*map(InMemory, oracle.whole_tensors()))
+        part = Batch(**{f.name: getattr(batch, f.name)[mine] for f in dataclasses.fields(Batch)})
+        engine.train_step(part, step, rate)
+        oracle.train_step(batch, step, rate)
+        ours = engine.whole_tensors()
+        for some, theirs in zip(ours, oracle.whole_tensors(), strict=True):
+            largest = max([largest, *(relative(some[name], theirs[name]) for name in some)])
+    return largest
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """‖ours − theirs‖∞ ÷ ‖theirs‖∞."""
+    difference = (ours.double() - theirs.double()).abs().max().item()
+    return difference and difference / theirs.double().abs().max().item()
+
+
+def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[Batch, float]]:
+    """This rank's part of each step, as the training loop makes it, and the rate."""
+    dataset = open_for(config)
+    samples = len(dataset.splits[config.data.train_split])
+    schedule = Schedule.of(config, samples)
+    shares = topology.shares(range(config.train.batch))
+    counts = [len(slots) for slots in shares]
+    sampler = TrainSampler(config, samples, dataset.statistics)
+    pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
+    try:
+        batches = pipeline.batches(sampler.plan(0, steps, shares[topology.column]))
+        for step, part in enumerate(batches):
+            yield part.joined(counts, topology.column_group), schedule.rate(step)
+    finally:
+        pipeline.close()
+
+
+def _difference(
+    ours: Path, theirs: Path, names: Sequence[str] = ("parameters", "optimizer")
+) -> float:
+    largest = 0.0
+    for name in names:
+        mine, other = load_file(ours / name), load_file(theirs / name)
+        largest = max([largest, *(relative(mine[key], other[key]) for key in other)])
+    return largest
+
+
+def _with(config: Config, **values: str | int) -> Config:
+    """The config with other values of some keys, checked."""
+    of_train = ("precision", "micro_batches")
+    overrides = [
+        f"{'train' if key in of_train else 'layout'}.{key}={value}" for key, value in values.items()
+    ]
+    return load_config([flat(config), *overrides])

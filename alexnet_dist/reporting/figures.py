@@ -1,0 +1,215 @@
+"""Pictures of runs, after the paper's: Fig. 1 (curves), Fig. 3 (kernels), Fig. 4 (answers and
+neighbours), and bars for ablations."""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.store import Checkpoint
+from alexnet_dist.config.load import ALONE, load_config
+from alexnet_dist.data.dataset import Split, open_for
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.errors import CheckpointError, looked_in
+from alexnet_dist.evaluation.evaluate import seen
+from alexnet_dist.parallel.topology import connect
+from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
+from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.tensorboard import ANSWERED, answered, evenly, image_of
+
+_QUERIES, _NEIGHBOURS = 5, 6  # of Fig. 4, right
+_CHUNK = 4096  # rows of the memory map compared at a time
+
+
+def draw(folder: Path) -> list[Path]:
+    """Draw kernels and curves of a run folder into its `figures/`; their paths."""
+    newest = _newest(folder)
+    out = _folder(folder)
+    conv1 = newest.parameters().rows("conv1.weight", slice(None))
+    _write(kernel_picture(conv1, newest.config.model.columns), out / "kernels.png")
+    drawn = [out / "kernels.png"]
+    if (folder / "metrics.jsonl").is_file():  # an imported run has none
+        _curves(folder, out / "curves.png")
+        drawn.append(out / "curves.png")
+    return drawn
+
+
+def _newest(folder: Path) -> Checkpoint:
+    found, _ = checkpoints.newest_good(folder / "checkpoints")
+    if found is None:
+        raise CheckpointError(f"{folder} has no checkpoint to draw{looked_in(folder)}")
+    return found
+
+
+def colour(folder: Path) -> list[float]:
+    """Fig. 3 in numbers: the chroma of each column's kernels in a run's newest checkpoint."""
+    newest = _newest(folder)
+    conv1 = newest.parameters().rows("conv1.weight", slice(None))
+    return chroma(conv1, newest.config.model.columns)
+
+
+def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
+    """Fig. 4: the five likeliest labels of eight test images, and the six training images nearest
+    to five test images by the distance of what the last layer sees (fc7).
+
+    Those features of the training split lie in `figures/features.npy` as long as they are compared.
+    """
+    found = checkpoints.at(folder)
+    config = load_config([found.manifest["config"], *ALONE, *overrides])
+    dataset, out, topology = open_for(config), _folder(folder), connect(config)
+    engine = TorchEngine(config, topology)
+    engine.load(found.parameters(), None)
+
+    def see(split: str, samples: range) -> tuple[Tensor, Tensor]:
+        return seen(engine, config, topology, dataset, split, samples)
+
+    shown = dataset.splits[config.data.eval_split]
+    samples = evenly(len(shown), ANSWERED)
+    features, logits = see(config.data.eval_split, samples)
+    _write(answered(shown, samples, dataset.classes, logits, config), out / "fig4-left.png")
+
+    known, path = dataset.splits[config.data.train_split], out / "features.npy"
+    kept = np.lib.format.open_memmap(path, "w+", np.float32, (len(known), features.shape[1]))
+    try:
+        for first in range(0, len(known), config.evaluate.batch):
+            part = range(first, min(first + config.evaluate.batch, len(known)))
+            kept[part.start : part.stop] = see(config.data.train_split, part)[0].numpy()
+        places, _ = nearest(features[:_QUERIES], kept, _NEIGHBOURS)
+    finally:
+        path.unlink()
+    _neighbours(shown, samples, known, places, config.data.canvas, out / "fig4-right.png")
+    for split in (shown, known):
+        split.close()
+    return [out / "fig4-left.png", out / "fig4-right.png"]
+
+
+def nearest(queries: Tensor, rows: npt.NDArray[np.float32], count: int) -> tuple[Tensor, Tensor]:
+    """The rows nearest to each query by Euclidean distance, the nearest first.
+
+    Args:
+        queries: (q, d).
+        rows: (n, d), a memory map of any length: a chunk of it is read at a time.
+
+    Returns:
+        (q, count) int64 places, ties to the lower, and (q, count) distances.
+    """
+    best = torch.empty(len(queries), 0)
+    places = torch.empty(len(queries), 0, dtype=torch.int64)
+    for first in range(0, len(rows), _CHUNK):
+        part = torch.from_numpy(np.array(rows[first : first + _CHUNK]))
+        exact = "donot_use_mm_for_euclid_dist"
+        distances = torch.cdist(queries, part, compute_mode=exact)
+        own = torch.arange(first, first + len(part)).expand(len(queries), -1)
+        best, places = torch.cat([best, distances], 1), torch.cat([places, own], 1)
+        order = best.argsort(dim=1, stable=True)[:, :count]
+        best, places = best.gather(1, order), places.gather(1, order)
+    return places, best
+
+
+def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
+    """Fig. 1: training error by epoch of runs by name."""
+    with _axes(path, (6, 4)) as axes:
+        for place, (name, folders) in enumerate(runs.items()):
+            for number, run in enumerate(folders):
+                points = [p for p in read_metrics(run) if p["kind"] == "train"]
+                errors = [100 * (1 - p["top1"]) for p in points]
+                label = name if number == 0 else None
+                axes.plot([p["epoch"] for p in points], errors, f"C{place}", label=label)
+        axes.axhline(25, color="0.6", linestyle=":")
+        axes.set(xlabel="epoch", ylabel="training error, %", ylim=(0, None))
+        axes.legend()
+
+
+def epochs_to(error: float, folders: Sequence[Path]) -> float:
+    """The median of the epochs at which runs' training errors (shares) were first as low; infinite
+    where half of them never were."""
+
+    def first(run: Path) -> float:
+        points = [p for p in read_metrics(run) if p["kind"] == "train"]
+        return next((float(p["epoch"]) for p in points if 1 - p["top1"] <= error), math.inf)
+
+    return statistics.median(map(first, folders))
+
+
+def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Bars of mean top-1 errors (shares) of runs by name, with the deviation and each run."""
+    with _axes(path, (7, 0.5 * len(errors) + 1.2)) as axes:
+        for place, values in enumerate(errors.values()):
+            percent = [100 * value for value in values]
+            spread = statistics.stdev(percent) if len(percent) > 1 else 0.0
+            axes.barh(place, statistics.fmean(percent), xerr=spread, color="C0", alpha=0.6)
+            axes.plot(percent, [place] * len(percent), "k.")
+        axes.set_yticks(range(len(errors)), errors)
+        axes.invert_yaxis()
+        axes.set(xlabel="top-1 error, %")
+
+
+def _write(picture: Picture, path: Path) -> None:
+    Image.fromarray(picture).save(path)
+
+
+def _folder(run: Path) -> Path:
+    out = run / "figures"
+    out.mkdir(exist_ok=True)
+    return out
+
+
+@contextmanager
+def _axes(path: Path, size: tuple[float, float]) -> Iterator[Any]:
+    """Axes to draw on; written to the path in the end."""
+    with figure(path, 1, 1, size) as axes:
+        axes[0, 0].grid(alpha=0.3)
+        yield axes[0, 0]
+
+
+def _neighbours(
+    shown: Split, samples: range, known: Split, places: Tensor, canvas: int, path: Path
+) -> None:
+    """Fig. 4, right: a test image in the first column, then its training neighbours."""
+    with figure(path, len(places), 1 + places.shape[1], (10, 1.6 * len(places))) as axes:
+        for row, (sample, near) in enumerate(zip(samples, places.tolist(), strict=False)):
+            _show(axes[row, 0], shown, sample, canvas)
+            for column, place in enumerate(near, start=1):
+                _show(axes[row, column], known, place, canvas)
+        axes[0, 0].set_title("test", fontsize=9)
+        axes[0, 1].set_title("nearest in training", fontsize=9)
+
+
+def _show(axes: Any, split: Split, sample: int, canvas: int) -> None:
+    axes.imshow(image_of(split, sample, canvas))
+    axes.axis("off")
+
+
+def _curves(folder: Path, path: Path) -> None:
+    points = read_metrics(folder)
+    with figure(path, 1, 3, (15, 4)) as axes:
+        left, right, colours = axes[0]
+        for kind, style in (("train", "-"), ("eval", "o-")):
+            chosen = [point for point in points if point["kind"] == kind]
+            epochs = [point["epoch"] for point in chosen]
+            left.plot(epochs, [point["loss"] for point in chosen], style, label=kind)
+            for name in ("top1", "top5"):
+                errors = [100 * (1 - point[name]) for point in chosen]
+                right.plot(epochs, errors, style, label=f"{kind}, {name.replace('top', 'top-')}")
+        for column in (1, 2):
+            chosen = [point for point in points if f"chroma_{column}" in point]
+            values = [point[f"chroma_{column}"] for point in chosen]
+            if values:
+                epochs = [point["epoch"] for point in chosen]
+                colours.plot(epochs, values, "o-", label=f"column {column}")
+        left.set(xlabel="epoch", ylabel="loss, nats", title=folder.name)
+        right.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
+        colours.set(xlabel="epoch", ylabel="colour in conv1's kernels", ylim=(0, 1))
+        for panel in (left, right, colours):
+            panel.grid(alpha=0.3)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend()

@@ -1,0 +1,64 @@
+"""What holds a run up, in a sentence, and what to do about it."""
+
+from collections.abc import Mapping
+
+from alexnet_dist.config.schema import Config
+
+STRAGGLES = 1.3  # times the median rank's own work
+STARVED = 0.02  # of a GPU's peak in bf16
+
+
+def verdict(
+    shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
+    stored_at_canvas: bool, cuda: bool, mfu: float | None = None,
+) -> str:  # fmt: skip
+    """A slow rank; else the span that is furthest past what it may take; else a GPU that does
+    little; with advice.
+
+    Args:
+        shares: of the time, by span of `timeline.SPANS`.
+        slowest: the longest own work of a rank ÷ the median's, and whose.
+        cores: for each rank of this host.
+        stored_at_canvas: whether no training image has to be resized.
+        mfu: share of a GPU's peak; None where it is not known.
+    """
+    data, save, keys = config.data, config.checkpoint, config.evaluate
+    if 0 < data.workers < cores:
+        faster = f"data.workers={cores}"
+    elif not stored_at_canvas:
+        faster = "prepare the images without --keep, so that they are not resized at each step"
+    elif cuda and data.pipeline == "torch":
+        faster = "data.pipeline=dali decodes on the GPU"
+    else:
+        faster = "more cores for each rank, or a smaller model.crop"
+    narrower = (
+        "a larger train.batch, or layout.kind=sharded_fc"
+        if config.layout.compress_gradients or config.layout.kind == "sharded_fc"
+        else "layout.compress_gradients=true halves the bytes"
+    )
+    if data.pipeline == "torch":
+        fewer = "data.pipeline=dali, whose threads do without Python's lock"
+    elif config.train.compile == "none" and config.layout.kind not in ("zero1", "zero2"):
+        fewer = "train.compile=inductor, or a larger train.batch"
+    else:
+        fewer = "a larger train.batch"
+    rules = (  # span, what it may take, what is said, what helps
+        ("data", 0.1, "waiting for data", faster),
+        ("exchange", 0.3, "exchanging between columns", "see what `plan` says of other layouts"),
+        ("all_reduce", 0.25, "summing over ranks", narrower),
+        ("evaluate", 0.25, "evaluating", f"evaluate.every_epochs={2 * keys.every_epochs:g}"),
+        ("checkpoint", 0.1, "saving", f"checkpoint.every_steps={2 * save.every_steps}"),
+        ("log", 0.1, "logging", f"log.every_steps={2 * config.log.every_steps}, "
+         "log.histograms_every_steps=0"),
+        ("other", 0.2, "waiting for Python", "fewer train.micro_batches, or a larger train.batch"),
+    )  # fmt: skip
+    times, rank = slowest
+    if times >= STRAGGLES and shares["data"] < 0.1:
+        return f"rank {rank} takes {times:.1f} times the median: look at what else runs there"
+    span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
+    if shares[span] < may:
+        if mfu is not None and mfu < STARVED and config.train.precision == "bf16":
+            return f"the GPU does {mfu:.1%} of what it could, and may wait for Python: {fewer}"
+        computing = sum(shares[name] for name in ("windows", "forward", "backward", "optimizer"))
+        return f"computing {computing:.0%} of the time: nothing else holds it up"
+    return f"{what} {shares[span]:.0%} of the time: {help_}"

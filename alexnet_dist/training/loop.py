@@ -1,0 +1,330 @@
+"""A training run, top to bottom. The only loop."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import tempfile
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint import warm_start
+from alexnet_dist.checkpoint.writer import Saver
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.engines.base import Engine, on_host
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.engines.optimizer import Schedule
+from alexnet_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    NotFinite,
+    RanksFailed,
+    in_words,
+)
+from alexnet_dist.evaluation.evaluate import Score, evaluate_engine
+from alexnet_dist.network.flops import training_flops
+from alexnet_dist.parallel import environment
+from alexnet_dist.parallel.layouts import check, ranks_wanted
+from alexnet_dist.parallel.replicas import check_replicas
+from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
+from alexnet_dist.parallel.topology import Topology, connect, gpus, leave
+from alexnet_dist.plotting import MOST_CLASSES
+from alexnet_dist.timing import TIMELINE
+from alexnet_dist.training.metrics import Telemetry, configure_logging, log
+from alexnet_dist.training.run_folder import RunFolder
+from alexnet_dist.training.state import Pending, Progress
+from alexnet_dist.training.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        exit: 0 when it reached its end, else the code of the signal that stopped it.
+        step: optimiser steps done.
+        score: of the evaluation at the end; None where the run was stopped.
+        leads: whether this process is the one that prints.
+    """
+
+    exit: int
+    step: int
+    score: Score | None
+    leads: bool
+
+
+def train(config: Config, signals: StopSignals | None = None) -> Outcome:
+    """Train to the end or until a signal, from the run folder's newest good checkpoint.
+
+    Where no launcher did, the ranks of a layout that has several are started here.
+
+    Args:
+        signals: handlers that are in place already; if left out, those of the calling program,
+            which calls from its main thread, are back when this returns.
+
+    Raises:
+        ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
+        NotFinite: a loss, or more gradients than train.max_skipped, were not.
+        ReplicasDiffer: copies of the network were no longer equal.
+        MachineError: memory, a GPU or a disk was full, or what is installed does not fit.
+        SaidByRank0: on the other ranks, where one of these is rank 0's.
+        RanksFailed: ranks that were started here did, and have said why.
+    """
+    if signals is not None:
+        return _train(config, signals)
+    wanted = ranks_wanted(config, gpus(config))
+    with handlers_restored():
+        if wanted > 1 and environment.place() is None:
+            return _on_own_ranks(config, wanted)
+        return _train(config, StopSignals())
+
+
+def _on_own_ranks(config: Config, count: int) -> Outcome:
+    """`alexnet-dist train` of this config, in this many processes."""
+    from alexnet_dist.parallel import spawn  # torchrun's, which ranks themselves do without
+
+    check(config, count)
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(flat(config), file)
+        file.flush()
+        code = spawn.start(["train", file.name], count, config.folder)
+    if code not in (0, *EXITS.values()):
+        failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
+        failed.exit_code = code
+        raise failed
+    newest, _ = checkpoints.newest_good(config.folder / "checkpoints")
+    reached = Progress() if newest is None else Progress.of(newest.progress)
+    return Outcome(code, reached.step, None if code else reached.score, leads=True)
+
+
+def _train(config: Config, signals: StopSignals) -> Outcome:
+    """As one of the run's ranks, or alone."""
+    topology = connect(config)
+    signals.last_words = None
+    configure_logging(topology)
+    config = topology.decided_by_rank_0(lambda: warm_start.resolved(config))
+    digest = topology.decided_by_rank_0(lambda: open_for(config).digest)
+    dataset = open_for(config)
+    if config.data.verify_hashes:
+        verify_shards(dataset, topology)
+    folder = RunFolder(config)
+    topology.decided_by_rank_0(folder.take)
+    try:
+        outcome = _run(config, signals, topology, dataset, digest, folder)
+    except Exception as error:
+        said = in_words(error)
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            known, code = said is error, getattr(error, "exit_code", 1)
+            folder.failed(code, f"{said or error}", known)
+        if said is None or known:
+            raise
+        raise said from error
+    finally:
+        folder.close()
+    leave()
+    return outcome
+
+
+def _run(
+    config: Config, signals: StopSignals, topology: Topology, dataset: Dataset, digest: str,
+    folder: RunFolder,
+) -> Outcome:  # fmt: skip
+    """The run itself, of ranks that are connected and a folder that is held."""
+    split = dataset.splits[config.data.train_split]
+    schedule = Schedule.of(config, len(split))
+    engine = make_engine(config, topology)
+    progress = _resume(folder, engine, schedule, config, digest, topology)
+    folder.running(progress.step, schedule.last_step)
+    log.info(_opening(config, topology, folder, progress, schedule, len(split)))
+    pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
+    telemetry = Telemetry(
+        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
+        training_flops(config),
+    )  # fmt: skip
+
+    # The slots of each step that this rank and its replica's other columns decode.
+    size = config.train.batch
+    shares = topology.shares(range(size))
+    counts = [len(slots) for slots in shares]
+    sampler = TrainSampler(config, len(split), dataset.statistics)
+    plan = sampler.plan(progress.step, schedule.last_step, shares[topology.column])
+    batches = pipeline.batches(plan)
+
+    saver = Saver(lambda: bool(checkpoints.steps(folder.checkpoints)))
+    pending: deque[Pending] = deque()
+    saved = progress.step, progress.evaluated_step  # what the newest checkpoint holds
+    watchdog = Watchdog(
+        topology, lambda: signals.polls, config.layout.timeout_s,
+        lambda reason: folder.report("failed", exit=1, reason=reason),
+    )  # fmt: skip
+    every, classes = config.train.compare_replicas_every, config.model.classes
+    drawn = config.log.pictures and classes <= MOST_CLASSES
+
+    def settle(but: int) -> None:
+        """Account for the steps that were begun, all `but` the newest."""
+        while len(pending) > but:
+            progress.settle(pending.popleft(), config, split, folder, topology)
+
+    try:
+        while True:
+            step, epoch = progress.step, progress.step / schedule.steps_per_epoch
+            signals.cannot_save = saver.failed
+            stop = signals.poll(topology)
+            if stop == CANNOT_SAVE:
+                topology.decided_by_rank_0(saver.finish)  # raises, unless it now can
+                continue
+
+            if not stop and progress.evaluation_due(config, schedule):
+                settle(0)
+                with TIMELINE.span("evaluate"):
+                    confusion = torch.zeros(classes, classes, dtype=torch.int64) if drawn else None
+                    score = evaluate_engine(engine, config, topology, dataset, signals, confusion)
+                    if score is None:
+                        continue  # a signal: the poll above says so now
+                    if not math.isfinite(score.loss):
+                        raise NotFinite(
+                            f"the evaluation after step {step} gave a loss of {score.loss}: "
+                            "nothing was saved since. Lower schedule.rate, or warm up longer"
+                        )
+                    progress.observe(score, schedule)
+                    telemetry.evaluation(step, epoch, score, engine, confusion)
+
+            finished = progress.evaluated_step == schedule.last_step
+            due = step > 0 and step % config.checkpoint.every_steps == 0
+            new_best = progress.best_step == step
+            if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
+                settle(0)
+                with TIMELINE.span("checkpoint"):
+                    check_replicas(engine.replicated(), topology, step)
+                    telemetry.flush()
+                    _save(saver, folder, engine, config, digest, progress, schedule)
+                saved = step, progress.evaluated_step
+            elif every and step and step % every == 0:
+                check_replicas(engine.replicated(), topology, step)
+
+            if stop or finished:
+                topology.decided_by_rank_0(saver.finish)
+                break
+
+            with TIMELINE.span("data"):
+                decoded = next(batches)
+            batch = decoded.joined(counts, topology.column_group)
+            rate, looks = schedule.rate(step), telemetry.looks(step + 1)
+            numbers = engine.train_step(batch, step, rate, looks)
+            pending.append(Pending(step + 1, batch, on_host(numbers)))
+            progress.step = step + 1
+
+            log_now = progress.step % config.log.every_steps == 0
+            settle(0 if log_now else 1)
+            telemetry.stepped(progress.step, engine)
+            if log_now:
+                epoch = progress.step / schedule.steps_per_epoch
+                means = progress.take_interval()
+                means |= {"rate": rate, "damaged": float(progress.damaged)}
+                means |= {"skipped": float(progress.skipped)}
+                telemetry.train(progress.step, epoch, means)
+
+        exit_code = 0 if finished else EXITS[stop]
+        state = "stopped" if exit_code else "finished"
+        folder.report(state, exit=exit_code, step=progress.step, reason="signal" if stop else "")
+        topology.barrier()
+        signals.ignore()
+    finally:
+        watchdog.close()
+        saver.close()
+        pipeline.close()
+        telemetry.close()
+    return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
+
+
+def _resume(
+    folder: RunFolder, engine: Engine, schedule: Schedule, config: Config, digest: str,
+    topology: Topology,
+) -> Progress:  # fmt: skip
+    """Where to begin. In this order:
+
+    1. the newest checkpoint in the run folder that verifies; newer, damaged ones are named;
+    2. the weights that train.init_from names, where no checkpoint was ever made;
+    3. the initial weights, where none are named.
+
+    A folder whose checkpoints are all damaged, or of another run, is an error.
+    """
+
+    def choose() -> str | None:
+        checkpoints.sweep(folder.checkpoints)
+        found, wrong = checkpoints.newest_good(folder.checkpoints)
+        for error in wrong:
+            log.warning(f"not used: {error}")
+        if found is not None:
+            checkpoints.check_same_run(found, config, digest)
+            if found.step > schedule.last_step:
+                raise ConfigError(
+                    f"train.epochs={config.train.epochs:g}: ends at step {schedule.last_step}, and "
+                    f"the run in {folder.path} is at step {found.step}: raise it, or give another "
+                    "name="
+                )
+            checkpoints.set_aside(folder.checkpoints, after=found.step)
+        folder.save_config()
+        return None if found is None else str(found.path)
+
+    path = topology.decided_by_rank_0(choose)
+    if path is None:
+        if config.train.init_from != "none":
+            engine.load(warm_start.InitialWeights(config), None)
+        return Progress()
+    found = checkpoints.read(Path(path))
+    engine.load(found.parameters(), found.optimizer())
+    try:
+        schedule.load(found.progress["schedule"])
+        return Progress.of(found.progress)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path}/progress.json: not what a run writes ({error!r}): remove that checkpoint"
+        ) from error
+
+
+def _save(
+    saver: Saver, folder: RunFolder, engine: Engine, config: Config, digest: str,
+    progress: Progress, schedule: Schedule,
+) -> None:  # fmt: skip
+    """Begin a checkpoint, and the removal of those no longer kept. Collective."""
+    parameters, optimizer = engine.whole_tensors()
+    state = dataclasses.asdict(progress) | {"schedule": schedule.state()}
+    evaluated = progress.score if progress.evaluated_step == progress.step else None
+    error = None if evaluated is None else 1 - evaluated.top1
+
+    def write() -> None:
+        folder.still_held()
+        at, keep, best = folder.checkpoints, config.checkpoint, state["best_step"]
+        checkpoints.save(at, config, digest, parameters, optimizer, state, error)
+        checkpoints.prune(at, keep.keep_last, keep.keep_every_steps, best)
+        folder.saved(state["step"])
+
+    if parameters:  # on rank 0
+        saver.begin(write)
+
+
+def _opening(
+    config: Config, topology: Topology, folder: RunFolder, progress: Progress,
+    schedule: Schedule, samples: int,
+) -> str:  # fmt: skip
+    """What is about to happen, for the log."""
+    begins = f"continues at step {progress.step}" if progress.step else "begins"
+    parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
+    rank = max(map(len, topology.shares(range(config.train.batch))))
+    return (
+        f"{folder.path} {begins} of {schedule.last_step}: {config.model.columns} column(s) on "
+        f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
+        f"threads each), {config.train.precision}\n"
+        f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "
+        f"{parts} micro-batch(es) of {replica // parts}; "
+        f"{samples} training images of {config.data.path}\n"
+        f"watch: tensorboard --logdir {config.output_dir} --host localhost"
+    )

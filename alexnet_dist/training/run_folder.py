@@ -1,0 +1,199 @@
+"""A run's folder: who may write it, what it was made with, how it went."""
+
+import dataclasses
+import errno
+import fcntl
+import json
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from alexnet_dist.checkpoint.store import step_of, steps
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.errors import CrashLoop, RunFolderError
+from alexnet_dist.files import read_run as read_run
+from alexnet_dist.parallel import environment
+
+log = logging.getLogger(__name__)
+
+
+class RunFolder:
+    """`runs/NAME`, held by one process until it ends.
+
+    A kernel lock keeps it to one job, and frees itself when its holder dies. `run.json` tells
+    launchers how the run stands:
+
+    | key | |
+    |---|---|
+    | state | starting, running, finished, stopped, failed; one whose process died keeps its last |
+    | exit, reason | of a run that ended: the code its ranks left with, and why |
+    | known | of a failed one: what failed has a name, and would fail again |
+    | attempt, host, pid | which start this is, and where |
+    | job, restart | Slurm's number of the job, or null, and how often Slurm started it before |
+    | idle_restarts | starts in a row, this one too, after others that had saved nothing new |
+    | step, last_step | steps done when the state was written, steps in all |
+    | resumed_at, newest_step | the newest checkpoint's step when this attempt began, and now |
+    | first_started, started, updated | seconds since 1970: the first attempt, this one, this file |
+    | kept_s | seconds of all attempts whose steps a checkpoint holds |
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, config.folder
+        self.checkpoints = self.path / "checkpoints"
+        self._run: dict[str, Any] = {}
+        self._before: dict[str, Any] = {}  # what run.json said
+        self._since = 0.0
+        self._lock: TextIO | None = None
+
+    def take(self) -> None:
+        """Make the folder and hold it; raises RunFolderError where another process does."""
+        self._hold()
+        before, now = read_run(self.path), time.time()
+        self._before = before
+        newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
+        # A stop that asks to be resumed counts too: a time limit may be shorter than a start.
+        failed = before.get("state") in ("starting", "running", "failed") or (
+            before.get("state") == "stopped" and before.get("exit") == 75
+        )
+        refused = before.get("exit") == 2  # it ran nothing
+        idle = failed and newest <= before.get("resumed_at", 0)
+        job, restart = environment.job()
+        self._run = {
+            "attempt": int(before.get("attempt", 0)) + 1,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "job": job,
+            "restart": restart,
+            "first_started": before.get("first_started", now),
+            "started": now,
+            "resumed_at": newest,
+            "newest_step": newest,
+            "idle_restarts": before.get("idle_restarts", 0) + (not refused) if idle else 0,
+            "kept_s": before.get("kept_s", 0.0),
+        }
+        try:
+            self._check_crash_loop(str(before.get("reason") or "it was killed"))
+        except CrashLoop:
+            self.close()
+            raise
+        self.report("starting")
+
+    def _hold(self) -> None:
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / "lock").open("a")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = read_run(self.path)
+            raise RunFolderError(
+                f"{self.path} is in use by process {holder.get('pid', '?')} on "
+                f"{holder.get('host', '?')}: wait for it, stop it, or give this run another name="
+            ) from error
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise RunFolderError(
+                    f"{self.path}: its file system has no locks ({error.strerror}), which keep a "
+                    "run to one job: set output_dir= to another, or mount it with them (NFS: "
+                    "without nolock)"
+                ) from error
+            raise RunFolderError(
+                f"{self.path}: cannot be written ({error.strerror}): set output_dir= or name="
+            ) from error
+
+    def close(self) -> None:
+        """Let another process, or another run in this one, have the folder."""
+        if self._lock is not None:
+            self._lock.close()
+
+    def still_held(self) -> None:
+        """Make the folder again where it has vanished; raises RunFolderError if it is another's."""
+        assert self._lock is not None
+        path = self.path / "lock"
+        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._lock.fileno())):
+            log.warning(f"{self.path} has vanished, with all that was saved in it: made again")
+            self._lock.close()
+            self._hold()
+            self.save_config()
+
+    def _check_crash_loop(self, last: str) -> None:
+        """Raises CrashLoop where starting again has not helped often enough."""
+        idle, most = self._run["idle_restarts"], self.config.checkpoint.max_idle_restarts
+        if idle > most:
+            loop = CrashLoop(
+                f"{self.path}: {idle} starts in a row saved nothing after step "
+                f"{self._run['newest_step']}; the last: {last}. Mend that, then start with "
+                f"checkpoint.max_idle_restarts={idle} (now {most})"
+            )
+            self.report("failed", exit=loop.exit_code, reason=last, known=True)
+            raise loop
+
+    def report(self, state: str, **more: Any) -> None:
+        """Replace run.json; nothing where this process does not hold the folder."""
+        if self._run:
+            self._run |= {"state": state, "updated": time.time(), **more}
+            with warn_if_unwritable(self.path / "run.json"):
+                write_json(self.path / "run.json", self._run)
+
+    def failed(self, code: int, reason: str, known: bool) -> None:
+        """This attempt has failed. A finished run that was asked for the impossible stays so."""
+        if self._run.get("state") == "starting" and self._before.get("state") == "finished":
+            write_json(self.path / "run.json", self._before)
+        else:
+            self.report("failed", exit=code, reason=reason, known=known)
+
+    def running(self, step: int, last_step: int) -> None:
+        """The first step of this attempt begins."""
+        self._since = time.time()
+        self.report("running", step=step, last_step=last_step)
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is on the disk; what was computed since the last one is kept time."""
+        now = time.time()
+        kept_s, self._since = self._run["kept_s"] + now - self._since, now
+        self.report("running", newest_step=step, kept_s=round(kept_s, 3))
+
+    def goodput(self) -> float:
+        """Of the time since the first attempt began, the share whose steps still count: those that
+        a checkpoint holds, and those since. NaN where this process does not hold the folder."""
+        if not self._run:
+            return math.nan
+        now = time.time()
+        return float((self._run["kept_s"] + now - self._since) / (now - self._run["first_started"]))
+
+    def keep_batch(self, batch: Batch, step: int, rank: int) -> Path:
+        """Write a rank's part of a batch as its first layer saw it, to be looked at; the file."""
+        path = self.path / "not_finite" / f"step-{step:08d}-rank-{rank}.safetensors"
+        tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+        with warn_if_unwritable(path):
+            path.parent.mkdir(exist_ok=True)
+            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+        return path
+
+    def save_config(self) -> None:
+        write_json(self.path / "config.json", dataclasses.asdict(self.config))
+
+
+@contextmanager
+def warn_if_unwritable(path: Path) -> Iterator[None]:
+    """What a run can do without must not end it: a full disk is a warning."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Replace a file: whoever reads it finds the old or the new one, whole."""
+    aside = path.with_name(f".{path.name}.writing")
+    aside.write_text(json.dumps(content, indent=1) + "\n")
+    aside.replace(path)

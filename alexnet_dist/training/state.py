@@ -1,0 +1,107 @@
+"""Where a run stands, and how it moves on: steps accounted for, evaluations kept."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.dataset import Split, check_damaged
+from alexnet_dist.engines.optimizer import Schedule
+from alexnet_dist.errors import NotFinite
+from alexnet_dist.evaluation.evaluate import Score
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.training.metrics import log
+from alexnet_dist.training.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that was begun, its batch, and its numbers when they have reached the host."""
+
+    step: int
+    batch: Batch
+    numbers: Callable[[], list[float]]
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what a checkpoint holds beside tensors.
+
+    Attributes:
+        step: optimiser steps done.
+        evaluated_step: the last step after which the network was evaluated.
+        score: of that evaluation.
+        best_step: where the validation error was lowest.
+        best_error: how low.
+        interval: sums over samples since the last log point: losses, top-1 and top-5 counts, the
+            step's gradient's norm, 1.
+        damaged: samples of this epoch that others stood in for.
+        skipped: updates left out because their loss or gradient was not finite.
+    """
+
+    step: int = 0
+    evaluated_step: int = 0
+    score: Score | None = None
+    best_step: int | None = None
+    best_error: float = 2.0  # above any
+    interval: list[float] = field(default_factory=lambda: [0.0] * 5)
+    damaged: int = 0
+    skipped: int = 0
+
+    def take_interval(self) -> dict[str, float]:
+        """Means since the last log point; begins a new interval."""
+        loss, top1, top5, norm, images = self.interval
+        self.interval = [0.0] * 5
+        of = images or math.nan  # every update was left out
+        means = {"loss": loss / of, "top1": top1 / of, "top5": top5 / of}
+        return means | {"gradient_norm": norm / of}
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "Progress":
+        score = state["score"] and Score(**state["score"])
+        known = {f.name: state[f.name] for f in dataclasses.fields(cls) if f.name in state}
+        return cls(**known | {"score": score})
+
+    def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
+        step, every = self.step, config.evaluate.every_epochs * schedule.steps_per_epoch
+        crossed = step // every > (step - 1) // every
+        return self.evaluated_step < step and (crossed or step == schedule.last_step)
+
+    def observe(self, score: Score, schedule: Schedule) -> None:
+        self.evaluated_step, self.score = self.step, score
+        schedule.observe(1 - score.top1)
+        if 1 - score.top1 < self.best_error:
+            self.best_step, self.best_error = self.step, 1 - score.top1
+
+    def settle(
+        self, one: Pending, config: Config, split: Split, folder: RunFolder, topology: Topology
+    ) -> None:
+        """Account for a step."""
+        size, step = config.train.batch, one.step
+        loss, top1, top5, failed, damaged, norm = one.numbers()
+        if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # an epoch begins
+            self.damaged = 0
+        self.damaged += int(damaged)
+        check_damaged(config, split, self.damaged)
+        if failed:
+            kept = folder.keep_batch(one.batch, step, topology.global_rank)
+            what = (
+                f"step {step}: its loss is {loss / size:.4g} and its gradient's norm {norm:.4g}: "
+                f"the update was not made, its batch is in {kept.parent}"
+            )
+            if self.skipped >= config.train.max_skipped:
+                raise NotFinite(
+                    f"{what}; {self.skipped} left out before, train.max_skipped="
+                    f"{config.train.max_skipped}. Lower schedule.rate, warm up longer, or look at "
+                    "the data"
+                )
+            self.skipped += 1
+            log.warning(
+                f"{what}; left out {self.skipped} of train.max_skipped={config.train.max_skipped}"
+            )
+            return
+        for place, value in enumerate((loss, top1, top5, norm * size, size)):
+            self.interval[place] += value

@@ -1,0 +1,198 @@
+"""TensorBoard of a run: what is drawn there beside numbers. docs/tensorboard.md is a tour of it."""
+
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torchvision.io import ImageReadMode, decode_image
+
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.dataset import Dataset, Split
+from alexnet_dist.data.preprocess import on_canvas
+from alexnet_dist.engines.base import Engine
+from alexnet_dist.engines.optimizer import Schedule
+from alexnet_dist.evaluation.evaluate import seen
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.plotting import Picture, answer_picture, confusion_picture, kernel_picture
+from alexnet_dist.timing import SPANS
+
+log = logging.getLogger("alexnet_dist")
+ANSWERED = 8  # test images whose answers are drawn
+_VALUES = 65_536  # of a tensor, evenly spaced, in a histogram
+# By which runs are compared: TensorBoard shows the first five in order of the alphabet.
+_KEYS = ("layout.kind", "model.dropout", "optimizer.kind", "schedule.rate", "seed", "train.batch",
+         "train.epochs")  # fmt: skip
+_COMPARED = ("eval/top1", "eval/top5", "eval/loss", "train/loss", "speed/images_per_s")
+
+
+class Board:
+    """TensorBoard's file in a run folder. Rank 0 writes; what is collective, all ranks call.
+
+    Args:
+        step: where the run continues; later points of an earlier attempt are purged.
+    """
+
+    def __init__(
+        self, folder: Path, config: Config, schedule: Schedule, topology: Topology,
+        dataset: Dataset, step: int,
+    ) -> None:  # fmt: skip
+        self._folder, self._config, self._topology = folder, config, topology
+        self._dataset, self._split = dataset, dataset.splits[config.data.eval_split]
+        self._writer: SummaryWriter | None = None
+        if topology.leads:
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+            self.draw(lambda to: _begin(to, config, schedule, step))
+
+    def draw(self, draw: Callable[[SummaryWriter], None]) -> None:
+        """On rank 0. TensorBoard's writer never comes back from a full disk: then without it."""
+        try:
+            if self._writer is not None:
+                draw(self._writer)
+        except OSError as error:
+            self._writer = None
+            log.warning(f"TensorBoard's file is given up, the run goes on: {error}")
+
+    def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        def draw(to: SummaryWriter) -> None:
+            for name, value in values.items():
+                to.add_scalar(f"{group}/{name}", value, step)
+
+        self.draw(draw)
+
+    def histograms(self, engine: Engine, step: int) -> None:
+        """Of every parameter and of its gradient, whole on any layout; and the gradient's norm.
+        Collective."""
+        for name, _ in engine.model.named_parameters():
+            whole = engine.parameter(name), engine.gradient(name)
+            self.draw(partial(_histograms, name=name, whole=whole, step=step))
+
+    def evaluation(
+        self, engine: Engine, step: int, kernels: Tensor | None, confusion: Tensor | None
+    ) -> None:
+        """conv1's kernels, answers to a few test images, and what is taken for what. Collective."""
+        config, classes, pictures = self._config, self._dataset.classes, {}
+        if kernels is not None:
+            pictures["kernels/conv1"] = kernel_picture(kernels, config.model.columns)
+        if config.log.pictures:
+            samples = evenly(len(self._split), ANSWERED)
+            _, logits = self._seen(engine, samples)
+            if self._topology.leads:
+                answers = answered(self._split, samples, classes, logits, config)
+                pictures["answers/test"] = answers
+        if confusion is not None and self._topology.leads:
+            pictures["confusion/test"] = confusion_picture(confusion, classes)
+
+        def draw(to: SummaryWriter) -> None:
+            for tag, picture in pictures.items():
+                to.add_image(tag, picture, step, dataformats="HWC")
+
+        self.draw(draw)
+
+    def end(self, engine: Engine, step: int) -> None:
+        """For the projector, what the last layer sees of test images (fc7); and for the comparison
+        of runs that this one is over. Collective."""
+        name = f"seen_by_{engine.model.layers()[-1].name}"
+        if samples := evenly(len(self._split), self._config.log.embedding):
+            features, _ = self._seen(engine, samples)
+            self.draw(lambda to: self._embed(to, name, features, samples, step))
+        self.draw(lambda to: to._get_file_writer().add_summary(_hparams(self._config)[2]))
+
+    def close(self) -> None:
+        self.draw(lambda to: to.close())
+        self._split.close()
+
+    def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
+        split = self._config.data.eval_split
+        return seen(engine, self._config, self._topology, self._dataset, split, samples)
+
+    def _embed(
+        self, to: SummaryWriter, name: str, features: Tensor, samples: range, step: int
+    ) -> None:
+        shutil.rmtree(self._folder / f"{step:05d}" / name, ignore_errors=True)
+        labels = [self._dataset.classes[y] for y in self._split.labels(np.array(samples))]
+        images = torch.cat([self._small(sample) for sample in samples])
+        to.add_embedding(features, labels, images, step, name)
+
+    def _small(self, sample: int) -> Tensor:
+        image = image_of(self._split, sample, self._config.data.canvas)
+        whole = torch.from_numpy(image).movedim(-1, 0)[None] / 255
+        return interpolate(whole, (32, 32), mode="bilinear", antialias=True)
+
+
+def evenly(size: int, count: int) -> range:
+    """At most `count` samples, evenly over a split of this size."""
+    return range(0, size, max(1, size // count))[:count] if count else range(0)
+
+
+def answered(
+    split: Split, samples: range, classes: tuple[str, ...], logits: Tensor, config: Config
+) -> Picture:
+    """Samples of a split with the five likeliest labels of each (Fig. 4, left)."""
+    top = logits.softmax(1).topk(min(5, len(classes)))
+    likeliest = [
+        [(classes[place], value) for place, value in zip(places, values, strict=True)]
+        for places, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+    labels = [classes[label] for label in split.labels(np.array(samples))]
+    images = [image_of(split, sample, config.data.canvas) for sample in samples]
+    return answer_picture(images, labels, likeliest)
+
+
+def image_of(split: Split, sample: int, canvas: int) -> Picture:
+    """(canvas, canvas, 3), of a sample or of the one that stands in for it."""
+    _, encoded = split.read_whole(sample)
+    image = decode_image(torch.frombuffer(encoded, dtype=torch.uint8), ImageReadMode.RGB)
+    picture: Picture = on_canvas(image, canvas).movedim(0, -1).numpy()
+    return picture
+
+
+def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> None:
+    """What is known before the first step."""
+    for summary in _hparams(config)[:2]:
+        to._get_file_writer().add_summary(summary)
+    times = ["Multiline", [f"time/{name}" for name in SPANS]]
+    rates = ["Multiline", ["train/rate", "schedule/rate"]]
+    to.add_custom_scalars({"run": {"where the time goes": times, "rate, as planned": rates}})
+    if step == 0:
+        text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        to.add_text("config", "    " + text.replace("\n", "\n    "))
+    if config.schedule.kind != "plateau":  # which nobody can foretell
+        left = schedule.last_step - step
+        for at in sorted({step + left * place // 200 for place in range(1, 201)} - {step}):
+            to.add_scalar("schedule/rate", schedule.rate(at - 1), at)
+
+
+def _hparams(config: Config) -> tuple[Any, Any, Any]:
+    """What TensorBoard compares runs by, and the metrics beside it; its three parts."""
+    values = flat(config)
+    told = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _KEYS}
+    parts: tuple[Any, Any, Any] = hparams(told, dict.fromkeys(_COMPARED, 0))
+    return parts
+
+
+def _histograms(
+    to: SummaryWriter, name: str, whole: tuple[Tensor | None, Tensor | None], step: int
+) -> None:
+    weights, gradient = whole
+    if weights is not None:
+        to.add_histogram(f"weights/{name}", _some(weights), step)
+    if gradient is not None:
+        to.add_scalar(f"gradient_norm/{name}", gradient.norm().item(), step)
+        if gradient.isfinite().all():
+            to.add_histogram(f"gradients/{name}", _some(gradient), step)
+
+
+def _some(values: Tensor) -> Tensor:
+    flat_values = values.flatten()
+    return flat_values[:: max(1, len(flat_values) // _VALUES)]
