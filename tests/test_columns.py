@@ -1,4 +1,4 @@
-"""Two processes with a column each against the grouped network on one."""
+"""One process with two columns, and two with one each, against the grouped network."""
 
 import dataclasses
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, on_ranks
+from oracle import by_groups
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
@@ -54,13 +55,13 @@ def trajectory(config: Config, mutation: str = "") -> Trajectory:
 
 def mutate(name: str) -> None:
     """Break one thing that the comparison must notice."""
-    from alexnet_dist.network import lrn, philox
+    from alexnet_dist.network import philox
     from alexnet_dist.parallel import columns
 
     match name:
-        case "lrn across columns":
-            band = lrn.band
-            lrn.band = lambda maps, columns, *rest: band(maps, 1, *rest)
+        case "columns in the other order":
+            gathered = columns.gathered
+            columns.gathered = lambda *given: gathered(*given).flip(0)
         case "backward without its sum":
             original = torch.Tensor.sum
 
@@ -86,21 +87,27 @@ def largest_difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Te
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory: pytest.TempPathFactory, packed: Any) -> tuple[Config, Trajectory]:
     config = load_config([*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one"])
-    return config, trajectory(config)
+    with by_groups():
+        return config, trajectory(config)
 
 
 def on_columns(config: Config) -> Config:
     return dataclasses.replace(config, layout=dataclasses.replace(config.layout, kind="columns"))
 
 
+def assert_follows(ours: Trajectory, oracle: Trajectory) -> None:
+    np.testing.assert_allclose(ours[0], oracle[0], rtol=1e-12)
+    assert largest_difference(ours[1], oracle[1]) <= 1e-10
+    assert largest_difference(ours[2], oracle[2]) <= 1e-10
+    assert len(set(oracle[0])) == STEPS
+
+
 def test_two_columns_equal_the_grouped_oracle(oracle: tuple[Config, Trajectory]) -> None:
-    config, (losses, parameters, momenta) = oracle
+    config, expected = oracle
+    assert_follows(trajectory(config), expected)
     ours = on_ranks(2, trajectory, on_columns(config))
-    np.testing.assert_allclose(ours[0][0], losses, rtol=1e-12)
+    assert_follows(ours[0], expected)
     assert ours[1][0] == ours[0][0]
-    assert largest_difference(ours[0][1], parameters) <= 1e-10
-    assert largest_difference(ours[0][2], momenta) <= 1e-10
-    assert len(set(losses)) == STEPS
 
 
 VARIANTS = [
@@ -126,22 +133,19 @@ def test_variants_on_two_columns_equal_their_grouped_oracles(packed: Any) -> Non
     common = [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one"]
     configs = [load_config([*common, *variant]) for variant in VARIANTS]
     ours = on_ranks(2, trajectories, [on_columns(config) for config in configs])[0]
-    for config, (losses, parameters, momenta) in zip(configs, ours, strict=True):
-        theirs = trajectory(config)
-        np.testing.assert_allclose(losses, theirs[0], rtol=1e-12)
-        assert largest_difference(parameters, theirs[1]) <= 1e-10
-        assert largest_difference(momenta, theirs[2]) <= 1e-10
+    for config, apart in zip(configs, ours, strict=True):
+        with by_groups():
+            expected = trajectory(config)
+        assert_follows(trajectory(config), expected)
+        assert_follows(apart, expected)
 
 
 @pytest.mark.parametrize(
-    "mutation", ["lrn across columns", "backward without its sum", "other dropout masks"]
+    "mutation", ["columns in the other order", "backward without its sum", "other dropout masks"]
 )
 def test_the_comparison_notices(mutation: str, oracle: tuple[Config, Trajectory]) -> None:
     config, (losses, parameters, _) = oracle
-    if mutation == "lrn across columns":  # only the grouped network can
-        ours = on_ranks(1, trajectory, config, mutation)
-    else:
-        ours = on_ranks(2, trajectory, on_columns(config), mutation)
+    ours = on_ranks(2, trajectory, on_columns(config), mutation)
     assert largest_difference(ours[0][1], parameters) > 1e-6
     assert not np.allclose(ours[0][0], losses, rtol=1e-9)
 

@@ -47,7 +47,7 @@ def test_normalisation_is_the_cpus(dtype: torch.dtype, bound: float) -> None:
     found = []
     for device in ("cpu", "cuda"):
         leaf = maps.to(device, copy=True).requires_grad_()
-        ours = local_response_norm(leaf, 2, **constants)
+        ours = local_response_norm(leaf, **constants)
         ours.backward(upper.to(device))
         assert leaf.grad is not None
         found.append([ours.detach().cpu(), leaf.grad.cpu()])

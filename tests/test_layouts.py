@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
+from oracle import by_groups
 from safetensors.torch import save, save_file
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -114,10 +115,13 @@ def oracles(packed: Path) -> dict[str, Any]:
     """The grouped network on one process, with the paper's optimiser and with LARS."""
     plain = config_of(packed, "train.precision=fp64")
     lars = config_of(packed, "train.precision=fp64", "optimizer.kind=lars", "optimizer.trust=0.05")
-    found = trajectories([plain, on(plain, "one", 1, 4), lars])
-    assert len({stats[0] for stats in found[0][0]}) == STEPS
-    assert_same_run(found[1], found[0], 1e-12)
-    return {"sgd": (plain, found[0]), "lars": (lars, found[2])}
+    with by_groups():
+        oracles = trajectories([plain, lars])
+    assert len({stats[0] for stats in oracles[0][0]}) == STEPS
+    ours = trajectories([plain, on(plain, "one", 1, 4), lars])
+    for mine, oracle in zip(ours, (oracles[0], oracles[0], oracles[1]), strict=True):
+        assert_same_run(mine, oracle, 1e-12)
+    return {"sgd": (plain, oracles[0]), "lars": (lars, oracles[1])}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +197,8 @@ def test_class_counts_that_do_not_divide_follow_the_oracle(
     for count in classes:
         more = [f"model.classes={count}", "model.fc=[36,30]", "train.precision=fp64"]
         config = load_config([*TINY, *ON, *more])
-        oracles += of_made_batches([config]) * len(kinds)
+        with by_groups():
+            oracles += of_made_batches([config]) * len(kinds)
         cases += [on(config, kind, ranks) for kind in kinds]
     found = on_ranks(ranks, of_made_batches, cases)
     for place, (config, oracle) in enumerate(zip(cases, oracles, strict=True)):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, assert_close
+from oracle import grouped
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.engines.base import label_ranks
@@ -47,42 +48,21 @@ def test_map_shapes_and_counts_are_the_published() -> None:
         model = AlexNet(load_config([]).model).eval()
         shapes = {}
         for layer in model.layers():
-            layer.register_forward_hook(lambda m, i, o: shapes.update({m.name: tuple(o.shape)}))
+            layer.register_forward_hook(
+                lambda m, i, o: shapes.update({m.name: [tuple(made.shape) for made in o]})
+            )
         logits = model(torch.empty(2, 3, 227, 227).contiguous(memory_format=torch.channels_last))
     for number, (maps, side) in enumerate(MAPS, start=1):
-        assert shapes[f"conv{number}"] == (2, maps, side, side)
-    assert (shapes["fc6"], shapes["fc7"], tuple(logits.shape)) == ((2, 4096), (2, 4096), (2, 1000))
+        assert shapes[f"conv{number}"] == [(2, maps // 2, side, side)] * 2
+    assert shapes["fc6"] == shapes["fc7"] == [(2, 2048)] * 2
+    assert logits.shape == (2, 1000)
     assert model.fc6.whole == (4096, 256 * 6 * 6)
-
-
-def reference(model: AlexNet, x: torch.Tensor) -> torch.Tensor:
-    """The paper's network in torch's own words, at test: columns by `groups`, LRN by slices."""
-    from torch.nn import functional as F
-
-    def norm(maps: torch.Tensor) -> torch.Tensor:
-        halves = maps.chunk(2, dim=1)
-        return torch.cat([F.local_response_norm(h, 5, 5e-4, 0.75, 2.0) for h in halves], dim=1)
-
-    p = dict(model.named_parameters())
-
-    def conv(name: str, x: torch.Tensor, stride: int, padding: int, groups: int) -> torch.Tensor:
-        w, b = p[f"{name}.weight"], p[f"{name}.bias"]
-        return F.relu(F.conv2d(x, w, b, stride, padding, groups=groups))
-
-    x = F.max_pool2d(norm(conv("conv1", x, 4, 0, 1)), 3, 2)
-    x = F.max_pool2d(norm(conv("conv2", x, 1, 2, 2)), 3, 2)
-    x = conv("conv3", x, 1, 1, 1)
-    x = conv("conv4", x, 1, 1, 2)
-    x = F.max_pool2d(conv("conv5", x, 1, 1, 2), 3, 2).flatten(1)
-    x = F.relu(F.linear(x, p["fc6.weight"], p["fc6.bias"])) / 2
-    x = F.relu(F.linear(x, p["fc7.weight"], p["fc7.bias"])) / 2
-    return F.linear(x, p["fc8.weight"], p["fc8.bias"])
 
 
 def test_forward_and_backward_are_those_of_plain_torch() -> None:
     model = AlexNet(load_config(TINY).model, dtype=torch.float64).eval()
     x = torch.randn(3, 3, 67, 67, dtype=torch.float64)
-    ours, theirs = model(x), reference(model, x)
+    ours, theirs = model(x), grouped(model, x, None, 0)
     assert_close(ours.detach(), theirs.detach(), 1e-13)
     weights = torch.randn_like(ours)
     losses = [(out * weights).sum() for out in (ours, theirs)]
@@ -95,7 +75,7 @@ def test_no_exchange_keeps_columns_apart_until_fc8() -> None:
     """The released code's experiment 150: what one column sees changes no map of the other."""
     model = AlexNet(load_config([*TINY, "model.exchange=[fc8]"]).model, dtype=torch.float64).eval()
     seen: list[torch.Tensor] = []
-    model.fc7.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
+    model.fc7.register_forward_hook(lambda m, i, o: seen.append(torch.cat(o, 1).detach()))
     x = torch.randn(2, 3, 67, 67, dtype=torch.float64)
     model(x)
     with torch.no_grad():
@@ -133,7 +113,7 @@ def test_dropout_drops_in_training_and_scales_at_test() -> None:
     model = AlexNet(config, seed=5)
     x, slots = torch.randn(64, 3, 67, 67), torch.arange(64)
     seen: list[torch.Tensor] = []
-    model.fc7.register_forward_pre_hook(lambda m, i: seen.append(i[0].detach()))
+    model.fc7.register_forward_pre_hook(lambda m, i: seen.append(i[0][0].detach()))
     for training in (True, False):
         model.train(training)(x, slots, 3)
     dropped, scaled = seen

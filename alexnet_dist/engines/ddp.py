@@ -111,11 +111,7 @@ class TorchEngine:
         return ColumnExchange(columns, classes) if columns else None
 
     def _compiled(self) -> Callable[..., Tensor]:
-        """The network compiled; of ranks that meet in it, what lies between two exchanges."""
-        exchange = self.model.exchange
-        apart = self.shards or self.topology.column_group
-        for method in ("maps", "features", "logits") if apart else ():
-            setattr(exchange, method, torch.compiler.disable(getattr(exchange, method)))
+        """The network compiled."""
         return torch.compile(self.network, backend=self.config.train.compile, dynamic=False)
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

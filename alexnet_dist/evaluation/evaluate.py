@@ -22,6 +22,7 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
+from alexnet_dist.network.model import side_by_side
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect
 
@@ -198,7 +199,7 @@ def seen(
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, views=1))
     features: list[Tensor] = []
     *_, last = engine.model.layers()
-    hook = last.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+    hook = last.register_forward_pre_hook(lambda _, seen: features.append(side_by_side(*seen)))
     pipeline = make_pipeline(config, topology, dataset, split)
     size = config.evaluate.batch
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]

@@ -23,9 +23,9 @@ def multiply_adds(model: AlexNet) -> dict[Layer, int]:
     """Of each layer, forward, an image: places it is used at × its weights."""
     counted: dict[Layer, int] = {}
 
-    def count(layer: nn.Module, seen: Any, maps: Tensor) -> None:
+    def count(layer: nn.Module, seen: Any, made: list[Tensor]) -> None:
         assert isinstance(layer, Layer)
-        counted[layer] = maps[0, 0].numel() * layer.weight.numel()
+        counted[layer] = made[0][0, 0].numel() * layer.weight.numel()
 
     hooks = [layer.register_forward_hook(count) for layer in model.layers()]
     side = model.config.crop

@@ -1,6 +1,6 @@
 """Local response normalisation across adjacent maps (paper §3.3), forward and backward.
 
-b = a · d^−β with d = k + α Σ a², summed over n adjacent maps of the same column. The sum is a
+b = a · d^−β with d = k + α Σ a², summed over n adjacent maps. The sum is a
 product with a banded matrix of ones, which in channels_last reads each pixel's maps once. In bf16
 and float32, with the paper's β of ¾, one pass does it all: a loop on a CPU (`lrn_cpu`), a kernel on
 a GPU (`gpu_kernels`).
@@ -16,13 +16,10 @@ from alexnet_dist.config.schema import LrnConfig
 from alexnet_dist.network.kernels import lrn_cpu
 
 
-def band(maps: int, columns: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(maps, maps) of ones where two maps are adjacent and in one column, else zeros."""
-    index = torch.arange(maps, device=device)
-    near = (index[:, None] - index[None, :]).abs() <= size // 2
-    per_column = maps // columns
-    same = (index[:, None] // per_column) == (index[None, :] // per_column)
-    return (near & same).to(dtype)
+def band(maps: Tensor, size: int) -> Tensor:
+    """(channels, channels) of ones where two of these maps, (n, channels, h, w), are adjacent."""
+    index = torch.arange(maps.shape[1], device=maps.device)
+    return ((index[:, None] - index[None, :]).abs() <= size // 2).to(maps.dtype)
 
 
 def alpha_of(config: LrnConfig, layer: str) -> float:
@@ -32,62 +29,57 @@ def alpha_of(config: LrnConfig, layer: str) -> float:
     return alpha / config.size if config.alpha_over_size else alpha
 
 
-def local_response_norm(
-    maps: Tensor, columns: int, size: int, alpha: float, beta: float, k: float
-) -> Tensor:
-    """Normalise maps over their `size` neighbours, never across columns.
+def local_response_norm(maps: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+    """Normalise the maps of a column over their `size` neighbours.
 
     Args:
         maps: (n, channels, h, w); kept in channels_last.
-        columns: columns among the channels.
         size: n, odd.
         alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
     """
     if torch.compiler.is_exporting():  # in operators that every format has
-        near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
+        near = band(maps, size)
         sums = F.conv2d(maps * maps, near[:, :, None, None])
         return maps * (k + alpha * sums).pow(-beta)
-    return _LocalResponseNorm.apply(maps, columns, size, alpha, beta, k)  # type: ignore[no-any-return]
+    return _LocalResponseNorm.apply(maps, size, alpha, beta, k)  # type: ignore[no-any-return]
 
 
 class _LocalResponseNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, maps: Tensor, columns: int, size: int, alpha: float, beta: float, k: float
-    ) -> Tensor:
+    def forward(ctx: Any, maps: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         ctx.save_for_backward(maps)
-        ctx.constants = (columns, size, alpha, beta, k)
+        ctx.constants = (size, alpha, beta, k)
         if _on_gpu(maps, beta):
             from alexnet_dist.network.kernels import gpu
 
-            normalised: Tensor = gpu.lrn(maps, columns, size, alpha, k)
+            normalised: Tensor = gpu.lrn(maps, size, alpha, k)
             return normalised
         if _on_cpu(maps, beta):
-            return lrn_cpu.forward(maps, columns, size, alpha, k)
-        near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
+            return lrn_cpu.forward(maps, size, alpha, k)
+        near = band(maps, size)
         a = _rows(maps)
         return _maps((a * _power(_denominator(a, near, alpha, k), beta)).to(a.dtype), maps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (maps,) = ctx.saved_tensors
-        columns, size, alpha, beta, k = ctx.constants
+        size, alpha, beta, k = ctx.constants
         if _on_gpu(maps, beta):
             from alexnet_dist.network.kernels import gpu
 
-            out = gpu.lrn_backward(maps, grads[0], columns, size, alpha, k)
-            return out, None, None, None, None, None
+            out = gpu.lrn_backward(maps, grads[0], size, alpha, k)
+            return out, None, None, None, None
         if _on_cpu(maps, beta):
-            out = lrn_cpu.backward(maps, grads[0], columns, size, alpha, k)
-            return out, None, None, None, None, None
-        near = band(maps.shape[1], columns, size, maps.device, maps.dtype)
+            out = lrn_cpu.backward(maps, grads[0], size, alpha, k)
+            return out, None, None, None, None
+        near = band(maps, size)
         a, g = _rows(maps), _rows(grads[0])
         # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
         d = _denominator(a, near, alpha, k)
         scaled = g * _power(d, beta)
         crossed = (scaled * a / d).to(a.dtype) @ near
         out = scaled.addcmul_(a, crossed, value=-2 * alpha * beta).to(a.dtype)
-        return _maps(out, maps), None, None, None, None, None
+        return _maps(out, maps), None, None, None, None
 
 
 def _on_gpu(maps: Tensor, beta: float) -> bool:

@@ -1,15 +1,19 @@
-"""The network of 2012, each layer written once: one or two columns, all of them here or one.
+"""The network of 2012: two columns side by side, and the layers where they meet (paper, Fig. 2).
 
-With all columns here the layers that see their own column are grouped, and nothing is exchanged:
-this is the oracle every layout is held against. With one column here the same layers are plain,
-and `exchange` joins the columns' maps where the network does. Every parameter splits on dim 0.
-No torch.distributed in this file.
+              conv1 ─ conv2 ─┬─ conv3 ─ conv4 ─ conv5 ─┬─ fc6 ─┬─ fc7 ─┬─ fc8     first column
+    windows <                ╳                         ╳       ╳       ╳      > logits
+              conv1 ─ conv2 ─┴─ conv3 ─ conv4 ─ conv5 ─┴─ fc6 ─┴─ fc7 ─┴─ fc8     second column
+
+An `AlexNet` holds the columns that are on this device, both or one of them. Where they meet, an
+exchange puts the columns' maps side by side: by `torch.cat` where all are here, by a collective
+between ranks that hold one each. Nothing else in this file knows which of the two it is, and it
+knows no torch.distributed. A layer's weights lie together, those of one column below those of the
+other, so that every parameter splits on dim 0.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -24,56 +28,116 @@ from alexnet_dist.partition import share
 
 
 class Exchange(Protocol):
-    """How the columns of one network meet."""
+    """How the columns of one network meet. What a column here made is an element of a list."""
 
-    def maps(self, maps: Tensor) -> Tensor:
-        """(n, own channels, …) to (n, all columns' channels, …); gradients are summed back."""
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """[(n, own channels, …)] to (n, all columns' channels, …); gradients are summed back."""
 
     def features(self, features: Tensor) -> Tensor:
         """(n, features), what fc6 sees, to that of all samples its like compute here."""
 
-    def logits(self, logits: Tensor) -> Tensor:
-        """(n, own classes) to (n, all classes); each column takes its own slice of gradients."""
+    def logits(self, parts: list[Tensor]) -> Tensor:
+        """[(n, own classes)] to (n, all classes); each column takes its own slice of gradients."""
 
 
-class AllHere:
-    """The exchange where every column is on this device: nothing to do."""
+class OneDevice:
+    """The exchange where every column is on this device."""
 
-    def maps(self, maps: Tensor) -> Tensor:
-        return maps
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return side_by_side(parts)
 
     def features(self, features: Tensor) -> Tensor:
         return features
 
-    def logits(self, logits: Tensor) -> Tensor:
-        return logits
+    def logits(self, parts: list[Tensor]) -> Tensor:
+        return side_by_side(parts)
+
+
+def side_by_side(parts: list[Tensor]) -> Tensor:
+    """[(n, channels, …)] to (n, all channels, …); one alone as it is."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+class Column:
+    """One of the network's columns: which rows of a layer are its own, and what it does with maps.
+
+    Args:
+        index: of this column, counted from 0.
+        count: of the network's columns.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, count: int) -> None:
+        self.config, self.index, self.count = config, index, count
+
+    def rows(self, outputs: int) -> slice:
+        """Which of a layer's outputs, of all columns, are this one's."""
+        return share(outputs, self.index, self.count)
+
+    def maps(self, layer: str, x: Tensor) -> Tensor:
+        """What a convolution made, (n, own maps, h, w), rectified (§3.1), normalised (§3.3) and
+        pooled (§3.4); changes x."""
+        activate = getattr(torch, f"{self.config.activation}_")
+        last = layer in self.config.activation_last
+        x = x if last else activate(x)
+        if self.config.pool_before_lrn:  # CaffeNet
+            x = self._normalised(layer, self._pooled(layer, x))
+        else:
+            x = self._pooled(layer, self._normalised(layer, x))
+        return activate(x) if last else x
+
+    def _normalised(self, layer: str, x: Tensor) -> Tensor:
+        lrn, spatial = self.config.lrn, self.config.spatial_norm
+        if layer in lrn.layers:
+            x = local_response_norm(x, lrn.size, alpha_of(lrn, layer), lrn.beta, lrn.k)
+        if layer in spatial.layers:
+            # Beyond the edge there are zeros, so that the mean over n × n is the sum ÷ n².
+            mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)
+            x = x * (1 + spatial.alpha * mean).pow(-spatial.beta)
+        return x
+
+    def _pooled(self, layer: str, x: Tensor) -> Tensor:
+        config = self.config
+        if layer not in config.pool_after:
+            return x
+        kernel, stride = config.pool
+        if layer in config.pool_average:
+            return F.avg_pool2d(
+                x, kernel, stride, ceil_mode=config.round_up, count_include_pad=False
+            )
+        return F.max_pool2d(x, kernel, stride, ceil_mode=config.round_up)
 
 
 class Layer(nn.Module):
-    """Weights and biases of the columns here.
+    """One layer of the columns here: their weights, one column's below the other's.
+
+    `forward` takes what the columns here see: a tensor for each, or one that all of them see. It
+    gives what each of them made of it.
 
     Attributes:
         whole: the weight's shape over all columns.
         rows: which rows (dim 0) of it are here.
-        groups: parts of the outputs that see only their own part of the inputs.
+        starts: where each column here begins among all columns' outputs.
     """
 
     def __init__(
-        self, name: str, whole: tuple[int, ...], rows: slice, groups: int, dtype: torch.dtype
+        self, name: str, whole: tuple[int, ...], columns: Sequence[Column], dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.name, self.whole, self.rows, self.groups = name, whole, rows, groups
-        here = (rows.stop - rows.start, *whole[1:])
+        self.name, self.whole = name, whole
+        parts = [column.rows(whole[0]) for column in columns]
+        self.rows = slice(parts[0].start, parts[-1].stop)
+        self.starts = [part.start for part in parts]
+        self.sizes = [part.stop - part.start for part in parts]
+        here = (sum(self.sizes), *whole[1:])
         self.weight = nn.Parameter(torch.empty(here, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(here[0], dtype=dtype))
 
-    def by_groups(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-        """What a function of inputs, weights and biases gives of each group, side by side."""
-        if self.groups == 1:
-            return function(x, self.weight, self.bias)
-        weights, biases = self.weight.chunk(self.groups), self.bias.chunk(self.groups)
-        parts = zip(x.chunk(self.groups, dim=1), weights, biases, strict=True)
-        return torch.cat([function(*part) for part in parts], dim=1)
+    def by_column(self, seen: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """What each column here sees, its weights and its biases."""
+        if len(self.sizes) == 1:
+            return iter([(seen[0], self.weight, self.bias)])
+        each = seen if len(seen) > 1 else seen * len(self.sizes)
+        return zip(each, self.weight.split(self.sizes), self.bias.split(self.sizes), strict=True)
 
     def initialise(self, seed: int, std: float, bias: float) -> None:
         """Weights of N(0, std), drawn by (seed, name), and biases of one value."""
@@ -84,41 +148,52 @@ class Layer(nn.Module):
             self.bias.fill_(bias)
 
 
-class _Conv(Layer):
-    def __init__(self, *args: object, stride: int, padding: int, round_up: bool) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+class Conv(Layer):
+    """A convolution: each column's is a product of its own, into a tensor of its own."""
+
+    def __init__(
+        self, name: str, whole: tuple[int, ...], columns: Sequence[Column], dtype: torch.dtype,
+        stride: int, padding: int, round_up: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(name, whole, columns, dtype)
         self.stride, self.padding, self.round_up = stride, padding, round_up
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, seen: list[Tensor]) -> list[Tensor]:
         if self.round_up:
-            kernel = self.whole[-1]
-            below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
-            x = F.pad(x, (0, right, 0, below))
-        convolved = functools.partial(F.conv2d, stride=self.stride, padding=self.padding)
-        if x.is_cuda:  # cuDNN's grouped kernels took longer than one group after another
-            x = self.by_groups(convolved, x)
-        else:
-            x = convolved(x, self.weight, self.bias, groups=self.groups)
-        return x
+            seen = [self._padded(x) for x in seen]
+        return [
+            F.conv2d(x, weight, bias, self.stride, self.padding)
+            for x, weight, bias in self.by_column(seen)
+        ]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """With zeros below and to the right, so that the last window begins inside (Caffe)."""
+        kernel = self.whole[-1]
+        below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
+        return F.pad(x, (0, right, 0, below))
 
 
-class _Linear(Layer):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.by_groups(F.linear, x)
+class Linear(Layer):
+    """A fully-connected layer: where all columns see the same, one product, that is then cut."""
+
+    def forward(self, seen: list[Tensor]) -> list[Tensor]:
+        if len(seen) == 1:
+            return list(F.linear(seen[0], self.weight, self.bias).split(self.sizes, dim=1))
+        return [F.linear(x, weight, bias) for x, weight, bias in self.by_column(seen)]
 
 
 class AlexNet(nn.Module):
-    """AlexNet, or one column of it.
+    """The columns of the network that are on this device.
 
     Args:
         config: the network.
         seed: initial weights and dropout follow from it.
         columns_here: indices of the columns on this device: all of them, or one.
-        exchange: joins this column's maps with the others'; `AllHere` for all columns.
+        exchange: joins what the columns made; `OneDevice` where all columns are here.
         dtype: of the parameters.
-        fc_part: (part, parts) of the fully-connected layers' rows here; None: those of the columns
-            here.
+        fc_part: (part, parts) of the fully-connected layers' rows here, split over ranks instead of
+            columns; None: those of the columns here.
         drawn: give the parameters their initial values.
     """
 
@@ -134,21 +209,14 @@ class AlexNet(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
-        self.columns_here = tuple(columns_here or range(config.columns))
-        self.exchange = exchange or AllHere()
-        self.activation: Callable[[Tensor], Tensor] = {  # in place: no layer's backward sees before
-            "relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_,
-        }[config.activation]  # fmt: skip
+        self.exchange = exchange or OneDevice()
+        here = range(config.columns) if columns_here is None else columns_here
+        self.columns = [Column(config, index, config.columns) for index in here]
+        fc_columns = self.columns if fc_part is None else [Column(config, *fc_part)]
 
-        all_here = len(self.columns_here) == config.columns
-        conv_part = (0, 1) if all_here else (self.columns_here[0], config.columns)
-
-        def layer(name: str, outputs: int, inputs: int, *kernel: int) -> tuple[object, ...]:
-            alone = name not in ("conv1", *config.exchange)
-            whole = (outputs, inputs // config.columns if alone else inputs, *kernel)
-            part = conv_part if kernel else fc_part or conv_part
-            groups = len(self.columns_here) if alone else 1
-            return name, whole, share(outputs, *part), groups, dtype
+        def whole(name: str, outputs: int, inputs: int, *kernel: int) -> tuple[int, ...]:
+            alone = name not in ("conv1", *config.exchange)  # sees its own column
+            return (outputs, inputs // config.columns if alone else inputs, *kernel)
 
         side = final_side(config)
         if side < 1:
@@ -159,14 +227,14 @@ class AlexNet(nn.Module):
         maps = zip(config.conv_names, (3, *config.conv[:-1]), config.conv, strict=True)
         shapes = zip(config.kernel, config.stride, config.padding, strict=True)
         for (name, seen, made), (kernel, stride, padding) in zip(maps, shapes, strict=True):
-            named = layer(name, made, seen, kernel, kernel)
-            conv = _Conv(*named, stride=stride, padding=padding, round_up=config.round_up)
+            shape = whole(name, made, seen, kernel, kernel)
+            conv = Conv(name, shape, self.columns, dtype, stride, padding, config.round_up)
             self.add_module(name, conv)
         sizes = (config.conv[-1] * side**2, *config.fc, config.classes)
         for name, seen, made in zip(config.fc_names, sizes[:-1], sizes[1:], strict=True):
-            self.add_module(name, _Linear(*layer(name, made, seen)))  # type: ignore[arg-type]
-        for place, module in enumerate(self.layers() if drawn else ()):
-            module.initialise(seed, *_initial(config, place, math.prod(module.whole[1:])))
+            self.add_module(name, Linear(name, whole(name, made, seen), fc_columns, dtype))
+        for place, layer in enumerate(self.layers() if drawn else ()):
+            layer.initialise(seed, *_initial(config, place, math.prod(layer.whole[1:])))
 
     def layers(self) -> list[Layer]:
         """conv1 … fc8."""
@@ -181,82 +249,53 @@ class AlexNet(nn.Module):
             step: the optimiser step, counted from 0.
 
         Returns:
-            (n, classes): of all columns, on every column. Shapes below: the paper's, per column.
+            (n, classes): of all columns, on every column.
         """
-        convs, (first, *others) = self._convolutions(), self._fully_connected()
-        for conv in convs:
-            x = self._conv(conv, x)  # (n, 48, 27, 27), (n, 128, 13, 13), …, (n, 128, 6, 6)
-        x = self._see(first, x).flatten(1)  # (n, 2 × 128 · 6 · 6): fc6 sees both columns
-        x = self.exchange.features(x)
-        start = 0 if first.name in self.config.exchange else x.shape[1] * self.columns_here[0]
-        x = self._dropout(first, x, start, slots, step)
-        for layer, after in itertools.pairwise((first, *others)):
-            x = self.activation(layer(x))  # (n, 2048)
-            x = self._see(after, self._dropout(after, x, layer.rows.start, slots, step))
-        return self.exchange.logits((first, *others)[-1](x))
+        convs = [layer for layer in self.children() if isinstance(layer, Conv)]
+        fc6, *others = [layer for layer in self.children() if isinstance(layer, Linear)]
+        # What each column made; shapes are the paper's, of one column.
+        made = [x]  # every column sees the image
+        for conv in convs:  # (n, 48, 27, 27), (n, 128, 13, 13), (n, 192, 13, 13), …
+            made = [
+                column.maps(conv.name, maps)
+                for column, maps in zip(self.columns, conv(self._see(conv, made)), strict=True)
+            ]
+        # [(n, 2 · 128 · 6 · 6)]: fc6 sees both columns
+        seen = [self.exchange.features(maps.flatten(1)) for maps in self._see(fc6, made)]
+        joined, width = fc6.name in self.config.exchange, seen[0].shape[1]
+        starts = [0] if joined else [column.index * width for column in self.columns]
+        seen = self._dropout(fc6, seen, starts, slots, step)
+        activate: Callable[[Tensor], Tensor] = getattr(torch, self.config.activation)
+        for fc, after in itertools.pairwise((fc6, *others)):
+            made = [activate(units) for units in fc(seen)]  # (n, 2048)
+            seen = self._see(after, self._dropout(after, made, fc.starts, slots, step))
+        return self.exchange.logits(others[-1](seen))
 
-    def _convolutions(self) -> list["_Conv"]:
-        return [layer for layer in self.children() if isinstance(layer, _Conv)]
-
-    def _fully_connected(self) -> list["_Linear"]:
-        return [layer for layer in self.children() if isinstance(layer, _Linear)]
-
-    def _see(self, layer: Layer, x: Tensor) -> Tensor:
-        """What a layer sees: its own column, or both."""
-        return self.exchange.maps(x) if layer.name in self.config.exchange else x
-
-    def _conv(self, layer: _Conv, x: Tensor) -> Tensor:
-        config, last = self.config, layer.name in self.config.activation_last
-        x = layer(self._see(layer, x))
-        x = x if last else self.activation(x)
-        if config.pool_before_lrn:  # CaffeNet
-            x = self._normalised(layer, self._pool(layer, x))
-        else:
-            x = self._pool(layer, self._normalised(layer, x))
-        return self.activation(x) if last else x
-
-    def _normalised(self, layer: _Conv, x: Tensor) -> Tensor:
-        lrn, spatial = self.config.lrn, self.config.spatial_norm
-        if layer.name in lrn.layers:
-            alpha = alpha_of(lrn, layer.name)
-            columns = len(self.columns_here)
-            x = local_response_norm(x, columns, lrn.size, alpha, lrn.beta, lrn.k)
-        if layer.name in spatial.layers:
-            # Beyond the edge there are zeros, so that the mean over n × n is the sum ÷ n².
-            mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)
-            x = x * (1 + spatial.alpha * mean).pow(-spatial.beta)
-        return x
-
-    def _pool(self, layer: _Conv, x: Tensor) -> Tensor:
-        config = self.config
-        if layer.name not in config.pool_after:
-            return x
-        kernel, stride = config.pool
-        if layer.name in config.pool_average:
-            return F.avg_pool2d(
-                x, kernel, stride, ceil_mode=config.round_up, count_include_pad=False
-            )
-        return F.max_pool2d(x, kernel, stride, ceil_mode=config.round_up)
+    def _see(self, layer: Layer, made: list[Tensor]) -> list[Tensor]:
+        """What the columns here see: each what it made itself, or all what both made."""
+        return [self.exchange.join(made)] if layer.name in self.config.exchange else made
 
     def _dropout(
-        self, before: Layer, x: Tensor, first: int, slots: Tensor | None, step: int | Tensor
-    ) -> Tensor:
-        """Units zeroed by a mask that depends on (seed, step, layer, slot, unit) alone.
+        self, before: Layer, made: list[Tensor], starts: list[int], slots: Tensor | None,
+        step: int | Tensor,
+    ) -> list[Tensor]:  # fmt: skip
+        """Units zeroed by masks that depend on (seed, step, layer, slot, unit) alone (§4.2).
 
         Args:
             before: the layer that would see them; they are the outputs of the one below.
-            first: the first unit here, of all columns' units.
+            starts: where each begins among all columns' units.
         """
         drop, at_test = self.config.dropout, self.config.dropout_scaling == "test"
         if drop == 0 or before.name not in self.config.dropout_before:
-            return x
+            return made
         if not self.training:
-            return x * (1 - drop) if at_test else x
+            return [x * (1 - drop) for x in made] if at_test else made
         assert slots is not None, "dropout needs the samples' slots"
-        below = int(before.name[-1]) - 1
-        stay = philox.dropout_mask(self.seed, step, below, slots, first, x.shape[1], drop)
-        x = x * stay
-        return x if at_test else x / (1 - drop)
+        below, kept = int(before.name[-1]) - 1, []
+        for x, start in zip(made, starts, strict=True):
+            stay = philox.dropout_mask(self.seed, step, below, slots, start, x.shape[1], drop)
+            kept.append(x * stay if at_test else x * stay / (1 - drop))
+        return kept
 
 
 def final_side(config: ModelConfig) -> int:

@@ -5,8 +5,8 @@ over columns; the loss is computed alike on every column, so the gradients of th
 are not. Both directions move bf16 under autocast: what comes in goes out.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,13 @@ from torch import Tensor
 
 from alexnet_dist.partition import share
 from alexnet_dist.timing import TIMELINE
+
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+def uncompiled(exchange: Function) -> Function:
+    """torch.compile stays out of it, and compiles what lies between two exchanges."""
+    return torch.compiler.disable(exchange)  # type: ignore[no-any-return]
 
 
 class ColumnExchange:
@@ -27,14 +34,16 @@ class ColumnExchange:
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
-    def maps(self, maps: Tensor) -> Tensor:
-        return join_maps(maps, self.group)
+    @uncompiled
+    def join(self, parts: list[Tensor]) -> Tensor:
+        return join_maps(parts[0], self.group)
 
     def features(self, features: Tensor) -> Tensor:
         return features
 
-    def logits(self, logits: Tensor) -> Tensor:
-        return join_logits(logits, self.group, self.classes)
+    @uncompiled
+    def logits(self, parts: list[Tensor]) -> Tensor:
+        return join_logits(parts[0], self.group, self.classes)
 
 
 def join_maps(maps: Tensor, group: dist.ProcessGroup) -> Tensor:

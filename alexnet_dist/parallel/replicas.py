@@ -14,7 +14,14 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from alexnet_dist.errors import ReplicasDiffer
-from alexnet_dist.parallel.columns import gathered, join_logits, join_maps, summed_parts
+from alexnet_dist.network.model import side_by_side
+from alexnet_dist.parallel.columns import (
+    gathered,
+    join_logits,
+    join_maps,
+    summed_parts,
+    uncompiled,
+)
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
 
@@ -31,15 +38,18 @@ class ShardExchange:
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
-    def maps(self, maps: Tensor) -> Tensor:
-        """Convolutions have all channels here; fc6's and fc7's units are joined."""
-        return maps if maps.dim() == 4 else join_maps(maps, self.group)
+    @uncompiled
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The convolutions' columns are all here; fc6's and fc7's units lie on all ranks."""
+        return side_by_side(parts) if parts[0].dim() == 4 else join_maps(parts[0], self.group)
 
+    @uncompiled
     def features(self, features: Tensor) -> Tensor:
         return _JoinSamples.apply(features, self.group)  # type: ignore[no-any-return]
 
-    def logits(self, logits: Tensor) -> Tensor:
-        return join_logits(logits, self.group, self.classes)
+    @uncompiled
+    def logits(self, parts: list[Tensor]) -> Tensor:
+        return join_logits(parts[0], self.group, self.classes)
 
 
 class _JoinSamples(torch.autograd.Function):

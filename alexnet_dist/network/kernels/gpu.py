@@ -14,24 +14,22 @@ _BLOCK, _WARPS = 256, 8  # an element a thread, so that neighbours' loads are on
 
 
 @custom_op("alexnet_dist::lrn", mutates_args=())
-def lrn(maps: Tensor, columns: int, size: int, alpha: float, k: float) -> Tensor:
+def lrn(maps: Tensor, size: int, alpha: float, k: float) -> Tensor:
     """As `lrn.local_response_norm` with a β of ¾, in channels_last; float32 inside."""
     maps = maps.contiguous(memory_format=torch.channels_last)
     out, count = torch.empty_like(maps), maps.numel()
     _lrn[(triton.cdiv(count, _BLOCK),)](
-        maps, out, count, alpha, k, maps.shape[1] // columns, size // 2, _BLOCK, num_warps=_WARPS
+        maps, out, count, alpha, k, maps.shape[1], size // 2, _BLOCK, num_warps=_WARPS
     )
     return out
 
 
 @custom_op("alexnet_dist::lrn_backward", mutates_args=())
-def lrn_backward(
-    maps: Tensor, grads: Tensor, columns: int, size: int, alpha: float, k: float
-) -> Tensor:
+def lrn_backward(maps: Tensor, grads: Tensor, size: int, alpha: float, k: float) -> Tensor:
     """The gradient of what `lrn` was given, from the one of what it gave."""
     last = torch.channels_last
     maps, grads = maps.contiguous(memory_format=last), grads.contiguous(memory_format=last)
-    out, count, wide = torch.empty_like(maps), maps.numel(), maps.shape[1] // columns
+    out, count, wide = torch.empty_like(maps), maps.numel(), maps.shape[1]
     _lrn_backward[(triton.cdiv(count, _BLOCK),)](
         maps, grads, out, count, alpha, k, wide, size // 2, _BLOCK, num_warps=_WARPS
     )
@@ -70,12 +68,12 @@ def windows(
 
 
 @lrn.register_fake
-def _(maps: Tensor, columns: int, size: int, alpha: float, k: float) -> Tensor:
+def _(maps: Tensor, size: int, alpha: float, k: float) -> Tensor:
     return torch.empty_like(maps, memory_format=torch.channels_last)
 
 
 @lrn_backward.register_fake
-def _(maps: Tensor, grads: Tensor, columns: int, size: int, alpha: float, k: float) -> Tensor:
+def _(maps: Tensor, grads: Tensor, size: int, alpha: float, k: float) -> Tensor:
     return torch.empty_like(maps, memory_format=torch.channels_last)
 
 
@@ -99,7 +97,7 @@ def _denominator(
     maps, at, place, inside, alpha, k,
     shift: tl.constexpr, wide: tl.constexpr, half: tl.constexpr,
 ):  # fmt: skip
-    """d = k + α Σ a² around the elements `shift` after these, `place` in columns of `wide`."""
+    """d = k + α Σ a² around the elements `shift` after these, whose place in a pixel is `place`."""
     total = tl.zeros(at.shape, tl.float32)
     for near in tl.static_range(shift - half, shift + half + 1):
         here = inside & (place + near >= 0) & (place + near < wide)
@@ -110,7 +108,7 @@ def _denominator(
 
 @triton.jit
 def _places(count, wide: tl.constexpr, block: tl.constexpr):
-    """Of this program's elements: where they are, whether they are, their place in a column."""
+    """Of this program's elements: where they are, whether they are, their place in a pixel."""
     begin = tl.program_id(0).to(tl.int64) * block
     along = tl.arange(0, block)
     at = begin + along

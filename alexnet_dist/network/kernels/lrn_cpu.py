@@ -25,25 +25,21 @@ def fits(maps: Tensor, beta: float) -> bool:
     return maps.device.type == "cpu" and narrow and beta == 0.75
 
 
-def forward(maps: Tensor, columns: int, size: int, alpha: float, k: float) -> Tensor:
+def forward(maps: Tensor, size: int, alpha: float, k: float) -> Tensor:
     """(n, channels, h, w) normalised, in channels_last."""
-    return _called(0, (maps,), columns, size, alpha, k)
+    return _called(0, (maps,), size, alpha, k)
 
 
-def backward(
-    maps: Tensor, grads: Tensor, columns: int, size: int, alpha: float, k: float
-) -> Tensor:
+def backward(maps: Tensor, grads: Tensor, size: int, alpha: float, k: float) -> Tensor:
     """The gradient of what `forward` was given, from the one of what it gave."""
-    return _called(1, (maps, grads), columns, size, alpha, k)
+    return _called(1, (maps, grads), size, alpha, k)
 
 
-def _called(
-    which: int, given: tuple[Tensor, ...], columns: int, size: int, alpha: float, k: float
-) -> Tensor:
+def _called(which: int, given: tuple[Tensor, ...], size: int, alpha: float, k: float) -> Tensor:
     out = torch.empty_like(given[0], memory_format=torch.channels_last)
     last = [t.permute(0, 2, 3, 1).contiguous().view(-1, t.shape[1]) for t in (*given, out)]
     loop = _loops(out.dtype, size)[which]
-    loop(*map(bits, last), columns, np.float32(alpha), np.float32(k))
+    loop(*map(bits, last), np.float32(alpha), np.float32(k))
     return out
 
 
@@ -54,63 +50,58 @@ def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable
     shift, below, odd = rounding(dtype)
 
     @parallel
-    def forward(maps: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
-        pixels, wide = maps.shape[0], maps.shape[1] // columns
+    def forward(maps: Bits, out: Bits, alpha: float, k: float) -> None:
+        pixels, wide = maps.shape
         for block in prange(_BLOCKS):
-            squares = np.zeros(wide + size - 1, np.float32)  # 0 beyond the column's ends
+            squares = np.zeros(wide + size - 1, np.float32)  # 0 beyond the ends
             a, sums = np.empty(wide, np.float32), np.empty(wide, np.float32)
             a_bits, sum_bits = a.view(np.uint32), sums.view(np.uint32)
             for pixel in range(block * pixels // _BLOCKS, (block + 1) * pixels // _BLOCKS):
-                for first in range(0, columns * wide, wide):
-                    here = maps[pixel, first : first + wide]
-                    result = out[pixel, first : first + wide]
-                    for i in range(wide):
-                        a_bits[i] = np.uint32(here[i]) << shift
-                    for i in range(wide):
-                        squares[i + half] = a[i] * a[i]
-                    for i in range(wide):
-                        total = zero
-                        for near in range(size):
-                            total += squares[i + near]
-                        root = np.float32(1) / np.sqrt(k + alpha * total)
-                        sums[i] = a[i] * root * np.sqrt(root)
-                    for i in range(wide):
-                        b = sum_bits[i]
-                        result[i] = (b + below + ((b >> shift) & odd)) >> shift
+                here, result = maps[pixel], out[pixel]
+                for i in range(wide):
+                    a_bits[i] = np.uint32(here[i]) << shift
+                for i in range(wide):
+                    squares[i + half] = a[i] * a[i]
+                for i in range(wide):
+                    total = zero
+                    for near in range(size):
+                        total += squares[i + near]
+                    root = np.float32(1) / np.sqrt(k + alpha * total)
+                    sums[i] = a[i] * root * np.sqrt(root)
+                for i in range(wide):
+                    b = sum_bits[i]
+                    result[i] = (b + below + ((b >> shift) & odd)) >> shift
 
     @parallel
-    def backward(maps: Bits, grads: Bits, out: Bits, columns: int, alpha: float, k: float) -> None:
+    def backward(maps: Bits, grads: Bits, out: Bits, alpha: float, k: float) -> None:
         # db_i/da_j = [i=j] d_i^−β − 2αβ a_i a_j d_i^(−β−1), where i and j are neighbours
-        pixels, wide = maps.shape[0], maps.shape[1] // columns
+        pixels, wide = maps.shape
         for block in prange(_BLOCKS):
             squares = np.zeros(wide + size - 1, np.float32)
             crossed = np.zeros(wide + size - 1, np.float32)
             a, g = np.empty(wide, np.float32), np.empty(wide, np.float32)
             a_bits, g_bits = a.view(np.uint32), g.view(np.uint32)
             for pixel in range(block * pixels // _BLOCKS, (block + 1) * pixels // _BLOCKS):
-                for first in range(0, columns * wide, wide):
-                    here = maps[pixel, first : first + wide]
-                    upper = grads[pixel, first : first + wide]
-                    result = out[pixel, first : first + wide]
-                    for i in range(wide):
-                        a_bits[i] = np.uint32(here[i]) << shift
-                        g_bits[i] = np.uint32(upper[i]) << shift
-                    for i in range(wide):
-                        squares[i + half] = a[i] * a[i]
-                    for i in range(wide):
-                        total = zero
-                        for near in range(size):
-                            total += squares[i + near]
-                        root = np.float32(1) / np.sqrt(k + alpha * total)
-                        g[i] *= root * np.sqrt(root)
-                        crossed[i + half] = g[i] * a[i] * root * root
-                    for i in range(wide):
-                        total = zero
-                        for near in range(size):
-                            total += crossed[i + near]
-                        g[i] -= np.float32(1.5) * alpha * a[i] * total
-                    for i in range(wide):
-                        b = g_bits[i]
-                        result[i] = (b + below + ((b >> shift) & odd)) >> shift
+                here, upper, result = maps[pixel], grads[pixel], out[pixel]
+                for i in range(wide):
+                    a_bits[i] = np.uint32(here[i]) << shift
+                    g_bits[i] = np.uint32(upper[i]) << shift
+                for i in range(wide):
+                    squares[i + half] = a[i] * a[i]
+                for i in range(wide):
+                    total = zero
+                    for near in range(size):
+                        total += squares[i + near]
+                    root = np.float32(1) / np.sqrt(k + alpha * total)
+                    g[i] *= root * np.sqrt(root)
+                    crossed[i + half] = g[i] * a[i] * root * root
+                for i in range(wide):
+                    total = zero
+                    for near in range(size):
+                        total += crossed[i + near]
+                    g[i] -= np.float32(1.5) * alpha * a[i] * total
+                for i in range(wide):
+                    b = g_bits[i]
+                    result[i] = (b + below + ((b >> shift) & odd)) >> shift
 
     return forward, backward
