@@ -77,7 +77,11 @@ def test_a_preset_has_the_published_layers(name: str) -> None:
     with torch.device("meta"):
         model = AlexNet(config.model, drawn=False).eval()
         for layer in model.layers():
-            layer.register_forward_hook(lambda m, i, o: seen.update({m.name: tuple(o.shape[1:])}))
+            layer.register_forward_hook(
+                lambda m, i, o: seen.update(
+                    {m.name: (sum(made.shape[1] for made in o), *o[0].shape[2:])}
+                )
+            )
         side = config.model.crop
         logits = model(torch.empty(2, 3, side, side))
         macs = {layer.name: count for layer, count in multiply_adds(model).items()}

@@ -251,25 +251,26 @@ class AlexNet(nn.Module):
         Returns:
             (n, classes): of all columns, on every column.
         """
-        convs = [layer for layer in self.children() if isinstance(layer, Conv)]
-        fc6, *others = [layer for layer in self.children() if isinstance(layer, Linear)]
-        # What each column made; shapes are the paper's, of one column.
-        made = [x]  # every column sees the image
+        convs = [layer for layer in self.layers() if isinstance(layer, Conv)]
+        fcs = [layer for layer in self.layers() if isinstance(layer, Linear)]
+        # A list holds what each column made, or the one thing that all columns see. Shapes are the
+        # paper's, of one column.
+        made = [x]
         for conv in convs:  # (n, 48, 27, 27), (n, 128, 13, 13), (n, 192, 13, 13), …
             made = [
                 column.maps(conv.name, maps)
                 for column, maps in zip(self.columns, conv(self._see(conv, made)), strict=True)
             ]
         # [(n, 2 · 128 · 6 · 6)]: fc6 sees both columns
-        seen = [self.exchange.features(maps.flatten(1)) for maps in self._see(fc6, made)]
-        joined, width = fc6.name in self.config.exchange, seen[0].shape[1]
+        seen = [self.exchange.features(maps.flatten(1)) for maps in self._see(fcs[0], made)]
+        joined, width = fcs[0].name in self.config.exchange, seen[0].shape[1]
         starts = [0] if joined else [column.index * width for column in self.columns]
-        seen = self._dropout(fc6, seen, starts, slots, step)
+        seen = self._dropout(fcs[0], seen, starts, slots, step)
         activate: Callable[[Tensor], Tensor] = getattr(torch, self.config.activation)
-        for fc, after in itertools.pairwise((fc6, *others)):
+        for fc, after in itertools.pairwise(fcs):
             made = [activate(units) for units in fc(seen)]  # (n, 2048)
             seen = self._see(after, self._dropout(after, made, fc.starts, slots, step))
-        return self.exchange.logits(others[-1](seen))
+        return self.exchange.logits(fcs[-1](seen))
 
     def _see(self, layer: Layer, made: list[Tensor]) -> list[Tensor]:
         """What the columns here see: each what it made itself, or all what both made."""
