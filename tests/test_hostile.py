@@ -41,8 +41,11 @@ FEW = settings(
 )
 
 
+OBJECTS = ("_object", "_object_list")  # dist's collectives of them
+
+
 def test_no_pickle_is_loaded_but_cifars_and_that_without_running_it() -> None:
-    """Ranks of one run exchange pickles (torch's own object collectives): docs/reliability.md."""
+    """Nor one that another rank sends: torch's collectives of objects unpickle."""
     loads = []
     for path in Path(alexnet_dist.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -54,7 +57,7 @@ def test_no_pickle_is_loaded_but_cifars_and_that_without_running_it() -> None:
                 if called in (
                     "pickle.load", "pickle.loads", "torch.load", "joblib.load", "eval", "exec",
                     "yaml.load", "yaml.unsafe_load",
-                ) or "allow_pickle" in true:  # fmt: skip
+                ) or "allow_pickle" in true or called.endswith(OBJECTS):  # fmt: skip
                     loads.append((path.name, called))
     assert loads == []
     readers = [c for c in vars(arrays).values() if isinstance(c, type) and issubclass(c, Unpickler)]
