@@ -215,7 +215,7 @@ def _exchange(config: Config) -> Iterator[Finding]:
         found = own_ranks.call(_meet, 2, backend)
         wrong = [word for word in found if isinstance(word, str)]
         if wrong:
-            names = {"gloo": "unset GLOO_SOCKET_IFNAME, and see that the loopback is up: ip link set lo up",
+            names = {"gloo": "unset GLOO_SOCKET_IFNAME, and see that the loopback is up (ip link)",
                      "nccl": "NCCL_DEBUG=INFO says why; try NCCL_P2P_DISABLE=1"}  # fmt: skip
             yield Finding(f"exchange, {backend}", wrong[0], names[backend], broken=True)
         else:
