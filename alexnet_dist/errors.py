@@ -84,8 +84,8 @@ _SAID = (
      "this machine's memory is full: raise train.micro_batches, lower evaluate.batch, "
      f"data.prefetch or data.workers; {_PLAN}"),
     (r"EADDRINUSE|[Aa]ddress already in use",
-     "the port at which ranks meet is taken: set MASTER_PORT to another, or start them by "
-     "`torchrun --standalone`, which finds one"),
+     "the port at which ranks meet is taken: set MASTER_PORT to another, or let `alexnet-dist "
+     "train` start the ranks of one host, at a free one"),
     (r"environment variable MASTER_\w+ expected",
      "RANK and WORLD_SIZE say that a launcher started this, and it did not say where ranks meet: "
      "set MASTER_ADDR and MASTER_PORT, start by torchrun, or unset RANK to run alone"),

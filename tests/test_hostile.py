@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -42,7 +43,7 @@ FEW = settings(
 
 
 def test_no_pickle_is_loaded_but_cifars_and_that_without_running_it() -> None:
-    """Ranks of one run exchange pickles (torch's own object collectives): docs/reliability.md."""
+    """Nor one that another rank sends: torch's collectives of objects unpickle."""
     loads = []
     for path in Path(alexnet_dist.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -54,7 +55,7 @@ def test_no_pickle_is_loaded_but_cifars_and_that_without_running_it() -> None:
                 if called in (
                     "pickle.load", "pickle.loads", "torch.load", "joblib.load", "eval", "exec",
                     "yaml.load", "yaml.unsafe_load",
-                ) or "allow_pickle" in true:  # fmt: skip
+                ) or "allow_pickle" in true or re.match(r"dist\.\w+_object", called):  # fmt: skip
                     loads.append((path.name, called))
     assert loads == []
     readers = [c for c in vars(arrays).values() if isinstance(c, type) and issubclass(c, Unpickler)]

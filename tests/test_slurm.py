@@ -198,6 +198,20 @@ def test_two_nodes_of_two_tasks_run_to_the_end(cluster: Cluster, whole: Callable
         cluster.until("sacct knows", lambda: "COMPLETED" in told(), 20)
 
 
+@pytest.mark.parametrize(("options", "layout"), [(ON_ONE_NODE, TWO), (ON_TWO_NODES, FOUR)])
+def test_ranks_listen_at_their_nodes_address_alone(
+    options: Sequence[str], layout: Sequence[str], cluster: Cluster
+) -> None:
+    """The dev cluster's nodes are both at 127.0.0.1; tests/test_open_ports.py plays others."""
+    name = f"heard-{layout[0].rpartition('=')[2]}"
+    cluster.sbatch(options, *layout, f"name={name}")
+    cluster.until_running(name)
+    ranks = [f"pid={rank.pid}," for rank in cluster.processes(name)]
+    told = cluster.call("ss", "-Hltnp").splitlines()
+    listening = [line for line in told if any(rank in line for rank in ranks)]
+    assert {line.split()[3].rpartition(":")[0] for line in listening} == {"127.0.0.1"}
+
+
 def test_deepspeed_finds_its_place_without_torchrun(
     cluster: Cluster, whole: Callable[..., str]
 ) -> None:

@@ -36,6 +36,10 @@ class Place:
     meeting: str = ""
     cores: int | None = None
 
+    @property
+    def on_one_host(self) -> bool:
+        return self.world == self.local_world
+
 
 def place() -> Place | None:
     """This process's place; None where no launcher started it."""

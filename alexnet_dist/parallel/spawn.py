@@ -11,6 +11,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored
+from alexnet_dist.parallel.topology import LOOPBACK, store_at
 
 _OF_MEMORY = "by the kernel where memory ran out: see dmesg, and `alexnet-dist plan`"
 _LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
@@ -35,13 +37,12 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
     Args:
         folder: the run folder, whose run.json says how the ranks stopped.
     """
-    config = _on_this_host(ranks, shutdown_timeout_s=120)
     os.environ[_LAUNCHER] = str(os.getpid())
     command = ["-m", "alexnet_dist", *arguments]
     attempts_before = read_run(folder).get("attempt", 0)
     try:
         with _ended_by_a_second_interrupt():
-            elastic_launch(config, sys.executable)(*command)
+            _launched(sys.executable, ranks, 120, *command)
         return 0
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
@@ -106,7 +107,7 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """
     try:
         with handlers_restored():
-            results = elastic_launch(_on_this_host(ranks, 10), _mistake_or)(function, *args)
+            results = _launched(_mistake_or, ranks, 10, function, *args)
     except SignalException as error:
         signal.raise_signal(error.sigval)  # now to this program's own handler
         raise
@@ -130,20 +131,30 @@ def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-def _on_this_host(ranks: int, shutdown_timeout_s: int) -> LaunchConfig:
+def _launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dict[int, Any]:
+    """What a function, or a command, returns on each of this many ranks of this host.
+
+    They meet at a store on the loopback. torchelastic's static rendezvous is told its port, finds
+    that this process serves it, and opens none of its own: those listen on every interface, and
+    its c10d rendezvous unpickles what it finds there.
+    """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
-    return LaunchConfig(
+    store = store_at(LOOPBACK, timedelta(minutes=1))  # lives as long as the ranks
+    config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{store.host}:{store.port}",
+        rdzv_configs={"rank": 0},
         max_restarts=0,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
         shutdown_timeout=shutdown_timeout_s,
         logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
     )
+    returned: dict[int, Any] = elastic_launch(config, entry)(*args)
+    return returned
 
 
 def leave_with_parent(parent: int) -> None:

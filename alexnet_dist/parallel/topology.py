@@ -7,14 +7,17 @@ inside a node.
 import ctypes
 import dataclasses
 import datetime
+import json
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -30,6 +33,7 @@ from alexnet_dist.partition import share
 
 T = TypeVar("T")
 _CPU = torch.device("cpu")
+LOOPBACK = "127.0.0.1"
 log = logging.getLogger(__name__)
 
 
@@ -79,7 +83,10 @@ class Topology:
         return [replica[share(len(replica), c, self.columns)] for c in range(self.columns)]
 
     def decided_by_rank_0(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns on rank 0, on every rank; where it raises, the others do too."""
+        """What `decide` returns on rank 0, on every rank; where it raises, the others do too.
+
+        It returns what JSON can hold: torch's collectives of objects unpickle what a peer sends.
+        """
         if self.control is None:
             return decide()
         outcome: list[Any] = [None, None]
@@ -90,7 +97,7 @@ class Topology:
             except Exception as error:
                 failure = error
                 outcome = [None, error.exit_code if isinstance(error, AlexNetDistError) else 1]
-        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        outcome = json.loads(self.first_said(json.dumps(outcome) if self.leads else ""))
         if failure is not None:
             raise failure
         if outcome[1] is not None:
@@ -116,9 +123,13 @@ class Topology:
         """Of every rank's text, the first that is not empty, on every rank. Collective."""
         if self.control is None:
             return text
-        said: list[Any] = [None] * self.world_size
-        dist.all_gather_object(said, text, self.control)
-        return next(filter(None, said), "")
+        mine = text.encode(errors="surrogatepass")  # a path may hold any byte
+        for rank, (length,) in enumerate(self.each(len(mine))):
+            if length:
+                words = bytearray(mine if rank == self.global_rank else int(length))
+                dist.broadcast(torch.frombuffer(words, dtype=torch.uint8), rank, self.control)
+                return words.decode(errors="surrogatepass")
+        return ""
 
     def sum(self, counts: Tensor) -> Tensor:
         """A CPU tensor summed over all ranks."""
@@ -151,6 +162,7 @@ def connect(config: Config) -> Topology:
     _keep_memory()
     if here.world_size == 1:
         return dataclasses.replace(here, device=device)
+    keep_to_this_host(place)
     timeout = datetime.timedelta(seconds=config.layout.timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # one process may go through several layouts
@@ -189,6 +201,32 @@ def _group(ranks: range, backend: str, timeout: datetime.timedelta) -> dist.Proc
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
+def keep_to_this_host(place: Place) -> None:
+    """Let gloo and NCCL listen on the loopback alone, where all ranks are here."""
+    if place.on_one_host:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+
+
+def store_at(address: str, timeout: datetime.timedelta) -> TCPStore:
+    """A store at a free port of this address alone: torch's own listens on all that a host has."""
+    family, *_ = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server((address, 0), family=family)
+    host, port, *_ = listener.getsockname()
+    return TCPStore(
+        host, port, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+
+
+def _own_address(place: Place) -> str:
+    """Where the ranks of a step find this one: on gloo's interface, where one is named."""
+    if place.on_one_host:
+        return LOOPBACK
+    named = psutil.net_if_addrs().get(os.environ.get("GLOO_SOCKET_IFNAME", ""), [])
+    return next((a.address for a in named if a.family == socket.AF_INET), place.address)
+
+
 def leave() -> None:
     """Leave the other ranks."""
     if dist.is_initialized():
@@ -205,13 +243,11 @@ def _meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | 
         return None
     path = config.folder / f"meet-{place.meeting}"
     if place.rank == 0:
-        store = TCPStore(
-            place.address, 0, place.world, is_master=True, timeout=timeout, wait_for_workers=False
-        )
+        store = store_at(_own_address(place), timeout)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_name(f".{path.name}")
-            aside.write_text(f"{place.address} {store.port}")
+            aside.write_text(f"{store.host} {store.port}")
             aside.replace(path)
         except OSError as error:
             raise RunFolderError(
@@ -233,7 +269,7 @@ def _meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | 
             )
         time.sleep(0.05)
     address, port = path.read_text().split()
-    store = TCPStore(address, int(port), place.world, is_master=False, timeout=timeout)
+    store = TCPStore(address, int(port), is_master=False, timeout=timeout)
     store.set(f"met/{place.rank}", "")
     return store
 

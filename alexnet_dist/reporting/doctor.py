@@ -26,7 +26,7 @@ from alexnet_dist.data.inspect import inspect
 from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
-from alexnet_dist.parallel.topology import cores, cpu_flags, gpus
+from alexnet_dist.parallel.topology import cores, cpu_flags, gpus, keep_to_this_host
 
 _CGROUP, _DRIVER = Path("/sys/fs/cgroup"), Path("/proc/driver/nvidia/version")
 _MB = 2**20
@@ -215,7 +215,7 @@ def _exchange(config: Config) -> Iterator[Finding]:
         found = spawn.call(_meet, 2, backend)
         wrong = [word for word in found if isinstance(word, str)]
         if wrong:
-            names = {"gloo": "set GLOO_SOCKET_IFNAME=lo, and see that localhost is in /etc/hosts",
+            names = {"gloo": "unset GLOO_SOCKET_IFNAME, and see that the loopback is up (ip link)",
                      "nccl": "NCCL_DEBUG=INFO says why; try NCCL_P2P_DISABLE=1"}  # fmt: skip
             yield Finding(f"exchange, {backend}", wrong[0], names[backend], broken=True)
         else:
@@ -228,6 +228,7 @@ def _meet(backend: str) -> float | str:
     try:
         here = environment.place()
         assert here is not None
+        keep_to_this_host(here)
         device = torch.device("cuda", here.local_rank) if backend == "nccl" else torch.device("cpu")
         dist.init_process_group(
             backend, timeout=timedelta(seconds=30),

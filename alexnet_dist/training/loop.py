@@ -14,6 +14,7 @@ import torch
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint import warm_start
 from alexnet_dist.checkpoint.writer import Saver
+from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -109,7 +110,8 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     topology = connect(config)
     signals.last_words = None
     configure_logging(topology)
-    config = topology.decided_by_rank_0(lambda: warm_start.resolved(config))
+    begun = topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))
+    config = load_config([begun])
     digest = topology.decided_by_rank_0(lambda: open_for(config).digest)
     dataset = open_for(config)
     if config.data.verify_hashes:

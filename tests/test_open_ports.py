@@ -1,0 +1,193 @@
+"""What listens while the program works, seen by `ss` on a host whose name is not the loopback's:
+a network namespace of its own. Needs iproute2, and root or user namespaces.
+"""
+
+import dataclasses
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from base64 import b64encode
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from conftest import as_overrides
+from torch.distributed import TCPStore
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.parallel import environment, spawn, topology
+from alexnet_dist.parallel.environment import Place
+
+HOST = "10.213.9.1"  # where a stranger on the network finds the host
+HERE = (
+    "unshare", "--map-root-user", "--net", "--uts", "sh", "-ec",
+    f'ip link set lo up; ip address add {HOST}/32 dev lo; hostname {HOST}; exec "$@"', "sh",
+)  # fmt: skip
+ALEXNET_DIST = ("-m", "alexnet_dist")
+KINDS = ("columns", "replicas", "sharded_fc", "zero1", "zero2")
+
+
+@pytest.fixture(scope="module")
+def _namespaces() -> None:
+    try:
+        subprocess.run([*HERE, "ss", "-Hltnp"], check=True, capture_output=True, timeout=20)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no network namespaces here, or no iproute2: {error}")
+
+
+pytestmark = pytest.mark.usefixtures("_namespaces")
+
+
+def on_the_host(*python: str) -> Any:
+    """What a Python on that host prints last, as JSON."""
+    tests = {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    done = subprocess.run(
+        [*HERE, sys.executable, *python], check=False, capture_output=True, text=True,
+        timeout=200, env=os.environ | tests,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def listens(*started: tuple[dict[str, str], list[str]]) -> dict[str, str]:
+    """Addresses at which anything listened while these environments' Pythons ran, all to a good
+    end; with the line that `ss` gave of one."""
+    code = f"{inspect.getsource(_watch)}\n_watch({started!r})"  # alone: torch takes long to load
+    found: dict[str, str] = on_the_host("-c", code)
+    assert found, "nothing was seen to listen"
+    return found
+
+
+def _watch(started):  # type: ignore[no-untyped-def]
+    """On the host: run them all, look ten times a second, print what was seen."""
+    import json
+    import os
+    import subprocess
+    import sys
+    import time
+
+    running = [
+        subprocess.Popen([sys.executable, *words], env=os.environ | more, stdout=sys.stderr)
+        for more, words in started
+    ]
+    seen = {}
+    while None in [process.poll() for process in running]:
+        told = subprocess.run(["ss", "-Hltnp"], check=True, capture_output=True, text=True).stdout
+        for line in told.splitlines():
+            seen.setdefault(line.split()[3].rpartition(":")[0], line)
+        time.sleep(0.1)
+    print(json.dumps(seen))
+    sys.exit(max(process.returncode for process in running))
+
+
+def test_what_is_started_on_one_host_listens_on_the_loopback_alone(
+    tiny: Callable[..., Config],
+) -> None:
+    """Both at once, for speed: `--local` starts `train`, which starts two columns."""
+    run = as_overrides(tiny("train.epochs=0.2", "evaluate.every_epochs=1"))
+    found = listens(
+        ({}, ["-m", "launch.submit", *run, "--local"]), ({}, [*ALEXNET_DIST, "doctor", *run])
+    )
+    assert found.keys() == {"127.0.0.1"}
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        *((["train"], [f"layout.kind={kind}", "layout.ranks=2"]) for kind in KINDS),
+        (["train"], ["layout.kind=columns_x_replicas", "layout.ranks=4"]),
+        (["compare"], ["--steps", "3", "--layouts", "columns,sharded_fc:2"]),
+        (["bench", "layouts"], ["--ranks", "2", "--repeats", "1"]),
+    ],
+    ids=lambda words: words[0],
+)
+def test_every_start_listens_on_the_loopback_alone(
+    more: list[str], words: list[str], tiny: Callable[..., Config]
+) -> None:
+    run = as_overrides(tiny("train.epochs=0.2"))
+    assert listens(({}, [*ALEXNET_DIST, *more, *run, *words])).keys() == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("tasks", "addresses"),
+    [pytest.param("2", {"127.0.0.1"}, marks=pytest.mark.drill), ("1(x2)", {HOST})],
+)
+def test_a_step_of_slurm_listens_on_its_nodes_address_alone(
+    tasks: str, addresses: set[str], tiny: Callable[..., Config]
+) -> None:
+    """Of one node, and of two that this host plays; with Slurm's variables, and no Slurm."""
+    run = as_overrides(tiny("train.epochs=0.2", "layout.kind=replicas"))
+    step = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_TASKS_PER_NODE": tasks,
+        "SLURMD_NODENAME": HOST,
+    }
+    nodes = len(environment.tasks_per_node(tasks))
+    ranks = [
+        {"SLURM_PROCID": f"{r}", "SLURM_NODEID": f"{r % nodes}", "SLURM_LOCALID": f"{r // nodes}"}
+        for r in range(2)
+    ]
+    assert listens(*((step | rank, [*ALEXNET_DIST, "train", *run]) for rank in ranks)).keys() == (
+        addresses
+    )
+
+
+def test_a_node_is_found_at_the_interface_that_gloo_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its name may be the loopback's to itself, as Debian installs it."""
+    node = Place(world=2, node=0, address="n1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert topology._own_address(dataclasses.replace(node, local_world=2)) == "127.0.0.1"
+    assert topology._own_address(node) == "n1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert topology._own_address(node) == "127.0.0.1"
+
+
+class Mark:
+    """What a hostile pickle does: makes a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str, str]]:
+        return open, (self.path, "w")
+
+
+def _stranger(mark: str) -> list[str]:
+    """The keys that stores show at the host's own address; a rendezvous is replaced by a pickle."""
+    told = subprocess.run(["ss", "-Hltn"], check=True, capture_output=True, text=True).stdout
+    found: list[str] = []
+    for line in told.splitlines():
+        port = int(line.split()[3].rpartition(":")[2])
+        try:
+            store = TCPStore(HOST, port, is_master=False, timeout=timedelta(seconds=1))
+        except dist.DistError:
+            continue
+        found += (keys := store.list_keys())
+        for key in keys:
+            if "torch.rendezvous" in key:
+                store.set(key, b64encode(pickle.dumps(Mark(mark))).decode())
+    time.sleep(1)  # the launcher looks ten times a second
+    return found
+
+
+def attacked(mark: str) -> None:
+    print(json.dumps(spawn.call(_stranger, 1, mark)[0]))
+
+
+def test_a_stranger_neither_lists_the_launchers_keys_nor_runs_his_command(tmp_path: Path) -> None:
+    mark = tmp_path / "was here"
+    code = f"import test_open_ports; test_open_ports.attacked({str(mark)!r})"
+    keys = on_the_host("-c", code)
+    assert (mark.exists(), keys) == (False, [])
