@@ -34,6 +34,7 @@ from alexnet_dist.make_engine import make_engine
 from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.optim import Schedule
 from alexnet_dist.shares import share
+from alexnet_dist.tensor_files import Shape
 from alexnet_dist.topology import Topology, connect, gpus
 from alexnet_dist.traffic import Traffic
 
@@ -97,8 +98,8 @@ class InMemory:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
 
-    def keys(self) -> list[str]:
-        return list(self.tensors)
+    def shapes(self) -> dict[str, Shape]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def rows(self, name: str, rows: slice) -> Tensor:
         tensor = self.tensors[name]

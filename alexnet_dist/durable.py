@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from alexnet_dist.errors import RunFolderError, cannot_be_read
 from alexnet_dist.untrusted import json_object, read_bytes
 
 # Of run.json: what is reckoned with, and left out where it is no number.
@@ -35,11 +36,15 @@ def sync(path: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run folder's run.json says; empty where there is none. (Here, it needs no torch.)"""
+    """What a run folder's run.json says; empty where there is none, or one that is no run.json.
+    (Here, it needs no torch.) Raises RunFolderError where it cannot be read."""
+    path = folder / "run.json"
     try:
-        found = json_object(read_bytes(folder / "run.json"))
-    except (OSError, ValueError):
+        found = json_object(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    except OSError as error:
+        raise RunFolderError(cannot_be_read(path, error)) from error
     return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
 
 

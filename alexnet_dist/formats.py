@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from alexnet_dist import caffe
@@ -27,7 +27,8 @@ from alexnet_dist.checkpoint import Checkpoint
 from alexnet_dist.config import Config, flat
 from alexnet_dist.config_files import load_config
 from alexnet_dist.errors import CheckpointError, ConfigError
-from alexnet_dist.model import AlexNet
+from alexnet_dist.model import AlexNet, whole_shapes
+from alexnet_dist.tensor_files import misfit, save_tensors
 
 Tensors = dict[str, Tensor]
 # The places of weights in torchvision's alexnet.
@@ -48,7 +49,7 @@ def import_weights(
     Raises CheckpointError where the file is not of that kind, or of another network; ConfigError
     where `out` holds a run, or kind and network do not fit.
     """
-    if checkpoints.steps(out / "checkpoints"):
+    if checkpoints.traces(out / "checkpoints"):
         raise ConfigError(f"{out}: holds a run already: name a folder that is to be made")
     if mean is not None:
         if kind != "caffe":
@@ -58,16 +59,12 @@ def import_weights(
         sources = [*sources, *own]
     config = load_config([*sources, f"name={out.name}", f"output_dir={out.parent}"])
     tensors = _READ[kind](path, config)
-    with torch.device("meta"):
-        wanted = dict(AlexNet(config.model, drawn=False).named_parameters())
-    for name in sorted({*wanted} | {*tensors}):
-        there = list(tensors[name].shape) if name in tensors else "not there"
-        here = list(wanted[name].shape) if name in wanted else "not in this network"
-        if there != here:
-            raise CheckpointError(
-                f"{path}: {name}: {there}, and {here} by the config: name the preset it is of "
-                "(paper/torchvision-2014, paper/caffe-alexnet, paper/caffenet) and model.classes"
-            )
+    wanted = whole_shapes(config.model)
+    if wrong := misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted):
+        raise CheckpointError(
+            f"{path}: {wrong}, by the config: name the preset it is of (paper/torchvision-2014, "
+            "paper/caffe-alexnet, paper/caffenet) and model.classes"
+        )
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
     if mean is not None:
@@ -128,14 +125,14 @@ def _read_caffe(path: Path, config: Config) -> Tensors:
 
 
 def _write_safetensors(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
-    save_file(tensors, out, {"config": json.dumps(flat(config)), "of": str(found.path)})
+    save_tensors(out, tensors, {"config": json.dumps(flat(config)), "of": str(found.path)})
 
 
 def _write_torchvision(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
     names = _torchvision_names(config)
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     if out.suffix == ".safetensors":
-        save_file(renamed, out)
+        save_tensors(out, renamed)
     else:
         torch.save(renamed, out)
 

@@ -13,8 +13,7 @@ from torch.nn.utils import get_total_norm
 from alexnet_dist.columns import ColumnExchange, gathered, merge
 from alexnet_dist.config import Config
 from alexnet_dist.data.pipeline import Batch
-from alexnet_dist.engine import DTYPES, WholeTensors, fitting, judged, scored, with_damaged
-from alexnet_dist.errors import CheckpointError
+from alexnet_dist.engine import DTYPES, WholeTensors, check_fit, judged, scored, with_damaged
 from alexnet_dist.model import AlexNet, Exchange, Layer
 from alexnet_dist.optim import Optimizer
 from alexnet_dist.replicas import (
@@ -154,16 +153,13 @@ class TorchEngine:
         return self._whole(parameters), self._whole(self.optimizer.tensors())
 
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
+        check_fit(self.config, parameters, optimizer)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(fitting(parameters.rows(name, self._rows(name)), parameter, name))
+                parameter.copy_(parameters.rows(name, self._rows(name)))
         if optimizer is not None:
-            names = optimizer.keys()
-            try:
-                rows = {name: optimizer.rows(name, self._rows(name)) for name in names}
-            except AttributeError as error:
-                raise CheckpointError(f"the optimiser's tensors: {error}") from error
-            self.optimizer.load(rows)
+            names = optimizer.shapes()
+            self.optimizer.load({name: optimizer.rows(name, self._rows(name)) for name in names})
 
     def replicated(self) -> dict[str, Tensor]:
         tensors = dict(self.model.named_parameters()) | self.optimizer.tensors()
