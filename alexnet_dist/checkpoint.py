@@ -229,8 +229,7 @@ def _unread(path: Path, name: str, error: OSError) -> CheckpointError:
     """What to say of a file of a checkpoint: one that is missing is damage, one that cannot be read
     may be whole, and so may one that a link leads to."""
     missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-    linked = any(link.is_symlink() and not link.exists() for link in (path, path / name))
-    if missing and not linked:
+    if missing and not any(p.is_symlink() and not p.exists() for p in (path, path / name)):
         return Damaged(path, f"{name} is missing")
     return CheckpointError(cannot_be_read(path / name, error))
 
