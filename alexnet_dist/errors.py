@@ -152,11 +152,13 @@ def cannot_be_read(path: Path, error: OSError) -> str:
     if error.errno == errno.ENOENT:
         return f"{path} cannot be read: it is missing{looked_in(path)}"
     whose, mode = _owner(path)
-    remedy = (
-        f"start as {whose}, or have {whose} let you read it (chmod)"
-        if error.errno in (errno.EACCES, errno.EPERM)
-        else "look after the disk or the mount that it lies on, then start again"
-    )
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            remedy = f"start as {whose}, or have {whose} let you read it (chmod)"
+        case errno.EMFILE | errno.ENOMEM:
+            remedy = _FAILED[error.errno]
+        case _:
+            remedy = "look after the disk or the mount that it lies on, then start again"
     return (
         f"{path} cannot be read ({error.strerror or error}; owner {whose}, mode {mode}): nothing "
         f"was changed; {remedy}"

@@ -65,6 +65,9 @@ def import_weights(
             f"{path}: {wrong}, by the config: name the preset it is of (paper/torchvision-2014, "
             "paper/caffe-alexnet, paper/caffenet) and model.classes"
         )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} holds {tensor.dtype}: save it as float32")
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
     if mean is not None:
@@ -117,10 +120,12 @@ def _read_caffe(path: Path, config: Config) -> Tensors:
     tensors: Tensors = {}
     for layer, blobs in caffe.read_layers(path).items():
         weight, *biases = (torch.from_numpy(blob.copy()) for blob in blobs)
-        if layer.startswith("fc"):
-            weight = weight.reshape(weight.shape[-2:])  # the old format: 1 × 1 × out × in
-        tensors[f"{layer}.weight"] = weight.flip(1) if layer == "conv1" else weight  # BGR
-        tensors |= {f"{layer}.bias": bias.flatten() for bias in biases}
+        if layer.startswith("fc") and weight.shape[:-2] == (1, 1):  # the old format
+            weight = weight[0, 0]
+        blue_first = layer == "conv1" and weight.dim() == 4
+        tensors[f"{layer}.weight"] = weight.flip(1) if blue_first else weight
+        named = zip(("bias", "blob3"), biases, strict=False)  # no network here has a third
+        tensors |= {f"{layer}.{name}": bias.flatten() for name, bias in named}
     return tensors
 
 

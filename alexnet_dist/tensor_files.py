@@ -57,7 +57,7 @@ class TensorFile:
 def misfit(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
     """The first tensor whose name or whole shape differs, in words that begin with its name; None
     where all are alike."""
-    for name in {**here, **there}:
+    for name in (*here, *sorted({*there} - {*here})):
         if there.get(name) != here.get(name):
             found, wanted = (list(of[name]) if name in of else "not" for of in (there, here))
             return f"{name} is {found} there, and {wanted} here"
