@@ -327,6 +327,14 @@ def settle(folder: Path, found: Checkpoint | None, wrong: Sequence[Damaged]) -> 
     if found is None:
         sweep(folder)
         return None
+    for name in traces(folder):
+        step = _claimed(folder / name)
+        own = _NAME.fullmatch(name) or name.startswith("damaged-")
+        if not own and step is not None and step > found.step:
+            log.warning(
+                f"not used: {folder / name} holds step {step}, newer than {found.step}: to go on "
+                f"from it, stop this run and rename it to step-{step:08d}, if that is free"
+            )
     path = found.path
     if path.name[0] == ".":  # what replaced it is damaged, or it was not to go
         path = path.rename(folder / f"step-{found.step:08d}")

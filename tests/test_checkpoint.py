@@ -367,6 +367,18 @@ def test_what_is_set_aside_displaces_nothing(tiny: Callable[..., Config], tmp_pa
     assert json.loads((tmp_path / "kept-step-00000003/manifest.json").read_text())["step"] == 5
 
 
+def test_a_newer_checkpoint_of_a_name_of_ones_own_is_not_passed_over_in_silence(
+    tiny: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, name in ((2, "before-the-move"), (6, "step-6"), (4, "")):
+        path = save(tmp_path, tiny(), step)
+        path.rename(path.with_name(name or path.name))
+    checkpoints.settle(tmp_path, *checkpoints.newest(tmp_path))
+    (said,) = caplog.messages
+    assert f"{tmp_path}/step-6 holds step 6, newer than 4: to go on from it, stop this run" in said
+    assert len(checkpoints.traces(tmp_path)) == 3
+
+
 @pytest.mark.parametrize("kind", ["old", "gone"])
 def test_a_hidden_checkpoint_is_used_where_what_hides_it_is_damaged(
     tiny: Callable[..., Config], tmp_path: Path, kind: str

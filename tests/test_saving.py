@@ -279,6 +279,16 @@ def test_every_file_has_the_umasks_mode(
     assert {"model.safetensors", "step-00000003-rank-0.safetensors", "run.json"} <= names
 
 
+def test_a_state_that_cannot_be_read_is_not_taken_for_none(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    attempt(config, "running", saved=8)
+    (config.folder / "run.json").unlink()
+    (config.folder / "run.json").mkdir()
+    for _ in range(2):  # and the folder is let go
+        with pytest.raises(RunFolderError, match=r"run\.json cannot be read \(Is a directory; "):
+            RunFolder(config).take()
+
+
 def test_time_whose_steps_were_saved_is_counted(tiny: Callable[..., Config]) -> None:
     config = tiny()
     for step in (8, 16):
