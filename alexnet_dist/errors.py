@@ -1,6 +1,8 @@
 """Errors that need no traceback: one line that names what, why, and what to do."""
 
 import errno
+import os
+import pwd
 import re
 from pathlib import Path
 
@@ -35,6 +37,14 @@ class DatasetError(AlexNetDistError, ValueError):
 
 class CheckpointError(AlexNetDistError, RuntimeError):
     """A checkpoint is damaged, missing, or of another run."""
+
+
+class Damaged(CheckpointError):
+    """Bytes of a checkpoint are not those that were written: `Damaged(folder, what)`."""
+
+    def __str__(self) -> str:
+        folder, what = self.args
+        return f"{folder} is damaged: {what}"
 
 
 class RunFolderError(AlexNetDistError, RuntimeError):
@@ -133,6 +143,41 @@ def in_words(error: Exception) -> AlexNetDistError | None:
     said = (words for sign, words in _SAID if re.search(sign, f"{type(error).__name__}: {text}"))
     words = next(said, None)
     return None if words is None else MachineError(f"{words} ({text})")
+
+
+def cannot_be_read(path: Path, error: OSError) -> str:
+    """That a file or folder cannot be read, whose it is, why, and what to do about it."""
+    if isinstance(error.filename, str | os.PathLike):
+        path = Path(error.filename)
+    if error.errno == errno.ENOENT:
+        return f"{path} cannot be read: it is missing{looked_in(path)}"
+    whose, mode = _owner(path)
+    match error.errno:
+        case errno.EACCES | errno.EPERM:
+            remedy = f"start as {whose}, or have {whose} let you read it (chmod)"
+        case errno.EMFILE | errno.ENOMEM:
+            remedy = _FAILED[error.errno]
+        case _:
+            remedy = "look after the disk or the mount that it lies on, then start again"
+    return (
+        f"{path} cannot be read ({error.strerror or error}; owner {whose}, mode {mode}): nothing "
+        f"was changed; {remedy}"
+    )
+
+
+def _owner(path: Path) -> tuple[str, str]:
+    """The owner's name, or number, and the mode; where they cannot be told, of the folder above."""
+    for place in (path, *path.absolute().parents):
+        try:
+            about = place.stat()
+        except OSError:
+            continue
+        try:
+            name = pwd.getpwuid(about.st_uid).pw_name
+        except KeyError:
+            name = f"uid {about.st_uid}"
+        return name, f"{about.st_mode & 0o7777:04o}"
+    return "unknown", "unknown"
 
 
 def looked_in(path: Path) -> str:

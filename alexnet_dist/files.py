@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from alexnet_dist.errors import RunFolderError, cannot_be_read
+
 _MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
 # Of run.json: what is reckoned with, and left out where it is no number.
 _COUNTS = ("attempt", "idle_restarts", "resumed_at", "newest_step", "first_started", "kept_s")
@@ -41,11 +43,15 @@ def sync(path: Path) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What a run folder's run.json says; empty where there is none. (Here, it needs no torch.)"""
+    """What a run folder's run.json says; empty where there is none, or one that is no run.json.
+    (Here, it needs no torch.) Raises RunFolderError where it cannot be read."""
+    path = folder / "run.json"
     try:
-        found = json_object(read_bytes(folder / "run.json"))
-    except (OSError, ValueError):
+        found = json_object(read_bytes(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return {}
+    except OSError as error:
+        raise RunFolderError(cannot_be_read(path, error)) from error
     return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
 
 

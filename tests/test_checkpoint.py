@@ -1,7 +1,14 @@
 """Checkpoints: durable, verified, layout-free; the newest good one, or an error."""
 
+import contextlib
+import errno
 import json
-from collections.abc import Callable
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +19,7 @@ from safetensors.torch import save_file
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import CheckpointError, ConfigError, NotFinite
+from alexnet_dist.errors import CheckpointError, ConfigError, Damaged, NotFinite
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 2, 2), "conv1.bias": torch.randn(4)}
 BUFFERS = {f"momentum_buffer/{name}": tensor * 2 for name, tensor in TENSORS.items()}
@@ -32,9 +39,10 @@ def test_what_is_saved_is_what_is_read(tiny: Callable[..., Config], tmp_path: Pa
     found = checkpoints.verify(path)
     assert (found.step, found.error, found.progress["step"]) == (12, 0.25, 12)
     assert found.config == tiny("seed=7")
+    parameters = checkpoints.TensorFile(path / "model.safetensors")
     for name, tensor in TENSORS.items():
-        assert torch.equal(found.parameters().rows(name, slice(None)), tensor)
-        assert torch.equal(found.parameters().rows(name, slice(1, 3)), tensor[1:3])
+        assert torch.equal(parameters.rows(name, slice(None)), tensor)
+        assert torch.equal(parameters.rows(name, slice(1, 3)), tensor[1:3])
     optimizer = found.optimizer()
     assert optimizer.rows("step/conv1.bias", slice(0, 2)) == 12
     assert set(optimizer.keys()) == {*BUFFERS, "step/conv1.bias"}
@@ -77,7 +85,7 @@ def test_none_good_is_an_error_and_none_at_all_is_not(
 ) -> None:
     assert checkpoints.newest_good(tmp_path) == (None, [])
     (save(tmp_path, tiny(), 1) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints is good .* remove the run"):
+    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints is good .*: restore one"):
         checkpoints.newest_good(tmp_path)
 
 
@@ -89,7 +97,7 @@ def test_an_interrupted_write_is_no_checkpoint(
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints, "save_file", killed)
+    monkeypatch.setattr(checkpoints, "save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, tiny(), 2)
     found, wrong = checkpoints.newest_good(tmp_path)
@@ -153,7 +161,7 @@ def test_damaged_checkpoints_never_displace_good_ones(
     found, wrong = checkpoints.newest_good(tmp_path)
     assert found is not None
     assert (found.step, len(wrong)) == (16, 2)
-    checkpoints.set_aside(tmp_path, after=16)
+    checkpoints.settle(tmp_path, found, wrong)
     save(tmp_path, tiny(), 18)
     checkpoints.prune(tmp_path, keep_last=2, keep_every=0, best_step=None)
     assert [p.name for p in checkpoints.steps(tmp_path)] == ["step-00000016", "step-00000018"]
@@ -184,7 +192,7 @@ def test_a_disk_that_refuses_is_named(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, "save_tensors", full)
     with pytest.raises(CheckpointError, match=r"step 2 could not be written .*No space left"):
         save(tmp_path, tiny(), 2)
     assert checkpoints.newest_good(tmp_path)[0].step == 1  # type: ignore[union-attr]
@@ -215,6 +223,192 @@ def test_a_hostile_file_is_refused(tiny: Callable[..., Config], tmp_path: Path) 
         (path / "manifest.json").write_text(json.dumps(manifest | change))
         with pytest.raises(CheckpointError):
             checkpoints.verify(path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*") if path.is_file()
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["renamed", "swapped", "copied"])
+def test_a_good_checkpoint_in_a_folder_of_another_step_is_an_error_that_changes_nothing(
+    tiny: Callable[..., Config], tmp_path: Path, how: str
+) -> None:
+    """And what the error says to do loses nothing."""
+    folder = tmp_path / "run" / "checkpoints"
+    four, eight = (save(folder, tiny(), step) for step in (4, 8))
+    twelve = folder / "step-00000012"
+    match how:
+        case "renamed":  # the newest is in a folder of a lower number than another's
+            four.rename(twelve)
+            eight.rename(four)
+        case "swapped":
+            eight.rename(twelve)
+            four.rename(eight)
+            twelve.rename(four)
+        case "copied":
+            shutil.copytree(eight, twelve)
+    before = contents(tmp_path)
+    said = r"holds a good checkpoint, of step [48]; nothing was changed.*: (mv -nT \S+ \S+)$"
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match=said) as raised:
+            checkpoints.newest(folder)
+        assert not isinstance(raised.value, Damaged)
+        assert contents(tmp_path).keys() == before.keys()
+        checkpoints.prune(folder, keep_last=2, keep_every=0, best_step=None)
+        assert sorted(contents(tmp_path).values()) == sorted(before.values())
+        move = re.search(said, str(raised.value))
+        assert move is not None
+        subprocess.run(move[1], shell=True, check=True)
+        assert sorted(contents(tmp_path).values()) == sorted(before.values())
+        before = contents(tmp_path)
+        with contextlib.suppress(CheckpointError):
+            found, wrong = checkpoints.newest(folder)
+            assert found is not None
+            assert (found.step, wrong) == (8, [])
+            return
+    raise AssertionError("three moves did not mend it")
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[Path]:
+    """A folder that other users may pass through, as pytest's are not."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextlib.contextmanager
+def as_another_user() -> Iterator[None]:
+    os.seteuid(12345)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+@pytest.mark.parametrize("what", ["model.safetensors", "manifest.json", ".", ".."])
+def test_a_checkpoint_that_this_user_may_not_read_is_not_damaged(
+    tiny: Callable[..., Config], elsewhere: Path, what: str
+) -> None:
+    folder = elsewhere / "checkpoints"
+    for step in (1, 2):
+        path = save(folder, tiny(), step, error=0.5 / step)
+    (path / what).chmod(0o600)
+    said = r"cannot be read \(Permission denied; owner root, mode 0\d+\).*have root let you read it"
+    with as_another_user():
+        for look in (checkpoints.newest, checkpoints.newest_good, checkpoints.best):
+            with pytest.raises(CheckpointError, match=said) as raised:
+                look(folder)
+            assert not isinstance(raised.value, Damaged)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            checkpoints.at(path)
+    assert checkpoints.newest(folder)[1] == []
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE])
+def test_an_error_of_the_disk_is_not_damage(
+    tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    for step in (1, 2):
+        path = save(tmp_path, tiny(), step)
+
+    def fails(file: Path) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(checkpoints, "sha256", fails)
+    said = rf"{path}/model\.safetensors cannot be read \({os.strerror(number)}; owner "
+    with pytest.raises(CheckpointError, match=said) as raised:
+        checkpoints.newest(tmp_path)
+    assert not isinstance(raised.value, Damaged)
+
+
+def test_a_link_that_leads_nowhere_is_not_damage(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """As where another disk is not mounted."""
+    save(tmp_path, tiny(), 1)
+    (tmp_path / "step-00000002").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(CheckpointError, match=r"step-00000002/manifest\.json cannot be read"):
+        checkpoints.newest(tmp_path)
+
+
+def test_another_versions_checkpoint_is_not_damaged(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = save(tmp_path, tiny(), 1) / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"version": 2}
+    manifest["sha256"] = checkpoints._own_sha256(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"version 2, and this program reads 1") as raised:
+        checkpoints.newest(tmp_path)
+    assert not isinstance(raised.value, Damaged)
+
+
+def test_what_is_set_aside_displaces_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    """Not what was set aside before, and not a stranger in the place of a new checkpoint."""
+    save(tmp_path, tiny(), 1)
+    for content in (b"first", b"second", b"third"):
+        (save(tmp_path, tiny(), 2) / "progress.json").write_bytes(content)
+        checkpoints.settle(tmp_path, *checkpoints.newest(tmp_path))
+    kept = {path.name: path for path in tmp_path.glob("damaged-*")}
+    assert kept.keys() == {f"damaged-step-00000002{end}" for end in ("", "-2", "-3")}
+    found = {(path / "progress.json").read_bytes() for path in kept.values()}
+    assert found == {b"first", b"second", b"third"}
+
+    stranger = save(tmp_path, tiny(), 5)
+    stranger.rename(tmp_path / "step-00000003")
+    save(tmp_path, tiny(), 3)
+    assert checkpoints.verify(tmp_path / "step-00000003").step == 3
+    assert json.loads((tmp_path / "kept-step-00000003/manifest.json").read_text())["step"] == 5
+
+
+def test_a_newer_checkpoint_of_a_name_of_ones_own_is_not_passed_over_in_silence(
+    tiny: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step, name in ((2, "before-the-move"), (6, "step-6"), (4, "")):
+        path = save(tmp_path, tiny(), step)
+        path.rename(path.with_name(name or path.name))
+    checkpoints.settle(tmp_path, *checkpoints.newest(tmp_path))
+    (said,) = caplog.messages
+    assert f"{tmp_path}/step-6 holds step 6, newer than 4: to go on from it, stop this run" in said
+    assert len(checkpoints.traces(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("kind", ["old", "gone"])
+def test_a_hidden_checkpoint_is_used_where_what_hides_it_is_damaged(
+    tiny: Callable[..., Config], tmp_path: Path, kind: str
+) -> None:
+    """Of a replacement, or a removal, that was interrupted."""
+    save(tmp_path, tiny(), 1)
+    save(tmp_path, tiny(), 2, error=0.5).rename(tmp_path / f".{kind}-step-00000002")
+    newer = save(tmp_path / "aside", tiny(), 2).rename(tmp_path / "step-00000002")
+    (newer / "progress.json").write_bytes(b"")
+    found, wrong = checkpoints.newest(tmp_path)
+    assert found is not None
+    assert (found.step, found.error, len(wrong)) == (2, 0.5, 1)
+    path = checkpoints.settle(tmp_path, found, wrong)
+    assert path == tmp_path / "step-00000002"
+    assert checkpoints.verify(path).error == 0.5
+    save(tmp_path, tiny(), 3)
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_only_an_interrupted_first_save_leaves_no_trace(tmp_path: Path) -> None:
+    assert checkpoints.traces(tmp_path / "none") == []
+    (tmp_path / ".writing-step-00000004").mkdir()
+    (tmp_path / "notes.txt").touch()
+    assert checkpoints.traces(tmp_path) == []
+    names = [".gone-step-00000001", ".old-step-00000001", "damaged-step-00000001", "step-12"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup/manifest.json").touch()
+    assert checkpoints.traces(tmp_path) == sorted([*names, "backup"])
 
 
 def test_as_overrides_makes_the_config_again(tiny: Callable[..., Config]) -> None:

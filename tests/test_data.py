@@ -253,7 +253,7 @@ def test_a_sample_damaged_later_is_found_by_its_checksum(packed: Path, tmp_path:
 
 
 def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:
-    with pytest.raises(ConfigError, match=r"model\.classes=7: .* set model\.classes=10"):
+    with pytest.raises(ConfigError, match=r"model\.classes=7: .* new network on it with model\.cl"):
         open_for(tiny("model.classes=7"))
     with pytest.raises(ConfigError, match=r"eval_split='val': .* the splits train, test"):
         open_for(tiny("data.eval_split=val"))

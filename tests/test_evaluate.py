@@ -4,14 +4,19 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import made
 import numpy as np
 import pytest
 import torch
 from conftest import alexnet_dist, assert_close
 
+from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Split, open_for
+from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.evaluation.evaluate import Evaluation, Score, evaluate_checkpoints
+from alexnet_dist.reporting import figures
 from alexnet_dist.training.loop import train
 
 
@@ -60,6 +65,39 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     said = alexnet_dist(*command).stdout
     assert "95 % of resamples between" in said
     assert "taken for" in said
+
+
+def test_a_network_is_never_cut_to_the_classes_of_other_data(
+    two_runs: list[Path], tmp_path: Path
+) -> None:
+    made.image_folder(tmp_path / "images", 3, 2)
+    prepare("folder", tmp_path / "images", tmp_path / "three", Options(workers=1))
+    data = [f"data.path={tmp_path / 'three'}", "data.eval_split=val"]
+    run, at = two_runs[0], checkpoints.at(two_runs[0]).path
+    said = (
+        rf"model\.classes=10: .*three has 3 classes: set data\.path= to data of the classes that "
+        rf"{at} .*fine-tune it: train model\.classes=3 train\.init_from={at} "
+        r"'train\.init_new=\[fc8\]'$"
+    )
+    for look in (
+        lambda: evaluate_checkpoints([run], data),
+        lambda: figures.draw_answers(run, data),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            look()
+    cut = [*data, "model.classes=3"]
+    said = (
+        r"model\.safetensors is of another network: fc8\.weight is \[10, 28\] there, and \[3, 28\]"
+    )
+    for look in (
+        lambda: evaluate_checkpoints([run], cut),
+        lambda: figures.draw_answers(run, cut),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            look()
+    result = alexnet_dist("evaluate", str(run), *cut)
+    assert result.returncode == 1
+    assert "of another network" in result.stderr
 
 
 def test_confusion_leaves_damaged_samples_out() -> None:

@@ -18,7 +18,7 @@ from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
 from alexnet_dist.formats import caffe
 from alexnet_dist.formats.convert import export_weights, import_weights
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.model import AlexNet, whole_shapes
 
 SMALL = ["model.conv=[8,12,16,16,8]", "model.fc=[20,12]", "model.classes=5"]
 
@@ -194,7 +194,9 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     with pytest.raises(CheckpointError, match="no layer in it has weights"):
         caffe.read_layers(bad)
     save_file({"conv1.weight": torch.zeros(2)}, bad)
-    with pytest.raises(CheckpointError, match=r"conv1\.bias: not there, and \[8\] by the config"):
+    with pytest.raises(
+        CheckpointError, match=r"conv1\.weight is \[2\] there, and \[8, 3, 11, 11\] here"
+    ):
         import_weights("safetensors", bad, tmp_path / "run", sources)
     with pytest.raises(ConfigError, match="only with --format caffe"):
         import_weights("safetensors", bad, tmp_path / "run", sources, mean=bad)
@@ -208,6 +210,33 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     config = load_config([*sources, f"data.mean_from={tmp_path / 'mean'}"])
     with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
         Finish(config, nothing, torch.device("cpu"), torch.float32)
+
+
+def test_no_part_of_an_imported_network_is_cut_off_or_left_out(tmp_path: Path) -> None:
+    sources, path = ["paper/caffenet", "model.crop=67", *SMALL], tmp_path / "net"
+    config = load_config(sources).model
+    sound = {name: torch.zeros(shape) for name, shape in whole_shapes(config).items()}
+    for changed, said in (
+        ({"fc8.weight": torch.zeros(9, 12)}, r"fc8\.weight is \[9, 12\] there, and \[5, 12\] here"),
+        ({"conv1.bias": torch.zeros(16)}, r"conv1\.bias is \[16\] there, and \[8\] here"),
+        ({"fc9.bias": torch.zeros(5)}, r"fc9\.bias is \[5\] there, and not here"),
+        ({"fc8.bias": torch.zeros(5, dtype=torch.int8)}, r"fc8\.bias holds torch\.int8"),
+    ):
+        save_file(sound | changed, path)
+        with pytest.raises(CheckpointError, match=said):
+            import_weights("safetensors", path, tmp_path / "run", sources)
+    layers = {
+        name: [sound[f"{name}.{kind}"].numpy() for kind in ("weight", "bias")]
+        for name in config.layer_names
+    }
+    for blobs, said in (
+        ([*layers["fc6"], np.zeros(1, "f4")], r"fc6\.blob3 is \[1\] there, and not here"),
+        ([np.zeros((2, 1, 20, 8), "f4")], r"fc6\.weight is \[2, 1, 20, 8\] there"),
+    ):
+        caffe.write_layers(path, "net", layers | {"fc6": blobs})
+        with pytest.raises(CheckpointError, match=said):
+            import_weights("caffe", path, tmp_path / "run", sources)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_imported_run_is_evaluated_like_any(tiny: Callable[..., Config], tmp_path: Path) -> None:

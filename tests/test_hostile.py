@@ -18,7 +18,7 @@ import torch
 from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import alexnet_dist
 from alexnet_dist.checkpoint import store as checkpoints
@@ -29,7 +29,12 @@ from alexnet_dist.data import arrays
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, printable
+from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.evaluation.load import load_checkpoint
+from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.reporting import figures
+from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics import configure_logging, log
 
 JSON = st.recursive(
@@ -164,10 +169,20 @@ def test_no_changed_or_missing_byte_is_loaded(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"conv2.bias": torch.ones(1)}, r"conv2\.bias: \(1,\) in the checkpoint, \(12,\) in the"),
-        ({"conv2.weight": None}, r"no tensor 'conv2\.weight'"),
-        ({"momentum_buffer/conv2.bias": torch.ones(3)}, r"momentum_buffer/conv2\.bias: \(3,\) fit"),
-        ({"momentum_buffer/conv9.bias": torch.ones(3)}, r"conv9"),
+        ({"conv2.bias": torch.ones(1)}, r"conv2\.bias is \[1\] there, and \[12\] here"),
+        ({"conv2.weight": None}, r"conv2\.weight is not there, and \[12, "),
+        ({"momentum_buffer/conv2.bias": torch.ones(3)}, r"momentum_buffer/conv2\.bias is \[3\] "),
+        ({"conv2.bias": torch.ones(99)}, r"conv2\.bias is \[99\] there, and \[12\] here"),
+        ({"conv1.weight": torch.ones(9, 3, 11, 11)}, r"conv1\.weight is \[9, 3, 11, 11\] there"),
+        ({"fc9.bias": torch.ones(3)}, r"fc9\.bias is \[3\] there, and not here"),
+        ({"conv2.bias": torch.ones(12, dtype=torch.int8)}, r"conv2\.bias holds I8"),
+        (
+            {"momentum_buffer/fc8.bias": torch.ones(99)},
+            r"momentum_buffer/fc8\.bias is \[99\] there",
+        ),
+        ({"momentum_buffer/fc8.bias": torch.tensor(1.0)}, r"momentum_buffer/fc8\.bias is \[\] the"),
+        ({"momentum_buffer/fc8.bias": None}, r"momentum_buffer/fc8\.bias is not there"),
+        ({"momentum_buffer/conv9.bias": torch.ones(3)}, r"conv9\.bias is \[3\] there, and not her"),
     ],
 )
 def test_tensors_that_do_not_fit_the_network_are_named(
@@ -182,6 +197,44 @@ def test_tensors_that_do_not_fit_the_network_are_named(
         files.append(TensorFile(tmp_path / name))
     with pytest.raises(CheckpointError, match=message):
         engine.load(*files)
+
+
+@pytest.mark.parametrize("kind", ["wider", "extra", "missing"])
+def test_a_forged_networks_rows_are_never_cut_whoever_reads_them(
+    tiny: Callable[..., Config], tmp_path: Path, kind: str
+) -> None:
+    """Every hash is right, and conv1, fc8 and the momenta have rows more; or a layer is more, or
+    less."""
+    config = tiny("layout.kind=one", "train.precision=fp32", "name=forged", "train.epochs=0.5")
+    assert train(config).exit == 0
+    path = checkpoints.at(config.folder).path
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        tensors = load_file(path / name)
+        for key in [key for key in tensors if "conv1" in key or "fc8" in key]:
+            if kind == "wider":
+                tensors[key] = torch.cat([tensors[key], tensors[key]])
+            elif kind == "extra":
+                tensors[key.replace("fc8", "fc9")] = tensors[key].clone()
+            elif key.endswith("fc8.bias"):
+                del tensors[key]
+        save_file(tensors, path / name)
+    forge(path)
+    checkpoints.verify(path)
+    said = {"wider": r"conv1\.weight is \[16, ", "extra": "fc9", "missing": r"fc8\.bias is not"}[
+        kind
+    ]
+    for read in (
+        lambda: train(config),
+        lambda: train(tiny("layout.kind=one", f"train.init_from={config.folder}", "name=warm")),
+        lambda: evaluate_checkpoints([config.folder]),
+        lambda: load_checkpoint(config.folder),
+        lambda: export_weights("safetensors", config.folder, tmp_path / "out"),
+        lambda: figures.draw(config.folder),
+        lambda: figures.colour(config.folder),
+    ):
+        with pytest.raises(CheckpointError, match=rf"model\.safetensors: not what a run.*{said}"):
+            read()
+    assert not (tmp_path / "out").exists()
 
 
 # --- data sets

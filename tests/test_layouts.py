@@ -51,8 +51,8 @@ class Whole:
     def __init__(self, tensors: Tensors) -> None:
         self.tensors = tensors
 
-    def keys(self) -> list[str]:
-        return list(self.tensors)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def rows(self, name: str, rows: slice) -> torch.Tensor:
         tensor = self.tensors[name]

@@ -1,7 +1,10 @@
 """Saving behind the loop, and what a run does with a folder or a disk that fails it."""
 
+import dataclasses
+import errno
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -10,15 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import write_idx
 
 from alexnet_dist import train
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.writer import Saver
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.prepare import Options, prepare
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.errors import CheckpointError, CrashLoop, NotFinite, RunFolderError
+from alexnet_dist.errors import CheckpointError, CrashLoop, Damaged, NotFinite, RunFolderError
+from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.reporting import figures
 from alexnet_dist.timing import TIMELINE
 from alexnet_dist.training.metrics import Telemetry, read_metrics
 from alexnet_dist.training.run_folder import RunFolder, read_run
@@ -141,6 +151,143 @@ def test_a_crash_loop_is_broken_and_says_why(tiny: Callable[..., Config]) -> Non
     attempt(config, "failed", exit=2, reason="belongs to another run")  # it ran nothing
     attempt(config, "failed", exit=2, reason="belongs to another run")
     assert read_run(config.folder)["idle_restarts"] == 2
+
+
+@pytest.fixture
+def kept(tiny: Callable[..., Config]) -> Callable[..., Config]:
+    """Makes configs of a run that was stopped at its end, after two checkpoints."""
+    config = tiny(*SHORT, "train.epochs=1")
+    assert train(config).exit == 0
+    assert [path.name for path in checkpoints.steps(config.folder / "checkpoints")] == LEFT
+    return lambda *more: tiny(*SHORT, "train.epochs=2", *more)
+
+
+SHORT = ["layout.kind=one", "train.precision=fp32", "checkpoint.every_steps=4", "name=kept",
+         "schedule.kind=steps", "evaluate.every_epochs=9"]  # fmt: skip
+LEFT = ["step-00000004", "step-00000008"]
+
+
+def refused(config: Config, message: str) -> None:
+    """Starts fail by a CheckpointError that is no damage, again and again, and rename nothing."""
+    folder = config.folder / "checkpoints"
+    before = sorted((path.name, path.lstat().st_ino) for path in folder.rglob("*"))
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=message) as raised:
+            train(config)
+        assert not isinstance(raised.value, Damaged)
+        assert sorted((path.name, path.lstat().st_ino) for path in folder.rglob("*")) == before
+
+
+def test_a_run_whose_checkpoints_are_lost_never_begins_anew_unless_told_to(
+    kept: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = kept().folder / "checkpoints"
+    away = folder.rename(folder.with_name("away"))
+    told = r"restore one, give this run another name=, or set checkpoint\.begin_anew=true"
+    refused(kept(), rf"run\.json tells of step 8.*{told}")
+    shutil.copytree(away, folder / "from-backup")
+    refused(kept(), rf"run\.json tells of step 8.*{told}")
+    shutil.copytree(away / LEFT[1], folder / "step-8")
+    refused(kept(), rf"\(step-8\).*{told}")
+    for name in LEFT:
+        shutil.copytree(away / name, folder / name)
+        (folder / name / "model.safetensors").write_bytes(b"")
+    (kept().folder / "run.json").unlink()
+    refused(kept(), rf"\(step-00000004, step-00000008, step-8\).*{told}")
+    capfd.readouterr()
+    assert train(kept("checkpoint.begin_anew=true", "train.epochs=0.5")).exit == 0
+    assert "begins of 4" in capfd.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["from-backup", "step-8", "step-00000004", *(f"damaged-{name}" for name in LEFT)]
+    )
+    assert train(kept("checkpoint.begin_anew=true", "train.epochs=1")).exit == 0
+    assert "continues at step 4 of 8" in capfd.readouterr().err, (
+        "it begins anew where none is good only"
+    )
+
+
+def test_a_good_checkpoint_that_is_misplaced_or_cannot_be_read_stops_a_start(
+    kept: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = kept().folder / "checkpoints"
+    wrong = (folder / LEFT[1]).rename(folder / "step-00000016")
+    refused(kept(), rf"of step 8; nothing was changed.*: mv -nT {wrong} {folder / LEFT[1]}")
+    wrong.rename(folder / LEFT[1])
+    sound = checkpoints.sha256
+
+    def fails(path: Path) -> str:
+        if path.parent.name == LEFT[1]:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return sound(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints, "sha256", fails)
+        refused(kept(), rf"{LEFT[1]}/model\.safetensors cannot be read \(Permission denied; owner ")
+    assert train(kept()).exit == 0
+    assert "continues at step 8" in capfd.readouterr().err
+
+
+def test_a_run_that_never_saved_begins_by_itself(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed in its first save, with metrics written."""
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    config = tiny(*SHORT, "train.epochs=0.5", "log.every_steps=1")
+    with monkeypatch.context() as patched:
+        patched.setattr(Saver, "finish", killed)
+        patched.setattr(checkpoints, "sync", killed)
+        patched.setattr(threading, "excepthook", lambda args: None)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert [path.name for path in (config.folder / "checkpoints").iterdir()] == [
+        ".writing-step-00000004"
+    ]
+    assert read_metrics(config.folder)
+    assert train(config).exit == 0
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_has_the_umasks_mode(
+    tiny: Callable[..., Config], tmp_path: Path, umask: int
+) -> None:
+    """Of a run folder, what is kept of a bad batch, exports, predictions, and a data set."""
+    before, root = os.umask(umask), tmp_path / "made"
+    try:
+        idx = write_idx(root / "idx", 20, 10)
+        prepare("fashion_mnist", idx, root / "data", Options(workers=1))
+        config = tiny(*SHORT, "train.epochs=1", f"output_dir={root}", f"data.path={root / 'data'}",
+                      "log.pictures=true", "checkpoint.every_steps=1")  # fmt: skip
+        assert train(config).exit == 0
+        tensors = [torch.zeros(2) for _ in dataclasses.fields(Batch)]
+        RunFolder(config).keep_batch(Batch(*tensors), 3, 0)
+        export_weights("safetensors", config.folder, root / "w.safetensors")
+        export_weights("safetensors", config.folder, root / "w.safetensors")
+        export_weights("torchvision", config.folder, root / "w.pth")
+        export_weights("caffe", config.folder, root / "w.caffemodel")
+        evaluate_checkpoints([config.folder]).write(root / "predictions.npz")
+        figures.draw(config.folder)
+    finally:
+        os.umask(before)
+    modes = {
+        str(path): path.stat().st_mode & 0o777 for path in root.rglob("*")
+        if (0o777 if path.is_dir() else 0o666) & ~umask != path.stat().st_mode & 0o777
+    }  # fmt: skip
+    assert modes == {}
+    names = {path.name for path in root.rglob("*") if path.is_file()}
+    assert {"model.safetensors", "step-00000003-rank-0.safetensors", "run.json"} <= names
+
+
+def test_a_state_that_cannot_be_read_is_not_taken_for_none(tiny: Callable[..., Config]) -> None:
+    config = tiny()
+    attempt(config, "running", saved=8)
+    (config.folder / "run.json").unlink()
+    (config.folder / "run.json").mkdir()
+    for _ in range(2):  # and the folder is let go
+        with pytest.raises(RunFolderError, match=r"run\.json cannot be read \(Is a directory; "):
+            RunFolder(config).take()
 
 
 def test_time_whose_steps_were_saved_is_counted(tiny: Callable[..., Config]) -> None:

@@ -6,11 +6,11 @@ from pathlib import Path
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.checkpoint.store import TensorFile
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, TrainConfig
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.network.model import AlexNet
+from alexnet_dist.tensor_files import Shape, misfit
 
 
 def resolved(config: Config) -> Config:
@@ -59,27 +59,27 @@ def _begun(config: Config) -> TrainConfig | None:
 class InitialWeights:
     """Whole parameters of train.init_from, those of train.init_new drawn as for any new run.
 
-    Raises ConfigError where a layer that is not new has another shape there.
+    Raises ConfigError where a layer that is not new has another shape there, or is there alone.
     """
 
     def __init__(self, config: Config) -> None:
         self.anew = AlexNet(config.model, config.seed)
-        self.file: TensorFile = checkpoints.at(Path(config.train.init_from)).parameters()
+        self.file = checkpoints.at(Path(config.train.init_from)).parameters()
         self.new = config.train.init_new
-        there = {*self.file.keys()}
-        for name, parameter in self.anew.named_parameters():
-            if name.partition(".")[0] in self.new:
-                continue
-            shape = self.file.rows(name, slice(None)).shape if name in there else ()
-            if shape != parameter.shape:
-                raise ConfigError(
-                    f"train.init_from={config.train.init_from!r}: {name} is "
-                    f"{list(shape) or 'not'} there, and {list(parameter.shape)} here: add "
-                    f"{name.partition('.')[0]} to train.init_new, or change the network"
-                )
+        there, here = (
+            {name: shape for name, shape in of.items() if name.partition(".")[0] not in self.new}
+            for of in (self.file.shapes(), self.shapes())
+        )
+        if wrong := misfit(there, here):
+            layer = wrong.partition(".")[0]
+            known = layer in config.model.layer_names
+            remedy = f"add {layer} to train.init_new, or " if known else ""
+            raise ConfigError(
+                f"train.init_from={config.train.init_from!r}: {wrong}: {remedy}change the network"
+            )
 
-    def keys(self) -> list[str]:
-        return [name for name, _ in self.anew.named_parameters()]
+    def shapes(self) -> dict[str, Shape]:
+        return {name: tuple(tensor.shape) for name, tensor in self.anew.named_parameters()}
 
     def rows(self, name: str, rows: slice) -> Tensor:
         if name.partition(".")[0] in self.new:

@@ -62,7 +62,7 @@ class Saver:
             self._write()
             self._write = None  # and with it a copy of the network
         except Exception as error:
-            self._error = error
+            self._error, self.failed = error, True  # to look for an older one may fail too
             self.failed = not (isinstance(error, CheckpointError) and self._remains())
             if not self.failed:
                 log.warning(f"NOT SAVED, the run goes on: {error}")

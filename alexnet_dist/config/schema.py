@@ -305,6 +305,11 @@ class CheckpointConfig:
         int, Key("failures in a row that save nothing new, before starts are refused", ge=0,
                  free=True),
     ]  # fmt: skip
+    begin_anew: Annotated[
+        bool,
+        Key("where all checkpoints of a run are damaged or gone, begin at step 0 again; else that "
+            "is refused", free=True),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -162,8 +162,8 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         source = demo if folder == Path("data/demo") else "SOURCE PATH"
         raise DatasetError(
             f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
-            f"{source} {folder}` (remove the folder first if it is there), or set data.path to "
-            "where it lies"
+            f"{source} {folder}` (in a folder that is not there yet), or set data.path to where it "
+            "lies"
         ) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
@@ -226,8 +226,12 @@ def verify_shards(dataset: Dataset, topology: Topology) -> None:
             raise damaged
 
 
-def open_for(config: Config) -> Dataset:
-    """The data set a config names; raises DatasetError, or ConfigError where they do not agree."""
+def open_for(config: Config, trained: Path | None = None) -> Dataset:
+    """The data set a config names; raises DatasetError, or ConfigError where they do not agree.
+
+    Args:
+        trained: the checkpoint of the network that is to see it; None: one that is to be trained.
+    """
     dataset = open_dataset(Path(config.data.path))
     for key, name in (
         ("data.train_split", config.data.train_split),
@@ -239,10 +243,17 @@ def open_for(config: Config) -> Dataset:
             )
         if len(dataset.splits[name]) == 0:
             raise DatasetError(f"{key}={name!r}: the split is empty")
-    if len(dataset.classes) != config.model.classes:
+    ours, theirs = config.model.classes, len(dataset.classes)
+    if ours != theirs:
+        again, last = f"model.classes={theirs}", config.model.layer_names[-1]
         raise ConfigError(
-            f"model.classes={config.model.classes}: {dataset.folder} has "
-            f"{len(dataset.classes)} classes; set model.classes={len(dataset.classes)}"
+            f"model.classes={ours}: {dataset.folder} has {theirs} classes: "
+            + (
+                f"train a new network on it with {again}, or set data.path= to other data"
+                if trained is None
+                else f"set data.path= to data of the classes that {trained} was trained on, or "
+                f"fine-tune it: train {again} train.init_from={trained} 'train.init_new=[{last}]'"
+            )
         )
     return dataset
 

@@ -1,21 +1,25 @@
 """What the loop knows of an engine, and what engines share: how a step is scored and judged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
+from alexnet_dist.engines.optimizer import state_shapes
 from alexnet_dist.errors import CheckpointError
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.model import AlexNet, whole_shapes
+from alexnet_dist.tensor_files import Shape, misfit
 
 
 class WholeTensors(Protocol):
-    """Whole tensors by name, any rows of which can be read: what a checkpoint offers."""
+    """Whole tensors by name, any rows of which can be read: what a checkpoint offers. str() says
+    where they are."""
 
-    def keys(self) -> list[str]: ...
+    def shapes(self) -> Mapping[str, Shape]: ...
 
     def rows(self, name: str, rows: slice) -> Tensor:
         """Some rows (dim 0); a scalar whole."""
@@ -55,7 +59,8 @@ class Engine(Protocol):
         """Parameters and optimiser tensors, whole, on rank 0's CPU; less elsewhere. Collective."""
 
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
-        """Take this rank's parts of whole tensors."""
+        """Take this rank's parts of whole tensors; raises CheckpointError, and takes nothing, where
+        `check_fit` does."""
 
     def replicated(self) -> dict[str, Tensor]:
         """The tensors of which every replica has a copy that must be equal to the bit."""
@@ -94,13 +99,23 @@ def judged(stats: Tensor, scale: float) -> Tensor:
     return stats[3].float()
 
 
-def fitting(tensor: Tensor, like: Tensor, name: str) -> Tensor:
-    """The tensor; raises CheckpointError unless it has the shape of the one it is for."""
-    if tensor.shape != like.shape:
+def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
+    """Raises CheckpointError unless these are the tensors of this network and its optimiser, by
+    name and by whole shape: a rank reads rows of them, and would find rows in those of another."""
+    shapes = whole_shapes(config.model)
+    if wrong := misfit(parameters.shapes(), shapes):
+        last = config.model.layer_names[-1]
         raise CheckpointError(
-            f"{name}: {tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} in the network"
+            f"{parameters} is of another network: {wrong}. Leave model.* as it was trained; to "
+            f"fine-tune it as this one, train.init_from=CHECKPOINT 'train.init_new=[{last}]'"
         )
-    return tensor
+    if optimizer is None:
+        return
+    if wrong := misfit(optimizer.shapes(), state_shapes(config.optimizer, shapes)):
+        raise CheckpointError(
+            f"{optimizer} is of another optimiser or network: {wrong}. Leave optimizer.kind and "
+            "model.* as it was trained, or give this run another name="
+        )
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

@@ -12,9 +12,8 @@ from torch.nn.utils import get_total_norm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.engines.base import WholeTensors, fitting, judged, scored, with_damaged
+from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, with_damaged
 from alexnet_dist.engines.optimizer import Optimizer
-from alexnet_dist.errors import CheckpointError
 from alexnet_dist.network.model import AlexNet, Exchange, Layer
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.columns import ColumnExchange, gathered, merge
@@ -151,16 +150,13 @@ class TorchEngine:
         return self._whole(parameters), self._whole(self.optimizer.tensors())
 
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
+        check_fit(self.config, parameters, optimizer)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(fitting(parameters.rows(name, self._rows(name)), parameter, name))
+                parameter.copy_(parameters.rows(name, self._rows(name)))
         if optimizer is not None:
-            names = optimizer.keys()
-            try:
-                rows = {name: optimizer.rows(name, self._rows(name)) for name in names}
-            except AttributeError as error:
-                raise CheckpointError(f"the optimiser's tensors: {error}") from error
-            self.optimizer.load(rows)
+            names = optimizer.shapes()
+            self.optimizer.load({name: optimizer.rows(name, self._rows(name)) for name in names})
 
     def replicated(self) -> dict[str, Tensor]:
         tensors = dict(self.model.named_parameters()) | self.optimizer.tensors()

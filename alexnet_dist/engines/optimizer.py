@@ -1,6 +1,6 @@
 """The paper's SGD, Adam, LARS, and the schedules of the learning rate."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
-from alexnet_dist.errors import CheckpointError
 
 
 class Optimizer:
@@ -98,12 +97,21 @@ class Optimizer:
         self.optimizer.state.clear()
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
-            parameter = self.parameters.get(name)
-            if parameter is None or value.shape not in (parameter.shape, ()):
-                raise CheckpointError(f"{key}: {tuple(value.shape)} fits no parameter")
+            parameter = self.parameters[name]
             kept = torch.empty_like(parameter) if value.dim() else torch.empty_like(value)
             kept = kept.to(parameter.device)
             self.optimizer.state[parameter][kind] = kept.copy_(value)
+
+
+def state_shapes(
+    config: OptimizerConfig, parameters: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """The shape of every state tensor of a network whose parameters have these shapes."""
+    like = ("exp_avg", "exp_avg_sq") if config.kind == "adam" else ("momentum_buffer",)
+    shapes = {f"{kind}/{name}": shape for kind in like for name, shape in parameters.items()}
+    if config.kind == "adam":
+        shapes |= {f"step/{name}": () for name in parameters}
+    return shapes
 
 
 @dataclass

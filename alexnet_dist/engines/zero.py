@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.engines.base import WholeTensors, fitting, judged, scored, with_damaged
+from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, with_damaged
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.model import AlexNet, Layer
@@ -156,9 +156,10 @@ class ZeroEngine:
 
     @torch.no_grad()
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
+        check_fit(self.config, parameters, optimizer)
         for name, parameter in self.engine.module.named_parameters():
-            parameter.copy_(fitting(parameters.rows(name, slice(None)), parameter, name))
-        kinds = {key.partition("/")[0] for key in (optimizer.keys() if optimizer else ())}
+            parameter.copy_(parameters.rows(name, slice(None)))
+        kinds = {key.partition("/")[0] for key in (optimizer.shapes() if optimizer else ())}
         for group, piece in enumerate(self._pieces()):
             mine = slice(self.group.rank() * len(piece), (self.group.rank() + 1) * len(piece))
             piece.copy_(self.zero.bit16_groups_flat[group][mine])

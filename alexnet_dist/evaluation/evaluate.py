@@ -151,7 +151,8 @@ def evaluate(
     topology = connect(config)
     engine = TorchEngine(config, topology, drawn=False)
     engine.model.load_state_dict(trained.model.state_dict())
-    score = evaluate_engine(engine, config, topology, open_for(config))
+    dataset = open_for(config, trained.checkpoint.path)
+    score = evaluate_engine(engine, config, topology, dataset)
     assert score is not None  # no signals are listened to
     return score
 
@@ -227,14 +228,16 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
     found = [checkpoints.at(path) for path in paths]
     configs = [load_config([c.manifest["config"], *ALONE, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
-    dataset = open_for(config)
+    dataset = open_for(config, found[0].path)
     for checkpoint, other in zip(found, configs, strict=True):
         for key in ("model.classes", "data.path", "data.eval_split", "evaluate.views"):
             here, there = flat(other)[key], flat(config)[key]
             if here != there:
+                model = key.startswith("model.")
+                remedy = "it must be the same" if model else f"give {key}=VALUE, if that fits both"
                 raise ConfigError(
                     f"{checkpoint.path}: {key}={here!r}, and {there!r} in {found[0].path}: to "
-                    f"average them give {key}=VALUE, if that fits both"
+                    f"average them {remedy}"
                 )
     average, labels = torch.zeros(()), torch.zeros(())
     for checkpoint, own in zip(found, configs, strict=True):

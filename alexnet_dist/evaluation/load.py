@@ -42,14 +42,14 @@ class Trained:
         Raises DatasetError where it is not there, or is not the one the network was trained on.
         """
         if self.given:
-            return open_for(self.config)
+            return open_for(self.config, self.checkpoint.path)
         folder, made_by = Path(self.config.data.path), self.checkpoint.manifest["dataset"]
         if not (folder / "dataset.json").exists() or open_dataset(folder).digest != made_by:
             raise DatasetError(
                 f"data.path={str(folder)!r}: the data set that {self.checkpoint.path} was trained "
                 "on is not there: say where it lies, load_checkpoint(path, data=FOLDER)"
             )
-        return open_for(self.config)
+        return open_for(self.config, self.checkpoint.path)
 
     @property
     def classes(self) -> tuple[str, ...]:

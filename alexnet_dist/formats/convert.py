@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -27,7 +27,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.formats import caffe
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.model import AlexNet, whole_shapes
+from alexnet_dist.tensor_files import misfit, save_tensors
 
 Tensors = dict[str, Tensor]
 # The places of weights in torchvision's alexnet.
@@ -48,7 +49,7 @@ def import_weights(
     Raises CheckpointError where the file is not of that kind, or of another network; ConfigError
     where `out` holds a run, or kind and network do not fit.
     """
-    if checkpoints.steps(out / "checkpoints"):
+    if checkpoints.traces(out / "checkpoints"):
         raise ConfigError(f"{out}: holds a run already: name a folder that is to be made")
     if mean is not None:
         if kind != "caffe":
@@ -58,16 +59,15 @@ def import_weights(
         sources = [*sources, *own]
     config = load_config([*sources, f"name={out.name}", f"output_dir={out.parent}"])
     tensors = _READ[kind](path, config)
-    with torch.device("meta"):
-        wanted = dict(AlexNet(config.model, drawn=False).named_parameters())
-    for name in sorted({*wanted} | {*tensors}):
-        there = list(tensors[name].shape) if name in tensors else "not there"
-        here = list(wanted[name].shape) if name in wanted else "not in this network"
-        if there != here:
-            raise CheckpointError(
-                f"{path}: {name}: {there}, and {here} by the config: name the preset it is of "
-                "(paper/torchvision-2014, paper/caffe-alexnet, paper/caffenet) and model.classes"
-            )
+    wanted = whole_shapes(config.model)
+    if wrong := misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted):
+        raise CheckpointError(
+            f"{path}: {wrong}, by the config: name the preset it is of (paper/torchvision-2014, "
+            "paper/caffe-alexnet, paper/caffenet) and model.classes"
+        )
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{path}: {name} holds {tensor.dtype}: save it as float32")
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
     if mean is not None:
@@ -120,22 +120,24 @@ def _read_caffe(path: Path, config: Config) -> Tensors:
     tensors: Tensors = {}
     for layer, blobs in caffe.read_layers(path).items():
         weight, *biases = (torch.from_numpy(blob.copy()) for blob in blobs)
-        if layer.startswith("fc"):
-            weight = weight.reshape(weight.shape[-2:])  # the old format: 1 × 1 × out × in
-        tensors[f"{layer}.weight"] = weight.flip(1) if layer == "conv1" else weight  # BGR
-        tensors |= {f"{layer}.bias": bias.flatten() for bias in biases}
+        if layer.startswith("fc") and weight.shape[:-2] == (1, 1):  # the old format
+            weight = weight[0, 0]
+        blue_first = layer == "conv1" and weight.dim() == 4
+        tensors[f"{layer}.weight"] = weight.flip(1) if blue_first else weight
+        named = zip(("bias", "blob3"), biases, strict=False)  # no network here has a third
+        tensors |= {f"{layer}.{name}": bias.flatten() for name, bias in named}
     return tensors
 
 
 def _write_safetensors(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
-    save_file(tensors, out, {"config": json.dumps(flat(config)), "of": str(found.path)})
+    save_tensors(out, tensors, {"config": json.dumps(flat(config)), "of": str(found.path)})
 
 
 def _write_torchvision(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
     names = _torchvision_names(config)
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     if out.suffix == ".safetensors":
-        save_file(renamed, out)
+        save_tensors(out, renamed)
     else:
         torch.save(renamed, out)
 

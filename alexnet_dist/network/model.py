@@ -299,6 +299,13 @@ class AlexNet(nn.Module):
         return kept
 
 
+def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter over all columns: conv1.weight, …; no memory is taken."""
+    with torch.device("meta"):
+        named = AlexNet(config, drawn=False).named_parameters()
+    return {name: tuple(parameter.shape) for name, parameter in named}
+
+
 def final_side(config: ModelConfig) -> int:
     """Side of the maps that the first fully-connected layer sees; the paper's 6."""
 

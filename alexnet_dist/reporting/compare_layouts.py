@@ -36,6 +36,7 @@ from alexnet_dist.parallel import layouts, spawn
 from alexnet_dist.parallel.topology import Topology, connect, gpus
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.partition import share
+from alexnet_dist.tensor_files import Shape
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +98,8 @@ class InMemory:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
 
-    def keys(self) -> list[str]:
-        return list(self.tensors)
+    def shapes(self) -> dict[str, Shape]:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def rows(self, name: str, rows: slice) -> Tensor:
         tensor = self.tensors[name]

@@ -65,7 +65,8 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     """
     found = checkpoints.at(folder)
     config = load_config([found.manifest["config"], *ALONE, *overrides])
-    dataset, out, topology = open_for(config), _folder(folder), connect(config)
+    dataset, out = open_for(config, found.path), _folder(folder)
+    topology = connect(config)
     engine = TorchEngine(config, topology)
     engine.load(found.parameters(), None)
 

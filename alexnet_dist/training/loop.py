@@ -256,15 +256,17 @@ def _resume(
     2. the weights that train.init_from names, where no checkpoint was ever made;
     3. the initial weights, where none are named.
 
-    A folder whose checkpoints are all damaged, or of another run, is an error.
+    An error that changes nothing: checkpoints that are all damaged or gone, unless
+    checkpoint.begin_anew=true; one of another run, one that cannot be read, one that is misnamed.
     """
 
     def choose() -> str | None:
-        checkpoints.sweep(folder.checkpoints)
-        found, wrong = checkpoints.newest_good(folder.checkpoints)
+        found, wrong = checkpoints.newest(folder.checkpoints)
         for error in wrong:
             log.warning(f"not used: {error}")
-        if found is not None:
+        if found is None:
+            folder.check_begins()
+        else:
             checkpoints.check_same_run(found, config, digest)
             if found.step > schedule.last_step:
                 raise ConfigError(
@@ -272,9 +274,10 @@ def _resume(
                     f"the run in {folder.path} is at step {found.step}: raise it, or give another "
                     "name="
                 )
-            checkpoints.set_aside(folder.checkpoints, after=found.step)
+        path = checkpoints.settle(folder.checkpoints, found, wrong)
+        folder.begins_at(0 if found is None else found.step)
         folder.save_config()
-        return None if found is None else str(found.path)
+        return None if path is None else str(path)
 
     path = topology.decided_by_rank_0(choose)
     if path is None:
@@ -288,7 +291,8 @@ def _resume(
         return Progress.of(found.progress)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}/progress.json: not what a run writes ({error!r}): remove that checkpoint"
+            f"{path}/progress.json: not what a run writes ({error!r}): move that checkpoint out of "
+            "the run folder to go on from the one before"
         ) from error
 
 

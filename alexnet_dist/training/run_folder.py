@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from alexnet_dist.checkpoint.store import step_of, steps
+from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.errors import CrashLoop, RunFolderError
+from alexnet_dist.errors import CheckpointError, CrashLoop, RunFolderError
 from alexnet_dist.files import read_run as read_run
 from alexnet_dist.parallel import environment
+from alexnet_dist.tensor_files import save_tensors
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,16 @@ class RunFolder:
     def take(self) -> None:
         """Make the folder and hold it; raises RunFolderError where another process does."""
         self._hold()
+        try:
+            self._begin_attempt()
+        except Exception:
+            self.close()
+            raise
+        self.report("starting")
+
+    def _begin_attempt(self) -> None:
+        """What run.json is to say; raises CrashLoop, and CheckpointError or RunFolderError where
+        the folder cannot be read."""
         before, now = read_run(self.path), time.time()
         self._before = before
         newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
@@ -77,16 +87,27 @@ class RunFolder:
             "first_started": before.get("first_started", now),
             "started": now,
             "resumed_at": newest,
-            "newest_step": newest,
+            "newest_step": newest or before.get("newest_step", 0),
             "idle_restarts": before.get("idle_restarts", 0) + (not refused) if idle else 0,
             "kept_s": before.get("kept_s", 0.0),
         }
-        try:
-            self._check_crash_loop(str(before.get("reason") or "it was killed"))
-        except CrashLoop:
-            self.close()
-            raise
-        self.report("starting")
+        self._check_crash_loop(str(before.get("reason") or "it was killed"))
+
+    def check_begins(self) -> None:
+        """Raises CheckpointError where no checkpoint is good, and there once was one; unless
+        checkpoint.begin_anew."""
+        left, newest = traces(self.checkpoints), self._run["newest_step"]
+        if (left or newest) and not self.config.checkpoint.begin_anew:
+            tells = ", ".join(left[:3]) or f"run.json tells of step {newest}"
+            raise CheckpointError(
+                f"{self.checkpoints}: none of its checkpoints is good ({tells}), and nothing was "
+                "changed: restore one, give this run another name=, or set "
+                "checkpoint.begin_anew=true to begin at step 0 beside what is left"
+            )
+
+    def begins_at(self, step: int) -> None:
+        """The checkpoint that this attempt goes on from; 0: none."""
+        self._run |= {"resumed_at": step, "newest_step": step}
 
     def _hold(self) -> None:
         try:
@@ -176,7 +197,7 @@ class RunFolder:
         tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         with warn_if_unwritable(path):
             path.parent.mkdir(exist_ok=True)
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, path)
+            save_tensors(path, {name: t.contiguous().cpu() for name, t in tensors.items()})
         return path
 
     def save_config(self) -> None:

@@ -1,0 +1,85 @@
+"""Whole tensors in safetensors files: their shapes are compared before any row of them is read."""
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alexnet_dist.errors import CheckpointError, cannot_be_read
+
+Shape = tuple[int, ...]
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+class TensorFile:
+    """Whole tensors in a safetensors file, of which rows can be read. Its str() is its path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.open("rb").close()  # safe_open calls every failure to open "No such file"
+            self._file = safe_open(path, framework="pt")
+        except OSError as error:
+            raise CheckpointError(cannot_be_read(path, error)) from error
+        except SafetensorError as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def keys(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shapes(self) -> dict[str, Shape]:
+        """Each tensor's whole shape, from the header; raises CheckpointError unless all hold
+        floating-point numbers."""
+        slices = {name: self._file.get_slice(name) for name in self.keys()}
+        for name, tensor in slices.items():
+            if tensor.get_dtype() not in _FLOATS:
+                raise CheckpointError(
+                    f"{self.path}: {name} holds {tensor.get_dtype()}, and a network's tensors are "
+                    "floating-point numbers"
+                )
+        return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows (dim 0) of a tensor; a scalar whole."""
+        try:
+            tensor = self._file.get_slice(name)
+            return tensor[rows] if tensor.get_shape() else self._file.get_tensor(name)  # type: ignore[no-any-return]
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path}: no tensor {name!r}: {error}") from error
+
+
+def misfit(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
+    """The first tensor whose name or whole shape differs, in words that begin with its name; None
+    where all are alike."""
+    for name in (*here, *sorted({*there} - {*here})):
+        if there.get(name) != here.get(name):
+            found, wanted = (list(of[name]) if name in of else "not" for of in (there, here))
+            return f"{name} is {found} there, and {wanted} here"
+    return None
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the mode that the umask gives any file: safetensors' own is
+    0600.
+
+    Raises OSError or SafetensorError.
+    """
+    new = not path.exists()
+    path.touch()  # the kernel knows the mode: reading a umask sets it, for all threads
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, metadata)
+    except BaseException:
+        if new:
+            path.unlink(missing_ok=True)
+        raise
+    if path.stat().st_mode != mode:  # some file systems have one mode, and refuse others
+        path.chmod(stat.S_IMODE(mode))
