@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,11 @@ import numpy.typing as npt
 
 from alexnet_dist.config import Config
 from alexnet_dist.config_files import configs_folder
+from alexnet_dist.data.header import size_of
 from alexnet_dist.durable import sha256
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
 from alexnet_dist.topology import Topology
-from alexnet_dist.untrusted import json_object, read_bytes
+from alexnet_dist.untrusted import MOST_PIXELS, json_object, read_bytes
 
 VERSION = 2
 # Of each sample: the shard, where its encoded image begins in it and how long that is (bytes), its
@@ -84,8 +85,12 @@ class Split:
         _compare_hash(path, sha256(path), self.sha256s[number])
 
     def read(self, sample: int) -> bytearray:
-        """A sample's encoded image; raises DatasetError where its checksum does not match."""
-        shard, offset, size, _, crc32, *_ = self.index[sample].tolist()
+        """A sample's encoded image, a JPEG or PNG of the size that the index says.
+
+        Raises DatasetError where it is not, or its checksum does not match: by the header alone, so
+        that no decoder takes memory or time for more than was packed.
+        """
+        shard, offset, size, _, crc32, *pixels = self.index[sample].tolist()
         encoded = bytearray(size)
         try:
             os.preadv(self._file(shard), [encoded], offset)
@@ -99,7 +104,19 @@ class Split:
                 f"{self.shards[shard]}: sample {sample} of split {self.name!r} (offset {offset}, "
                 f"{size} bytes) does not match its checksum"
             )
+        self._check_header(sample, encoded, *pixels)
         return encoded
+
+    def _check_header(self, sample: int, encoded: bytearray, height: int, width: int) -> None:
+        try:
+            found = size_of(encoded)
+            if found != (height, width) or height * width > MOST_PIXELS:
+                raise ValueError(
+                    f"its header says {found[1]} × {found[0]} pixels, the index {width} × {height},"
+                    f" of at most {MOST_PIXELS:,}"
+                )
+        except ValueError as error:
+            raise undecodable(self, [sample], error) from None
 
     def read_whole(self, sample: int) -> tuple[int, bytearray]:
         """The sample and its encoded image; where it is damaged, the next one that is whole.
@@ -127,6 +144,15 @@ class Split:
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
+
+
+def undecodable(split: Split, ids: Sequence[int], error: Exception) -> DatasetError:
+    """What to say of samples whose checksums are right and whose images are not."""
+    which = f"sample {ids[0]}" if len(ids) == 1 else f"a sample among {', '.join(map(str, ids))}"
+    return DatasetError(
+        f"{split.shards[0].parent}: {which} cannot be decoded, though as it was packed "
+        f"({' '.join(str(error).split())[:200]}): see `alexnet-dist inspect`"
+    )
 
 
 @dataclass(frozen=True)

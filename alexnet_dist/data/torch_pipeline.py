@@ -10,15 +10,8 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
 from alexnet_dist.config import Config
-from alexnet_dist.data.dataset import Split
-from alexnet_dist.data.pipeline import (
-    Decoded,
-    IdArray,
-    Samples,
-    facts_of,
-    to_device,
-    undecodable,
-)
+from alexnet_dist.data.dataset import Split, undecodable
+from alexnet_dist.data.pipeline import Decoded, IdArray, Samples, facts_of, to_device
 from alexnet_dist.data.windows import Finish, on_canvas
 
 
