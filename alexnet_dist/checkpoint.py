@@ -30,7 +30,7 @@ from alexnet_dist.config import Config, fingerprint, flat
 from alexnet_dist.config_files import load_config
 from alexnet_dist.durable import sha256, sync, write
 from alexnet_dist.errors import CheckpointError, ConfigError, NotFinite, looked_in
-from alexnet_dist.untrusted import json_object, read_bytes
+from alexnet_dist.untrusted import MOST_HEADER, json_object, read_bytes
 
 VERSION = 1
 log = logging.getLogger(__name__)
@@ -72,9 +72,13 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            with path.open("rb") as file:
+                header = int.from_bytes(file.read(8), "little")
+            if header > MOST_HEADER:
+                raise ValueError(f"a header of {header:,} bytes, more than {MOST_HEADER:,}")
             self._file = safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
     def keys(self) -> list[str]:
         return list(self._file.keys())

@@ -1,7 +1,7 @@
 """Files that may hold anything: read within bounds, so that none takes memory, time or a stack.
 
-One image or header takes at most 1 GB and 10 s, whatever it says; a whole archive or checkpoint, what
-its size lets expect. The bounds stand here.
+One image or header takes at most 1 GB and 10 s, whatever it says; a whole archive or checkpoint,
+what its size lets expect. The bounds stand here.
 """
 
 import json
@@ -15,13 +15,13 @@ from typing import IO, Any
 _MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
 
 MOST_MEMORY = 2**30  # bytes that reading one image or header may take
-# Of an image. Converting takes up to 12 bytes a pixel: RGB is 4 in Pillow, and progressive JPEG keeps
-# 8 of coefficients. ImageNet's largest has 61 million.
+# Of an image. Converting takes up to 12 bytes a pixel: RGB is 4 in Pillow, and progressive JPEG
+# keeps 8 of coefficients. ImageNet's largest has 61 million.
 MOST_PIXELS = 2**26
 LONGEST_SIDE = 65_535  # pixels: what the index and JPEG can say
 MOST_ENCODED = 2**28  # bytes of a file
 # Of a JPEG. A scan of 31 bytes costs half a nanosecond a pixel; libjpeg's own progression has 10.
-MOST_SCANS = 100
+MOST_SCANS = 64
 # Of a JPEG. Pillow copies all metadata once a segment; a long ICC profile has 255.
 MOST_SEGMENTS = 1000
 MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors

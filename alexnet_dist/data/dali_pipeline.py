@@ -18,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import Split, undecodable
 from alexnet_dist.data.pipeline import Decoded, IdArray, Samples, facts_of, to_device
-from alexnet_dist.data.windows import Finish, canvas_in
+from alexnet_dist.data.windows import Finish, canvas_in, centre_of
 from alexnet_dist.errors import MachineError
 
 Bytes = npt.NDArray[np.uint8]
@@ -38,6 +38,8 @@ class DaliPipeline:
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
         self.resizes = not split.uniform(self.canvas)
+        shapes = np.unique(split.index[["height", "width"]]).tolist()
+        self.cuts = any(centre_of(*shape)[1] != shape for shape in shapes)  # before it resizes
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
@@ -96,17 +98,21 @@ class DaliPipeline:
         }
         with graph:
             dtype = types.DALIDataType
+            dtypes = [dtype.UINT8, dtype.INT32, dtype.FLOAT, dtype.INT32, dtype.INT32]
+            inputs = 2 + self.resizes + 2 * self.cuts
             encoded, start, *canvas = fn.external_source(
                 source=feed,
-                num_outputs=3 if self.resizes else 2,
+                num_outputs=inputs,
                 batch=True,
                 no_copy=True,  # `inside` keeps them alive
-                dtype=[dtype.UINT8, dtype.INT32, dtype.FLOAT][: 3 if self.resizes else 2],
+                dtype=dtypes[:inputs],
                 ndim=1,
             )
             where = {"start": start, "shape": (side, side), "axes": (0, 1)}
             if self.resizes:  # as torchvision does: bilinear, antialiased, the whole of the image
                 image = fn.decoders.image(encoded, **how)
+                if self.cuts:
+                    image = fn.slice(image, start=canvas[1], shape=canvas[2], axes=(0, 1))
                 image = fn.resize(
                     image, size=canvas[0], interp_type=types.DALIInterpType.INTERP_LINEAR,
                     antialias=True, subpixel_scale=False,
@@ -137,10 +143,13 @@ class DaliPipeline:
                 yield encoded, np.ascontiguousarray(origins, np.int32)
                 continue
             sizes = self.split.index[["height", "width"]][read].tolist()
-            canvases = [canvas_in(height, width, self.canvas) for height, width in sizes]
+            centres = [centre_of(height, width) for height, width in sizes]
+            canvases = [canvas_in(*shape, self.canvas) for _, shape in centres]
             size, offset = np.array(canvases).swapaxes(0, 1)  # (n, 2) each
             start = np.ascontiguousarray(origins + offset, np.int32)
-            yield encoded, start, np.ascontiguousarray(size, np.float32)
+            cuts = np.array(centres, np.int32).swapaxes(0, 1) if self.cuts else ()
+            resized = np.ascontiguousarray(size, np.float32)
+            yield encoded, start, resized, *map(np.ascontiguousarray, cuts)
 
     def _read(self, samples: Samples) -> tuple[Samples, IdArray, list[Bytes]]:
         found = [self.split.read_whole(sample) for sample in samples.ids.tolist()]

@@ -336,15 +336,32 @@ def _load(folder: Path, meta: Mapping[str, Any], dtype: np.dtype[Any], dims: int
     path = _sized(folder, meta)
     _compare_hash(path, sha256(path), meta["sha256"])
     try:
-        with path.open("rb") as file:  # np.load takes what memory the header asks for
+        found = read_array(path)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} is not an array: {error}") from error
+    if found.dtype == dtype and found.ndim == dims:
+        return found
+    raise DatasetError(f"{path}: {found.dtype} in {found.ndim} dimensions, expected {dtype}")
+
+
+def read_array(path: Path) -> npt.NDArray[Any]:
+    """What np.save wrote; raises ValueError for anything else, OSError as ever.
+
+    np.load takes what memory the header asks for, and runs pickles where it is let.
+    """
+    try:
+        with path.open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("not version 1.0")
-            shape, fortran, found = np.lib.format.read_array_header_1_0(file)
-            if found == dtype and len(shape) == dims and not fortran:
-                return np.fromfile(file, dtype).reshape(shape)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject:
+                raise ValueError(f"{dtype} in {len(shape)} dimensions")
+            values = np.fromfile(file, dtype)
+            return values.reshape(shape, order="F" if fortran else "C")
+    except OSError:
+        raise
     except Exception as error:  # a hostile header can fail in any way
-        raise DatasetError(f"{path} is not an array: {error!r}") from error
-    raise DatasetError(f"{path}: {found} in {len(shape)} dimensions, expected {dtype}")
+        raise ValueError(repr(error)) from error
 
 
 def _compare_hash(path: Path, found: str, expected: str) -> None:
