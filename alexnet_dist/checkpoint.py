@@ -222,7 +222,7 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]
     if wrong:
         raise CheckpointError(
             f"{folder}: none of {len(wrong)} checkpoints is good ({wrong[0]}); restore one, or "
-            "remove the run folder to start again"
+            "start anew under another name="
         )
     return None, wrong
 

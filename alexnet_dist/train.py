@@ -285,7 +285,8 @@ def _resume(
         return Progress.of(found.progress)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}/progress.json: not what a run writes ({error!r}): remove that checkpoint"
+            f"{path}/progress.json: not what a run writes ({error!r}): restore that checkpoint, "
+            "or start anew under another name="
         ) from error
 
 

@@ -77,7 +77,7 @@ def test_none_good_is_an_error_and_none_at_all_is_not(
 ) -> None:
     assert checkpoints.newest_good(tmp_path) == (None, [])
     (save(tmp_path, tiny(), 1) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints is good .* remove the run"):
+    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints is good .* start anew under"):
         checkpoints.newest_good(tmp_path)
 
 

@@ -1,16 +1,20 @@
 """Packed data sets, the sample stream and the torch pipeline; and everything damaged."""
 
+import ast
 import contextlib
 import gzip
 import hashlib
 import io
 import json
+import re
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made
 import numpy as np
 import pytest
 import torch
@@ -19,6 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.io import encode_jpeg
 
+import alexnet_dist as package_of_ours
+import launch
 from alexnet_dist.config import Config
 from alexnet_dist.data.arrays import read_idx
 from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
@@ -89,7 +95,7 @@ def test_preparing_again_gives_the_same_bytes_or_says_done(tmp_path: Path) -> No
         assert path.is_dir() or path.read_bytes() == other.read_bytes()
     assert "already prepared" in prepare("fashion_mnist", idx, tmp_path / "a")
     other = write_idx(tmp_path / "idx2", 31, 10)
-    with pytest.raises(DatasetError, match="holds a data set of other files or options: remove it"):
+    with pytest.raises(DatasetError, match="of other files or options: name another OUT"):
         prepare("fashion_mnist", other, tmp_path / "a")
 
 
@@ -108,8 +114,62 @@ def test_preparing_over_a_damaged_data_set_says_so(tmp_path: Path, damage: str) 
     path = tmp_path / "out" / "dataset.json"
     content = {"torn": path.read_text()[:50], "list": "[]"}.get(damage)
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(DatasetError, match=r"dataset\.json (is missing|cannot be read|is damaged)"):
+    with pytest.raises(DatasetError, match=r"(not a packed|cannot be|is damaged).*another OUT"):
         prepare("fashion_mnist", idx, tmp_path / "out")
+
+
+@pytest.mark.parametrize("named", ["photos", "photos/train", "photos/train/ant", "photos/a b"])
+def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -> None:
+    made.image_folder(tmp_path / "photos", 2, 1)
+    made.image_folder(tmp_path / "photos/a b", 1, 1)
+    given = tmp_path / named
+    root = tmp_path / named.partition("/train")[0]
+    line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DatasetError, match=r"these are images .*, not a packed data set") as caught:
+        open_dataset(given)
+    assert f"`{line}`" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_command_says_that_images_are_images(
+    tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    photos = made.image_folder(tmp_path / "photos", 2, 1)
+    config = as_overrides(tiny(f"data.path={photos}"))
+    for command in (["train", *config], ["doctor", *config]):
+        result = alexnet_dist(*command)
+        assert result.returncode
+        said = result.stdout + result.stderr
+        assert f"`alexnet-dist prepare folder {photos} {photos}-packed`" in " ".join(said.split())
+        assert "remove" not in said
+
+
+def test_prepare_never_fills_or_names_for_removal_what_it_did_not_make(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "photos", 2, 1)
+    taken = made.image_folder(tmp_path / "out.partial", 1, 1)
+    for out, said in (
+        (tmp_path / "out", "out.partial holds '.*', not made by `prepare`: name another OUT"),
+        (source, "is there, and is not a packed data set: name another OUT"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(DatasetError, match=said):
+            prepare("folder", source, out)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert taken.exists()
+
+
+def test_no_message_advises_to_remove_anything() -> None:
+    """Whatever it is, it may be a user's own. Docstrings say what we do ourselves."""
+    for package in (package_of_ours, launch):
+        for path in Path(package.__file__).parent.rglob("*.py"):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            documented = [node.value for node in nodes if isinstance(node, ast.Expr)]
+            for node in nodes:
+                if isinstance(node, ast.Constant) and node not in documented:
+                    found = re.search(r"\b(remove|delete|erase|rm)\b[^A-Z_]", f"{node.value} ")
+                    assert not found or node.value == "rm", (path, node.value)
 
 
 @pytest.mark.parametrize(

@@ -466,7 +466,7 @@ def test_two_at_once_and_other_options_are_refused(
         pytest.raises(DatasetError, match="another prepare is at work there"),
     ):
         prepare("folder", source, tmp_path / "out", ONE)
-    with pytest.raises(DatasetError, match="begun from other files or options: remove it"):
+    with pytest.raises(DatasetError, match="begun from other files or options: give the same"):
         prepare("folder", source, tmp_path / "out", ONE)
 
 

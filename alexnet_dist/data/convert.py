@@ -18,6 +18,7 @@ from alexnet_dist.data.sources import Pixels
 from alexnet_dist.untrusted import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
 
 SIDE = 256  # of stored images (paper §2)
+_LARGE = 2**24  # pixels beyond which a PNG is packed quickly: noise takes half a second a million
 _BAND = 2**22  # pixels that are converted at a time: a conversion takes several copies
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that runs a program
 # EXIF's orientations and what makes them upright.
@@ -163,5 +164,6 @@ def _square(image: Image.Image) -> Image.Image:
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
     out = io.BytesIO()
-    image.save(out, kind, quality=95, exif=b"", icc_profile=None)
+    fast = {"compress_level": 1} if image.width * image.height > _LARGE else {}
+    image.save(out, kind, quality=95, exif=b"", icc_profile=None, **fast)
     return out.getvalue()

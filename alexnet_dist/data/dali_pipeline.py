@@ -4,6 +4,7 @@ The sampler's choices come in by `external_source`, so that DALI draws, shuffles
 """
 
 import itertools
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -67,7 +68,7 @@ class DaliPipeline:
             except StopIteration:
                 break
             except RuntimeError as error:
-                if "decoders" not in str(error):
+                if not re.search("decoders|resize|bad_alloc", str(error)):
                     raise
                 raise undecodable(self.split, inside[0][1].tolist(), error) from error
             while len(inside[0][1]) == 0:

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ INDEX = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4"),
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
+_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+_LOOKED_AT = 10_000  # names, to tell a folder of images from others
 log = logging.getLogger(__name__)
 
 
@@ -185,13 +188,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         text = read_bytes(path)
         meta = json_object(text)
     except FileNotFoundError:
-        demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
-        source = demo if folder == Path("data/demo") else "SOURCE PATH"
-        raise DatasetError(
-            f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
-            f"{source} {folder}` (remove the folder first if it is there), or set data.path to "
-            "where it lies"
-        ) from None
+        raise _missing(folder) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     try:
@@ -226,6 +223,42 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         raise DatasetError(f"{path}: colour statistics are not numbers: prepare it again")
     digest = hashlib.sha256(text).hexdigest()
     return Dataset(folder, digest, made_of, classes, statistics, splits)
+
+
+def _missing(folder: Path) -> DatasetError:
+    """What to say of a folder that is no packed data set. It may be a user's own: nothing of it is
+    ever to be removed."""
+    path = folder / "dataset.json"
+    if images := _images_in(folder):
+        root = next((p.parent for p in (folder, *folder.parents) if p.name == "train"), folder)
+        root = root if root.name else root.resolve()
+        line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])
+        return DatasetError(
+            f"{folder}{looked_in(folder)}: these are images ({images}), not a packed data set: "
+            f"pack them with `{line}`, where they lie in train/CLASS/ and val/CLASS/, and set "
+            f"data.path={root}-packed"
+        )
+    demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
+    source = demo if folder == Path("data/demo") else "SOURCE PATH"
+    out = "OUT` and set data.path=OUT" if folder.exists() else f"{folder}`"
+    return DatasetError(
+        f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
+        f"{source} {out}, or set data.path to where it lies"
+    )
+
+
+def _images_in(folder: Path) -> str:
+    """The first image that a short look finds below a folder, as its path there; else nothing."""
+    left = _LOOKED_AT
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names)[:left]:
+            if name.lower().endswith(_IMAGES) and name != "contact-sheet.png":  # `inspect` drew it
+                return f"{Path(root, name).relative_to(folder)}"
+        left -= len(folders) + len(names)
+        if left <= 0:
+            break
+    return ""
 
 
 def _finite(array: npt.NDArray[np.floating]) -> bool:

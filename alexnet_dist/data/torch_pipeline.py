@@ -13,6 +13,7 @@ from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import Split, undecodable
 from alexnet_dist.data.pipeline import Decoded, IdArray, Samples, facts_of, to_device
 from alexnet_dist.data.windows import Finish, on_canvas
+from alexnet_dist.errors import filled_by
 
 
 class TorchPipeline:
@@ -78,4 +79,5 @@ class TorchPipeline:
             image = decode_image(bytes_of_it, ImageReadMode.UNCHANGED)
         except RuntimeError as error:
             raise undecodable(self.split, [sample], error) from error
-        return on_canvas(image, self.canvas)
+        with filled_by(f"sample {sample} of {self.split.shards[0].parent}"):
+            return on_canvas(image, self.canvas)
