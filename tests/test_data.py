@@ -18,6 +18,7 @@ import made
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SAMPLE, alexnet_dist, as_overrides, assert_close, write_idx
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,6 +26,7 @@ from torchvision.io import encode_jpeg
 
 import alexnet_dist as package_of_ours
 import launch
+from alexnet_dist import doctor
 from alexnet_dist.config import Config
 from alexnet_dist.data.arrays import read_idx
 from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
@@ -36,6 +38,7 @@ from alexnet_dist.data.windows import Finish, on_canvas
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.make_pipeline import make_pipeline
 from alexnet_dist.topology import Topology
+from alexnet_dist.untrusted import within_memory
 
 # --- preparing
 
@@ -136,14 +139,13 @@ def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -
 def test_every_command_says_that_images_are_images(
     tmp_path: Path, tiny: Callable[..., Config]
 ) -> None:
+    """`launch.submit` and `inspect` open data sets as these do."""
     photos = made.image_folder(tmp_path / "photos", 2, 1)
-    config = as_overrides(tiny(f"data.path={photos}"))
-    for command in (["train", *config], ["doctor", *config]):
-        result = alexnet_dist(*command)
-        assert result.returncode
-        said = result.stdout + result.stderr
-        assert f"`alexnet-dist prepare folder {photos} {photos}-packed`" in " ".join(said.split())
-        assert "remove" not in said
+    result = alexnet_dist("train", *as_overrides(tiny(f"data.path={photos}")))
+    assert result.returncode == 1
+    for said in (result.stderr, doctor._data(photos, named=True).remedy):
+        assert f"`alexnet-dist prepare folder {photos} {photos}-packed`" in said
+        assert said.count("these are images") == 1
 
 
 def test_prepare_never_fills_or_names_for_removal_what_it_did_not_make(tmp_path: Path) -> None:
@@ -386,6 +388,34 @@ def batches(config: Config, split: str, plan: Any) -> list[Batch]:
     found = [decoded.joined([len(decoded.facts)], None) for decoded in pipeline.batches(plan)]
     pipeline.close()
     return found
+
+
+@pytest.mark.parametrize("size", [(1, 64), (7, 448), (300, 200), (72, 72), (6400, 100)])
+def test_up_to_64_times_its_width_an_image_is_resized_whole_to_the_bit(
+    size: tuple[int, int],
+) -> None:
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    scale = 72 / min(size)
+    whole = F.interpolate(
+        image[None], [max(72, round(side * scale)) for side in size], mode="bilinear",
+        antialias=True,
+    )[0]  # fmt: skip
+    top, left = ((side - 72) // 2 for side in whole.shape[1:])
+    assert torch.equal(on_canvas(image, 72), whole[:, top : top + 72, left : left + 72])
+
+
+@pytest.mark.parametrize("length", [1001, 1002, 20_000])
+def test_of_a_longer_image_the_centre_is_cut_before_it_is_resized(length: int) -> None:
+    ramp = torch.arange(10 * length).reshape(1, 10, length).sin().mul(120).add(128)
+    image = ramp.to(torch.uint8)
+    whole = F.interpolate(image[None], (72, round(7.2 * length)), mode="bilinear", antialias=True)
+    left = (whole.shape[3] - 72) // 2
+    near = (on_canvas(image, 72).int() - whole[0, :, :, left : left + 72].int()).abs()
+    assert near.float().mean() < 2  # half a pixel of the resized image, where it is odd
+    turned = on_canvas(image.transpose(1, 2), 72).transpose(1, 2)
+    assert (turned.int() - on_canvas(image, 72).int()).abs().max() <= 1
+    with within_memory(2**28):
+        assert on_canvas(torch.zeros(3, 1, 65535, dtype=torch.uint8), 256).shape == (3, 256, 256)
 
 
 @pytest.mark.parametrize("subtract", ["mean_image", "mean_rgb"])

@@ -27,7 +27,7 @@ from alexnet_dist import __main__, launched, load_checkpoint, own_ranks, topolog
 from alexnet_dist.config import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.windows import Finish
-from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, in_words
+from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
 from alexnet_dist.formats import export_weights
 from alexnet_dist.preemption import handlers_restored
 from alexnet_dist.run_folder import read_run
@@ -217,6 +217,15 @@ def test_a_failure_is_one_line_that_says_what_to_do(
     assert "\n" not in str(words)
     with pytest.raises(type(words), match=said):
         raise words
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no")])
+def test_full_memory_names_the_input_that_was_read(error: Exception) -> None:
+    said = r"'train/ant/0\.jpg': this machine's memory is full where it was read"
+    with pytest.raises(MachineError, match=said), filled_by("train/ant/0.jpg"):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), filled_by("train/ant/0.jpg"):
+        raise RuntimeError("another")
 
 
 def test_the_command_says_it_without_a_traceback(

@@ -3,10 +3,13 @@
 import ast
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import shutil
 import struct
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from pickle import Unpickler
@@ -26,10 +29,19 @@ from alexnet_dist.config import Config
 from alexnet_dist.config_files import load_config
 from alexnet_dist.data import arrays
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, printable
+from alexnet_dist.data.windows import Finish
+from alexnet_dist.errors import (
+    AlexNetDistError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    printable,
+)
+from alexnet_dist.formats import import_weights
 from alexnet_dist.make_engine import make_engine
 from alexnet_dist.telemetry import configure_logging, log
 from alexnet_dist.topology import Topology
+from alexnet_dist.untrusted import within_memory
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -181,6 +193,59 @@ def test_tensors_that_do_not_fit_the_network_are_named(
         files.append(TensorFile(tmp_path / name))
     with pytest.raises(CheckpointError, match=message):
         engine.load(*files)
+
+
+def test_a_header_of_more_tensors_than_any_network_is_refused(tmp_path: Path) -> None:
+    tensor = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    tensors = {f"{n}": tensor for n in range(20_000)}
+    (tmp_path / "many").write_bytes(header(json.dumps(tensors).encode()))
+    with pytest.raises(CheckpointError, match=r"many cannot be read as safetensors: a header of 1"):
+        TensorFile(tmp_path / "many")
+
+
+def zipped(content: bytes, packing: int) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", packing) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    return out.getvalue()
+
+
+DICTIONARIES = b"\x80\x02}" + b"}" * 2**22 + b"l."
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "said"),
+    [
+        ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_DEFLATED), "bytes are packed in it"),
+        ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_STORED), "more than 32,768 opcodes"),
+        ("torchvision", DICTIONARIES, "more than 32,768 opcodes"),
+        ("torchvision", zipped(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x08\x85R.", 0),
+         "is not a state dict"),
+        ("caffe", b"\x12\0" * 2**20, "more than 65,536 fields"),
+        ("caffe", b"\x12\x80\x80\x40" + b"\x3a\0" * 2**19, "more than 65,536 fields|cut short"),
+        ("caffe", b"\xff" * 11, "a number that does not end"),
+    ],
+    ids=["packed", "zip", "before 1.6", "bytearray", "layers", "blobs", "number"],
+)  # fmt: skip
+def test_weights_are_counted_before_they_are_read(
+    kind: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_bytes(content)
+    begin = time.monotonic()
+    with within_memory(2**31), pytest.raises(CheckpointError, match=said):
+        import_weights(kind, tmp_path / "weights", tmp_path / "run", ["paper/torchvision-2014"])
+    assert time.monotonic() - begin < 10
+
+
+def test_a_mean_whose_header_lies_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999, 999999, 3)}".ljust(118)
+    (tmp_path / "mean.npy").write_bytes(b"\x93NUMPY\1\0v\0" + head + bytes(12))
+    config = tiny(f"data.mean_from={tmp_path / 'mean.npy'}")
+    with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
+        Finish(config, open_dataset(Path(config.data.path)).statistics, torch.device("cpu"),
+               torch.float32)  # fmt: skip
 
 
 # --- data sets
