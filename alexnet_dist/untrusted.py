@@ -16,7 +16,7 @@ _MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
 
 MOST_MEMORY = 2**30  # bytes that reading one image or header may take
 # Of an image. Converting takes up to 12 bytes a pixel: RGB is 4 in Pillow, and progressive JPEG
-# keeps 8 of coefficients. ImageNet's largest has 61 million.
+# keeps 8 of coefficients. That is 8,192 × 8,192.
 MOST_PIXELS = 2**26
 LONGEST_SIDE = 65_535  # pixels: what the index and JPEG can say
 MOST_ENCODED = 2**28  # bytes of a file

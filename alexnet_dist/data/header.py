@@ -5,10 +5,12 @@ import struct
 
 from alexnet_dist.untrusted import MOST_SCANS, MOST_SEGMENTS
 
-# A marker that a length follows: none of those that stand alone, and no byte of a scan.
-_MARKER = re.compile(rb"\xff+([^\x00\x01\xff\xd0-\xd8])", re.DOTALL)
+# Markers that no length follows: those that stand alone, and bytes of a scan.
+_ALONE = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xD9)))
+_MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]", re.DOTALL)
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+_TWO, _TWO_BYTES = struct.Struct(">HH"), struct.Struct(">H")
 _SCAN, _END = 0xDA, 0xD9
 
 
@@ -33,18 +35,24 @@ def jpeg_size(encoded: bytes | bytearray) -> tuple[int, int] | None:
     """
     at, scans, size, components, progressive = 2, 0, None, 0, False
     for _ in range(MOST_SEGMENTS):
-        marker = _MARKER.search(encoded, at)
-        if marker is None or len(encoded) < marker.end() + 8 or marker[1][0] == _END:
+        if len(encoded) < at + 10:
             return size
-        kind, at = marker[1][0], marker.end()
+        if encoded[at] != 0xFF or encoded[at + 1] in _ALONE:  # after a scan, or where it is damaged
+            marker = _MARKER.search(encoded, at, len(encoded) - 8)
+            if marker is None:
+                return size
+            at = marker.start()
+        kind = encoded[at + 1]
+        if kind == _END:
+            return size
         if kind in _FRAMES:
-            size = struct.unpack_from(">HH", encoded, at + 3)
-            components, progressive = encoded[at + 7], kind in _PROGRESSIVE
+            size = _TWO.unpack_from(encoded, at + 5)
+            components, progressive = encoded[at + 9], kind in _PROGRESSIVE
         elif kind == _SCAN:
             scans += 1
             if scans > MOST_SCANS:
                 raise ValueError(f"a JPEG of more than {MOST_SCANS} scans")
-            if not progressive and encoded[at + 2] == components:
+            if not progressive and encoded[at + 4] == components:
                 return size  # all of it is in this one: decoders read no other
-        at += max(2, int.from_bytes(encoded[at : at + 2], "big"))
+        at += 2 + max(2, _TWO_BYTES.unpack_from(encoded, at + 2)[0])
     raise ValueError(f"a JPEG of more than {MOST_SEGMENTS} segments")
