@@ -4,6 +4,8 @@ import errno
 import os
 import pwd
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -86,11 +88,12 @@ class MachineError(AlexNetDistError, RuntimeError):
 # What libraries say, searched for in "TYPE: TEXT", and what a user is told.
 _PLAN = "`alexnet-dist plan CONFIG` says what a rank takes"
 COMPILER = "install gcc and Python's headers (on Debian: gcc python3-dev), or set CC"
+_FULL = r"\w*MemoryError|.*(DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc)"
 _SAID = (
     (r"OutOfMemoryError|CUDA error: out of memory|cudaErrorMemoryAllocation",
      "a GPU's memory is full: raise train.micro_batches, lower evaluate.batch, set "
      f"train.precision=bf16, or take more GPUs; {_PLAN}"),
-    (r"^MemoryError|DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc",
+    (f"^({_FULL})",
      "this machine's memory is full: raise train.micro_batches, lower evaluate.batch, "
      f"data.prefetch or data.workers; {_PLAN}"),
     (r"EADDRINUSE|[Aa]ddress already in use",
@@ -178,6 +181,21 @@ def _owner(path: Path) -> tuple[str, str]:
             name = f"uid {about.st_uid}"
         return name, f"{about.st_mode & 0o7777:04o}"
     return "unknown", "unknown"
+
+
+@contextmanager
+def filled_by(name: str) -> Iterator[None]:
+    """An allocation that fails in here is a MachineError of this input, not of the batch's size."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, AlexNetDistError) or not re.match(_FULL, f"{error!r}"):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise MachineError(
+            f"{name!r}: this machine's memory is full where it was read ({reason}): free memory, "
+            "start fewer processes, or leave it out"
+        ) from error
 
 
 def looked_in(path: Path) -> str:

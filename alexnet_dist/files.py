@@ -1,20 +1,34 @@
 """Files that are to outlive a crash, and files that may hold anything.
 
-Those from elsewhere are read within bounds, so that none takes memory, time or a stack.
+The latter are read within bounds, so that none takes memory, time or a stack: one image or header
+takes at most 1 GB and 10 s, whatever it says; a whole archive or checkpoint, what its size lets
+expect. The bounds stand here.
 """
 
 import hashlib
 import json
 import os
+import pickletools
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from alexnet_dist.errors import RunFolderError, cannot_be_read
 
 _MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
+MOST_MEMORY = 2**30  # bytes that reading one image or header may take
+# Of an image. Converting takes up to 12 bytes a pixel: RGB is 4 in Pillow, and progressive JPEG
+# keeps 8 of coefficients. That is 8,192 × 8,192.
+MOST_PIXELS = 2**26
+LONGEST_SIDE = 65_535  # pixels: what the index and JPEG can say
+MOST_ENCODED = 2**28  # bytes of a file
+# Of a JPEG. A scan of 31 bytes costs half a nanosecond a pixel; libjpeg's own progression has 10.
+MOST_SCANS = 64
+# Of a JPEG. Pillow copies all metadata once a segment; a long ICC profile has 255.
+MOST_SEGMENTS = 1000
+MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
 # Of run.json: what is reckoned with, and left out where it is no number.
 _COUNTS = ("attempt", "idle_restarts", "resumed_at", "newest_step", "first_started", "kept_s")
 
@@ -59,6 +73,19 @@ def _is_count(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 2**63
 
 
+MOST_MEMORY = 2**30  # bytes that reading one image or header may take
+# Of an image. Converting takes up to 12 bytes a pixel: RGB is 4 in Pillow, and progressive JPEG
+# keeps 8 of coefficients. That is 8,192 × 8,192.
+MOST_PIXELS = 2**26
+LONGEST_SIDE = 65_535  # pixels: what the index and JPEG can say
+MOST_ENCODED = 2**28  # bytes of a file
+# Of a JPEG. A scan of 31 bytes costs half a nanosecond a pixel; libjpeg's own progression has 10.
+MOST_SCANS = 64
+# Of a JPEG. Pillow copies all metadata once a segment; a long ICC profile has 255.
+MOST_SEGMENTS = 1000
+MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
+
+
 def read_bytes(path: Path, most: int = _MOST) -> bytes:
     """A whole file; raises ValueError where it is longer than `most` bytes, OSError as ever."""
     with path.open("rb") as file:
@@ -77,6 +104,22 @@ def json_object(text: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"a {type(found).__name__}, not an object")
     return found
+
+
+def check_opcodes(file: IO[bytes], most: int) -> None:
+    """Read one pickle without running it; raises ValueError past so many opcodes.
+
+    Each opcode can cost a hundred bytes, and a microsecond, and is one byte. Numbers of 60 bits are
+    refused too, since so many can be found that share a hash, and a memo beyond the opcodes, since
+    an unpickler takes that much memory.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if count >= most:
+            raise ValueError(f"more than {most:,} opcodes")
+        if isinstance(argument, int):
+            memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
+            if argument.bit_length() > 60 or (memo and argument > most):
+                raise ValueError("a number or memo that no such file needs")
 
 
 @contextmanager

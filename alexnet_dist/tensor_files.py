@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alexnet_dist.errors import CheckpointError, cannot_be_read
+from alexnet_dist.files import MOST_HEADER
 
 Shape = tuple[int, ...]
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -20,11 +21,14 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            path.open("rb").close()  # safe_open calls every failure to open "No such file"
+            with path.open("rb") as file:  # safe_open calls every failure to open "No such file"
+                header = int.from_bytes(file.read(8), "little")
+            if header > MOST_HEADER:
+                raise ValueError(f"a header of {header:,} bytes, more than {MOST_HEADER:,}")
             self._file = safe_open(path, framework="pt")
         except OSError as error:
             raise CheckpointError(cannot_be_read(path, error)) from error
-        except SafetensorError as error:
+        except (ValueError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
 
     def __str__(self) -> str:

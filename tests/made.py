@@ -115,11 +115,12 @@ def image_folder(folder: Path, train: int, val: int, size: tuple[int, int] = (12
     return folder
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes whose header says 60,000 × 60,000."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+def png_of(width: int, height: int) -> bytes:
+    """A grey PNG of a few bytes; of more than 100,000 pixels but in its header."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    body = bytes(min(100_000, (width + 1) * height))
     chunks = b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b""))
+        for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b""))
     )
     return b"\x89PNG\r\n\x1a\n" + chunks

@@ -1,24 +1,31 @@
 """Packed data sets, the sample stream and the torch pipeline; and everything damaged."""
 
+import ast
 import contextlib
 import gzip
 import hashlib
 import io
 import json
+import re
+import shlex
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import SAMPLE, alexnet_dist, as_overrides, assert_close, write_idx
 from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.io import encode_jpeg
 
+import alexnet_dist as package_of_ours
+import launch
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
@@ -29,7 +36,9 @@ from alexnet_dist.data.prepare.prepare import prepare
 from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
 from alexnet_dist.errors import ConfigError, DatasetError
+from alexnet_dist.files import within_memory
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.reporting import doctor
 
 # --- preparing
 
@@ -89,7 +98,7 @@ def test_preparing_again_gives_the_same_bytes_or_says_done(tmp_path: Path) -> No
         assert path.is_dir() or path.read_bytes() == other.read_bytes()
     assert "already prepared" in prepare("fashion_mnist", idx, tmp_path / "a")
     other = write_idx(tmp_path / "idx2", 31, 10)
-    with pytest.raises(DatasetError, match="holds a data set of other files or options: remove it"):
+    with pytest.raises(DatasetError, match="of other files or options: name another OUT"):
         prepare("fashion_mnist", other, tmp_path / "a")
 
 
@@ -108,8 +117,61 @@ def test_preparing_over_a_damaged_data_set_says_so(tmp_path: Path, damage: str) 
     path = tmp_path / "out" / "dataset.json"
     content = {"torn": path.read_text()[:50], "list": "[]"}.get(damage)
     path.unlink() if content is None else path.write_text(content)
-    with pytest.raises(DatasetError, match=r"dataset\.json (is missing|cannot be read|is damaged)"):
+    with pytest.raises(DatasetError, match=r"(not a packed|cannot be|is damaged).*another OUT"):
         prepare("fashion_mnist", idx, tmp_path / "out")
+
+
+@pytest.mark.parametrize("named", ["photos", "photos/train", "photos/train/ant", "photos/a b"])
+def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -> None:
+    made.image_folder(tmp_path / "photos", 2, 1)
+    made.image_folder(tmp_path / "photos/a b", 1, 1)
+    given = tmp_path / named
+    root = tmp_path / named.partition("/train")[0]
+    line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DatasetError, match=r"these are images .*, not a packed data set") as caught:
+        open_dataset(given)
+    assert f"`{line}`" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_every_command_says_that_images_are_images(
+    tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    """`launch.submit` and `inspect` open data sets as these do."""
+    photos = made.image_folder(tmp_path / "photos", 2, 1)
+    result = alexnet_dist("train", *as_overrides(tiny(f"data.path={photos}")))
+    assert result.returncode == 1
+    for said in (result.stderr, doctor._data(photos, named=True).remedy):
+        assert f"`alexnet-dist prepare folder {photos} {photos}-packed`" in said
+        assert said.count("these are images") == 1
+
+
+def test_prepare_never_fills_or_names_for_removal_what_it_did_not_make(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "photos", 2, 1)
+    taken = made.image_folder(tmp_path / "out.partial", 1, 1)
+    for out, said in (
+        (tmp_path / "out", "out.partial holds '.*', not made by `prepare`: name another OUT"),
+        (source, "is there, and is not a packed data set: name another OUT"),
+    ):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(DatasetError, match=said):
+            prepare("folder", source, out)
+        assert sorted(tmp_path.rglob("*")) == before
+    assert taken.exists()
+
+
+def test_no_message_advises_to_remove_anything() -> None:
+    """Whatever it is, it may be a user's own. Docstrings say what we do ourselves."""
+    for package in (package_of_ours, launch):
+        for path in Path(package.__file__).parent.rglob("*.py"):
+            nodes = list(ast.walk(ast.parse(path.read_text())))
+            documented = [node.value for node in nodes if isinstance(node, ast.Expr)]
+            for node in nodes:
+                if isinstance(node, ast.Constant) and node not in documented:
+                    found = re.search(r"\b(remove|delete|erase|rm)\b[^A-Z_]", f"{node.value} ")
+                    assert not found or node.value == "rm", (path, node.value)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +388,34 @@ def batches(config: Config, split: str, plan: Any) -> list[Batch]:
     found = [decoded.joined([len(decoded.facts)], None) for decoded in pipeline.batches(plan)]
     pipeline.close()
     return found
+
+
+@pytest.mark.parametrize("size", [(1, 64), (7, 448), (300, 200), (72, 72), (6400, 100)])
+def test_up_to_64_times_its_width_an_image_is_resized_whole_to_the_bit(
+    size: tuple[int, int],
+) -> None:
+    image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+    scale = 72 / min(size)
+    whole = F.interpolate(
+        image[None], [max(72, round(side * scale)) for side in size], mode="bilinear",
+        antialias=True,
+    )[0]  # fmt: skip
+    top, left = ((side - 72) // 2 for side in whole.shape[1:])
+    assert torch.equal(on_canvas(image, 72), whole[:, top : top + 72, left : left + 72])
+
+
+@pytest.mark.parametrize("length", [1001, 1002, 20_000])
+def test_of_a_longer_image_the_centre_is_cut_before_it_is_resized(length: int) -> None:
+    ramp = torch.arange(10 * length).reshape(1, 10, length).sin().mul(120).add(128)
+    image = ramp.to(torch.uint8)
+    whole = F.interpolate(image[None], (72, round(7.2 * length)), mode="bilinear", antialias=True)
+    left = (whole.shape[3] - 72) // 2
+    near = (on_canvas(image, 72).int() - whole[0, :, :, left : left + 72].int()).abs()
+    assert near.float().mean() < 2  # half a pixel of the resized image, where it is odd
+    turned = on_canvas(image.transpose(1, 2), 72).transpose(1, 2)
+    assert (turned.int() - on_canvas(image, 72).int()).abs().max() <= 1
+    with within_memory(2**28):
+        assert on_canvas(torch.zeros(3, 1, 65535, dtype=torch.uint8), 256).shape == (3, 256, 256)
 
 
 @pytest.mark.parametrize("subtract", ["mean_image", "mean_rgb"])

@@ -29,7 +29,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, in_words
+from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
 from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel import environment, spawn, topology
 from alexnet_dist.parallel.stop_signals import handlers_restored
@@ -219,6 +219,15 @@ def test_a_failure_is_one_line_that_says_what_to_do(
     assert "\n" not in str(words)
     with pytest.raises(type(words), match=said):
         raise words
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no")])
+def test_full_memory_names_the_input_that_was_read(error: Exception) -> None:
+    said = r"'train/ant/0\.jpg': this machine's memory is full where it was read"
+    with pytest.raises(MachineError, match=said), filled_by("train/ant/0.jpg"):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), filled_by("train/ant/0.jpg"):
+        raise RuntimeError("another")
 
 
 def test_the_command_says_it_without_a_traceback(

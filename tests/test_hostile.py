@@ -3,11 +3,14 @@
 import ast
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import re
 import shutil
 import struct
+import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from pickle import Unpickler
@@ -27,11 +30,19 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data import arrays
 from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines.make import make_engine
-from alexnet_dist.errors import AlexNetDistError, CheckpointError, ConfigError, printable
+from alexnet_dist.errors import (
+    AlexNetDistError,
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    printable,
+)
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 from alexnet_dist.evaluation.load import load_checkpoint
-from alexnet_dist.formats.convert import export_weights
+from alexnet_dist.files import within_memory
+from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
 from alexnet_dist.training.loop import train
@@ -235,6 +246,59 @@ def test_a_forged_networks_rows_are_never_cut_whoever_reads_them(
         with pytest.raises(CheckpointError, match=rf"model\.safetensors: not what a run.*{said}"):
             read()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_header_of_more_tensors_than_any_network_is_refused(tmp_path: Path) -> None:
+    tensor = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    tensors = {f"{n}": tensor for n in range(20_000)}
+    (tmp_path / "many").write_bytes(header(json.dumps(tensors).encode()))
+    with pytest.raises(CheckpointError, match=r"many cannot be read as safetensors: a header of 1"):
+        TensorFile(tmp_path / "many")
+
+
+def zipped(content: bytes, packing: int) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", packing) as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    return out.getvalue()
+
+
+DICTIONARIES = b"\x80\x02}" + b"}" * 2**22 + b"l."
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "said"),
+    [
+        ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_DEFLATED), "bytes are packed in it"),
+        ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_STORED), "more than 32,768 opcodes"),
+        ("torchvision", DICTIONARIES, "more than 32,768 opcodes"),
+        ("torchvision", zipped(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x08\x85R.", 0),
+         "is not a state dict"),
+        ("caffe", b"\x12\0" * 2**20, "more than 65,536 fields"),
+        ("caffe", b"\x12\x80\x80\x40" + b"\x3a\0" * 2**19, "more than 65,536 fields|cut short"),
+        ("caffe", b"\xff" * 11, "a number that does not end"),
+    ],
+    ids=["packed", "zip", "before 1.6", "bytearray", "layers", "blobs", "number"],
+)  # fmt: skip
+def test_weights_are_counted_before_they_are_read(
+    kind: str, content: bytes, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "weights").write_bytes(content)
+    begin = time.monotonic()
+    with within_memory(2**31), pytest.raises(CheckpointError, match=said):
+        import_weights(kind, tmp_path / "weights", tmp_path / "run", ["paper/torchvision-2014"])
+    assert time.monotonic() - begin < 10
+
+
+def test_a_mean_whose_header_lies_is_refused(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999, 999999, 3)}".ljust(118)
+    (tmp_path / "mean.npy").write_bytes(b"\x93NUMPY\1\0v\0" + head + bytes(12))
+    config = tiny(f"data.mean_from={tmp_path / 'mean.npy'}")
+    with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
+        Finish(config, open_dataset(Path(config.data.path)).statistics, torch.device("cpu"),
+               torch.float32)  # fmt: skip
 
 
 # --- data sets

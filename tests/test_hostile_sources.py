@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import pickle
 import re
@@ -84,6 +85,15 @@ def test_a_gzip_of_a_million_times_its_size_is_not_unpacked(tmp_path: Path) -> N
     refused(lambda: read_idx(path, dims=3), r"1569 values or more, its header says \(2, 28, 28\)")
 
 
+@pytest.mark.parametrize("shape", [(5, 0, 28), (2**22, 0, 0), (1, 2**17, 2), (2**21, 1, 1)])
+def test_an_idx_header_of_no_images_that_can_be_packed_is_refused_at_once(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "images"
+    path.write_bytes(bytes([0, 0, 8, 3]) + struct.pack(">3I", *shape) + bytes(math.prod(shape)))
+    refused(lambda: read_idx(path, dims=3), r"its header says .*(more than|1 to 65,535 rows)")
+
+
 @pytest.mark.parametrize("shape", [(2**32 - 1,) * 3, (0, 2**32 - 1, 2**32 - 1)])
 def test_a_header_beyond_any_memory_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
     path = tmp_path / "images"
@@ -105,6 +115,21 @@ def test_a_header_beyond_any_memory_is_refused(shape: tuple[int, ...], tmp_path:
 )
 def test_a_pickle_takes_no_more_memory_than_its_size(content: bytes) -> None:
     refused(lambda: read_pickle(content, "batch"), "batch is not a pickle of CIFAR-10")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x80\x02}" + b"}" * 2**22 + b".", "more than 262,144 opcodes"),
+        (b"\x80\x02}" + b"(\x8a\x09" + b"\xff" * 8 + b"\0" + b"K\0u.", "no such file needs"),
+        # The same million letters to bytes, again and again.
+        (b"\x80\x02}(" + pickle.dumps("a" * 10**6, 2)[2:-1] + b"q\1c_codecs\nencode\nq\2"
+         + b"h\2h\1U\1x\x86R" * 5000 + b"u.", "more bytes than its own length"),
+    ],
+    ids=["dictionaries", "numbers that share a hash", "text again and again"],
+)  # fmt: skip
+def test_a_pickle_is_counted_before_it_is_read(content: bytes, said: str) -> None:
+    refused(lambda: read_pickle(content, "batch"), said)
 
 
 def test_memory_is_bounded_where_a_library_would_not() -> None:
@@ -149,6 +174,46 @@ def tar_with(size: bytes, kind: bytes = b"0", rest: bytes = b"") -> bytes:
 def test_a_tar_that_would_keep_us_for_ever_is_refused(inner: bytes, tmp_path: Path) -> None:
     source = imagenet_of(tmp_path / "source", inner)
     refused(lambda: list_source("imagenet", source), "in its tar's header")
+
+
+def pax(body: bytes, kind: bytes = b"x") -> bytes:
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = kind, len(body)
+    return info.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        pax(b"9" * 15000 + b" x") * 200 + tar_with(b"0" * 12),
+        pax(b"9 a=bcde\n") * 9 + tar_with(b"0" * 12),
+        (pax(b"9 a=bcde\n" * 1000, b"g") + tar_with(b"0" * 12)[:512]) * 2 + bytes(1024),
+    ],
+    ids=["digits", "many", "global"],
+)
+def test_a_tars_own_headers_are_counted(inner: bytes, tmp_path: Path) -> None:
+    source = imagenet_of(tmp_path / "source", inner)
+    refused(lambda: list_source("imagenet", source), "pax headers that no file needs")
+
+
+def test_a_packed_tar_of_a_thousand_times_its_size_is_not_unpacked(tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "cifar-10-python.tar.gz", "wb", compresslevel=1) as file:
+        for _ in range(17):
+            file.write(bytes(2**24))
+    refused(lambda: list_source("cifar10", tmp_path), "it unpacks to more than", 2**30)
+
+
+def test_a_tar_with_pax_headers_of_today_is_read(tmp_path: Path) -> None:
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w", format=tarfile.PAX_FORMAT,
+                      pax_headers={"comment": "0123456789" * 4}) as tar:  # fmt: skip
+        for n in range(3):
+            member = tarfile.TarInfo("ż" * 300 + f"{n}.JPEG")
+            member.pax_headers, member.mtime = {"SCHILY.xattr.user.a": "x" * 900}, 1.234567891
+            tar.addfile(member)
+    found = list_source("imagenet", imagenet_of(tmp_path / "source", inner.getvalue()))
+    names = [item.name for item in found.splits["train"]]
+    assert names == [f"{'ż' * 300}{n}.JPEG" for n in range(3)]
 
 
 def test_a_damaged_header_does_not_shorten_a_listing_in_silence(tmp_path: Path) -> None:

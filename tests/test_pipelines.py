@@ -28,6 +28,7 @@ from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
+from alexnet_dist.errors import DatasetError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.training.metrics import read_metrics
@@ -356,6 +357,45 @@ def test_what_decodes_as_nothing_is_named(stored: dict[str, Path], tmp_path: Pat
         with pytest.raises(ValueError, match=r"sample .*cannot be decoded, though as it was pack"):
             list(pipeline.batches(plan))
         pipeline.close()
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_an_image_larger_than_its_index_says_is_not_decoded(
+    stored: dict[str, Path], tmp_path: Path, pipeline: str
+) -> None:
+    """Its checksum fits. It is named, counted, and another stands in for it, as for any damage."""
+    import zlib
+
+    dataset = open_dataset(stored["256"])
+    split = dataset.splits["train"]
+    index, bomb = split.index.copy(), made.png_of(30_000, 30_000)
+    (tmp_path / "shard.tar").write_bytes(bomb)
+    for sample, size in ((2, 256), (5, 30_000)):  # the second index agrees with its header
+        index[sample] = (1, 0, len(bomb), 0, zlib.crc32(bomb), size, size)
+    bad = dataclasses.replace(
+        split, shards=(*split.shards, tmp_path / "shard.tar"), index=index, _files={}
+    )
+    with pytest.raises(DatasetError, match=r"sample 2 .*header says 30000 × 30000 .* 256 × 256"):
+        bad.read(2)
+    config = config_of(stored["256"], f"data.pipeline={pipeline}", "train.batch=36")
+    ours = dataclasses.replace(dataset, splits={"train": bad})
+    found = make_pipeline(config, Topology(), ours, "train")
+    plan = TrainSampler(config, 36, dataset.statistics).plan(0, 1, range(36))
+    (batch,) = [part.joined([36], None) for part in found.batches(plan)]
+    found.close()
+    assert batch.damaged.sum() == 2
+    assert not {2, 5} & set(batch.ids.tolist())
+
+
+def test_both_pipelines_cut_very_long_images_before_they_resize(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 2, 1)
+    for size in ((65_535, 1), (1, 30_001), (700, 10)):
+        image = made.encoded(made.photograph(sum(size), *size), "PNG")
+        (source / "train/ant" / f"{size[0]}.png").write_bytes(image)
+    prepare("folder", source, tmp_path / "data", Options(workers=1, keep=True))
+    config = config_of(tmp_path / "data", "model.classes=3", "train.batch=9")
+    for ours, theirs in both(config, lambda config: training(config, 2, range(9))):
+        assert_near(ours[0], theirs[0])
 
 
 def resident_after_epochs(path: str, pipeline: str) -> list[int]:

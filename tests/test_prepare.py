@@ -27,12 +27,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import decode_image
 
+from alexnet_dist.data import convert as convert_module
 from alexnet_dist.data import prepare as prepare_module
 from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.header import size_of
 from alexnet_dist.data.prepare.arrays import read_pickle
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import within_memory
 
 ONE = Options(workers=1)
 
@@ -258,7 +261,7 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
         (b"hello, this is a text file, not an image", "none of JPEG, PNG"),
         (made.encoded(made.photograph(1))[:-700], "truncated"),
         (made.encoded(made.photograph(1), "PNG")[:400], "truncated|broken"),
-        (made.bomb(), "Image size .3600000000 pixels. exceeds limit"),
+        (made.png_of(60_000, 60_000), "Image size .3600000000 pixels. exceeds limit"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "none of JPEG, PNG"),
     ],
     ids=["empty", "text", "truncated JPEG", "truncated PNG", "bomb", "PostScript"],
@@ -277,6 +280,87 @@ def test_what_is_no_image_is_refused_with_its_reason(
 def test_any_bytes_are_an_image_or_refused(content: bytes, start: bytes) -> None:
     with contextlib.suppress(RefusedImage):
         assert convert(start + content, keep=False).image.shape[1:] == (256, 256)
+
+
+def many_scans(count: int) -> bytes:
+    """A progressive JPEG, its last scan again and again."""
+    whole = made.encoded(made.photograph(1), progressive=True)
+    scan = whole[whole.rfind(b"\xff\xda") : -2]
+    return whole[:-2] + scan * (count - whole.count(b"\xff\xda")) + whole[-2:]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (many_scans(2000), "a JPEG of more than 64 scans"),
+        (b"\xff\xd8" + b"\xff\xe1\0\x08Exif\0\0" * 100_000, "a JPEG of more than 1000 segments"),
+        (made.png_of(8193, 8192), "8193 × 8192 pixels: too many"),
+    ],
+    ids=["scans", "segments", "pixels"],
+)
+def test_one_image_takes_at_most_a_gigabyte_and_ten_seconds(content: bytes, reason: str) -> None:
+    begin = time.monotonic()
+    with within_memory(5 * 2**28), pytest.raises(RefusedImage, match=reason):
+        convert(content, keep=False)
+    assert time.monotonic() - begin < 10
+
+
+def test_what_no_header_tells_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert_module, "MOST_MEMORY", 2**25)
+    content = made.encoded(Image.new("L", (8192, 8192)), "PNG", compress_level=1)
+    with pytest.raises(RefusedImage, match="it takes more than 33,554,432 bytes to read"):
+        convert(content, keep=False)
+
+
+def test_a_jpegs_size_is_what_pillow_reads_and_its_thumbnail_is_not_counted() -> None:
+    plain = made.photograph(2, 64, 48)
+    thumbnail = exif(1)
+    thumbnail[0x9286] = made.encoded(plain, progressive=True) * 20  # as a comment
+    for size in ((64, 48), (1, 300), (301, 2)):
+        image = made.photograph(1, *size)
+        for options in (
+            {}, {"progressive": True}, {"exif": thumbnail}, {"restart_marker_rows": 1},
+            {"subsampling": 2, "progressive": True, "comment": b"\xff\xda" * 99},
+        ):  # fmt: skip
+            for mode in ("RGB", "L", "CMYK"):
+                content = made.encoded(image.convert(mode), **options)
+                assert size_of(content) == (size[1], size[0]), (options, mode)
+        assert size_of(made.encoded(image, "PNG")) == (size[1], size[0])
+        for kind in ("GIF", "BMP", "WEBP", "TIFF"):
+            with pytest.raises(ValueError, match="neither a JPEG nor a PNG"):
+                size_of(made.encoded(image, kind))
+    assert size_of(many_scans(64)) == (90, 120)
+
+
+@given(st.binary(max_size=200), st.sampled_from([b"", b"\xff\xd8", made.png_of(3, 4)[:20]]))
+def test_any_bytes_have_a_size_or_none(content: bytes, start: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert len(size_of(start + content)) == 2
+
+
+def test_large_images_are_converted_in_bands_to_the_same_pixels(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    image = made.photograph(3, 90, 70)
+    grey16 = Image.fromarray((np.asarray(image.convert("L"), np.uint16) * 257).astype(np.uint16))
+    half = image.copy()
+    half.putalpha(100)
+    odd = [made.encoded(grey16, "PNG"), made.encoded(half, "PNG"),
+           made.encoded(image.quantize(50), "PNG", transparency=3),
+           made.encoded(image.convert("1"), "PNG"), made.encoded(image.convert("CMYK"), "TIFF"),
+           made.encoded(image, "PNG", transparency=(1, 2, 3))]  # fmt: skip
+    whole = [convert(content, keep=True).encoded for content in odd]
+    monkeypatch.setattr(convert_module, "_BAND", 90 * 8)
+    assert [convert(content, keep=True).encoded for content in odd] == whole
+
+
+def test_a_long_image_kept_at_its_size_is_packed(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 1, 1)
+    (source / "train/ant/thin.png").write_bytes(made.png_of(65535, 1))
+    with within_memory(2**30):
+        said = prepare("folder", source, tmp_path / "out", Options(workers=1, keep=True))
+    assert "packed 4 train, 3 val" in said
+    assert open_dataset(tmp_path / "out").splits["train"].index["width"].max() == 65535
 
 
 def test_very_long_images_do_not_blow_up() -> None:
@@ -466,7 +550,7 @@ def test_two_at_once_and_other_options_are_refused(
         pytest.raises(DatasetError, match="another prepare is at work there"),
     ):
         prepare("folder", source, tmp_path / "out", ONE)
-    with pytest.raises(DatasetError, match="begun from other files or options: remove it"):
+    with pytest.raises(DatasetError, match="begun from other files or options: give the same"):
         prepare("folder", source, tmp_path / "out", ONE)
 
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alexnet_dist.data.dataset import Split
-from alexnet_dist.errors import DatasetError
 from alexnet_dist.parallel.columns import gather_rows
 from alexnet_dist.timing import TIMELINE
 
@@ -121,15 +120,6 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         if device.type == "cuda":
             tensor = tensor.pin_memory()  # itself where it is pinned
         return tensor.to(device, non_blocking=True)
-
-
-def undecodable(split: Split, ids: Sequence[int], error: Exception) -> DatasetError:
-    """What to say of samples whose checksums are right and whose images are not."""
-    which = f"sample {ids[0]}" if len(ids) == 1 else f"a sample among {', '.join(map(str, ids))}"
-    return DatasetError(
-        f"{split.shards[0].parent}: {which} cannot be decoded, though as it was packed "
-        f"({' '.join(str(error).split())[:200]}): see `alexnet-dist inspect`"
-    )
 
 
 class Pipeline(Protocol):

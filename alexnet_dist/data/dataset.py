@@ -14,8 +14,9 @@ import hashlib
 import logging
 import os
 import re
+import shlex
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,9 @@ import numpy.typing as npt
 
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.header import size_of
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
-from alexnet_dist.files import json_object, read_bytes, sha256
+from alexnet_dist.files import MOST_PIXELS, json_object, read_bytes, sha256
 from alexnet_dist.parallel.topology import Topology
 
 VERSION = 2
@@ -36,6 +38,8 @@ INDEX = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4"),
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
+_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+_LOOKED_AT = 10_000  # names, to tell a folder of images from others
 log = logging.getLogger(__name__)
 
 
@@ -83,8 +87,12 @@ class Split:
         _compare_hash(path, sha256(path), self.sha256s[number])
 
     def read(self, sample: int) -> bytearray:
-        """A sample's encoded image; raises DatasetError where its checksum does not match."""
-        shard, offset, size, _, crc32, *_ = self.index[sample].tolist()
+        """A sample's encoded image, a JPEG or PNG of the size that the index says.
+
+        Raises DatasetError where it is not, or its checksum does not match: by the header alone, so
+        that no decoder takes memory or time for more than was packed.
+        """
+        shard, offset, size, _, crc32, *pixels = self.index[sample].tolist()
         encoded = bytearray(size)
         try:
             os.preadv(self._file(shard), [encoded], offset)
@@ -98,7 +106,19 @@ class Split:
                 f"{self.shards[shard]}: sample {sample} of split {self.name!r} (offset {offset}, "
                 f"{size} bytes) does not match its checksum"
             )
+        self._check_header(sample, encoded, *pixels)
         return encoded
+
+    def _check_header(self, sample: int, encoded: bytearray, height: int, width: int) -> None:
+        try:
+            found = size_of(encoded)
+            if found != (height, width) or height * width > MOST_PIXELS:
+                raise ValueError(
+                    f"its header says {found[1]} × {found[0]} pixels, the index {width} × {height},"
+                    f" of at most {MOST_PIXELS:,}"
+                )
+        except ValueError as error:
+            raise undecodable(self, [sample], error) from None
 
     def read_whole(self, sample: int) -> tuple[int, bytearray]:
         """The sample and its encoded image; where it is damaged, the next one that is whole.
@@ -126,6 +146,15 @@ class Split:
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1])
+
+
+def undecodable(split: Split, ids: Sequence[int], error: Exception) -> DatasetError:
+    """What to say of samples whose checksums are right and whose images are not."""
+    which = f"sample {ids[0]}" if len(ids) == 1 else f"a sample among {', '.join(map(str, ids))}"
+    return DatasetError(
+        f"{split.shards[0].parent}: {which} cannot be decoded, though as it was packed "
+        f"({' '.join(str(error).split())[:200]}): see `alexnet-dist inspect`"
+    )
 
 
 @dataclass(frozen=True)
@@ -158,13 +187,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         text = read_bytes(path)
         meta = json_object(text)
     except FileNotFoundError:
-        demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
-        source = demo if folder == Path("data/demo") else "SOURCE PATH"
-        raise DatasetError(
-            f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
-            f"{source} {folder}` (in a folder that is not there yet), or set data.path to where it "
-            "lies"
-        ) from None
+        raise _missing(folder) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     try:
@@ -199,6 +222,42 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         raise DatasetError(f"{path}: colour statistics are not numbers: prepare it again")
     digest = hashlib.sha256(text).hexdigest()
     return Dataset(folder, digest, made_of, classes, statistics, splits)
+
+
+def _missing(folder: Path) -> DatasetError:
+    """What to say of a folder that is no packed data set. It may be a user's own: nothing of it is
+    ever to be removed."""
+    path = folder / "dataset.json"
+    if images := _images_in(folder):
+        root = next((p.parent for p in (folder, *folder.parents) if p.name == "train"), folder)
+        root = root if root.name else root.resolve()
+        line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])
+        return DatasetError(
+            f"{folder}{looked_in(folder)}: these are images ({images}), not a packed data set: "
+            f"pack them with `{line}`, where they lie in train/CLASS/ and val/CLASS/, and set "
+            f"data.path={root}-packed"
+        )
+    demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
+    source = demo if folder == Path("data/demo") else "SOURCE PATH"
+    out = "OUT` and set data.path=OUT" if folder.exists() else f"{folder}`"
+    return DatasetError(
+        f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
+        f"{source} {out}, or set data.path to where it lies"
+    )
+
+
+def _images_in(folder: Path) -> str:
+    """The first image that a short look finds below a folder, as its path there; else nothing."""
+    left = _LOOKED_AT
+    for root, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names)[:left]:
+            if name.lower().endswith(_IMAGES) and name != "contact-sheet.png":  # `inspect` drew it
+                return f"{Path(root, name).relative_to(folder)}"
+        left -= len(folders) + len(names)
+        if left <= 0:
+            break
+    return ""
 
 
 def _finite(array: npt.NDArray[np.floating]) -> bool:
@@ -320,15 +379,32 @@ def _load(folder: Path, meta: Mapping[str, Any], dtype: np.dtype[Any], dims: int
     path = _sized(folder, meta)
     _compare_hash(path, sha256(path), meta["sha256"])
     try:
-        with path.open("rb") as file:  # np.load takes what memory the header asks for
+        found = read_array(path)
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} is not an array: {error}") from error
+    if found.dtype == dtype and found.ndim == dims:
+        return found
+    raise DatasetError(f"{path}: {found.dtype} in {found.ndim} dimensions, expected {dtype}")
+
+
+def read_array(path: Path) -> npt.NDArray[Any]:
+    """What np.save wrote; raises ValueError for anything else, OSError as ever.
+
+    np.load takes what memory the header asks for, and runs pickles where it is let.
+    """
+    try:
+        with path.open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("not version 1.0")
-            shape, fortran, found = np.lib.format.read_array_header_1_0(file)
-            if found == dtype and len(shape) == dims and not fortran:
-                return np.fromfile(file, dtype).reshape(shape)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype.hasobject:
+                raise ValueError(f"{dtype} in {len(shape)} dimensions")
+            values = np.fromfile(file, dtype)
+            return values.reshape(shape, order="F" if fortran else "C")
+    except OSError:
+        raise
     except Exception as error:  # a hostile header can fail in any way
-        raise DatasetError(f"{path} is not an array: {error!r}") from error
-    raise DatasetError(f"{path}: {found} in {len(shape)} dimensions, expected {dtype}")
+        raise ValueError(repr(error)) from error
 
 
 def _compare_hash(path: Path, found: str, expected: str) -> None:

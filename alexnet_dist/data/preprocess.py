@@ -17,9 +17,11 @@ from numba import prange
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.data.dataset import Statistics, read_array
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.network.kernels.numba_loops import bits, parallel, rounding
+
+_LONGEST = 64  # times the shorter side: of what is longer, the centre is cut before it is resized
 
 
 class Finish:
@@ -121,10 +123,24 @@ def on_canvas(image: Tensor, side: int) -> Tensor:
     Returns:
         (colours, side, side), itself where it already has that size.
     """
-    (height, width), (top, left) = canvas_in(image.shape[1], image.shape[2], side)
+    (top, left), (height, width) = centre_of(image.shape[1], image.shape[2])
+    image = image[:, top : top + height, left : left + width]
+    (height, width), (top, left) = canvas_in(height, width, side)
     if image.shape[1:] != (height, width):
         image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
     return image[:, top : top + side, left : left + side]
+
+
+def centre_of(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Top and left, height and width of what of an image is resized: all, unless it is very long.
+
+    A PNG of 271 bytes can be 65,535 × 1, and 12.9 GB when its shorter side is 256. Its canvas is
+    one square of its middle, so that what is cut off here is far outside.
+    """
+    most = _LONGEST * min(height, width)
+    # As many pixels on either side, so that the centre stays where it is.
+    kept = [size if size <= most else most + (size - most) % 2 for size in (height, width)]
+    return ((height - kept[0]) // 2, (width - kept[1]) // 2), (kept[0], kept[1])
 
 
 def canvas_in(height: int, width: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -150,8 +166,8 @@ def _mean(config: Config, statistics: Statistics) -> Tensor:
 
 def _read_mean(path: Path) -> npt.NDArray[np.float32]:
     try:
-        mean = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        mean = read_array(path)
+    except (OSError, ValueError) as error:
         raise DatasetError(f"data.mean_from={path}: cannot be read as .npy: {error}") from error
     if mean.dtype.kind != "f" or mean.ndim != 3 or mean.shape[2] != 3:
         raise DatasetError(

@@ -12,6 +12,8 @@ from google.protobuf.message import DecodeError
 
 from alexnet_dist.errors import CheckpointError
 
+_MOST_FIELDS = 2**16  # of messages that are read; AlexNet has hundreds, and each takes 100 bytes
+
 Floats = npt.NDArray[np.float32]
 
 # Message: field (number, type, repeated). Packed floats are bytes on the wire, and are taken so.
@@ -69,10 +71,51 @@ def write_layers(path: Path, name: str, layers: Mapping[str, list[Floats]]) -> N
 def _parsed(kind: str, path: Path) -> Any:
     message = _message(kind)()
     try:
-        message.ParseFromString(path.read_bytes())
-    except (OSError, DecodeError) as error:
+        content = path.read_bytes()
+        _check_fields(memoryview(content), kind, _MOST_FIELDS)
+        message.ParseFromString(content)
+    except (OSError, ValueError, DecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as Caffe's {kind}: {error}") from error
     return message
+
+
+def _check_fields(content: memoryview, kind: str, left: int) -> int:
+    """How many of the fields that may be left are left after a message's; raises ValueError.
+
+    A field of no length is two bytes, and protobuf dies where memory ends.
+    """
+    messages = {number: of for number, of, _ in _FIELDS[kind].values()}
+    at = 0
+    while at < len(content):
+        key, at = _varint(content, at)
+        size = {0: 0, 1: 8, 5: 4}.get(key & 7)
+        number, at = _varint(content, at) if key & 7 in (0, 2) else (0, at)
+        left -= 1
+        if size is None:  # bytes, a message, or packed numbers, of which each has a byte at least
+            if key & 7 != 2 or number > len(content) - at:
+                raise ValueError("a field that is cut short, or of no known kind")
+            of, size = messages.get(key >> 3, ""), number
+            if of in _FIELDS:
+                left = _check_fields(content[at : at + size], of, left)
+            elif of in ("INT32", "INT64"):
+                left -= size
+        at += size
+        if left < 0:
+            raise ValueError(f"more than {_MOST_FIELDS:,} fields")
+    return left
+
+
+def _varint(content: memoryview, at: int) -> tuple[int, int]:
+    """A number of seven bits a byte, and where it ends."""
+    value = 0
+    for place in range(10):
+        if at + place >= len(content):
+            break
+        byte = content[at + place]
+        value |= (byte & 127) << 7 * place
+        if byte < 128:
+            return value, at + place + 1
+    raise ValueError("a number that does not end")
 
 
 def _array(blob: Any, path: Path) -> Floats:

@@ -11,14 +11,12 @@ What leaves expects the windows that conv1 sees here: the mean off, divided by d
 """
 
 import json
-import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -26,11 +24,14 @@ from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.files import MOST_MEMORY, check_opcodes, within_memory
 from alexnet_dist.formats import caffe
 from alexnet_dist.network.model import AlexNet, whole_shapes
-from alexnet_dist.tensor_files import misfit, save_tensors
+from alexnet_dist.tensor_files import TensorFile, misfit, save_tensors
 
 Tensors = dict[str, Tensor]
+# Of a state dict; torchvision's alexnet has 500. Few, since each can make a copy of all before it.
+_MOST_OPCODES = 2**15
 # The places of weights in torchvision's alexnet.
 _TORCHVISION = ("features.0", "features.3", "features.6", "features.8", "features.10",
                 "classifier.1", "classifier.4", "classifier.6")  # fmt: skip
@@ -92,10 +93,8 @@ def export_weights(kind: str, source: Path, out: Path) -> Path:
 
 
 def _read_safetensors(path: Path, config: Config) -> Tensors:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read as safetensors: {error}") from error
+    file = TensorFile(path)
+    return {name: file.rows(name, slice(None)) for name in file.keys()}  # noqa: SIM118
 
 
 def _read_torchvision(path: Path, config: Config) -> Tensors:
@@ -103,9 +102,11 @@ def _read_torchvision(path: Path, config: Config) -> Tensors:
         found = _read_safetensors(path, config)
     else:
         try:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:200]
+            _check_pickles(path)
+            with within_memory(MOST_MEMORY + 2 * path.stat().st_size):
+                found = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a pickle can fail in any way
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(f"{path} is not a state dict: {reason}") from error
         if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
             keys = f", but of {', '.join(map(str, found))[:200]}" if isinstance(found, dict) else ""
@@ -114,6 +115,23 @@ def _read_torchvision(path: Path, config: Config) -> Tensors:
             )
     names = {b: a for a, b in _torchvision_names(config).items()}
     return {names.get(name, name): tensor for name, tensor in found.items()}
+
+
+def _check_pickles(path: Path) -> None:
+    """Raises where a .pth holds pickles of more opcodes, or more bytes unpacked, than it needs."""
+    if not zipfile.is_zipfile(path):  # before torch 1.6: five pickles, and then numbers
+        with path.open("rb") as file:
+            for _ in range(5):
+                check_opcodes(file, _MOST_OPCODES)
+        return
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > 2 * path.stat().st_size + 2**20:  # torch packs nothing
+            raise ValueError(f"{unpacked:,} bytes are packed in it")
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                with archive.open(name) as file:
+                    check_opcodes(file, _MOST_OPCODES)
 
 
 def _read_caffe(path: Path, config: Config) -> Tensors:

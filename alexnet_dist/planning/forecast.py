@@ -102,7 +102,7 @@ def _images(config: Config) -> tuple[int, str]:
     try:
         return len(open_for(config).splits[config.data.train_split]), config.data.path
     except (AlexNetDistError, OSError):
-        return _ILSVRC_2012, f"ILSVRC-2012's: {config.data.path} is not here"
+        return _ILSVRC_2012, f"ILSVRC-2012's: {config.data.path} is no data set here"
 
 
 def _measured(

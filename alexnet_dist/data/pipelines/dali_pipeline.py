@@ -4,6 +4,7 @@ The sampler's choices come in by `external_source`, so that DALI draws, shuffles
 """
 
 import itertools
+import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,10 +23,9 @@ from alexnet_dist.data.batch import (
     Samples,
     facts_of,
     to_device,
-    undecodable,
 )
-from alexnet_dist.data.dataset import Split
-from alexnet_dist.data.preprocess import Finish, canvas_in
+from alexnet_dist.data.dataset import Split, undecodable
+from alexnet_dist.data.preprocess import Finish, canvas_in, centre_of
 from alexnet_dist.errors import MachineError
 
 Bytes = npt.NDArray[np.uint8]
@@ -45,6 +45,8 @@ class DaliPipeline:
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
         self.resizes = not split.uniform(self.canvas)
+        shapes = np.unique(split.index[["height", "width"]]).tolist()
+        self.cuts = any(centre_of(*shape)[1] != shape for shape in shapes)  # before it resizes
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
@@ -72,7 +74,7 @@ class DaliPipeline:
             except StopIteration:
                 break
             except RuntimeError as error:
-                if "decoders" not in str(error):
+                if not re.search("decoders|resize|bad_alloc", str(error)):
                     raise
                 raise undecodable(self.split, inside[0][1].tolist(), error) from error
             while len(inside[0][1]) == 0:
@@ -103,17 +105,21 @@ class DaliPipeline:
         }
         with graph:
             dtype = types.DALIDataType
+            dtypes = [dtype.UINT8, dtype.INT32, dtype.FLOAT, dtype.INT32, dtype.INT32]
+            inputs = 2 + self.resizes + 2 * self.cuts
             encoded, start, *canvas = fn.external_source(
                 source=feed,
-                num_outputs=3 if self.resizes else 2,
+                num_outputs=inputs,
                 batch=True,
                 no_copy=True,  # `inside` keeps them alive
-                dtype=[dtype.UINT8, dtype.INT32, dtype.FLOAT][: 3 if self.resizes else 2],
+                dtype=dtypes[:inputs],
                 ndim=1,
             )
             where = {"start": start, "shape": (side, side), "axes": (0, 1)}
             if self.resizes:  # as torchvision does: bilinear, antialiased, the whole of the image
                 image = fn.decoders.image(encoded, **how)
+                if self.cuts:
+                    image = fn.slice(image, start=canvas[1], shape=canvas[2], axes=(0, 1))
                 image = fn.resize(
                     image, size=canvas[0], interp_type=types.DALIInterpType.INTERP_LINEAR,
                     antialias=True, subpixel_scale=False,
@@ -144,10 +150,13 @@ class DaliPipeline:
                 yield encoded, np.ascontiguousarray(origins, np.int32)
                 continue
             sizes = self.split.index[["height", "width"]][read].tolist()
-            canvases = [canvas_in(height, width, self.canvas) for height, width in sizes]
+            centres = [centre_of(height, width) for height, width in sizes]
+            canvases = [canvas_in(*shape, self.canvas) for _, shape in centres]
             size, offset = np.array(canvases).swapaxes(0, 1)  # (n, 2) each
             start = np.ascontiguousarray(origins + offset, np.int32)
-            yield encoded, start, np.ascontiguousarray(size, np.float32)
+            cuts = np.array(centres, np.int32).swapaxes(0, 1) if self.cuts else ()
+            resized = np.ascontiguousarray(size, np.float32)
+            yield encoded, start, resized, *map(np.ascontiguousarray, cuts)
 
     def _read(self, samples: Samples) -> tuple[Samples, IdArray, list[Bytes]]:
         found = [self.split.read_whole(sample) for sample in samples.ids.tolist()]

@@ -16,10 +16,10 @@ from alexnet_dist.data.batch import (
     Samples,
     facts_of,
     to_device,
-    undecodable,
 )
-from alexnet_dist.data.dataset import Split
+from alexnet_dist.data.dataset import Split, undecodable
 from alexnet_dist.data.preprocess import Finish, on_canvas
+from alexnet_dist.errors import filled_by
 
 
 class TorchPipeline:
@@ -85,4 +85,5 @@ class TorchPipeline:
             image = decode_image(bytes_of_it, ImageReadMode.UNCHANGED)
         except RuntimeError as error:
             raise undecodable(self.split, [sample], error) from error
-        return on_canvas(image, self.canvas)
+        with filled_by(f"sample {sample} of {self.split.shards[0].parent}"):
+            return on_canvas(image, self.canvas)

@@ -8,8 +8,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from alexnet_dist.data.prepare.devkit import read_synsets
-from alexnet_dist.data.prepare.sources import Item, Source, needed, open_tar, read_member
+from alexnet_dist.data.prepare.sources import (
+    LARGEST_MEMBER,
+    Item,
+    Source,
+    needed,
+    open_tar,
+    read_member,
+)
 from alexnet_dist.errors import DatasetError
+
+_MOST_TRUTH = 2**20  # bytes of the validation images' classes, which are 245,000
 
 
 def imagenet(path: Path) -> Source:
@@ -22,18 +31,18 @@ def imagenet(path: Path) -> Source:
     ids = sorted(words)
     label = {wnid: place for place, wnid in enumerate(ids)}
     items: list[Item] = []
-    with open_tar(train, "r:") as outer:
+    with open_tar(train) as outer:
         for member in outer:
             wnid = member.name.removesuffix(".tar")
             if wnid not in label or not member.isreg():
                 raise DatasetError(f"{train}: {member.name!r} is not a class's tar of the devkit")
             inner = outer.extractfile(member)
             assert inner is not None
-            with open_tar(inner, "r:") as tar:
+            with open_tar(inner) as tar:
                 own = _members(tar, train, member.offset_data)
                 items += [item._replace(label=label[wnid]) for item in own]
         _check_end(outer, train)
-    with open_tar(val, "r:") as tar:
+    with open_tar(val) as tar:
         validation = [
             item if item.refused else item._replace(label=label[_truth(truth, item.name)])
             for item in sorted(_members(tar, val, 0))
@@ -81,14 +90,14 @@ def _check_end(tar: tarfile.TarFile, path: Path) -> None:
 def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """Words by WordNet id of the 1,000 classes, and each validation image's WordNet id."""
 
-    def member(name: str) -> bytes:
-        return read_member(tar, f"ILSVRC2012_devkit_t12/data/{name}", path)
+    def member(name: str, most: int = LARGEST_MEMBER) -> bytes:
+        return read_member(tar, f"ILSVRC2012_devkit_t12/data/{name}", path, most)
 
-    with open_tar(path, "r:gz") as tar:
+    with open_tar(path) as tar:
         try:
             leaves = read_synsets(member("meta.mat"))
             wnid = {leaf.number: leaf.wnid for leaf in leaves}
-            lines = member("ILSVRC2012_validation_ground_truth.txt").split()
+            lines = member("ILSVRC2012_validation_ground_truth.txt", _MOST_TRUTH).split()
             truth = [wnid[int(line)] for line in lines]
         except (KeyError, ValueError) as error:
             raise DatasetError(f"{path} is not ILSVRC-2012's devkit: {error}") from error

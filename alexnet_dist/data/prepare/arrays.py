@@ -4,7 +4,6 @@ import gzip
 import io
 import math
 import pickle
-import pickletools
 import struct
 import zlib
 from collections.abc import Callable
@@ -23,9 +22,11 @@ from alexnet_dist.data.prepare.sources import (
     read_member,
 )
 from alexnet_dist.errors import DatasetError
-from alexnet_dist.files import read_bytes
+from alexnet_dist.files import LONGEST_SIDE, MOST_PIXELS, check_opcodes, read_bytes
 
-_MOST = 2**30  # values of an IDX file; Fashion-MNIST has 47 million
+_MOST = 2**28  # values of an IDX file; Fashion-MNIST has 47 million
+_MOST_IMAGES = 2**20  # of an IDX file; Fashion-MNIST has 60,000
+_MOST_OPCODES = 2**18  # of a batch of CIFAR-10, which has 50,000
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
@@ -84,7 +85,7 @@ def _reader(path: Path) -> Callable[[str], bytes]:
     if (root / "batches.meta").is_file() or not packed.is_file():
         which = "of CIFAR-10's python version"
         return lambda name: read_bytes(needed(root / name, which), LARGEST_MEMBER)
-    tar = open_tar(packed, "r:gz")
+    tar = open_tar(packed)
 
     def read(name: str) -> bytes:
         return read_member(tar, f"cifar-10-batches-py/{name}", packed)
@@ -106,14 +107,24 @@ class _Bytes:
 class _OnlyArrays(pickle.Unpickler):
     """Dictionaries, lists, numbers, bytes; arrays as `_Bytes`; anything else is refused."""
 
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self.left = len(content)  # bytes to be made of text: the same text can be named often
+
     def find_class(self, module: str, name: str) -> Any:
         if module.removeprefix("numpy.").split(".")[-1] == "multiarray" and name == "_reconstruct":
             return lambda *_: _Bytes()
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
             return _Bytes
         if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
-            return lambda text, _: text.encode("latin1")
+            return self._as_bytes
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+    def _as_bytes(self, text: str, _: object) -> bytes:
+        self.left -= len(text)
+        if self.left < 0:
+            raise pickle.UnpicklingError("more bytes than its own length")
+        return text.encode("latin1")
 
 
 def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
@@ -122,11 +133,8 @@ def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
     Arrays must be of bytes in two dimensions.
     """
     try:
-        for opcode, argument, _ in pickletools.genops(content):  # lengths are compared here
-            memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
-            if memo and int(argument or 0) > len(content):
-                raise pickle.UnpicklingError("a memo beyond its own length")  # takes that memory
-        values = _OnlyArrays(io.BytesIO(content), encoding="bytes").load()
+        check_opcodes(io.BytesIO(content), _MOST_OPCODES)
+        values = _OnlyArrays(content).load()
         if not isinstance(values, dict):
             raise pickle.UnpicklingError("it is no dictionary")
         return {
@@ -173,8 +181,7 @@ def read_idx(path: Path, dims: int) -> Pixels:
             if len(header) < 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
                 raise DatasetError(f"{path}: not an IDX file of bytes in {dims} dimensions")
             shape = struct.unpack(f">{dims}I", header[4:])
-            if math.prod(max(1, size) for size in shape) > _MOST:
-                raise DatasetError(f"{path}: its header says {shape}, more than {_MOST:,} values")
+            _check_shape(path, shape)
             raw = file.read(math.prod(shape) + 1)  # of a bomb no more
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
@@ -182,6 +189,20 @@ def read_idx(path: Path, dims: int) -> Pixels:
         more = " or more" if len(raw) > math.prod(shape) else ""
         raise DatasetError(f"{path}: {len(raw)} values{more}, its header says {shape}")
     return np.frombuffer(raw, np.uint8).reshape(shape)
+
+
+def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    images, *pixels = shape
+    if math.prod(max(1, size) for size in shape) > _MOST or images > _MOST_IMAGES:
+        raise DatasetError(
+            f"{path}: its header says {shape}, more than {_MOST:,} values or {_MOST_IMAGES:,} "
+            "images"
+        )
+    if 0 in pixels or max(pixels, default=1) > LONGEST_SIDE or math.prod(pixels) > MOST_PIXELS:
+        raise DatasetError(
+            f"{path}: its header says {shape}: images have 1 to {LONGEST_SIDE:,} rows and columns, "
+            f"and at most {MOST_PIXELS:,} pixels"
+        )
 
 
 def _either(path: Path, name: str) -> Path:

@@ -13,11 +13,13 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image, encode_png
 
+from alexnet_dist.data.header import jpeg_size
 from alexnet_dist.data.prepare.sources import Pixels
+from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
 
 SIDE = 256  # of stored images (paper §2)
-_MOST_PIXELS = 100_000_000  # a header that says more is a decompression bomb
-_LONGEST_SIDE = 65_535  # what the index and JPEG can say
+_LARGE = 2**24  # pixels beyond which a PNG is packed quickly: noise takes half a second a million
+_BAND = 2**22  # pixels that are converted at a time: a conversion takes several copies
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that runs a program
 # EXIF's orientations and what makes them upright.
 _UPRIGHT = {
@@ -58,29 +60,42 @@ def convert(content: bytes, keep: bool) -> Stored:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken EXIF, which is of no use to anyone
         try:
-            opened = Image.open(io.BytesIO(content), formats=_FORMATS)
-            width, height = opened.size
-            if width * height > _MOST_PIXELS or max(width, height) > _LONGEST_SIDE:
-                raise RefusedImage(f"its header says {width} × {height} pixels: too many")
-            turn = _orientation(opened)
-            plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1
-            if not keep:
-                opened.draft(None, (2 * SIDE, 2 * SIDE))  # decode a huge JPEG at ½, ¼ or ⅛
-            opened.load()
-            image = _eight_bits(opened)
+            with within_memory(MOST_MEMORY):  # no header tells what TIFF's and WebP's readers take
+                return _stored(*_converted(content, keep))
         except RefusedImage:
             raise
         except UnidentifiedImageError as error:
             raise RefusedImage(f"none of {', '.join(_FORMATS)}") from error
+        except MemoryError as error:
+            raise RefusedImage(f"it takes more than {MOST_MEMORY:,} bytes to read") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
+
+
+def _converted(content: bytes, keep: bool) -> tuple[str, bytes]:
+    """As it is stored: jpg or png, and the encoded image."""
+    if content.startswith(b"\xff\xd8"):
+        try:
+            jpeg_size(content)
+        except ValueError as error:
+            raise RefusedImage(f"{error}") from error
+    opened = Image.open(io.BytesIO(content), formats=_FORMATS)
+    width, height = opened.size
+    if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
+        raise RefusedImage(f"its header says {width} × {height} pixels: too many")
+    turn = _orientation(opened)
+    plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1
+    kind = "jpg" if not keep or opened.format in ("JPEG", "MPO") else "png"
+    if not keep:
+        opened.draft(None, (2 * SIDE, 2 * SIDE))  # decode a huge JPEG at ½, ¼ or ⅛
+    opened.load()
+    image = _eight_bits(opened)
+    if keep and plain:
+        return kind, content
+    del opened  # its memory is wanted
     if turn in _UPRIGHT:
         image = image.transpose(_UPRIGHT[turn])
-    if keep and plain:
-        return _stored("jpg", content)
-    if keep and opened.format not in ("JPEG", "MPO"):
-        return _stored("png", _encoded(image, "PNG"))
-    return _stored("jpg", _encoded(image if keep else _square(image), "JPEG"))
+    return kind, _encoded(image if keep else _square(image), {"jpg": "JPEG", "png": "PNG"}[kind])
 
 
 def pack_pixels(pixels: Pixels) -> Stored:
@@ -107,11 +122,23 @@ def _orientation(image: Image.Image) -> int:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey or RGB of 8 bits; alpha on white. Pillow inverts Adobe's CMYK as it reads it."""
+    if image.mode in ("L", "RGB") and "transparency" not in image.info:
+        return image
+    rows = max(1, _BAND // image.width)
+    made: Image.Image | None = None
+    for top in range(0, image.height, rows):
+        box = (0, top, image.width, min(top + rows, image.height))
+        part = _band_of_eight_bits(image.crop(box))
+        made = made or Image.new(part.mode, image.size)
+        made.paste(part, box)
+    assert made is not None
+    return made
+
+
+def _band_of_eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey
         grey = np.asarray(image).clip(0, 65535) / 257
         return Image.fromarray(np.rint(grey).astype(np.uint8))
-    if image.mode in ("L", "RGB"):
-        return image if "transparency" not in image.info else _on_white(image)
     if image.mode == "1":
         return image.convert("L")
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
@@ -137,5 +164,6 @@ def _square(image: Image.Image) -> Image.Image:
 
 def _encoded(image: Image.Image, kind: str) -> bytes:
     out = io.BytesIO()
-    image.save(out, kind, quality=95, exif=b"", icc_profile=None)
+    fast = {"compress_level": 1} if image.width * image.height > _LARGE else {}
+    image.save(out, kind, quality=95, exif=b"", icc_profile=None, **fast)
     return out.getvalue()

@@ -2,13 +2,16 @@
 
 import io
 import json
+import resource
 import subprocess
 import sys
 from typing import NamedTuple
 
 import numpy as np
 
-from alexnet_dist.files import within_memory
+from alexnet_dist.files import MOST_MEMORY, within_memory
+
+_MOST_S = 10  # of a core, to read meta.mat
 
 
 class Synset(NamedTuple):
@@ -37,7 +40,10 @@ def read_synsets(content: bytes) -> list[Synset]:
 def _leaves(content: bytes) -> list[Synset]:
     from scipy.io import loadmat
 
-    with within_memory(2**30):  # a file of a few bytes can ask for more than there is
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(used.ru_utime + used.ru_stime) + _MOST_S
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, soft))
+    with within_memory(MOST_MEMORY):  # a file of a few bytes can ask for more than there is
         synsets = np.atleast_1d(loadmat(io.BytesIO(content), squeeze_me=True)["synsets"])
         return [
             Synset(int(one["ILSVRC2012_ID"]), str(one["WNID"]), str(one["words"]))

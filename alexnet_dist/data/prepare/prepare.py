@@ -85,11 +85,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
         source = with_validation(source, options.validation)
     identity = source.identity() | {"keep": options.keep}
     if out.exists():
-        if open_dataset(out, verify_hashes=True).source != identity:
-            raise DatasetError(
-                f"{out} holds a data set of other files or options: remove it, or name another "
-                "folder"
-            )
+        _check_same(out, identity)
         _sweep(out)
         return f"{out}: already prepared from these files, and whole"
     aside = out.with_name(out.name + ".partial")
@@ -136,10 +132,25 @@ def list_source(kind: str, path: Path | None) -> Source:
     return source
 
 
+def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
+    """Raises DatasetError unless `out` is the whole data set of just these files and options."""
+    if not (out / "dataset.json").exists():
+        raise DatasetError(f"{out} is there, and is not a packed data set: name another OUT")
+    try:
+        found = open_dataset(out, verify_hashes=True)
+    except DatasetError as error:
+        raise DatasetError(f"{error}: name another OUT, since {out} is there") from error
+    if found.source != identity:
+        raise DatasetError(f"{out} holds a data set of other files or options: name another OUT")
+
+
 @contextlib.contextmanager
 def _held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None]:
     """Hold the folder that is being filled: parts share it, a whole run has it alone."""
     aside.mkdir(parents=True, exist_ok=True)
+    theirs = [name for name in os.listdir(aside) if not name.startswith(".")]
+    if theirs and not (aside / ".begun.json").exists():  # asked last: another part may begin
+        raise DatasetError(f"{aside} holds {theirs[0]!r}, not made by `prepare`: name another OUT")
     with (aside / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
@@ -147,7 +158,9 @@ def _held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[Non
             raise DatasetError(f"{aside}: another prepare is at work there: wait for it") from error
         begun, ours = aside / ".begun.json", json.dumps(identity, sort_keys=True)
         if begun.exists() and begun.read_text() != ours:
-            raise DatasetError(f"{aside} was begun from other files or options: remove it")
+            raise DatasetError(
+                f"{aside} was begun from other files or options: give the same, or name another OUT"
+            )
         own = begun.with_suffix(f".{os.getpid()}.writing")  # parts may begin at the same time
         own.write_text(ours)
         own.replace(begun)
@@ -237,8 +250,8 @@ def _check_refused(parts: list[Part | None], total: int, max_bad: float, aside: 
         shown = "; ".join(f"{entry['name']!r}: {entry['reason']}" for entry in refused[:3])
         raise DatasetError(
             f"--max-bad {max_bad:g}: {len(refused)} of {total} images cannot be packed ({shown}): "
-            f"all found so far are in {aside / 'quarantine.jsonl'}; mend them and remove {aside}, "
-            "or raise --max-bad"
+            f"all found so far are in {aside / 'quarantine.jsonl'}; mend them and name another "
+            "OUT, or raise --max-bad"
         )
 
 

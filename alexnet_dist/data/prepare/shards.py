@@ -21,7 +21,8 @@ from alexnet_dist.data.dataset import INDEX
 from alexnet_dist.data.prepare.convert import SIDE, RefusedImage, Stored, convert, pack_pixels
 from alexnet_dist.data.prepare.sources import Item
 from alexnet_dist.data.preprocess import on_canvas
-from alexnet_dist.files import sha256, sync
+from alexnet_dist.errors import filled_by
+from alexnet_dist.files import MOST_ENCODED, sha256, sync
 
 
 class Task(NamedTuple):
@@ -108,7 +109,9 @@ def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.ND
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for place, item in enumerate(task.items):
             try:
-                stored = _stored(item, task.keep)
+                with filled_by(item.name):
+                    stored = _stored(item, task.keep)
+                    canvas = _canvas(item, stored) if task.statistics else None
             except RefusedImage as error:
                 refused.append({"name": item.name, "reason": str(error)[:300]})
                 continue
@@ -123,8 +126,7 @@ def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.ND
                 f"{stored.kind} {offset} {size} {key}.{stored.kind} "
                 f"cls {label_offset} {len(label)} {key}.cls"
             )
-            if task.statistics:
-                canvas = _canvas(item, stored)
+            if canvas is not None:
                 sums = canvas.astype(np.uint32) if sums.size == 0 else sums + canvas
                 pixels = canvas.reshape(-1, 3).astype(np.float64)
                 products += (pixels.T @ pixels).astype(np.int64)  # exact: below 2**53
@@ -137,6 +139,8 @@ def _stored(item: Item, keep: bool) -> Stored:
         raise RefusedImage(item.refused)
     if item.pixels is not None:
         return pack_pixels(item.pixels)
+    if item.size > MOST_ENCODED:
+        raise RefusedImage(f"{item.size:,} bytes: more than {MOST_ENCODED:,}")
     try:
         with open(item.path, "rb") as file:
             content = os.pread(file.fileno(), item.size, item.offset)
