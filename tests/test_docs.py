@@ -17,7 +17,7 @@ from conftest import TINY, alexnet_dist
 from document_config import PATH, reference
 from made import image_folder
 
-from alexnet_dist.cli.main import _parser
+from alexnet_dist.cli.main import build_parser
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import keys
 from alexnet_dist.parallel.layouts import check
@@ -116,7 +116,7 @@ def test_every_command_parses(path: Path) -> None:
         arguments = of_program(words)
         if arguments is not None:
             try:
-                options = _parser().parse_args(arguments)
+                options = build_parser().parse_args(arguments)
             except SystemExit:
                 pytest.fail(f"not a command: {shlex.join(words)}")
             check_sources([*getattr(options, "config", []), *getattr(options, "overrides", [])])
@@ -131,7 +131,7 @@ def test_every_command_parses(path: Path) -> None:
         elif words[:1] == ["make"]:
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
             assert words[1] in targets, words
-    usage = _parser().format_help()
+    usage = build_parser().format_help()
     for command in re.findall(r"alexnet-dist ([a-z]+)\b", path.read_text()):
         assert re.search(rf"^ +{command} ", usage, re.M), f"alexnet-dist {command}"
 

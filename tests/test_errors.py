@@ -32,6 +32,7 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
 from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel import environment, spawn, topology
+from alexnet_dist.parallel.device import take_device
 from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.training.run_folder import read_run
 
@@ -76,7 +77,7 @@ def no_gpu(tiny: Tiny, patch: Patch) -> None:
 
 def one_gpu_for_two_columns(tiny: Tiny, patch: Patch) -> None:
     patch.setattr(torch.cuda, "device_count", lambda: 1)
-    topology._device(tiny("layout.device=cuda"), environment.Place(0, 2, 0, 2))
+    take_device(tiny("layout.device=cuda"), environment.Place(0, 2, 0, 2))
 
 
 def dali_without_driver(tiny: Tiny, patch: Patch) -> None:
@@ -269,7 +270,7 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     tiny: Tiny, monkeypatch: Patch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    device = topology._device(tiny("layout.device=auto"), environment.Place(0, 2, 0, 2))
+    device = take_device(tiny("layout.device=auto"), environment.Place(0, 2, 0, 2))
     assert device.type == "cpu"
     assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
 

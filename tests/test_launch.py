@@ -23,7 +23,9 @@ from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
 from alexnet_dist.parallel import environment, topology
+from alexnet_dist.parallel.device import cores_of, take_device
 from alexnet_dist.parallel.environment import Place
+from alexnet_dist.parallel.layouts import check_columns_meet
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.training.run_folder import RunFolder, read_run
 from launch import ensemble, job, status, submit
@@ -97,10 +99,10 @@ def test_fewer_tasks_than_places_are_seen(
 
 
 def test_columns_that_slurm_laid_apart_are_refused() -> None:
-    topology._check_columns_meet([0, 0, 1, 1], 2)
-    topology._check_columns_meet([0, 1, 0, 1], 1)
+    check_columns_meet([0, 0, 1, 1], 2)
+    check_columns_meet([0, 1, 0, 1], 1)
     with pytest.raises(ConfigError, match=r"nodes 0, 1, 0, 1, .*--distribution=block"):
-        topology._check_columns_meet([0, 1, 0, 1], 2)
+        check_columns_meet([0, 1, 0, 1], 2)
 
 
 @pytest.mark.parametrize(
@@ -120,7 +122,7 @@ def test_a_rank_takes_its_own_gpu(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     place = Place(1, 2, 1, 2, 0, (2,), gpus_on_node)
-    assert str(topology._device(tiny("layout.device=auto"), place)) == device
+    assert str(take_device(tiny("layout.device=auto"), place)) == device
 
 
 def test_a_task_counts_on_the_cores_slurm_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,11 +131,11 @@ def test_a_task_counts_on_the_cores_slurm_gave_it(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(name, value)
     place = environment.place()
     assert place is not None
-    assert topology.cores_of(place) == 6
+    assert cores_of(place) == 6
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})  # bound to fewer
-    assert topology.cores_of(place) == 2
+    assert cores_of(place) == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
-    assert topology.cores_of(Place(1, 8, 1, 4)) == 8
+    assert cores_of(Place(1, 8, 1, 4)) == 8
 
 
 def test_a_local_job_sees_this_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from conftest import as_overrides
 from torch.distributed import TCPStore
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.parallel import environment, spawn, topology
+from alexnet_dist.parallel import environment, rendezvous, spawn
 from alexnet_dist.parallel.environment import Place
 
 HOST = "10.213.9.1"  # where a stranger on the network finds the host
@@ -148,10 +148,10 @@ def test_a_node_is_found_at_the_interface_that_gloo_is_told(
     """Its name may be the loopback's to itself, as Debian installs it."""
     node = Place(world=2, node=0, address="n1")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    assert topology._own_address(dataclasses.replace(node, local_world=2)) == "127.0.0.1"
-    assert topology._own_address(node) == "n1"
+    assert rendezvous.own_address(dataclasses.replace(node, local_world=2)) == "127.0.0.1"
+    assert rendezvous.own_address(node) == "n1"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    assert topology._own_address(node) == "127.0.0.1"
+    assert rendezvous.own_address(node) == "127.0.0.1"
 
 
 class Mark:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from alexnet_dist.parallel.topology import cores
+from alexnet_dist.parallel.device import cores
 
 Pass = Callable[[], float]  # what is measured, in the part's unit, of one pass
 

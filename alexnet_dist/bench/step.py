@@ -16,8 +16,8 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.lrn import alpha_of
 from alexnet_dist.network.model import AlexNet, final_side
-from alexnet_dist.parallel.device import peak_flops
-from alexnet_dist.parallel.topology import connect, gpus
+from alexnet_dist.parallel.device import gpus, peak_flops
+from alexnet_dist.parallel.topology import connect
 
 _TRAINING = 3  # of a forward's: the gradients of inputs and of weights cost as much again
 

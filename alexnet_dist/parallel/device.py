@@ -1,7 +1,18 @@
-"""What the devices of this host are, and can do."""
+"""What the devices of this host are and can do, and which of them this rank takes."""
 
+import ctypes
+import logging
+import os
 import re
+from pathlib import Path
 
+import torch
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.parallel.environment import Place
+
+log = logging.getLogger(__name__)
 # bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
@@ -15,3 +26,65 @@ def peak_flops(device: str) -> float | None:
     return next(
         (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device)), None
     )
+
+
+def gpus(config: Config) -> int:
+    """GPUs of this host that a run may use."""
+    return 0 if config.layout.device == "cpu" else torch.cuda.device_count()
+
+
+def take_device(config: Config, place: Place) -> torch.device:
+    """The device of this rank, made current; raises ConfigError where layout.device=cuda and there
+    are too few."""
+    found = gpus(config)
+    # Slurm may show a task its own GPU alone (--gpus-per-task): the job then has as many as tasks.
+    own = found == 1 and (place.gpus_on_node or 0) >= place.local_world
+    if config.layout.device == "cuda" and found < place.local_world and not own:
+        raise ConfigError(
+            f"layout.device=cuda: {place.local_world} ranks on this host need a GPU each, "
+            f"and {found} are here; set layout.device=auto or layout.kind=one"
+            f"{'' if found else '; `alexnet-dist doctor` says why there is none'}"
+        )
+    if found < place.local_world and not own:
+        if found and place.rank == 0:
+            log.warning(
+                f"{place.local_world} ranks and {found} GPU(s) here: computing on the CPU; to use "
+                "what is there, set layout.kind=one, or layout.ranks to as many"
+            )
+        return torch.device("cpu")
+    device = torch.device("cuda", 0 if own else place.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def cores_of(place: Place) -> int:
+    """That a rank may count on: Slurm's for its task, which may be bound to them; else a share of
+    this host's."""
+    return min(cores(), place.cores or max(1, cores() // place.local_world))
+
+
+def cpu_flags() -> set[str]:
+    """The kernel's words for what this host's processor can do, as in amx_bf16."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return {flag for line in lines if line.lower().startswith(("flags", "features"))
+            for flag in line.partition(":")[2].split()}  # fmt: skip
+
+
+def keep_memory() -> None:
+    """Keep freed memory in the process: fresh pages cost as much as the arithmetic on them.
+
+    mallopt(3) of glibc: no mmap for blocks below 1 GiB, no trimming. Elsewhere: nothing.
+    """
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(mmap_threshold, 1 << 30)
+    mallopt(trim_threshold, (1 << 31) - 1)
+    mallopt(mmap_max, 0)

@@ -88,6 +88,17 @@ def _batch_problem(config: Config, replicas: int) -> str:
     )
 
 
+def check_columns_meet(nodes: list[int], columns: int) -> None:
+    """Raises ConfigError where the columns of a replica lie on different ones of these nodes."""
+    pairs = [nodes[first : first + columns] for first in range(0, len(nodes), columns)]
+    if any(len(set(pair)) > 1 for pair in pairs):
+        raise ConfigError(
+            f"layout.kind: Slurm laid ranks 0, 1, … on nodes {', '.join(map(str, nodes))}, and the "
+            f"columns of a replica must share one: ask for --ntasks-per-node={columns} or a "
+            "multiple of it, and --distribution=block"
+        )
+
+
 def divisors(*numbers: int) -> list[int]:
     """What divides all of them."""
     return [n for n in range(1, min(numbers) + 1) if not any(number % n for number in numbers)]

@@ -22,8 +22,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
 from alexnet_dist.files import read_run
+from alexnet_dist.parallel.rendezvous import LOOPBACK, store_at
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored
-from alexnet_dist.parallel.topology import LOOPBACK, store_at
 
 _OF_MEMORY = "by the kernel where memory ran out: see dmesg, and `alexnet-dist plan`"
 _LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks

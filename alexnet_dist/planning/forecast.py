@@ -13,7 +13,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import AlexNetDistError, ConfigError
-from alexnet_dist.parallel.topology import cores, cpu_flags
+from alexnet_dist.parallel.device import cores, cpu_flags
 from alexnet_dist.planning.cost_model import CORE_DECODES, MACHINES, Cluster, Machine, predict
 from alexnet_dist.training.metrics import read_metrics
 

@@ -33,7 +33,8 @@ from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel import layouts, spawn
-from alexnet_dist.parallel.topology import Topology, connect, gpus
+from alexnet_dist.parallel.device import gpus
+from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.partition import share
 from alexnet_dist.tensor_files import Shape

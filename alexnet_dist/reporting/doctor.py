@@ -26,7 +26,8 @@ from alexnet_dist.data.inspect import inspect
 from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
-from alexnet_dist.parallel.topology import cores, cpu_flags, gpus, keep_to_this_host
+from alexnet_dist.parallel.device import cores, cpu_flags, gpus
+from alexnet_dist.parallel.rendezvous import keep_to_this_host
 
 _CGROUP, _DRIVER = Path("/sys/fs/cgroup"), Path("/proc/driver/nvidia/version")
 _MB = 2**20

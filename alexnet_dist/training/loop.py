@@ -32,10 +32,11 @@ from alexnet_dist.errors import (
 from alexnet_dist.evaluation.evaluate import Score, evaluate_engine
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel import environment
+from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.layouts import check, ranks_wanted
 from alexnet_dist.parallel.replicas import check_replicas
 from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
-from alexnet_dist.parallel.topology import Topology, connect, gpus, leave
+from alexnet_dist.parallel.topology import Topology, connect, leave
 from alexnet_dist.plotting import MOST_CLASSES
 from alexnet_dist.timing import TIMELINE
 from alexnet_dist.training.metrics import Telemetry, configure_logging, log

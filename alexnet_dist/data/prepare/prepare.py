@@ -31,7 +31,7 @@ from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import sync
-from alexnet_dist.parallel.topology import cores
+from alexnet_dist.parallel.device import cores
 
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagenet": imagenet, "folder": folder, "cifar10": cifar10, "fashion_mnist": fashion_mnist,

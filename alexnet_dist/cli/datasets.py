@@ -1,0 +1,62 @@
+"""prepare and inspect."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_dist.cli.parser import AddCommand, add_json, part, picture
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands."""
+    sub = command("prepare", prepare, "turn a source of images into a packed data set")
+    sub.add_argument("source", choices=("imagenet", "folder", "cifar10", "fashion_mnist"))
+    sub.add_argument(
+        "path", type=Path, nargs="?", help="folder of the source's files; fashion_mnist: Debian's"
+    )
+    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("--keep", action="store_true", help="images keep their size; else 256 × 256")
+    sub.add_argument(
+        "--max-bad", type=float, default=0.001, metavar="SHARE", help="images that may be refused"
+    )
+    sub.add_argument("--workers", type=int, default=0, help="processes; 0: the cores")
+    sub.add_argument(
+        "--part", type=part, metavar="I/N", help="every Nth shard; without it: the rest, and merge"
+    )
+    sub.add_argument(
+        "--validation", type=float, default=0.0, metavar="SHARE",
+        help="cifar10: of the test images, a stratified share to validate on",
+    )  # fmt: skip
+
+    sub = command("inspect", inspect, "verify a packed data set, and show what is in it")
+    sub.add_argument("data", type=Path, help="folder that prepare made")
+    sub.add_argument("--sheet", type=picture, help="PNG to draw samples in; DATA/contact-sheet.png")
+    sub.add_argument("--quick", action="store_true", help="sizes, and some images; nothing drawn")
+    add_json(sub)
+
+
+def prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Turn a source of images into a packed data set."""
+    from alexnet_dist.data.prepare import prepare as data
+
+    how = data.Options(
+        options.keep, options.max_bad, options.workers, options.part, options.validation
+    )
+    print(data.prepare(options.source, options.path, options.out, how))
+    return 0
+
+
+def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Verify a packed data set, and show what is in it."""
+    from alexnet_dist.data import inspect as data
+
+    sheet = options.sheet or options.data / "contact-sheet.png"
+    found = data.inspect(options.data, None if options.quick else sheet)
+    if options.json:
+        print(json.dumps(found))
+    else:
+        for what, finding in found.items():
+            rows = finding.items() if isinstance(finding, dict) else ()
+            print(f"{what:22}{', '.join(f'{k} {v}' for k, v in rows) or finding}")
+    return 0

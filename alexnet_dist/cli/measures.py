@@ -1,0 +1,188 @@
+"""bench, compare, plan and doctor."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, picture
+from alexnet_dist.config.load import load_config
+from alexnet_dist.errors import ConfigError, printable
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands."""
+    _add_bench(command)
+
+    sub = command("compare", compare, "hold layouts against one process, on this machine")
+    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
+    sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
+    add_json(sub, "list")
+
+    sub = command("plan", plan, "what a run would take: memory, arithmetic, traffic, hours")
+    sub.add_argument("config", nargs="+", help="as for train, or a run folder")
+    sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
+    sub.add_argument("--ranks", type=count, help="ranks; all of --gpus, or as many as would start")
+    sub.add_argument("--machine", type=Path, metavar="JSON", help="numbers that --fit wrote")
+    sub.add_argument(
+        "--fit", type=Path, nargs="+", metavar="JSON",
+        help="of bench layouts --json: fit this CPU's numbers to them, write them to --machine",
+    )  # fmt: skip
+    sub.add_argument(
+        "--curve", type=picture, metavar="PNG", help="draw 1 to 1,024 devices, train.batch on each"
+    )
+    add_json(sub)
+
+    sub = command("doctor", doctor, "what is here, what a run would use, and what to mend")
+    sub.add_argument("config", nargs="*", help="of the run, as for train")
+    add_json(sub)
+
+
+def _add_bench(command: AddCommand) -> None:
+    parts = commands_of(command("bench", None, "time a part of it against references, in one run"),
+                        "PART")  # fmt: skip
+
+    def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+        sub = parts(name, run, help)
+        sub.add_argument("--repeats", type=count, default=5, help="passes of each")
+        add_json(sub)
+        return sub
+
+    sub = part("data", bench_data, "decoding, beside ImageFolder and the bare decoder")
+    sub.add_argument("folder", type=Path, help="images to time on: train/CLASS/*")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument("--images", type=count, default=2000, help="of a pass")
+
+    for name, help in (
+        ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
+        ("lrn", "local response normalisation, beside nn.LocalResponseNorm"),
+        ("layouts", "every layout on this host's ranks, beside one process and replicas"),
+        ("checkpoint", "what a save costs the loop"),
+        ("end-to-end", "training from data.path beside ready batches; ten views; start; memory"),
+    ):
+        sub = part(name, bench_config, help)
+        sub.set_defaults(part=name)
+        sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+        if name == "layouts":
+            sub.add_argument("--ranks", type=count, default=2, help="on this host")
+        if name == "end-to-end":
+            sub.add_argument("--steps", type=int, default=0, help="to watch memory over")
+
+
+def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Time decoding."""
+    from alexnet_dist.bench import data
+
+    found = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
+    return _bench(found, options)
+
+
+def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Time the part that options.part names."""
+    config = load_config(["layout.kind=one", *options.config])
+    match options.part:
+        case "step":
+            from alexnet_dist.bench.step import bench_step as bench
+        case "lrn":
+            from alexnet_dist.bench.lrn import bench_lrn as bench
+        case "layouts":
+            from alexnet_dist.bench.layouts import bench_layouts
+
+            return _bench(bench_layouts(config, options.ranks, options.repeats), options)
+        case "end-to-end":
+            from alexnet_dist.bench.end_to_end import bench_end_to_end
+
+            return _bench(bench_end_to_end(config, options.repeats, options.steps), options)
+        case _:
+            from alexnet_dist.bench.checkpoint import bench_checkpoint as bench
+    return _bench(bench(config, options.repeats), options)
+
+
+def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
+    from alexnet_dist import bench
+
+    print(json.dumps(found) if options.json else bench.table(found))
+    return 0
+
+
+def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Hold layouts against one process."""
+    from alexnet_dist.data.dataset import open_for
+    from alexnet_dist.reporting import compare_layouts
+
+    if options.steps < 3:
+        raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
+    config = load_config(options.config)
+    open_for(config)  # or one clear error
+    rows = []
+    if not options.json:
+        print(compare_layouts.HEADING)
+    for row, drift, floor in compare_layouts.compare(config, options.layouts, options.steps):
+        rows.append(row)
+        if not options.json:
+            print(compare_layouts.line(row, drift, floor), flush=True)
+    if options.json:
+        print(json.dumps([vars(row) for row in rows]))
+    return 0 if all(row.holds for row in rows) else 1
+
+
+def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Say what a run would take."""
+    from alexnet_dist.parallel import device, layouts
+    from alexnet_dist.planning import cost_model, dry_run, forecast, scaling
+
+    config = load_config(forecast.sources(options.config))
+    machine = scaling.fitted(options.fit) if options.fit else None
+    if machine and options.machine:
+        cost_model.write_machine(machine, options.machine)
+    elif options.machine:
+        machine = cost_model.read_machine(options.machine)
+    named = options.gpus and cost_model.Cluster.of(options.gpus, machine)
+    at = named or forecast.here(config, machine)
+    if options.curve:
+        if at is None:
+            raise ConfigError("--curve: nothing is known of these GPUs: say --gpus")
+        rows = scaling.curve(config, at)
+        scaling.draw(rows, at, options.curve)
+        print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
+        return 0
+    wanted = named.total if named else layouts.ranks_wanted(config, device.gpus(config))
+    planned = dry_run.plan(config, options.ranks or wanted)
+    told, why = {}, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
+    try:
+        told = forecast.forecast(planned, config, at) if at else {}
+    except ConfigError as error:
+        if named:
+            raise
+        why = str(error)
+    if options.json:
+        print(json.dumps(planned | told))
+        return 0
+    text = dry_run.lines(planned)
+    text += forecast.lines(told, config.layout.kind) if told else ["", f"no prediction: {why}"]
+    print("\n".join(text))
+    return 0
+
+
+def doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Say what is here, and what stands in a run's way."""
+    from alexnet_dist.reporting.doctor import examine
+
+    findings = []
+    for one in examine(load_config(options.config), named=bool(options.config)):
+        findings.append(one)
+        if not options.json:
+            mark = "✗" if one.broken else "!" if one.remedy else " "
+            print(f"{mark} {one.what:20} {printable(one.found)}", flush=True)
+            if one.remedy:
+                print(f"{'':23}→ {printable(one.remedy)}")
+    broken = [one.what for one in findings if one.broken]
+    if options.json:
+        print(json.dumps({"sound": not broken, "findings": [vars(one) for one in findings]}))
+    elif broken:
+        print(f"a run would fail: mend {', '.join(broken)}")
+    else:
+        print("nothing here stands in a run's way")
+    return 1 if broken else 0

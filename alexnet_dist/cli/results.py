@@ -1,0 +1,72 @@
+"""figures, report, export and import."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from alexnet_dist.cli.parser import AddCommand, out
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands."""
+    sub = command("figures", figures, "draw a run's kernels and curves")
+    sub.add_argument("run_folder", type=Path)
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument(
+        "--fig4", action="store_true", help="also answers and nearest training images: one pass"
+    )
+
+    sub = command("report", report, "one HTML page: the paper's results and the runs' beside them")
+    sub.add_argument("run_folder", type=Path, nargs="*", help="of runs; others are passed over")
+    sub.add_argument("--out", type=out, default=Path("report.html"))
+
+    sub = command("export", export, "write a run's weights as another program reads them")
+    sub.add_argument("checkpoint", type=Path, help="run folder (its best) or checkpoint")
+    sub.add_argument("out", type=out, help="file to write")
+    kinds = ["safetensors", "torchvision", "caffe", "onnx"]
+    sub.add_argument("--format", choices=kinds, required=True)
+
+    sub = command("import", import_, "make a checkpoint of another program's weights")
+    sub.add_argument("file", type=Path)
+    sub.add_argument("out", type=Path, help="run folder to make")
+    sub.add_argument("config", nargs="+", help="of the network they are for, as for train")
+    sub.add_argument("--format", choices=kinds[:3], required=True)
+    sub.add_argument("--mean", type=Path, help="caffe: its mean image, .binaryproto")
+
+
+def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Draw a run's kernels and curves."""
+    from alexnet_dist.reporting import figures as draws
+
+    drawn = draws.draw(options.run_folder)
+    for column, value in enumerate(draws.colour(options.run_folder), start=1):
+        print(f"column {column}: {value:.3f} of its kernels' energy is colour")
+    if options.fig4:
+        drawn += draws.draw_answers(options.run_folder, options.overrides)
+    print("\n".join(map(str, drawn)))
+    return 0
+
+
+def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Write one page of all results."""
+    from alexnet_dist.reporting.report import report as write
+
+    print(write(options.run_folder, options.out))
+    return 0
+
+
+def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Write weights as another program reads them."""
+    from alexnet_dist.formats.convert import export_weights
+
+    print(export_weights(options.format, options.checkpoint, options.out))
+    return 0
+
+
+def import_(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Make a checkpoint of another program's weights."""
+    from alexnet_dist.formats.convert import import_weights
+
+    how = options.file, options.out, options.config, options.mean
+    print(f"{import_weights(options.format, *how)}: use it by train.init_from or evaluate")
+    return 0

@@ -1,0 +1,82 @@
+"""How ranks find each other: a store at one address alone, and the network that they may use."""
+
+import datetime
+import os
+import socket
+import time
+
+import psutil
+from torch._C._distributed_c10d import Store, TCPStore
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import RunFolderError
+from alexnet_dist.parallel.environment import Place
+
+LOOPBACK = "127.0.0.1"
+
+
+def keep_to_this_host(place: Place) -> None:
+    """Let gloo and NCCL listen on the loopback alone, where all ranks are here."""
+    if place.on_one_host:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+
+
+def store_at(address: str, timeout: datetime.timedelta) -> TCPStore:
+    """A store at a free port of this address alone: torch's own listens on all that a host has."""
+    family, *_ = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server((address, 0), family=family)
+    host, port, *_ = listener.getsockname()
+    return TCPStore(
+        host, port, is_master=True, timeout=timeout, wait_for_workers=False, multi_tenant=True,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+
+
+def own_address(place: Place) -> str:
+    """Where the ranks of a step find this one: on gloo's interface, where one is named."""
+    if place.on_one_host:
+        return LOOPBACK
+    named = psutil.net_if_addrs().get(os.environ.get("GLOO_SOCKET_IFNAME", ""), [])
+    return next((a.address for a in named if a.family == socket.AF_INET), place.address)
+
+
+def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | None:
+    """Where the ranks of a Slurm step meet; None where MASTER_ADDR says it.
+
+    Rank 0 takes a free port, and leaves its address in the run folder, in a file that only this
+    start of this step looks for: no port to agree on before, none that a neighbour may have.
+    """
+    if not place.meeting:
+        return None
+    path = config.folder / f"meet-{place.meeting}"
+    if place.rank == 0:
+        store = store_at(own_address(place), timeout)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_name(f".{path.name}")
+            aside.write_text(f"{store.host} {store.port}")
+            aside.replace(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path}: cannot be written ({error.strerror}): set output_dir= to a folder that "
+                "all nodes share"
+            ) from error
+        for other in range(1, place.world):
+            store.wait([f"met/{other}"], timeout)
+        path.unlink(missing_ok=True)
+        return store
+    deadline = time.monotonic() + timeout.total_seconds()
+    # Listing the folder makes a network file system look again.
+    while not (path.parent.is_dir() and path.name in os.listdir(path.parent)):
+        if time.monotonic() > deadline:
+            raise RunFolderError(
+                f"{path}: rank 0 did not leave its address within layout.timeout_s="
+                f"{config.layout.timeout_s:g}: is output_dir={config.output_dir} shared by all "
+                "nodes?"
+            )
+        time.sleep(0.05)
+    address, port = path.read_text().split()
+    store = TCPStore(address, int(port), is_master=False, timeout=timeout)
+    store.set(f"met/{place.rank}", "")
+    return store
