@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import decode_image
 
-from alexnet_dist.data import convert as convert_module
-from alexnet_dist.data import prepare as prepare_module
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.header import size_of
+from alexnet_dist.data.prepare import convert as convert_module
+from alexnet_dist.data.prepare import prepare as prepare_module
 from alexnet_dist.data.prepare.arrays import read_pickle
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.prepare import Options, prepare
