@@ -95,7 +95,7 @@ def forge(path: Path, **changes: Any) -> None:
         data = (path / name).read_bytes()
         entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     del manifest["sha256"]
-    manifest["sha256"] = checkpoints._own_sha256(manifest)
+    manifest["sha256"] = checkpoints.own_sha256(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 

@@ -352,7 +352,7 @@ def test_large_images_are_converted_in_bands_to_the_same_pixels(
            made.encoded(image.convert("1"), "PNG"), made.encoded(image.convert("CMYK"), "TIFF"),
            made.encoded(image, "PNG", transparency=(1, 2, 3))]  # fmt: skip
     whole = [convert(content, keep=True).encoded for content in odd]
-    monkeypatch.setattr(convert_module, "_BAND", 90 * 8)
+    monkeypatch.setattr(convert_module, "BAND", 90 * 8)
     assert [convert(content, keep=True).encoded for content in odd] == whole
 
 
@@ -472,7 +472,7 @@ def test_dalis_webdataset_reader_reads_it_by_our_index(folder_packed: Path, tmp_
 # --- killed, parted, short of room
 
 SMALL_SHARDS = "import alexnet_dist.data.prepare.prepare as p, alexnet_dist.cli.main as m, sys\n" \
-    "p._ITEMS_PER_SHARD, p._LEAST_IMAGES = 7, 1\n" \
+    "p.ITEMS_PER_SHARD, p.LEAST_IMAGES = 7, 1\n" \
     "if __name__ == '__main__': sys.exit(m.main(sys.argv[1:]))\n"  # fmt: skip
 
 
@@ -548,7 +548,7 @@ def test_two_at_once_and_other_options_are_refused(
 ) -> None:
     source = made.image_folder(tmp_path / "source", 2, 1)
     with (
-        prepare_module._held(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
+        prepare_module.held(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
         pytest.raises(DatasetError, match="another prepare is at work there"),
     ):
         prepare("folder", source, tmp_path / "out", ONE)

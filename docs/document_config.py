@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName, flat
 
-PATH = Path(__file__).parent.parent / "docs/configuration.md"
+PATH = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 Every key, made by `make docs` from [schema.py](../alexnet_dist/config/schema.py) and
