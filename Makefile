@@ -39,7 +39,7 @@ test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-ge
 drill: $(READY) ## fault drills: minutes; DRILLS=full: an hour
 	$(BIN)/python -m pytest -m drill
 	FUZZ=20 $(BIN)/python -m pytest tests/test_hostile_sources.py
-	$(BIN)/python tests/drills.py $(if $(filter full,$(DRILLS)),--full)
+	$(BIN)/python docs/drills.py $(if $(filter full,$(DRILLS)),--full)
 
 check: $(READY) ## style, types, layers
 	$(BIN)/ruff check .
@@ -52,11 +52,11 @@ format: $(READY) ## mend style where it can be
 	$(BIN)/ruff format .
 
 sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-mnist
-	$(BIN)/python tests/cut_fashion_mnist.py \
+	$(BIN)/python configs/fashion-mnist-sample/cut.py \
 		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
 
 docs: $(READY)  ## docs/configuration.md again, from the dataclasses
-	$(BIN)/python tests/document_config.py
+	$(BIN)/python docs/document_config.py
 
 clean:          ## remove what `make` made, except data and runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -186,7 +186,7 @@ def main(arguments: Sequence[str]) -> int:
         cluster = dataclasses.replace(cluster, nodes=1, tasks_per_node=1)  # it starts its own ranks
     config = checked(run, cluster)
     if local:
-        return _here(TrainJob(run), config.folder)
+        return run_here(TrainJob(run), config.folder)
     made = executor(cluster, config.name, config.folder / "launch", parallel=1)
     job = made.submit(TrainJob(run))
     again = shlex.join(["python", "-m", "launch.submit", *arguments])
@@ -200,7 +200,7 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _here(run: TrainJob, run_folder: Path) -> int:
+def run_here(run: TrainJob, run_folder: Path) -> int:
     """Run a job on this machine, in Submitit's processes; what it printed, and its exit code."""
     folder, begun = run_folder / "launch", read_run(run_folder).get("attempt")
     os.umask(PRIVATE)

@@ -7,12 +7,17 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
+import torch.distributed as dist
+from forks import Fork
+from torch.distributed import distributed_c10d
 
 from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config
@@ -75,46 +80,75 @@ def tiny(packed: Path, tmp_path: Path) -> Callable[..., Config]:
     return make
 
 
-def on_ranks(count: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+def on_ranks(
+    count: int, function: Callable[..., Any], *args: Any, fresh: bool = False
+) -> list[Any]:
     """What a test module's function returns in each of `count` real processes joined over gloo."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    call = pickle.dumps((function.__module__, function.__name__, args))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(count),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(count),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "PYTHONPATH": str(Path(__file__).parent),
-            },
+    call = pickle.dumps((function, args))
+    with tempfile.TemporaryDirectory() as folder:
+        said, returned = Path(folder) / "said", [Path(folder) / str(rank) for rank in range(count)]
+        ranks = [
+            Fork(
+                _on_rank, call, returned[rank],
+                prints=(said, said),
+                environment=os.environ
+                | {
+                    "RANK": str(rank),
+                    "WORLD_SIZE": str(count),
+                    "LOCAL_RANK": str(rank),
+                    "LOCAL_WORLD_SIZE": str(count),
+                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(port),
+                },
+                fresh=fresh,
+            )
+            for rank in range(count)
+        ]  # fmt: skip
+        try:
+            codes = [rank.wait(timeout=600) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+        assert codes == [0] * count, f"ranks ended with {codes}:\n{said.read_text()}"
+        return [pickle.loads(path.read_bytes()) for path in returned]
+
+
+def _on_rank(call: bytes, returned: Path) -> None:
+    """The function in a rank; what it returns goes to a file."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("ranks exchange no pickles, DeepSpeed's neither")
+
+    for name in distributed_c10d.__all__:
+        if "object" in name:
+            setattr(distributed_c10d, name, refuse)
+            setattr(dist, name, refuse)
+    function, args = pickle.loads(call)
+    returned.write_bytes(pickle.dumps(function(*args)))
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def alexnet_dist(
+    *arguments: str, fresh: bool = False, **where: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would; `fresh` by a Python that has imported nothing yet."""
+    if fresh or "env" in where:
+        command = [sys.executable, "-m", "alexnet_dist", *arguments]
+        return subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=300, **where
         )
-        for rank in range(count)
-    ]
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(call)
-        process.stdin.close()
-    outputs = [process.stdout.read() for process in processes if process.stdout is not None]
-    codes = [process.wait() for process in processes]
-    assert codes == [0] * count, f"ranks ended with {codes}"
-    return [pickle.loads(output) for output in outputs]
-
-
-def alexnet_dist(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line as a user would."""
-    command = [sys.executable, "-m", "alexnet_dist", *arguments]
-    return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, **options
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        prints = Path(folder) / "output", Path(folder) / "errors"
+        process = forks.command(arguments, prints=prints, **where)
+        try:
+            code = process.wait(timeout=300)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in prints))
 
 
 def as_overrides(config: Config) -> Sequence[str]:
@@ -131,23 +165,3 @@ def assert_close(ours: Any, reference: Any, bound: float) -> None:
     """Largest absolute difference at most `bound`."""
     difference = np.abs(np.asarray(ours) - np.asarray(reference)).max()
     assert difference <= bound, f"differs by {difference}"
-
-
-if __name__ == "__main__":
-    import importlib
-
-    import torch.distributed as dist
-    from torch.distributed import distributed_c10d
-
-    def refuse(*_: Any) -> None:
-        raise AssertionError("ranks exchange no pickles, DeepSpeed's neither")
-
-    distributed_c10d._object_to_tensor = distributed_c10d._tensor_to_object = refuse
-
-    module, name, args = pickle.load(sys.stdin.buffer)
-    out, sys.stdout = sys.stdout, sys.stderr
-    result = getattr(importlib.import_module(module), name)(*args)
-    out.buffer.write(pickle.dumps(result))
-    out.flush()
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -14,6 +14,7 @@ from alexnet_dist.bench.step import Eager
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.network.model import AlexNet
+from alexnet_dist.parallel import spawn
 
 
 def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_bench_step_and_layouts_print_their_ratios() -> None:
 def test_bench_layouts_leaves_out_what_a_config_cannot_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("alexnet_dist.bench.layouts._images_per_s", lambda *_: 1.0)
+    monkeypatch.setattr(spawn, "call", lambda *_: [1.0])
     found = bench_layouts(load_config([*TINY, "train.precision=fp64"]), 2, 1)
     timed = found["runs"][0].keys()
     assert {"one", "columns", "replicas", "sharded_fc"} <= timed

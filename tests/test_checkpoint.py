@@ -342,7 +342,7 @@ def test_another_versions_checkpoint_is_not_damaged(
 ) -> None:
     path = save(tmp_path, tiny(), 1) / "manifest.json"
     manifest = json.loads(path.read_text()) | {"version": 2}
-    manifest["sha256"] = checkpoints._own_sha256(manifest)
+    manifest["sha256"] = checkpoints.own_sha256(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match=r"version 2, and this program reads 1") as raised:
         checkpoints.newest(tmp_path)

@@ -141,9 +141,11 @@ def test_every_command_says_that_images_are_images(
 ) -> None:
     """`launch.submit` and `inspect` open data sets as these do."""
     photos = made.image_folder(tmp_path / "photos", 2, 1)
-    result = alexnet_dist("train", *as_overrides(tiny(f"data.path={photos}")))
+    config = tiny(f"data.path={photos}", "layout.kind=one")
+    result = alexnet_dist("train", *as_overrides(config))
     assert result.returncode == 1
-    for said in (result.stderr, doctor._data(photos, named=True).remedy):
+    found = {one.what: one for one in doctor.examine(config, named=True)}
+    for said in (result.stderr, found["data"].remedy):
         assert f"`alexnet-dist prepare folder {photos} {photos}-packed`" in said
         assert said.count("these are images") == 1
 

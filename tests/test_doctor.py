@@ -79,7 +79,7 @@ def no_locks(patch: Patch, tmp_path: Path) -> None:
 
 def driver_that_torch_cannot_use(patch: Patch, tmp_path: Path) -> None:
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82\n")
-    patch.setattr(doctor, "_DRIVER", tmp_path / "version")
+    patch.setattr(doctor, "DRIVER", tmp_path / "version")
     patch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
 
 
@@ -101,7 +101,7 @@ def old_package(patch: Patch, tmp_path: Path) -> None:
 
 def half_a_core(patch: Patch, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    patch.setattr(doctor, "_CGROUP", tmp_path)
+    patch.setattr(doctor, "CGROUP", tmp_path)
 
 
 def no_bf16(patch: Patch, tmp_path: Path) -> None:
@@ -148,15 +148,15 @@ def test_what_is_amiss_is_named(
 def test_what_builds_a_gpus_kernels_is_named(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
-    found = doctor._compiler()
+    found = doctor.compiler()
     assert found.broken
     assert "no C compiler" in found.found
     assert "gcc python3-dev" in found.remedy
     monkeypatch.setenv("CC", "gcc-12")
     monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert "Python.h" in doctor._compiler().found
+    assert "Python.h" in doctor.compiler().found
     (tmp_path / "Python.h").touch()
-    assert doctor._compiler() == Finding("kernels", "built by Triton with gcc-12")
+    assert doctor.compiler() == Finding("kernels", "built by Triton with gcc-12")
 
 
 def test_what_a_run_does_not_use_need_not_work(
@@ -171,7 +171,7 @@ def test_what_a_run_does_not_use_need_not_work(
 
 
 def test_a_quick_look_at_a_data_set_takes_some_of_each(packed: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(inspect, "_QUICK", 5)
+    monkeypatch.setattr(inspect, "QUICK", 5)
     found = inspect.inspect(packed, None)
     assert (found["train"]["samples"], found["train"]["decoded"]) == (60, "5, evenly spread")
     assert "contact sheet" not in found

@@ -30,7 +30,7 @@ def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:
 def test_nearest_rows_are_those_of_all_distances(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(figures, "_CHUNK", 7)  # many chunks, the last a part
+    monkeypatch.setattr(figures, "CHUNK", 7)  # many chunks, the last a part
     rows = torch.randn(40, 6)
     rows[33] = rows[2]  # a tie across chunks
     np.save(tmp_path / "rows.npy", rows.numpy())

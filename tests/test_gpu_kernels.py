@@ -54,14 +54,14 @@ def normalised(dtype: torch.dtype) -> list[float]:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
 def test_normalisation_is_the_formula(dtype: torch.dtype, bound: float) -> None:
-    (found,) = on_ranks(1, normalised, dtype)
+    (found,) = on_ranks(1, normalised, dtype, fresh=True)
     assert len(found) == 6
     assert max(found) < bound
 
 
 def compiled() -> list[float]:
     """As `normalised`, by torch.compile, where local_response_norm takes this for a GPU."""
-    lrn._on_gpu = lambda maps, beta: maps.dtype == torch.float32
+    lrn.on_gpu = lambda maps, beta: maps.dtype == torch.float32
     maps, upper = torch.randn(2, 2, 22, 7, 5, device=DEVICE) * 50
     norm = torch.compile(local_response_norm, fullgraph=True, backend="aot_eager")
     found = []
@@ -74,7 +74,7 @@ def compiled() -> list[float]:
 
 
 def test_a_compiled_network_normalises_by_these_kernels() -> None:
-    ((forward, backward),) = on_ranks(1, compiled)
+    ((forward, backward),) = on_ranks(1, compiled, fresh=True)
     assert 0 < max(forward, backward) < 1e-6
 
 
@@ -95,7 +95,7 @@ def masks() -> list[bool]:
 
 
 def test_masks_are_the_cpus_bits() -> None:
-    assert on_ranks(1, masks) == [[True] * 6]
+    assert on_ranks(1, masks, fresh=True) == [[True] * 6]
 
 
 def same_windows(config: Config) -> list[bool]:
@@ -123,7 +123,7 @@ def same_windows(config: Config) -> list[bool]:
 
 def test_windows_are_the_cpus_bits() -> None:
     config = load_config([*TINY, "model.crop=67", "data.divide_by=[58.4,57.1,57.4]"])
-    (same,) = on_ranks(1, same_windows, config)
+    (same,) = on_ranks(1, same_windows, config, fresh=True)
     assert len(same) >= 4
     assert all(same)
 
@@ -159,13 +159,13 @@ SHAPE = {"wide": 48, "half": 2, "block": 256}
 @pytest.mark.parametrize(
     ("name", "constants", "pointers"),
     [
-        ("_lrn", SHAPE, {"maps": BF16, "out": BF16}),
-        ("_lrn", SHAPE, {"maps": FP32, "out": FP32}),
-        ("_lrn_backward", SHAPE, {"maps": BF16, "grads": BF16, "out": BF16}),
-        ("_lrn_backward", SHAPE, {"maps": FP32, "grads": FP32, "out": FP32}),
-        ("_masks", {"block": 256}, {"stay": "*u8", "slots": "*i64", "step": "*i64"}),
+        ("lrn_kernel", SHAPE, {"maps": BF16, "out": BF16}),
+        ("lrn_kernel", SHAPE, {"maps": FP32, "out": FP32}),
+        ("lrn_backward_kernel", SHAPE, {"maps": BF16, "grads": BF16, "out": BF16}),
+        ("lrn_backward_kernel", SHAPE, {"maps": FP32, "grads": FP32, "out": FP32}),
+        ("masks_kernel", {"block": 256}, {"stay": "*u8", "slots": "*i64", "step": "*i64"}),
         *(
-            ("_windows", {"crop": 227, "block": 256},
+            ("windows_kernel", {"crop": 227, "block": 256},
              dict.fromkeys(("light", "mean", "divide_by"), wide)
              | dict.fromkeys(("patches", "flips"), "*u8")
              | dict.fromkeys(("inside", "corners"), "*i64") | {"out": out})

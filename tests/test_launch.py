@@ -231,12 +231,13 @@ def test_a_job_whose_ranks_never_began_is_tried_again_within_a_bound(
 
 
 def test_a_second_job_of_a_run_is_not_tried_again(
-    tiny: Callable[..., Config], requeued: list[str]
+    tiny: Callable[..., Config], requeued: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny("name=taken")
     first = RunFolder(config)
-    first.take()
-    first._run["job"] = "6"
+    with monkeypatch.context() as another:
+        another.setenv("SLURM_JOB_ID", "6")
+        first.take()
     first.report("running")
     with pytest.raises(RunFolderError, match="is in use by process"):
         job.after(1, config)
@@ -353,7 +354,7 @@ def test_a_local_job_leaves_with_its_runs_code(
     said(attempt=1, state="stopped", exit=75)
     before = os.umask(0o022)
     try:
-        assert submit._here(job.TrainJob([]), tmp_path) == code
+        assert submit.run_here(job.TrainJob([]), tmp_path) == code
     finally:
         os.umask(before)
 

@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import decode_image
 
-from alexnet_dist.data import convert as convert_module
-from alexnet_dist.data import prepare as prepare_module
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.header import size_of
+from alexnet_dist.data.prepare import convert as convert_module
+from alexnet_dist.data.prepare import prepare as prepare_module
 from alexnet_dist.data.prepare.arrays import read_pickle
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -306,10 +306,12 @@ def test_one_image_takes_at_most_a_gigabyte_and_ten_seconds(content: bytes, reas
 
 
 def test_what_no_header_tells_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "MOST_MEMORY", 2**25)
-    content = made.encoded(Image.new("L", (8192, 8192)), "PNG", compress_level=1)
-    with pytest.raises(RefusedImage, match="it takes more than 33,554,432 bytes to read"):
-        convert(content, keep=False)
+    def as_a_decoder_may(content: bytes, keep: bool) -> tuple[str, bytes]:
+        return "png", np.empty(2**33, np.uint8)[:0].tobytes()  # more than any heap kept
+
+    monkeypatch.setattr(convert_module, "_converted", as_a_decoder_may)
+    with pytest.raises(RefusedImage, match="it takes more than 1,073,741,824 bytes to read"):
+        convert(b"any", keep=False)
 
 
 def test_a_jpegs_size_is_what_pillow_reads_and_its_thumbnail_is_not_counted() -> None:
@@ -350,7 +352,7 @@ def test_large_images_are_converted_in_bands_to_the_same_pixels(
            made.encoded(image.convert("1"), "PNG"), made.encoded(image.convert("CMYK"), "TIFF"),
            made.encoded(image, "PNG", transparency=(1, 2, 3))]  # fmt: skip
     whole = [convert(content, keep=True).encoded for content in odd]
-    monkeypatch.setattr(convert_module, "_BAND", 90 * 8)
+    monkeypatch.setattr(convert_module, "BAND", 90 * 8)
     assert [convert(content, keep=True).encoded for content in odd] == whole
 
 
@@ -470,7 +472,7 @@ def test_dalis_webdataset_reader_reads_it_by_our_index(folder_packed: Path, tmp_
 # --- killed, parted, short of room
 
 SMALL_SHARDS = "import alexnet_dist.data.prepare.prepare as p, alexnet_dist.cli.main as m, sys\n" \
-    "p._ITEMS_PER_SHARD, p._LEAST_IMAGES = 7, 1\n" \
+    "p.ITEMS_PER_SHARD, p.LEAST_IMAGES = 7, 1\n" \
     "if __name__ == '__main__': sys.exit(m.main(sys.argv[1:]))\n"  # fmt: skip
 
 
@@ -546,7 +548,7 @@ def test_two_at_once_and_other_options_are_refused(
 ) -> None:
     source = made.image_folder(tmp_path / "source", 2, 1)
     with (
-        prepare_module._held(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
+        prepare_module.held(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
         pytest.raises(DatasetError, match="another prepare is at work there"),
     ):
         prepare("folder", source, tmp_path / "out", ONE)

@@ -6,14 +6,17 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import psutil
 import pytest
 from conftest import alexnet_dist, as_overrides
+from forks import Fork
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.schema import Config
@@ -29,6 +32,7 @@ RUN = [
     "schedule.rate=0.02",
     "layout.kind=columns",
 ]
+FRESH = ("-m", "alexnet_dist")
 ALONE = "layout.kind=one"  # a third of the processes, where the layout is not the point
 
 
@@ -44,16 +48,26 @@ def runs(tmp_path: Path) -> Path:
 
 
 class Started:
-    """A run in the background; `within` is a command that runs it elsewhere."""
+    """A run in the background.
+
+    Args:
+        launcher: what a new Python starts it by, where its start is looked at.
+        within: a command that runs that elsewhere.
+    """
 
     def __init__(
-        self, arguments: list[str], launcher: tuple[str, ...] = ("-m", "alexnet_dist"),
-        within: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
-        self.process = subprocess.Popen(
-            [*within, sys.executable, *launcher, *arguments],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        )  # fmt: skip
+        self, arguments: list[str], launcher: tuple[str, ...] = (), within: tuple[str, ...] = ()
+    ) -> None:
+        self.printed = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
+        file = Path(self.printed.name)
+        self.process: Fork | subprocess.Popen[bytes]
+        if launcher or within:
+            self.process = subprocess.Popen(
+                [*within, sys.executable, *(launcher or FRESH), *arguments],
+                stdout=file.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        else:
+            self.process = forks.command(arguments, prints=(file, file))
 
     def all(self) -> list[psutil.Process]:
         """The launcher and its ranks."""
@@ -68,7 +82,7 @@ class Started:
                 points = read_metrics(folder)
                 if points and points[-1]["step"] >= step:
                     return
-            assert self.process.poll() is None, self.process.stdout.read()  # type: ignore[union-attr]
+            assert self.process.poll() is None, self.printed.read()
             time.sleep(0.02)
         raise TimeoutError(f"no step {step} within 120 s")
 
@@ -78,7 +92,7 @@ class Started:
         deadline = time.monotonic() + 120
         found = folder / "checkpoints"
         while not any(checkpoints.step_of(path) >= step for path in checkpoints.steps(found)):
-            assert self.process.poll() is None, self.process.stdout.read()  # type: ignore[union-attr]
+            assert self.process.poll() is None, self.printed.read()
             assert time.monotonic() < deadline, "no checkpoint within 120 s"
             time.sleep(0.02)
 
@@ -94,8 +108,8 @@ class Started:
 
     def end(self) -> tuple[int, str]:
         """Its exit code and output; and no process of it is left."""
-        output, _ = self.process.communicate(timeout=120)
-        return self.process.returncode, output
+        code = self.process.wait(timeout=120)
+        return code, self.printed.read()
 
 
 @pytest.fixture
@@ -270,7 +284,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
 def test_a_signal_is_heard_while_the_program_starts(
     kind: str, command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
-    run = start(command("early", f"layout.kind={kind}", "train.epochs=500"))
+    run = start(command("early", f"layout.kind={kind}", "train.epochs=500"), FRESH)
     run.wait_until_it_hears()  # torch takes seconds to load from here on
     run.process.send_signal(signal.SIGUSR1)
     code, output = run.end()

@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import resource
 import shutil
 import threading
 import time
@@ -22,7 +23,7 @@ from alexnet_dist.checkpoint.writer import Saver
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, CrashLoop, Damaged, NotFinite, RunFolderError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
@@ -332,13 +333,16 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
         telemetry.train(number, number / 10, values)
 
     step(1)
-    kept = telemetry._metrics
-    with Path("/dev/full").open("wb", buffering=0) as full, caplog.at_level(logging.WARNING):
-        telemetry._metrics = full
-        step(2)
-        telemetry.flush()
-    assert "NOT WRITTEN YET, the run goes on: /dev/full" in caplog.text
-    telemetry._metrics = kept
+    metrics = folder.path / "metrics.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with caplog.at_level(logging.WARNING):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size, before[1]))
+        try:
+            step(2)
+            telemetry.flush()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"NOT WRITTEN YET, the run goes on: {metrics}" in caplog.text
     step(3)
     telemetry.close()
     assert [point["step"] for point in read_metrics(folder.path)] == [1, 1, 2, 2, 3, 3]

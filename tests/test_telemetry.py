@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.evaluation.evaluate import evaluate_engine, seen
+from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
-from alexnet_dist.planning.dry_run import plan, training_flops
+from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.loop import train
@@ -75,12 +77,13 @@ def test_time_counts_for_the_innermost_span(clock: Callable[[float], None]) -> N
 
 
 def test_a_span_that_fails_is_closed_and_none_costs_before_the_start(
-    clock: Callable[[float], None],
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = Timeline()
-    with line.span("data"):
+    with monkeypatch.context() as without_a_clock, line.span("data"):
+        without_a_clock.delattr(timing.time, "perf_counter")
         line.enter("forward")
-    assert not line._marks
+        line.step()
     line.start(cuda=False)
 
     def fail() -> None:
@@ -307,12 +310,17 @@ def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
     assert peak_flops("NVIDIA GeForce GTX 580") is None
 
 
-def test_goodput_is_what_counts_of_all_the_time(tiny: Callable[..., Config]) -> None:
+def test_goodput_is_what_counts_of_all_the_time(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = RunFolder(tiny())
     assert folder.goodput() != folder.goodput()  # this process does not hold it
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
     folder.take()
+    now += 50
     folder.running(0, 100)
-    now = folder._since
-    folder._run |= {"first_started": now - 100, "kept_s": 20.0}
-    folder._since = now - 30
-    assert folder.goodput() == pytest.approx(0.5, abs=0.01)
+    now += 20
+    folder.saved(7)
+    now += 30
+    assert folder.goodput() == pytest.approx(0.5)

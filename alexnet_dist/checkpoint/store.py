@@ -145,7 +145,7 @@ def _write(
     for name in _FILES:
         files[name] = {"size": (aside / name).stat().st_size, "sha256": sha256(aside / name)}
     whole = {**manifest, "files": files}
-    write(aside / "manifest.json", _json(whole | {"sha256": _own_sha256(whole)}))
+    write(aside / "manifest.json", _json(whole | {"sha256": own_sha256(whole)}))
     sync(aside)
     if _claimed(final) == manifest["step"]:  # as it was before an evaluation
         final.rename(folder / f".old-{final.name}")
@@ -178,7 +178,7 @@ def verify(path: Path) -> Checkpoint:
     name = "manifest.json"
     try:
         manifest = json_object(read_bytes(path / name))
-        if manifest["sha256"] != _own_sha256(manifest):
+        if manifest["sha256"] != own_sha256(manifest):
             raise Damaged(path, f"{name}: its SHA-256 differs from its own")
         if manifest["version"] != VERSION:
             raise CheckpointError(
@@ -441,7 +441,7 @@ def _error_of(path: Path) -> float | None:
         raise Damaged(path, f"manifest.json: {error!r}") from error
 
 
-def _own_sha256(manifest: Mapping[str, Any]) -> str:
+def own_sha256(manifest: Mapping[str, Any]) -> str:
     """The hash a manifest carries of its other entries."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from alexnet_dist.data.dataset import Dataset, Split, open_dataset
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.errors import DatasetError
 
-_QUICK = 100  # samples of a split
+QUICK = 100  # samples of a split
 _SHOWN_CLASSES, _SHOWN_SAMPLES, _SHOWN_SIDE, _NAME_WIDTH = 20, 10, 96, 220
 
 
@@ -32,7 +32,7 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
     found: dict[str, Any] = {"folder": str(folder), "source": dataset.source["kind"]}
     found["classes"] = len(dataset.classes)
     for name, split in dataset.splits.items():
-        step = 1 if sheet else max(1, len(split) // _QUICK)
+        step = 1 if sheet else max(1, len(split) // QUICK)
         found[name] = _verified(split, dataset, range(0, len(split), step))
     statistics = dataset.statistics
     found["mean RGB"] = _rounded(statistics.mean_rgb)

@@ -49,7 +49,7 @@ class _LocalResponseNorm(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         ctx.save_for_backward(maps)
         ctx.constants = (size, alpha, beta, k)
-        if _on_gpu(maps, beta):
+        if on_gpu(maps, beta):
             from alexnet_dist.network.kernels import gpu
 
             normalised: Tensor = gpu.lrn(maps, size, alpha, k)
@@ -64,7 +64,7 @@ class _LocalResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (maps,) = ctx.saved_tensors
         size, alpha, beta, k = ctx.constants
-        if _on_gpu(maps, beta):
+        if on_gpu(maps, beta):
             from alexnet_dist.network.kernels import gpu
 
             out = gpu.lrn_backward(maps, grads[0], size, alpha, k)
@@ -82,7 +82,7 @@ class _LocalResponseNorm(torch.autograd.Function):
         return _maps(out, maps), None, None, None, None
 
 
-def _on_gpu(maps: Tensor, beta: float) -> bool:
+def on_gpu(maps: Tensor, beta: float) -> bool:
     """Whether a GPU's kernel computes this."""
     return maps.is_cuda and maps.dtype in (torch.bfloat16, torch.float32) and beta == 0.75
 

@@ -115,7 +115,7 @@ def check_replicas(tensors: Mapping[str, Tensor], topology: Topology, step: int)
     if topology.replicas == 1 or not tensors:
         return
     assert topology.control is not None
-    mine = torch.stack([_sum_of_bits(tensor) for tensor in tensors.values()]).cpu()
+    mine = torch.stack([sum_of_bits(tensor) for tensor in tensors.values()]).cpu()
     sums = gathered(mine, topology.control).view(topology.replicas, topology.columns, len(tensors))
     usual = sums.mode(dim=0).values
     found = []
@@ -132,7 +132,7 @@ def check_replicas(tensors: Mapping[str, Tensor], topology: Topology, step: int)
         )
 
 
-def _sum_of_bits(tensor: Tensor) -> Tensor:
+def sum_of_bits(tensor: Tensor) -> Tensor:
     """int64, modulo 2⁶⁴; of pairs of float32 where there are, which is 20 times as fast."""
     flat = tensor.detach().flatten()
     # DeepSpeed's are views of one long tensor, from any place in it on.

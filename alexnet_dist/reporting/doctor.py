@@ -30,7 +30,7 @@ from alexnet_dist.parallel.compat import all_gather_single
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
 from alexnet_dist.parallel.rendezvous import keep_to_this_host
 
-_CGROUP, _DRIVER = Path("/sys/fs/cgroup"), Path("/proc/driver/nvidia/version")
+CGROUP, DRIVER = Path("/sys/fs/cgroup"), Path("/proc/driver/nvidia/version")
 _MB = 2**20
 
 
@@ -114,7 +114,7 @@ def _processor(config: Config) -> Iterator[Finding]:
 def _cores_of_quota() -> float | None:
     """CPU time that the container may take, in cores; None where it is not bounded."""
     try:
-        quota, period = (_CGROUP / "cpu.max").read_text().split()
+        quota, period = (CGROUP / "cpu.max").read_text().split()
         return float(quota) / float(period)
     except (OSError, ValueError):
         return None
@@ -160,10 +160,10 @@ def _gpus(config: Config) -> Iterator[Finding]:
         )
     if torch.cuda.device_count():
         if gpus(config):
-            yield _compiler()
+            yield compiler()
         return
-    if _DRIVER.exists() or shutil.which("nvidia-smi"):
-        driver = _DRIVER.read_text().splitlines()[0] if _DRIVER.exists() else "an NVIDIA driver"
+    if DRIVER.exists() or shutil.which("nvidia-smi"):
+        driver = DRIVER.read_text().splitlines()[0] if DRIVER.exists() else "an NVIDIA driver"
         wants = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA at all"
         yield Finding(
             "gpus", f"torch sees none, though there is {driver}; this torch is built for {wants}",
@@ -176,7 +176,7 @@ def _gpus(config: Config) -> Iterator[Finding]:
     yield Finding("gpus", "none, nor a driver for one", remedy, broken=wanted)
 
 
-def _compiler() -> Finding:
+def compiler() -> Finding:
     """What Triton builds a GPU's kernels with."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"

@@ -27,7 +27,7 @@ from alexnet_dist.training.metrics import read_metrics
 from alexnet_dist.training.tensorboard import ANSWERED, answered, evenly, image_of
 
 _QUERIES, _NEIGHBOURS = 5, 6  # of Fig. 4, right
-_CHUNK = 4096  # rows of the memory map compared at a time
+CHUNK = 4096  # rows of the memory map compared at a time
 
 
 def draw(folder: Path) -> list[Path]:
@@ -105,8 +105,8 @@ def nearest(queries: Tensor, rows: npt.NDArray[np.float32], count: int) -> tuple
     """
     best = torch.empty(len(queries), 0)
     places = torch.empty(len(queries), 0, dtype=torch.int64)
-    for first in range(0, len(rows), _CHUNK):
-        part = torch.from_numpy(np.array(rows[first : first + _CHUNK]))
+    for first in range(0, len(rows), CHUNK):
+        part = torch.from_numpy(np.array(rows[first : first + CHUNK]))
         exact = "donot_use_mm_for_euclid_dist"
         distances = torch.cdist(queries, part, compute_mode=exact)
         own = torch.arange(first, first + len(part)).expand(len(queries), -1)

@@ -97,7 +97,7 @@ fig1() {
 
 cut() {
     [ -d data/photographs-cut ] || {
-        "$python" tests/cut_photographs.py data/photographs-cut.part
+        "$python" configs/results/cut_photographs.py data/photographs-cut.part
         mv data/photographs-cut.part data/photographs-cut
     }
 }

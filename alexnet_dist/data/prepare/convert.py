@@ -19,7 +19,7 @@ from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_me
 
 SIDE = 256  # of stored images (paper §2)
 _LARGE = 2**24  # pixels beyond which a PNG is packed quickly: noise takes half a second a million
-_BAND = 2**22  # pixels that are converted at a time: a conversion takes several copies
+BAND = 2**22  # pixels that are converted at a time: a conversion takes several copies
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that runs a program
 # EXIF's orientations and what makes them upright.
 _UPRIGHT = {
@@ -124,7 +124,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey or RGB of 8 bits; alpha on white. Pillow inverts Adobe's CMYK as it reads it."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
-    rows = max(1, _BAND // image.width)
+    rows = max(1, BAND // image.width)
     made: Image.Image | None = None
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))

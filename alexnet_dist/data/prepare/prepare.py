@@ -36,8 +36,8 @@ from alexnet_dist.parallel.device import cores
 SOURCES: dict[str, Callable[[Path], Source]] = {
     "imagenet": imagenet, "folder": folder, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
 }  # fmt: skip
-_ITEMS_PER_SHARD = 1000
-_LEAST_IMAGES = 250  # that are worth the start of a process
+ITEMS_PER_SHARD = 1000
+LEAST_IMAGES = 250  # that are worth the start of a process
 _BYTES_PER_IMAGE = 45_000  # of 256 × 256, about
 _TAR_BYTES = 2048  # of headers and padding, about
 _PART_BYTES = 256 * 256 * 3 * 4  # of colour sums, until the data set is whole
@@ -90,7 +90,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
         return f"{out}: already prepared from these files, and whole"
     aside = out.with_name(out.name + ".partial")
     try:
-        with _held(aside, identity, alone=options.part is None):
+        with held(aside, identity, alone=options.part is None):
             parts = _write_shards(source, aside, options)
             if options.part is not None:
                 return (
@@ -145,7 +145,7 @@ def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None]:
+def held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None]:
     """Hold the folder that is being filled: parts share it, a whole run has it alone."""
     aside.mkdir(parents=True, exist_ok=True)
     theirs = [name for name in os.listdir(aside) if not name.startswith(".")]
@@ -199,8 +199,8 @@ def _tasks(source: Source, aside: Path, options: Options) -> list[Task]:
     tasks = []
     for split, items in source.splits.items():
         (aside / split).mkdir(exist_ok=True)
-        for number, first in enumerate(range(0, len(items), _ITEMS_PER_SHARD)):
-            own = items[first : first + _ITEMS_PER_SHARD]
+        for number, first in enumerate(range(0, len(items), ITEMS_PER_SHARD)):
+            own = items[first : first + ITEMS_PER_SHARD]
             train = split == "train"
             tasks.append(Task(aside / split, number, first, own, options.keep, train))
     if options.part is None:
@@ -211,7 +211,7 @@ def _tasks(source: Source, aside: Path, options: Options) -> list[Task]:
 def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple[int, Part]]:
     """Write the shards that are left, in as many processes; each one's place, as they end."""
     images = sum(len(tasks[place].items) for place in left)
-    workers = min(workers or cores(), len(left), images // _LEAST_IMAGES)
+    workers = min(workers or cores(), len(left), images // LEAST_IMAGES)
     if workers <= 1:
         yield from ((place, write_shard(tasks[place])) for place in left)
         return

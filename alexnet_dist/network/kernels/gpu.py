@@ -18,7 +18,7 @@ def lrn(maps: Tensor, size: int, alpha: float, k: float) -> Tensor:
     """As `lrn.local_response_norm` with a β of ¾, in channels_last; float32 inside."""
     maps = maps.contiguous(memory_format=torch.channels_last)
     out, count = torch.empty_like(maps), maps.numel()
-    _lrn[(triton.cdiv(count, _BLOCK),)](
+    lrn_kernel[(triton.cdiv(count, _BLOCK),)](
         maps, out, count, alpha, k, maps.shape[1], size // 2, _BLOCK, num_warps=_WARPS
     )
     return out
@@ -30,7 +30,7 @@ def lrn_backward(maps: Tensor, grads: Tensor, size: int, alpha: float, k: float)
     last = torch.channels_last
     maps, grads = maps.contiguous(memory_format=last), grads.contiguous(memory_format=last)
     out, count, wide = torch.empty_like(maps), maps.numel(), maps.shape[1]
-    _lrn_backward[(triton.cdiv(count, _BLOCK),)](
+    lrn_backward_kernel[(triton.cdiv(count, _BLOCK),)](
         maps, grads, out, count, alpha, k, wide, size // 2, _BLOCK, num_warps=_WARPS
     )
     return out
@@ -45,7 +45,7 @@ def dropout_mask(
     slots = slots.contiguous()
     stay = torch.empty(len(slots), count, dtype=torch.uint8, device=slots.device)
     blocks = -(-(first + count) // 4) - first // 4
-    _masks[(len(slots), triton.cdiv(blocks, _BLOCK))](
+    masks_kernel[(len(slots), triton.cdiv(blocks, _BLOCK))](
         stay, slots, step, layer, first, count, seed, purpose, threshold, _BLOCK, num_warps=_WARPS
     )
     return stay.view(torch.bool)
@@ -59,7 +59,7 @@ def windows(
     (n, views), rows = flips.shape, patches.contiguous()
     out = torch.empty((n, views, crop, crop, 3), dtype=dtype, device=patches.device)
     grid = (n * views, triton.cdiv(3 * crop * crop, _BLOCK))
-    _windows[grid](
+    windows_kernel[grid](
         rows, inside.contiguous(), corners.contiguous(), flips.contiguous().view(torch.uint8),
         light.contiguous(), mean, divide_by, out, views, rows.shape[1], mean.shape[0], crop, _BLOCK,
         num_warps=_WARPS,
@@ -116,7 +116,7 @@ def _places(count, wide: tl.constexpr, block: tl.constexpr):
 
 
 @triton.jit
-def _lrn(
+def lrn_kernel(
     maps, out, count, alpha, k, wide: tl.constexpr, half: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
@@ -127,7 +127,7 @@ def _lrn(
 
 
 @triton.jit
-def _lrn_backward(
+def lrn_backward_kernel(
     maps, grads, out, count, alpha, k, wide: tl.constexpr,
     half: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
@@ -147,7 +147,7 @@ def _lrn_backward(
 
 
 @triton.jit
-def _masks(
+def masks_kernel(
     stay, slots, step, layer, first, count, seed, purpose,
     threshold, block: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +171,7 @@ def _masks(
 
 
 @triton.jit
-def _windows(
+def windows_kernel(
     patches, inside, corners, flips, light, mean, divide_by,
     out, views, side, canvas, crop: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip

@@ -2,7 +2,7 @@
 
     apt-get install plasma-workspace-wallpapers gnome-backgrounds mate-backgrounds \
         ukui-wallpapers lomiri-wallpapers-20.04
-    python tests/cut_photographs.py data/photographs-cut
+    python configs/results/cut_photographs.py data/photographs-cut
 
 OUT/train/PHOTOGRAPH/000.JPEG, OUT/val/PHOTOGRAPH/000.JPEG: patches of 500 × 375 pixels (as most
 of ImageNet's), labelled by the photograph they are cut from, never overlapping. Flat patches

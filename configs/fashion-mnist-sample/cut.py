@@ -1,7 +1,7 @@
 """Cut the sample of Fashion-MNIST that lies in configs/fashion-mnist-sample.
 
     apt-get install dataset-fashion-mnist
-    python tests/cut_fashion_mnist.py /usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
+    python configs/fashion-mnist-sample/cut.py /usr/share/datasets/fashion-mnist OUT
 
 The first 1,000 training and 200 test images of each class, in their order. The same files again
 give the same bytes.

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName, flat
 
-PATH = Path(__file__).parent.parent / "docs/configuration.md"
+PATH = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
-Every key, made by `make docs` from [config.py](../alexnet_dist/config/schema.py) and
+Every key, made by `make docs` from [schema.py](../alexnet_dist/config/schema.py) and
 [base.yaml](../configs/base.yaml), which holds the default of each: the network and the recipe of
 the paper. A file says only what differs. Keys with a ◦ may change between two starts of one run;
 the others define the run, and a checkpoint of other values is refused by name (`train.epochs` under

@@ -1,6 +1,6 @@
 """Fault drills: kill, stop, signal, damage and fill, again and again, and look what is left.
 
-    python tests/drills.py [--full] [--only NAME] [--seed N]
+    python docs/drills.py [--full] [--only NAME] [--seed N]
 
 A table of trials, recoveries, steps lost, seconds until every process of a broken run was gone,
 processes left, and whether the end state (weights, optimiser, metrics, best) is bit-identical to a
@@ -12,10 +12,12 @@ it should be.
 import argparse
 import contextlib
 import dataclasses
+import gzip
 import json
 import random
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -26,24 +28,85 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from conftest import SAMPLE, TINY, alexnet_dist, as_overrides, write_idx
-from test_run import Started, ended_state
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.config.load import load_config
+from alexnet_dist.config.load import configs_folder
+from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError
 from alexnet_dist.training.metrics import read_metrics
 from alexnet_dist.training.run_folder import read_run
 
+SAMPLE = configs_folder() / "fashion-mnist-sample"
+COMMAND = [sys.executable, "-m", "alexnet_dist"]
 SAVE = 4  # steps from save to save
 LAYOUTS = {"one": 1, "columns": 2, "replicas": 3, "columns_x_replicas": 4, "zero1": 2}
 RUN = [
-    "train.batch=12", "train.epochs=40", "evaluate.every_epochs=3",
-    f"checkpoint.every_steps={SAVE}",
-    "log.every_steps=1", "schedule.rate=0.02", "layout.timeout_s=5", "model.fc=[256,128]",
-    "checkpoint.max_idle_restarts=1000",
+    "model.classes=10", "model.crop=67", "model.conv=[8,12,16,16,8]", "model.fc=[256,128]",
+    "model.init=he", "data.canvas=72", "data.eval_split=test", "data.divide_by=[60,60,60]",
+    "data.workers=2", "layout.device=cpu", "layout.threads=1", "layout.timeout_s=5",
+    "schedule.kind=polynomial", "schedule.rate=0.02", "train.batch=12", "train.epochs=40",
+    "evaluate.batch=10", "evaluate.every_epochs=3", f"checkpoint.every_steps={SAVE}",
+    "checkpoint.max_idle_restarts=1000", "log.every_steps=1", "log.histograms_every_steps=0",
+    "log.pictures=false", "log.embedding=0",
 ]  # fmt: skip
+
+
+def done(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """A command that has ended."""
+    return subprocess.run(
+        [*COMMAND, *arguments], check=False, capture_output=True, text=True, timeout=300
+    )
+
+
+class Started:
+    """A run in the background."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.process = subprocess.Popen(
+            [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def all(self) -> list[psutil.Process]:
+        """The launcher and its ranks."""
+        launcher = psutil.Process(self.process.pid)
+        return [launcher, *launcher.children(recursive=True)]
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and output."""
+        output, _ = self.process.communicate(timeout=120)
+        return self.process.returncode, output
+
+
+def logged(folder: Path) -> int:
+    """The newest step in a run's metrics.jsonl."""
+    points = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
+    return max((point["step"] for point in points), default=0)
+
+
+def ended_state(folder: Path) -> dict[str, Any]:
+    """All that must be the same to the bit: tensors' hashes, progress, metrics less times."""
+    last = checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1])
+    best = checkpoints.best(folder / "checkpoints")
+    return {
+        "last": last.manifest["files"],
+        "progress": last.progress,
+        "best": (best.step, best.manifest["files"]),
+        "metrics": [point for point in read_metrics(folder) if point["kind"] != "speed"],
+    }
+
+
+def few_images(folder: Path) -> Path:
+    """The first 60 training and 23 test images of the sample, in its own format."""
+    folder.mkdir()
+    for stem, count in (("train", 60), ("t10k", 23)):
+        for name, dims in (("images-idx3", 3), ("labels-idx1", 1)):
+            file = f"{stem}-{name}-ubyte.gz"
+            values = read_idx(SAMPLE / file, dims)[:count]
+            header = bytes([0, 0, 8, dims]) + struct.pack(f">{dims}I", *values.shape)
+            (folder / file).write_bytes(gzip.compress(header + values.tobytes()))
+    return folder
 
 
 @dataclass
@@ -88,12 +151,12 @@ class Ground:
 
     def __init__(self, root: Path) -> None:
         self.root, self._whole = root, dict[str, dict[str, Any]]()
-        prepare("fashion_mnist", write_idx(root / "idx", 60, 23), root / "data", Options(workers=1))
+        prepare("fashion_mnist", few_images(root / "idx"), root / "data", Options(workers=1))
 
     def arguments(self, layout: str, name: str, *more: str) -> list[str]:
         places = [f"data.path={self.root / 'data'}", f"output_dir={self.root / 'runs'}"]
         kind = [f"layout.kind={layout}", f"layout.ranks={LAYOUTS[layout]}", f"name={name}"]
-        return ["train", *as_overrides(load_config([*TINY, *RUN, *places, *kind, *more]))]
+        return ["train", *RUN, *places, *kind, *more]
 
     def folder(self, name: str) -> Path:
         return self.root / "runs" / name
@@ -102,21 +165,15 @@ class Ground:
         """The end state of an uninterrupted run."""
         if layout not in self._whole:
             name = f"whole-{layout}"
-            done = alexnet_dist(*self.arguments(layout, name))
-            assert done.returncode == 0, done.stderr
+            whole = done(self.arguments(layout, name))
+            assert whole.returncode == 0, whole.stderr
             self._whole[layout] = ended_state(self.folder(name))
         return self._whole[layout]
 
     def finish(self, layout: str, name: str) -> bool:
         """Let a run end undisturbed; whether it ends as the one that nothing happened to."""
-        done = alexnet_dist(*self.arguments(layout, name))
-        return done.returncode == 0 and ended_state(self.folder(name)) == self.whole(layout)
-
-    def logged(self, name: str) -> int:
-        """The newest step in metrics.jsonl."""
-        path = self.folder(name)
-        points = read_metrics(path) if (path / "metrics.jsonl").exists() else []
-        return max((point["step"] for point in points), default=0)
+        last = done(self.arguments(layout, name))
+        return last.returncode == 0 and ended_state(self.folder(name)) == self.whole(layout)
 
     def saved(self, name: str) -> int:
         found = checkpoints.newest_good(self.folder(name) / "checkpoints")[0]
@@ -154,8 +211,7 @@ def kills(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
                 victim.kill()
             row.trials += 1
             gone(run, processes, row)
-            logged, saved = ground.logged(name), ground.saved(name)
-            row.lost.append(logged - saved)
+            row.lost.append(logged(ground.folder(name)) - ground.saved(name))
             row.recovered += read_run(ground.folder(name)).get("state") != "finished"
         row.identical = ground.finish(layout, name)
         yield row
@@ -169,10 +225,8 @@ def reach(run: Started, folder: Path, moment: str, step: int, dice: random.Rando
     while run.process.poll() is None:
         if moment == "saving" and list(folder.glob("checkpoints/.writing-*")):
             return
-        if moment == "step" and (folder / "metrics.jsonl").exists():
-            points = read_metrics(folder)
-            if points and points[-1]["step"] >= step:
-                return
+        if moment == "step" and logged(folder) >= step:
+            return
         time.sleep(0.002)
 
 
@@ -276,7 +330,7 @@ def full_disk(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
         for _ in range(max(1, count)):
             shutil.rmtree(small / name, ignore_errors=True)
             run = Started(ground.arguments("columns", name, f"output_dir={small}"))
-            run.wait_for_step(small / name, 9)
+            reach(run, small / name, "step", 9, dice)
             fill = small / "fill"
             with fill.open("wb", buffering=0) as file, contextlib.suppress(OSError):
                 while True:
@@ -313,7 +367,7 @@ def two_writers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row
         processes = first.all()
         for process in processes:
             process.suspend()  # it would end before the second has loaded torch
-        second = alexnet_dist(*ground.arguments("columns", name))
+        second = done(ground.arguments("columns", name))
         for process in processes:
             process.kill()
         gone(first, processes, row)

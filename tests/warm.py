@@ -1,0 +1,16 @@
+"""What the server of forks.py imports, before it forks: the package, and all that it stands on."""
+
+import importlib
+
+import numba
+
+for name in (
+    "alexnet_dist.cli.main",  # before torch: it says how long OpenMP's threads spin
+    "alexnet_dist.training.loop",
+    "alexnet_dist.reporting.figures",
+    "alexnet_dist.parallel.spawn",
+    "matplotlib.pyplot",
+    "pytest",
+):
+    importlib.import_module(name)
+numba.njit(lambda: 0)()  # makes its compiler ready, and starts no thread
