@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pkgutil
 import re
 import runpy
 import shlex
@@ -23,7 +24,7 @@ from alexnet_dist.config.schema import keys
 from alexnet_dist.parallel.layouts import check
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 
 
@@ -134,6 +135,14 @@ def test_every_command_parses(path: Path) -> None:
     usage = build_parser().format_help()
     for command in re.findall(r"alexnet-dist ([a-z]+)\b", path.read_text()):
         assert re.search(rf"^ +{command} ", usage, re.M), f"alexnet-dist {command}"
+
+
+def test_moved_names_are_where_the_changelog_says() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text()
+    homes = re.findall(r"^\| `alexnet_dist\..* \| `([\w.]+)` \|$", text, re.M)
+    assert len(homes) > 50
+    for home in homes:
+        assert pkgutil.resolve_name(home) is not None, home
 
 
 def test_every_key_is_in_the_reference_as_it_is() -> None:
