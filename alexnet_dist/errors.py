@@ -99,6 +99,9 @@ _SAID = (
     (r"EADDRINUSE|[Aa]ddress already in use",
      "the port at which ranks meet is taken: set MASTER_PORT to another, or let `alexnet-dist "
      "train` start the ranks of one host, at a free one"),
+    (r"^gaierror|Cannot assign requested address",
+     "the name of this node is not an address that it has: set GLOO_SOCKET_IFNAME to the interface "
+     "at which other nodes reach it, or mend /etc/hosts"),
     (r"environment variable MASTER_\w+ expected",
      "RANK and WORLD_SIZE say that a launcher started this, and it did not say where ranks meet: "
      "set MASTER_ADDR and MASTER_PORT, start by torchrun, or unset RANK to run alone"),

@@ -12,7 +12,7 @@ from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName,
 PATH = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
-Every key, made by `make docs` from [config.py](../alexnet_dist/config/schema.py) and
+Every key, made by `make docs` from [schema.py](../alexnet_dist/config/schema.py) and
 [base.yaml](../configs/base.yaml), which holds the default of each: the network and the recipe of
 the paper. A file says only what differs. Keys with a ◦ may change between two starts of one run;
 the others define the run, and a checkpoint of other values is refused by name (`train.epochs` under

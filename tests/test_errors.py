@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,10 @@ def rank_1_never_comes(tiny: Tiny, patch: Patch) -> None:
     topology.connect(tiny("layout.kind=columns", "layout.timeout_s=1"))
 
 
+def node_without_its_name(tiny: Tiny, patch: Patch) -> None:
+    topology.store_at("192.0.2.1", timedelta(seconds=1))  # RFC 5737: nobody's
+
+
 def no_address(tiny: Tiny, patch: Patch) -> None:
     _rank(patch, 1)
     patch.delenv("MASTER_ADDR")
@@ -199,6 +204,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (no_compiler, r"kernels cannot be built: install gcc and Python's headers .*Debian"),
         (port_taken, r"port at which ranks meet is taken: set MASTER_PORT to another, or "),
         (rank_1_never_comes, r"did not meet within layout\.timeout_s: start all.*1/2 clients"),
+        (node_without_its_name, r"name of this node is not .* set GLOO_SOCKET_IFNAME to .*192\.0"),
         (no_address, r"RANK and WORLD_SIZE say .* set MASTER_ADDR and MASTER_PORT.*unset"),
         (peer_lost, r"connection to another rank is lost.* goes on from the last checkpoint"),
         (no_space, r"No space left on device.*: make room, or name another disk by output_dir="),

@@ -28,8 +28,8 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import TensorFile
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data import arrays
 from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.prepare import arrays
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import (

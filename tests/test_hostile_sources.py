@@ -29,8 +29,8 @@ from hypothesis import strategies as st
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data import archives
 from alexnet_dist.data.dataset import INDEX, open_dataset
+from alexnet_dist.data.prepare import archives
 from alexnet_dist.data.prepare.arrays import read_idx, read_pickle
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.prepare import list_source

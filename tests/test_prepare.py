@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import decode_image
 
-from alexnet_dist.data import convert as convert_module
-from alexnet_dist.data import prepare as prepare_module
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.header import size_of
+from alexnet_dist.data.prepare import convert as convert_module
+from alexnet_dist.data.prepare import prepare as prepare_module
 from alexnet_dist.data.prepare.arrays import read_pickle
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -306,10 +306,12 @@ def test_one_image_takes_at_most_a_gigabyte_and_ten_seconds(content: bytes, reas
 
 
 def test_what_no_header_tells_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert_module, "MOST_MEMORY", 2**25)
-    content = made.encoded(Image.new("L", (8192, 8192)), "PNG", compress_level=1)
-    with pytest.raises(RefusedImage, match="it takes more than 33,554,432 bytes to read"):
-        convert(content, keep=False)
+    def as_a_decoder_may(content: bytes, keep: bool) -> tuple[str, bytes]:
+        return "png", np.empty(2**33, np.uint8)[:0].tobytes()  # more than any heap kept
+
+    monkeypatch.setattr(convert_module, "_converted", as_a_decoder_may)
+    with pytest.raises(RefusedImage, match="it takes more than 1,073,741,824 bytes to read"):
+        convert(b"any", keep=False)
 
 
 def test_a_jpegs_size_is_what_pillow_reads_and_its_thumbnail_is_not_counted() -> None:

@@ -431,6 +431,33 @@ def test_a_killed_rank_takes_the_others_with_it(
     assert not any(process.is_running() for process in processes)
 
 
+def test_a_rank_deaf_to_a_signal_has_the_time_it_was_given(
+    tmp_path: Path, start: Callable[..., Started]
+) -> None:
+    """One second here, and 120 in a run: torchelastic's own is 30."""
+    deaf = tmp_path / "deaf"
+    rank = f"""if True:
+        import pathlib, signal, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        pathlib.Path({str(deaf)!r}).touch()
+        time.sleep(100)"""
+    launcher = f"""if True:
+        import sys
+        from alexnet_dist.parallel.spawn import _launched
+        _launched(sys.executable, 1, 1, "-c", {rank!r})"""
+    run = start([], ("-c", launcher))
+    while not deaf.exists():
+        assert run.process.poll() is None
+        time.sleep(0.02)
+    processes = run.all()
+    begin = time.monotonic()
+    run.process.send_signal(signal.SIGTERM)
+    _, output = run.end()
+    assert "SignalException" in output
+    assert 1 <= time.monotonic() - begin < 20
+    assert not any(process.is_running() for process in processes)
+
+
 def test_two_jobs_never_share_a_run_folder(
     command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:

@@ -23,7 +23,7 @@ from alexnet_dist.checkpoint.writer import Saver
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.prepare import Options, prepare
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, CrashLoop, Damaged, NotFinite, RunFolderError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints

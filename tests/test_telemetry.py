@@ -21,9 +21,10 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.evaluation.evaluate import evaluate_engine, seen
+from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
-from alexnet_dist.planning.dry_run import plan, training_flops
+from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.loop import train

@@ -16,6 +16,7 @@ from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.precision import parameter_dtype
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained
     config = load_config([flat(found.config) | moved, *ALONE])
     file = found.parameters()
     tensors = {name: file.rows(name, slice(None)) for name in file.keys()}  # noqa: SIM118
-    dtype = torch.float64 if config.train.precision == "fp64" else torch.float32
+    dtype = parameter_dtype(config.train.precision)
     model = AlexNet(config.model, config.seed, dtype=dtype, drawn=False).eval()
     model.load_state_dict(tensors)
     return Trained(model, config, found, given=data is not None)

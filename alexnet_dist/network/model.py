@@ -1,11 +1,11 @@
 """The network of 2012: two columns side by side, and the layers where they meet (paper, Fig. 2).
 
-              conv1 ─ conv2 ─┬─ conv3 ─ conv4 ─ conv5 ─┬─ fc6 ─┬─ fc7 ─┬─ fc8     first column
-    windows <                ╳                         ╳       ╳       ╳      > logits
-              conv1 ─ conv2 ─┴─ conv3 ─ conv4 ─ conv5 ─┴─ fc6 ─┴─ fc7 ─┴─ fc8     second column
+    first column     conv1 ─ conv2 ─┬─ conv3 ─ conv4 ─ conv5 ─┬─ fc6 ─┬─ fc7 ─┬─ fc8
+    they meet                       ╳                         ╳       ╳       ╳
+    second column    conv1 ─ conv2 ─┴─ conv3 ─ conv4 ─ conv5 ─┴─ fc6 ─┴─ fc7 ─┴─ fc8
 
 An `AlexNet` holds the columns that are on this device, both or one of them. Where they meet, an
-exchange puts the columns' maps side by side: by `torch.cat` where all are here, by a collective
+exchange puts what both made side by side: by `torch.cat` where both are here, by a collective
 between ranks that hold one each. Nothing else in this file knows which of the two it is, and it
 knows no torch.distributed. A layer's weights lie together, those of one column below those of the
 other, so that every parameter splits on dim 0.

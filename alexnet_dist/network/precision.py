@@ -3,3 +3,8 @@
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+def parameter_dtype(precision: str) -> torch.dtype:
+    """Of the weights: float32, of which bf16 casts copies; float64 all through."""
+    return torch.float64 if precision == "fp64" else torch.float32

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alexnet_dist.parallel.compat import all_gather_single
 from alexnet_dist.partition import share
 from alexnet_dist.timing import TIMELINE
 
@@ -112,7 +113,7 @@ def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
     """(ranks, *shape): every rank's tensor of one shape, in order."""
     parts = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
     with TIMELINE.span("exchange"):
-        dist.all_gather_single(parts, part.contiguous(), group)  # NCCL takes no other
+        all_gather_single(parts, part.contiguous(), group)  # NCCL takes no other
     return parts.view(group.size(), *part.shape)
 
 

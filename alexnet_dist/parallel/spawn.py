@@ -18,10 +18,10 @@ from typing import Any
 import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
 from alexnet_dist.files import read_run
+from alexnet_dist.parallel.compat import elastic_launch
 from alexnet_dist.parallel.rendezvous import LOOPBACK, store_at
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored
 
@@ -140,21 +140,19 @@ def _launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> di
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
     store = store_at(LOOPBACK, timedelta(minutes=1))  # lives as long as the ranks
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="static",
-        rdzv_endpoint=f"{store.host}:{store.port}",
-        rdzv_configs={"rank": 0},
-        max_restarts=0,
-        signals_to_handle="SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
-        shutdown_timeout=shutdown_timeout_s,
-        logs_specs=DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
-    )
-    returned: dict[int, Any] = elastic_launch(config, entry)(*args)
-    return returned
+    config = {
+        "min_nodes": 1,
+        "max_nodes": 1,
+        "nproc_per_node": ranks,
+        "run_id": uuid.uuid4().hex,
+        "rdzv_backend": "static",
+        "rdzv_endpoint": f"{store.host}:{store.port}",
+        "rdzv_configs": {"rank": 0},
+        "max_restarts": 0,
+        "signals_to_handle": "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+        "logs_specs": DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
+    }
+    return elastic_launch(config, shutdown_timeout_s, entry, *args)
 
 
 def leave_with_parent(parent: int) -> None:

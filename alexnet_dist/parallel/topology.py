@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, SaidByRank0
 from alexnet_dist.parallel import environment
+from alexnet_dist.parallel.compat import all_gather_single
 from alexnet_dist.parallel.device import cores_of, keep_memory, take_device
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check, check_columns_meet, columns_of
@@ -112,7 +113,7 @@ class Topology:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64)
         found = torch.empty(self.world_size * len(numbers), dtype=torch.float64)
-        dist.all_gather_single(found, mine, self.control)
+        all_gather_single(found, mine, self.control)
         return found.view(self.world_size, -1).tolist()
 
     def first_said(self, text: str) -> str:

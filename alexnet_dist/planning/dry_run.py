@@ -20,6 +20,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Decoded
 from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.engines.sharded_fc import ShardedFcEngine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet
@@ -79,7 +80,8 @@ def _on(config: Config, kind: str, ranks: int) -> dict[str, Any]:
     if kind in layouts.ZERO_STAGES:
         return _zero(laid_out, ranks)
     topology = _topology(laid_out, ranks)
-    engine = _PlannedEngine(laid_out, topology, drawn=False)
+    kind_of = _PlannedShards if kind == "sharded_fc" else _PlannedEngine
+    engine = kind_of(laid_out, topology, drawn=False)
     part, counts = _decoded(laid_out, topology)
     engine.memory = memory = MemTracker()
     traffic = Traffic()
@@ -132,7 +134,7 @@ class _PlannedEngine(TorchEngine):
     buckets: tuple[Tensor, ...] = ()
     memory: MemTracker | None = None
 
-    def _replicated(self, group: dist.ProcessGroup) -> nn.Module:
+    def replicate(self, group: dist.ProcessGroup) -> nn.Module:
         compress = self.config.layout.compress_gradients
 
         def sum_up(parameter: Tensor) -> None:
@@ -140,17 +142,21 @@ class _PlannedEngine(TorchEngine):
                 summed(parameter.grad.bfloat16() if compress else parameter.grad, group)
 
         for name, parameter in self.model.named_parameters():
-            if not (self.shards and self._split_over(name)):
+            if self.split_over(name) is not group:
                 parameter.grad = torch.zeros_like(parameter)
                 self.buckets += (parameter.grad,)
                 parameter.register_post_accumulate_grad_hook(sum_up)
         return self.model
 
-    def _summing(self, now: bool) -> AbstractContextManager[object]:
+    def summing(self, now: bool) -> AbstractContextManager[object]:
         self._last = now
         if self.memory:  # it follows one forward of a module at a time
             self.memory.reset_mod_stats()
         return contextlib.nullcontext()
+
+
+class _PlannedShards(_PlannedEngine, ShardedFcEngine):
+    """The same of sharded fully-connected layers."""
 
 
 def _zero(config: Config, ranks: int) -> dict[str, Any]:

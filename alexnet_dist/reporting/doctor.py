@@ -26,6 +26,7 @@ from alexnet_dist.data.inspect import inspect
 from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
+from alexnet_dist.parallel.compat import all_gather_single
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
 from alexnet_dist.parallel.rendezvous import keep_to_this_host
 
@@ -237,7 +238,7 @@ def _meet(backend: str) -> float | str:
         )  # fmt: skip
         mine = torch.full((2 * _MB,), here.rank + 1.0, device=device)
         gathered = torch.empty(4 * _MB, device=device)
-        dist.all_gather_single(gathered, mine)
+        all_gather_single(gathered, mine)
         dist.all_reduce(mine.clone())  # the first makes connections
         begin = time.perf_counter()
         dist.all_reduce(mine)

@@ -1,0 +1,75 @@
+"""Krizhevsky 2014, scheme (a): every rank's convolutions see its own samples, and its part of the
+fully-connected layers sees those of all ranks."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from alexnet_dist.data.batch import Batch
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.precision import parameter_dtype
+from alexnet_dist.parallel.columns import gathered
+from alexnet_dist.parallel.replicas import ShardExchange, largest, summed
+
+
+class ShardedFcEngine(TorchEngine):
+    """Convolutions as replicas, by DDP; fc6 … fc8 split by rows over all ranks."""
+
+    @property
+    def shards(self) -> dist.ProcessGroup:
+        """All ranks."""
+        group = self.topology.replica_group
+        assert group is not None
+        return group
+
+    def place(self, drawn: bool) -> AlexNet:
+        return AlexNet(
+            self.config.model,
+            self.config.seed,
+            exchange=ShardExchange(self.shards, self.config.model.classes),
+            dtype=parameter_dtype(self.config.train.precision),
+            fc_part=(self.topology.replica, self.topology.replicas),
+            drawn=drawn,
+        )
+
+    def split_over(self, name: str) -> dist.ProcessGroup | None:
+        return self.shards if name.rpartition("/")[2].startswith("fc") else None
+
+    def for_scoring(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return gathered(batch.labels, self.shards), self.slots(len(batch.labels))
+
+    def total(self, stats: Tensor) -> None:
+        """Every rank has scored all samples, and decoded its own."""
+        named = list(self.model.named_parameters())
+        split = self.gradients_of((n, p) for n, p in named if self.split_over(n))
+        whole = self.gradients_of((n, p) for n, p in named if not self.split_over(n))
+        of_split, of_whole = (get_total_norm(grads).double() ** 2 for grads in (split, whole))
+        stats[5] = of_split + of_whole / self.shards.size()
+        summed(stats[4:], self.shards)
+
+    @torch.no_grad()
+    def predict(self, windows: Tensor) -> Tensor:
+        n = len(windows)
+        assert self.topology.control is not None
+        most = largest(n, self.topology.control)  # all ranks need as many
+        windows = torch.cat([windows, windows.new_zeros(most - n, *windows.shape[1:])])
+        logits: Tensor = super().predict(windows)
+        mine: Tensor = logits.unflatten(0, (-1, most))[self.topology.replica, :n]
+        return mine
+
+    def replicated(self) -> dict[str, Tensor]:
+        return {n: t for n, t in super().replicated().items() if not self.split_over(n)}
+
+    def whole_sums(self, sums: Tensor) -> Tensor:
+        names = (name for name, _ in self.model.named_parameters() if name.endswith(".weight"))
+        # What is whole on every rank counts once.
+        counted = [bool(self.split_over(name)) or self.shards.rank() == 0 for name in names]
+        return summed(sums * torch.tensor(counted, device=sums.device), self.shards)
+
+    def replicate(self, group: dist.ProcessGroup) -> nn.Module:
+        split = [name for name, _ in self.model.named_parameters() if self.split_over(name)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, split)
+        return super().replicate(group)
