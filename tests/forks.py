@@ -4,16 +4,27 @@ Importing takes seconds of a core, and the tests start hundreds of processes. Th
 starting itself is looked at are `fresh`: new Pythons.
 """
 
+import contextlib
 import multiprocessing
 import os
+import pickle
 import runpy
+import socket
+import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+from alexnet_dist.config.load import load_config
+from alexnet_dist.errors import AlexNetDistError
+from alexnet_dist.parallel import layouts
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["warm"])
@@ -69,8 +80,84 @@ def command(arguments: Sequence[str], **where: Any) -> Fork:
 
 
 def _command(arguments: Sequence[str]) -> None:
+    for _ in range(_ranks_of(arguments)):
+        _Rank.waiting.append(_forked())
+    subprocess_handler.Popen = _Rank  # torchrun's API starts ranks by it
     sys.argv = ["alexnet-dist", *arguments]
     runpy.run_module("alexnet_dist", run_name="__main__", alter_sys=True)
+
+
+def _ranks_of(arguments: Sequence[str]) -> int:
+    """That this command will start by a command of their own."""
+    if arguments[0] != "train" or "RANK" in os.environ:
+        return 0
+    try:
+        wanted = layouts.ranks_wanted(load_config(arguments[1:]), gpus=0)
+    except AlexNetDistError:
+        return 0
+    return wanted if wanted > 1 else 0
+
+
+def _forked() -> tuple[int, socket.socket]:
+    """A child, forked before there are threads, that waits for the rank it is to be."""
+    ours, its = socket.socketpair()
+    if pid := os.fork():
+        its.close()
+        return pid, ours
+    ours.close()
+    for _, other in _Rank.waiting:
+        other.close()
+    with its, its.makefile("rb") as told:
+        if not (call := told.read()):
+            os._exit(0)  # the launcher left before
+        os.setsid()
+        its.send(b"!")
+    arguments, environment = pickle.loads(call)
+    os.environ.clear()
+    os.environ.update(environment)
+    code: Any = 1
+    try:
+        _command(arguments)
+        code = 0
+    except SystemExit as left:
+        code = left.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+class _Rank:
+    """As much of subprocess.Popen as torchrun's API uses, for one that waits."""
+
+    waiting: ClassVar[list[tuple[int, socket.socket]]] = []
+
+    def __init__(self, args: Sequence[str], env: Mapping[str, str], **_: Any) -> None:
+        assert list(args[1:3]) == ["-m", "alexnet_dist"]
+        self.returncode: int | None = None
+        self.pid, its = self.waiting.pop(0)
+        with its:
+            its.sendall(pickle.dumps((args[3:], dict(env))))
+            its.shutdown(socket.SHUT_WR)
+            its.recv(1)  # it leads a session now, as torchrun takes for granted
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            with contextlib.suppress(ChildProcessError):
+                pid, status = os.waitpid(self.pid, os.WNOHANG)
+                if pid:
+                    self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        end = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired("a rank", timeout)
+            time.sleep(0.02)
+        return code
 
 
 def _begin(

@@ -3,22 +3,25 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import forks
 import psutil
 import pytest
-from conftest import alexnet_dist, as_overrides
+from conftest import TINY, alexnet_dist, as_overrides
 from forks import Fork
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.training.metrics import read_metrics
 from alexnet_dist.training.run_folder import read_run
@@ -33,6 +36,7 @@ RUN = [
     "layout.kind=columns",
 ]
 FRESH = ("-m", "alexnet_dist")
+MICRO = "train.micro_batches=2"
 ALONE = "layout.kind=one"  # a third of the processes, where the layout is not the point
 
 
@@ -141,22 +145,42 @@ def ended_state(folder: Path) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Whole:
+    """A run of RUN and MICRO that nothing happened to; its folder is not to be changed."""
+
+    folder: Path
+    errors: str
+
+    def state(self) -> dict[str, Any]:
+        return ended_state(self.folder)
+
+
+@pytest.fixture(scope="module")
+def whole(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    folder = tmp_path_factory.mktemp("whole")
+    config = load_config(
+        [*TINY, *RUN, MICRO, f"data.path={packed}", f"output_dir={folder}", "name=whole"]
+    )
+    done = alexnet_dist("train", *as_overrides(config))
+    assert done.returncode == 0, done.stderr
+    return Whole(folder / "whole", done.stderr)
+
+
 def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
-    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started], whole: Whole
 ) -> None:
-    whole = alexnet_dist(*command("whole"))
-    assert whole.returncode == 0, whole.stderr
-    expected = ended_state(runs / "whole")
+    expected = whole.state()
     assert expected["progress"]["step"] == 60
     assert [p["step"] for p in expected["metrics"] if p["kind"] == "eval"] == [15, 30, 45, 60]
     for step in (5, 41):
-        run = start(command("killed"))
+        run = start(command("killed", MICRO))
         run.wait_for_step(runs / "killed", step)
         run.wait_for_checkpoint(runs / "killed", step - 1)
         for process in run.all():
             process.kill()
         run.end()
-    last = alexnet_dist(*command("killed"))
+    last = alexnet_dist(*command("killed", MICRO))
     assert last.returncode == 0, last.stderr
     assert "continues at step 40" in last.stderr or "continues at step 44" in last.stderr
     assert ended_state(runs / "killed") == expected
@@ -197,17 +221,15 @@ def test_every_layout_killed_ends_as_if_it_never_was(
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
-    command: Callable[..., list[str]], runs: Path
+    command: Callable[..., list[str]], runs: Path, whole: Whole
 ) -> None:
-    arguments = command("done", "train.epochs=1", "train.micro_batches=2")
-    first = alexnet_dist(*arguments)
-    assert "batch 8 global, 8 a replica, 4 decoded a rank; 2 micro-batch(es) of 4" in first.stderr
-    before = ended_state(runs / "done")
-    again = alexnet_dist(*arguments)
+    assert "batch 8 global, 8 a replica, 4 decoded a rank; 2 micro-batch(es) of 4" in whole.errors
+    shutil.copytree(whole.folder, runs / "done")
+    again = alexnet_dist(*command("done", MICRO))
     assert again.returncode == 0, again.stderr
-    assert "done: done, 8 steps; top-1" in again.stdout
+    assert "done: done, 60 steps; top-1" in again.stdout
     assert "next: alexnet-dist evaluate" in again.stdout
-    assert ended_state(runs / "done") == before
+    assert ended_state(runs / "done") == whole.state()
 
 
 @pytest.mark.drill  # tests/test_layouts.py changes layouts at every save, in fewer processes
@@ -252,17 +274,27 @@ def torchrun(*options: str) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--nproc-per-node", "2", *options, "-m", "alexnet_dist")
 
 
+CODES = {signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
 @pytest.mark.parametrize(
-    ("number", "code"),
-    [(signal.SIGUSR1, 75), (signal.SIGUSR2, 75), (signal.SIGTERM, 143), (signal.SIGINT, 130)],
+    ("number", "kind", "to"),
+    [
+        (signal.SIGUSR1, "columns", "launcher"),
+        (signal.SIGTERM, "columns", "launcher"),
+        (signal.SIGINT, "columns", "launcher"),
+        (signal.SIGUSR2, "one", "launcher"),
+        pytest.param(signal.SIGUSR2, "columns", "launcher", marks=pytest.mark.drill),
+        *(pytest.param(number, "columns", "rank", marks=pytest.mark.drill) for number in CODES),
+    ],
 )
-@pytest.mark.parametrize("to", ["launcher", pytest.param("one rank", marks=pytest.mark.drill)])
 def test_a_signal_saves_and_leaves_with_its_code(
-    number: signal.Signals, code: int, to: str, command: Callable[..., list[str]], runs: Path,
+    number: signal.Signals, kind: str, to: str, command: Callable[..., list[str]], runs: Path,
     start: Callable[..., Started],
 ) -> None:  # fmt: skip
+    code = CODES[number]
     long = ["train.epochs=500", "evaluate.every_epochs=500", "checkpoint.every_steps=10000"]
-    run = start(command("stopped", *long))
+    run = start(command("stopped", f"layout.kind={kind}", *long))
     run.wait_for_step(runs / "stopped", 6)
     processes = run.all()
     target = processes[0] if to == "launcher" else processes[-1]
@@ -293,20 +325,21 @@ def test_a_signal_is_heard_while_the_program_starts(
     assert not checkpoints.steps(runs / "early" / "checkpoints")
 
 
+@pytest.mark.parametrize("kind", ["one", pytest.param("columns", marks=pytest.mark.drill)])
 def test_a_stopped_run_ends_as_if_it_never_was(
-    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+    kind: str, command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
     """Stopped at odd steps, in training and while evaluating."""
-    slow = "evaluate.batch=1"  # so that a signal meets an evaluation
-    whole = alexnet_dist(*command("whole", slow))
+    slow = ("evaluate.batch=1", f"layout.kind={kind}")  # so that a signal meets an evaluation
+    whole = alexnet_dist(*command("whole", *slow))
     assert whole.returncode == 0, whole.stderr
     for step in (15, 29):
-        run = start(command("stopped", slow))
+        run = start(command("stopped", *slow))
         run.wait_for_step(runs / "stopped", step)
         run.process.send_signal(signal.SIGTERM)
         code, output = run.end()
         assert code == 143, output
-    last = alexnet_dist(*command("stopped", slow))
+    last = alexnet_dist(*command("stopped", *slow))
     assert last.returncode == 0, last.stderr
     assert ended_state(runs / "stopped") == ended_state(runs / "whole")
 
@@ -331,24 +364,27 @@ def test_a_second_interrupt_leaves_at_once(
     assert not wrong
 
 
+@pytest.mark.parametrize(
+    ("to", "number"),
+    [
+        ("torchrun", signal.SIGTERM),
+        pytest.param("a worker", signal.SIGUSR2, marks=pytest.mark.drill),
+    ],
+)
 def test_torchrun_does_the_same(
-    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
-) -> None:
-    assert alexnet_dist(*command("own")).returncode == 0
-    run = start(command("torchrun"), torchrun())
+    to: str, number: signal.Signals, command: Callable[..., list[str]], runs: Path,
+    start: Callable[..., Started], whole: Whole,
+) -> None:  # fmt: skip
+    run = start(command("torchrun", MICRO), torchrun())
     run.wait_for_step(runs / "torchrun", 20)
-    run.process.send_signal(signal.SIGTERM)  # torchrun hides codes: run.json has them
+    processes = run.all()
+    (processes[0] if to == "torchrun" else processes[-1]).send_signal(number)
     code, output = run.end()
-    assert code != 0
-    assert read_run(runs / "torchrun")["exit"] == 143, output
-    run = start(command("torchrun"), torchrun())
-    run.wait_for_step(runs / "torchrun", 40)
-    run.all()[-1].send_signal(signal.SIGUSR2)  # one worker
-    assert run.end()[0] != 0
-    assert read_run(runs / "torchrun")["exit"] == 75
-    run = start(command("torchrun"), torchrun())
+    assert code != 0  # torchrun hides codes: run.json has them
+    assert read_run(runs / "torchrun")["exit"] == CODES[number], output
+    run = start(command("torchrun", MICRO), torchrun())
     assert run.end()[0] == 0
-    assert ended_state(runs / "torchrun") == ended_state(runs / "own")
+    assert ended_state(runs / "torchrun") == whole.state()
 
 
 @pytest.mark.drill

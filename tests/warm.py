@@ -10,7 +10,7 @@ for name in (
     "alexnet_dist.reporting.figures",
     "alexnet_dist.parallel.spawn",
     "matplotlib.pyplot",
-    "pytest",
+    "forks",
 ):
     importlib.import_module(name)
 numba.njit(lambda: 0)()  # makes its compiler ready, and starts no thread
