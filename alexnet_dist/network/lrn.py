@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alexnet_dist.compat import is_exporting
 from alexnet_dist.config.schema import LrnConfig
 from alexnet_dist.network.kernels import lrn_cpu
 
@@ -37,7 +38,7 @@ def local_response_norm(maps: Tensor, size: int, alpha: float, beta: float, k: f
         size: n, odd.
         alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
     """
-    if torch.compiler.is_exporting():  # in operators that every format has
+    if is_exporting():  # in operators that every format has
         near = band(maps, size)
         sums = F.conv2d(maps * maps, near[:, :, None, None])
         return maps * (k + alpha * sums).pow(-beta)

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_dist.parallel.compat import all_gather_single
+from alexnet_dist.compat import all_gather_single
 from alexnet_dist.partition import share
 from alexnet_dist.timing import TIMELINE
 

@@ -19,9 +19,9 @@ import psutil
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from alexnet_dist.compat import elastic_launch
 from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
 from alexnet_dist.files import read_run
-from alexnet_dist.parallel.compat import elastic_launch
 from alexnet_dist.parallel.rendezvous import LOOPBACK, store_at
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored
 

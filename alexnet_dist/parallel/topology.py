@@ -19,10 +19,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
+from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, SaidByRank0
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.compat import all_gather_single
 from alexnet_dist.parallel.device import cores_of, keep_memory, take_device
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check, check_columns_meet, columns_of

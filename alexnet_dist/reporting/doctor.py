@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from packaging.requirements import Requirement
 
+from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.inspect import inspect
 from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
-from alexnet_dist.parallel.compat import all_gather_single
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
 from alexnet_dist.parallel.rendezvous import keep_to_this_host
 

@@ -1,18 +1,25 @@
 """What torch 2.11 has otherwise than torch 2.14; to be deleted once 2.14 is the oldest we take.
 
-torch 2.11 calls `all_gather_single` by its older name, and its LaunchConfig takes no
-`shutdown_timeout`: its elastic agent kills ranks 30 s after a signal, amid a long save.
+- `all_gather_single` has its older name.
+- `torch.compiler.is_exporting()` is true in whatever torch.compile compiles.
+- LaunchConfig takes no `shutdown_timeout`: ranks are killed 30 s after a signal, amid a long save.
 """
 
 import signal
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
-from torch.distributed.launcher import api
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def _is_exporting() -> bool:
+    return torch.compiler._is_exporting_flag
+
+
+is_exporting = torch.compiler.is_exporting if torch.__version__ >= "2.14" else _is_exporting
 
 
 def elastic_launch(
@@ -24,6 +31,9 @@ def elastic_launch(
         config: LaunchConfig's arguments.
         shutdown_timeout_s: that ranks have to leave after a signal, before they are killed.
     """
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.launcher import api
+
     returned: dict[int, Any]
     if hasattr(api.LaunchConfig, "shutdown_timeout"):
         patient = api.LaunchConfig(**config, shutdown_timeout=shutdown_timeout_s)
