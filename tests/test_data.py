@@ -37,6 +37,7 @@ from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.files import within_memory
+from alexnet_dist.parallel import spawn
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import doctor
 
@@ -137,9 +138,10 @@ def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -
 
 
 def test_every_command_says_that_images_are_images(
-    tmp_path: Path, tiny: Callable[..., Config]
+    tmp_path: Path, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`launch.submit` and `inspect` open data sets as these do."""
+    monkeypatch.setattr(spawn, "call", lambda *_: [0.002, 0.001])  # the doctor's exchange
     photos = made.image_folder(tmp_path / "photos", 2, 1)
     config = tiny(f"data.path={photos}", "layout.kind=one")
     result = alexnet_dist("train", *as_overrides(config))

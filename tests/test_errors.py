@@ -32,7 +32,7 @@ from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
 from alexnet_dist.formats.convert import export_weights
-from alexnet_dist.parallel import environment, spawn, topology
+from alexnet_dist.parallel import environment, rendezvous, spawn, topology
 from alexnet_dist.parallel.device import take_device
 from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.training.run_folder import read_run
@@ -139,7 +139,7 @@ def rank_1_never_comes(tiny: Tiny, patch: Patch) -> None:
 
 
 def node_without_its_name(tiny: Tiny, patch: Patch) -> None:
-    topology.store_at("192.0.2.1", timedelta(seconds=1))  # RFC 5737: nobody's
+    rendezvous.store_at("192.0.2.1", timedelta(seconds=1))  # RFC 5737: nobody's
 
 
 def no_address(tiny: Tiny, patch: Patch) -> None:

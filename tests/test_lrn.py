@@ -100,7 +100,7 @@ def test_the_loop_that_is_compiled_and_the_one_that_is_loaded_give_the_same_bits
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    (compiled,) = on_ranks(1, gradient)
+    (compiled,) = on_ranks(1, gradient, fresh=True)
     assert list(tmp_path.rglob("*.nbc"))
-    (loaded,) = on_ranks(1, gradient)
+    (loaded,) = on_ranks(1, gradient, fresh=True)
     assert compiled == loaded

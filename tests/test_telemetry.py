@@ -177,7 +177,7 @@ def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
     assert "00008/seen_by_fc8/tensors.tsv" in (config.folder / "projector_config.pbtxt").read_text()
     trace = json.loads(gzip.decompress((config.folder / "trace-2-3.json.gz").read_bytes()))
     convolutions = [e for e in trace["traceEvents"] if e.get("name") == "aten::convolution"]
-    assert len(convolutions) == 2 * 5
+    assert len(convolutions) == 2 * 5 * 2  # steps, layers, columns
     (_,) = (tag for tag in board.Tags()["tensors"] if tag == "profile/text_summary")
 
 

@@ -50,7 +50,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tiny: Callable[..., Config], r
     assert time.monotonic() - begin < 15
     assert code == 1
     assert f"rank {rank} (process {frozen.pid} on {os.uname().nodename}) does not answer" in output
-    assert "train.py" in output  # where it is, from outside, and where the other waits
+    assert "loop.py" in output  # where it is, from outside, and where the other waits
     if rank == 1:
         assert "rank 1" in read_run(config.folder)["reason"]
     assert not any(process.is_running() for process in processes)
