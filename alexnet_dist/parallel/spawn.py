@@ -42,7 +42,7 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
     attempts_before = read_run(folder).get("attempt", 0)
     try:
         with _ended_by_a_second_interrupt():
-            _launched(sys.executable, ranks, 120, *command)
+            launched(sys.executable, ranks, 120, *command)
         return 0
     except ChildFailedError as error:
         code = error.get_first_failure()[1].exitcode
@@ -107,7 +107,7 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """
     try:
         with handlers_restored():
-            results = _launched(_mistake_or, ranks, 10, function, *args)
+            results = launched(_mistake_or, ranks, 10, function, *args)
     except SignalException as error:
         signal.raise_signal(error.sigval)  # now to this program's own handler
         raise
@@ -131,7 +131,7 @@ def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-def _launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dict[int, Any]:
+def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dict[int, Any]:
     """What a function, or a command, returns on each of this many ranks of this host.
 
     They meet at a store on the loopback. torchelastic's static rendezvous is told its port, finds

@@ -61,7 +61,7 @@ def convert(content: bytes, keep: bool) -> Stored:
         warnings.simplefilter("ignore")  # of broken EXIF, which is of no use to anyone
         try:
             with within_memory(MOST_MEMORY):  # no header tells what TIFF's and WebP's readers take
-                return _stored(*_converted(content, keep))
+                return _stored(*converted(content, keep))
         except RefusedImage:
             raise
         except UnidentifiedImageError as error:
@@ -72,7 +72,7 @@ def convert(content: bytes, keep: bool) -> Stored:
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
 
 
-def _converted(content: bytes, keep: bool) -> tuple[str, bytes]:
+def converted(content: bytes, keep: bool) -> tuple[str, bytes]:
     """As it is stored: jpg or png, and the encoded image."""
     if content.startswith(b"\xff\xd8"):
         try:
