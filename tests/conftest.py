@@ -61,6 +61,13 @@ def write_idx(folder: Path, train: int, test: int) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def of_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that meets others in a test's own process tells it their network, for good."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A packed data set of 60 training and 23 test images; not to be changed."""
