@@ -73,19 +73,6 @@ def _is_count(value: Any) -> bool:
     return type(value) in (int, float) and 0 <= value < 2**63
 
 
-MOST_MEMORY = 2**30  # bytes that reading one image or header may take
-# Of an image. Converting takes up to 12 bytes a pixel: RGB is 4 in Pillow, and progressive JPEG
-# keeps 8 of coefficients. That is 8,192 × 8,192.
-MOST_PIXELS = 2**26
-LONGEST_SIDE = 65_535  # pixels: what the index and JPEG can say
-MOST_ENCODED = 2**28  # bytes of a file
-# Of a JPEG. A scan of 31 bytes costs half a nanosecond a pixel; libjpeg's own progression has 10.
-MOST_SCANS = 64
-# Of a JPEG. Pillow copies all metadata once a segment; a long ICC profile has 255.
-MOST_SEGMENTS = 1000
-MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
-
-
 def read_bytes(path: Path, most: int = _MOST) -> bytes:
     """A whole file; raises ValueError where it is longer than `most` bytes, OSError as ever."""
     with path.open("rb") as file:
