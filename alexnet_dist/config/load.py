@@ -27,6 +27,9 @@ _NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, Recurs
 # Bounds of a file, which would grow beyond any memory or stack by aliases of aliases, by
 # interpolations of interpolations, or by nesting.
 _LONGEST, _DEEPEST, _MOST_INTERPOLATIONS = 200_000, 20, 10
+# Keys that there once were, and what to do in their place; what a run has saved may have them.
+_RETIRED = {"train.compile": "a GPU's step is fused without it (train.execution): leave it out"}
+_SAVED = "a saved config"
 
 
 def load_config(sources: Source | Sequence[Source]) -> Config:
@@ -82,7 +85,7 @@ def configs_folder() -> Path:
 def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     """The name to blame and the nested mapping of one source."""
     if isinstance(source, Mapping):
-        return "a saved config", source
+        return _SAVED, source
     text = str(source)
     if "=" in text and not _is_file(Path(text)):
         key, _, value = text.partition("=")
@@ -171,6 +174,9 @@ def _flatten(layer: Mapping[Any, Any], source: str) -> Iterator[tuple[str, Any]]
             dotted = f"{prefix}{name}"
             if dotted in known:
                 yield dotted, _checked(dotted, value, *known[dotted], source)
+            elif dotted in _RETIRED:
+                if source != _SAVED and Path(source).name != "config.json":
+                    raise ConfigError(f"{source}: {dotted} is a key no longer: {_RETIRED[dotted]}")
             elif dotted in sections and isinstance(value, dict):
                 yield from walk(value, dotted + ".")
             elif dotted in sections:

@@ -17,6 +17,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from alexnet_dist.network import kernels
 from alexnet_dist.network.kernels.numba_loops import parallel
 
 _MASK = 0xFFFFFFFF
@@ -111,12 +112,12 @@ def dropout_mask(
     """Which units stay: bool (len(slots), count), True with probability 1 − drop.
 
     Args:
-        step: as a tensor, () int64, where this is compiled, or a number would be part of the code.
+        step: as a tensor, () int64, where a step is captured as a CUDA graph.
         slots: (n,) int64, the samples' places in the global batch; on the device of the mask.
         first: the first unit, of the layer's units over all columns.
     """
     threshold = round(drop * 2**32)
-    if slots.is_cuda:
+    if slots.is_cuda and kernels.can_be_built():
         from alexnet_dist.network.kernels import gpu
 
         now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
