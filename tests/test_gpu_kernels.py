@@ -20,7 +20,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.network import lrn, philox
-from alexnet_dist.network.kernels import gpu
+from alexnet_dist.network.kernels import gpu, units, windows
 from alexnet_dist.network.lrn import local_response_norm
 from alexnet_dist.network.model import AlexNet
 
@@ -163,9 +163,9 @@ SHAPE = {"wide": 48, "half": 2, "block": 256}
         ("lrn_kernel", SHAPE, {"maps": FP32, "out": FP32}),
         ("lrn_backward_kernel", SHAPE, {"maps": BF16, "grads": BF16, "out": BF16}),
         ("lrn_backward_kernel", SHAPE, {"maps": FP32, "grads": FP32, "out": FP32}),
-        ("masks_kernel", {"block": 256}, {"stay": "*u8", "slots": "*i64", "step": "*i64"}),
+        ("masks_kernel", {"fours": 64}, {"stay": "*u8", "slots": "*i64", "step": "*i64"}),
         *(
-            ("windows_kernel", {"crop": 227, "block": 256},
+            ("windows_kernel", {"crop": 227, "stride": 1, "padding": 0, "cells": 227, "block": 256},
              dict.fromkeys(("light", "mean", "divide_by"), wide)
              | dict.fromkeys(("patches", "flips"), "*u8")
              | dict.fromkeys(("inside", "corners"), "*i64") | {"out": out})
@@ -177,7 +177,7 @@ def test_kernels_compile_for_gpus_that_are_not_here(
     name: str, constants: dict[str, int], pointers: dict[str, str], arch: int
 ) -> None:
     numbers = {"alpha": "fp32", "k": "fp32"}
-    kernel = getattr(gpu, name)
+    (kernel,) = (getattr(m, name) for m in (gpu, units, windows) if hasattr(m, name))
     kinds = {
         argument: "constexpr"
         if argument in constants
