@@ -65,10 +65,10 @@ class Finish:
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
         """For a GPU."""
-        from alexnet_dist.network.kernels import gpu
+        from alexnet_dist.network.kernels.windows import windows
 
         given = (patches, inside, corners, flips, light, self.mean, self.divide_by)
-        return gpu.windows(*given, self.crop, self.dtype)
+        return windows(*given, self.crop, self.dtype)
 
     def by_operators(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor

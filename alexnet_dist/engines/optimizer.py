@@ -50,9 +50,17 @@ class Optimizer:
             )
         else:
             self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
-            for _, parameter in named:  # torch would leave them unset if the first step is skipped
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.parameters = dict(named)
+        # torch would make these at the first step, and not at all if that is left out.
+        for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():
+            kind, _, name = key.partition("/")
+            like = self.parameters[name]
+            value = (
+                torch.zeros_like(like)
+                if shape == like.shape
+                else like.new_zeros((), dtype=torch.float32)
+            )
+            self.optimizer.state[like][kind] = value
 
     @property
     def velocity(self) -> bool:
@@ -98,7 +106,9 @@ class Optimizer:
         rates: dict[Tensor, Tensor] = {}
         for group in self.optimizer.param_groups:
             numbers = (group["lr"], group["weight_decay"], self.config.momentum)
-            of_group = torch.stack([skip.new_ones((), dtype=torch.float64) * n for n in numbers])
+            dtype = group["params"][0].dtype
+            one = skip.new_ones((), dtype=dtype)
+            of_group = torch.stack([(one * n).to(dtype) for n in numbers])
             rates |= dict.fromkeys(group["params"], of_group)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]

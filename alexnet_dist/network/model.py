@@ -243,13 +243,14 @@ class Conv(Layer):
     def _folded(self, x: Tensor) -> Tensor:
         """(n, colours, h, w) to (n, colours · stride², cells, cells): each square of stride² pixels
         a pixel of as many more maps, so that a GPU's products are of 48 maps, not of 3."""
-        from alexnet_dist.network.kernels.fold import fold
+        from alexnet_dist.network.kernels.windows import fold
 
         kernel, stride = self.whole[-1], self.stride
         room = [side + 2 * self.padding - kernel for side in x.shape[2:]]
         made = [(-(-r // stride) if self.round_up else r // stride) + 1 for r in room]
         cells = [side + -(-kernel // stride) - 1 for side in made]
-        return fold(x, stride, self.padding, (cells[0], cells[1]))
+        folded: Tensor = fold(x, stride, self.padding, *cells)
+        return folded
 
 
 def _folded_kernel(weight: Tensor, stride: int) -> Tensor:

@@ -118,11 +118,11 @@ def dropout_mask(
     """
     threshold = round(drop * 2**32)
     if slots.is_cuda and kernels.can_be_built():
-        from alexnet_dist.network.kernels import gpu
+        from alexnet_dist.network.kernels.units import dropout_mask as drawn
 
         now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
         of = (slots, now, layer, first, count, seed, _DROPOUT, threshold)
-        kept: Tensor = gpu.dropout_mask(*of)
+        kept: Tensor = drawn(*of)
         return kept
     values = type(slots) is Tensor  # not a fake one, as a plan's
     if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
