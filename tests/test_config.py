@@ -53,7 +53,7 @@ def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("train.bach=3", r"command line: unknown key train\.bach; did you mean train\.batch\?"),
         ("batch=3", r"unknown key batch; did you mean train\.batch\?"),
         ("nonsense.xyzzy=3", r"unknown key nonsense"),
-        ("a.b", r"'a\.b' is neither a config file nor key=value; shipped configs: base, demo"),
+        ("a.b", r"'a\.b' is neither a config file nor key=value; `alexnet-dist configs` lists"),
         ("demoo", r"neither .* did you mean demo\?"),
         ("train.batch", r"a key without a value: write train\.batch=VALUE"),
         ("=3", r"'' is not a key"),

@@ -1,5 +1,6 @@
 """What the documents say is so: links, files, keys and commands exist, and examples run."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -135,6 +136,27 @@ def test_every_command_parses(path: Path) -> None:
     usage = build_parser().format_help()
     for command in re.findall(r"alexnet-dist ([a-z]+)\b", path.read_text()):
         assert re.search(rf"^ +{command} ", usage, re.M), f"alexnet-dist {command}"
+
+
+def every_help(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The help of a parser, and of each of its commands."""
+    yield parser.format_help()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from every_help(sub)
+
+
+def test_examples_in_the_help_parse() -> None:
+    checked = 0
+    for text in every_help(build_parser()):
+        for line in re.findall(r"^  (alexnet-dist .*)", text.partition("examples:")[2], re.M):
+            words = shlex.split(line, comments=True)[1:]
+            if words != ["COMMAND", "--help"]:
+                options = build_parser().parse_args(words)
+                check_sources([*getattr(options, "config", []), *getattr(options, "overrides", [])])
+                checked += 1
+    assert checked > 20
 
 
 def test_moved_names_are_where_the_changelog_says() -> None:

@@ -24,6 +24,7 @@ import torch
 from conftest import as_overrides
 from torch.distributed.elastic.multiprocessing import SignalException
 
+import alexnet_dist
 from alexnet_dist import load_checkpoint, train
 from alexnet_dist.cli import main
 from alexnet_dist.config.schema import Config
@@ -279,6 +280,25 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     device = take_device(tiny("layout.device=auto"), environment.Place(0, 2, 0, 2))
     assert device.type == "cpu"
     assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
+
+
+def test_options_and_keys_come_in_any_order() -> None:
+    parse = main.build_parser().parse_args
+    found = parse(["plan", "demo", "--gpus", "h100:8", "train.batch=1024", "--json", "seed=1"])
+    assert (found.config, found.gpus) == (["demo", "train.batch=1024", "seed=1"], "h100:8")
+    found = parse(["prepare", "folder", "--keep", "a", "--workers", "2", "~/b"])
+    assert (found.path, found.out, found.keep) == (Path("a"), Path.home() / "b", True)
+    assert parse(["evaluate", "--views", "10", "a", "--json", "b"]).path == ["a", "b"]
+
+
+def test_it_says_its_version_and_what_is_shipped(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--version"])
+    assert capfd.readouterr().out == f"alexnet-dist {alexnet_dist.__version__}\n"
+    assert main.main(["configs"]) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[:2]] == ["base", "demo"]
+    assert all(30 < len(line) <= 125 for line in said)
 
 
 @pytest.mark.parametrize(

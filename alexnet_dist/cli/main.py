@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType
 
+from alexnet_dist import __version__
 from alexnet_dist.cli.parser import Parser, commands_of
 from alexnet_dist.errors import in_words, printable
 from alexnet_dist.parallel import environment
@@ -79,7 +80,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="alexnet-dist",
         description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
+        examples=(
+            "alexnet-dist configs                      # the shipped configs",
+            "alexnet-dist train demo                   # after `make demo`, or prepare",
+            "alexnet-dist evaluate runs/demo --views 10",
+            "alexnet-dist COMMAND --help               # its options, and more examples",
+        ),
     )
+    parser.add_argument("--version", action="version", version=f"alexnet-dist {__version__}")
     command = commands_of(parser, "COMMAND")
     for family in (runs, datasets, results, measures):
         family.add(command)

@@ -3,10 +3,9 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, picture
+from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, path, picture
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, printable
 
@@ -15,19 +14,28 @@ def add(command: AddCommand) -> None:
     """Add these commands."""
     _add_bench(command)
 
-    sub = command("compare", compare, "hold layouts against one process, on this machine")
+    sub = command(
+        "compare", compare, "hold layouts against one process, on this machine",
+        ("alexnet-dist compare demo --layouts columns,replicas:2",),
+    )  # fmt: skip
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
     sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
     add_json(sub, "list")
 
-    sub = command("plan", plan, "what a run would take: memory, arithmetic, traffic, hours")
+    sub = command(
+        "plan", plan, "what a run would take: memory, arithmetic, traffic, hours",
+        (
+            "alexnet-dist plan demo                                # on this machine",
+            "alexnet-dist plan paper/alexnet-2012 --gpus h100:8 layout.kind=replicas",
+        ),
+    )  # fmt: skip
     sub.add_argument("config", nargs="+", help="as for train, or a run folder")
     sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
     sub.add_argument("--ranks", type=count, help="ranks; all of --gpus, or as many as would start")
-    sub.add_argument("--machine", type=Path, metavar="JSON", help="numbers that --fit wrote")
+    sub.add_argument("--machine", type=path, metavar="JSON", help="numbers that --fit wrote")
     sub.add_argument(
-        "--fit", type=Path, nargs="+", metavar="JSON",
+        "--fit", type=path, nargs="+", metavar="JSON",
         help="of bench layouts --json: fit this CPU's numbers to them, write them to --machine",
     )  # fmt: skip
     sub.add_argument(
@@ -35,14 +43,20 @@ def add(command: AddCommand) -> None:
     )
     add_json(sub)
 
-    sub = command("doctor", doctor, "what is here, what a run would use, and what to mend")
+    sub = command(
+        "doctor", doctor, "what is here, what a run would use, and what to mend",
+        ("alexnet-dist doctor demo",),
+    )  # fmt: skip
     sub.add_argument("config", nargs="*", help="of the run, as for train")
     add_json(sub)
 
 
 def _add_bench(command: AddCommand) -> None:
-    parts = commands_of(command("bench", None, "time a part of it against references, in one run"),
-                        "PART")  # fmt: skip
+    bench = command(
+        "bench", None, "time a part of it against references, in one run",
+        ("alexnet-dist bench step demo", "alexnet-dist bench layouts demo --ranks 2 --json"),
+    )  # fmt: skip
+    parts = commands_of(bench, "PART")
 
     def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
         sub = parts(name, run, help)
@@ -51,7 +65,7 @@ def _add_bench(command: AddCommand) -> None:
         return sub
 
     sub = part("data", bench_data, "decoding, beside ImageFolder and the bare decoder")
-    sub.add_argument("folder", type=Path, help="images to time on: train/CLASS/*")
+    sub.add_argument("folder", type=path, help="images to time on: train/CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument("--images", type=count, default=2000, help="of a pass")
 

@@ -1,4 +1,4 @@
-"""train and evaluate."""
+"""train, evaluate and configs."""
 
 import argparse
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, add_json, out
-from alexnet_dist.config.load import load_config
+from alexnet_dist.config.load import load_config, shipped
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel import environment
 
@@ -21,13 +21,30 @@ _CLASSES = 10  # of most errors, and mistakes, that are printed
 
 def add(command: AddCommand) -> None:
     """Add these commands."""
-    sub = command("train", train, "train, or continue, a run")
+    sub = command(
+        "train", train, "train, or continue, a run",
+        (
+            "alexnet-dist train demo name=second seed=1 train.epochs=2",
+            "alexnet-dist train demo name=one layout.kind=one      # all in one process",
+            "alexnet-dist train demo mine.yaml data.path=data/mine # later ones win",
+        ),
+    )  # fmt: skip
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
 
-    sub = command("evaluate", evaluate, "score checkpoints; several are averaged")
+    sub = command(
+        "evaluate", evaluate, "score checkpoints; several are averaged",
+        (
+            "alexnet-dist evaluate runs/demo --views 10            # the paper's ten windows",
+            "alexnet-dist evaluate runs/demo runs/second --json    # the average of two networks",
+            "alexnet-dist evaluate runs/demo data.path=data/other",
+        ),
+    )  # fmt: skip
     sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
     sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
     sub.add_argument("--predictions", type=out, metavar="NPZ", help="file to write them all to")
+    add_json(sub)
+
+    sub = command("configs", configs, "list the shipped configs", ("alexnet-dist configs",))
     add_json(sub)
 
 
@@ -103,6 +120,17 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} {row['name']}")
     for row in report["mistakes"][:_CLASSES]:
         print(f"{row['samples']:8} {row['of']} taken for {row['taken_for']}")
+    return 0
+
+
+def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """List the shipped configs, each with the first sentence of its file."""
+    found = shipped()
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    width = max(map(len, found))
+    print("\n".join(f"{name:{width}}  {what}" for name, what in found.items()))
     return 0
 
 

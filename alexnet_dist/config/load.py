@@ -6,8 +6,10 @@ The only importer of OmegaConf.
 
 import dataclasses
 import difflib
+import itertools
 import operator
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -79,6 +81,24 @@ def configs_folder() -> Path:
     return inside if inside.is_dir() else package.parent / "configs"
 
 
+def shipped() -> dict[str, str]:
+    """The names of the shipped configs, and of each the first sentence of its file."""
+    files = (p for p in configs_folder().rglob("*.yaml") if p.parent.name != "cluster")  # launch's
+    return {
+        str(path.relative_to(configs_folder()).with_suffix("")): _first_sentence(path)
+        for path in sorted(files)
+    }
+
+
+def _first_sentence(path: Path) -> str:
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text().splitlines())
+    text = " ".join(line.removeprefix("#").strip() for line in lines)
+    sentence = re.split(r"(?<=\.) (?=\D)", text, maxsplit=1)[0]
+    return textwrap.shorten(
+        sentence.removesuffix("."), 90, placeholder=" …", break_on_hyphens=False
+    )
+
+
 def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     """The name to blame and the nested mapping of one source."""
     if isinstance(source, Mapping):
@@ -102,14 +122,9 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     if path is None:
         if text in {dotted for dotted, _, _ in keys()}:
             raise ConfigError(f"{text!r} is a key without a value: write {text}=VALUE")
-        shipped = sorted(
-            str(p.relative_to(configs_folder()).with_suffix(""))
-            for p in configs_folder().rglob("*.yaml")
-            if p.parent.name != "cluster"  # launch's
-        )
         raise ConfigError(
-            f"{text!r} is neither a config file nor key=value; shipped configs: "
-            f"{', '.join(shipped)}{_nearest(text, shipped)}"
+            f"{text!r} is neither a config file nor key=value; `alexnet-dist configs` lists those "
+            f"that are shipped{_nearest(text, list(shipped()))}"
         )
     try:
         layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=True)
