@@ -304,7 +304,10 @@ def test_it_says_its_version_and_what_is_shipped(capfd: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "demo", "--epochs=3"], "--epochs=3; a config's keys are written key=value"),
+        (
+            ["train", "demo", "--epochs=3"],
+            "--epochs=3; a config's keys are written key=value, as in train.epochs=…",
+        ),
         (["prepare", "folder", "a", "b", "--part", "3"], "'3': write I/N, as in 2/8"),
         (["bench", "step", "--repeats", "0"], "'0': a whole number, 1 or more"),
         (["plan", "demo", "--ranks", "-1"], "'-1': a whole number, 1 or more"),

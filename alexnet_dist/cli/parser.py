@@ -7,6 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from alexnet_dist.config.load import nearest_key
+from alexnet_dist.config.schema import keys
+
 Run = Callable[[argparse.Namespace, Sequence[str]], int]
 
 
@@ -43,8 +46,9 @@ class Parser(argparse.ArgumentParser):
             self._in_order = False
 
     def error(self, message: str) -> NoReturn:
-        if "unrecognized arguments: -" in message:
-            message += "; a config's keys are written key=value, as in train.batch=64"
+        if found := re.search(r"unrecognized arguments: --?([\w.-]+)", message):
+            key = nearest_key(found[1], [key for key, _, _ in keys()]) or "train.batch"
+            message += f"; a config's keys are written key=value, as in {key}=…"
         super().error(message)
 
 
