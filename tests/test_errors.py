@@ -8,6 +8,7 @@ checkpoints and run folders (test_checkpoint.py, test_run.py, test_paper.py), Sl
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -323,6 +324,46 @@ def test_options_that_are_not_there_are_explained(
     with pytest.raises(SystemExit, match="2"):
         main.main(arguments)
     assert said in capfd.readouterr().err
+
+
+def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) -> None:
+    """In a fraction of the seconds that its import takes."""
+    run = tmp_path / "runs" / "mine"
+    data = f"data.path={packed}"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"data": {"path": str(packed)}}))
+    cases = [
+        (["train", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["train", "demo", data, "model.classes=9"], 2, "train a new network on it with model.cl"),
+        (["train", "demo", "data.path=/nowhere"], 1, "/nowhere/dataset.json is missing"),
+        (["train", "demo", data, "train.init_from=runs/no"], 1, "train.init_from='runs/no': runs"),
+        (["train", "demo", "lr=1"], 2, "did you mean schedule.rate?"),
+        (["evaluate", "runs/no"], 1, "runs/no is neither a run folder nor a checkpoint in "),
+        (["evaluate", str(run), "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=1000"),
+        (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
+        (["figures", "runs/no"], 1, "neither a run folder"),
+        (["export", "runs/no", "a.pth", "--format", "torchvision"], 1, "neither a run folder"),
+        (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),
+        (["plan", "runs/no"], 2, "'runs/no' is neither a config file nor key=value"),
+        (["plan", "demo", "--gpus", "h100:8", "lr=1"], 2, "did you mean schedule.rate?"),
+        (["compare", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["bench", "step", "lr=1"], 2, "did you mean schedule.rate?"),
+        (["doctor", "lr=1"], 2, "did you mean schedule.rate?"),
+    ]
+    program = (
+        "import sys\nfrom alexnet_dist.cli.main import main\n"
+        f"for words in {[words for words, _, _ in cases]!r}: print(main(words))\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True,
+        cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    said = result.stderr.splitlines()
+    for (words, _, part), line in zip(cases, said, strict=True):
+        assert part in line, words
+    assert result.stdout.split() == [*(str(code) for _, code, _ in cases), "False"]
 
 
 def test_a_mistake_that_only_ranks_see_is_one_line(

@@ -58,6 +58,10 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Verify a packed data set, and show what is in it."""
+    from alexnet_dist.data.dataset import open_dataset
+
+    if not (options.data / "dataset.json").exists():
+        open_dataset(options.data)  # says so, before torch is loaded
     from alexnet_dist.data import inspect as data
 
     sheet = options.sheet or options.data / "contact-sheet.png"

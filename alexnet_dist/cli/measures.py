@@ -123,13 +123,14 @@ def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Hold layouts against one process."""
-    from alexnet_dist.data.dataset import open_for
-    from alexnet_dist.reporting import compare_layouts
-
     if options.steps < 3:
         raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
     config = load_config(options.config)
+    from alexnet_dist.data.dataset import open_for
+
     open_for(config)  # or one clear error
+    from alexnet_dist.reporting import compare_layouts
+
     rows = []
     if not options.json:
         print(compare_layouts.HEADING)
@@ -144,10 +145,10 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Say what a run would take."""
+    config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
     from alexnet_dist.planning import cost_model, dry_run, forecast, scaling
 
-    config = load_config(forecast.sources(options.config))
     machine = scaling.fitted(options.fit) if options.fit else None
     if machine and options.machine:
         cost_model.write_machine(machine, options.machine)
@@ -180,12 +181,19 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _config_of(text: str) -> str:
+    """Where a run folder is named, its config."""
+    saved = path(text) / "config.json"
+    return str(saved) if saved.is_file() else text
+
+
 def doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Say what is here, and what stands in a run's way."""
+    config = load_config(options.config)
     from alexnet_dist.reporting.doctor import examine
 
     findings = []
-    for one in examine(load_config(options.config), named=bool(options.config)):
+    for one in examine(config, named=bool(options.config)):
         findings.append(one)
         if not options.json:
             mark = "✗" if one.broken else "!" if one.remedy else " "

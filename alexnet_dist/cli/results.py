@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_dist.cli.parser import AddCommand, out, path
+from alexnet_dist.files import check_trained
 
 
 def add(command: AddCommand) -> None:
@@ -46,6 +47,7 @@ def add(command: AddCommand) -> None:
 
 def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Draw a run's kernels and curves."""
+    check_trained(options.run_folder)
     from alexnet_dist.reporting import figures as draws
 
     drawn = draws.draw(options.run_folder)
@@ -67,6 +69,7 @@ def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Write weights as another program reads them."""
+    check_trained(options.checkpoint)
     from alexnet_dist.formats.convert import export_weights
 
     print(export_weights(options.format, options.checkpoint, options.out))

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_dist.cli.parser import AddCommand, add_json, out
-from alexnet_dist.config.load import load_config, shipped
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.cli.parser import AddCommand, add_json, out, path
+from alexnet_dist.config.load import ALONE, load_config, shipped
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
 
 if TYPE_CHECKING:
@@ -54,6 +56,8 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     signals, parent = StopSignals(), os.getppid()  # before seconds of imports
     config = load_config(options.config)
+    if not environment.place():
+        _check_sources(config)
     from alexnet_dist.parallel import device, layouts, spawn
 
     wanted = layouts.ranks_wanted(config, device.gpus(config))
@@ -91,16 +95,36 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return outcome.exit
 
 
+def _check_sources(config: Config) -> None:
+    """What is wrong with a run's data or the weights it begins from: said before ranks start, and
+    before torch is loaded, which takes seconds."""
+    from alexnet_dist.data.dataset import open_for
+
+    open_for(config)
+    init_from = config.train.init_from
+    if init_from != "none" and not read_run(config.folder):  # one that began needs it no more
+        try:
+            check_trained(Path(init_from))
+        except CheckpointError as error:
+            raise CheckpointError(f"train.init_from={init_from!r}: {error}") from error
+
+
 def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Score checkpoints; several are averaged."""
-    from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
-
     overrides = [text for text in options.path if "=" in text]
-    paths = [Path(text) for text in options.path if "=" not in text]
+    paths = [path(text) for text in options.path if "=" not in text]
     if not paths:
         raise ConfigError("evaluate: name a run folder or a checkpoint")
     if options.views:
         overrides.append(f"evaluate.views={options.views}")
+    from alexnet_dist.data.dataset import open_for
+
+    for trained in paths:
+        check_trained(trained)
+        if (saved := trained / "config.json").is_file():
+            open_for(load_config([saved, *ALONE, *overrides]), trained)
+    from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+
     found = evaluate_checkpoints(paths, overrides)
     if options.predictions:
         found.write(options.predictions)

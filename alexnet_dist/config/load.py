@@ -65,6 +65,9 @@ _SYNONYMS = {
     "evaluate.views": "tta ten_crop",
     "checkpoint.every_steps": "save_every save_interval save_freq",
     "log.every_steps": "log_every log_interval print_freq",
+    "cluster.memory_gb": "mem memory mem_gb",  # launch's
+    "cluster.tasks_per_node": "ntasks_per_node ntasks",
+    "cluster.time_min": "time timeout_min time_limit",
 }
 _KEY_OF = {word: key for key, words in _SYNONYMS.items() for word in words.split()}
 
@@ -286,7 +289,7 @@ def _parsed(text: Typed, dotted: str) -> Any:
 
     try:
         _check_yaml(text)
-        return leaves(yaml.load(text, yaml.BaseLoader))
+        return leaves(yaml.BaseLoader(text).get_single_data())
     except _NOT_YAML as error:
         raise ConfigError(
             f"{dotted}={text}: {str(text)!r} is not a YAML value: {one_line(error)}"
@@ -299,6 +302,9 @@ def _meant(text: Typed, kind: Any, dotted: str) -> Any:
         return next((choice for choice in get_args(kind) if str(choice) == text), text)
     if get_origin(kind) is tuple:
         return _parsed(text, dotted)
+    if get_origin(kind) is dict:
+        found = _parsed(text, dotted)
+        return yaml.safe_load(text) if isinstance(found, dict) else text
     if kind is bool:
         return _WORDS.get(text.lower(), text)
     if kind is str:
@@ -331,6 +337,10 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         if not any(type(value) is type(choice) and value == choice for choice in choices):
             near = _nearest(str(value), [str(choice) for choice in choices])
             raise wrong(f"one of {', '.join(map(str, choices))}{near}")
+        return value
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise wrong("keys and values, as in {qos: long}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,9 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.header import size_of
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
 from alexnet_dist.files import MOST_PIXELS, json_object, read_bytes, sha256
-from alexnet_dist.parallel.topology import Topology
+
+if TYPE_CHECKING:  # what is wrong with a data set is said before torch is loaded
+    from alexnet_dist.parallel.topology import Topology
 
 VERSION = 2
 # Of each sample: the shard, where its encoded image begins in it and how long that is (bytes), its
@@ -264,7 +266,7 @@ def _finite(array: npt.NDArray[np.floating]) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def verify_shards(dataset: Dataset, topology: Topology) -> None:
+def verify_shards(dataset: Dataset, topology: "Topology") -> None:
     """Hash every shard, each rank its share. Collective: ranks meet after each shard, so that many
     on a slow disk outlast no timeout.
 
