@@ -30,7 +30,8 @@ MOST_SCANS = 64
 MOST_SEGMENTS = 1000
 MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
 # Of run.json: what is reckoned with, and left out where it is no number.
-_COUNTS = ("attempt", "idle_restarts", "resumed_at", "newest_step", "first_started", "kept_s")
+_COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "first_started",
+           "updated", "kept_s", "rested_s")  # fmt: skip
 
 
 def sha256(path: Path) -> str:

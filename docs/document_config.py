@@ -24,7 +24,9 @@ the others define the run, and a checkpoint of other values is refused by name (
 ```
 
 A source is a YAML file, the name of a shipped one (`demo`, `paper/no-lrn`), or `key=value`; later
-ones win, key by key, and a list replaces a list. Quote what a shell would read itself.
+ones win, key by key, and a list replaces a list. Quote what a shell would read itself; nothing else
+needs quotes: a value is taken as it is typed where its key is text (`#` too), numbers are decimal,
+and ~ is the home folder in every path. `alexnet-dist configs` lists what is shipped.
 `config.json` in a run folder is a source too.
 """
 

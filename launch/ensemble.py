@@ -162,7 +162,7 @@ def table(members: Sequence[Member]) -> str:
     """How members stand, and the lowest and the last top-1 error of each."""
     queue = queued()
     keys = [key.rpartition(".")[2] for key in members[0].keys]
-    lines: list[tuple[str, ...]] = [("run", *keys, "state", "step", "best error", "last error")]
+    lines: list[tuple[str, ...]] = [("run", *keys, "state", "step", "best top-1 error", "last")]
     for member in members:
         row = (str(member.config.folder), *member.keys.values())
         if read_run(member.config.folder):

@@ -167,13 +167,15 @@ def job_state() -> str:
 
 def requeue() -> None:
     """Put this job, or this element of an array, back in the queue; raises RunFolderError."""
-    asked = subprocess.run(
-        ["scontrol", "requeue", own_name()],
-        check=False, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    if asked.returncode:
+    command = ["scontrol", "requeue", own_name()]
+    try:
+        asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        refused = (asked.stderr or asked.stdout).strip() if asked.returncode else ""
+    except OSError as error:  # in a container, whose host's it is
+        refused = str(error)
+    if refused:
         raise RunFolderError(
-            f"scontrol requeue {own_name()}: {(asked.stderr or asked.stdout).strip()}: submit the "
+            f"scontrol requeue {own_name()}: {refused}: submit the "
             "same command again, it resumes; sbatch --requeue allows this, unless the site forbids "
             "it"
         )

@@ -45,8 +45,8 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     elif state in ("starting", "running") and not _lives(run, queue):
         state = "killed"
     step, last = int(run.get("newest_step") or 0), run.get("last_step")
-    kept_s, now = float(run.get("kept_s") or 0), time.time()
-    until = now if state in ("starting", "running", "queued") else float(run["updated"])
+    kept_s, rested_s, now = float(run.get("kept_s") or 0), run.get("rested_s", 0.0), time.time()
+    until = now if state in ("starting", "running", "queued") else float(run.get("updated", now))
     eta_s = None
     if state == "finished":
         eta_s = 0.0
@@ -59,8 +59,8 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         "step": step,
         "last_step": last,
         "eta_s": eta_s,
-        "restarts": int(run["attempt"]) - 1,
-        "goodput": kept_s / max(until - float(run["first_started"]), 1e-9),
+        "restarts": int(run.get("restarts", int(run["attempt"]) - 1)),
+        "goodput": kept_s / max(until - float(run["first_started"]) - rested_s, 1e-9),
         "why": str(run.get("reason") or "").partition("\n")[0],
     }
 

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def check_placement(words: list[str], sources: list[str]) -> None:
     """The layout takes as many ranks as the script, or the template of a cluster, starts."""
     if "--local" in words:
         return
-    if "sbatch" in words[:1]:
+    if "sbatch" in words:
         if "slurm/train.sbatch" not in words:
             return
         script = (ROOT / "slurm/train.sbatch").read_text()
@@ -122,7 +123,9 @@ def test_every_command_parses(path: Path) -> None:
             except SystemExit:
                 pytest.fail(f"not a command: {shlex.join(words)}")
             check_sources([*getattr(options, "config", []), *getattr(options, "overrides", [])])
-        elif "launch.submit" in words or "launch.ensemble" in words or "sbatch" in words[:1]:
+        elif "launch.submit" in words or "launch.ensemble" in words or "sbatch" in words:
+            for program in {"launch.submit", "launch.ensemble"} & {*words}:
+                import_module(program).parser().parse_args(words[words.index(program) + 1 :])
             own = [
                 w for w in words if w.startswith(("paper/", "demo", "layout", "name=", "train."))
             ]

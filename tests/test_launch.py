@@ -356,7 +356,8 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
         line.split()[1:4] for line in said.splitlines() if re.search(r"-seed-\d +\d +fin", line)
     ]
     assert rows == [["0", "finished", "2/2"], ["1", "finished", "2/2"]]
-    assert "some-seed-7  7     not begun  -     -           -" in said
+    assert re.search(r"some-seed-7  7     not begun  -     -  +-", said)
+    assert "  best top-1 error  last\n" in said
     assert "run 2 of 3: " in said
     assert "the average of 2 of 3: top-1 " in said
     trained.clear()
@@ -491,6 +492,51 @@ def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
     assert "first line" in status.table([failed])
     with pytest.raises(RunFolderError, match=r"no run\.json here"):
         status.status(tmp_path / "nowhere", {})
+
+
+def test_a_container_without_scontrol_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(
+        RunFolderError, match=r"scontrol requeue 7: .*No such file.*submit the same"
+    ):
+        job.requeue()
+
+
+def test_the_container_is_made_of_what_is_there() -> None:
+    root = configs_folder().parent
+    recipe = (root / "slurm/alexnet_dist.def").read_text()
+    files = re.findall(r"^    (\S+) /opt/alexnet_dist/(\S+)$", recipe, re.M)
+    assert len(files) == 7
+    assert all(source == to and (root / source).exists() for source, to in files)
+
+
+def test_a_finished_run_that_is_started_again_was_not_restarted(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("name=again")
+
+    def start(end: str, **more: Any) -> dict[str, Any]:
+        folder = RunFolder(config)
+        folder.take()
+        folder.running(0, 8)
+        clock[0] += 10
+        folder.saved(4)
+        assert folder.goodput() == pytest.approx(1)
+        folder.report(end, **more)
+        folder.close()
+        return status.status(config.folder, None)
+
+    clock = [1e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    assert start("stopped", exit=143)["restarts"] == 0
+    assert start("finished", exit=0)["restarts"] == 1
+    clock[0] += 1000
+    found = start("finished", exit=0)
+    assert (found["restarts"], found["goodput"]) == (1, pytest.approx(1))
+    assert read_run(config.folder)["attempt"] == 3
 
 
 def test_pickles_that_others_could_write_are_not_loaded(tmp_path: Path) -> None:

@@ -290,7 +290,10 @@ class TrainConfig:
 class EvaluateConfig:
     """Scoring the evaluation split, every image of it once."""
 
-    every_epochs: Annotated[float, Key("evaluate this often, and at the end, epochs", gt=0)]
+    every_epochs: Annotated[
+        float,
+        Key("evaluate this often, epochs, and at the end; where that is near, only then", gt=0),
+    ]
     views: Annotated[Literal[1, 10], Key("windows an image: the centre's, or the paper's ten")]
     batch: Annotated[int, Key("images at a time, all ranks together", ge=1, free=True)]
 
