@@ -47,6 +47,21 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[IO[str]]:
+    """A text file that takes the place of `path` when it is whole and on the disk; until then, and
+    where this fails, what is there stays. Its folder holds it meanwhile, as .NAME.PID.writing."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     opened = os.open(path, os.O_RDONLY)

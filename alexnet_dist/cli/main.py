@@ -15,7 +15,7 @@ from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS
 
 try:
-    from alexnet_dist.cli import datasets, measures, results, runs
+    from alexnet_dist.cli import answers, datasets, measures, results, runs
 except ImportError as error:  # a Python in which nothing was installed
     sys.exit(f"alexnet-dist: {in_words(error) or error}")
 
@@ -81,6 +81,6 @@ def build_parser() -> argparse.ArgumentParser:
         description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
     )
     command = commands_of(parser, "COMMAND")
-    for family in (runs, datasets, results, measures):
+    for family in (runs, answers, datasets, results, measures):
         family.add(command)
     return parser

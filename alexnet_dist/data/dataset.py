@@ -38,7 +38,7 @@ INDEX = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4"),
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
-_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 _LOOKED_AT = 10_000  # names, to tell a folder of images from others
 log = logging.getLogger(__name__)
 
@@ -252,7 +252,8 @@ def _images_in(folder: Path) -> str:
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names)[:left]:
-            if name.lower().endswith(_IMAGES) and name != "contact-sheet.png":  # `inspect` drew it
+            drawn = name == "contact-sheet.png"  # by `inspect`
+            if name.lower().endswith(IMAGE_SUFFIXES) and not drawn:
                 return f"{Path(root, name).relative_to(folder)}"
         left -= len(folders) + len(names)
         if left <= 0:
