@@ -124,6 +124,7 @@ def columns_picture(
 
     alone = len(next(iter(maps.values()))) == 1
     words = ("strongest maps", "the next") if alone else ("column 1", "column 2")
+    colours = (_HUES[0], _HUES[0]) if alone else _HUES
     plain = {"parse_math": False}  # a name may hold a $
     ratios = [1.25, *[1] * len(maps)]
     with figure(path, 2, len(ratios), (16, 9), width_ratios=ratios) as axes:
@@ -140,32 +141,33 @@ def columns_picture(
             picture.add_patch(
                 Rectangle(corner, side, side, fill=False, ec=colour, lw=2, linestyle=style)
             )
-        picture.set_title(title if len(title) < 28 else f"…{title[-26:]}", fontsize=16, **plain)
+        picture.set_title(title if len(title) < 26 else f"…{title[-22:]}", fontsize=16, **plain)
 
         bars.set(xlim=(0, 1), ylim=(len(answers) - 0.3, -0.7))
         bars.barh(range(len(answers)), [share for _, share in answers], color="0.8", height=0.75)
         for place, (name, share) in enumerate(answers):
             said = f"{_short(name)}  {share:.1%}"
-            bars.text(0.02, place, said, va="center", fontsize=16, **plain)
+            size = min(16, 16 * 24 / len(said))
+            bars.text(0.02, place, said, va="center", fontsize=size, **plain)
 
         for place, (layer, parts) in enumerate(maps.items(), start=1):
             tiles = [_strongest(made) for made in parts]
             most = _ACROSS * _DOWN
             blocks = [tiles[0][:most], tiles[0][most:]] if alone else tiles
-            for row, (block, colour) in enumerate(zip(blocks, _HUES, strict=True)):
-                panel, hue = axes[row, place], "black" if alone else colour
+            for row, block in enumerate(blocks):
+                panel, colour = axes[row, place], colours[row]
                 shades = LinearSegmentedColormap.from_list("", ["white", colour, "black"])
                 shades.set_bad("0.8")  # between maps
                 if len(block):
                     panel.imshow(_tiled(block[:most]), cmap=shades, vmin=0, vmax=1.4)
                 count, tall, wide = parts[0].shape
                 about = f"{layer}\n{count} maps of {tall} × {wide}" if row == 0 else layer
-                panel.set_title(about, fontsize=min(15, 80 // len(maps)), color=hue)
+                panel.set_title(about, fontsize=min(15, 80 // len(maps)), color=colour)
             if place == 1:
                 for row, word in enumerate(words):
                     axes[row, 1].text(
                         -0.06, 0.5, word, rotation=90, va="center", ha="right", fontsize=20,
-                        color="black" if alone else _HUES[row], transform=axes[row, 1].transAxes,
+                        color=colours[row], transform=axes[row, 1].transAxes,
                     )  # fmt: skip
         picture.figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         picture.figure.supxlabel(
@@ -188,8 +190,8 @@ def _tiled(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
     zoom = -(-64 // maps.shape[1])  # so that lines can be thin beside small maps
     maps = maps.repeat(zoom, axis=1).repeat(zoom, axis=2)
     gap = max(1, maps.shape[1] // 16)
-    empty = _ACROSS * _DOWN - len(maps)
-    padded = np.pad(maps, ((0, empty), (gap, 0), (gap, 0)), constant_values=np.nan)
+    filled = np.pad(maps, ((0, _ACROSS * _DOWN - len(maps)), (0, 0), (0, 0)))
+    padded = np.pad(filled, ((0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
     rows = padded.reshape(_DOWN, _ACROSS, *padded.shape[1:]).swapaxes(1, 2)
     whole = rows.reshape(_DOWN * padded.shape[1], -1)
     return np.pad(whole, ((0, gap), (0, gap)), constant_values=np.nan)
