@@ -48,15 +48,13 @@ def write(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[IO[str]]:
-    """A text file that takes the place of `path` when it is whole and on the disk; until then, and
-    where this fails, what is there stays. Its folder holds it meanwhile, as .NAME.PID.writing."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.writing")
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under; what is written takes the place of `path` when it is
+    whole and on the disk. Until then, and where this fails, what is there stays."""
+    aside = path.with_name(f".{os.getpid()}.writing.{path.name}")
     try:
-        with aside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        yield aside
+        sync(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

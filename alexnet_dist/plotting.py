@@ -157,7 +157,7 @@ def columns_picture(
             for row, block in enumerate(blocks):
                 panel, colour = axes[row, place], colours[row]
                 shades = LinearSegmentedColormap.from_list("", ["white", colour, "black"])
-                shades.set_bad("0.8")  # between maps
+                shades = shades.with_extremes(bad="0.8")  # between maps
                 if len(block):
                     panel.imshow(_tiled(block[:most]), cmap=shades, vmin=0, vmax=1.4)
                 count, tall, wide = parts[0].shape

@@ -87,7 +87,7 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     kept = list(told()) if options.picture else told()
     views = options.views or trained.config.evaluate.views
-    with written_aside(options.out) if options.out else _printed() as file:
+    with _file(options.out) as file:
         if not quiet:
             _as_text(kept, options.top, file)
         elif options.csv or (options.out and options.out.suffix == ".csv"):
@@ -118,11 +118,19 @@ def _take_device(trained: "Trained") -> None:
 
 
 @contextlib.contextmanager
-def _printed() -> Iterator[IO[str]]:
-    """Standard output, for names of any bytes."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    yield sys.stdout
+def _file(out: Path | None) -> Iterator[IO[str]]:
+    """What is written to: a file that takes the place of `out` when it is whole, or standard
+    output; either takes names of any bytes."""
+    if out is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        yield sys.stdout
+        return
+    with (
+        written_aside(out) as aside,
+        aside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        yield file
 
 
 def _as_text(predictions: Iterable["Prediction"], top: int, file: IO[str]) -> None:

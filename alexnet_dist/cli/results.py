@@ -25,6 +25,12 @@ def add(command: AddCommand) -> None:
     sub.add_argument("out", type=out, help="file to write")
     kinds = ["safetensors", "torchvision", "caffe", "onnx"]
     sub.add_argument("--format", choices=kinds, required=True)
+    sub.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="onnx: its packed data set, where that has moved",
+    )
 
     sub = command("import", import_, "make a checkpoint of another program's weights")
     sub.add_argument("file", type=Path)
@@ -59,7 +65,7 @@ def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Write weights as another program reads them."""
     from alexnet_dist.formats.convert import export_weights
 
-    print(export_weights(options.format, options.checkpoint, options.out))
+    print(export_weights(options.format, options.checkpoint, options.out, options.data))
     return 0
 
 

@@ -318,6 +318,24 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
     return dataset
 
 
+def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:
+    """The data set that a network was trained on, where the config says.
+
+    Args:
+        digest: of that data set.
+        trained: the network's checkpoint.
+
+    Raises DatasetError where it is not there, or is another: of other names or another mean.
+    """
+    folder = Path(config.data.path)
+    if not (folder / "dataset.json").exists() or open_dataset(folder).digest != digest:
+        raise DatasetError(
+            f"data.path={str(folder)!r}: the data set that {trained} was trained on is not there: "
+            "say where it lies, --data FOLDER; from Python load_checkpoint(path, data=FOLDER)"
+        )
+    return open_for(config, trained)
+
+
 def check_damaged(config: Config, split: Split, damaged: int) -> None:
     """Raises DatasetError where more samples of a split are damaged than a run may bear."""
     bound = config.data.max_damaged * len(split)

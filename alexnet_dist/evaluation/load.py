@@ -12,9 +12,8 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import Dataset, open_dataset, open_for
+from alexnet_dist.data.dataset import Dataset, open_for, open_trained_on
 from alexnet_dist.data.preprocess import Finish, on_canvas
-from alexnet_dist.errors import DatasetError
 from alexnet_dist.evaluation.predict import (
     Prediction,
     features,
@@ -54,14 +53,8 @@ class Trained:
         """
         if self.given:
             return open_for(self.config, self.checkpoint.path)
-        folder, made_by = Path(self.config.data.path), self.checkpoint.manifest["dataset"]
-        if not (folder / "dataset.json").exists() or open_dataset(folder).digest != made_by:
-            raise DatasetError(
-                f"data.path={str(folder)!r}: the data set that {self.checkpoint.path} was trained "
-                "on is not there: say where it lies, --data FOLDER; from Python "
-                "load_checkpoint(path, data=FOLDER)"
-            )
-        return open_for(self.config, self.checkpoint.path)
+        made_by = self.checkpoint.manifest["dataset"]
+        return open_trained_on(self.config, made_by, self.checkpoint.path)
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from alexnet_dist.data.prepare.convert import RefusedImage, convert, keeps_sizes
 from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import ConfigError, DatasetError, MachineError, filled_by
-from alexnet_dist.files import MOST_ENCODED, read_bytes
+from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.model import AlexNet, side_by_side
 from alexnet_dist.network.precision import autocast, parameter_dtype
 from alexnet_dist.parallel.spawn import leave_with_parent
@@ -151,7 +151,8 @@ def draw(
     image = convert(read_bytes(prediction.path, MOST_ENCODED), keep=True).image
     whole = image.expand(3, -1, -1).movedim(0, -1).numpy()
     seen = config.model.crop / config.data.canvas
-    columns_picture(out, prediction.path.name, whole, seen, prediction.top(), maps)
+    with written_aside(out) as aside:
+        columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
 
 
 def windows_of(config: Config, finish: Finish, canvases: Tensor) -> Tensor:
