@@ -156,8 +156,8 @@ def columns_picture(
             blocks = [tiles[0][:most], tiles[0][most:]] if alone else tiles
             for row, block in enumerate(blocks):
                 panel, colour = axes[row, place], colours[row]
-                shades = LinearSegmentedColormap.from_list("", ["white", colour, "black"])
-                shades = shades.with_extremes(bad="0.8")  # between maps
+                ends = LinearSegmentedColormap.from_list("", ["white", colour, "black"])
+                shades = ends.with_extremes(bad="0.8")  # between maps
                 if len(block):
                     panel.imshow(_tiled(block[:most]), cmap=shades, vmin=0, vmax=1.4)
                 count, tall, wide = parts[0].shape

@@ -277,6 +277,23 @@ def test_the_printed_maps_are_those_that_are_made(preset: str) -> None:
     assert sides == [side for side, _ in map_sides(config.model)]
 
 
+def test_the_documents_example_runs(
+    own: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    example, _ = re.findall(r"```python\n(.*?)```", (ROOT / "docs/predict.md").read_text(), re.S)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(own.config.folder)
+    for place, name in enumerate(("boot", "trousers")):
+        (tmp_path / f"{name}.png").write_bytes(encoded(photograph(place), "PNG"))
+    exec(example)
+    said = capsys.readouterr().out
+    assert said.startswith("AlexNet of 2 columns, 3 classes")
+    assert re.search(r"^boot.png \[\('(ant|bee|cat)', 0\.\d+\), ", said, re.M)
+    assert said.endswith("torch.Size([2, 28])\n")
+
+
 def test_the_documents_program_answers_as_predict(own: Trained, tmp_path: Path) -> None:
     """What the page shows, by onnxruntime, Pillow and NumPy alone."""
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
