@@ -119,12 +119,8 @@ def columns_picture(
         maps: of each layer, each column's (maps, h, w), of which the strongest are shown; of one
             column twice as many.
     """
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Rectangle
 
-    alone = len(next(iter(maps.values()))) == 1
-    words = ("strongest maps", "the next") if alone else ("column 1", "column 2")
-    colours = (_HUES[0], _HUES[0]) if alone else _HUES
     plain = {"parse_math": False}  # a name may hold a $
     ratios = [1.25, *[1] * len(maps)]
     with figure(path, 2, len(ratios), (16, 9), width_ratios=ratios) as axes:
@@ -150,30 +146,41 @@ def columns_picture(
             size = min(16, 16 * 24 / len(said))
             bars.text(0.02, place, said, va="center", fontsize=size, **plain)
 
-        for place, (layer, parts) in enumerate(maps.items(), start=1):
-            tiles = [_strongest(made) for made in parts]
-            most = _ACROSS * _DOWN
-            blocks = [tiles[0][:most], tiles[0][most:]] if alone else tiles
-            for row, block in enumerate(blocks):
-                panel, colour = axes[row, place], colours[row]
-                ends = LinearSegmentedColormap.from_list("", ["white", colour, "black"])
-                shades = ends.with_extremes(bad="0.8")  # between maps
-                if len(block):
-                    panel.imshow(_tiled(block[:most]), cmap=shades, vmin=0, vmax=1.4)
-                count, tall, wide = parts[0].shape
-                about = f"{layer}\n{count} maps of {tall} × {wide}" if row == 0 else layer
-                panel.set_title(about, fontsize=min(15, 80 // len(maps)), color=colour)
-            if place == 1:
-                for row, word in enumerate(words):
-                    axes[row, 1].text(
-                        -0.06, 0.5, word, rotation=90, va="center", ha="right", fontsize=20,
-                        color=colours[row], transform=axes[row, 1].transAxes,
-                    )  # fmt: skip
+        _show_maps(axes[:, 1:], maps)
         picture.figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         picture.figure.supxlabel(
-            f"Of each layer the maps with the largest sums, up to {most}, each scaled to its own "
-            "largest value, darkest. Dashed: what the network sees.", fontsize=14, color="0.3",
+            f"Of each layer the maps with the largest sums, up to {_ACROSS * _DOWN}, each scaled to "
+            "its own largest value, darkest. Dashed: what the network sees.",
+            fontsize=14, color="0.3",
         )  # fmt: skip
+
+
+def _show_maps(axes: Any, maps: Mapping[str, Sequence[npt.NDArray[Any]]]) -> None:
+    """The strongest maps of each layer, a row of axes (2, layers) for each column."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    alone = len(next(iter(maps.values()))) == 1
+    words = ("strongest maps", "the next") if alone else ("column 1", "column 2")
+    colours = (_HUES[0], _HUES[0]) if alone else _HUES
+    most = _ACROSS * _DOWN
+    for place, (layer, parts) in enumerate(maps.items()):
+        tiles = [_strongest(made) for made in parts]
+        blocks = [tiles[0][:most], tiles[0][most:]] if alone else tiles
+        for row, block in enumerate(blocks):
+            panel, colour = axes[row, place], colours[row]
+            ends = LinearSegmentedColormap.from_list("", ["white", colour, "black"])
+            shades = ends.with_extremes(bad="0.8")  # between maps
+            if len(block):
+                panel.imshow(_tiled(block[:most]), cmap=shades, vmin=0, vmax=1.4)
+            count, tall, wide = parts[0].shape
+            about = f"{layer}\n{count} maps of {tall} × {wide}" if row == 0 else layer
+            panel.set_title(about, fontsize=min(15, 80 // len(maps)), color=colour)
+        if place == 0:
+            for row, word in enumerate(words):
+                axes[row, 0].text(
+                    -0.06, 0.5, word, rotation=90, va="center", ha="right", fontsize=20,
+                    color=colours[row], transform=axes[row, 0].transAxes,
+                )  # fmt: skip
 
 
 def _strongest(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -173,7 +173,7 @@ def test_a_bad_image_is_named_and_the_others_go_on(own: Trained, holiday: Path) 
     assert re.search(r"holiday/text.PNG: none of JPEG, PNG", result.stderr)
     assert told[-1] == (
         "2 of 6 images answered, written to out.csv; 4 could not be read, and are named above; "
-        "1 other files passed over"
+        "other files passed over: 1"
     )
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
     assert [row["image"] for row in rows] == [

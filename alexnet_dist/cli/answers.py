@@ -58,7 +58,7 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.parallel.device import cores
 
     paths, others = answers.images_in(options.image)
-    passed_over = f"; {others} other files passed over" if others else ""
+    passed_over = f"; other files passed over: {others}" if others else ""
     if not paths:
         raise ConfigError(
             f"{options.image[0]}: no image below it{passed_over}: name files, or another folder"

@@ -28,7 +28,7 @@ from alexnet_dist.network.precision import autocast, parameter_dtype
 from alexnet_dist.parallel.spawn import leave_with_parent
 from alexnet_dist.plotting import columns_picture
 
-WORTH_A_PROCESS = 250  # images: what reading them takes, and the start of a process
+WORTH_A_PROCESS = 500  # images: what reading them takes, and the start of a process
 _AHEAD = 16  # images read ahead by each process
 Canvas = npt.NDArray[np.uint8]  # (side, side, 3)
 
