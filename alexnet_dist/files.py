@@ -48,6 +48,19 @@ def write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under; what is written takes the place of `path` when it is
+    whole and on the disk. Until then, and where this fails, what is there stays."""
+    aside = path.with_name(f".{os.getpid()}.writing.{path.name}")
+    try:
+        yield aside
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, are on the disk."""
     opened = os.open(path, os.O_RDONLY)

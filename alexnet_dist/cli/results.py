@@ -33,6 +33,12 @@ def add(command: AddCommand) -> None:
     sub.add_argument("out", type=out, help="file to write")
     kinds = ["safetensors", "torchvision", "caffe", "onnx"]
     sub.add_argument("--format", choices=kinds, required=True)
+    sub.add_argument(
+        "--data",
+        type=path,
+        metavar="FOLDER",
+        help="onnx: its packed data set, where that has moved",
+    )
 
     sub = command(
         "import", import_, "make a checkpoint of another program's weights",
@@ -72,7 +78,7 @@ def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     check_trained(options.checkpoint)
     from alexnet_dist.formats.convert import export_weights
 
-    print(export_weights(options.format, options.checkpoint, options.out))
+    print(export_weights(options.format, options.checkpoint, options.out, options.data))
     return 0
 
 

@@ -40,7 +40,7 @@ INDEX = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4"),
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
-_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 _LOOKED_AT = 10_000  # names, to tell a folder of images from others
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,8 @@ def _images_in(folder: Path) -> str:
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names)[:left]:
-            if name.lower().endswith(_IMAGES) and name != "contact-sheet.png":  # `inspect` drew it
+            drawn = name == "contact-sheet.png"  # by `inspect`
+            if name.lower().endswith(IMAGE_SUFFIXES) and not drawn:
                 return f"{Path(root, name).relative_to(folder)}"
         left -= len(folders) + len(names)
         if left <= 0:
@@ -317,6 +318,24 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
             )
         )
     return dataset
+
+
+def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:
+    """The data set that a network was trained on, where the config says.
+
+    Args:
+        digest: of that data set.
+        trained: the network's checkpoint.
+
+    Raises DatasetError where it is not there, or is another: of other names or another mean.
+    """
+    folder = Path(config.data.path)
+    if not (folder / "dataset.json").exists() or open_dataset(folder).digest != digest:
+        raise DatasetError(
+            f"data.path={str(folder)!r}: the data set that {trained} was trained on is not there: "
+            "say where it lies, --data FOLDER; from Python load_checkpoint(path, data=FOLDER)"
+        )
+    return open_for(config, trained)
 
 
 def check_damaged(config: Config, split: Split, damaged: int) -> None:

@@ -15,7 +15,7 @@ from alexnet_dist.data.batch import Batch
 from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, with_damaged
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.network.model import AlexNet, Layer
-from alexnet_dist.network.precision import DTYPES, parameter_dtype
+from alexnet_dist.network.precision import DTYPES, autocast, parameter_dtype
 from alexnet_dist.parallel.columns import ColumnExchange, merge
 from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16, summed
 from alexnet_dist.parallel.topology import Topology
@@ -198,5 +198,4 @@ class TorchEngine:
         return self._layer(name).rows
 
     def _autocast(self) -> AbstractContextManager[object]:
-        enabled = self.config.train.precision == "bf16"
-        return torch.autocast(self.topology.device.type, torch.bfloat16, enabled=enabled)
+        return autocast(self.config.train.precision, self.topology.device)
