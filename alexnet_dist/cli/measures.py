@@ -65,6 +65,16 @@ def _add_bench(command: AddCommand) -> None:
         sub = part(name, bench_config, help)
         sub.set_defaults(part=name)
         sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+        if name == "step":
+            sub.add_argument(
+                "--batch",
+                type=count,
+                nargs="+",
+                default=[],
+                help="instead of train.batch; at those after the first, less is timed",
+            )
+            sub.add_argument("--kernels", action="store_true",
+                             help="what a step takes its time for, and nothing else")  # fmt: skip
         if name == "layouts":
             sub.add_argument("--ranks", type=count, default=2, help="on this host")
         if name == "end-to-end":
@@ -84,7 +94,13 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = load_config(["layout.kind=one", *options.config])
     match options.part:
         case "step":
-            from alexnet_dist.bench.step import bench_step as bench
+            from alexnet_dist.bench import step
+
+            if options.kernels:
+                found = step.bench_kernels(config, options.repeats)
+                print(json.dumps(found) if options.json else step.kernel_lines(found))
+                return 0
+            return _bench(step.bench_step(config, options.repeats, options.batch), options)
         case "lrn":
             from alexnet_dist.bench.lrn import bench_lrn as bench
         case "layouts":
