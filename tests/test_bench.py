@@ -12,7 +12,7 @@ import torch
 from conftest import TINY, alexnet_dist, assert_close
 
 from alexnet_dist import bench
-from alexnet_dist.bench import step
+from alexnet_dist.bench import end_to_end, step
 from alexnet_dist.bench.data import index_cost
 from alexnet_dist.bench.layouts import bench_layouts
 from alexnet_dist.bench.step import Eager, graphed, plain
@@ -20,6 +20,7 @@ from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import spawn
 
@@ -69,12 +70,18 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(packed: Path) -> None
     assert found["ratios"]["resident / planned and the libraries"] > 0.5
 
 
-def test_bench_lrn_holds_ours_against_torchs() -> None:
-    result = alexnet_dist("bench", "lrn", *TINY, "--repeats", "1", "--json")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["ceilings"]["largest difference of gradients"] < 1e-4
-    assert found["ratios"]["nn.LocalResponseNorm, fp32 / ours, fp32"] > 0
+def test_bench_maps_holds_ours_against_torchs(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "maps", *TINY, "--repeats", "1", "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    for what in ("maps", "LRN"):
+        assert found["ceilings"][f"{what}, largest difference of gradients"] < 1e-4
+    run = found["runs"][0]
+    assert found["ratios"]["LRN, plain, fp32 / LRN, ours, fp32"] == (
+        run["LRN, plain, fp32"] / run["LRN, ours, fp32"]
+    )
+    assert found["ratios"]["ours, bf16 / a copy"] == (
+        run["ours, bf16"] / run["a copy of the maps, bf16"]
+    )
 
 
 def test_the_reference_computes_what_our_network_does() -> None:
@@ -137,7 +144,9 @@ def test_a_graph_is_captured_once_after_steps_on_another_stream(
     assert said == [*warm, "into Graph", "step", "out", "replay", "replay"]
 
 
-def test_a_gpus_ratios_are_of_what_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpus_ratios_are_of_what_they_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """As on a GPU, by contestants that say how long they took: by name, 8 ms and more."""
     made = []
 
@@ -148,6 +157,8 @@ def test_a_gpus_ratios_are_of_what_they_name(monkeypatch: pytest.MonkeyPatch) ->
             made.append((config.train.batch, name, pieces))
 
         def __call__(self) -> float:
+            if self.name == "eager, bf16, compiled":
+                raise ConfigError("bench: failed")
             return self.seconds
 
         def close(self) -> None:
@@ -172,6 +183,9 @@ def test_a_gpus_ratios_are_of_what_they_name(monkeypatch: pytest.MonkeyPatch) ->
     assert found["ratios"]["ours, tf32 / eager, fp32"] == run["eager, fp32"] / run["ours, tf32"]
     assert {pieces for batch, _, pieces in made if batch == 1024} == {6}
     assert "ours, fp32, batch 1024" not in run
+    assert "eager, bf16" in run
+    assert "eager, bf16, compiled" not in run
+    assert "left out" in caplog.text
     assert "MFU" in bench.table(found)
 
 
@@ -220,3 +234,29 @@ def test_an_index_of_imagenets_size_is_ready_at_once_and_small() -> None:
     cost = index_cost(1_300_000, batch=128)
     assert cost["index, order of 1300000, MB"] < 100
     assert cost["index, order of 1300000, s"] < 3  # measured: a third of a second
+
+
+def test_a_cold_start_finds_no_kernel_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[dict[str, str] | None] = []
+
+    class Process:
+        stderr = ("loading\n", "step 1/9\n")
+
+        def __init__(self, command: list[str], env: dict[str, str] | None, **_: object) -> None:
+            seen.append(env)
+
+        def terminate(self) -> None:
+            pass
+
+        communicate = terminate
+
+    monkeypatch.setattr(end_to_end.subprocess, "Popen", Process)
+    config = load_config([*TINY, "layout.kind=one"])
+    assert end_to_end._first_step(config) >= 0
+    assert end_to_end._first_step(config, cold=True) >= 0
+    warm, cold = seen
+    assert warm is None
+    assert cold is not None
+    folders = {Path(cold[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    assert len(folders) == 2
+    assert not any(folder.exists() for folder in folders)

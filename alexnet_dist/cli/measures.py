@@ -57,7 +57,7 @@ def _add_bench(command: AddCommand) -> None:
 
     for name, help in (
         ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
-        ("lrn", "local response normalisation, beside nn.LocalResponseNorm"),
+        ("maps", "bias, ReLU, normalisation and pooling of conv1's maps, beside torch's"),
         ("layouts", "every layout on this host's ranks, beside one process and replicas"),
         ("checkpoint", "what a save costs the loop"),
         ("end-to-end", "training from data.path beside ready batches; ten views; start; memory"),
@@ -101,8 +101,8 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 print(json.dumps(found) if options.json else step.kernel_lines(found))
                 return 0
             return _bench(step.bench_step(config, options.repeats, options.batch), options)
-        case "lrn":
-            from alexnet_dist.bench.lrn import bench_lrn as bench
+        case "maps":
+            from alexnet_dist.bench.maps import bench_maps as bench
         case "layouts":
             from alexnet_dist.bench.layouts import bench_layouts
 
