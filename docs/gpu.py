@@ -46,6 +46,8 @@ def of_bench(printed: str) -> Figures:
 def of_pytest(printed: str) -> Figures:
     """How many tests ended how, the rest of them killed too."""
     ended = re.findall(r"^(?:tests/\S.* |\[gw\d+\].*)(PASSED|FAILED|SKIPPED|ERROR)", printed, re.M)
+    if "PASSED" not in ended:
+        raise ValueError("no test passed")
     return {"tests": {word.lower(): float(ended.count(word)) for word in sorted({*ended})}}
 
 
@@ -73,17 +75,18 @@ def _from_shards(pipeline: str) -> Part:
     return Part([["docs/gpu.py", "--photographs", "data/gpu-images"], prepare, bench], 110)
 
 
+def _pytest(*which: str) -> list[str]:
+    return ["-m", "pytest", *which, "-v", "-n", "4"]
+
+
 PARTS = {
-    "tests": Part(
-        [["-m", "pytest", "-m", "gpu", "-v", "-n", "4", "--continue-on-collection-errors"]],
-        170,
-        of_pytest,
-    ),
-    "step": Part([_bench("step", "--batch", "128", "1024")], 240),
+    "tests": Part([_pytest("-m", "gpu", "--continue-on-collection-errors")], 170, of_pytest),
+    "step": Part([_bench("step", "--batch", "128", "1024")], 300),
     "maps": Part([_bench("maps")], 60),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 60),
     "end-to-end": _from_shards("dali"),
     "end-to-end-torch": _from_shards("torch"),
+    "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest),
 }
 
 
@@ -162,7 +165,9 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
     begin, failed = time.monotonic(), ""
     row = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "command": " ".join(part.commands[-1]).removeprefix("-m ").replace("_", "-", 1),
+        "command": " ".join(part.commands[-1])
+        .removeprefix("-m ")
+        .replace("alexnet_dist", "alexnet-dist"),
     }
     for command in part.commands:
         left = begin + part.limit - time.monotonic()

@@ -1,5 +1,6 @@
 """docs/gpu.py, which measures on a GPU, by parts that need none."""
 
+import contextlib
 import json
 import runpy
 import time
@@ -72,10 +73,12 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     found = {row["part"]: row for row in GPU["read_rows"](rows)}
     assert [*found] == ["slow", "broken", "mute", "tests", "good"]  # the long one does not fit
     assert found["slow"]["failed"].startswith("not done after 3 s: ")
-    assert not psutil.pid_exists(int(found["slow"]["failed"].split()[-1]))
+    with contextlib.suppress(psutil.NoSuchProcess):  # or killed, and not yet reaped
+        psutil.Process(int(found["slow"]["failed"].split()[-1])).wait(30)
     assert found["broken"]["failed"] == "exit 1: no such option"
     assert found["mute"]["failed"].startswith("its output says nothing")
     assert found["tests"]["failed"].startswith("exit 1: tests/test_gpu.py")
+    assert found["tests"]["command"].startswith("-c print(")
     assert found["tests"]["figures"] == {"tests": {"failed": 1, "passed": 1}}
     assert "failed" not in found["good"]
     parts = {"broken": Part([says(json.dumps(FOUND))], 60)}  # mended: it is asked again
@@ -92,6 +95,8 @@ def test_the_parts_are_commands_that_there_are() -> None:
                 options = parser.parse_args(arguments)
                 if hasattr(options, "config"):
                     load_config(options.config)
+            for file in (word for word in arguments if word.endswith(".py")):
+                assert Path(GPU["ROOT"], file).exists()
 
 
 def test_what_is_made_to_train_on_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
