@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+GPU_PYTHON ?= $(BIN)/python
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo report results test test-slurm drill check format sample docs clean
+.PHONY: help venv demo report results test gpu test-slurm drill check format sample docs clean
 
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -36,6 +37,9 @@ results: $(READY) ## train and evaluate all of docs/results.md; hours; goes on w
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not drill and not slurm"
 
+gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## what this GPU says, into docs/gpu.jsonl: minutes; goes on where it was; PARTS=…
+	$(GPU_PYTHON) docs/gpu.py $(PARTS) $(if $(COMMIT),--commit $(COMMIT))
+
 test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-get install slurm-wlm munge
 	$(BIN)/python -m pytest -m slurm -s tests/test_slurm.py
 
@@ -58,8 +62,9 @@ sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-
 	$(BIN)/python configs/fashion-mnist-sample/cut.py \
 		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
 
-docs: $(READY)  ## docs/configuration.md again, from the dataclasses
+docs: $(READY)  ## docs/configuration.md again, from the dataclasses; and performance.md's tables
 	$(BIN)/python docs/document_config.py
+	$(BIN)/python docs/gpu.py --document
 
 clean:          ## remove what `make` made, except data and runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -182,7 +182,8 @@ def test_the_fingerprint_holds_what_defines_the_run(tiny: Callable[..., Config])
             "train.epochs=200", "train.micro_batches=4", "evaluate.batch=3"]  # fmt: skip
     assert fingerprint(tiny("schedule.kind=steps", *free)) == base
     for defining in ("seed=1", "train.batch=16", "schedule.rate=0.5", "model.dropout=0.1",
-                     "data.lighting=0", "train.precision=fp32", "evaluate.views=10"):  # fmt: skip
+                     "data.lighting=0", "train.precision=fp32", "train.precision=tf32",
+                     "evaluate.views=10"):  # fmt: skip
         assert fingerprint(tiny("schedule.kind=steps", defining)) != base
     longer = fingerprint(tiny("schedule.kind=polynomial", "train.epochs=200"))
     assert longer != fingerprint(tiny("schedule.kind=polynomial"))

@@ -34,6 +34,7 @@ from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
 from alexnet_dist.formats.convert import export_weights
+from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment, rendezvous, spawn, topology
 from alexnet_dist.parallel.device import take_device
 from alexnet_dist.parallel.stop_signals import handlers_restored
@@ -81,6 +82,20 @@ def no_gpu(tiny: Tiny, patch: Patch) -> None:
 def one_gpu_for_two_columns(tiny: Tiny, patch: Patch) -> None:
     patch.setattr(torch.cuda, "device_count", lambda: 1)
     take_device(tiny("layout.device=cuda"), environment.Place(0, 2, 0, 2))
+
+
+def tf32_on_a_cpu(tiny: Tiny, patch: Patch) -> None:
+    train(tiny(ALONE, "train.precision=tf32"))
+
+
+def bf16_on_an_old_gpu(tiny: Tiny, patch: Patch) -> None:
+    patch.setattr(torch.cuda, "device_count", lambda: 1)
+    patch.setattr(torch.cuda, "set_device", lambda device: None)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    patch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    old = ("layout.device=cuda", "layout.kind=one", "train.precision=fp32")
+    assert take_device(tiny(*old), environment.Place()).type == "cuda"
+    take_device(tiny(*old, "train.precision=bf16"), environment.Place())
 
 
 def dali_without_driver(tiny: Tiny, patch: Patch) -> None:
@@ -199,6 +214,8 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (out_of_memory, r"this machine's memory is full: raise train\.micro_batches.*tried to all"),
         (no_gpu, r"layout\.device=cuda: 1 ranks .* 0 are here; set layout\.device=auto .*doctor"),
         (one_gpu_for_two_columns, r"2 ranks .* need a GPU each, and 1 are here; "),
+        (tf32_on_a_cpu, r"train\.precision=tf32: only a GPU has it, .*precision=fp32 or bf16$"),
+        (bf16_on_an_old_gpu, r"bf16: Tesla V100 is of compute capability 7\.0, .*precision=fp32$"),
         (dali_without_driver, r"data\.pipeline=dali: no pipeline .* on cuda:0 .*pipeline=torch"),
         (dali_not_installed, r"nvidia\.dali is not installed .*pip install nvidia-dali-cuda120"),
         (onnx_not_installed, r"--format onnx needs onnx: pip install 'alexnet-dist\[export\]'"),
@@ -427,3 +444,13 @@ def test_a_python_that_cannot_run_it_is_told_so(before: str, said: str, tmp_path
     assert said in result.stderr
     assert result.stderr.startswith("alexnet-dist: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_only_tf32_lets_a_gpu_round_factors(tiny: Tiny) -> None:
+    for precision, allowed in (("bf16", False), ("tf32", True), ("fp32", False), ("fp64", False)):
+        allow_tf32(precision)
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    torch.backends.cudnn.allow_tf32 = True
+    topology.connect(tiny(ALONE, "train.precision=fp32"))
+    assert not torch.backends.cudnn.allow_tf32

@@ -121,6 +121,7 @@ def test_a_rank_takes_its_own_gpu(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     place = Place(1, 2, 1, 2, 0, (2,), gpus_on_node)
     assert str(take_device(tiny("layout.device=auto"), place)) == device
 

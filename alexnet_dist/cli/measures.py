@@ -71,7 +71,7 @@ def _add_bench(command: AddCommand) -> None:
 
     for name, help in (
         ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
-        ("lrn", "local response normalisation, beside nn.LocalResponseNorm"),
+        ("maps", "bias, ReLU, normalisation and pooling of conv1's maps, beside torch's"),
         ("layouts", "every layout on this host's ranks, beside one process and replicas"),
         ("checkpoint", "what a save costs the loop"),
         ("end-to-end", "training from data.path beside ready batches; ten views; start; memory"),
@@ -79,6 +79,16 @@ def _add_bench(command: AddCommand) -> None:
         sub = part(name, bench_config, help)
         sub.set_defaults(part=name)
         sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+        if name == "step":
+            sub.add_argument(
+                "--batch",
+                type=count,
+                nargs="+",
+                default=[],
+                help="instead of train.batch; at those after the first, less is timed",
+            )
+            sub.add_argument("--kernels", action="store_true",
+                             help="what a step takes its time for, and nothing else")  # fmt: skip
         if name == "layouts":
             sub.add_argument("--ranks", type=count, default=2, help="on this host")
         if name == "end-to-end":
@@ -98,9 +108,15 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = load_config(["layout.kind=one", *options.config])
     match options.part:
         case "step":
-            from alexnet_dist.bench.step import bench_step as bench
-        case "lrn":
-            from alexnet_dist.bench.lrn import bench_lrn as bench
+            from alexnet_dist.bench import step
+
+            if options.kernels:
+                found = step.bench_kernels(config, options.repeats)
+                print(json.dumps(found) if options.json else step.kernel_lines(found))
+                return 0
+            return _bench(step.bench_step(config, options.repeats, options.batch), options)
+        case "maps":
+            from alexnet_dist.bench.maps import bench_maps as bench
         case "layouts":
             from alexnet_dist.bench.layouts import bench_layouts
 

@@ -276,8 +276,10 @@ class TrainConfig:
             "0 = only then", ge=0, free=True),
     ]  # fmt: skip
     precision: Annotated[
-        Literal["bf16", "fp32", "fp64"], Key("bf16: autocast, weights stay in fp32")
-    ]
+        Literal["bf16", "tf32", "fp32", "fp64"],
+        Key("bf16: autocast, weights stay in fp32; tf32: fp32, and a GPU's products of factors of "
+            "11 bits, from Ampere on; fp32 and fp64: just that"),
+    ]  # fmt: skip
     deterministic: Annotated[bool, Key("GPU: only kernels that repeat to the bit", free=True)]
     compile: Annotated[
         Literal["none", "inductor", "aot_eager"],

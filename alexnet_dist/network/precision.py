@@ -2,7 +2,11 @@
 
 import torch
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+# Of what the network sees.
+DTYPES = {
+    "bf16": torch.bfloat16, "tf32": torch.float32, "fp32": torch.float32, "fp64": torch.float64,
+}  # fmt: skip
+FIRST_WITH = {"bf16": (8, 0), "tf32": (8, 0)}  # compute capability of GPUs: Ampere's
 
 
 def parameter_dtype(precision: str) -> torch.dtype:
@@ -13,3 +17,12 @@ def parameter_dtype(precision: str) -> torch.dtype:
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """What a network computes under, in training and when it answers."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def allow_tf32(precision: str) -> None:
+    """Let this process's GPU round the factors of float32 products and convolutions to TF32's 11
+    bits under tf32, and under no other: torch lets cuDNN do so by default."""
+    # By the flags that torch 2.11's and 2.14's own code still reads: after torch's newer
+    # `fp32_precision` reading these raises.
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
