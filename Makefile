@@ -2,9 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+export PIP_ROOT_USER_ACTION := ignore
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+GPU_PYTHON ?= $(BIN)/python
 READY := $(VENV)/.ready
 
-.PHONY: help venv demo report results test test-slurm drill check format sample docs clean
+.PHONY: help venv demo report results test gpu test-slurm drill check format sample docs clean
 
 help:           ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -14,10 +17,11 @@ venv: $(READY)  ## .venv with everything, kept up to date
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check,export]'
+	@echo "installing into $(VENV): a few minutes, and about 7 GB"
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt torch torchvision
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,check,export]'
 	@touch $@
 
 demo: $(READY)  ## train the two-column network on bundled images: minutes on two CPU cores
@@ -32,6 +36,9 @@ results: $(READY) ## train and evaluate all of docs/results.md; hours; goes on w
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not drill and not slurm"
+
+gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## what this GPU says, into docs/gpu.jsonl: minutes; goes on where it was; PARTS=…
+	$(GPU_PYTHON) docs/gpu.py $(PARTS) $(if $(COMMIT),--commit $(COMMIT))
 
 test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-get install slurm-wlm munge
 	$(BIN)/python -m pytest -m slurm -s tests/test_slurm.py
@@ -55,8 +62,9 @@ sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-
 	$(BIN)/python configs/fashion-mnist-sample/cut.py \
 		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
 
-docs: $(READY)  ## docs/configuration.md again, from the dataclasses
+docs: $(READY)  ## docs/configuration.md again, from the dataclasses; and performance.md's tables
 	$(BIN)/python docs/document_config.py
+	$(BIN)/python docs/gpu.py --document
 
 clean:          ## remove what `make` made, except data and runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from alexnet_dist.errors import RunFolderError, cannot_be_read
+from alexnet_dist.errors import CheckpointError, RunFolderError, cannot_be_read, looked_in
 
 _MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
 MOST_MEMORY = 2**30  # bytes that reading one image or header may take
@@ -30,7 +30,8 @@ MOST_SCANS = 64
 MOST_SEGMENTS = 1000
 MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
 # Of run.json: what is reckoned with, and left out where it is no number.
-_COUNTS = ("attempt", "idle_restarts", "resumed_at", "newest_step", "first_started", "kept_s")
+_COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "first_started",
+           "updated", "kept_s", "rested_s")  # fmt: skip
 
 
 def sha256(path: Path) -> str:
@@ -45,6 +46,19 @@ def write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextmanager
+def written_aside(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write under; what is written takes the place of `path` when it is
+    whole and on the disk. Until then, and where this fails, what is there stays."""
+    aside = path.with_name(f".{os.getpid()}.writing.{path.name}")
+    try:
+        yield aside
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -67,6 +81,26 @@ def read_run(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunFolderError(cannot_be_read(path, error)) from error
     return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
+
+
+def check_trained(path: Path) -> None:
+    """Raises CheckpointError where a path is neither a run folder nor a checkpoint."""
+    if not any(is_there(path / name) for name in ("checkpoints", "manifest.json")):
+        raise CheckpointError(
+            f"{path} is neither a run folder nor a checkpoint{looked_in(path)}: name runs/NAME or "
+            "runs/NAME/checkpoints/step-…"
+        )
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; raises CheckpointError where it cannot be told."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise CheckpointError(cannot_be_read(path, error)) from error
+    return True
 
 
 def _is_count(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Pictures of a network, as arrays: kernels (Fig. 3), answers (Fig. 4), confusion."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
 MOST_CLASSES = 2000  # of a confusion: a matrix of their square
 _FONT = ImageFont.load_default(12)
+_ACROSS, _DOWN = 4, 6  # maps of a layer of a column that are shown
+_HUES = ("#0969da", "#bc4c00")  # of the columns, as in docs/images/columns.svg
 _RIGHT, _WRONG = (240, 160, 150), (170, 200, 230)
 
 
@@ -104,19 +106,122 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str]) -> Picture:
     return np.asarray(whole)
 
 
+def columns_picture(
+    path: Path, title: str, image: Picture, seen: float, answers: Sequence[tuple[str, float]],
+    maps: Mapping[str, Sequence[npt.NDArray[Any]]],
+) -> None:  # fmt: skip
+    """Write a PNG of 1920 × 1080: an image, its answers, and what each column makes of it.
+
+    Args:
+        image: (h, w, 3) uint8; the network's window is outlined in it.
+        seen: side of that window ÷ the image's shorter side.
+        answers: names and probabilities, the likeliest first.
+        maps: of each layer, each column's (maps, h, w), of which the strongest are shown; of one
+            column twice as many.
+    """
+    from matplotlib.patches import Rectangle
+
+    plain = {"parse_math": False}  # a name may hold a $
+    ratios = [1.25, *[1] * len(maps)]
+    with figure(path, 2, len(ratios), (16, 9), width_ratios=ratios) as axes:
+        for panel in axes.flat:
+            panel.axis("off")
+        picture, bars = axes[:, 0]
+        height, width = image.shape[:2]
+        shown = Image.fromarray(image)
+        shown.thumbnail((800, 800))
+        picture.imshow(shown, extent=(0, width, height, 0))
+        side = seen * min(height, width)
+        corner = ((width - side) / 2, (height - side) / 2)
+        for colour, style in (("black", "-"), ("white", "--")):  # to be seen on any image
+            picture.add_patch(
+                Rectangle(corner, side, side, fill=False, ec=colour, lw=2, linestyle=style)
+            )
+        picture.set_title(title if len(title) < 26 else f"…{title[-22:]}", fontsize=16, **plain)
+
+        bars.set(xlim=(0, 1), ylim=(len(answers) - 0.3, -0.7))
+        bars.barh(range(len(answers)), [share for _, share in answers], color="0.8", height=0.75)
+        for place, (name, share) in enumerate(answers):
+            said = f"{_short(name)}  {share:.1%}"
+            size = min(16, 16 * 24 / len(said))
+            bars.text(0.02, place, said, va="center", fontsize=size, **plain)
+
+        _show_maps(axes[:, 1:], maps)
+        picture.figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+        picture.figure.supxlabel(
+            f"Of each layer the {_ACROSS * _DOWN} maps with the largest sums, each scaled to "
+            "its own largest value, darkest. Dashed: what the network sees.",
+            fontsize=14, color="0.3",
+        )  # fmt: skip
+
+
+def _show_maps(axes: Any, maps: Mapping[str, Sequence[npt.NDArray[Any]]]) -> None:
+    """The strongest maps of each layer, a row of axes (2, layers) for each column."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    alone = len(next(iter(maps.values()))) == 1
+    words = ("strongest maps", "the next") if alone else ("column 1", "column 2")
+    colours = (_HUES[0], _HUES[0]) if alone else _HUES
+    most = _ACROSS * _DOWN
+    for place, (layer, parts) in enumerate(maps.items()):
+        tiles = [_strongest(made) for made in parts]
+        blocks = [tiles[0][:most], tiles[0][most:]] if alone else tiles
+        for row, block in enumerate(blocks):
+            panel, colour = axes[row, place], colours[row]
+            ends = LinearSegmentedColormap.from_list("", ["white", colour, "black"])
+            shades = ends.with_extremes(bad="0.8")  # between maps
+            if len(block):
+                panel.imshow(_tiled(block[:most]), cmap=shades, vmin=0, vmax=1.4)
+            count, tall, wide = parts[0].shape
+            about = f"{layer}\n{count} maps of {tall} × {wide}" if row == 0 else layer
+            panel.set_title(about, fontsize=min(15, 80 // len(maps)), color=colour)
+        if place == 0:
+            for row, word in enumerate(words):
+                axes[row, 0].text(
+                    -0.06, 0.5, word, rotation=90, va="center", ha="right", fontsize=20,
+                    color=colours[row], transform=axes[row, 0].transAxes,
+                )  # fmt: skip
+
+
+def _strongest(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Maps (n, h, w) by their sums, the largest first, each divided by its own largest value."""
+    order = np.argsort(-maps.sum((1, 2)), kind="stable")
+    ordered = maps[order].astype(np.float64)
+    most = np.abs(ordered).max((1, 2), keepdims=True)
+    unit: npt.NDArray[Any] = ordered / np.where(most > 0, most, 1)
+    return unit
+
+
+def _tiled(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Maps (n, h, w) row by row, lines of NaN around them."""
+    zoom = -(-64 // maps.shape[1])  # so that lines can be thin beside small maps
+    maps = maps.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    gap = max(1, maps.shape[1] // 16)
+    filled = np.pad(maps, ((0, _ACROSS * _DOWN - len(maps)), (0, 0), (0, 0)))
+    padded = np.pad(filled, ((0, 0), (gap, 0), (gap, 0)), constant_values=np.nan)
+    rows = padded.reshape(_DOWN, _ACROSS, *padded.shape[1:]).swapaxes(1, 2)
+    whole = rows.reshape(_DOWN * padded.shape[1], -1)
+    return np.pad(whole, ((0, gap), (0, gap)), constant_values=np.nan)
+
+
 def _short(name: str) -> str:
     return name.split(",")[0][:24]
 
 
 @contextmanager
-def figure(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+def figure(
+    path: Path, rows: int, columns: int, size: tuple[float, float],
+    width_ratios: Sequence[float] | None = None,
+) -> Iterator[Any]:  # fmt: skip
     """(rows, columns) axes; written to the path in the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=size, width_ratios=width_ratios, layout="constrained", squeeze=False
+    )
     yield axes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName, flat
+from launch.cluster import Cluster
 
 PATH = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
@@ -23,14 +24,19 @@ the others define the run, and a checkpoint of other values is refused by name (
 ```
 
 A source is a YAML file, the name of a shipped one (`demo`, `paper/no-lrn`), or `key=value`; later
-ones win, key by key, and a list replaces a list. Quote what a shell would read itself.
+ones win, key by key, and a list replaces a list. Quote what a shell would read itself; nothing else
+needs quotes: a value is taken as it is typed where its key is text (`#` too), numbers are decimal,
+and ~ is the home folder in every path. `alexnet-dist configs` lists what is shipped.
 `config.json` in a run folder is a source too.
 """
 
 
 def reference() -> str:
     """The text of docs/configuration.md."""
-    return HEAD + "".join(_section(Config, "", flat(load_config([]))))
+    asked = {f"cluster.{key}": value for key, value in vars(Cluster()).items()}
+    return HEAD + "".join(
+        (*_section(Config, "", flat(load_config([]))), *_section(Cluster, "cluster.", asked))
+    )
 
 
 def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
@@ -52,6 +58,8 @@ def _value(kind: Any, key: Key) -> str:
     if get_origin(kind) is tuple:
         item = _value(get_args(kind)[0], key)
         return f"list: {item}" + ("; or one for all" if key.spread else "")
+    if get_origin(kind) is dict:
+        return "keys and values"
     layers = {ConvName: "layers conv1 …", FcName: "layers fc6 …", LayerName: "layers"}
     if kind in layers:
         return layers[kind]
@@ -64,7 +72,7 @@ def _value(kind: Any, key: Key) -> str:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     return str(value).lower() if isinstance(value, bool) else f"{value}".removesuffix(".0")
 

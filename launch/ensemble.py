@@ -1,24 +1,54 @@
-"""An ensemble as one job array: python -m launch.ensemble CONFIG... cluster=NAME --over seed=0..4
+"""Runs that differ in some keys: `python -m launch.ensemble --help`."""
 
---over KEY=V,V,… or KEY=A..B (both included) trains one run for each value, --parallel of them at
-once. Run again, it starts only what is unfinished; when nothing is left, or with --evaluate, it
-scores the average of those that finished. --wait stays until the queue is done, then scores.
-"""
-
+import argparse
+import itertools
 import re
+import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from alexnet_dist.cli.parser import Parser, count
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError, RunFolderError
 from alexnet_dist.files import read_run
+from alexnet_dist.parallel.stop_signals import EXITS
+from launch.cluster import Cluster, split
 from launch.job import TrainJob, guarded, slurm
-from launch.status import queued, status, table
-from launch.submit import checked, executor, split
+from launch.status import laid_out, queued, status
+from launch.submit import WORDS, add_where, checked, executor, run_here, script, train_command
+
+_AT_ONCE = 256
+
+
+def parser() -> argparse.ArgumentParser:
+    made = Parser(
+        prog="python -m launch.ensemble",
+        description="Train one run for each value of a key, or for each combination of several, as "
+        "one Slurm array or here. Run again, it starts only what is unfinished; when nothing is "
+        "left, or with --evaluate, it scores the average of those that finished.",
+        examples=(
+            "python -m launch.ensemble demo --over seed=0..4 --local",
+            "python -m launch.ensemble demo --over model.dropout=0.3,0.5 --over seed=0..2 --local",
+            "python -m launch.ensemble paper/alexnet-2012 name=five cluster=mine.yaml --parallel 2",
+        ),
+    )
+    made.add_argument("config", nargs="+", help=WORDS)
+    made.add_argument(
+        "--over", action="append", metavar="KEY=VALUES",
+        help="1,2,3 or 0..4 (both included), by default seed=0..4; of several, every combination",
+    )  # fmt: skip
+    made.add_argument("--parallel", type=count, metavar="N", help="how many Slurm runs at once")
+    made.add_argument("--evaluate", action="store_true", help="start nothing, score what is there")
+    made.add_argument(
+        "--wait", action="store_true", help="stay until the queue is done, then score"
+    )
+    add_where(made)
+    return made
 
 
 def values_of(over: str) -> tuple[str, list[str]]:
@@ -27,62 +57,128 @@ def values_of(over: str) -> tuple[str, list[str]]:
     if found := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
         values = [str(value) for value in range(int(found[1]), int(found[2]) + 1)]
     else:
-        values = [value for value in text.split(",") if value]
+        values = [value for value in re.split(r",(?![^\[{]*[\]}])", text) if value]
     if not key or len(set(values)) != len(values) or not values:
         raise ConfigError(f"--over {over}: write KEY=0..4 or KEY=1,2,3, each value once")
     return key, values
 
 
-def member(arguments: Sequence[str], name: str, key: str, value: str) -> list[str]:
-    """The arguments of the run that takes one value."""
-    plain = re.sub(r"[^\w.-]", "_", f"{name}-{key.rpartition('.')[2]}-{value}")
-    return [*arguments, f"{key}={value}", f"name={plain}"]
+@dataclass(frozen=True)
+class Member:
+    """A run among several: its values by key, its arguments, its config."""
+
+    keys: Mapping[str, str]
+    arguments: list[str]
+    config: Config
+
+    @property
+    def finished(self) -> bool:
+        return read_run(self.config.folder).get("state") == "finished"
 
 
-def option(arguments: list[str], name: str, default: str) -> str:
-    """Take an option and its value out of the arguments."""
-    if name not in arguments:
-        return default
-    place = arguments.index(name)
-    if place + 1 == len(arguments):
-        raise ConfigError(f"{name}: needs a value, as in {name} {default or '4'}")
-    del arguments[place]
-    return arguments.pop(place)
+def members_of(run: Sequence[str], over: Sequence[str], cluster: Cluster | None) -> list[Member]:
+    """A member for every combination of values, each checked; raises ConfigError."""
+    axes = dict(found := [values_of(text) for text in over])
+    if len(axes) < len(found):
+        raise ConfigError(f"--over: {', '.join(key for key, _ in found)}: each key once")
+    base, members = load_config(run), []
+    for values in itertools.product(*axes.values()):
+        keys = dict(zip(axes, values, strict=True))
+        words = [f"{key.rpartition('.')[2]}-{value}" for key, value in keys.items()]
+        name = re.sub(r"[^\w.-]+", "_", "-".join([base.name, *words]))
+        own = [f"{key}={value}" for key, value in keys.items()]
+        arguments = [*run, *own, f"name={name}"]
+        members.append(Member(keys, arguments, checked(arguments, cluster)))
+    names = [member.config.name for member in members]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"--over: two members would be named {max(names, key=names.count)}")
+    return members
 
 
 def main(arguments: Sequence[str]) -> int:
-    rest = [text for text in arguments if text not in ("--evaluate", "--wait")]
-    key, values = values_of(option(rest, "--over", "seed=0..4"))
-    parallel = option(rest, "--parallel", "256")
-    if not parallel.isdecimal() or parallel == "0":
-        raise ConfigError(f"--parallel {parallel}: how many runs may go at once, 1 or more")
-    cluster, run = split(rest)
-    base = load_config(run)
-    members = [member(run, base.name, key, value) for value in values]
-    configs = [checked(each, cluster) for each in members]
-    left = [m for m, config in zip(members, configs, strict=True) if not finished(config)]
-
-    name = f"{base.name}-over-{key}"
-    if left and "--evaluate" not in arguments and not waiting(name):
-        folder = Path(base.output_dir) / name / "launch"
-        made = executor(cluster, name, folder, int(parallel))
-        with made.batch():
-            jobs = [made.submit(TrainJob(each)) for each in left]
-        number = jobs[0].job_id.partition("_")[0]
-        print(
-            f"job {number}: {len(left)} of {len(members)} runs, {parallel} at a time; in {folder}"
-        )
-        print(f"stop: scancel {number}    (they save first)", flush=True)
-    if left and "--wait" in arguments:
-        while waiting(name):
-            time.sleep(5)
-    begun = [config.folder for config in configs if read_run(config.folder)]
+    options = parser().parse_args(arguments)
+    if options.local and (options.parallel or options.wait):
+        raise ConfigError("--local: trains one run after another: leave out --parallel and --wait")
+    cluster, run = split(options.config)
+    over = options.over or ["seed=0..4"]
+    members = members_of(run, over, None if options.local else cluster)
+    left = [member for member in members if not member.finished]
+    if options.dry_run or (left and not options.evaluate):
+        code = _start(options, cluster, run, members, left)
+        if options.dry_run or code:
+            return code
+    begun = [member for member in members if read_run(member.config.folder)]
     if begun:
-        print(table([status(folder, queued()) for folder in begun]))
-    if left and not {"--wait", "--evaluate"} & set(arguments):
+        print(table(members))
+    if any(not member.finished for member in members) and not (
+        options.wait or options.evaluate or options.local
+    ):
         print("when they have ended, the same command starts what is unfinished, or scores all")
         return 0
-    return score([config for config in configs if finished(config)], len(members))
+    return score([member.config for member in members if member.finished], len(members))
+
+
+def _start(
+    options: argparse.Namespace, cluster: Cluster, run: Sequence[str], members: list[Member],
+    left: list[Member],
+) -> int:  # fmt: skip
+    """Start what is left, or say how; the code to leave with at once, else 0."""
+    base = load_config(run)
+    name = "-".join([base.name, "over", *members[0].keys])
+    folder = Path(base.output_dir) / name / "launch"
+    parallel = options.parallel or _AT_ONCE
+    if options.dry_run:
+        if not options.local:
+            print(script(cluster, name, folder, parallel, max(1, len(left))), end="\n\n")
+        for number, member in enumerate(left):
+            command = shlex.join(train_command(member.arguments))
+            print(command if options.local else f"# {number}: {command}")
+        return 0
+    if options.local:
+        for number, member in enumerate(left, start=1):
+            print(f"run {number} of {len(left)}: {_words(member)}", flush=True)
+            code = run_here(member.arguments)
+            if code in EXITS.values():
+                print("stopped; the same command goes on", file=sys.stderr)
+                return code
+    elif not waiting(name):
+        made = executor(cluster, name, folder, parallel)
+        with made.batch():
+            jobs = [made.submit(TrainJob(member.arguments)) for member in left]
+        job = jobs[0].job_id.partition("_")[0]
+        print(f"job {job}: {len(left)} of {len(members)} runs, {parallel} at a time; in {folder}")
+        print(f"stop: scancel {job}    (they save first)", flush=True)
+    if options.wait:
+        while waiting(name):
+            time.sleep(5)
+    return 0
+
+
+def _words(member: Member) -> str:
+    return f"{member.config.folder}, {' '.join(f'{k}={v}' for k, v in member.keys.items())}"
+
+
+def table(members: Sequence[Member]) -> str:
+    """How members stand, and the lowest and the last top-1 error of each."""
+    queue = queued()
+    keys = [key.rpartition(".")[2] for key in members[0].keys]
+    lines: list[tuple[str, ...]] = [("run", *keys, "state", "step", "best top-1 error", "last")]
+    for member in members:
+        row = (str(member.config.folder), *member.keys.values())
+        if read_run(member.config.folder):
+            now = status(member.config.folder, queue)
+            steps = f"{now['step']}/{now['last_step'] or '?'}"
+            lines.append((*row, str(now["state"]), steps, *_errors(member.config.folder)))
+        else:
+            lines.append((*row, "not begun", "-", "-", "-"))
+    return laid_out(lines)
+
+
+def _errors(folder: Path) -> tuple[str, str]:
+    from alexnet_dist.training.metrics import read_metrics
+
+    errors = [1 - point["top1"] for point in read_metrics(folder) if point["kind"] == "eval"]
+    return (f"{min(errors):.2%}", f"{errors[-1]:.2%}") if errors else ("-", "-")
 
 
 def waiting(name: str) -> bool:
@@ -95,18 +191,19 @@ def waiting(name: str) -> bool:
     raise RunFolderError(f"{name}: squeue does not answer: whether its jobs are done is not known")
 
 
-def finished(config: Config) -> bool:
-    return read_run(config.folder).get("state") == "finished"
-
-
 def score(configs: Sequence[Config], of: int) -> int:
     """Print the score of the average of these runs; 0 where they are all there should be."""
     if not configs:
         raise ConfigError("launch.ensemble: no run has finished yet")
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
-    found = evaluate_checkpoints([config.folder for config in configs]).score
-    print(f"the average of {len(configs)} of {of}: top-1 {found.top1:.2%}, top-5 {found.top5:.2%}")
+    try:
+        found = evaluate_checkpoints([config.folder for config in configs]).score
+    except ConfigError as error:  # runs over data.path, or views
+        print(f"no average: {error}")
+    else:
+        said = f"top-1 {found.top1:.2%}, top-5 {found.top5:.2%}"
+        print(f"the average of {len(configs)} of {of}: {said}")
     return 0 if len(configs) == of else 1
 
 

@@ -1,32 +1,31 @@
 """A run as a Slurm job: what is looked at before its ranks start, and what follows when they end.
 
-    python -m launch.job before CONFIG...       in the batch script, before srun
-    python -m launch.job after CODE CONFIG...   after it; CODE is srun's
-    python -m launch.job after CODE --submitted FOLDER   the same, of a job that Submitit pickled
-
+`python -m launch.job --help`: `before` runs in the batch script before srun, `after` when it ends.
 `run.json` decides, not the exit code: srun gives the highest of its tasks', or that of a task it
 ended itself. See docs/slurm.md for the table.
 """
 
+import argparse
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from submitit import JobEnvironment
 from submitit.core.utils import DelayedSubmission, FailedJobError, JobPaths
 
+from alexnet_dist.cli.parser import Parser, commands_of, path
+from alexnet_dist.cli.streams import with_usable
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.errors import ConfigError, RunFolderError, in_words, printable
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel import environment, layouts
+from launch.cluster import keys_of_refusal
 
-SEEN_GPUS, ALL_GPUS = "ALEXNET_DIST_SEEN_GPUS", "all"  # what a --local job's submitter saw
 PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and pickles are code
 
 
@@ -42,7 +41,6 @@ class TrainJob:
 
     def __call__(self) -> int:
         os.umask(PRIVATE)
-        see_gpus_again()
         forget_results(JobEnvironment().paths)
         from alexnet_dist.cli.main import main  # its handlers take the place of Submitit's
 
@@ -56,22 +54,13 @@ class TrainJob:
         return DelayedSubmission(self)
 
 
-def see_gpus_again() -> None:
-    """Submitit hides this machine's GPUs from a job that it starts here; undo it."""
-    seen = os.environ.pop(SEEN_GPUS, None)
-    if seen == ALL_GPUS:
-        del os.environ["CUDA_VISIBLE_DEVICES"]
-    elif seen is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = seen
-
-
 def forget_results(paths: JobPaths) -> None:
     """Remove what an earlier start of this rank left: a result, or half of one.
 
     Submitit refuses to write where a half is, and would read an old result as the job's.
     """
-    for path in (paths.result_pickle, paths.submitted_pickle):
-        path.with_suffix(path.suffix + ".save_tmp").unlink(missing_ok=True)
+    for file in (paths.result_pickle, paths.submitted_pickle):
+        file.with_suffix(file.suffix + ".save_tmp").unlink(missing_ok=True)
     paths.result_pickle.unlink(missing_ok=True)
 
 
@@ -107,8 +96,8 @@ def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
     if tasks[0] % columns:
         raise ConfigError(
             f"layout.kind={config.layout.kind}: the {columns} columns of a replica share a node, "
-            f"and each of {len(tasks)} nodes has {tasks[0]} tasks: ask for --ntasks-per-node="
-            f"{columns} or a multiple of it"
+            f"and each of {len(tasks)} nodes has {tasks[0]} tasks: ask for cluster.tasks_per_node="
+            f"{columns} (sbatch: --ntasks-per-node={columns}) or a multiple of it"
         )
 
 
@@ -133,7 +122,7 @@ def after(code: int, config: Config) -> int:
     return 0 if again else int(run.get("exit") or 0)
 
 
-def verdict(run: Mapping[str, Any], job: str) -> tuple[bool, str]:
+def verdict(run: Mapping[str, object], job: str) -> tuple[bool, str]:
     """Whether a job should start again, and why.
 
     Args:
@@ -178,13 +167,15 @@ def job_state() -> str:
 
 def requeue() -> None:
     """Put this job, or this element of an array, back in the queue; raises RunFolderError."""
-    asked = subprocess.run(
-        ["scontrol", "requeue", own_name()],
-        check=False, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    if asked.returncode:
+    command = ["scontrol", "requeue", own_name()]
+    try:
+        asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        refused = (asked.stderr or asked.stdout).strip() if asked.returncode else ""
+    except OSError as error:  # in a container, whose host's it is
+        refused = str(error)
+    if refused:
         raise RunFolderError(
-            f"scontrol requeue {own_name()}: {(asked.stderr or asked.stdout).strip()}: submit the "
+            f"scontrol requeue {own_name()}: {refused}: submit the "
             "same command again, it resumes; sbatch --requeue allows this, unless the site forbids "
             "it"
         )
@@ -207,29 +198,56 @@ def submitted(folder: Path) -> TrainJob:
     return function
 
 
+def parser() -> argparse.ArgumentParser:
+    made = Parser(
+        prog="python -m launch.job",
+        description="What a batch script runs before the ranks of a run start, and when they have "
+        "left: slurm/train.sbatch, or Submitit's.",
+    )
+    command = commands_of(made, "COMMAND")
+    sub = command("before", _before, "look at config, data and placement, before srun")
+    sub.add_argument("config", nargs="+", help="as for `alexnet-dist train`")
+    sub = command("after", _after, "requeue the job, or end it, by run.json")
+    sub.add_argument("code", type=int, help="srun's exit code")
+    sub.add_argument("config", nargs="*", help="as for `alexnet-dist train`")
+    sub.add_argument("--submitted", type=path, metavar="FOLDER", help="of a job that is pickled")
+    return made
+
+
+def _before(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    before(options.config)
+    return 0
+
+
+def _after(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    job = options.submitted
+    return after(options.code, load_config(submitted(job).arguments if job else options.config))
+
+
 def main(arguments: Sequence[str]) -> int:
-    match list(arguments):
-        case ["before", *config]:
-            before(config)
-            return 0
-        case ["after", code, "--submitted", folder]:
-            return after(int(code), load_config(submitted(Path(folder)).arguments))
-        case ["after", code, *config]:
-            return after(int(code), load_config(config))
-        case _:
-            raise ConfigError("launch.job: before CONFIG..., or after CODE CONFIG...")
+    options = parser().parse_args(arguments)
+    return int(options.run(options, arguments))
 
 
-def guarded(main: Any) -> int:
+def guarded(main: Callable[[Sequence[str]], int]) -> int:
     """Run a program of this package: an error that has a name is one line."""
+    return with_usable(lambda: _guarded(main))
+
+
+def _guarded(main: Callable[[Sequence[str]], int]) -> int:
     try:
-        return int(main(sys.argv[1:]))
+        return main(sys.argv[1:])
     except KeyboardInterrupt:
         print("launch: interrupted; jobs go on", file=sys.stderr)
         return 130
     except FailedJobError as error:  # sbatch's own words
-        print(f"launch: Slurm refused: {printable(str(error))}", file=sys.stderr, flush=True)
+        keys = keys_of_refusal(str(error))
+        about = f" (see {keys}, and `python -m launch.submit --dry-run`)" if keys else ""
+        words = printable(str(error)).strip()
+        print(f"launch: Slurm refused: {words}{about}", file=sys.stderr, flush=True)
         return 1
+    except BrokenPipeError:
+        raise
     except Exception as error:
         said = in_words(error)
         if said is None:

@@ -1,8 +1,9 @@
-"""How runs stand: python -m launch.status RUN_FOLDER... [--json]
+"""How runs stand: `python -m launch.status --help`.
 
 Read from run.json and, where Slurm is, its queue; no accounting is needed.
 """
 
+import argparse
 import json
 import socket
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alexnet_dist.cli.parser import Parser, add_json, path
 from alexnet_dist.errors import RunFolderError, printable
 from alexnet_dist.files import read_run
 from launch.job import guarded, slurm
@@ -43,8 +45,8 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     elif state in ("starting", "running") and not _lives(run, queue):
         state = "killed"
     step, last = int(run.get("newest_step") or 0), run.get("last_step")
-    kept_s, now = float(run.get("kept_s") or 0), time.time()
-    until = now if state in ("starting", "running", "queued") else float(run["updated"])
+    kept_s, rested_s, now = float(run.get("kept_s") or 0), run.get("rested_s", 0.0), time.time()
+    until = now if state in ("starting", "running", "queued") else float(run.get("updated", now))
     eta_s = None
     if state == "finished":
         eta_s = 0.0
@@ -57,8 +59,8 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         "step": step,
         "last_step": last,
         "eta_s": eta_s,
-        "restarts": int(run["attempt"]) - 1,
-        "goodput": kept_s / max(until - float(run["first_started"]), 1e-9),
+        "restarts": int(run.get("restarts", int(run["attempt"]) - 1)),
+        "goodput": kept_s / max(until - float(run["first_started"]) - rested_s, 1e-9),
         "why": str(run.get("reason") or "").partition("\n")[0],
     }
 
@@ -77,13 +79,22 @@ def queued() -> dict[str, str] | None:
     return None if told is None else dict(line.split() for line in told.splitlines())
 
 
+def parser() -> argparse.ArgumentParser:
+    made = Parser(
+        prog="python -m launch.status",
+        description="How runs stand, by run.json and, where Slurm is, its queue.",
+        examples=("python -m launch.status runs/demo runs/second --json",),
+    )
+    made.add_argument("run_folder", type=path, nargs="+", help="as in runs/*")
+    add_json(made, "list")
+    return made
+
+
 def main(arguments: Sequence[str]) -> int:
-    folders = [Path(text) for text in arguments if text != "--json"]
-    if not folders:
-        raise RunFolderError("launch.status: name run folders, as in runs/*")
+    options = parser().parse_args(arguments)
     queue = queued()
-    rows = [status(folder, queue) for folder in folders]
-    if "--json" in arguments:
+    rows = [status(folder, queue) for folder in options.run_folder]
+    if options.json:
         print(json.dumps(rows))
     else:
         print(table(rows))
@@ -98,7 +109,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         return (row["run"], row["state"], job, step, eta, str(row["restarts"]),
                 f"{row['goodput']:.0%}", why)  # fmt: skip
 
-    lines = [COLUMNS, *map(line, rows)]
+    return laid_out([COLUMNS, *map(line, rows)])
+
+
+def laid_out(lines: Sequence[Sequence[str]]) -> str:
+    """Cells in columns."""
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

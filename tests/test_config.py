@@ -24,6 +24,31 @@ def test_every_shipped_file_loads(path: Path) -> None:
     assert isinstance(load_config([path]), Config)
 
 
+def test_what_is_typed_is_taken_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    typed = ["output_dir=/x/run #3", "name=010", "seed=010", "data.path=~/packed: a",
+             "model.init_std=1e-2", "train.epochs=1_0", "data.flip=off",
+             "model.lrn={size: 3, layers: [conv1]}"]  # fmt: skip
+    config = load_config(typed)
+    assert (config.output_dir, config.name, config.seed) == ("/x/run #3", "010", 10)
+    assert config.data.path == "/home/me/packed: a"
+    assert (config.model.init_std, config.train.epochs, config.data.flip) == ((0.01,), 10, False)
+    assert (config.model.lrn.size, config.model.lrn.layers) == (3, ("conv1",))
+    assert load_config("data.train_split=${oc.env:HOME}").data.train_split == "${oc.env:HOME}"
+
+
+def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("name: mine\ndata: {path: ~/data}\n")
+    found = load_config("~/mine.yaml")
+    assert (found.name, found.data.path) == ("mine", f"{tmp_path}/data")
+    named = [key for key, _, about in keys() if re.search("packed data set,|where run|npy|JSON|wei"
+             "ghts, or none", about.doc)]  # fmt: skip
+    assert sorted(named) == sorted(key for key, _, about in keys() if about.path)
+    for key in named:
+        assert flat(load_config([f"{key}=~/a"]))[key] == f"{tmp_path}/a"
+
+
 def test_shipped_files_are_found_by_name() -> None:
     assert load_config(["demo"]) == load_config([configs_folder() / "demo.yaml"])
     assert load_config(["paper/alexnet-2012"]).name == "alexnet-2012"
@@ -53,24 +78,38 @@ def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("train.bach=3", r"command line: unknown key train\.bach; did you mean train\.batch\?"),
         ("batch=3", r"unknown key batch; did you mean train\.batch\?"),
         ("nonsense.xyzzy=3", r"unknown key nonsense"),
-        ("a.b", r"'a\.b' is neither a config file nor key=value; shipped configs: base, demo"),
+        ("a.b", r"'a\.b' is neither a config file nor key=value; `alexnet-dist configs` lists"),
         ("demoo", r"neither .* did you mean demo\?"),
         ("train.batch", r"a key without a value: write train\.batch=VALUE"),
         ("=3", r"'' is not a key"),
-        ("train.batch={", r"is not a YAML value"),
+        ("train.batch={", r"train\.batch=\{: must be a whole number"),
         ("train.batch=1.5", r"train\.batch=1\.5: must be a whole number"),
-        ("train.batch=true", r"train\.batch=True: must be a whole number"),
+        ("train.batch=true", r"train\.batch=true: must be a whole number"),
         ("train.batch=", r"train\.batch=.*: must be a whole number"),
-        ("train.epochs=long", r"train\.epochs='long': must be a number"),
+        ("train.epochs=long", r"train\.epochs=long: must be a number"),
         ("data.divide_by=[]", r"data\.divide_by=\[\]"),
         ("evaluate.views=1.0", r"evaluate\.views=1\.0: must be one of 1, 10"),
         ("data.flip=1", r"data\.flip=1: must be true or false"),
-        ("name=3", r"name=3: must be text"),
+        ("output_dir=", r"output_dir='': must be a path"),
+        ("model.conv={", r"model\.conv=\{: '\{' is not a YAML value"),
+        ("model.fc=[010,1:20]", r"model\.fc=.*010 is another number to YAML: write it in decimal"),
+        ("train.batch=1:20", r"train\.batch=1:20: must be a whole number"),
+        ("train.epochs=1:20", r"train\.epochs=1:20: must be a number"),
+        ("train.batch=0x10", r"train\.batch=0x10: must be a whole number"),
+        ("model.lrn={size: 1.5}", r"model\.lrn\.size=1\.5: must be a whole number"),
+        ("model.fc=&a [*a]", r"not a YAML value: has aliases"),
+        ("lr=0.1", r"unknown key lr; did you mean schedule\.rate\?"),
+        ("batch_size=8", r"did you mean train\.batch\?"),
+        ("train.fp16=true", r"did you mean train\.precision\?"),
+        ("epochs=3", r"did you mean train\.epochs\?"),
+        ("momentum=0.5", r"did you mean optimizer\.momentum\?"),
+        ("optimizer.wd=0", r"did you mean optimizer\.weight_decay\?"),
+        ("gpus=2", r"did you mean layout\.ranks\?"),
         ("train.batch=0", r"train\.batch=0: must be at least 1 \(samples in a step"),
         ("model.dropout=1", r"must be less than 1"),
         ("model.columns=3", r"must be at most 2"),
         ("schedule.factor=0", r"must be more than 0"),
-        ("train.epochs=.inf", r"must be finite"),
+        ("train.epochs=inf", r"train\.epochs=inf: must be finite"),
         ("train.epochs=.nan", r"must be"),
         ("layout.kind=colums", r"one of one, columns, replicas, .*; did you mean columns\?"),
         ("model.conv=96", r"must be a list"),
@@ -108,6 +147,8 @@ def test_a_mistake_is_one_clear_error(source: str, message: str) -> None:
         ("trian: {batch: 1}\n", r"mine\.yaml: unknown key trian; did you mean train\?"),
         ("train: {batch: 1\n", r"mine\.yaml: not a YAML file"),
         ("- 1\n", r"mine\.yaml: holds a list"),
+        ("seed: 010\n", r"mine\.yaml: .*: 010 is another number to YAML: write it in decimal"),
+        ("train: {epochs: 1:20}\n", r"1:20 is another number to YAML"),
         ("train: {batch: 1, batch: 2}\n", r"mine\.yaml: not a YAML file.*duplicate"),
         ("model: {columns: 1}\nlayout: {kind: columns}\n", r"mine\.yaml: layout\.kind='columns'"),
     ],
@@ -141,7 +182,8 @@ def test_the_fingerprint_holds_what_defines_the_run(tiny: Callable[..., Config])
             "train.epochs=200", "train.micro_batches=4", "evaluate.batch=3"]  # fmt: skip
     assert fingerprint(tiny("schedule.kind=steps", *free)) == base
     for defining in ("seed=1", "train.batch=16", "schedule.rate=0.5", "model.dropout=0.1",
-                     "data.lighting=0", "train.precision=fp32", "evaluate.views=10"):  # fmt: skip
+                     "data.lighting=0", "train.precision=fp32", "train.precision=tf32",
+                     "evaluate.views=10"):  # fmt: skip
         assert fingerprint(tiny("schedule.kind=steps", defining)) != base
     longer = fingerprint(tiny("schedule.kind=polynomial", "train.epochs=200"))
     assert longer != fingerprint(tiny("schedule.kind=polynomial"))

@@ -239,6 +239,15 @@ def test_published_speeds_are_met(
     assert found == pytest.approx(published, rel=bound)
 
 
+def test_tf32_is_between_float32_and_bf16() -> None:
+    speeds = []
+    for precision in ("fp32", "tf32", "bf16"):
+        planned = plan(load_config([f"train.precision={precision}", "layout.kind=one"]), 1)
+        speeds.append(predict(planned, "one", Cluster.of("a100"))["training_images_per_s"])
+    assert speeds == sorted(speeds)
+    assert len({*speeds}) == 3
+
+
 def test_a_curve_keeps_the_batch_of_a_device_and_says_what_holds_it_up(tmp_path: Path) -> None:
     at = Cluster.of("h100:2x2")
     rows = scaling.curve(tiny("train.precision=bf16"), at, most=4)

@@ -1,5 +1,6 @@
 """What the documents say is so: links, files, keys and commands exist, and examples run."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -10,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def check_placement(words: list[str], sources: list[str]) -> None:
     """The layout takes as many ranks as the script, or the template of a cluster, starts."""
     if "--local" in words:
         return
-    if "sbatch" in words[:1]:
+    if "sbatch" in words:
         if "slurm/train.sbatch" not in words:
             return
         script = (ROOT / "slurm/train.sbatch").read_text()
@@ -121,7 +123,9 @@ def test_every_command_parses(path: Path) -> None:
             except SystemExit:
                 pytest.fail(f"not a command: {shlex.join(words)}")
             check_sources([*getattr(options, "config", []), *getattr(options, "overrides", [])])
-        elif "launch.submit" in words or "launch.ensemble" in words or "sbatch" in words[:1]:
+        elif "launch.submit" in words or "launch.ensemble" in words or "sbatch" in words:
+            for program in {"launch.submit", "launch.ensemble"} & {*words}:
+                import_module(program).parser().parse_args(words[words.index(program) + 1 :])
             own = [
                 w for w in words if w.startswith(("paper/", "demo", "layout", "name=", "train."))
             ]
@@ -135,6 +139,27 @@ def test_every_command_parses(path: Path) -> None:
     usage = build_parser().format_help()
     for command in re.findall(r"alexnet-dist ([a-z]+)\b", path.read_text()):
         assert re.search(rf"^ +{command} ", usage, re.M), f"alexnet-dist {command}"
+
+
+def every_help(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """The help of a parser, and of each of its commands."""
+    yield parser.format_help()
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for sub in action.choices.values():
+                yield from every_help(sub)
+
+
+def test_examples_in_the_help_parse() -> None:
+    checked = 0
+    for text in every_help(build_parser()):
+        for line in re.findall(r"^  (alexnet-dist .*)", text.partition("examples:")[2], re.M):
+            words = shlex.split(line, comments=True)[1:]
+            if words != ["COMMAND", "--help"]:
+                options = build_parser().parse_args(words)
+                check_sources([*getattr(options, "config", []), *getattr(options, "overrides", [])])
+                checked += 1
+    assert checked > 20
 
 
 def test_moved_names_are_where_the_changelog_says() -> None:

@@ -165,6 +165,7 @@ def test_what_a_run_does_not_use_need_not_work(
     no_dali(monkeypatch, tmp_path)
     assert not examined("data.pipeline=torch")["dali"].broken
     assert examined("data.pipeline=dali")["dali"].broken
+    assert "set train.precision=fp32" in examined("train.precision=tf32")["precision"].remedy
     monkeypatch.setattr(doctor, "gpus", lambda config: 4)
     found = examined("layout.kind=columns_x_replicas", "layout.device=auto")["layout"].found
     assert found.startswith("columns_x_replicas: 4 process(es) on a GPU each, over NCCL")

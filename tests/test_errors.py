@@ -8,6 +8,7 @@ checkpoints and run folders (test_checkpoint.py, test_run.py, test_paper.py), Sl
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ import torch
 from conftest import as_overrides
 from torch.distributed.elastic.multiprocessing import SignalException
 
+import alexnet_dist
 from alexnet_dist import load_checkpoint, train
 from alexnet_dist.cli import main
 from alexnet_dist.config.schema import Config
@@ -32,6 +34,7 @@ from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
 from alexnet_dist.formats.convert import export_weights
+from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment, rendezvous, spawn, topology
 from alexnet_dist.parallel.device import take_device
 from alexnet_dist.parallel.stop_signals import handlers_restored
@@ -79,6 +82,20 @@ def no_gpu(tiny: Tiny, patch: Patch) -> None:
 def one_gpu_for_two_columns(tiny: Tiny, patch: Patch) -> None:
     patch.setattr(torch.cuda, "device_count", lambda: 1)
     take_device(tiny("layout.device=cuda"), environment.Place(0, 2, 0, 2))
+
+
+def tf32_on_a_cpu(tiny: Tiny, patch: Patch) -> None:
+    train(tiny(ALONE, "train.precision=tf32"))
+
+
+def bf16_on_an_old_gpu(tiny: Tiny, patch: Patch) -> None:
+    patch.setattr(torch.cuda, "device_count", lambda: 1)
+    patch.setattr(torch.cuda, "set_device", lambda device: None)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    patch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla V100")
+    old = ("layout.device=cuda", "layout.kind=one", "train.precision=fp32")
+    assert take_device(tiny(*old), environment.Place()).type == "cuda"
+    take_device(tiny(*old, "train.precision=bf16"), environment.Place())
 
 
 def dali_without_driver(tiny: Tiny, patch: Patch) -> None:
@@ -197,6 +214,8 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (out_of_memory, r"this machine's memory is full: raise train\.micro_batches.*tried to all"),
         (no_gpu, r"layout\.device=cuda: 1 ranks .* 0 are here; set layout\.device=auto .*doctor"),
         (one_gpu_for_two_columns, r"2 ranks .* need a GPU each, and 1 are here; "),
+        (tf32_on_a_cpu, r"train\.precision=tf32: only a GPU has it, .*precision=fp32 or bf16$"),
+        (bf16_on_an_old_gpu, r"bf16: Tesla V100 is of compute capability 7\.0, .*precision=fp32$"),
         (dali_without_driver, r"data\.pipeline=dali: no pipeline .* on cuda:0 .*pipeline=torch"),
         (dali_not_installed, r"nvidia\.dali is not installed .*pip install nvidia-dali-cuda120"),
         (onnx_not_installed, r"--format onnx needs onnx: pip install 'alexnet-dist\[export\]'"),
@@ -281,10 +300,32 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
 
 
+def test_options_and_keys_come_in_any_order() -> None:
+    parse = main.build_parser().parse_args
+    found = parse(["plan", "demo", "--gpus", "h100:8", "train.batch=1024", "--json", "seed=1"])
+    assert (found.config, found.gpus) == (["demo", "train.batch=1024", "seed=1"], "h100:8")
+    found = parse(["prepare", "folder", "--keep", "a", "--workers", "2", "~/b"])
+    assert (found.path, found.out, found.keep) == (Path("a"), Path.home() / "b", True)
+    assert parse(["evaluate", "--views", "10", "a", "--json", "b"]).path == ["a", "b"]
+
+
+def test_it_says_its_version_and_what_is_shipped(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--version"])
+    assert capfd.readouterr().out == f"alexnet-dist {alexnet_dist.__version__}\n"
+    assert main.main(["configs"]) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert [line.split()[0] for line in said[:2]] == ["base", "demo"]
+    assert all(30 < len(line) <= 125 for line in said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["train", "demo", "--epochs=3"], "--epochs=3; a config's keys are written key=value"),
+        (
+            ["train", "demo", "--epochs=3"],
+            "--epochs=3; a config's keys are written key=value, as in train.epochs=…",
+        ),
         (["prepare", "folder", "a", "b", "--part", "3"], "'3': write I/N, as in 2/8"),
         (["bench", "step", "--repeats", "0"], "'0': a whole number, 1 or more"),
         (["plan", "demo", "--ranks", "-1"], "'-1': a whole number, 1 or more"),
@@ -300,6 +341,46 @@ def test_options_that_are_not_there_are_explained(
     with pytest.raises(SystemExit, match="2"):
         main.main(arguments)
     assert said in capfd.readouterr().err
+
+
+def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) -> None:
+    """In a fraction of the seconds that its import takes."""
+    run = tmp_path / "runs" / "mine"
+    data = f"data.path={packed}"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.json").write_text(json.dumps({"data": {"path": str(packed)}}))
+    cases = [
+        (["train", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["train", "demo", data, "model.classes=9"], 2, "train a new network on it with model.cl"),
+        (["train", "demo", "data.path=/nowhere"], 1, "/nowhere/dataset.json is missing"),
+        (["train", "demo", data, "train.init_from=runs/no"], 1, "train.init_from='runs/no': runs"),
+        (["train", "demo", "lr=1"], 2, "did you mean schedule.rate?"),
+        (["evaluate", "runs/no"], 1, "runs/no is neither a run folder nor a checkpoint in "),
+        (["evaluate", str(run), "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=1000"),
+        (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
+        (["figures", "runs/no"], 1, "neither a run folder"),
+        (["export", "runs/no", "a.pth", "--format", "torchvision"], 1, "neither a run folder"),
+        (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),
+        (["plan", "runs/no"], 2, "'runs/no' is neither a config file nor key=value"),
+        (["plan", "demo", "--gpus", "h100:8", "lr=1"], 2, "did you mean schedule.rate?"),
+        (["compare", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["bench", "step", "lr=1"], 2, "did you mean schedule.rate?"),
+        (["doctor", "lr=1"], 2, "did you mean schedule.rate?"),
+    ]
+    program = (
+        "import sys\nfrom alexnet_dist.cli.main import main\n"
+        f"for words in {[words for words, _, _ in cases]!r}: print(main(words))\n"
+        "print('torch' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], check=True, capture_output=True, text=True,
+        cwd=tmp_path, timeout=60,
+    )  # fmt: skip
+    said = result.stderr.splitlines()
+    for (words, _, part), line in zip(cases, said, strict=True):
+        assert part in line, words
+    assert result.stdout.split() == [*(str(code) for _, code, _ in cases), "False"]
 
 
 def test_a_mistake_that_only_ranks_see_is_one_line(
@@ -363,3 +444,13 @@ def test_a_python_that_cannot_run_it_is_told_so(before: str, said: str, tmp_path
     assert said in result.stderr
     assert result.stderr.startswith("alexnet-dist: ")
     assert result.stderr.count("\n") == 1
+
+
+def test_only_tf32_lets_a_gpu_round_factors(tiny: Tiny) -> None:
+    for precision, allowed in (("bf16", False), ("tf32", True), ("fp32", False), ("fp64", False)):
+        allow_tf32(precision)
+        assert torch.backends.cudnn.allow_tf32 == allowed
+        assert torch.backends.cuda.matmul.allow_tf32 == allowed
+    torch.backends.cudnn.allow_tf32 = True
+    topology.connect(tiny(ALONE, "train.precision=fp32"))
+    assert not torch.backends.cudnn.allow_tf32

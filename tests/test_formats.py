@@ -1,5 +1,7 @@
 """Weights in and out: torchvision, Caffe, ONNX, safetensors; logits equal to 1e-6."""
 
+import base64
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,11 @@ from conftest import alexnet_dist, assert_close
 from safetensors.torch import save_file
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import Statistics
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.dataset import Statistics, open_dataset
+from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
 from alexnet_dist.formats import caffe
 from alexnet_dist.formats.convert import export_weights, import_weights
@@ -37,7 +40,8 @@ def ours(tmp_path: Path) -> Callable[..., Path]:
     """Makes a checkpoint of drawn weights: ours("paper/caffenet", "model.crop=67", …)."""
 
     def make(*sources: str) -> Path:
-        config = load_config([*sources, *SMALL])
+        preset, *overrides = sources
+        config = load_config([preset, *SMALL, *overrides])
         model = AlexNet(config.model, seed=3)
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
         progress = {"step": 0, "score": None}
@@ -46,11 +50,11 @@ def ours(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "torchvision", "caffe"])
+@pytest.mark.parametrize("kind", ["safetensors", "caffe"])
 def test_weights_return_as_they_left(ours: Callable[..., Path], tmp_path: Path, kind: str) -> None:
     sources = ["paper/caffenet", "model.crop=67", *SMALL]
     left = ours(*sources)
-    out = tmp_path / {"safetensors": "w.safetensors", "torchvision": "w.pth"}.get(kind, "w.caffe")
+    out = tmp_path / f"w.{kind}"
     export_weights(kind, left, out)
     assert import_weights(kind, out, tmp_path / "back", sources).parent.parent == tmp_path / "back"
     x = torch.randn(3, 3, 67, 67) * 50
@@ -80,6 +84,32 @@ def test_torchvisions_weights_give_torchvisions_logits(tmp_path: Path) -> None:
     again.load_state_dict(torch.load(out, weights_only=True))
     with torch.no_grad():
         assert torch.equal(again(x), theirs(x))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("model.columns=2", r"model\.columns=2: torchvision's alexnet has 1, and would compute"),
+        ("model.conv=[8,12,16,16,8]", r"model\.conv=\[8, 12, .*has \[64, 192, 384, 256, 256\]"),
+        ("model.lrn.layers=[conv1]", r"model\.lrn\.layers=\[conv1\]: torchvision's .* has \[\]"),
+        ("model.activation=tanh", r"model\.activation=tanh: torchvision's alexnet has relu"),
+        ("model.dropout_scaling=test", r"model\.dropout_scaling=test: .* has train"),
+        ("model.crop=195", r"model\.crop=195: it leaves maps of 5 pixels for fc6, .* has 6"),
+    ],
+)
+def test_torchvisions_format_takes_its_own_network_alone(
+    tmp_path: Path, changed: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of another, its weights would be read there, or not, and compute something else."""
+    config = load_config(["paper/torchvision-2014", "model.classes=3", "layout.kind=one", changed])
+    found = checkpoints.Checkpoint(tmp_path, {"config": flat(config)}, {})
+    monkeypatch.setattr(checkpoints, "at", lambda _: found)
+    monkeypatch.setattr(checkpoints.Checkpoint, "parameters", lambda _: {})
+    out = tmp_path / "net.pth"
+    out.write_bytes(b"as it was")
+    with pytest.raises(ConfigError, match=said):
+        export_weights("torchvision", tmp_path, out)
+    assert out.read_bytes() == b"as it was"
 
 
 def field(number: int, content: bytes) -> bytes:
@@ -168,6 +198,46 @@ def test_onnxruntime_gives_our_logits(
         with torch.no_grad():
             logits = network(left)(x)
         assert_close(theirs / logits.abs().max(), logits / logits.abs().max(), 1e-6)
+
+
+def test_onnx_says_how_windows_are_made_and_what_logits_are_of(
+    ours: Callable[..., Path],
+    packed: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    own = ["model.crop=67", "data.canvas=72", "model.classes=10", "data.eval_split=test",
+           "data.divide_by=[2,3,4]", "model.init=he"]  # fmt: skip
+    left, out = ours("paper/caffenet", *own), tmp_path / "net.onnx"
+
+    def about() -> dict[str, str]:
+        return {entry.key: entry.value for entry in onnx.load(out).metadata_props}
+
+    command = ["export", str(left), str(out), "--format", "onnx"]
+    assert main([*command, "--data", str(packed)]) == 0
+    told, statistics = about(), open_dataset(packed).statistics
+    assert json.loads(told["classes"])[-1] == "Ankle boot"
+    assert json.loads(told["preprocessing"]) == {
+        "channels": "RGB", "canvas": 72, "crop": 67, "divide_by": [2, 3, 4], "stored": None,
+        "mean_shape": [72, 72, 3],
+    }  # fmt: skip
+    mean = np.frombuffer(base64.b64decode(told["mean"]), "<f4").reshape(72, 72, 3)
+    expected = on_canvas(torch.from_numpy(statistics.mean_image).movedim(-1, 0), 72)
+    assert_close(mean, expected.movedim(0, -1), 1e-5)
+
+    before = out.read_bytes()
+    assert main([*command, "--data", str(tmp_path)]) == 1
+    assert out.read_bytes() == before
+    caplog.set_level("WARNING")
+    assert main(command) == 0  # its data set is not there: the network alone
+    assert "exported without a mean image and names of classes" in caplog.text
+    assert {*about()} == {"config", "preprocessing"}
+    command[-1] = "caffe"
+    assert main([*command, "--data", str(packed)]) == 2
+    assert "only with --format onnx" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_path: Path) -> None:

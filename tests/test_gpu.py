@@ -55,6 +55,21 @@ def test_normalisation_is_the_cpus(dtype: torch.dtype, bound: float) -> None:
         torch.testing.assert_close(on_gpu, on_cpu, rtol=bound, atol=bound * 50)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "tf32"])
+def test_products_of_float32_are_exact_unless_tf32_is_asked_for(precision: str) -> None:
+    """Under bf16: of what autocast leaves alone."""
+    on_gpu = ["layout.kind=one", "layout.device=cuda", f"train.precision={precision}"]
+    connect(load_config([*TINY, *on_gpu]))
+    a, b = (torch.randn(64, 64, 16, 16, device="cuda") for _ in range(2))
+    convolved = torch.nn.functional.conv2d(a, b[:, :, :3, :3])
+    multiplied = a.flatten(1) @ b.flatten(1).T
+    exact = torch.nn.functional.conv2d(a.double(), b[:, :, :3, :3].double())
+    assert (convolved - exact).norm() / exact.norm() < (1e-3 if precision == "tf32" else 1e-5)
+    exact = a.double().flatten(1) @ b.double().flatten(1).T
+    error = (multiplied - exact).norm() / exact.norm()
+    assert 5e-5 < error < 1e-3 if precision == "tf32" else error < 1e-5
+
+
 GPU = ["layout.device=cuda", "train.deterministic=true"]
 
 

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import stat
@@ -11,14 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, on_ranks
+from conftest import TINY, as_overrides, on_ranks
 from submitit.core.utils import FailedJobError, JobPaths
 
+from alexnet_dist.cli import main
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
@@ -28,7 +30,7 @@ from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check_columns_meet
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.training.run_folder import RunFolder, read_run
-from launch import ensemble, job, status, submit
+from launch import cluster, ensemble, job, status, submit
 
 STEP = {
     "SLURM_JOB_ID": "7",
@@ -70,8 +72,8 @@ def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
         ("one", (1,), ""),
         ("columns", (1,), ""),  # a task alone starts its own ranks
         ("replicas", (2, 1), "every node must have as many"),
-        ("columns_x_replicas", (1, 1, 1, 1), "ask for --ntasks-per-node=2"),
-        ("columns_x_replicas", (3, 3), "ask for --ntasks-per-node=2"),
+        ("columns_x_replicas", (1, 1, 1, 1), "ask for cluster.tasks_per_node=2"),
+        ("columns_x_replicas", (3, 3), "ask for cluster.tasks_per_node=2"),
         ("columns", (2, 2), "takes 2 ranks"),
     ],
 )
@@ -90,8 +92,6 @@ def test_fewer_tasks_than_places_are_seen(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """sbatch --nodes=2 --ntasks-per-node=2 --ntasks=3: Slurm still says 2(x2)."""
-    from conftest import as_overrides
-
     monkeypatch.setenv("SLURM_TASKS_PER_NODE", "2(x2)")
     monkeypatch.setenv("SLURM_NTASKS", "3")
     with pytest.raises(ConfigError, match="Slurm put 2, 1 tasks on 2 nodes"):
@@ -121,6 +121,7 @@ def test_a_rank_takes_its_own_gpu(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     place = Place(1, 2, 1, 2, 0, (2,), gpus_on_node)
     assert str(take_device(tiny("layout.device=auto"), place)) == device
 
@@ -136,18 +137,6 @@ def test_a_task_counts_on_the_cores_slurm_gave_it(monkeypatch: pytest.MonkeyPatc
     assert cores_of(place) == 2
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
     assert cores_of(Place(1, 8, 1, 4)) == 8
-
-
-def test_a_local_job_sees_this_machines_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # Submitit's
-    job.see_gpus_again()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-    monkeypatch.setenv(job.SEEN_GPUS, "2,3")
-    job.see_gpus_again()
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == "2,3"
-    monkeypatch.setenv(job.SEEN_GPUS, job.ALL_GPUS)
-    job.see_gpus_again()
-    assert "CUDA_VISIBLE_DEVICES" not in os.environ
 
 
 def _meet(folder: str) -> tuple[int, list[str]]:
@@ -261,8 +250,8 @@ def test_stops_that_save_nothing_are_a_crash_loop_too(
 
 @pytest.mark.parametrize("name", [path.stem for path in configs_folder().glob("cluster/*.yaml")])
 def test_shipped_clusters_load(name: str) -> None:
-    cluster, rest = submit.split(["demo", f"cluster={name}", "seed=1", "cluster.nodes=3"])
-    assert cluster == dataclasses.replace(submit.split([f"cluster={name}"])[0], nodes=3)
+    made, rest = cluster.split(["demo", f"cluster={name}", "seed=1", "cluster.nodes=3"])
+    assert made == dataclasses.replace(cluster.split([f"cluster={name}"])[0], nodes=3)
     assert rest == ["demo", "seed=1"]
 
 
@@ -270,37 +259,177 @@ def test_shipped_clusters_load(name: str) -> None:
     ("arguments", "said"),
     [
         (["cluster=nowhere"], r"cluster=nowhere: no such file, nor one of dev, template"),
-        (["cluster.node=1"], r"unknown key node; there are nodes, tasks_per_node"),
-        (["cluster.nodes=many"], r"nodes='many': must be of type int"),
-        (["cluster.nodes=true"], r"nodes=True: must be of type int"),
-        (["cluster=template", "cluster.nodes=x"], r"cluster\.nodes=x: nodes='x': must be of type"),
-        (["cluster.nodes=0"], r"cluster\.nodes=0: nodes=0: must be at least 1"),
-        (["cluster.gpus_per_node=-1"], r"gpus_per_node=-1: must be at least 0"),
-        (["cluster.time_min=2"], r"signal_s=120: seconds before the limit of time_min=2 minutes"),
-        (["cluster.setup=["], r"cluster\.setup: not YAML: "),
+        (
+            ["cluster.node=1"],
+            r"command line: unknown key cluster\.node; did you mean cluster\.node",
+        ),
+        (["cluster.nodes=many"], r"cluster\.nodes=many: must be a whole number \(nodes of the job"),
+        (["cluster.nodes=true"], r"cluster\.nodes=true: must be a whole number"),
+        (
+            ["cluster=template", "cluster.nodes=x"],
+            r"command line: cluster\.nodes=x: must be a whole",
+        ),
+        (["cluster.nodes=0"], r"cluster\.nodes=0: must be at least 1"),
+        (["cluster.gpus_per_node=-1"], r"cluster\.gpus_per_node=-1: must be at least 0"),
+        (["cluster.time_min=2"], r"cluster\.signal_s=120: .* limit of cluster\.time_min=2 minutes"),
+        (["cluster.setup=["], r"cluster\.setup=\[: '\[' is not a YAML value"),
+        (["cluster.sbatch=long"], r"cluster\.sbatch=long: must be keys and values, as in \{qos:"),
+        (["cluster.mem=8"], r"unknown key cluster\.mem; did you mean cluster\.memory_gb\?"),
     ],
 )
 def test_wrong_clusters_are_named(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        submit.split(arguments)
+        cluster.split(arguments)
 
 
 def test_a_cluster_file_that_would_grow_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("a: &a [x, x]\nb: [*a, *a]\n")
     with pytest.raises(ConfigError, match=r"mine\.yaml: not a YAML file of .* has aliases"):
-        submit.split([f"cluster={file}"])
+        cluster.split([f"cluster={file}"])
+
+
+def test_a_cluster_says_what_its_keys_say(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("time_min: 1:20\n")
+    with pytest.raises(ConfigError, match=r"mine\.yaml: .*1:20 is another number to YAML"):
+        cluster.split([f"cluster={file}"])
+    file.write_text("account: 007\n")
+    with pytest.raises(ConfigError, match=r"007 is another number to YAML.* in quotes"):
+        cluster.split([f"cluster={file}"])
+    made, _ = cluster.split(["cluster.account=007", "cluster.sbatch={qos: long, exclusive: true}",
+                             "cluster.setup=[module load cuda, ulimit -n 9]"])  # fmt: skip
+    assert made.account == "007"
+    assert made.sbatch == {"qos": "long", "exclusive": True}
+    assert made.setup == ("module load cuda", "ulimit -n 9")
 
 
 def test_values_of_an_ensemble() -> None:
     assert ensemble.values_of("seed=0..4") == ("seed", ["0", "1", "2", "3", "4"])
     assert ensemble.values_of("model.dropout=0.3,0.5") == ("model.dropout", ["0.3", "0.5"])
-    assert ensemble.member(["demo"], "demo", "model.dropout", "0.3") == [
-        "demo", "model.dropout=0.3", "name=demo-dropout-0.3",
-    ]  # fmt: skip
+    assert ensemble.values_of("model.fc=[8,8],[4,4]") == ("model.fc", ["[8,8]", "[4,4]"])
     for wrong in ("seed", "seed=", "seed=1,1", "seed=4..0"):
         with pytest.raises(ConfigError, match=r"write KEY=0\.\.4"):
             ensemble.values_of(wrong)
+
+
+@pytest.fixture
+def run(tiny: Callable[..., Config]) -> list[str]:
+    """Arguments of a run of seconds."""
+    return [*as_overrides(tiny("layout.kind=one", "train.epochs=0.2")), "name=some"]
+
+
+def test_several_keys_are_combined(run: list[str]) -> None:
+    found = ensemble.members_of(run, ["model.dropout=0.3,0.5", "seed=0..1"], None)
+    assert [dict(member.keys) for member in found] == [
+        {"model.dropout": "0.3", "seed": "0"}, {"model.dropout": "0.3", "seed": "1"},
+        {"model.dropout": "0.5", "seed": "0"}, {"model.dropout": "0.5", "seed": "1"},
+    ]  # fmt: skip
+    assert [member.config.name for member in found][::3] == [
+        "some-dropout-0.3-seed-0", "some-dropout-0.5-seed-1",
+    ]  # fmt: skip
+    assert (found[3].config.model.dropout, found[3].config.seed) == (0.5, 1)
+    with pytest.raises(ConfigError, match="seed, seed: each key once"):
+        ensemble.members_of(run, ["seed=0,1", "seed=2,3"], None)
+    with pytest.raises(ConfigError, match=r"two members would be named some-fc-_36_28_"):
+        ensemble.members_of(run, ["model.fc=[36,28],[36 ,28]"], None)
+
+
+def test_an_ensemble_trains_here_and_goes_on_where_it_was(
+    run: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[list[str]] = []
+
+    def here(arguments: list[str], code: int = 0) -> int:
+        trained.append(list(arguments))
+        if code == 0 and "seed=7" not in arguments:
+            assert main.main(["train", *arguments]) == 0
+        return 1 if "seed=7" in arguments else code
+
+    words = [*run, "--over", "seed=0,7,1", "--local"]
+    monkeypatch.setattr(ensemble, "run_here", lambda arguments: here(arguments, 130))
+    assert ensemble.main(words) == 130
+    assert len(trained) == 1
+    monkeypatch.setattr(ensemble, "run_here", here)
+    assert ensemble.main(words) == 1
+    said = capfd.readouterr().out
+    rows = [
+        line.split()[1:4] for line in said.splitlines() if re.search(r"-seed-\d +\d +fin", line)
+    ]
+    assert rows == [["0", "finished", "2/2"], ["1", "finished", "2/2"]]
+    assert re.search(r"some-seed-7  7     not begun  -     -  +-", said)
+    assert "  best top-1 error  last\n" in said
+    assert "run 2 of 3: " in said
+    assert "the average of 2 of 3: top-1 " in said
+    trained.clear()
+    assert ensemble.main(words) == 1
+    assert [words[-2:] for words in trained] == [["seed=7", "name=some-seed-7"]]
+    with pytest.raises(ConfigError, match="leave out --parallel"):
+        ensemble.main([*words, "--parallel", "2"])
+
+
+def test_a_dry_run_prints_what_would_be_submitted(
+    run: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = ["cluster.partition=gpu", "cluster.memory_gb=64", "cluster.time_min=90"]
+    assert submit.main([*run, *asked, "--dry-run"]) == 0
+    script = capsys.readouterr().out
+    for line in ("--partition=gpu", "--mem=64G", "--time=90", "--requeue", "--job-name=some"):
+        assert f"#SBATCH {line}\n" in script
+    assert "\nsrun " in script
+    assert f"launch.job after $? --submitted {tmp_path}/runs/some/launch" in script
+    assert ensemble.main([*run, *asked, "--dry-run", "--over", "seed=0..2"]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --array=0-2%3\n" in script
+    assert script.splitlines()[-1].endswith("seed=2 name=some-seed-2")
+    assert submit.main([*run, "--local", "--dry-run"]) == 0
+    assert " -m alexnet_dist train " in capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("program", [submit, ensemble, status, job])
+def test_every_program_has_help_and_usage(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        program.main([])
+    assert capsys.readouterr().err.startswith(f"usage: python -m {program.__name__} ")
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
+    said = capsys.readouterr().out
+    for line in re.findall(rf"^  python -m {program.__name__} (.*)$", said, re.M):
+        program.parser().parse_args(shlex.split(line))
+
+
+def test_what_is_wrong_is_said_in_the_clusters_words(run: list[str]) -> None:
+    two = ["layout.kind=columns", "cluster.nodes=2", "cluster.tasks_per_node=2"]
+    with pytest.raises(ConfigError, match=r"^cluster\.nodes=2, cluster\.tasks_per_node=2: layout"):
+        submit.main([*run, *two])
+    refused = "sbatch: error: Batch job submission failed: "
+    for words, keys in (
+        ("invalid partition specified: gpu", "cluster.partition"),
+        ("Memory specification can not be satisfied", "cluster.memory_gb"),
+        ("Requested time limit is invalid", "cluster.time_min"),
+        ("Invalid account or account/partition combination", "cluster.partition"),
+        ("Node count specification invalid", "cluster.nodes"),
+        ("something new", ""),
+    ):
+        assert cluster.keys_of_refusal(refused + words) == keys
+
+
+def test_a_run_here_shows_itself_and_hears_signals(
+    run: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert submit.main([*run, "--local"]) == 0
+    assert "evaluation: top-1" in capfd.readouterr().err
+    long = [*run, "train.epochs=2000", "name=long", "log.every_steps=1"]
+    program = [sys.executable, "-m", "launch.submit", *long, "--local"]
+    with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as here:
+        assert here.stderr is not None
+        next(line for line in here.stderr if "step 3/" in line)  # while it goes on
+        here.send_signal(signal.SIGINT)
+        here.stderr.read()
+    assert here.returncode == 130
+    (folder,) = [text.partition("=")[2] for text in run if text.startswith("output_dir=")]
+    assert read_run(Path(folder) / "long")["state"] == "stopped"
 
 
 def test_a_queue_that_does_not_answer_is_not_an_empty_one(
@@ -331,32 +460,10 @@ def test_what_slurm_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     code, said = refused(FailedJobError("sbatch: error: invalid partition specified: gpu"))
     assert (code, said.count("\n")) == (1, 1)
     assert "Slurm refused: sbatch: error: invalid partition" in said
+    assert "(see cluster.partition, and `python -m launch.submit --dry-run`)" in said
     assert refused(KeyboardInterrupt())[0] == 130
     code, said = refused(PermissionError(13, "Permission denied", "/runs"))
     assert (code, said.count("\n")) == (1, 1)
-
-
-@pytest.mark.parametrize(("attempt", "code"), [(2, 143), (1, 1)])  # (it never began again)
-def test_a_local_job_leaves_with_its_runs_code(
-    attempt: int, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def said(**run: Any) -> None:
-        (tmp_path / "run.json").write_text(json.dumps(run))
-
-    def ended() -> RuntimeError:
-        said(attempt=attempt, state="stopped", exit=143)
-        return RuntimeError("its process left")
-
-    paths = SimpleNamespace(stdout="log")
-    here = SimpleNamespace(job_id="1", paths=paths, exception=ended, stdout=lambda: "")
-    executor = SimpleNamespace(update_parameters=lambda **_: None, submit=lambda run: here)
-    monkeypatch.setattr(submit.submitit, "LocalExecutor", lambda folder: executor)
-    said(attempt=1, state="stopped", exit=75)
-    before = os.umask(0o022)
-    try:
-        assert submit.run_here(job.TrainJob([]), tmp_path) == code
-    finally:
-        os.umask(before)
 
 
 def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
@@ -386,6 +493,51 @@ def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
     assert "first line" in status.table([failed])
     with pytest.raises(RunFolderError, match=r"no run\.json here"):
         status.status(tmp_path / "nowhere", {})
+
+
+def test_a_container_without_scontrol_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with pytest.raises(
+        RunFolderError, match=r"scontrol requeue 7: .*No such file.*submit the same"
+    ):
+        job.requeue()
+
+
+def test_the_container_is_made_of_what_is_there() -> None:
+    root = configs_folder().parent
+    recipe = (root / "slurm/alexnet_dist.def").read_text()
+    files = re.findall(r"^    (\S+) /opt/alexnet_dist/(\S+)$", recipe, re.M)
+    assert len(files) == 7
+    assert all(source == to and (root / source).exists() for source, to in files)
+
+
+def test_a_finished_run_that_is_started_again_was_not_restarted(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("name=again")
+
+    def start(end: str, **more: Any) -> dict[str, Any]:
+        folder = RunFolder(config)
+        folder.take()
+        folder.running(0, 8)
+        clock[0] += 10
+        folder.saved(4)
+        assert folder.goodput() == pytest.approx(1)
+        folder.report(end, **more)
+        folder.close()
+        return status.status(config.folder, None)
+
+    clock = [1e9]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    assert start("stopped", exit=143)["restarts"] == 0
+    assert start("finished", exit=0)["restarts"] == 1
+    clock[0] += 1000
+    found = start("finished", exit=0)
+    assert (found["restarts"], found["goodput"]) == (1, pytest.approx(1))
+    assert read_run(config.folder)["attempt"] == 3
 
 
 def test_pickles_that_others_could_write_are_not_loaded(tmp_path: Path) -> None:
@@ -441,7 +593,7 @@ def test_without_slurm_it_says_so(
     old = os.umask(0o022)
     try:
         with pytest.raises(AlexNetDistError, match="--local"):
-            submit.executor(submit.Cluster(), "run", tmp_path / "run" / "launch", 1)
+            submit.executor(cluster.Cluster(), "run", tmp_path / "run" / "launch", 1)
     finally:
         os.umask(old)
     assert stat.S_IMODE((tmp_path / "run" / "launch").stat().st_mode) == 0o700

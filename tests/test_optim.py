@@ -9,6 +9,7 @@ from conftest import assert_close
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.engines.optimizer import Optimizer, Schedule
+from alexnet_dist.training.state import Progress
 
 RATES = [0.1, 0.1, 0.01, 0.0, 0.0, 0.05, 0.2]
 
@@ -134,3 +135,27 @@ def test_plateau_falls_when_errors_stop_improving_three_times(tiny: Callable[...
     again = schedule(tiny, "schedule.kind=plateau", "schedule.patience=2")
     again.load(s.state())
     assert again == s
+
+
+@pytest.mark.parametrize(
+    ("epochs", "every", "evaluated"),
+    [
+        ("2", "1", [50, 100]),
+        ("1.02", "1", [51]),  # not after 50 and 51
+        ("1.2", "1", [50, 60]),
+        ("0.5", "1", [25]),
+        ("1.1", "0.5", [25, 50, 55]),
+        ("3.02", "0.3", [15, 30, 45, 60, 75, 90, 105, 120, 135, 151]),
+    ],
+)
+def test_no_network_is_evaluated_twice_at_the_end(
+    epochs: str, every: str, evaluated: list[int], tiny: Callable[..., Config]
+) -> None:
+    config = tiny(f"train.epochs={epochs}", f"evaluate.every_epochs={every}")
+    schedule, progress = Schedule.of(config, samples=400), Progress()
+    found = []
+    for progress.step in range(1, schedule.last_step + 1):
+        if progress.evaluation_due(config, schedule):
+            progress.evaluated_step = progress.step
+            found.append(progress.step)
+    assert found == evaluated

@@ -407,6 +407,9 @@ def test_submitit_runs_and_resumes_to_the_bit(cluster: Cluster, whole: Callable[
     whole("four", ON_TWO_NODES, *FOUR)
     said = cluster.submit("submit", *FOUR, "name=submitted", "cluster=dev")
     job = re.search(r"job (\d+)", said)[1]  # type: ignore[index]
+    told = cluster.submit("submit", *FOUR, "name=submitted", "cluster=dev", "--dry-run")
+    script = cluster.runs / "submitted" / "launch" / f"{job}_submission.sh"
+    assert told.strip() == script.read_text().strip()
     cluster.until_running("submitted")
     begun, saved = preempt(cluster, "submitted", job)
     cluster.until_running("submitted", attempt=2, saved=True)

@@ -36,6 +36,7 @@ class Contestant:
         self, module: str, name: str, config: Config, pieces: int = 2, plain: bool = False
     ) -> None:
         self.name, self.pieces, self.given = name, pieces, list[float]()
+        self.peak = 0  # bytes of a GPU's memory
         code = (
             f"from alexnet_dist.bench import contestants as c; c.serve{module, name, flat(config)}"
         )
@@ -55,7 +56,7 @@ class Contestant:
         answer = self._process.stdout.readline()
         if not answer:
             raise ConfigError(f"bench: {self.name!r} failed; it has said why")
-        seconds, given = json.loads(answer)
+        seconds, given, self.peak = json.loads(answer)
         self.given.append(given)
         return float(seconds)
 
@@ -70,13 +71,16 @@ class Contestant:
 
 def serve(module: str, name: str, config: dict[str, Any]) -> None:
     """A contestant's process: a line in, so much work, its seconds and what the first gave out."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
     make = importlib.import_module(f"alexnet_dist.bench.{module}").contestant
     work: Work = make(name, load_config([config]))
     for line in sys.stdin:
         pieces = int(line)
         begin = time.perf_counter()
-        given = [work() for _ in range(pieces)]
+        given, peak = [work() for _ in range(pieces)], 0
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
         took = time.perf_counter() - begin
-        print(json.dumps([took / pieces, float(given[0])]), flush=True)
+        print(json.dumps([took / pieces, float(given[0]), peak]), file=answers, flush=True)

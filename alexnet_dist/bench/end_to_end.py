@@ -3,6 +3,7 @@ beside its forward passes; the time to the first step; memory over many steps.""
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.make import make_engine
+from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.planning.dry_run import plan
 
@@ -100,6 +102,11 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
         },
         "ceilings": {
             "start to first step, s": _first_step(config),
+            **(
+                {"the same, no kernel built before, s": _first_step(config, cold=True)}
+                if gpus(config)
+                else {}
+            ),
             **{name: value for name, value in found.items() if "/" not in name},
         },
         "machine": machine(config.data.workers),
@@ -131,16 +138,24 @@ def _memory(one: Contestant, config: Config, steps: int) -> dict[str, float]:
     }
 
 
-def _first_step(config: Config) -> float:
-    """Seconds from typing `alexnet-dist train` to the end of the first step."""
+def _first_step(config: Config, cold: bool = False) -> float:
+    """Seconds from typing `alexnet-dist train` to the end of the first step.
+
+    Args:
+        cold: without the kernels that Triton and torch.compile have kept from earlier.
+    """
     with tempfile.TemporaryDirectory() as folder:
         own = {"output_dir": folder, "log.every_steps": 1, "log.embedding": 0}
         path = Path(folder) / "config.yaml"
         path.write_text(json.dumps(flat(config) | own))
+        kept = {
+            name: f"{folder}/{name}" for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        }
         begin = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, "-m", "alexnet_dist", "train", str(path)],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+            env=os.environ | kept if cold else None,
         )  # fmt: skip
         assert process.stderr is not None
         for line in process.stderr:

@@ -1,5 +1,9 @@
-"""How fast a training step is, beside the same network as it is usually written."""
+"""How fast a training step is, beside the same network as it is usually written, and beside
+torchvision's alexnet in each form that its users run."""
 
+import logging
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,14 +20,17 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.lrn import alpha_of
 from alexnet_dist.network.model import AlexNet, final_side
+from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel.device import gpus, peak_flops
 from alexnet_dist.parallel.topology import connect
+from alexnet_dist.planning.dry_run import plan
 
+log = logging.getLogger(__name__)
 _TRAINING = 3  # of a forward's: the gradients of inputs and of weights cost as much again
 
 
 class Eager(nn.Module):
-    """The config's network as most PyTorch code has it: nn.LocalResponseNorm, nn.Dropout, NCHW."""
+    """The config's network as most PyTorch code has it: nn.LocalResponseNorm, nn.Dropout."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -53,8 +60,8 @@ class Eager(nn.Module):
             x = F.relu(conv(x))
             if f"conv{number}" in self.model.lrn.layers:  # never across columns
                 n, channels, h, w = x.shape
-                columns = x.view(n * self.model.columns, -1, h, w)
-                x = self.norms[f"conv{number}"](columns).view(n, channels, h, w)
+                columns = x.reshape(n * self.model.columns, -1, h, w)
+                x = self.norms[f"conv{number}"](columns).reshape(n, channels, h, w)
             if number in (1, 2, 5):
                 x = self.pool(x)
         x = x.flatten(1)
@@ -76,23 +83,61 @@ def _device(config: Config) -> torch.device:
     return torch.device("cuda" if gpus(config) else "cpu")
 
 
-def _eager(network: nn.Module, config: Config) -> Work:
-    """A plain loop: fp32, torch's defaults."""
-    batch = made_batch(config, _device(config), torch.float32)
-    windows, labels = batch.windows.contiguous(), batch.labels
-    network.to(_device(config))
+def plain(network: nn.Module, config: Config, form: list[str]) -> Work:
+    """A training loop as most write it.
+
+    Args:
+        form: `fp32`, by torch's defaults, with `no TF32` or without; or `bf16`: autocast,
+            channels_last, cuDNN's benchmark and fused SGD, with `compiled` and `graph` or without.
+    """
+    device, narrow = _device(config), "bf16" in form
+    layout = torch.channels_last if narrow else torch.contiguous_format
+    batch = made_batch(config, device, torch.float32)
+    windows, labels = batch.windows.contiguous(memory_format=layout), batch.labels
+    network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    torch.backends.cudnn.benchmark = narrow
+    if "no TF32" in form:
+        allow_tf32("fp32")
     optimizer = torch.optim.SGD(
-        network.parameters(), lr=1e-4, momentum=0.9, weight_decay=config.optimizer.weight_decay
-    )
+        network.parameters(), lr=1e-4, momentum=0.9, weight_decay=config.optimizer.weight_decay,
+        fused=narrow or None,
+    )  # fmt: skip
+    run = torch.compile(network) if "compiled" in form else network
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(network(windows), labels)
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+            loss = F.cross_entropy(run(windows), labels)
         loss.backward()
         optimizer.step()
         return loss.detach()
 
-    return step
+    return graphed(step) if "graph" in form else step
+
+
+def graphed(step: Callable[[], Tensor]) -> Work:
+    """The step as a CUDA graph, captured when it is first called, after some steps on another
+    stream: those allocate what a capture cannot."""
+    replay: Callable[[], None] | None = None
+    loss = torch.zeros(())
+
+    def replayed() -> Tensor:
+        nonlocal replay, loss
+        if replay is None:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(_BEFORE_CAPTURE):
+                    step()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+            replay = graph.replay
+        replay()
+        return loss
+
+    return replayed
 
 
 def _ours(config: Config) -> Work:
@@ -107,113 +152,196 @@ def _ours(config: Config) -> Work:
     return step
 
 
+def _product(config: Config, precision: str) -> Work:
+    device, narrow = _device(config), precision == "bf16"
+    side = 8192 if device.type == "cuda" else 4096 if narrow else 2048
+    dtype = torch.bfloat16 if narrow else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def product() -> float:
+        a @ b
+        return 2.0 * side**3  # its FLOP, in the loss's place
+
+    return product
+
+
 def contestant(name: str, config: Config) -> Work:
     """A step of what a row of the table names; it gives the loss, nats a sample."""
-
-    def with_(*overrides: str) -> Config:
-        return load_config([flat(config), *overrides])
-
-    match name:
-        case "ours, bf16":
-            return _ours(with_("train.precision=bf16"))
-        case "ours, fp32":
-            return _ours(with_("train.precision=fp32"))
-        case "ours, bf16, compiled":
-            return _ours(with_("train.precision=bf16", "train.compile=inductor"))
-        case "ours, bf16, no LRN":
-            return _ours(with_("train.precision=bf16", "model.lrn.layers=[]"))
-        case "eager, fp32":
+    who, *form = name.split(", ")
+    match who:
+        case "ours":
+            how = ["model.lrn.layers=[]"] if "no LRN" in form else []
+            return _ours(load_config([flat(config), f"train.precision={form[0]}", *how]))
+        case "matrix product":
+            return _product(config, form[0])
+        case "eager":
             network = Eager(config)
             network.take(dict(AlexNet(config.model, config.seed).named_parameters()))
-            return _eager(network, config)
-        case "torchvision's alexnet, fp32":
+            return plain(network, config, form)
+        case "torchvision's alexnet":
             from torchvision.models import alexnet
 
-            return _eager(alexnet(num_classes=config.model.classes), config)
-        case "matrix product, bf16" | "matrix product, fp32":
-            device, narrow = _device(config), name.endswith("bf16")
-            side = 8192 if device.type == "cuda" else 4096 if narrow else 2048
-            dtype = torch.bfloat16 if narrow else torch.float32
-            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-
-            def product() -> float:
-                a @ b
-                return 2.0 * side**3  # its FLOP, in the loss's place
-
-            return product
+            return plain(alexnet(num_classes=config.model.classes), config, form)
     raise ValueError(name)
 
 
+_BEFORE_CAPTURE = 5
 _LOSSES = ("ours, bf16", "ours, fp32", "eager, fp32")
-_CONTESTANTS = (*_LOSSES, "ours, bf16, no LRN", "torchvision's alexnet, fp32",
-                "matrix product, bf16", "matrix product, fp32")  # fmt: skip
-_COMPILED = "ours, bf16, compiled"  # where there is a GPU
+_OURS, _NO_LRN, _PRODUCT = "ours, bf16", "ours, bf16, no LRN", "matrix product, bf16"
+_TORCHVISION = "torchvision's alexnet"
+_CONTESTANTS = (*_LOSSES, _NO_LRN, f"{_TORCHVISION}, fp32", _PRODUCT, "matrix product, fp32")
+_FORMS = ("fp32, no TF32", "bf16", "bf16, compiled", "bf16, compiled, graph")
+_BEST = f"{_TORCHVISION}, {_FORMS[-1]}"  # that a user has
+_ON_A_GPU = ("ours, tf32", *(f"{who}, {how}" for who in ("eager", _TORCHVISION) for how in _FORMS))
 
 
-def bench_step(config: Config, repeats: int) -> dict[str, Any]:
+def bench_step(config: Config, repeats: int, batches: Sequence[int] = ()) -> dict[str, Any]:
     """Training steps of the config's network on one process, on a GPU where there is one, and of
     its references.
 
+    Args:
+        batches: in train.batch's place; at those after the first, what the first is scaled by.
+
     Returns:
-        ratios (medians of pairs; of a reference's seconds to ours), ceilings, machine, the loss of
-        each one's first step without dropout (equal work), and every pass's seconds a step.
+        ratios (medians of pairs; of speeds, where they do not say otherwise), ceilings, machine,
+        the loss of each one's first step without dropout (equal work), and every pass's seconds a
+        step.
     """
-    losses = first_losses(config)
+    first, *others = [load_config([flat(config), f"train.batch={n}"])
+                      for n in batches or (config.train.batch,)]  # fmt: skip
     gpu = _device(config).type == "cuda"
-    names = (*_CONTESTANTS, _COMPILED) if gpu else _CONTESTANTS
-    contestants = {name: _made(name, config, pieces=50 if gpu else 2) for name in names}
+    found: dict[str, Any] = {"losses": first_losses(first)}
+    found |= _timed(first, repeats, (*_CONTESTANTS, *(_ON_A_GPU if gpu else ())))
+    for other in others:
+        more = _timed(other, repeats, (_OURS, _NO_LRN, _PRODUCT, *((_BEST,) if gpu else ())))
+        at = f", batch {other.train.batch}"
+        for part in ("ratios", "ceilings"):
+            found[part] |= {name + at: value for name, value in more[part].items()}
+        for run, beside in zip(found["runs"], more["runs"], strict=True):
+            run |= {name + at: seconds for name, seconds in beside.items()}
+    return found | {"machine": machine(config.data.workers), "unit": "seconds a step"}
+
+
+def _timed(config: Config, repeats: int, names: Sequence[str]) -> dict[str, Any]:
+    """Ratios, ceilings and runs of these contestants."""
+    # As many images a pass at any batch, so that a pass on a GPU is half a second.
+    pieces = max(5, 50 * 128 // config.train.batch) if _device(config).type == "cuda" else 2
+    contestants = {name: _made(name, config, pieces) for name in names}
     try:
+        for name in names:
+            try:
+                contestants[name]()
+            except ConfigError as error:  # a reference that this torch cannot run on this GPU
+                if name.startswith("ours") or name not in _ON_A_GPU:
+                    raise
+                log.warning(f"{error}: left out")
+                contestants.pop(name).close()
         runs = in_turn(dict(contestants), repeats)
-        flop = {n: contestants[n].given[0] for n in names if n.startswith("matrix")}
+        flop = {n: one.given[0] for n, one in contestants.items() if n.startswith("matrix")}
     finally:
         for contestant in contestants.values():
             contestant.close()
 
-    best = _COMPILED if gpu else "ours, bf16"
     macs = multiply_adds(AlexNet(config.model, drawn=False))
     work = _TRAINING * 2 * sum(macs.values()) * config.train.batch
     rates = {name: [flop[name] / run[name] for run in runs] for name in flop}
-    product = zip(runs, rates["matrix product, bf16"], strict=True)
-    ratios = {
-        "ours, bf16 / eager, fp32": ratio(runs, "eager, fp32", "ours, bf16"),
-        "ours, fp32 / eager, fp32": ratio(runs, "eager, fp32", "ours, fp32"),
-        "ours, bf16 / torchvision's alexnet, fp32": ratio(
-            runs, "torchvision's alexnet, fp32", "ours, bf16"
-        ),
-        "ours, bf16 / the same without LRN": ratio(runs, "ours, bf16, no LRN", "ours, bf16"),
-        f"{best} / bf16 matrix product, by FLOP": median(
-            work / run[best] / rate for run, rate in product
-        ),
-    }
-    if gpu:
-        ratios[f"{best} / ours, bf16"] = ratio(runs, "ours, bf16", best)
+    pairs = (  # ours, and beside what
+        (_OURS, "eager, fp32"), ("ours, fp32", "eager, fp32"), (_OURS, f"{_TORCHVISION}, fp32"),
+        ("ours, fp32", "eager, fp32, no TF32"), ("ours, tf32", "eager, fp32"),
+        (_OURS, f"eager, {_FORMS[-1]}"), (_OURS, _BEST),
+    )  # fmt: skip
+    ratios = {f"{a} / {b}": ratio(runs, b, a) for a, b in pairs if {a, b} <= {*runs[0]}}
+    ratios["ours, bf16 / the same without LRN"] = ratio(runs, _NO_LRN, _OURS)
+    if _BEST in runs[0]:
+        ratios[f"{_OURS} / {_BEST}, by seconds"] = ratio(runs, _OURS, _BEST)
+    ratios["ours, bf16 / bf16 matrix product, by FLOP"] = median(
+        work / run[_OURS] / rate for run, rate in zip(runs, rates[_PRODUCT], strict=True)
+    )
+    if _device(config).type == "cuda":
         if peak := peak_flops(torch.cuda.get_device_name()):
-            ratios[f"{best} / data sheet, by FLOP (MFU)"] = median(
-                work / run[best] / peak for run in runs
+            ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = median(
+                work / run[_OURS] / peak for run in runs
             )
-    decodes = median(config.train.batch / run[best] for run in runs)
+        planned = plan(load_config([flat(config), "train.precision=bf16"]), 1)
+        memory = planned["layouts"]["one"]["memory"]["peak"]
+        ratios["ours, bf16, peak memory / planned"] = contestants[_OURS].peak / memory
+    decodes = median(config.train.batch / run[_OURS] for run in runs)
     return {
         "ratios": ratios,
         "ceilings": {f"{n}, GFLOP/s": median(rate) / 1e9 for n, rate in rates.items()}
-        | {f"images/s to decode for {best}": decodes},
-        "losses": losses,
-        "machine": machine(config.data.workers),
-        "unit": "seconds a step",
+        | {f"images/s to decode for {_OURS}": decodes},
         "runs": runs,
     }
 
 
 def first_losses(config: Config) -> dict[str, float]:
     """Of a first step without dropout: what must be equal, for the same work to be timed."""
-    plain = load_config([flat(config), "model.dropout=0"])
-    found = {}
-    for name in _LOSSES:
-        one = _made(name, plain)
-        one()
-        found[name] = one.given[0]
-        one.close()
-    return found
+    without = load_config([flat(config), "model.dropout=0"])
+    contestants = [_made(name, without, pieces=1) for name in _LOSSES]
+    try:
+        for one in contestants:
+            one()
+        return {one.name: one.given[0] for one in contestants}
+    finally:
+        for one in contestants:
+            one.close()
 
 
-def _made(name: str, config: Config, pieces: int = 2) -> Contestant:
+def _made(name: str, config: Config, pieces: int) -> Contestant:
     return Contestant("step", name, config, pieces, plain=not name.startswith("ours"))
+
+
+# Kernels of cuDNN, cuBLAS and CUTLASS on a GPU; operators on a CPU.
+_ARITHMETIC = {
+    "cuda": r"gemm|xmma|cutlass|nvjet|fprop|dgrad|wgrad|convolve",
+    "cpu": r"convolution|::(add)?mm$|::bmm$|linear",
+}
+
+
+def bench_kernels(config: Config, steps: int) -> dict[str, Any]:
+    """What a training step of ours, in train.precision, takes its time for: a GPU's kernels, a
+    CPU's operators.
+
+    Returns:
+        kernels (of each: µs a step, calls a step, whether it is convolutions or products; the
+        costliest first), ratios, machine and unit.
+    """
+    kind = _device(config).type
+    work = _ours(config)
+    for _ in range(_BEFORE_CAPTURE):
+        float(work())  # and waits
+    watched = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=watched if kind == "cuda" else watched[:1]) as profiler:
+        for _ in range(steps):
+            loss = work()
+        float(loss)
+    time = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
+    kernels = [
+        (event.key, getattr(event, time) / steps, event.count / steps,
+         bool(re.search(_ARITHMETIC[kind], event.key)))
+        for event in profiler.key_averages()
+        if event.device_type.name.lower() == kind and getattr(event, time) > 0
+        and not getattr(event, "is_user_annotation", False)
+    ]  # fmt: skip
+    kernels.sort(key=lambda kernel: -kernel[1])
+    whole = sum(us for _, us, _, _ in kernels)
+    arithmetic = sum(us for _, us, _, counts in kernels if counts)
+    return {
+        "kernels": kernels,
+        "ratios": {"convolutions and products / all": arithmetic / whole},
+        "machine": machine(config.data.workers),
+        "unit": "µs a step",
+    }
+
+
+def kernel_lines(found: dict[str, Any], most: int = 40) -> str:
+    """What `bench_kernels` found, for a reader."""
+    kernels = found["kernels"]
+    lines = [f"{'µs a step':>10}{'calls':>8}  ×: convolutions and products"]
+    lines += [f"{us:10,.0f}{calls:8,.1f}  {'×' if counts else ' '} {name[:100]}"
+              for name, us, calls, counts in kernels[:most]]  # fmt: skip
+    rest = sum(us for _, us, _, _ in kernels[most:])
+    lines += [f"{rest:10,.0f}            {len(kernels[most:])} more"] if rest else []
+    lines.append(f"{sum(us for _, us, _, _ in kernels):10,.0f}            all")
+    lines += ["", *(f"{name:44}{value:8.3f}" for name, value in found["ratios"].items())]
+    return "\n".join(lines)

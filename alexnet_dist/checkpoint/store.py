@@ -37,9 +37,8 @@ from alexnet_dist.errors import (
     Damaged,
     NotFinite,
     cannot_be_read,
-    looked_in,
 )
-from alexnet_dist.files import json_object, read_bytes, sha256, sync, write
+from alexnet_dist.files import check_trained, is_there, json_object, read_bytes, sha256, sync, write
 from alexnet_dist.network.model import whole_shapes
 from alexnet_dist.tensor_files import TensorFile, misfit, save_tensors
 
@@ -290,15 +289,11 @@ def best(folder: Path) -> Checkpoint:
 
 def at(path: Path) -> Checkpoint:
     """The checkpoint that a path names; of a run folder the best, or its only one."""
-    if _is_there(path / "checkpoints"):
+    check_trained(path)
+    if is_there(path / "checkpoints"):
         only = steps(path / "checkpoints")
         return verify(only[0]) if len(only) == 1 else best(path / "checkpoints")
-    if _is_there(path / "manifest.json"):
-        return verify(path)
-    raise CheckpointError(
-        f"{path} is neither a run folder nor a checkpoint{looked_in(path)}: name runs/NAME or "
-        "runs/NAME/checkpoints/step-…"
-    )
+    return verify(path)
 
 
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
@@ -397,16 +392,6 @@ def _listed(folder: Path) -> list[str]:
         return []
     except OSError as error:
         raise CheckpointError(cannot_be_read(folder, error)) from error
-
-
-def _is_there(path: Path) -> bool:
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise CheckpointError(cannot_be_read(path, error)) from error
-    return True
 
 
 def _claimed(path: Path) -> int | None:

@@ -3,19 +3,25 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from alexnet_dist.cli.parser import AddCommand, add_json, part, picture
+from alexnet_dist.cli.parser import AddCommand, add_json, part, path, picture
 
 
 def add(command: AddCommand) -> None:
     """Add these commands."""
-    sub = command("prepare", prepare, "turn a source of images into a packed data set")
+    sub = command(
+        "prepare", prepare, "turn a source of images into a packed data set",
+        (
+            "alexnet-dist prepare folder my-images data/mine       # train/CLASS/*, val/CLASS/*",
+            "alexnet-dist prepare fashion_mnist configs/fashion-mnist-sample data/demo",
+            "alexnet-dist prepare imagenet ilsvrc2012 data/imagenet --workers 16",
+        ),
+    )  # fmt: skip
     sub.add_argument("source", choices=("imagenet", "folder", "cifar10", "fashion_mnist"))
     sub.add_argument(
-        "path", type=Path, nargs="?", help="folder of the source's files; fashion_mnist: Debian's"
+        "path", type=path, nargs="?", help="folder of the source's files; fashion_mnist: Debian's"
     )
-    sub.add_argument("out", type=Path, help="folder to make")
+    sub.add_argument("out", type=path, help="folder to make")
     sub.add_argument("--keep", action="store_true", help="images keep their size; else 256 × 256")
     sub.add_argument(
         "--max-bad", type=float, default=0.001, metavar="SHARE", help="images that may be refused"
@@ -29,8 +35,11 @@ def add(command: AddCommand) -> None:
         help="cifar10: of the test images, a stratified share to validate on",
     )  # fmt: skip
 
-    sub = command("inspect", inspect, "verify a packed data set, and show what is in it")
-    sub.add_argument("data", type=Path, help="folder that prepare made")
+    sub = command(
+        "inspect", inspect, "verify a packed data set, and show what is in it",
+        ("alexnet-dist inspect data/mine", "alexnet-dist inspect data/mine --quick --json"),
+    )  # fmt: skip
+    sub.add_argument("data", type=path, help="folder that prepare made")
     sub.add_argument("--sheet", type=picture, help="PNG to draw samples in; DATA/contact-sheet.png")
     sub.add_argument("--quick", action="store_true", help="sizes, and some images; nothing drawn")
     add_json(sub)
@@ -49,6 +58,10 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Verify a packed data set, and show what is in it."""
+    from alexnet_dist.data.dataset import open_dataset
+
+    if not (options.data / "dataset.json").exists():
+        open_dataset(options.data)  # says so, before torch is loaded
     from alexnet_dist.data import inspect as data
 
     sheet = options.sheet or options.data / "contact-sheet.png"

@@ -9,13 +9,15 @@ import traceback
 from collections.abc import Sequence
 from types import FrameType
 
-from alexnet_dist.cli.parser import Parser, commands_of
+from alexnet_dist import __version__
+from alexnet_dist.cli.streams import unread, with_usable
 from alexnet_dist.errors import in_words, printable
 from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS
 
 try:
-    from alexnet_dist.cli import datasets, measures, results, runs
+    from alexnet_dist.cli import answers, datasets, measures, results, runs
+    from alexnet_dist.cli.parser import Parser, commands_of
 except ImportError as error:  # a Python in which nothing was installed
     sys.exit(f"alexnet-dist: {in_words(error) or error}")
 
@@ -29,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     if sys.platform != "linux":
         sys.exit(f"alexnet-dist: this is {sys.platform}, and it runs on Linux: use a container")
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    return with_usable(lambda: _run(typed))
+
+
+def _run(arguments: Sequence[str]) -> int:
     options = build_parser().parse_args(arguments)
     here, own = None, os.getpid()
 
@@ -47,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
         code = EXITS[FLAGS[number]]
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and any(map(unread, (sys.stdout, sys.stderr))):
+            raise
         code = _say(error, here.rank if here else 0)
     if here:
         os._exit(code)  # leave fast: peers and their threads may never answer again
@@ -79,8 +87,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="alexnet-dist",
         description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
+        examples=(
+            "alexnet-dist configs                      # the shipped configs",
+            "alexnet-dist train demo                   # after `make demo`, or prepare",
+            "alexnet-dist evaluate runs/demo --views 10",
+            "alexnet-dist COMMAND --help               # its options, and more examples",
+        ),
     )
+    parser.add_argument("--version", action="version", version=f"alexnet-dist {__version__}")
     command = commands_of(parser, "COMMAND")
-    for family in (runs, datasets, results, measures):
+    for family in (runs, answers, datasets, results, measures):
         family.add(command)
     return parser

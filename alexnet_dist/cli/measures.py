@@ -3,10 +3,9 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, picture
+from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, path, picture
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, printable
 
@@ -15,19 +14,28 @@ def add(command: AddCommand) -> None:
     """Add these commands."""
     _add_bench(command)
 
-    sub = command("compare", compare, "hold layouts against one process, on this machine")
+    sub = command(
+        "compare", compare, "hold layouts against one process, on this machine",
+        ("alexnet-dist compare demo --layouts columns,replicas:2",),
+    )  # fmt: skip
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
     sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
     add_json(sub, "list")
 
-    sub = command("plan", plan, "what a run would take: memory, arithmetic, traffic, hours")
+    sub = command(
+        "plan", plan, "what a run would take: memory, arithmetic, traffic, hours",
+        (
+            "alexnet-dist plan demo                                # on this machine",
+            "alexnet-dist plan paper/alexnet-2012 --gpus h100:8 layout.kind=replicas",
+        ),
+    )  # fmt: skip
     sub.add_argument("config", nargs="+", help="as for train, or a run folder")
     sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
     sub.add_argument("--ranks", type=count, help="ranks; all of --gpus, or as many as would start")
-    sub.add_argument("--machine", type=Path, metavar="JSON", help="numbers that --fit wrote")
+    sub.add_argument("--machine", type=path, metavar="JSON", help="numbers that --fit wrote")
     sub.add_argument(
-        "--fit", type=Path, nargs="+", metavar="JSON",
+        "--fit", type=path, nargs="+", metavar="JSON",
         help="of bench layouts --json: fit this CPU's numbers to them, write them to --machine",
     )  # fmt: skip
     sub.add_argument(
@@ -35,14 +43,20 @@ def add(command: AddCommand) -> None:
     )
     add_json(sub)
 
-    sub = command("doctor", doctor, "what is here, what a run would use, and what to mend")
+    sub = command(
+        "doctor", doctor, "what is here, what a run would use, and what to mend",
+        ("alexnet-dist doctor demo",),
+    )  # fmt: skip
     sub.add_argument("config", nargs="*", help="of the run, as for train")
     add_json(sub)
 
 
 def _add_bench(command: AddCommand) -> None:
-    parts = commands_of(command("bench", None, "time a part of it against references, in one run"),
-                        "PART")  # fmt: skip
+    bench = command(
+        "bench", None, "time a part of it against references, in one run",
+        ("alexnet-dist bench step demo", "alexnet-dist bench layouts demo --ranks 2 --json"),
+    )  # fmt: skip
+    parts = commands_of(bench, "PART")
 
     def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
         sub = parts(name, run, help)
@@ -51,13 +65,13 @@ def _add_bench(command: AddCommand) -> None:
         return sub
 
     sub = part("data", bench_data, "decoding, beside ImageFolder and the bare decoder")
-    sub.add_argument("folder", type=Path, help="images to time on: train/CLASS/*")
+    sub.add_argument("folder", type=path, help="images to time on: train/CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument("--images", type=count, default=2000, help="of a pass")
 
     for name, help in (
         ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
-        ("lrn", "local response normalisation, beside nn.LocalResponseNorm"),
+        ("maps", "bias, ReLU, normalisation and pooling of conv1's maps, beside torch's"),
         ("layouts", "every layout on this host's ranks, beside one process and replicas"),
         ("checkpoint", "what a save costs the loop"),
         ("end-to-end", "training from data.path beside ready batches; ten views; start; memory"),
@@ -65,6 +79,16 @@ def _add_bench(command: AddCommand) -> None:
         sub = part(name, bench_config, help)
         sub.set_defaults(part=name)
         sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+        if name == "step":
+            sub.add_argument(
+                "--batch",
+                type=count,
+                nargs="+",
+                default=[],
+                help="instead of train.batch; at those after the first, less is timed",
+            )
+            sub.add_argument("--kernels", action="store_true",
+                             help="what a step takes its time for, and nothing else")  # fmt: skip
         if name == "layouts":
             sub.add_argument("--ranks", type=count, default=2, help="on this host")
         if name == "end-to-end":
@@ -84,9 +108,15 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = load_config(["layout.kind=one", *options.config])
     match options.part:
         case "step":
-            from alexnet_dist.bench.step import bench_step as bench
-        case "lrn":
-            from alexnet_dist.bench.lrn import bench_lrn as bench
+            from alexnet_dist.bench import step
+
+            if options.kernels:
+                found = step.bench_kernels(config, options.repeats)
+                print(json.dumps(found) if options.json else step.kernel_lines(found))
+                return 0
+            return _bench(step.bench_step(config, options.repeats, options.batch), options)
+        case "maps":
+            from alexnet_dist.bench.maps import bench_maps as bench
         case "layouts":
             from alexnet_dist.bench.layouts import bench_layouts
 
@@ -109,13 +139,14 @@ def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Hold layouts against one process."""
-    from alexnet_dist.data.dataset import open_for
-    from alexnet_dist.reporting import compare_layouts
-
     if options.steps < 3:
         raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
     config = load_config(options.config)
+    from alexnet_dist.data.dataset import open_for
+
     open_for(config)  # or one clear error
+    from alexnet_dist.reporting import compare_layouts
+
     rows = []
     if not options.json:
         print(compare_layouts.HEADING)
@@ -130,10 +161,10 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Say what a run would take."""
+    config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
     from alexnet_dist.planning import cost_model, dry_run, forecast, scaling
 
-    config = load_config(forecast.sources(options.config))
     machine = scaling.fitted(options.fit) if options.fit else None
     if machine and options.machine:
         cost_model.write_machine(machine, options.machine)
@@ -166,12 +197,19 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
+def _config_of(text: str) -> str:
+    """Where a run folder is named, its config."""
+    saved = path(text) / "config.json"
+    return str(saved) if saved.is_file() else text
+
+
 def doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Say what is here, and what stands in a run's way."""
+    config = load_config(options.config)
     from alexnet_dist.reporting.doctor import examine
 
     findings = []
-    for one in examine(load_config(options.config), named=bool(options.config)):
+    for one in examine(config, named=bool(options.config)):
         findings.append(one)
         if not options.json:
             mark = "✗" if one.broken else "!" if one.remedy else " "

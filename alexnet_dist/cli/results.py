@@ -4,38 +4,56 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from alexnet_dist.cli.parser import AddCommand, out
+from alexnet_dist.cli.parser import AddCommand, out, path
+from alexnet_dist.files import check_trained
 
 
 def add(command: AddCommand) -> None:
     """Add these commands."""
-    sub = command("figures", figures, "draw a run's kernels and curves")
-    sub.add_argument("run_folder", type=Path)
+    sub = command("figures", figures, "draw a run's kernels and curves",
+                  ("alexnet-dist figures runs/demo --fig4",))  # fmt: skip
+    sub.add_argument("run_folder", type=path)
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument(
         "--fig4", action="store_true", help="also answers and nearest training images: one pass"
     )
 
-    sub = command("report", report, "one HTML page: the paper's results and the runs' beside them")
-    sub.add_argument("run_folder", type=Path, nargs="*", help="of runs; others are passed over")
+    sub = command(
+        "report", report, "one HTML page: the paper's results and the runs' beside them",
+        ("alexnet-dist report runs/* --out report.html",),
+    )  # fmt: skip
+    sub.add_argument("run_folder", type=path, nargs="*", help="of runs; others are passed over")
     sub.add_argument("--out", type=out, default=Path("report.html"))
 
-    sub = command("export", export, "write a run's weights as another program reads them")
-    sub.add_argument("checkpoint", type=Path, help="run folder (its best) or checkpoint")
+    sub = command(
+        "export", export, "write a run's weights as another program reads them",
+        ("alexnet-dist export runs/demo demo.onnx --format onnx",),
+    )  # fmt: skip
+    sub.add_argument("checkpoint", type=path, help="run folder (its best) or checkpoint")
     sub.add_argument("out", type=out, help="file to write")
     kinds = ["safetensors", "torchvision", "caffe", "onnx"]
     sub.add_argument("--format", choices=kinds, required=True)
+    sub.add_argument(
+        "--data",
+        type=path,
+        metavar="FOLDER",
+        help="onnx: its packed data set, where that has moved",
+    )
 
-    sub = command("import", import_, "make a checkpoint of another program's weights")
-    sub.add_argument("file", type=Path)
-    sub.add_argument("out", type=Path, help="run folder to make")
+    sub = command(
+        "import", import_, "make a checkpoint of another program's weights",
+        ("alexnet-dist import alex.pth runs/theirs paper/torchvision-2014 --format torchvision",),
+    )  # fmt: skip
+    sub.add_argument("file", type=path)
+    sub.add_argument("out", type=path, help="run folder to make")
     sub.add_argument("config", nargs="+", help="of the network they are for, as for train")
     sub.add_argument("--format", choices=kinds[:3], required=True)
-    sub.add_argument("--mean", type=Path, help="caffe: its mean image, .binaryproto")
+    sub.add_argument("--mean", type=path, help="caffe: its mean image, .binaryproto")
 
 
 def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Draw a run's kernels and curves."""
+    check_trained(options.run_folder)
     from alexnet_dist.reporting import figures as draws
 
     drawn = draws.draw(options.run_folder)
@@ -57,9 +75,10 @@ def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Write weights as another program reads them."""
+    check_trained(options.checkpoint)
     from alexnet_dist.formats.convert import export_weights
 
-    print(export_weights(options.format, options.checkpoint, options.out))
+    print(export_weights(options.format, options.checkpoint, options.out, options.data))
     return 0
 
 

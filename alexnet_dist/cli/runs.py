@@ -1,4 +1,4 @@
-"""train and evaluate."""
+"""train, evaluate and configs."""
 
 import argparse
 import json
@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_dist.cli.parser import AddCommand, add_json, out
-from alexnet_dist.config.load import load_config
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.cli.parser import AddCommand, add_json, out, path
+from alexnet_dist.config.load import ALONE, load_config, shipped
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
 
 if TYPE_CHECKING:
@@ -21,13 +23,30 @@ _CLASSES = 10  # of most errors, and mistakes, that are printed
 
 def add(command: AddCommand) -> None:
     """Add these commands."""
-    sub = command("train", train, "train, or continue, a run")
+    sub = command(
+        "train", train, "train, or continue, a run",
+        (
+            "alexnet-dist train demo name=second seed=1 train.epochs=2",
+            "alexnet-dist train demo name=one layout.kind=one      # all in one process",
+            "alexnet-dist train demo mine.yaml data.path=data/mine # later ones win",
+        ),
+    )  # fmt: skip
     sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
 
-    sub = command("evaluate", evaluate, "score checkpoints; several are averaged")
+    sub = command(
+        "evaluate", evaluate, "score checkpoints; several are averaged",
+        (
+            "alexnet-dist evaluate runs/demo --views 10            # the paper's ten windows",
+            "alexnet-dist evaluate runs/demo runs/second --json    # the average of two networks",
+            "alexnet-dist evaluate runs/demo data.path=data/other",
+        ),
+    )  # fmt: skip
     sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
     sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
     sub.add_argument("--predictions", type=out, metavar="NPZ", help="file to write them all to")
+    add_json(sub)
+
+    sub = command("configs", configs, "list the shipped configs", ("alexnet-dist configs",))
     add_json(sub)
 
 
@@ -37,6 +56,8 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     signals, parent = StopSignals(), os.getppid()  # before seconds of imports
     config = load_config(options.config)
+    if not environment.place():
+        _check_sources(config)
     from alexnet_dist.parallel import device, layouts, spawn
 
     wanted = layouts.ranks_wanted(config, device.gpus(config))
@@ -74,16 +95,36 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return outcome.exit
 
 
+def _check_sources(config: Config) -> None:
+    """What is wrong with a run's data or the weights it begins from: said before ranks start, and
+    before torch is loaded, which takes seconds."""
+    from alexnet_dist.data.dataset import open_for
+
+    open_for(config)
+    init_from = config.train.init_from
+    if init_from != "none" and not read_run(config.folder):  # one that began needs it no more
+        try:
+            check_trained(Path(init_from))
+        except CheckpointError as error:
+            raise CheckpointError(f"train.init_from={init_from!r}: {error}") from error
+
+
 def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Score checkpoints; several are averaged."""
-    from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
-
     overrides = [text for text in options.path if "=" in text]
-    paths = [Path(text) for text in options.path if "=" not in text]
+    paths = [path(text) for text in options.path if "=" not in text]
     if not paths:
         raise ConfigError("evaluate: name a run folder or a checkpoint")
     if options.views:
         overrides.append(f"evaluate.views={options.views}")
+    from alexnet_dist.data.dataset import open_for
+
+    for trained in paths:
+        check_trained(trained)
+        if (saved := trained / "config.json").is_file():
+            open_for(load_config([saved, *ALONE, *overrides]), trained)
+    from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+
     found = evaluate_checkpoints(paths, overrides)
     if options.predictions:
         found.write(options.predictions)
@@ -103,6 +144,17 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} {row['name']}")
     for row in report["mistakes"][:_CLASSES]:
         print(f"{row['samples']:8} {row['of']} taken for {row['taken_for']}")
+    return 0
+
+
+def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """List the shipped configs, each with the first sentence of its file."""
+    found = shipped()
+    if options.json:
+        print(json.dumps(found))
+        return 0
+    width = max(map(len, found))
+    print("\n".join(f"{name:{width}}  {what}" for name, what in found.items()))
     return 0
 
 

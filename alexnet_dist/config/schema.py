@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 class Key:
     """What a key means, with its unit and bounds (`ge`: at least, `gt`: more than, …).
 
-    `spread`: of a list, one value may stand for all.
+    `spread`: of a list, one value may stand for all. `path`: of a file or folder, ~ is expanded.
     """
 
     doc: str
@@ -26,6 +26,7 @@ class Key:
     lt: float | None = None
     free: bool = False
     spread: bool = False
+    path: bool = False
 
 
 # Layers are numbered through: five convolutions are followed by fc6.
@@ -135,7 +136,9 @@ class DataConfig:
     """What is read, and what conv1 sees of it. A `canvas` holds a window of `model.crop`; under
     `model.init=paper` `divide_by` is [1, 1, 1], and `subtract` is not nothing."""
 
-    path: Annotated[str, Key("packed data set, made by `alexnet-dist prepare`", free=True)]
+    path: Annotated[
+        str, Key("packed data set, made by `alexnet-dist prepare`", free=True, path=True)
+    ]
     train_split: Annotated[str, Key("split to train on")]
     eval_split: Annotated[str, Key("split to evaluate on")]
     pipeline: Annotated[
@@ -166,7 +169,7 @@ class DataConfig:
     mean_from: Annotated[
         str,
         Key("mean_image: a .npy of (height, width, 3) grey levels, red first, in place of the data "
-            "set's own, or none"),
+            "set's own, or none", path=True),
     ]  # fmt: skip
     divide_by: Annotated[
         tuple[float, ...], Key("red, green and blue are divided by these, grey levels", gt=0)
@@ -191,8 +194,10 @@ class LayoutConfig:
         bool, Key("sum gradients over replicas in bf16: half the bytes, 8 bits of precision")
     ]
     deepspeed: Annotated[
-        str, Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours, or none", free=True)
-    ]
+        str,
+        Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours, or none", free=True,
+            path=True),
+    ]  # fmt: skip
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
         Key("auto: a GPU for each rank where there are enough, else CPU", free=True),
@@ -251,7 +256,7 @@ class TrainConfig:
     init_from: Annotated[
         str,
         Key("begin from this run's or checkpoint's weights, or none; they count by their hash",
-            free=True),
+            free=True, path=True),
     ]  # fmt: skip
     init_sha256: Annotated[
         str, Key("SHA-256 those weights must have; any = what they have as the run begins")
@@ -271,8 +276,10 @@ class TrainConfig:
             "0 = only then", ge=0, free=True),
     ]  # fmt: skip
     precision: Annotated[
-        Literal["bf16", "fp32", "fp64"], Key("bf16: of the network; weights stay in fp32")
-    ]
+        Literal["bf16", "tf32", "fp32", "fp64"],
+        Key("what the network computes in, its weights in fp32; tf32: fp32, and a GPU's products "
+            "of factors of 11 bits, from Ampere on; fp64: weights too"),
+    ]  # fmt: skip
     deterministic: Annotated[bool, Key("GPU: only kernels that repeat to the bit", free=True)]
     execution: Annotated[
         Literal["graph", "fused", "eager"],
@@ -285,7 +292,10 @@ class TrainConfig:
 class EvaluateConfig:
     """Scoring the evaluation split, every image of it once."""
 
-    every_epochs: Annotated[float, Key("evaluate this often, and at the end, epochs", gt=0)]
+    every_epochs: Annotated[
+        float,
+        Key("evaluate this often, epochs, and at the end; where that is near, only then", gt=0),
+    ]
     views: Annotated[Literal[1, 10], Key("windows an image: the centre's, or the paper's ten")]
     batch: Annotated[int, Key("images at a time, all ranks together", ge=1, free=True)]
 
@@ -349,7 +359,7 @@ class Config:
     sign."""
 
     name: Annotated[str, Key("the run's name: its folder under output_dir", free=True)]
-    output_dir: Annotated[str, Key("where run folders lie", free=True)]
+    output_dir: Annotated[str, Key("where run folders lie", free=True, path=True)]
     seed: Annotated[int, Key("everything random in the run follows from it", ge=0, lt=2**32)]
     model: ModelConfig
     data: DataConfig

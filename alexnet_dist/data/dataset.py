@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,9 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.header import size_of
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
 from alexnet_dist.files import MOST_PIXELS, json_object, read_bytes, sha256
-from alexnet_dist.parallel.topology import Topology
+
+if TYPE_CHECKING:  # what is wrong with a data set is said before torch is loaded
+    from alexnet_dist.parallel.topology import Topology
 
 VERSION = 2
 # Of each sample: the shard, where its encoded image begins in it and how long that is (bytes), its
@@ -38,7 +40,7 @@ INDEX = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4"),
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
-_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
 _LOOKED_AT = 10_000  # names, to tell a folder of images from others
 log = logging.getLogger(__name__)
 
@@ -252,7 +254,8 @@ def _images_in(folder: Path) -> str:
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names)[:left]:
-            if name.lower().endswith(_IMAGES) and name != "contact-sheet.png":  # `inspect` drew it
+            drawn = name == "contact-sheet.png"  # by `inspect`
+            if name.lower().endswith(IMAGE_SUFFIXES) and not drawn:
                 return f"{Path(root, name).relative_to(folder)}"
         left -= len(folders) + len(names)
         if left <= 0:
@@ -264,7 +267,7 @@ def _finite(array: npt.NDArray[np.floating]) -> bool:
     return bool(np.isfinite(array).all())
 
 
-def verify_shards(dataset: Dataset, topology: Topology) -> None:
+def verify_shards(dataset: Dataset, topology: "Topology") -> None:
     """Hash every shard, each rank its share. Collective: ranks meet after each shard, so that many
     on a slow disk outlast no timeout.
 
@@ -315,6 +318,24 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
             )
         )
     return dataset
+
+
+def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:
+    """The data set that a network was trained on, where the config says.
+
+    Args:
+        digest: of that data set.
+        trained: the network's checkpoint.
+
+    Raises DatasetError where it is not there, or is another: of other names or another mean.
+    """
+    folder = Path(config.data.path)
+    if not (folder / "dataset.json").exists() or open_dataset(folder).digest != digest:
+        raise DatasetError(
+            f"data.path={str(folder)!r}: the data set that {trained} was trained on is not there: "
+            "say where it lies, --data FOLDER; from Python load_checkpoint(path, data=FOLDER)"
+        )
+    return open_for(config, trained)
 
 
 def check_damaged(config: Config, split: Split, damaged: int) -> None:

@@ -95,7 +95,8 @@ def squared_norm(gradients: list[Tensor]) -> Tensor:
         of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]
         wide = torch.promote_types(dtype, torch.float32)
         norms += torch._foreach_norm(of_dtype, dtype=wide)
-    return torch.linalg.vector_norm(torch.stack(norms)).double() ** 2
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms)).double() ** 2
+    return total
 
 
 def not_zero(scale: float | Tensor) -> float | Tensor:

@@ -23,6 +23,7 @@ from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
 from alexnet_dist.network.model import side_by_side
+from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect
 
@@ -241,6 +242,7 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
                 )
     average, labels = torch.zeros(()), torch.zeros(())
     for checkpoint, own in zip(found, configs, strict=True):
+        allow_tf32(own.train.precision)
         engine = make_engine(own, topology)
         engine.load(checkpoint.parameters(), None)
         outputs = list(_probabilities(engine, own, topology, dataset))

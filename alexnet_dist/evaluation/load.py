@@ -1,22 +1,31 @@
 """A trained network in one process, whatever layout made it: weights, class names, answers."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import Dataset, open_dataset, open_for
+from alexnet_dist.data.dataset import Dataset, open_for, open_trained_on
 from alexnet_dist.data.preprocess import Finish, on_canvas
-from alexnet_dist.data.sampler import views
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.evaluation.predict import (
+    Prediction,
+    features,
+    images_in,
+    logits,
+    predictions,
+    windows_of,
+)
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
+
+Images = Path | str | Iterable[Path | str]
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,8 @@ class Trained:
         """
         if self.given:
             return open_for(self.config, self.checkpoint.path)
-        folder, made_by = Path(self.config.data.path), self.checkpoint.manifest["dataset"]
-        if not (folder / "dataset.json").exists() or open_dataset(folder).digest != made_by:
-            raise DatasetError(
-                f"data.path={str(folder)!r}: the data set that {self.checkpoint.path} was trained "
-                "on is not there: say where it lies, load_checkpoint(path, data=FOLDER)"
-            )
-        return open_for(self.config, self.checkpoint.path)
+        made_by = self.checkpoint.manifest["dataset"]
+        return open_trained_on(self.config, made_by, self.checkpoint.path)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -66,20 +70,58 @@ class Trained:
         Returns:
             (views, 3, crop, crop), cut from the canvas, the mean off, scaled, unlit.
         """
-        dtype = next(self.model.parameters()).dtype
-        finish = Finish(self.config, self.dataset.statistics, torch.device("cpu"), dtype)
+        weight = next(self.model.parameters())
+        finish = Finish(self.config, self.dataset.statistics, weight.device, weight.dtype)
         canvas = on_canvas(image, self.config.data.canvas).expand(3, -1, -1)  # grey fills all three
-        corners, flips = (torch.from_numpy(part)[None] for part in views(self.config))
-        if flips.shape[1] == 1:
-            (top, left), side = corners[0, 0].tolist(), self.config.model.crop
-            canvas = canvas[:, top : top + side, left : left + side]
-        return finish(canvas.movedim(0, -1)[None], corners, flips, torch.zeros(1, 3))
+        canvases = canvas.movedim(0, -1)[None].contiguous().to(weight.device)
+        return windows_of(self.config, finish, canvases)
 
-    @torch.no_grad()
     def probabilities(self, image: Tensor) -> Tensor:
         """(classes,) softmax outputs of an image, averaged over its `windows` (paper §4.1)."""
-        mean: Tensor = self.model(self.windows(image)).softmax(1).mean(0)
-        return mean
+        return logits(self.model, self.config, self.windows(image)).softmax(1).mean(0)
+
+    def predict(self, images: Images, views: Literal[1, 10] | None = None) -> list[Prediction]:
+        """What the network says of image files, of any kind that `prepare` reads, in their order.
+
+        One that cannot be read has a prediction too, whose `refused` says why.
+
+        Args:
+            images: paths; one alone needs no list. A folder stands for the images below it.
+            views: windows an image; `evaluate.views`, if left out.
+        """
+        return list(self.predictions(images, views))
+
+    def predictions(
+        self, images: Images, views: Literal[1, 10] | None = None, workers: int = 1
+    ) -> Iterator[Prediction]:
+        """As `predict`, one after another, so that any number of them need no memory.
+
+        Args:
+            workers: processes that read; with more than one, the program must guard its start by
+                `if __name__ == "__main__":`.
+        """
+        evaluate = replace(self.config.evaluate, views=views or self.config.evaluate.views)
+        config = replace(self.config, evaluate=evaluate)
+        return predictions(self.model, config, self.dataset, _files(images), workers)
+
+    def features(self, images: Images, layer: str = "fc7") -> Tensor:
+        """What a layer makes of image files: (n, units), or (n, maps, height, width) of conv1 ….
+
+        After the activation, before pooling and normalisation, both columns' side by side, of the
+        centre's window; the last layer's are the logits.
+
+        Args:
+            images: as for `predict`.
+
+        Raises DatasetError where one cannot be read, ConfigError where there is no such layer.
+        """
+        config = replace(self.config, evaluate=replace(self.config.evaluate, views=1))
+        return features(self.model, config, self.dataset, _files(images), layer)
+
+
+def _files(images: Images) -> list[Path]:
+    named = [images] if isinstance(images, str | Path) else images
+    return images_in([Path(name) for name in named])[0]
 
 
 def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained:

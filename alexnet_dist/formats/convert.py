@@ -5,15 +5,19 @@
 | safetensors | our names: conv1.weight, … | the same, the config in its metadata |
 | torchvision | a state dict (.pth, read without running a pickle, or .safetensors) | the same |
 | caffe | .caffemodel, its first layer's BGR turned; --mean: its mean image | .caffemodel, BGR |
-| onnx | | logits of windows (n, 3, crop, crop), by ONNX's own operators |
+| onnx | | logits of windows (n, 3, crop, crop), by ONNX's own operators; how windows are made, and
+names of classes, in its metadata |
 
 What leaves expects the windows that conv1 sees here: the mean off, divided by data.divide_by.
 """
 
+import base64
 import json
+import logging
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +27,13 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.errors import CheckpointError, ConfigError
-from alexnet_dist.files import MOST_MEMORY, check_opcodes, within_memory
+from alexnet_dist.data.dataset import open_for, open_trained_on
+from alexnet_dist.data.prepare.convert import SIDE, keeps_sizes
+from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
+from alexnet_dist.files import MOST_MEMORY, check_opcodes, within_memory, written_aside
 from alexnet_dist.formats import caffe
-from alexnet_dist.network.model import AlexNet, whole_shapes
+from alexnet_dist.network.model import AlexNet, final_side, whole_shapes
 from alexnet_dist.tensor_files import TensorFile, misfit, save_tensors
 
 Tensors = dict[str, Tensor]
@@ -35,6 +42,13 @@ _MOST_OPCODES = 2**15
 # The places of weights in torchvision's alexnet.
 _TORCHVISION = ("features.0", "features.3", "features.6", "features.8", "features.10",
                 "classifier.1", "classifier.4", "classifier.6")  # fmt: skip
+# What its forward has, whatever the weights.
+_ARCHITECTURE = tuple(f"model.{key}" for key in (
+    "columns", "conv", "kernel", "stride", "padding", "fc", "activation", "activation_last",
+    "pool_after", "pool", "pool_average", "round_up", "lrn.layers", "spatial_norm.layers",
+    "dropout_scaling",
+))  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 def import_weights(
@@ -77,18 +91,26 @@ def import_weights(
     return checkpoints.save(out / "checkpoints", config, "imported", whole, {}, progress, None)
 
 
-def export_weights(kind: str, source: Path, out: Path) -> Path:
+def export_weights(kind: str, source: Path, out: Path, data: Path | None = None) -> Path:
     """Write a run's best or a checkpoint's weights as another program reads them.
 
     Args:
         kind: safetensors, torchvision, caffe or onnx.
+        data: onnx: the packed data set whose mean and names of classes go with it; that which it
+            was trained on, if left out, and where that is not there, a warning.
 
     Raises CheckpointError; ConfigError where that program has no such network.
     """
+    if data is not None and kind != "onnx":
+        raise ConfigError(f"--data {data}: only with --format onnx")
     found = checkpoints.at(source)
     config, file = found.config, found.parameters()
     tensors = {name: file.rows(name, slice(None)).float() for name in file.keys()}  # noqa: SIM118
-    _WRITE[kind](out, found, config, tensors)
+    with written_aside(out) as aside:
+        if kind == "onnx":
+            _write_onnx(aside, found, config, tensors, data)
+        else:
+            _WRITE[kind](aside, found, config, tensors)
     return out
 
 
@@ -152,6 +174,7 @@ def _write_safetensors(out: Path, found: Checkpoint, config: Config, tensors: Te
 
 
 def _write_torchvision(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
+    _check_torchvision(config)
     names = _torchvision_names(config)
     renamed = {names[name]: tensor for name, tensor in tensors.items()}
     if out.suffix == ".safetensors":
@@ -169,7 +192,9 @@ def _write_caffe(out: Path, found: Checkpoint, config: Config, tensors: Tensors)
     caffe.write_layers(out, config.name, layers)
 
 
-def _write_onnx(out: Path, found: Checkpoint, config: Config, tensors: Tensors) -> None:
+def _write_onnx(
+    out: Path, found: Checkpoint, config: Config, tensors: Tensors, data: Path | None
+) -> None:
     try:
         import onnx
         import onnxscript  # noqa: F401 (torch.onnx needs it)
@@ -177,18 +202,76 @@ def _write_onnx(out: Path, found: Checkpoint, config: Config, tensors: Tensors) 
         raise ConfigError(
             f"--format onnx needs {error.name}: pip install 'alexnet-dist[export]'"
         ) from error
+    about = {"config": json.dumps(flat(config))} | _preprocessing(found, config, data)
     model = AlexNet(config.model, drawn=False).eval()
     model.load_state_dict(tensors)
     windows = torch.zeros(2, 3, config.model.crop, config.model.crop)
     batch = {"x": {0: torch.export.Dim("batch")}}
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)  # what it does not fold concerns nobody
     program = torch.onnx.export(
         model, (windows,), input_names=["windows"], output_names=["logits"],
         dynamic_shapes=batch, dynamo=True, verbose=False,
     )  # fmt: skip
     assert program is not None
     made = program.model_proto
-    onnx.helper.set_model_props(made, {"config": json.dumps(flat(config))})
+    onnx.helper.set_model_props(made, about)
     onnx.save(made, out)
+
+
+def _preprocessing(found: Checkpoint, config: Config, data: Path | None) -> dict[str, str]:
+    """Metadata that says how a window is made of an image, and what the logits are of.
+
+    preprocessing: JSON, as docs/checkpoints.md has it; mean: base64 of little-endian float32;
+    classes: JSON, names. The data set's are left out where it is not there.
+    """
+    how = {
+        "channels": "RGB",
+        "canvas": config.data.canvas,
+        "crop": config.model.crop,
+        "divide_by": config.data.divide_by,
+    }
+    try:
+        if data is None:
+            dataset = open_trained_on(config, found.manifest["dataset"], found.path)
+        else:
+            moved = load_config([flat(config) | {"data.path": str(data)}])
+            dataset = open_for(moved, found.path)
+    except DatasetError as error:
+        if data is not None:
+            raise
+        log.warning(f"exported without a mean image and names of classes: {error}")
+        return {"preprocessing": json.dumps(how)}
+    finish = Finish(config, dataset.statistics, torch.device("cpu"), torch.float32)
+    mean = finish.mean if config.data.subtract == "mean_image" else finish.mean[:1, :1]
+    how["stored"] = None if keeps_sizes(dataset) else SIDE
+    how["mean_shape"] = list(mean.shape)
+    return {
+        "preprocessing": json.dumps(how),
+        "classes": json.dumps(dataset.classes),
+        "mean": base64.b64encode(mean.numpy().astype("<f4").tobytes()).decode(),
+    }
+
+
+def _check_torchvision(config: Config) -> None:
+    """Raises ConfigError where a network is not torchvision's alexnet, but for its classes."""
+    theirs = load_config("paper/torchvision-2014").model
+    ours, wanted = flat(config), flat(load_config("paper/torchvision-2014"))
+    for key in _ARCHITECTURE:
+        if ours[key] != wanted[key]:
+            raise ConfigError(
+                f"{key}={_shown(ours[key])}: torchvision's alexnet has {_shown(wanted[key])}, and "
+                "would compute something else: use --format onnx, or safetensors"
+            )
+    if final_side(config.model) != final_side(theirs):
+        raise ConfigError(
+            f"model.crop={config.model.crop}: it leaves maps of {final_side(config.model)} pixels "
+            f"for fc6, and torchvision's alexnet has {final_side(theirs)}: use --format onnx, or "
+            "safetensors"
+        )
+
+
+def _shown(value: Any) -> str:
+    return f"{list(value) if isinstance(value, tuple) else value}".replace("'", "")
 
 
 def _torchvision_names(config: Config) -> Mapping[str, str]:
@@ -214,5 +297,4 @@ _READ: dict[str, Callable[[Path, Config], Tensors]] = {
 }  # fmt: skip
 _WRITE: dict[str, Callable[[Path, Checkpoint, Config, Tensors], None]] = {
     "safetensors": _write_safetensors, "torchvision": _write_torchvision, "caffe": _write_caffe,
-    "onnx": _write_onnx,
 }  # fmt: skip

@@ -88,7 +88,9 @@ class Column:
 
             if self._in_one_pass(layer):
                 norm = constants_of(config.lrn, layer)
-                pool = (*config.pool, config.round_up) if layer in config.pool_after else None
+                window, stride = config.pool
+                pooled = layer in config.pool_after
+                pool = (window, stride, config.round_up) if pooled else None
                 return maps(x, bias, activation, norm, pool)
             x = maps(x, bias, None if last else activation, None, None)
         elif not last:
@@ -261,7 +263,8 @@ def _folded_kernel(weight: Tensor, stride: int) -> Tensor:
     more = cells * stride - kernel
     split = F.pad(weight, (0, more, 0, more)).unflatten(3, (cells, stride))
     split = split.unflatten(2, (cells, stride))  # out, colour, row, dy, column, dx
-    return split.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
+    folded: Tensor = split.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
+    return folded
 
 
 class Linear(Layer):
@@ -347,6 +350,9 @@ class AlexNet(nn.Module):
         """conv1 … fc8."""
         return [module for module in self.children() if isinstance(module, Layer)]
 
+    def __repr__(self) -> str:
+        return _described(self)
+
     def forward(self, x: Tensor, slots: Tensor | None = None, step: int | Tensor = 0) -> Tensor:
         """Logits of windows.
 
@@ -411,9 +417,11 @@ def _units(
         return dropout(x, first) if dropout else x
     from alexnet_dist.network.kernels.units import units
 
-    drawn = dropout and dropout.drawn(first)
+    if dropout is None:
+        return units(x, bias, activation)
+    drawn = dropout.drawn(first)
     made = units(x, bias, activation, drawn)
-    return made if drawn or dropout is None else dropout(made, first)
+    return made if drawn else dropout(made, first)
 
 
 def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -425,21 +433,64 @@ def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def final_side(config: ModelConfig) -> int:
     """Side of the maps that the first fully-connected layer sees; the paper's 6."""
+    *_, (_, side) = map_sides(config)
+    return side
+
+
+def map_sides(config: ModelConfig) -> list[tuple[int, int]]:
+    """Side of each convolution's maps, as it makes them and as they are after pooling, up to the
+    first below 1, which no network has."""
 
     def steps(room: int, stride: int) -> int:
         return (-(-room // stride) if config.round_up else room // stride) + 1
 
-    side = config.crop
+    side, sides = config.crop, []
     shapes = zip(config.kernel, config.stride, config.padding, strict=True)
     for name, (kernel, stride, padding) in zip(config.conv_names, shapes, strict=True):
-        side = steps(side + 2 * padding - kernel, stride)
+        made = side = steps(side + 2 * padding - kernel, stride)
         if name in config.pool_after:
-            edge, (window, apart) = side, config.pool
-            side = steps(edge - window, apart)
-            side -= config.round_up and (side - 1) * apart >= edge  # torch lets none begin there
+            window, apart = config.pool
+            side = steps(made - window, apart)
+            side -= config.round_up and (side - 1) * apart >= made  # torch lets none begin there
+        sides.append((made, side))
         if side < 1:
-            return side
-    return side
+            break
+    return sides
+
+
+def _described(model: "AlexNet") -> str:
+    """What print(model) shows: a line a layer."""
+    config, columns = model.config, len(model.columns)
+    here = "" if columns == config.columns else f", {columns} of them here"
+    makes = "makes" if config.columns == 1 else "makes, each column"
+    rows = [("layer", "sees", makes, "then", "weights here", "parameters")]
+    sees = f"3 × {config.crop} × {config.crop}"
+    sides = dict(zip(config.conv_names, map_sides(config), strict=True))
+    for layer in model.layers():
+        shape, size = tuple(layer.weight.shape), layer.sizes[0]
+        both = config.columns > 1 and layer.name in config.exchange
+        seen = sees + (" of each column" if both else "")
+        if layer.name in sides:
+            made, side = sides[layer.name]
+            makes, sees = f"{size} × {made} × {made}", f"{size} × {side} × {side}"
+        else:
+            makes = sees = f"{size}"
+        # As `Column.maps` orders them.
+        norm = ["LRN"] * (layer.name in config.lrn.layers)
+        norm += ["spatial norm"] * (layer.name in config.spatial_norm.layers)
+        pool = [f"pool {config.pool[0]}/{config.pool[1]}"] * (layer.name in config.pool_after)
+        then = [*pool, *norm] if config.pool_before_lrn else [*norm, *pool]
+        if layer.name != config.layer_names[-1]:
+            place = len(then) if layer.name in config.activation_last else 0
+            then.insert(place, config.activation)
+        count = layer.weight.numel() + layer.bias.numel()
+        rows.append((layer.name, seen, makes, ", ".join(then), f"{shape}", f"{count:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    kind = "1 column" if config.columns == 1 else f"{config.columns} columns{here}"
+    head = f"AlexNet of {kind}, {config.classes} classes, {whole:,} parameters"
+    return "\n".join(line.rstrip() for line in (head, *lines))
 
 
 def _initial(config: ModelConfig, place: int, fan_in: int) -> tuple[float, float]:

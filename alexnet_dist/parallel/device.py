@@ -10,6 +10,7 @@ import torch
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.precision import FIRST_WITH
 from alexnet_dist.parallel.environment import Place
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ def gpus(config: Config) -> int:
 
 def take_device(config: Config, place: Place) -> torch.device:
     """The device of this rank, made current; raises ConfigError where layout.device=cuda and there
-    are too few."""
+    are too few, and where it cannot compute in train.precision."""
     found = gpus(config)
     # Slurm may show a task its own GPU alone (--gpus-per-task): the job then has as many as tasks.
     own = found == 1 and (place.gpus_on_node or 0) >= place.local_world
@@ -51,10 +52,33 @@ def take_device(config: Config, place: Place) -> torch.device:
                 f"{place.local_world} ranks and {found} GPU(s) here: computing on the CPU; to use "
                 "what is there, set layout.kind=one, or layout.ranks to as many"
             )
-        return torch.device("cpu")
-    device = torch.device("cuda", 0 if own else place.local_rank)
-    torch.cuda.set_device(device)
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", 0 if own else place.local_rank)
+        torch.cuda.set_device(device)
+    if problem := precision_problem(config.train.precision, device):
+        raise ConfigError(problem)
     return device
+
+
+def precision_problem(precision: str, device: torch.device) -> str:
+    """Why a device cannot compute in this, and what it can; empty where it can."""
+    if device.type == "cpu":
+        if precision != "tf32":
+            return ""
+        return (
+            "train.precision=tf32: only a GPU has it, and this run computes on the CPU: set "
+            "train.precision=fp32 or bf16"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    first = FIRST_WITH.get(precision, (0, 0))
+    if capability >= first:
+        return ""
+    return (
+        f"train.precision={precision}: {torch.cuda.get_device_name(device)} is of compute "
+        f"capability {capability[0]}.{capability[1]}, and {precision} begins with "
+        f"{first[0]}.{first[1]}: set train.precision=fp32"
+    )
 
 
 def cores() -> int:

@@ -22,6 +22,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, SaidByRank0
+from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.device import cores_of, keep_memory, take_device
 from alexnet_dist.parallel.environment import Place
@@ -147,7 +148,7 @@ def connect(config: Config) -> Topology:
     check(config, here.world_size)
     device = take_device(config, place)
     torch.set_num_threads(config.layout.threads or here.cores)
-    torch.backends.cudnn.allow_tf32 = False  # train.precision=fp32 says float32
+    allow_tf32(config.train.precision)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

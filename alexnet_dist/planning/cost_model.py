@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.device import PEAK_FLOPS
 
 CORE_DECODES = 2400.0  # images/s: docs/data.md, torchvision's pipeline, 256 × 256 JPEGs, a core
@@ -30,7 +31,8 @@ _ZERO = ("zero1", "zero2")
 _MAP_PASSES = 11
 # Bytes a parameter: read, narrowed, used forward and backward; its gradient written, widened, its
 # norm taken; fused SGD reads three values and writes two.
-_FORWARD_BYTES, _UPDATE_BYTES = {"bf16": 22, "fp32": 16, "fp64": 32}, {"bf16": 20, "fp32": 20}
+_FORWARD_BYTES = {"bf16": 22, "tf32": 16, "fp32": 16, "fp64": 32}
+_UPDATE_BYTES = {"bf16": 20, "tf32": 20, "fp32": 20, "fp64": 40}
 _ZERO_BYTES = 60  # more: flat copies of gradients, buckets and weights; by measured layouts
 
 
@@ -82,7 +84,9 @@ class Machine:
 _LRN, _LRN_FUSED, _LINK = 24.0, 8.0, 0.8
 MACHINES = {
     "h100": Machine(
-        "H100 SXM 80 GB", {"bf16": PEAK_FLOPS["H100"], "fp32": 67e12}, 0.26, 3.35e12, 4e-3,
+        "H100 SXM 80 GB",
+        {"bf16": PEAK_FLOPS["H100"], "tf32": PEAK_FLOPS["H100"] / 2, "fp32": 67e12},
+        0.26, 3.35e12, 4e-3,
         _LINK * 450e9, 3e-6, _LINK * 8 * 50e9, 6e-6,
         "data sheet; a DGX H100's NVLink 4, 8 × 400 Gb/s and 112 cores; reached: the A100's; "
         "fixed: what an uncompiled step took beyond that on an H200; "
@@ -90,7 +94,9 @@ MACHINES = {
         5400.0, 14.0, 80e9, lrn_passes=_LRN,
     ),
     "a100": Machine(
-        "A100 SXM 80 GB", {"bf16": PEAK_FLOPS["A100"], "fp32": 19.5e12}, 0.26, 2.04e12, 1e-3,
+        "A100 SXM 80 GB",
+        {"bf16": PEAK_FLOPS["A100"], "tf32": PEAK_FLOPS["A100"] / 2, "fp32": 19.5e12},
+        0.26, 2.04e12, 1e-3,
         _LINK * 300e9, 3e-6, _LINK * 8 * 25e9, 6e-6,
         "data sheet; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; reached: 16,487 images/s "
         "published of one; decode: 30,695 published of 8 with real JPEGs",
@@ -168,11 +174,11 @@ def quantities(planned: Mapping[str, Any], kind: str, cores: float = 1.0) -> dic
     """
     ranks = 1 if kind == "alone" else planned["ranks"]
     held, precision = laid(planned, kind)["parameters"], planned["recipe"]["train.precision"]
-    images, width = planned["batch"] / ranks, {"bf16": 2, "fp32": 4, "fp64": 8}[precision]
+    images, width = planned["batch"] / ranks, DTYPES[precision].itemsize
     flops = planned["training_flops_per_image"] * images
     values = planned["map_values_per_image"]
     updated = held / ranks if kind in _ZERO else held
-    passed = held * _FORWARD_BYTES[precision] + updated * _UPDATE_BYTES.get(precision, 40)
+    passed = held * _FORWARD_BYTES[precision] + updated * _UPDATE_BYTES[precision]
     return {
         "flops": flops / cores,
         "serial": flops * max(0.0, 1 - 1 / cores),

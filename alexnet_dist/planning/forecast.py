@@ -3,7 +3,6 @@ schedule, and what the run has measured since."""
 
 import statistics
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,11 +126,6 @@ def _measured(
 def _of(config: Config, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
-
-
-def sources(texts: list[str]) -> list[str]:
-    """Where a run folder is named, its config."""
-    return [str(p) if (p := Path(text) / "config.json").is_file() else text for text in texts]
 
 
 def lines(told: Mapping[str, Any], own: str) -> list[str]:

@@ -27,7 +27,7 @@ from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
-from alexnet_dist.parallel.device import cores, cpu_flags, gpus
+from alexnet_dist.parallel.device import cores, cpu_flags, gpus, precision_problem
 from alexnet_dist.parallel.rendezvous import keep_to_this_host
 
 CGROUP, DRIVER = Path("/sys/fs/cgroup"), Path("/proc/driver/nvidia/version")
@@ -148,15 +148,17 @@ def _memory(config: Config) -> Iterator[Finding]:
 
 
 def _gpus(config: Config) -> Iterator[Finding]:
+    here, precision = gpus(config), config.train.precision
+    used = 0 < layouts.ranks_wanted(config, here) <= here
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
-        old = major < 8 and config.train.precision == "bf16"
         yield Finding(
             f"gpu {index}",
             f"{torch.cuda.get_device_name(index)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, "
             f"capability {major}.{minor}, CUDA {torch.version.cuda}",
-            "it has no bf16 instructions: try train.precision=fp32" if old else "",
+            problem := precision_problem(precision, torch.device("cuda", index)) if used else "",
+            broken=bool(problem),
         )
     if torch.cuda.device_count():
         if gpus(config):
@@ -204,6 +206,9 @@ def _layout(config: Config) -> Iterator[Finding]:
         else "layout.kind=one uses the GPU" if here and not own else "",
         broken=forced,
     )  # fmt: skip
+    on_cpu = precision_problem(config.train.precision, torch.device("cpu"))
+    if on_cpu and not own:
+        yield Finding("precision", config.train.precision, on_cpu, broken=True)
     backends = [name for name in ("gloo", "nccl") if dist.is_backend_available(name)]
     yield Finding("backends", ", ".join(backends))
 

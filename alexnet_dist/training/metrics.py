@@ -94,7 +94,7 @@ class Telemetry:
             _cut(path, step, evaluated_step)
             self._metrics = path.open("ab", buffering=0)
             self._unwritten = b""
-            self._terminal = sys.stderr.isatty()
+            self._terminal = sys.stderr is not None and sys.stderr.isatty()
             self._bar = tqdm(
                 total=self._last_step, initial=step, disable=not self._terminal,
                 bar_format="{desc} {bar:20}",

@@ -39,6 +39,7 @@ class RunFolder:
     | exit, reason | of a run that ended: the code its ranks left with, and why |
     | known | of a failed one: what failed has a name, and would fail again |
     | attempt, host, pid | which start this is, and where |
+    | restarts, rested_s | starts after one that had not finished; seconds the run lay finished |
     | job, restart | Slurm's number of the job, or null, and how often Slurm started it before |
     | idle_restarts | starts in a row, this one too, after others that had saved nothing new |
     | step, last_step | steps done when the state was written, steps in all |
@@ -78,8 +79,13 @@ class RunFolder:
         refused = before.get("exit") == 2  # it ran nothing
         idle = failed and newest <= before.get("resumed_at", 0)
         job, restart = environment.job()
+        attempts, finished = int(before.get("attempt", 0)), before.get("state") == "finished"
+        restarts = int(before.get("restarts", max(0, attempts - 1)))
+        rested_s = now - before.get("updated", now) if finished else 0
         self._run = {
-            "attempt": int(before.get("attempt", 0)) + 1,
+            "attempt": attempts + 1,
+            "restarts": restarts + (attempts > 0 and not finished),
+            "rested_s": before.get("rested_s", 0.0) + max(0, rested_s),
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job": job,
@@ -189,7 +195,8 @@ class RunFolder:
         if not self._run:
             return math.nan
         now = time.time()
-        return float((self._run["kept_s"] + now - self._since) / (now - self._run["first_started"]))
+        asked_for = now - self._run["first_started"] - self._run["rested_s"]
+        return float((self._run["kept_s"] + now - self._since) / asked_for)
 
     def keep_batch(self, batch: Batch, step: int, rank: int) -> Path:
         """Write a rank's part of a batch as its first layer saw it, to be looked at; the file."""

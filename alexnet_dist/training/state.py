@@ -66,9 +66,12 @@ class Progress:
         return cls(**known | {"score": score})
 
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
+        """Whether the step just made is followed by an evaluation: every so often, and at the end;
+        not shortly before the end too, which would score the same network twice."""
         step, every = self.step, config.evaluate.every_epochs * schedule.steps_per_epoch
         crossed = step // every > (step - 1) // every
-        return self.evaluated_step < step and (crossed or step == schedule.last_step)
+        at_end, near_end = step == schedule.last_step, schedule.last_step - step < every / 10
+        return self.evaluated_step < step and (at_end or (crossed and not near_end))
 
     def observe(self, score: Score, schedule: Schedule) -> None:
         self.evaluated_step, self.score = self.step, score

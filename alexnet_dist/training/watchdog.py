@@ -70,7 +70,8 @@ class Watchdog:
 
     def _arm(self) -> None:
         """Should this thread not run either, because something holds Python's lock: end anyway."""
-        faulthandler.dump_traceback_later(2 * self._limit_s, exit=True)
+        standard_error = 2  # what stands for it in a notebook has no file
+        faulthandler.dump_traceback_later(2 * self._limit_s, exit=True, file=standard_error)
 
     def _end(self, rounds: int) -> None:
         """Find out who holds up the run, and say so; once, by the first rank that can."""

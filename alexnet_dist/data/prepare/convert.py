@@ -13,6 +13,7 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image, encode_png
 
+from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.header import jpeg_size
 from alexnet_dist.data.prepare.sources import Pixels
 from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
@@ -70,6 +71,13 @@ def convert(content: bytes, keep: bool) -> Stored:
             raise RefusedImage(f"it takes more than {MOST_MEMORY:,} bytes to read") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
+
+
+def keeps_sizes(dataset: Dataset) -> bool:
+    """Whether the images of a data set were packed at their own size: `convert`'s `keep`, to read
+    another image as they were read."""
+    at_side = all(split.uniform(SIDE) for split in dataset.splits.values())
+    return bool(dataset.source.get("keep")) or not at_side  # small sources always keep theirs
 
 
 def converted(content: bytes, keep: bool) -> tuple[str, bytes]:

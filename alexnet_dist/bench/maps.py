@@ -1,0 +1,139 @@
+"""What is done with conv1's maps, bias, ReLU, normalisation and pooling, forward and backward,
+beside plain PyTorch and beside a copy of them; and normalisation alone."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet_dist.bench import Pass, in_turn, machine, ratio
+from alexnet_dist.config.schema import Config
+from alexnet_dist.network.lrn import alpha_of, local_response_norm
+from alexnet_dist.network.model import Column
+from alexnet_dist.parallel.topology import connect
+
+_Made = Callable[[Tensor, Tensor], Tensor]  # of a column's maps and biases
+
+
+def bench_maps(config: Config, repeats: int) -> dict[str, Any]:
+    """On what conv1 made for a batch, each column's a tensor of its own, (batch, 48, 55, 55) for
+    the paper's network: ours in bf16 and fp32, torch's modules in fp32, and a copy of the maps.
+
+    Returns:
+        ratios of times (medians of pairs), the largest differences between fp32's gradients
+        relative to the largest, machine, and every pass's seconds.
+    """
+    device, model = connect(config).device, config.model
+    side = (model.crop + 2 * model.padding[0] - model.kernel[0]) // model.stride[0] + 1
+    shape = (config.train.batch, model.conv[0] // model.columns, side, side)
+    generator = torch.Generator().manual_seed(0)
+    made = [(torch.randn(shape, generator=generator) * 30).to(device) for _ in range(model.columns)]
+    biases = torch.randn(shape[1], generator=generator).to(device)
+    column, lrn = Column(model, 0, model.columns), model.lrn
+    alpha = alpha_of(lrn, "conv1") if "conv1" in lrn.layers else 1e-4
+    torchs = nn.LocalResponseNorm(lrn.size, alpha * lrn.size, lrn.beta, lrn.k)
+    normal = torchs if "conv1" in lrn.layers else nn.Identity()
+    pool = nn.MaxPool2d(model.pool[0], model.pool[1])
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        return column.maps("conv1", x + bias[:, None, None])
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        pooled: Tensor = pool(normal(F.relu(x + bias[:, None, None])))
+        return pooled
+
+    def our_lrn(x: Tensor, bias: Tensor) -> Tensor:
+        return local_response_norm(x, lrn.size, alpha, lrn.beta, lrn.k)
+
+    def plain_lrn(x: Tensor, bias: Tensor) -> Tensor:
+        normalised: Tensor = torchs(x)
+        return normalised
+
+    passes: dict[str, Pass] = {
+        "plain, fp32": _timed(plain, made, biases),
+        "LRN, plain, fp32": _timed(plain_lrn, made, biases),
+    }
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        narrow = [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in made]
+        passes |= {
+            f"ours, {precision}": _timed(ours, narrow, biases.to(dtype)),
+            f"LRN, ours, {precision}": _timed(our_lrn, narrow, biases),
+            f"a copy of the maps, {precision}": _copied(narrow),
+        }
+    differences = {}
+    for name, one, other in (("maps", ours, plain), ("LRN", our_lrn, plain_lrn)):
+        pairs = zip(_gradients(one, made[0], biases), _gradients(other, made[0], biases),
+                    strict=True)  # fmt: skip
+        differences[f"{name}, largest difference of gradients"] = max(
+            float((a - b).abs().max() / b.abs().max()) for a, b in pairs
+        )
+    runs = in_turn(passes, repeats)
+
+    ratios = {}
+    for kind in ("", "LRN, "):
+        for precision in ("bf16", "fp32"):
+            mine, theirs = f"{kind}ours, {precision}", f"{kind}plain, fp32"
+            ratios[f"{theirs} / {mine}"] = ratio(runs, theirs, mine)
+            ratios[f"{mine} / a copy"] = ratio(runs, mine, f"a copy of the maps, {precision}")
+    return {
+        "ratios": ratios,
+        "ceilings": differences,
+        "machine": machine(config.data.workers),
+        "unit": "seconds",
+        "runs": runs,
+    }
+
+
+def _gradients(
+    make: _Made, maps: Tensor, biases: Tensor, upper: Tensor | None = None
+) -> list[Tensor]:
+    """Of the maps, and of the biases where they count, given the one of what is made of them."""
+    leaves = [maps.detach().requires_grad_(), biases.detach().requires_grad_()]
+    out = make(*leaves)
+    out.backward(_upper(out) if upper is None else upper)
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+def _upper(out: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
+
+
+def _timed(make: _Made, maps: list[Tensor], biases: Tensor) -> Pass:
+    """Every column's maps, and their way back."""
+    with torch.no_grad():
+        out = make(maps[0], biases)
+    upper = torch.empty_like(out).copy_(_upper(out))
+
+    def work() -> None:
+        for x in maps:
+            _gradients(make, x, biases, upper)
+
+    return _pass(work, maps)
+
+
+def _copied(maps: list[Tensor]) -> Pass:
+    outs = [torch.empty_like(x) for x in maps]
+
+    def work() -> None:
+        for x, out in zip(maps, outs, strict=True):
+            out.copy_(x)
+
+    return _pass(work, maps)
+
+
+def _pass(work: Callable[[], None], maps: list[Tensor]) -> Pass:
+    pieces = 50 if maps[0].is_cuda else 1
+
+    def run() -> float:
+        begin = time.perf_counter()
+        for _ in range(pieces):
+            work()
+        if maps[0].is_cuda:
+            torch.cuda.synchronize(maps[0].device)
+        return (time.perf_counter() - begin) / pieces
+
+    return run

@@ -1,0 +1,183 @@
+"""predict: what a trained network says of image files."""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from alexnet_dist.cli.parser import AddCommand, count, out, path, picture
+from alexnet_dist.errors import ConfigError, printable
+from alexnet_dist.files import written_aside
+
+if TYPE_CHECKING:
+    from alexnet_dist.checkpoint.store import Checkpoint
+    from alexnet_dist.evaluation.load import Trained
+    from alexnet_dist.evaluation.predict import Prediction
+
+
+def add(command: AddCommand) -> None:
+    """Add these commands."""
+    examples = (
+        "alexnet-dist predict runs/demo boot.png",
+        "alexnet-dist predict runs/demo holiday/ --views 10 --out holiday.csv",
+        "alexnet-dist predict runs/demo boot.png --picture boot-explained.png",
+    )
+    sub = command("predict", predict, "what a trained network says of image files", examples)
+    sub.add_argument("checkpoint", type=path, help="run folder (its best) or checkpoint")
+    sub.add_argument(
+        "image", nargs="+", type=path, help="a file; of a folder, the images anywhere below it"
+    )
+    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
+    sub.add_argument("--top", type=count, default=5, help="answers an image, the likeliest; 5")
+    sub.add_argument(
+        "--data", type=path, metavar="FOLDER", help="its packed data set, where that has moved"
+    )
+    form = sub.add_mutually_exclusive_group()
+    form.add_argument("--csv", action="store_true", help="print CSV, a row an image")
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--out", type=table, metavar="FILE", help="write NAME.csv or NAME.json")
+    sub.add_argument(
+        "--picture", type=picture, metavar="PNG",
+        help="of one image: it, its answers, and what each column makes of it, layer by layer",
+    )  # fmt: skip
+
+
+def table(text: str) -> Path:
+    """A CSV or JSON that can be made."""
+    if not text.endswith((".csv", ".json")):
+        raise argparse.ArgumentTypeError(f"{text!r}: a table to write, NAME.csv or NAME.json")
+    return out(text)
+
+
+def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Say what a trained network makes of image files; 1 where some could not be read."""
+    from tqdm import tqdm
+
+    from alexnet_dist.evaluation import predict as answers
+    from alexnet_dist.evaluation.load import load_checkpoint
+    from alexnet_dist.parallel.device import cores
+
+    paths, others = answers.images_in(options.image)
+    passed_over = f"; other files passed over: {others}" if others else ""
+    if not paths:
+        raise ConfigError(
+            f"{options.image[0]}: no image below it{passed_over}: name files, or another folder"
+        )
+    if options.picture and len(paths) > 1:
+        raise ConfigError(f"--picture {options.picture}: of one image, and {len(paths)} were named")
+    trained = load_checkpoint(options.checkpoint, options.data)
+    _take_device(trained)
+    quiet = options.csv or options.json or options.out
+    refused = []
+
+    def told() -> Iterator["Prediction"]:
+        """Predictions as they come; those of images that were refused are also said at once."""
+        with tqdm(
+            total=len(paths), unit=" images", desc="predicting", leave=False,
+            disable=len(paths) <= trained.config.evaluate.batch
+            or (not quiet and sys.stdout.isatty()),
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+        ) as bar:  # fmt: skip
+            for prediction in trained.predictions(paths, options.views, cores()):
+                bar.update()
+                if prediction.refused:
+                    refused.append(prediction)
+                    with bar.external_write_mode(sys.stderr):
+                        why = printable(f"{prediction.path}: {prediction.refused}")
+                        print(f"alexnet-dist: {why}", file=sys.stderr)
+                yield prediction
+
+    kept = list(told()) if options.picture else told()
+    views = options.views or trained.config.evaluate.views
+    with _file(options.out) as file:
+        if not quiet:
+            _as_text(kept, options.top, file)
+        elif options.csv or (options.out and options.out.suffix == ".csv"):
+            _as_csv(kept, min(options.top, len(trained.classes)), file)
+        else:
+            _as_json(kept, options.top, trained.checkpoint, views, file)
+    if options.picture and not refused:
+        (prediction,) = kept
+        answers.draw(trained.model, trained.config, trained.dataset, prediction, options.picture)
+        print(f"picture: {options.picture}", file=sys.stderr if quiet else sys.stdout)
+    if len(paths) > 1 or options.out or others:
+        written = f", written to {options.out}" if options.out else ""
+        bad = f"; {len(refused)} could not be read, and are named above" if refused else ""
+        counted = f"{len(paths) - len(refused)} of {len(paths)} images answered"
+        print(f"{counted}{written}{bad}{passed_over}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def _take_device(trained: "Trained") -> None:
+    """A GPU where there is one, and all cores: where it was trained says nothing of here."""
+    from alexnet_dist.config.load import load_config
+    from alexnet_dist.config.schema import flat
+    from alexnet_dist.parallel.topology import connect
+
+    device = "cpu" if trained.config.layout.device == "cpu" else "auto"
+    here = {"layout.device": device, "layout.threads": 0}
+    trained.model.to(connect(load_config([flat(trained.config) | here])).device)
+
+
+@contextlib.contextmanager
+def _file(out: Path | None) -> Iterator[IO[str]]:
+    """What is written to: a file that takes the place of `out` when it is whole, or standard
+    output; either takes names of any bytes."""
+    if out is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read it has enough, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(128 + signal.SIGPIPE) from None
+        return
+    with (
+        written_aside(out) as aside,
+        aside.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+    ):
+        yield file
+
+
+def _as_text(predictions: Iterable["Prediction"], top: int, file: IO[str]) -> None:
+    for prediction in predictions:
+        if not prediction.refused:
+            print(printable(str(prediction.path)), file=file)
+            for name, share in prediction.top(top):
+                print(f"{share:8.1%}  {printable(name)}", file=file, flush=True)
+
+
+def _as_csv(predictions: Iterable["Prediction"], top: int, file: IO[str]) -> None:
+    rows = csv.writer(file, lineterminator="\n")
+    heads = [f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")]
+    rows.writerow(["image", *heads, "refused"])
+    for prediction in predictions:
+        cells = [cell for name, share in prediction.top(top) for cell in (name, f"{share:.6g}")]
+        cells += [""] * (2 * top - len(cells))
+        rows.writerow([str(prediction.path), *cells, prediction.refused])
+        file.flush()
+
+
+def _as_json(
+    predictions: Iterable["Prediction"], top: int, checkpoint: "Checkpoint", views: int,
+    file: IO[str],
+) -> None:  # fmt: skip
+    images = [
+        {"image": str(prediction.path), "refused": prediction.refused}
+        if prediction.refused
+        else {
+            "image": str(prediction.path),
+            "answers": [{"class": n, "probability": p} for n, p in prediction.top(top)],
+        }
+        for prediction in predictions
+    ]
+    about = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "views": views}
+    print(json.dumps(about | {"images": images}), file=file)

@@ -1,0 +1,49 @@
+"""Standard output and error as they come: closed, of another encoding, or read by nobody."""
+
+import os
+import select
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+_READER_LEFT = 128 + 13  # the exit code of what SIGPIPE ends
+
+
+def with_usable(program: Callable[[], int]) -> int:
+    """What a program returns whose standard streams can be written to, whatever they were.
+
+    Where nobody reads them any more, as after `| head`, it ends without a word.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:  # or the next file to be opened would be taken for it
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")  # what it cannot encode is told all the same
+    try:
+        return program()
+    except BrokenPipeError:
+        if not any(map(unread, (sys.stdout, sys.stderr))):
+            raise
+        return _READER_LEFT
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(BrokenPipeError):
+                stream.flush()
+            if unread(stream):  # or Python would say so as it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def unread(stream: Any) -> bool:
+    """Whether a stream is a pipe that nobody reads."""
+    with suppress(OSError, ValueError, AttributeError):  # a notebook's is no file
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in poll.poll(0))
+    return False

@@ -1,0 +1,265 @@
+"""What a trained network makes of image files: read as `prepare` reads them, cut as evaluation
+cuts them, so that a file of a data set is answered as its packed sample is."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import IMAGE_SUFFIXES, Dataset
+from alexnet_dist.data.prepare.convert import RefusedImage, convert, keeps_sizes
+from alexnet_dist.data.preprocess import Finish, on_canvas
+from alexnet_dist.data.sampler import views
+from alexnet_dist.errors import ConfigError, DatasetError, MachineError, filled_by
+from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
+from alexnet_dist.network.model import AlexNet, side_by_side
+from alexnet_dist.network.precision import DTYPES, parameter_dtype
+from alexnet_dist.parallel.spawn import leave_with_parent
+from alexnet_dist.plotting import columns_picture
+
+WORTH_A_PROCESS = 500  # images: what reading them takes, and the start of a process
+_AHEAD = 16  # images read ahead by each process
+Canvas = npt.NDArray[np.uint8]  # (side, side, 3)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network says of an image file.
+
+    Attributes:
+        classes: their names.
+        probabilities: (classes,), softmax outputs averaged over views (paper §4.1), on the CPU;
+            None where the image was refused.
+        refused: why the file was not read; empty where it was.
+    """
+
+    path: Path
+    classes: tuple[str, ...]
+    probabilities: Tensor | None
+    refused: str = ""
+
+    def top(self, count: int = 5) -> list[tuple[str, float]]:
+        """The likeliest classes' names and probabilities, the likeliest first, as many as there
+        are; none where the image was refused."""
+        if self.probabilities is None:
+            return []
+        best = self.probabilities.sort(descending=True, stable=True)
+        shares, places = best.values[:count].tolist(), best.indices[:count].tolist()
+        return [(self.classes[place], share) for place, share in zip(places, shares, strict=True)]
+
+
+def predictions(
+    model: AlexNet, config: Config, dataset: Dataset, paths: Sequence[Path], workers: int = 1
+) -> Iterator[Prediction]:
+    """Ask a network of image files, `evaluate.batch` at a time; a prediction each, in order.
+
+    Args:
+        dataset: as whose images they are read: its classes, its mean.
+        workers: processes that read; a program that has more must be importable (`__main__`).
+    """
+    for part, windows in _batches(config, dataset, _device(model), paths, workers):
+        shares = iter(())
+        if len(windows):
+            outputs = logits(model, config, windows).softmax(1)
+            shares = iter(outputs.unflatten(0, (-1, config.evaluate.views)).mean(1).cpu())
+        for path, refused in part:
+            yield Prediction(path, dataset.classes, None if refused else next(shares), refused)
+
+
+def features(
+    model: AlexNet, config: Config, dataset: Dataset, paths: Sequence[Path], layer: str
+) -> Tensor:
+    """What a layer makes of image files: (n · views, …), as `activations` has it, the columns' side
+    by side, on the CPU.
+
+    Raises DatasetError where an image cannot be read; ConfigError where there is no such layer.
+    """
+    check_layer(model, layer)
+    made = []
+    for part, windows in _batches(config, dataset, _device(model), paths, 1):
+        for path, refused in part:
+            if refused:
+                raise DatasetError(f"{path}: {refused}: leave it out")
+        made.append(side_by_side(activations(model, config, windows, [layer])[layer]).cpu())
+    if not made:
+        raise ConfigError(f"features of {layer!r}: no image was named")
+    return torch.cat(made)
+
+
+def check_layer(model: AlexNet, layer: str) -> None:
+    """Raises ConfigError where the network has no such layer."""
+    if layer not in (names := model.config.layer_names):
+        raise ConfigError(f"layer {layer!r}: this network has {', '.join(names)}")
+
+
+@torch.no_grad()
+def logits(model: AlexNet, config: Config, windows: Tensor) -> Tensor:
+    """(n, classes), in the arithmetic that evaluation uses; float32 or wider."""
+    said: Tensor = model(windows.to(DTYPES[config.train.precision]))
+    return said if said.dtype == torch.float64 else said.float()
+
+
+def activations(
+    model: AlexNet, config: Config, windows: Tensor, layers: Sequence[str]
+) -> dict[str, list[Tensor]]:
+    """What layers make of windows, after the activation, float32 or wider: of a convolution each
+    column's maps (n, maps, h, w), neither normalised nor pooled; of a fully-connected layer the
+    units (n, units) of each column, or of all where they see the same; of the last the logits."""
+    made: dict[str, list[Tensor]] = {}
+    last = model.config.layer_names[-1]
+
+    def keep(layer: str, parts: list[Tensor]) -> None:
+        activate = torch.clone if layer == last else getattr(torch, model.config.activation)
+        # Now, since the network goes on in the same memory.
+        made[layer] = [activate(x if x.dtype == torch.float64 else x.float()) for x in parts]
+
+    hooks = [
+        model.get_submodule(layer).register_forward_hook(
+            lambda _, seen, parts, layer=layer: keep(layer, parts)
+        )
+        for layer in layers
+    ]
+    try:
+        logits(model, config, windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return made
+
+
+def draw(
+    model: AlexNet, config: Config, dataset: Dataset, prediction: Prediction, out: Path
+) -> None:
+    """A picture of an image, its answers, and each column's strongest maps of it, by layer."""
+    evaluate = replace(config.evaluate, views=1)
+    config = replace(config, evaluate=evaluate)
+    ((_, windows),) = _batches(config, dataset, _device(model), [prediction.path], 1)
+    made = activations(model, config, windows, config.model.conv_names)
+    maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
+    image = convert(read_bytes(prediction.path, MOST_ENCODED), keep=True).image
+    whole = image.expand(3, -1, -1).movedim(0, -1).numpy()
+    seen = config.model.crop / config.data.canvas
+    with written_aside(out) as aside:
+        columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
+
+
+def windows_of(config: Config, finish: Finish, canvases: Tensor) -> Tensor:
+    """The test windows of canvases (n, side, side, 3): (n · views, 3, crop, crop)."""
+    corners, flips = (torch.from_numpy(part).to(canvases.device) for part in views(config))
+    n, v, side = len(canvases), len(flips), config.model.crop
+    if v == 1:  # as a pipeline has it: the window alone
+        top, left = corners[0].tolist()
+        canvases = canvases[:, top : top + side, left : left + side].contiguous()
+    unlit = torch.zeros(n, 3, device=canvases.device)
+    return finish(canvases, corners.expand(n, v, 2).contiguous(), flips.repeat(n, 1), unlit)
+
+
+def canvas_of(path: Path, keep: bool, side: int) -> Canvas:
+    """(side, side, 3) of an image file, read as `prepare` reads it; raises RefusedImage.
+
+    Args:
+        keep: as `convert` has it.
+    """
+    if not path.is_file():
+        raise RefusedImage("a folder, device or pipe" if path.exists() else "there is no such file")
+    try:
+        content = read_bytes(path, MOST_ENCODED)
+    except OSError as error:
+        raise RefusedImage(f"cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise RefusedImage(f"{error}") from error
+    with filled_by(str(path)):
+        image = on_canvas(convert(content, keep).image, side)
+    canvas: Canvas = image.expand(3, -1, -1).movedim(0, -1).contiguous().numpy()
+    return canvas
+
+
+def images_in(names: Sequence[Path]) -> tuple[list[Path], int]:
+    """Files as they are named, and images by their ending, below folders; and how many other files
+    these folders hold. Hidden ones are neither."""
+    found: list[Path] = []
+    others = 0
+    for name in names:
+        if not name.is_dir():
+            found.append(name)
+            continue
+        for root, folders, files in os.walk(name):
+            folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
+            shown = sorted(file for file in files if not file.startswith("."))
+            images = [file for file in shown if file.lower().endswith(IMAGE_SUFFIXES)]
+            found += [Path(root, file) for file in images]
+            others += len(shown) - len(images)
+    return found, others
+
+
+def _device(model: AlexNet) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _batches(
+    config: Config, dataset: Dataset, device: torch.device, paths: Sequence[Path], workers: int
+) -> Iterator[tuple[list[tuple[Path, str]], Tensor]]:
+    """Of each batch of files their paths, each with why it was refused or an empty string, and the
+    windows of those that were not."""
+    dtype = parameter_dtype(config.train.precision)
+    finish = Finish(config, dataset.statistics, device, dtype)
+    side, size = config.data.canvas, config.evaluate.batch
+    read = _read(paths, keeps_sizes(dataset), side, workers)
+    for first in range(0, len(paths), size):
+        part, canvases = [], [np.empty((0, side, side, 3), np.uint8)]
+        for path in paths[first : first + size]:
+            canvas = next(read)
+            part.append((path, canvas if isinstance(canvas, str) else ""))
+            if not isinstance(canvas, str):
+                canvases.append(canvas[None])
+        whole = torch.from_numpy(np.concatenate(canvases)).to(device)
+        yield part, windows_of(config, finish, whole)
+
+
+def _read(paths: Sequence[Path], keep: bool, side: int, workers: int) -> Iterator[Canvas | str]:
+    """The canvas of each file, or why there is none, by as many processes."""
+    workers = min(workers, len(paths) // WORTH_A_PROCESS)
+    if workers <= 1:
+        yield from (_canvas_or_why(path, keep, side) for path in paths)
+        return
+    ahead: deque[Future[Canvas | str]] = deque()
+    # Spawned, since forking a process that has threads can hang.
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),))
+    try:
+        for path in paths:
+            ahead.append(pool.submit(_canvas_or_why, path, keep, side))
+            if len(ahead) > workers * _AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise MachineError(
+            "a process that reads images died (out of memory?): ask of fewer images at a time"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _canvas_or_why(path: Path, keep: bool, side: int) -> Canvas | str:
+    try:
+        return canvas_of(path, keep, side)
+    except RefusedImage as error:
+        return " ".join(f"{error}".split())[:300] or "it cannot be read"
+
+
+def _begin_worker(parent: int) -> None:
+    """Of a process that reads images: Ctrl-C is its parent's, and it ends when that does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leave_with_parent(parent)
+    torch.set_num_threads(1)

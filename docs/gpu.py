@@ -1,0 +1,314 @@
+"""What one GPU says, part by part, a row each in docs/gpu.jsonl; and docs/performance.md's tables.
+
+    python docs/gpu.py [PART ...] [--commit NAME] [--within SECONDS]    (make gpu)
+    python docs/gpu.py --document                                       (make docs)
+
+A part that this card has answered for this commit is passed over, so that the command may be given
+again until all are answered; one that failed is tried again. Any Python that has the packages does:
+nothing is installed, nothing fetched, and what data a part wants is made. What parts print is kept
+in runs/gpu.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+ROWS, PAGE, LOGS = ROOT / "docs/gpu.jsonl", ROOT / "docs/performance.md", ROOT / "runs/gpu"
+MEASURED = ("alexnet_dist", "configs", "tests")  # a commit that changes none of it is the same
+BEGIN, END = "<!-- made by make docs from gpu.jsonl -->\n", "<!-- to here -->\n"
+CLASSES, PHOTOGRAPHS = 8, 4000
+Figures = dict[str, dict[str, float]]  # by group
+
+
+def of_bench(printed: str) -> Figures:
+    """What a `bench … --json` found: the medians of what it timed, and the costliest kernels."""
+    found = json.loads(printed.splitlines()[-1])
+    runs, kernels = found.get("runs", [{}]), found.get("kernels", [])
+    timed = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    timed |= {name[:80]: us for name, us, _, _ in kernels[:20]}
+    return {"ratios": found["ratios"], found["unit"]: timed, "more": found.get("ceilings", {})}
+
+
+def of_pytest(printed: str) -> Figures:
+    """How many tests ended how, the rest of them killed too."""
+    ended = re.findall(r"^(?:tests/\S.* |\[gw\d+\].*)(PASSED|FAILED|SKIPPED|ERROR)", printed, re.M)
+    if "PASSED" not in ended:
+        raise ValueError("no test passed")
+    return {"tests": {word.lower(): float(ended.count(word)) for word in sorted({*ended})}}
+
+
+@dataclass(frozen=True)
+class Part:
+    """Attributes:
+    commands: of Python, one after another; the last one's output holds the figures.
+    limit: of them all, seconds.
+    """
+
+    commands: Sequence[Sequence[str]]
+    limit: int
+    read: Callable[[str], Figures] = of_bench
+
+
+def _bench(*arguments: str) -> list[str]:
+    name, *rest = arguments
+    return ["-m", "alexnet_dist", "bench", name, "paper/alexnet-2012", *rest, "--json"]
+
+
+def _from_shards(pipeline: str) -> Part:
+    prepare = ["-m", "alexnet_dist", "prepare", "folder", "data/gpu-images", "data/gpu"]
+    own = ["data.path=data/gpu", f"model.classes={CLASSES}", f"data.pipeline={pipeline}"]
+    bench = _bench("end-to-end", *own, "--repeats", "3")
+    return Part([["docs/gpu.py", "--photographs", "data/gpu-images"], prepare, bench], 110)
+
+
+def _pytest(*which: str) -> list[str]:
+    return ["-m", "pytest", *which, "-v", "-n", "4"]
+
+
+PARTS = {
+    "tests": Part([_pytest("-m", "gpu", "--continue-on-collection-errors")], 170, of_pytest),
+    "step": Part([_bench("step", "--batch", "128", "1024")], 300),
+    "maps": Part([_bench("maps")], 60),
+    "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 60),
+    "end-to-end": _from_shards("dali"),
+    "end-to-end-torch": _from_shards("torch"),
+    "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest),
+}
+
+
+def facts(commit: str | None) -> dict[str, Any]:
+    """What a row says of the machine and the code; ends the program where there is nothing to say
+    it of."""
+    import torch
+
+    if not torch.cuda.is_available():
+        sys.exit("no GPU that torch can use: `alexnet-dist doctor` says why")
+    if commit is None:
+        try:
+            commit = _git("log", "-1", "--abbrev=9", "--format=%h")
+            commit += "+" if _git("status", "--porcelain") else ""
+        except (OSError, subprocess.CalledProcessError):
+            sys.exit("git says of no commit that this is: say it yourself, COMMIT=NAME")
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.check_output(query, text=True, timeout=30).split()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        driver = None
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": getattr(triton, "__version__", None),
+        "cuda": torch.version.cuda,
+        "commit": commit,
+    }
+
+
+def _git(*arguments: str) -> str:
+    """Of what is measured; changes that are not committed are marked by a +."""
+    command = ["git", "-C", str(ROOT), *arguments, "--", *MEASURED]
+    return subprocess.check_output(command, text=True).strip()
+
+
+def read_rows(path: Path = ROWS) -> list[dict[str, Any]]:
+    """Every row, oldest first."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def measure(
+    parts: Mapping[str, Part], about: Mapping[str, Any], within: float, rows: Path, logs: Path
+) -> bool:
+    """Run what is not answered and fits into so many seconds, and append a row of each; whether
+    none failed."""
+    end, sound = time.monotonic() + within, True
+    answered = {
+        (row["part"], row["card"], row["commit"]) for row in read_rows(rows) if "failed" not in row
+    }
+    for name, part in parts.items():
+        if (name, about["card"], about["commit"]) in answered and about["commit"][-1] != "+":
+            print(f"{name}: answered for {about['commit']} on this card")
+            continue
+        if part.limit > end - time.monotonic():
+            print(f"{name}: left for the next time: it may take {part.limit} s")
+            continue
+        print(f"{name}: up to {part.limit} s", flush=True)
+        row = {"part": name, **about, **_answer(name, part, logs)}
+        with rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        sound &= "failed" not in row
+        print(f"{name}: {row['seconds']} s; {row.get('failed', 'done')}", flush=True)
+    return sound
+
+
+def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
+    """A part's own entries of its row."""
+    logs.mkdir(parents=True, exist_ok=True)
+    output, errors = logs / f"{name}.out", logs / f"{name}.err"
+    begin, failed = time.monotonic(), ""
+    row = {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "command": " ".join(part.commands[-1])
+        .removeprefix("-m ")
+        .replace("alexnet_dist", "alexnet-dist"),
+    }
+    for command in part.commands:
+        left = begin + part.limit - time.monotonic()
+        failed = _run([sys.executable, *command], output, errors, left)
+        if failed:
+            break
+    printed, figures = output.read_text(errors="replace"), {}
+    if command == part.commands[-1]:
+        try:
+            figures = _rounded(part.read(printed))
+        except Exception as error:  # the other parts go on
+            failed = failed or f"its output says nothing: {error!r}"
+    if failed:
+        last = (printed.strip() or errors.read_text(errors="replace").strip())[-400:]
+        row["failed"] = f"{failed}: {last}"
+    row |= {"seconds": round(time.monotonic() - begin, 1), "figures": figures}
+    return row
+
+
+def _run(command: Sequence[str], output: Path, errors: Path, limit: float) -> str:
+    """How a command failed; empty where it did not. Nothing it started is left."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with output.open("w") as out, errors.open("w") as err:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, cwd=ROOT, env=environment, process_group=0
+        )
+        try:
+            code = process.wait(max(0.0, limit))
+        except subprocess.TimeoutExpired:
+            return f"not done after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # where all have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return f"exit {code}" if code else ""
+
+
+def _rounded(figures: Figures) -> Figures:
+    return {
+        group: {name: float(f"{value:.4g}") for name, value in found.items()}
+        for group, found in figures.items() if found
+    }  # fmt: skip
+
+
+def photographs(folder: Path, count: int) -> None:
+    """JPEGs of 256 × 256, smooth colours with some texture; nothing where they are already."""
+    import numpy as np
+    from PIL import Image
+
+    if folder.exists():
+        return
+    aside = folder.with_suffix(".partial")
+
+    def draw(number: int) -> None:
+        split = "val" if number % 10 == 0 else "train"
+        home = aside / split / f"class{number // 10 % CLASSES}"
+        home.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(number)
+        coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((256, 256), Image.Resampling.BICUBIC))
+        image = (smooth + random.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(image).save(home / f"{number}.jpg", quality=85)
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(draw, range(count)))
+    aside.rename(folder)
+
+
+def tables(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table for each part and card: what the first commit said, and the last."""
+    if not rows:
+        return "Nothing has been measured by `make gpu` yet.\n"
+    kinds = dict.fromkeys((row["card"], row["part"]) for row in rows)
+    return "\n".join(
+        "".join(_table([row for row in rows if (row["card"], row["part"]) == kind]))
+        for kind in kinds
+    )
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Of rows of one part and card."""
+    last = rows[-1]
+    yield f"**{last['part']}**, {last['card']}: `{last['command']}`\n"
+    if "failed" in last:
+        said = " ".join(last["failed"].split())[:200].replace("`", "'")
+        yield f"\nIt failed at {last['commit']}, {last['date']}: `{said}`\n"
+    told = {row["commit"]: row for row in rows if row["figures"]}
+    if not told:
+        return
+    shown = [told[commit] for commit in dict.fromkeys([next(iter(told)), [*told][-1]])]
+    heads = [
+        f"{row['commit']}, {row['date']}, torch {row['torch']}, triton {row['triton']}, CUDA "
+        f"{row['cuda']}, driver {row['driver']}"
+        for row in shown
+    ]
+    yield f"\n| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}\n"
+    for group, name in dict.fromkeys((g, n) for row in shown for g in row["figures"]
+                                     for n in row["figures"][g]):  # fmt: skip
+        values = [row["figures"].get(group, {}).get(name) for row in shown]
+        cells = ["" if value is None else f"{value:,.10g}" for value in values]
+        unit = "" if group in ("ratios", "more", "tests") else f", {group}"
+        yield f"| {name.replace('|', '¦')}{unit} | {' | '.join(cells)} |\n"
+
+
+def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The page with its tables as the rows have them."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin
+    assert end
+    return f"{before}{begin}\n{tables(rows)}\n{end}{after}"
+
+
+def main() -> int:
+    """As the module says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all")
+    parser.add_argument("--commit", help="that this is; what git says, if left out")
+    parser.add_argument("--within", type=float, default=570, help="seconds, in all")
+    parser.add_argument(
+        "--document", action="store_true", help="write docs/performance.md's tables"
+    )
+    parser.add_argument("--photographs", type=Path, help="make them in this folder")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
+    if unknown := {*options.part} - {*PARTS}:
+        parser.error(f"{', '.join(sorted(unknown))}: a part is one of {', '.join(PARTS)}")
+    if options.photographs:
+        photographs(options.photographs, PHOTOGRAPHS)
+    elif options.document:
+        PAGE.write_text(documented(PAGE.read_text(), read_rows()))
+    else:
+        parts = {name: PARTS[name] for name in options.part or PARTS}
+        return 0 if measure(parts, facts(options.commit), options.within, ROWS, LOGS) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

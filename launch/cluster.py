@@ -1,0 +1,112 @@
+"""What a job asks Slurm for: `cluster=FILE` and `cluster.KEY=VALUE`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+
+from alexnet_dist.config.load import bounded_yaml, configs_folder, flatten, one_line, typed
+from alexnet_dist.config.schema import Key
+from alexnet_dist.errors import ConfigError
+
+# Of Slurm's refusals, what the words of one are about.
+_ABOUT = {
+    "partition": "partition", "account": "account", "time limit": "time_min",
+    "memory": "memory_gb", "qos": "sbatch={qos: …}", "feature": "sbatch={constraint: …}",
+    "generic resource": "gpus_per_node", "gres": "gpus_per_node", "gpu": "gpus_per_node",
+    "node count": "nodes", "node configuration": "nodes, tasks_per_node, cpus_per_task, memory_gb",
+    "cpu": "cpus_per_task",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Not of the run, but of its job: what `python -m launch.submit` and `launch.ensemble` ask
+    Slurm for. `cluster=FILE` names a YAML file of these keys, written there without `cluster.`, or
+    one in configs/cluster; `cluster.KEY=VALUE` wins over it. `signal_s` is shorter than
+    `time_min`."""
+
+    nodes: Annotated[int, Key("nodes of the job", ge=1)] = 1
+    tasks_per_node: Annotated[
+        int, Key("ranks on each node, one a GPU; a replica's columns share a node", ge=1)
+    ] = 1
+    gpus_per_node: Annotated[int, Key("GPUs of each node; 0 where Slurm hands out none", ge=0)] = 0
+    cpus_per_task: Annotated[int, Key("cores of a rank: images are decoded on them", ge=1)] = 1
+    memory_gb: Annotated[
+        int, Key("memory of each node, GB (sbatch's --mem); 0 = what the site gives", ge=0)
+    ] = 0
+    time_min: Annotated[
+        int, Key("limit of one start, minutes; a longer run goes on by itself", ge=1)
+    ] = 60
+    signal_s: Annotated[
+        int, Key("so long before the limit the run saves, s; Slurm may be 60 early", ge=1)
+    ] = 120
+    partition: Annotated[str, Key("Slurm's partition; empty: the site's default")] = ""
+    account: Annotated[str, Key("who pays; empty: the site's default")] = ""
+    comment: Annotated[str, Key("for the site's books")] = ""
+    sbatch: Annotated[
+        dict[str, Any], Key("any other option of sbatch; true for one without a value")
+    ] = field(default_factory=dict)
+    setup: Annotated[
+        tuple[str, ...], Key("lines of shell before the ranks start, as in [module load cuda]")
+    ] = ()
+
+
+def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
+    """The cluster that `cluster=` and `cluster.KEY=` name, and the arguments of the run.
+
+    Raises ConfigError on what is wrong with the former.
+    """
+    values: dict[str, Any] = {}
+    rest = []
+    for text in arguments:
+        name, _, value = text.partition("=")
+        if name == "cluster":
+            path = _find(value)
+            values |= _checked({"cluster": _read(path)}, str(path))
+        elif name.startswith("cluster."):
+            values |= _checked(typed(text), "the command line")
+        else:
+            rest.append(text)
+    cluster = Cluster(**values)
+    if cluster.signal_s >= 60 * cluster.time_min:
+        raise ConfigError(
+            f"cluster.signal_s={cluster.signal_s}: seconds before the limit of cluster.time_min="
+            f"{cluster.time_min} minutes: must be fewer than those of the limit"
+        )
+    return cluster, rest
+
+
+def _checked(layer: Mapping[str, Any], source: str) -> dict[str, Any]:
+    found = flatten(layer, source, Cluster, "cluster.")
+    return {dotted.removeprefix("cluster."): value for dotted, value in found}
+
+
+def _find(name: str) -> Path:
+    folder = configs_folder() / "cluster"
+    candidates = (Path(name).expanduser(), folder / f"{name}.yaml")
+    path = next((path for path in candidates if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+        raise ConfigError(f"cluster={name}: no such file, nor one of {known}")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(bounded_yaml(path))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: not a YAML file of keys and values: {one_line(error)}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: holds a {type(found).__name__}; write keys and values")
+    return found
+
+
+def keys_of_refusal(words: str) -> str:
+    """The keys that Slurm's words about a job are about; empty where that is not known."""
+    found = next((keys for about, keys in _ABOUT.items() if about in words.lower()), "")
+    return ", ".join(f"cluster.{key}" for key in found.split(", ") if found)

@@ -1,0 +1,138 @@
+"""docs/gpu.py, which measures on a GPU, by parts that need none."""
+
+import contextlib
+import json
+import runpy
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from alexnet_dist.cli.main import build_parser, main
+from alexnet_dist.config.load import load_config
+from alexnet_dist.data.dataset import open_dataset
+
+GPU: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "gpu.py"))
+Part, measure = GPU["Part"], GPU["measure"]
+ABOUT = {"card": "A card", "driver": "580", "torch": "2.11", "triton": "3.6", "cuda": "13.0",
+         "commit": "abc123def"}  # fmt: skip
+FOUND = {
+    "ratios": {"ours / theirs": 1.25},
+    "ceilings": {"images/s": 20123.4},
+    "unit": "seconds a step",
+    "runs": [{"ours": 0.1}, {"ours": 0.3}, {"ours": 0.2}],
+}
+
+
+def says(text: str, then: str = "") -> list[str]:
+    return ["-c", f"print({text!r}, flush=True); {then}"]
+
+
+def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, logs = tmp_path / "gpu.jsonl", tmp_path / "logs"
+    parts = {"step": Part([says("before"), says("loading\n" + json.dumps(FOUND))], 60)}
+    assert measure(parts, ABOUT, 90, rows, logs)
+    (row,) = GPU["read_rows"](rows)
+    assert row["figures"] == {
+        "ratios": {"ours / theirs": 1.25},
+        "seconds a step": {"ours": 0.2},
+        "more": {"images/s": 20120},
+    }
+    assert {key: row[key] for key in ABOUT} == ABOUT
+    assert row["part"] == "step"
+    assert row["seconds"] >= 0
+    assert "failed" not in row
+    assert measure(parts, ABOUT, 90, rows, logs)
+    assert "step: answered for abc123def" in capsys.readouterr().out
+    assert len(GPU["read_rows"](rows)) == 1
+    for other in ({"commit": "abc123def+"}, {"commit": "abc123def+"}, {"card": "Another"}):
+        assert measure(parts, ABOUT | other, 90, rows, logs)
+    assert len(GPU["read_rows"](rows)) == 4
+
+
+def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+    rows, logs = tmp_path / "gpu.jsonl", tmp_path / "logs"
+    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; "
+    child += "time.sleep(99)']); print(p.pid, flush=True); p.wait()"
+    tested = "tests/test_gpu.py::test_a[x y] PASSED [ 5%]\n[gw1] [ 9%] FAILED tests/test_gpu.py::b"
+    parts = {
+        "slow": Part([["-c", child]], 3),
+        "broken": Part([["-c", "raise SystemExit('no such option')"], says("{}")], 60),
+        "mute": Part([says("nothing")], 60),
+        "tests": Part([says(tested, "raise SystemExit(1)")], 60, GPU["of_pytest"]),
+        "long": Part([says(json.dumps(FOUND))], 500),
+        "good": Part([says(json.dumps(FOUND))], 60),
+    }
+    begin = time.monotonic()
+    assert not measure(parts, ABOUT, 300, rows, logs)
+    assert time.monotonic() - begin < 60
+    found = {row["part"]: row for row in GPU["read_rows"](rows)}
+    assert [*found] == ["slow", "broken", "mute", "tests", "good"]  # the long one does not fit
+    assert found["slow"]["failed"].startswith("not done after 3 s: ")
+    with contextlib.suppress(psutil.NoSuchProcess):  # or killed, and not yet reaped
+        psutil.Process(int(found["slow"]["failed"].split()[-1])).wait(30)
+    assert found["broken"]["failed"] == "exit 1: no such option"
+    assert found["mute"]["failed"].startswith("its output says nothing")
+    assert found["tests"]["failed"].startswith("exit 1: tests/test_gpu.py")
+    assert found["tests"]["command"].startswith("-c print(")
+    assert found["tests"]["figures"] == {"tests": {"failed": 1, "passed": 1}}
+    assert "failed" not in found["good"]
+    parts = {"broken": Part([says(json.dumps(FOUND))], 60)}  # mended: it is asked again
+    assert measure(parts, ABOUT, 90, rows, logs)
+    assert "failed" not in GPU["read_rows"](rows)[-1]
+
+
+def test_the_parts_are_commands_that_there_are() -> None:
+    parser = build_parser()
+    for part in GPU["PARTS"].values():
+        assert part.limit < 570
+        for _, module, *arguments in part.commands:
+            if module == "alexnet_dist":
+                options = parser.parse_args(arguments)
+                if hasattr(options, "config"):
+                    load_config(options.config)
+            for file in (word for word in arguments if word.endswith(".py")):
+                assert Path(GPU["ROOT"], file).exists()
+
+
+def test_what_is_made_to_train_on_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    GPU["photographs"](tmp_path / "images", 160)
+    GPU["photographs"](tmp_path / "images", 1)  # there already
+    assert main(["prepare", "folder", "images", "data"]) == 0
+    splits = open_dataset(Path("data")).splits
+    assert (len(splits["train"]), len(splits["val"])) == (144, 16)
+    bench = next(c for c in GPU["PARTS"]["end-to-end"].commands if "end-to-end" in c)
+    assert f"model.classes={len(open_dataset(Path('data')).classes)}" in bench
+
+
+def test_the_tables_show_the_first_commit_and_the_last() -> None:
+    def row(commit: str, value: float, **more: object) -> dict[str, object]:
+        figures = {"ratios": {"ours / theirs": value}}
+        return ABOUT | {"part": "step", "commit": commit, "date": "2026-11-26", "command": "x",
+                        "seconds": 1, "figures": figures} | more  # fmt: skip
+
+    rows = [row("first", 1.5), row("second", 1.6), row("third", 20123)]
+    told = GPU["tables"](rows)
+    assert "| ours / theirs | 1.5 | 20,123 |" in told
+    assert "first, 2026-11-26, torch 2.11" in told
+    assert "second" not in told
+    rows.append(row("fourth", 0, figures={}, failed="exit 1: no `card`\n"))
+    told = GPU["tables"](rows)
+    assert "failed at fourth, 2026-11-26: `exit 1: no 'card'`" in told
+    assert "| ours / theirs | 1.5 | 20,123 |" in told
+    page = "# P\n" + GPU["BEGIN"] + "old\n" + GPU["END"] + "after\n"
+    again = GPU["documented"](page, rows)
+    assert again == GPU["documented"](again, rows)
+    assert "old" not in again
+    assert again.startswith("# P\n")
+    assert again.endswith("after\n")
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    page = GPU["PAGE"].read_text()
+    assert page == GPU["documented"](page, GPU["read_rows"]()), "make docs"
