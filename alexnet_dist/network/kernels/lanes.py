@@ -208,12 +208,14 @@ def normalised_backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def sum_kernel(parts, out, rows, columns, block: tl.constexpr, side: tl.constexpr):
+def sum_kernel(
+    parts, out, rows, columns, steps: tl.constexpr, block: tl.constexpr, side: tl.constexpr
+):  # fmt: skip
     """(rows, columns) to their sums, (columns,); in a fixed order."""
     column = tl.program_id(0) * side + tl.arange(0, side)
     total = tl.zeros((block, side), out.dtype.element_ty)
-    for begin in range(0, rows, block):
-        row = begin + tl.arange(0, block)
+    for step in range(steps):
+        row = step * block + tl.arange(0, block)
         known = (row < rows)[:, None] & (column < columns)[None, :]
         here = row.to(tl.int64)[:, None] * columns + column[None, :]
         total += tl.load(parts + here, mask=known, other=0.0)
@@ -223,6 +225,9 @@ def sum_kernel(parts, out, rows, columns, block: tl.constexpr, side: tl.constexp
 def summed(parts: Tensor) -> Tensor:
     """(rows, columns) to (columns,)."""
     rows, columns = parts.shape
-    out = parts.new_empty(columns)
-    sum_kernel[(triton.cdiv(columns, 8),)](parts, out, rows, columns, 128, 8, num_warps=4)
+    out, block, side = parts.new_empty(columns), 256, 8
+    if columns:
+        sum_kernel[(triton.cdiv(columns, side),)](
+            parts, out, rows, columns, triton.cdiv(rows, block), block, side, num_warps=4
+        )
     return out

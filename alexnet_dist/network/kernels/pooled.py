@@ -20,6 +20,7 @@ from alexnet_dist.network.kernels.lanes import (
 
 _ROWS, _COLUMNS = 3, 3  # pooled values of a lane
 _EACH_BACK = 4  # blocks of stride × stride pixels of a lane
+REGISTERS = 128  # of a lane: 16 warps on a multiprocessor; the paper's maps take no more
 _NOWHERE = tl.constexpr(255)  # the place of a value that no gradient passes
 _VALUE, _PLACES = tl.constexpr(0x7FFFFFF0), tl.constexpr(15)  # the bits of a key
 
@@ -50,7 +51,7 @@ def forward(
     pooled_kernel[(triton.cdiv(count, lanes.pixels),)](
         x, bias, y, places, count, activation, size, alpha, beta, k, *x.shape[2:], h, w,
         lanes.chunk, lanes.chunks, lanes.lanes, pool.window, pool.stride, _ROWS, _COLUMNS,
-        num_warps=lanes.warps,
+        num_warps=lanes.warps, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -67,7 +68,7 @@ def backward(
     pooled_backward_kernel[(programs,)](
         grads, x, bias, places, out, parts, count, activation, size, alpha, beta, k, h, w,
         *places.shape[2:], lanes.chunk, lanes.chunks, lanes.lanes, pool.window, pool.stride,
-        _EACH_BACK, num_warps=lanes.warps,
+        _EACH_BACK, num_warps=lanes.warps, maxnreg=REGISTERS,
     )  # fmt: skip
     return parts
 
