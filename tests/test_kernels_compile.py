@@ -84,7 +84,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("units_backward_kernel", fours | {"has_bias": True, "rows": 8}, values | drawn, 2),
         ("masks_kernel", {"fours": 64}, drawn | {"stay": "u8"}, 2),
         ("sgd_kernel", {"block": 1024} | copy,
-         weights | ({} if copy else {"narrow": narrow}), 4),
+         weights | ({} if copy else {"narrow": narrow}), 8),
         ("fold_kernel", {"h": 227, "w": 227, "stride": 4, "padding": 0, "down": 57, "along": 57,
                          "block": 256}, {"x": narrow, "out": narrow}, 8),
         ("windows_kernel", {"crop": 227} | cells, images, 8),
