@@ -9,18 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import triton
 from conftest import TINY, on_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.network import lrn, philox
-from alexnet_dist.network.kernels import gpu, units, windows
+from alexnet_dist.network.kernels import gpu
 from alexnet_dist.network.lrn import local_response_norm
 from alexnet_dist.network.model import AlexNet
 
@@ -149,43 +146,3 @@ def test_the_network_of_a_gpu_is_one_graph_with_these_kernels() -> None:
              for n in m.graph.nodes]  # fmt: skip
     assert inner.count("alexnet_dist.lrn.default") == 4  # two columns, after conv1 and conv2
     assert inner.count("alexnet_dist.lrn_backward.default") == 4
-
-
-BF16, FP32, FP64 = "*bf16", "*fp32", "*fp64"
-SHAPE = {"wide": 48, "half": 2, "block": 256}
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(
-    ("name", "constants", "pointers"),
-    [
-        ("lrn_kernel", SHAPE, {"maps": BF16, "out": BF16}),
-        ("lrn_kernel", SHAPE, {"maps": FP32, "out": FP32}),
-        ("lrn_backward_kernel", SHAPE, {"maps": BF16, "grads": BF16, "out": BF16}),
-        ("lrn_backward_kernel", SHAPE, {"maps": FP32, "grads": FP32, "out": FP32}),
-        ("masks_kernel", {"fours": 64}, {"stay": "*u8", "slots": "*i64", "step": "*i64"}),
-        *(
-            ("windows_kernel", {"crop": 227, "stride": 1, "padding": 0, "cells": 227, "block": 256},
-             dict.fromkeys(("light", "mean", "divide_by"), wide)
-             | dict.fromkeys(("patches", "flips"), "*u8")
-             | dict.fromkeys(("inside", "corners"), "*i64") | {"out": out})
-            for wide, out in ((FP32, BF16), (FP32, FP32), (FP64, FP64))
-        ),
-    ],
-)  # fmt: skip
-def test_kernels_compile_for_gpus_that_are_not_here(
-    name: str, constants: dict[str, int], pointers: dict[str, str], arch: int
-) -> None:
-    numbers = {"alpha": "fp32", "k": "fp32"}
-    (kernel,) = (getattr(m, name) for m in (gpu, units, windows) if hasattr(m, name))
-    kinds = {
-        argument: "constexpr"
-        if argument in constants
-        else (pointers | numbers).get(argument, "i32")
-        for argument in kernel.arg_names
-    }
-    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(ASTSource(kernel, kinds, places), target=target)
-    assert f"sm_{arch}" in compiled.asm["ptx"]
-    assert compiled.asm["cubin"]

@@ -86,26 +86,36 @@ def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.const
 
     part: (lanes,), which of its pixel's chunks a lane has.
     """
-    own, lane = apart(tile), tl.arange(0, tile.shape[0])
-    near = ()
-    for i in tl.static_range(-half, chunk + half):
-        if i >= 0 and i < chunk:
-            near = near + (own[i],)
-        else:
-            there = part + i // chunk
-            known = (there >= 0) & (there < chunks) & (lane + i // chunk < tile.shape[0])
-            source = tl.where(known, lane + i // chunk, lane)
-            near = near + (tl.where(known, tl.gather(own[i % chunk], source, 0), 0.0),)
-    pairs = ()
-    for i in tl.static_range(1, chunk + 2 * half - 1):
-        pairs = pairs + (near[i] + near[i + 1],)
-    sums = ()
-    for i in tl.static_range(chunk):
-        total = near[i]
-        for j in tl.static_range(half):
-            total += pairs[i + 2 * j]
-        sums = sums + (total,)
-    return whole(sums, chunk)
+    if half == 0:
+        return tile
+    else:
+        own, lane = apart(tile), tl.arange(0, tile.shape[0])
+        near = ()
+        for i in tl.static_range(-half, chunk + half):
+            if i >= 0 and i < chunk:
+                near = near + (own[i],)
+            else:
+                there = part + i // chunk
+                known = (there >= 0) & (there < chunks) & (lane + i // chunk < tile.shape[0])
+                source = tl.where(known, lane + i // chunk, lane)
+                near = near + (tl.where(known, tl.gather(own[i % chunk], source, 0), 0.0),)
+        # A window is the end of one block of 2 · half and the begin of the next, which have running
+        # sums: two or three additions for each, however many it has.
+        begins, ends = (near[0],), (near[chunk + 2 * half - 1],)
+        for i in tl.static_range(1, chunk + 2 * half):
+            if i % (2 * half) == 0:
+                begins = begins + (near[i],)
+            else:
+                begins = begins + (begins[i - 1] + near[i],)
+        for i in tl.static_range(chunk + 2 * half - 2, -1, -1):
+            if i % (2 * half) == 2 * half - 1:
+                ends = (near[i],) + ends
+            else:
+                ends = (near[i] + ends[0],) + ends
+        sums = ()
+        for i in tl.static_range(chunk):
+            sums = sums + (ends[i] + begins[i + 2 * half],)
+        return whole(sums, chunk)
 
 
 @triton.jit
@@ -198,12 +208,14 @@ def normalised_backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def sum_kernel(parts, out, rows, columns, block: tl.constexpr, side: tl.constexpr):
+def sum_kernel(
+    parts, out, rows, columns, steps: tl.constexpr, block: tl.constexpr, side: tl.constexpr
+):  # fmt: skip
     """(rows, columns) to their sums, (columns,); in a fixed order."""
     column = tl.program_id(0) * side + tl.arange(0, side)
     total = tl.zeros((block, side), out.dtype.element_ty)
-    for begin in range(0, rows, block):
-        row = begin + tl.arange(0, block)
+    for step in range(steps):
+        row = step * block + tl.arange(0, block)
         known = (row < rows)[:, None] & (column < columns)[None, :]
         here = row.to(tl.int64)[:, None] * columns + column[None, :]
         total += tl.load(parts + here, mask=known, other=0.0)
@@ -213,6 +225,9 @@ def sum_kernel(parts, out, rows, columns, block: tl.constexpr, side: tl.constexp
 def summed(parts: Tensor) -> Tensor:
     """(rows, columns) to (columns,)."""
     rows, columns = parts.shape
-    out = parts.new_empty(columns)
-    sum_kernel[(triton.cdiv(columns, 8),)](parts, out, rows, columns, 128, 8, num_warps=4)
+    out, block, side = parts.new_empty(columns), 256, 8
+    if columns:
+        sum_kernel[(triton.cdiv(columns, side),)](
+            parts, out, rows, columns, triton.cdiv(rows, block), block, side, num_warps=4
+        )
     return out

@@ -28,8 +28,7 @@ from alexnet_dist.network.kernels.lanes import (
 )
 from alexnet_dist.network.kernels.pooled import Pool
 
-_EACH = 4  # groups of pixels of a program forward: as many loads are under way at once
-_EACH_BACK = 16  # backward: a program has one row of the bias gradient's parts
+_EACH, _STEPS = 4, 4  # groups of pixels that a program reads at once; how often it does, backward
 _LAST = torch.channels_last
 
 
@@ -105,11 +104,11 @@ def maps_backward(
         parts = pooled.backward(grads, x, bias, places, out, activation, size, alpha, beta, k, pool)
     else:
         lanes, pixels = lanes_of(x), x.numel() // x.shape[1]
-        programs = triton.cdiv(pixels, lanes.pixels * _EACH_BACK)
+        programs = triton.cdiv(pixels, lanes.pixels * _EACH * _STEPS)
         parts = x.new_empty((programs, x.shape[1]), dtype=wide(x.dtype))
         maps_backward_kernel[(programs,)](
             grads, x, bias, out, parts, pixels, activation, size, alpha, beta, k, lanes.chunk,
-            lanes.chunks, lanes.lanes, _EACH_BACK, num_warps=lanes.warps,
+            lanes.chunks, lanes.lanes, _EACH, _STEPS, num_warps=lanes.warps,
         )  # fmt: skip
     return out, parts.new_empty(0) if bias is None else summed(parts)
 
@@ -141,6 +140,19 @@ def _made(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     return y, torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=_LAST)
 
 
+@triton.jit
+def _at(
+    group, pixels, chunk: tl.constexpr, chunks: tl.constexpr, lanes: tl.constexpr
+):  # fmt: skip
+    """Where the channels of a group of pixels side by side lie, and which of them there are."""
+    side: tl.constexpr = lanes // chunks
+    lane = tl.arange(0, lanes)
+    pixel = group * side + lane // chunks
+    at = pixel.to(tl.int64) * (chunk * chunks) + lane % chunks * chunk
+    known = (lane < side * chunks) & (pixel < pixels)
+    return at[:, None] + tl.arange(0, chunk)[None, :], known[:, None]
+
+
 @triton.jit(do_not_specialize=["pixels"])
 def maps_kernel(
     x, bias, y, pixels, activation: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr,
@@ -148,19 +160,17 @@ def maps_kernel(
     lanes: tl.constexpr, each: tl.constexpr,
 ):  # fmt: skip
     """y = LRN(f(x + b)): reads x and writes y, once each."""
-    side: tl.constexpr = lanes // chunks  # pixels side by side
-    lane, channel = tl.arange(0, lanes), tl.arange(0, chunk)[None, :]
-    part = lane % chunks
+    part = tl.arange(0, lanes) % chunks
+    b = 0.0
     if bias is not None:
-        b = tl.load(bias + (part * chunk)[:, None] + channel)
+        b = tl.load(bias + (part * chunk)[:, None] + tl.arange(0, chunk)[None, :])
+    products = ()  # all are asked for before the first is used
     for i in tl.static_range(each):
-        pixel = (tl.program_id(0) * each + i) * side + lane // chunks
-        known = ((lane < side * chunks) & (pixel < pixels))[:, None]
-        at = (pixel.to(tl.int64) * (chunk * chunks) + part * chunk)[:, None] + channel
-        z = widened(tl.load(x + at, mask=known, other=0.0))
-        if bias is not None:
-            z += b
-        a = activated(z, activation)
+        at, known = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
+        products = products + (tl.load(x + at, mask=known, other=0.0),)
+    for i in tl.static_range(each):
+        at, known = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
+        a = activated(widened(products[i]) + b, activation)
         out = normalised(a, part, chunk, chunks, size, alpha, beta, k)
         tl.store(y + at, out.to(y.dtype.element_ty), mask=known)
 
@@ -169,29 +179,31 @@ def maps_kernel(
 def maps_backward_kernel(
     grads, x, bias, out, parts, pixels, activation: tl.constexpr, size: tl.constexpr,
     alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr, chunk: tl.constexpr,
-    chunks: tl.constexpr, lanes: tl.constexpr, each: tl.constexpr,
+    chunks: tl.constexpr, lanes: tl.constexpr, each: tl.constexpr, steps: tl.constexpr,
 ):  # fmt: skip
     """dx of `maps_kernel`, and db's parts: reads x and dy and writes dx, once each."""
-    side: tl.constexpr = lanes // chunks
-    lane, channel = tl.arange(0, lanes), tl.arange(0, chunk)[None, :]
-    part = lane % chunks
+    part, channel = tl.arange(0, lanes) % chunks, tl.arange(0, chunk)[None, :]
+    b = 0.0
     if bias is not None:
         b = tl.load(bias + (part * chunk)[:, None] + channel)
     total = tl.zeros((lanes, chunk), parts.dtype.element_ty)
-    for i in range(each):
-        pixel = (tl.program_id(0) * each + i) * side + lane // chunks
-        known = ((lane < side * chunks) & (pixel < pixels))[:, None]
-        at = (pixel.to(tl.int64) * (chunk * chunks) + part * chunk)[:, None] + channel
-        z = widened(tl.load(x + at, mask=known, other=0.0))
-        grad = widened(tl.load(grads + at, mask=known, other=0.0))
-        if bias is not None:
-            z += b
-        a = activated(z, activation)
-        grad = normalised_backward(grad, a, part, chunk, chunks, size, alpha, beta, k)
-        grad = sloped(grad, a, activation)
-        tl.store(out + at, grad.to(out.dtype.element_ty), mask=known)
-        total += grad
+    for step in range(steps):
+        group = (tl.program_id(0) * steps + step) * each
+        products, upper = (), ()
+        for i in tl.static_range(each):
+            at, known = _at(group + i, pixels, chunk, chunks, lanes)
+            products = products + (tl.load(x + at, mask=known, other=0.0),)
+            upper = upper + (tl.load(grads + at, mask=known, other=0.0),)
+        for i in tl.static_range(each):
+            at, known = _at(group + i, pixels, chunk, chunks, lanes)
+            a = activated(widened(products[i]) + b, activation)
+            grad = widened(upper[i])
+            grad = normalised_backward(grad, a, part, chunk, chunks, size, alpha, beta, k)
+            grad = sloped(grad, a, activation)
+            tl.store(out + at, grad.to(out.dtype.element_ty), mask=known)
+            total += grad
     if bias is not None:
-        total = over_pixels(total, chunk, chunks, side)
+        total = over_pixels(total, chunk, chunks, lanes // chunks)
         at = tl.program_id(0).to(tl.int64) * (chunk * chunks) + part * chunk
-        tl.store(parts + at[:, None] + channel, total, mask=(lane < chunks)[:, None])
+        first = tl.arange(0, lanes) < chunks
+        tl.store(parts + at[:, None] + channel, total, mask=first[:, None])
