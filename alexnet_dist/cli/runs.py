@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, add_json, out
 from alexnet_dist.config.load import load_config
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, printable
 from alexnet_dist.parallel import environment
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.checkpoint import store
     from alexnet_dist.reporting import figures
     from alexnet_dist.training import loop
-    from alexnet_dist.training.run_folder import warn_if_unwritable
+    from alexnet_dist.training.run_folder import Unharmed
 
     outcome = loop.train(config, signals)
     if not outcome.leads:
@@ -67,7 +67,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     best = store.best(config.folder / "checkpoints")
     print(f"{config.folder}: done, {outcome.step} steps; {_words(outcome.score)}")
     print(f"best checkpoint: {best.path}")
-    with warn_if_unwritable(config.folder / "figures"):
+    with Unharmed("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
     print(f"next: alexnet-dist evaluate {config.folder} --views 10")
@@ -76,6 +76,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Score checkpoints; several are averaged."""
+    from alexnet_dist.evaluation import scores
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     overrides = [text for text in options.path if "=" in text]
@@ -85,6 +86,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.views:
         overrides.append(f"evaluate.views={options.views}")
     found = evaluate_checkpoints(paths, overrides)
+    kept = scores.keep(found)
     if options.predictions:
         found.write(options.predictions)
     if options.json:
@@ -100,9 +102,13 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     rows = [row for row in report["classes"] if row["samples"]]
     rows.sort(key=lambda row: row["right"] / row["samples"])
     for row in rows[:_CLASSES]:
-        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} {row['name']}")
+        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} "
+              f"{printable(row['name'])}")  # fmt: skip
     for row in report["mistakes"][:_CLASSES]:
-        print(f"{row['samples']:8} {row['of']} taken for {row['taken_for']}")
+        of, taken_for = printable(row["of"]), printable(row["taken_for"])
+        print(f"{row['samples']:8} {of} taken for {taken_for}")
+    if kept:
+        print(f"kept: {kept}")
     return 0
 
 

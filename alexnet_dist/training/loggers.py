@@ -6,6 +6,7 @@ full disk holds a run up, or ends it.
 
 import csv
 import importlib.util
+import logging
 import os
 import queue
 import secrets
@@ -26,7 +27,7 @@ PROJECT = (
     "alexnet-dist"  # wandb's project, MLflow's experiment, where their variables name no other
 )
 _PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
-_WAIT_S = 60  # at the end, for what was not sent yet
+_WAIT_S = 20  # at the end, for what was not sent yet: a stopped job has not long to live
 _WAITING = 10_000  # calls
 _PARAMS = 100  # that MLflow takes at once
 Row = Mapping[str, float]  # "step", and numbers by their tags
@@ -52,7 +53,8 @@ def check_installed(config: Config) -> None:
     if "wandb" in config.log.to:
         import wandb
 
-        if wandb.setup().settings.mode == "online" and not wandb.login(prompt=False):
+        asked = wandb.setup().settings.mode == "online"
+        if asked and not wandb.login(prompt=False, verify=False):
             raise ConfigError(
                 f"log.to={list(config.log.to)}: wandb has no key: type `wandb login`, set "
                 "WANDB_API_KEY, or set WANDB_MODE=offline to keep it in the run folder"
@@ -108,14 +110,26 @@ class InThread:
             with self._guard:
                 self._calls.put_nowait(call)
 
-    def close(self, finished: bool) -> None:
-        """End it, when all is sent, or _WAIT_S later."""
+    def finish(self, finished: bool) -> None:
+        """Nothing comes after this."""
         self._later(lambda to: to.close(finished))
         with self._guard:
             self._calls.put_nowait(None)
-        self._thread.join(_WAIT_S)
+
+    def wait(self, until: float) -> None:
+        """Until all of it is sent, or that time.monotonic()."""
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             log.warning(f"log.to={self._name} did not take all of it within {_WAIT_S} s")
+
+
+def close(all_of_them: Sequence[InThread], finished: bool) -> None:
+    """End loggers, together within _WAIT_S."""
+    until = time.monotonic() + _WAIT_S
+    for logger in all_of_them:
+        logger.finish(finished)
+    for logger in all_of_them:
+        logger.wait(until)
 
 
 def _picture(to: Logger, step: int, tag: str, picture: Picture) -> None:
@@ -193,6 +207,7 @@ class _Mlflow:
     def __init__(self, config: Config) -> None:
         folder = (Path(config.output_dir) / "mlruns").absolute()
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder needs no data base
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # each of its retries is a warning
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 

@@ -110,10 +110,10 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
 
 def _train(config: Config, signals: StopSignals) -> Outcome:
     """As one of the run's ranks, or alone."""
-    check_installed(config)
     topology = connect(config)
     signals.last_words = None
     configure_logging(topology)
+    topology.decided_by_rank_0(lambda: check_installed(config))
     begun = topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))
     config = load_config([begun])
     digest = topology.decided_by_rank_0(lambda: open_for(config).digest)

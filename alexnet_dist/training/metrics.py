@@ -230,8 +230,7 @@ class Telemetry:
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
         self._quarantine.close()
         self._board.close()
-        for logger in self._loggers:
-            logger.close(self._finished)
+        loggers.close(self._loggers, self._finished)
         if self._topology.leads:
             self._bar.close()
             self._metrics.close()

@@ -24,7 +24,13 @@ from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import printable
 from alexnet_dist.evaluation.evaluate import seen
 from alexnet_dist.parallel.topology import Topology
-from alexnet_dist.plotting import Picture, answer_picture, confusion_picture, kernel_picture
+from alexnet_dist.plotting import (
+    Picture,
+    answer_picture,
+    confusion_picture,
+    distinct,
+    kernel_picture,
+)
 from alexnet_dist.timing import SPANS
 from alexnet_dist.training.run_folder import Unharmed
 
@@ -161,6 +167,7 @@ def answered(
     split: Split, samples: range, classes: Sequence[str], logits: Tensor, config: Config
 ) -> Picture:
     """Samples of a split with the five likeliest labels of each (Fig. 4, left)."""
+    classes = distinct(classes)
     top = logits.softmax(1).topk(min(5, len(classes)))
     likeliest = [
         [(classes[place], value) for place, value in zip(places, values, strict=True)]
