@@ -1,5 +1,6 @@
 """Pictures of a network, as arrays: kernels (Fig. 3), answers (Fig. 4), confusion."""
 
+import io
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -112,6 +113,13 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str]) -> Picture:
         draw.text((margin + middle, middle), f"{100 * share:.0f}", colour, _FONT, "mm")
     whole.paste(below.transpose(Image.Transpose.ROTATE_90), (margin, cells.height))
     return np.asarray(whole)
+
+
+def png(picture: Picture) -> bytes:
+    """A picture as a file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
 
 
 def distinct(names: Sequence[str]) -> list[str]:

@@ -15,11 +15,18 @@ def add(command: AddCommand) -> None:
     """Add these commands."""
     _add_bench(command)
 
-    sub = command("compare", compare, "hold layouts against one process, on this machine")
-    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub = command(
+        "compare", compare, "hold layouts against one process, here; or runs side by side"
+    )
+    sub.add_argument(
+        "config", nargs="+", help="as for train: its layouts; or run folders, two or more"
+    )
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
-    sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
-    add_json(sub, "list")
+    sub.add_argument("--steps", type=int, default=20, help="of layouts, 3 or more")
+    sub.add_argument(
+        "--out", type=picture, default=Path("compare.png"), metavar="PNG", help="runs' curves"
+    )
+    add_json(sub, "list (layouts) or object (runs)")
 
     sub = command("plan", plan, "what a run would take: memory, arithmetic, traffic, hours")
     sub.add_argument("config", nargs="+", help="as for train, or a run folder")
@@ -108,7 +115,13 @@ def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Hold layouts against one process."""
+    """Hold layouts against one process, or put runs side by side."""
+    from alexnet_dist.reporting.compare_runs import compare_runs, runs_named
+
+    if (folders := runs_named(options.config)) is not None:
+        told, text = compare_runs(folders, options.out)
+        print(json.dumps(told) if options.json else text)
+        return 0
     from alexnet_dist.data.dataset import open_for
     from alexnet_dist.reporting import compare_layouts
 

@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def keep(found: Evaluation) -> Path | None:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "machine": machine(),
-        "version": version("alexnet-dist"),
+        "version": import_module("alexnet_dist").__version__,
         "confusion": list(zip(rows.tolist(), columns.tolist(), counts.tolist(), strict=True)),
     }
     path, aside = out / f"{name}.json", out / f".{name}.{os.getpid()}.writing"
