@@ -129,9 +129,14 @@ def distinct(names: Sequence[str]) -> list[str]:
     return [few if often[few] == 1 else name for few, name in zip(short, names, strict=True)]
 
 
+def drawable(name: str) -> str:
+    """A name in one line of letters that any file can hold."""
+    return " ".join(printable(name).split())
+
+
 def _fitted(name: str, width: int) -> str:
     """A name that can be drawn, cut to so many pixels."""
-    name = " ".join(printable(name).split())
+    name = drawable(name)
     if _FONT.getlength(name) <= width:
         return name
     while name and _FONT.getlength(f"{name}…") > width:

@@ -21,7 +21,6 @@ from alexnet_dist.data.dataset import Dataset, Split
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.errors import printable
 from alexnet_dist.evaluation.evaluate import seen
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import (
@@ -29,6 +28,7 @@ from alexnet_dist.plotting import (
     answer_picture,
     confusion_picture,
     distinct,
+    drawable,
     kernel_picture,
 )
 from alexnet_dist.timing import SPANS
@@ -57,7 +57,7 @@ class Board:
         self._folder, self._config, self._topology = folder, config, topology
         self._dataset, self._split = dataset, dataset.splits[config.data.eval_split]
         self._names = split_names(config)
-        self._classes = [printable(name) for name in dataset.classes]
+        self._classes = [drawable(name) for name in dataset.classes]
         self._guard = Unharmed("TensorBoard")
         self._writer: SummaryWriter | None = None
         if topology.leads and "tensorboard" in config.log.to:
