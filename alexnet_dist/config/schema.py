@@ -326,6 +326,11 @@ class CheckpointConfig:
 class LogConfig:
     """What is said of a run while it goes on."""
 
+    to: Annotated[
+        tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...],
+        Key("where numbers go beside metrics.jsonl, pictures too (but csv): docs/tensorboard.md",
+            free=True),
+    ]  # fmt: skip
     every_steps: Annotated[int, Key("a line and a point this often, steps", ge=1, free=True)]
     histograms_every_steps: Annotated[
         int,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint import warm_start
@@ -39,6 +40,7 @@ from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, 
 from alexnet_dist.parallel.topology import Topology, connect, leave
 from alexnet_dist.plotting import MOST_CLASSES
 from alexnet_dist.timing import TIMELINE
+from alexnet_dist.training.loggers import check_installed, pictured
 from alexnet_dist.training.metrics import Telemetry, configure_logging, log
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.state import Pending, Progress
@@ -111,6 +113,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     topology = connect(config)
     signals.last_words = None
     configure_logging(topology)
+    topology.decided_by_rank_0(lambda: check_installed(config))
     begun = topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))
     config = load_config([begun])
     digest = topology.decided_by_rank_0(lambda: open_for(config).digest)
@@ -168,7 +171,9 @@ def _run(
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
     every, classes = config.train.compare_replicas_every, config.model.classes
-    drawn = config.log.pictures and classes <= MOST_CLASSES
+    drawn = config.log.pictures and pictured(config) and classes <= MOST_CLASSES
+    confusion: Tensor | None = None
+    to_draw = False
 
     def settle(but: int) -> None:
         """Account for the steps that were begun, all `but` the newest."""
@@ -197,7 +202,8 @@ def _run(
                             "nothing was saved since. Lower schedule.rate, or warm up longer"
                         )
                     progress.observe(score, schedule)
-                    telemetry.evaluation(step, epoch, score, engine, confusion)
+                    telemetry.evaluation(step, epoch, score, engine)
+                    to_draw = True
 
             finished = progress.evaluated_step == schedule.last_step
             due = step > 0 and step % config.checkpoint.every_steps == 0
@@ -214,6 +220,11 @@ def _run(
 
             if stop or finished:
                 topology.decided_by_rank_0(saver.finish)
+            if to_draw:  # when what it may cost is saved
+                with TIMELINE.span("evaluate"):
+                    telemetry.pictures(step, engine, confusion)
+                to_draw, confusion = False, None
+            if stop or finished:
                 break
 
             with TIMELINE.span("data"):
