@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.header import size_of
@@ -296,6 +297,8 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
         ("data.train_split", config.data.train_split),
         ("data.eval_split", config.data.eval_split),
     ):
+        if key == "data.eval_split" and name == NO_SPLIT:
+            continue
         if name not in dataset.splits:
             raise ConfigError(
                 f"{key}={name!r}: {dataset.folder} has the splits {', '.join(dataset.splits)}"
@@ -315,6 +318,17 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
             )
         )
     return dataset
+
+
+def evaluation_split(config: Config, dataset: Dataset) -> Split:
+    """The split a network is scored on; raises ConfigError where the config names none."""
+    if config.data.eval_split == NO_SPLIT:
+        raise ConfigError(
+            f"data.eval_split={NO_SPLIT}: there is nothing to score on: name one of "
+            f"{dataset.folder}'s splits, {', '.join(dataset.splits)}, or another data.path= with "
+            "data.eval_split=auto"
+        )
+    return dataset.splits[config.data.eval_split]
 
 
 def check_damaged(config: Config, split: Split, damaged: int) -> None:

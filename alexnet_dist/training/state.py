@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import Split, check_damaged
@@ -66,9 +67,16 @@ class Progress:
         return cls(**known | {"score": score})
 
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
+        if config.data.eval_split == NO_SPLIT:
+            return False
         step, every = self.step, config.evaluate.every_epochs * schedule.steps_per_epoch
         crossed = step // every > (step - 1) // every
         return self.evaluated_step < step and (crossed or step == schedule.last_step)
+
+    def finished(self, config: Config, schedule: Schedule) -> bool:
+        """Whether all steps are done, and the evaluation after them."""
+        done = self.step == schedule.last_step
+        return done and not self.evaluation_due(config, schedule)
 
     def observe(self, score: Score, schedule: Schedule) -> None:
         self.evaluated_step, self.score = self.step, score
