@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from alexnet_dist.config.from_data import LEAVES
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName, flat
 
@@ -30,7 +31,7 @@ ones win, key by key, and a list replaces a list. Quote what a shell would read 
 
 def reference() -> str:
     """The text of docs/configuration.md."""
-    return HEAD + "".join(_section(Config, "", flat(load_config([]))))
+    return HEAD + "".join(_section(Config, "", flat(load_config([])) | LEAVES))
 
 
 def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:

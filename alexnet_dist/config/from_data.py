@@ -6,7 +6,7 @@ from typing import Any
 from alexnet_dist.files import json_object, read_bytes
 
 AUTO, NO_SPLIT = "auto", "none"  # of data.eval_split
-_LEAVES = {"model.classes": 0, "data.eval_split": AUTO}
+LEAVES = {"model.classes": 0, "data.eval_split": AUTO}  # a value that leaves it
 _PAPERS = 1000, "val"  # where there is no data set yet
 
 
@@ -21,7 +21,7 @@ def follow_data(values: dict[str, Any], origin: dict[str, str]) -> None:
         origin: of each dotted key, where its value was said, changed in place.
     """
     path = Path(values["data.path"]) / "dataset.json"
-    left = [key for key, leaves in _LEAVES.items() if values[key] == leaves]
+    left = [key for key, leaves in LEAVES.items() if values[key] == leaves]
     if not left:
         return
     classes, split = _PAPERS
@@ -38,4 +38,4 @@ def follow_data(values: dict[str, Any], origin: dict[str, str]) -> None:
         pass
     else:
         origin |= dict.fromkeys(left, str(path))
-    values |= {k: v for k, v in zip(_LEAVES, (classes, split), strict=True) if k in left}
+    values |= {k: v for k, v in zip(LEAVES, (classes, split), strict=True) if k in left}
