@@ -337,9 +337,9 @@ def test_classes_and_the_evaluation_split_follow_the_data(
     assert load_config([]) == load_config(["model.classes=1000", "data.eval_split=val"])
     followed = load_config(["demo", f"data.path={packed}"])
     assert (followed.model.classes, followed.data.eval_split) == (10, "test")
-    # Recorded as if it had been typed, so that the run is the same, and a checkpoint's manifest too.
+    # Recorded as if it had been typed: the run, and its checkpoints' fingerprint, are the same.
     assert fingerprint(tiny(*LEFT)) == fingerprint(tiny())
-    # What is said is not changed; nor is a split taken that is trained on, or empty, or not there.
+    # What is said is not changed; no split is taken that is trained on, empty or not there.
     assert tiny(*LEFT, "model.classes=7").model.classes == 7
     assert tiny(*LEFT, "data.eval_split=train").data.eval_split == "train"
     assert tiny(*LEFT, "data.train_split=test").data.eval_split == NO_SPLIT

@@ -7,18 +7,28 @@ from pathlib import Path
 
 from alexnet_dist.cli.parser import AddCommand, add_json, part, picture
 
+_SOURCES = ("imagenet", "folder", "tiny_imagenet", "imagenette", "cifar10", "fashion_mnist")
+
 
 def add(command: AddCommand) -> None:
     """Add these commands."""
     sub = command("prepare", prepare, "turn a source of images into a packed data set")
-    sub.add_argument("source", choices=("imagenet", "folder", "cifar10", "fashion_mnist"))
+    sub.add_argument("source", choices=_SOURCES)
     sub.add_argument(
-        "path", type=Path, nargs="?", help="folder of the source's files; fashion_mnist: Debian's"
+        "path",
+        type=Path,
+        nargs="?",
+        help="folder or archive of the source's files; fashion_mnist: Debian's",
     )
     sub.add_argument("out", type=Path, help="folder to make")
-    sub.add_argument("--keep", action="store_true", help="images keep their size; else 256 × 256")
     sub.add_argument(
-        "--max-bad", type=float, default=0.001, metavar="SHARE", help="images that may be refused"
+        "--keep", action="store_true", help="images keep their size; else large ones are 256 × 256"
+    )
+    sub.add_argument(
+        "--max-bad",
+        type=float,
+        metavar="SHARE",
+        help="images that may be refused; else 0.001, or 3 of a small source",
     )
     sub.add_argument("--workers", type=int, default=0, help="processes; 0: the cores")
     sub.add_argument(
@@ -26,7 +36,7 @@ def add(command: AddCommand) -> None:
     )
     sub.add_argument(
         "--validation", type=float, default=0.0, metavar="SHARE",
-        help="cifar10: of the test images, a stratified share to validate on",
+        help="of cifar10's test images, or a folder's training images, to validate on",
     )  # fmt: skip
 
     sub = command("inspect", inspect, "verify a packed data set, and show what is in it")

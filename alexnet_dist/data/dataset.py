@@ -39,7 +39,12 @@ INDEX = np.dtype(
     [("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<u4"), ("crc32", "<u4"),
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
-_IMAGES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+# Names of folders of a split's images, in any case.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 _LOOKED_AT = 10_000  # names, to tell a folder of images from others
 log = logging.getLogger(__name__)
 
@@ -230,12 +235,15 @@ def _missing(folder: Path) -> DatasetError:
     ever to be removed."""
     path = folder / "dataset.json"
     if images := _images_in(folder):
-        root = next((p.parent for p in (folder, *folder.parents) if p.name == "train"), folder)
+        above = (folder, *folder.parents)
+        root = next((p.parent for p in above if _split_of(p) == "train"), folder)
         root = root if root.name else root.resolve()
-        line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])
+        line = ["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"]
+        if not {"val", "test"} & {_split_of(p) for p in root.iterdir()}:
+            line += ["--validation", "0.1"]
         return DatasetError(
             f"{folder}{looked_in(folder)}: these are images ({images}), not a packed data set: "
-            f"pack them with `{line}`, where they lie in train/CLASS/ and val/CLASS/, and set "
+            f"pack them with `{shlex.join(line)}`, where each class has its own folder, and set "
             f"data.path={root}-packed"
         )
     demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
@@ -247,13 +255,19 @@ def _missing(folder: Path) -> DatasetError:
     )
 
 
+def _split_of(path: Path) -> str | None:
+    return SPLIT_FOLDERS.get(path.name.lower())
+
+
 def _images_in(folder: Path) -> str:
     """The first image that a short look finds below a folder, as its path there; else nothing."""
     left = _LOOKED_AT
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names)[:left]:
-            if name.lower().endswith(_IMAGES) and name != "contact-sheet.png":  # `inspect` drew it
+            if (
+                name.lower().endswith(IMAGE_ENDINGS) and name != "contact-sheet.png"
+            ):  # `inspect` drew it
                 return f"{Path(root, name).relative_to(folder)}"
         left -= len(folders) + len(names)
         if left <= 0:
