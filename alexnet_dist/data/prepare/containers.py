@@ -55,7 +55,8 @@ class Listing:
 
 def hidden(name: str) -> bool:
     """Whether a path leads through what a desktop leaves behind: dot files, `__MACOSX`."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    own = (part for part in name.split("/") if part not in (".", ".."))
+    return any(part.startswith(".") or part == "__MACOSX" for part in own)
 
 
 def list_files(path: Path) -> Listing:
@@ -213,7 +214,9 @@ def _read(item: Item) -> bytes:
         if not item.packing:
             return os.pread(file.fileno(), item.size, item.offset)
         header = os.pread(file.fileno(), _LOCAL_HEADER.size, item.offset)
-        _, method, *lengths = _LOCAL_HEADER.unpack(header)
+        sign, method, *lengths = _LOCAL_HEADER.unpack(header)
+        if sign != b"PK\3\4":
+            raise ValueError("the archive has no file there")
         offset = item.offset + _LOCAL_HEADER.size + sum(lengths)
         packed = os.pread(file.fileno(), item.packed, offset)
     return zlib.decompressobj(-15).decompress(packed, item.size + 1) if method else packed

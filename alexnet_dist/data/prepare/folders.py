@@ -61,11 +61,11 @@ def folder(path: Path, validation: float = 0) -> Source:
     for split, top in names.items():
         part = listing.below(top) if top else listing
         found[split] = _images(part, f"{top}/" if top else "", left)
-    classes = tuple(sorted({name for name, _ in found["train"]}))
+    classes = tuple(sorted(_classes(found["train"])))
     _check_classes(path, classes, found, names)
     label = {name: place for place, name in enumerate(classes)}
     splits = {
-        split: [item._replace(label=label[name]) for name, item in images]
+        split: [item._replace(label=label.get(name, 0)) for name, item in images]
         for split, images in found.items()
         if images
     }
@@ -196,6 +196,11 @@ def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
     return found
 
 
+def _classes(images: Sequence[tuple[str, Item]]) -> set[str]:
+    """Those that have an image; names of what is refused may be anything."""
+    return {name for name, item in images if not item.refused}
+
+
 def _is_image(item: Item) -> bool:
     """Whether a file says that it is an image: by its name, which may lie, or its first bytes."""
     if item.name.lower().endswith(IMAGE_ENDINGS):
@@ -219,7 +224,7 @@ def _check_classes(
             f"{where}: one class only, {classes[0]}: there is nothing to tell apart: {_LAY}"
         )
     for split, images in found.items():
-        for name in sorted({name for name, _ in images} - {*classes}):
+        for name in sorted(_classes(images) - {*classes}):
             raise DatasetError(
                 f"{path / names[split] / name}: a class that {names['train']}/ does not have"
             )
