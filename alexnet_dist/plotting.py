@@ -1,6 +1,8 @@
 """Pictures of a network, as arrays: kernels (Fig. 3), answers (Fig. 4), confusion."""
 
+import io
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +13,14 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from alexnet_dist.errors import printable
+
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
 MOST_CLASSES = 2000  # of a confusion: a matrix of their square
 _FONT = ImageFont.load_default(12)
 _ACROSS, _DOWN = 4, 6  # maps of a layer of a column that are shown
 _HUES = ("#0969da", "#bc4c00")  # of the columns, as in docs/images/columns.svg
+_NAMED, _CELL, _LONGEST = 50, 24, 150  # classes that are named; of a class, of a name, pixels
 _RIGHT, _WRONG = (240, 160, 150), (170, 200, 230)
 
 
@@ -71,38 +76,44 @@ def answer_picture(
     for place, (image, label, likeliest) in enumerate(zip(images, labels, answers, strict=True)):
         left, top = place % across * (side + 8) + 4, place // across * height + 4
         whole.paste(Image.fromarray(image).resize((side, side)), (left, top))
-        draw.text((left + side // 2, top + side), _short(label), "black", _FONT, "ma")
+        draw.text((left + side // 2, top + side), _fitted(label, side), "black", _FONT, "ma")
         for row, (name, probability) in enumerate(likeliest, start=1):
             y = top + side + row * line
             colour = _RIGHT if name == label else _WRONG
             draw.rectangle((left, y + 1, left + round(probability * side), y + line - 2), colour)
-            draw.text((left + 3, y + 1), _short(name), "black", _FONT)
+            draw.text((left + 3, y + 1), _fitted(name, side - 6), "black", _FONT)
     return np.asarray(whole)
 
 
 def confusion_picture(confusion: Tensor, classes: Sequence[str]) -> Picture:
-    """A row a class, a column an answer, the darker the larger the share of the row.
+    """A row a class, a column an answer, the darker the larger the share of the row; up to 50
+    classes are named, and the share of right answers stands on the diagonal, %.
 
     Args:
         confusion: (classes, classes) counts; rows without samples stay white.
     """
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp_min(1)
     grey = np.rint(255 * (1 - shares.numpy())).astype(np.uint8)
-    named = len(classes) <= 50
-    zoom = 24 if named else max(1, 600 // len(classes))
-    cells = Image.fromarray(grey.repeat(zoom, axis=0).repeat(zoom, axis=1))
-    if not named:
+    if len(classes) > _NAMED:
+        zoom = max(1, 600 // len(classes))
+        cells = Image.fromarray(grey.repeat(zoom, axis=0).repeat(zoom, axis=1))
         return np.asarray(cells.convert("RGB"))
-    whole = Image.new("RGB", (cells.width + 140, cells.height + 20), "white")
-    whole.paste(cells, (140, 0))
+    cells = Image.fromarray(grey.repeat(_CELL, axis=0).repeat(_CELL, axis=1))
+    names = [_fitted(name, _LONGEST) for name in distinct(classes)]
+    margin = 8 + round(max(map(_FONT.getlength, names)))
+    whole = Image.new("RGB", (margin + cells.width, cells.height + margin), "white")
+    whole.paste(cells, (margin, 0))
     draw = ImageDraw.Draw(whole)
-    for place, name in enumerate(classes):
-        middle = place * zoom + zoom // 2
-        draw.text((134, middle), _short(name), "black", _FONT, "rm")
-        draw.text((140 + middle, cells.height + 3), f"{place}", "black", _FONT, "ma")
+    below = Image.new("RGB", (margin, cells.width), "white")  # turned, it lies under the columns
+    columns = ImageDraw.Draw(below)
+    for place, name in enumerate(names):
+        middle = place * _CELL + _CELL // 2
+        draw.text((margin - 4, middle), name, "black", _FONT, "rm")
+        columns.text((margin - 4, middle), name, "black", _FONT, "rm")
         share = float(shares[place, place])
         colour = "white" if share > 0.5 else "black"
-        draw.text((140 + middle, middle), f"{100 * share:.0f}", colour, _FONT, "mm")
+        draw.text((margin + middle, middle), f"{100 * share:.0f}", colour, _FONT, "mm")
+    whole.paste(below.transpose(Image.Transpose.ROTATE_90), (margin, cells.height))
     return np.asarray(whole)
 
 
@@ -205,7 +216,36 @@ def _tiled(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _short(name: str) -> str:
-    return name.split(",")[0][:24]
+    return drawable(name.split(",")[0])[:24]
+
+
+def png(picture: Picture) -> bytes:
+    """A picture as a file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names up to their first comma, or whole where that is another's too."""
+    short = [name.split(",")[0] for name in names]
+    often = Counter(short)
+    return [few if often[few] == 1 else name for few, name in zip(short, names, strict=True)]
+
+
+def drawable(name: str) -> str:
+    """A name in one line of letters that any file can hold."""
+    return " ".join(printable(name).split())
+
+
+def _fitted(name: str, width: int) -> str:
+    """A name that can be drawn, cut to so many pixels."""
+    name = drawable(name)
+    if _FONT.getlength(name) <= width:
+        return name
+    while name and _FONT.getlength(f"{name}…") > width:
+        name = name[:-1]
+    return f"{name}…"
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Evaluation: ensembles, ten views, confusion, intervals, predictions."""
 
+import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +17,11 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Split, open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.evaluation import scores
 from alexnet_dist.evaluation.evaluate import Evaluation, Score, evaluate_checkpoints
 from alexnet_dist.reporting import figures
 from alexnet_dist.training.loop import train
+from alexnet_dist.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -121,3 +125,54 @@ def test_the_bootstraps_interval_is_the_binomials() -> None:
     assert high == pytest.approx(0.8 + 1.96 * deviation, abs=3e-4)
     assert score.interval(8_000) == (low, high)
     assert score.interval(10_000) == (1.0, 1.0)
+
+
+def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
+    two_runs: list[Path], tiny: Callable[..., Config], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    run = two_runs[0]
+    holder = RunFolder(tiny("layout.kind=one", "name=seed-1"))
+    holder.take()
+    before = (run / "run.json").read_bytes()
+    result = alexnet_dist("evaluate", str(run), "--views", "10")
+    assert result.returncode == 0, result.stderr
+    path = run / "evaluations" / "step-00000008-test-views-10.json"
+    assert result.stdout.splitlines()[-1] == f"kept: {path}"
+    assert (run / "run.json").read_bytes() == before
+    holder.close()
+
+    (score,) = scores.kept(run)
+    at = checkpoints.at(run)
+    assert (score["step"], score["views"], score["split"]) == (8, 10, "test")
+    assert score["checkpoint_sha256"] == [at.manifest["sha256"]]
+    assert score["data_sha256"] == at.manifest["dataset"]
+    assert score["date"].startswith("20")
+    assert score["machine"]["torch"] == torch.__version__
+    assert sum(count for *_, count in score["confusion"]) == score["samples"] == 23
+    right = sum(count for of, taken_for, count in score["confusion"] if of == taken_for)
+    assert right == score["correct1"]
+
+    again = evaluate_checkpoints([run], ["evaluate.views=10"])
+    assert scores.keep(again) == path
+    other = scores.keep(evaluate_checkpoints([run], ["data.divide_by=[30,30,30]"]))
+    both = scores.keep(evaluate_checkpoints(two_runs))
+    assert other is not None
+    assert both is not None
+    assert len({path, other, both, *(run / "evaluations").iterdir()}) == 3
+    changed = {tuple(score["changed"]) for score in scores.kept(run)}
+    assert changed == {(), ("data.divide_by",)}
+    for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', path.read_bytes()[:-9]]):
+        (run / "evaluations" / f"{number}.json").write_bytes(damage)
+    assert len(scores.kept(run)) == 3
+
+    alone = shutil.copytree(at.path, tmp_path / "alone")
+    assert scores.keep(evaluate_checkpoints([alone])) is None
+    assert {file.name for file in tmp_path.iterdir()} == {"alone", "runs"}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(scores.files, "write", full)
+    assert scores.keep(again) is None
+    assert "not kept, this score is printed alone" in caplog.text

@@ -13,7 +13,7 @@ from conftest import alexnet_dist
 
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
-from alexnet_dist.plotting import chroma
+from alexnet_dist.plotting import chroma, confusion_picture, distinct
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.report import PUBLISHED, report
 from alexnet_dist.training.loop import train
@@ -62,8 +62,11 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     points = [p for p in read_metrics(folders[0]) if p["kind"] == "eval"]
     assert 0 < points[-1]["chroma_1"] < 1
     assert figures.colour(folders[0]) == [points[-1]["chroma_1"], points[-1]["chroma_2"]]
-    ten = {"top1": 0.5, "top5": 0.9, "correct1": 11, "samples": 23}
-    (folders[0] / "evaluation-views-10.json").write_text(json.dumps(ten))
+    scored = alexnet_dist("evaluate", str(folders[0]), "--views", "10")
+    assert scored.returncode == 0, scored.stderr
+    ten = {"of": ["runs/x/checkpoints/step-00000008"], "samples": 24, "correct1": 12,
+           "correct5": 20, "loss": 2.0}  # fmt: skip
+    (folders[1] / "evaluation-views-10.json").write_text(json.dumps(ten))  # before they were kept
 
     result = alexnet_dist("figures", str(folders[0]), "--fig4")
     assert result.returncode == 0, result.stderr
@@ -84,13 +87,22 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     several.write_text(scored.stdout)
     out = tmp_path / "report.html"
     said = report([*folders, hostile, damaged, several, out], out)
-    assert said.endswith("4 runs; 2 hold no evaluated run")
+    assert said.endswith("5 runs; 1 hold no evaluated run")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
     assert "tiny-alexnet-2012 on" in page
     assert "n = 2: " in page
-    assert "50.00 (10 views)" in page
+    assert "50.00 [" in page
+    assert page.index("<h2>tiny-fig1-relu</h2>") < page.index("<h2>Published</h2>")
+    mine = page[page.index("<h2>tiny-alexnet-2012-0</h2>") :].partition("<h2>")[2]
+    mine = mine.partition("<h2>")[0]
+    assert "shipped config nearest to it is" in mine
+    assert "<td>model.crop</td><td>67</td>" in mine
+    assert "Classes: best and last, test, 10 views" in mine
+    assert mine.count('alt="confusion"') == 1
+    assert re.search(r"<td>Ankle boot</td><td>\d+\.\d</td><td>\d+ of \d+</td>", mine)
+    assert f"evaluate {folders[1]} --views 10" in page  # its classes are not known
     assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
     error = 100 * (1 - json.loads(scored.stdout)["top1"])
     assert f"<td>tiny-ensemble-views-1</td><td>2</td><td>{error:.2f}</td>" in page
@@ -116,3 +128,47 @@ def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) 
 def test_published_rows_have_presets() -> None:
     stems = {path.stem for path in (configs_folder() / "paper").glob("*.yaml")}
     assert {row.preset for row in PUBLISHED} - {""} <= stems
+
+
+def test_names_beside_a_confusion_fit_and_tell_classes_apart() -> None:
+    names = ["crane, bird", "crane, machine", "tench, Tinca tinca", "x" * 300, "caf\udce9\n"]
+    assert distinct(names)[:3] == ["crane, bird", "crane, machine", "tench"]
+    picture = confusion_picture(torch.eye(5, dtype=torch.int64), names)
+    height, width, _ = picture.shape
+    assert width == height <= 5 * 24 + 150 + 8
+    margin = width - 5 * 24
+    rows = [(picture[24 * row : 24 * row + 24, :margin] < 128).any(2).any(0) for row in range(5)]
+    for row in rows:
+        assert row.any()
+        assert not row[0]  # nothing is cut off
+    below = picture[5 * 24 :, margin:]
+    assert (below[:, :24] < 128).any()
+    assert confusion_picture(torch.eye(51, dtype=torch.int64), ["c"] * 51).shape == (561, 561, 3)
+
+
+def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_path: Path) -> None:
+    one = ["layout.kind=one", "train.precision=fp32", "train.epochs=1", "log.every_steps=2"]
+    folders = []
+    for name, more in {"plain": [], "other": ["seed=7", "model.dropout=0.25"]}.items():
+        config = tiny(*one, *more, f"name={name}")
+        assert train(config).exit == 0
+        folders.append(str(config.folder))
+    assert alexnet_dist("evaluate", folders[1], "--views", "10").returncode == 0
+    out = tmp_path / "both.png"
+    result = alexnet_dist("compare", *folders, "--out", str(out))
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^key +plain +other$", result.stdout, re.M)
+    assert re.search(r"^model.dropout +0.5 +0.25$", result.stdout, re.M)
+    assert re.search(r"^other +best and last +8 +test +10 ", result.stdout, re.M)
+    assert out.read_bytes().startswith(b"\x89PNG")
+    result = alexnet_dist("compare", *folders, "--out", str(out), "--json")
+    found = json.loads(result.stdout)
+    assert found["differ"] == {"seed": [0, 7], "model.dropout": [0.5, 0.25]}
+    assert [len(scores) for scores in found["scores"]] == [1, 2]
+    for arguments, said in (
+        (folders[:1], "name another run folder"),
+        ([folders[0], "demo"], "compare demo: no run folder, and others are"),
+    ):
+        result = alexnet_dist("compare", *arguments)
+        assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+        assert said in result.stderr

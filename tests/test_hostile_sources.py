@@ -433,10 +433,10 @@ def test_a_run_json_of_anything_is_begun_anew(content: bytes, tiny: Callable[...
     "line", [b"[1]", b"3", b"x", b"\xff", b'{"step": "x", "kind": "eval"}', b"[" * 10_000,
              b'{"step": 2, "kind": "other"}', b'{"step": 2}'],
 )  # fmt: skip
-def test_metrics_end_where_they_are_no_points(line: bytes, tmp_path: Path) -> None:
+def test_a_line_of_metrics_that_is_no_point_costs_that_line(line: bytes, tmp_path: Path) -> None:
     sound = b'{"step": 1, "kind": "train"}\n'
     (tmp_path / "metrics.jsonl").write_bytes(sound + line + b"\n" + sound)
-    assert read_metrics(tmp_path) == [{"step": 1, "kind": "train"}]
+    assert read_metrics(tmp_path) == [{"step": 1, "kind": "train"}] * 2
 
 
 @pytest.mark.parametrize("state", [{}, {"score": 3}, {"score": {"top9": 1}}])

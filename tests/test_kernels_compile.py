@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alexnet_dist.network.kernels import gpu, lanes, maps, pooled, units, update, windows
+from alexnet_dist.network.kernels import lanes, maps, pooled, units, update, windows
 
-MODULES = (lanes, maps, pooled, units, update, windows, gpu)
+MODULES = (lanes, maps, pooled, units, update, windows)
 NUMBERS = {"alpha": "fp32", "k": "fp32", "seed": "i64", "threshold": "i64"}
 WIDE = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp32", "fp64": "fp64"}
 
@@ -79,7 +79,6 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("pooled_backward_kernel", layer | CONV1 | {"each": 4}, values, 1),
         ("maps_kernel", layer | {"each": 4, "beta": 0.6, "bias": None}, values, 1),
         ("maps_backward_kernel", layer | {"each": 4, "steps": 4}, values, 1),
-        ("sum_kernel", {"steps": 9, "block": 256, "side": 8}, {"parts": wide, "out": wide}, 4),
         ("units_kernel", fours, values | drawn, 2),
         ("units_backward_kernel", fours | {"has_bias": True, "rows": 8}, values | drawn, 2),
         ("masks_kernel", {"fours": 64}, drawn | {"stay": "u8"}, 2),
@@ -88,9 +87,6 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("fold_kernel", {"h": 227, "w": 227, "stride": 4, "padding": 0, "down": 57, "along": 57,
                          "block": 256}, {"x": narrow, "out": narrow}, 8),
         ("windows_kernel", {"crop": 227} | cells, images, 8),
-        ("lrn_kernel", {"wide": 48, "half": 2, "block": 256}, {"maps": narrow, "out": narrow}, 8),
-        ("lrn_backward_kernel", {"wide": 48, "half": 2, "block": 256},
-         {"maps": narrow, "grads": narrow, "out": narrow}, 8),
     ]  # fmt: skip
 
 
@@ -101,8 +97,6 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
 )  # fmt: skip
 def test_kernels_compile_for_gpus_that_are_not_here(arch: int, narrow: str) -> None:
     for name, constants, pointers, warps in kernels(narrow):
-        if name.startswith("lrn") and narrow == "fp64":
-            continue
         found = compiled(name, constants, pointers, arch, warps)
         assert f"sm_{arch}" in found.asm["ptx"], name
         assert found.asm["cubin"], name

@@ -4,15 +4,11 @@ A lone time says as much of the machine as of the program; only the ratios are c
 gives {"ratios", "ceilings", "machine", "unit", "runs"}, and what else it found.
 """
 
-import platform
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from alexnet_dist.parallel.device import cores
+from alexnet_dist.parallel import device
 
 Pass = Callable[[], float]  # what is measured, in the part's unit, of one pass
 
@@ -25,20 +21,7 @@ def in_turn(passes: dict[str, Pass], repeats: int) -> list[dict[str, float]]:
 
 
 def machine(workers: int) -> dict[str, Any]:
-    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": cores(),
-        "workers": workers,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _cpuinfo() -> list[str]:
-    path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    return {**device.machine(), "workers": workers}
 
 
 def median(values: Iterable[float]) -> float:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, path, picture
@@ -15,13 +16,21 @@ def add(command: AddCommand) -> None:
     _add_bench(command)
 
     sub = command(
-        "compare", compare, "hold layouts against one process, on this machine",
-        ("alexnet-dist compare demo --layouts columns,replicas:2",),
+        "compare", compare, "hold layouts against one process, here; or runs side by side",
+        (
+            "alexnet-dist compare demo --layouts columns,replicas:2",
+            "alexnet-dist compare runs/own runs/other",
+        ),
     )  # fmt: skip
-    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub.add_argument(
+        "config", nargs="+", help="as for train: its layouts; or run folders, two or more"
+    )
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
-    sub.add_argument("--steps", type=int, default=20, help="optimiser steps, 3 or more")
-    add_json(sub, "list")
+    sub.add_argument("--steps", type=int, default=20, help="of layouts, 3 or more")
+    sub.add_argument(
+        "--out", type=picture, default="compare.png", metavar="PNG", help="runs' curves"
+    )
+    add_json(sub, "list (layouts) or object (runs)")
 
     sub = command(
         "plan", plan, "what a run would take: memory, arithmetic, traffic, hours",
@@ -138,7 +147,13 @@ def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Hold layouts against one process."""
+    """Hold layouts against one process, or put runs side by side."""
+    if (folders := _runs_named(options.config)) is not None:
+        from alexnet_dist.reporting.compare_runs import compare_runs
+
+        told, text = compare_runs(folders, options.out)
+        print(json.dumps(told) if options.json else text)
+        return 0
     if options.steps < 3:
         raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
     config = load_config(options.config)
@@ -157,6 +172,21 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps([vars(row) for row in rows]))
     return 0 if all(row.holds for row in rows) else 1
+
+
+def _runs_named(texts: Sequence[str]) -> list[Path] | None:
+    """The run folders that arguments name; None where none of them is one: then a config's layouts
+    are compared. Raises ConfigError for a run folder alone, or beside anything else."""
+    folders = [path(text) for text in texts]
+    are = [(folder / "config.json").is_file() for folder in folders]
+    if not any(are):
+        return None
+    if not all(are):
+        other = texts[are.index(False)]
+        raise ConfigError(f"compare {other}: no run folder, and others are: name run folders alone")
+    if len(folders) < 2:
+        raise ConfigError(f"compare {folders[0]}: name another run folder to compare it with")
+    return folders
 
 
 def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from alexnet_dist.cli.parser import AddCommand, add_json, out, path
 from alexnet_dist.config.load import ALONE, load_config, shipped
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.errors import CheckpointError, ConfigError, printable
 from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
 
@@ -77,21 +77,24 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.checkpoint import store
     from alexnet_dist.reporting import figures
     from alexnet_dist.training import loop
-    from alexnet_dist.training.run_folder import warn_if_unwritable
+    from alexnet_dist.training.run_folder import Unharmed
 
     outcome = loop.train(config, signals)
     if not outcome.leads:
         return outcome.exit
-    if outcome.score is None:
+    if outcome.exit:
         print(f"{config.folder}: stopped at step {outcome.step}, saved; the same command continues")
         return outcome.exit
     best = store.best(config.folder / "checkpoints")
-    print(f"{config.folder}: done, {outcome.step} steps; {_words(outcome.score)}")
-    print(f"best checkpoint: {best.path}")
-    with warn_if_unwritable(config.folder / "figures"):
+    score = outcome.score
+    words = _words(score) if score else "not scored"
+    print(f"{config.folder}: done, {outcome.step} steps; {words}")
+    print(f"{'best' if score else 'last'} checkpoint: {best.path}")
+    with Unharmed("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
-    print(f"next: alexnet-dist evaluate {config.folder} --views 10")
+    if score:
+        print(f"next: alexnet-dist evaluate {config.folder} --views 10")
     return outcome.exit
 
 
@@ -111,6 +114,7 @@ def _check_sources(config: Config) -> None:
 
 def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Score checkpoints; several are averaged."""
+
     overrides = [text for text in options.path if "=" in text]
     paths = [path(text) for text in options.path if "=" not in text]
     if not paths:
@@ -123,9 +127,11 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         check_trained(trained)
         if (saved := trained / "config.json").is_file():
             open_for(load_config([saved, *ALONE, *overrides]), trained)
+    from alexnet_dist.evaluation import scores
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     found = evaluate_checkpoints(paths, overrides)
+    kept = scores.keep(found)
     if options.predictions:
         found.write(options.predictions)
     if options.json:
@@ -141,9 +147,13 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     rows = [row for row in report["classes"] if row["samples"]]
     rows.sort(key=lambda row: row["right"] / row["samples"])
     for row in rows[:_CLASSES]:
-        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} {row['name']}")
+        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} "
+              f"{printable(row['name'])}")  # fmt: skip
     for row in report["mistakes"][:_CLASSES]:
-        print(f"{row['samples']:8} {row['of']} taken for {row['taken_for']}")
+        of, taken_for = printable(row["of"]), printable(row["taken_for"])
+        print(f"{row['samples']:8} {of} taken for {taken_for}")
+    if kept:
+        print(f"kept: {kept}")
     return 0
 
 

@@ -1,8 +1,8 @@
 """Evaluation: every sample counted exactly once, one window or ten, one network or several."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
-from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import Dataset, check_damaged, open_for
+from alexnet_dist.config.schema import Config, fingerprint, flat
+from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
@@ -84,6 +84,7 @@ class Evaluation:
         probabilities: (n, classes) float32 or wider, softmax outputs averaged over views and
             networks, in the split's order; n counts damaged samples too.
         labels: (n,) int64; −1 where the sample is damaged.
+        how: what else the score depends on: split, views, data set, keys that were changed.
     """
 
     score: Score
@@ -91,6 +92,7 @@ class Evaluation:
     classes: tuple[str, ...]
     probabilities: Tensor
     labels: Tensor
+    how: Mapping[str, Any] = field(default_factory=dict)
 
     def confusion(self) -> Tensor:
         """(classes, classes) int64: samples of the row's class that were taken for the column's."""
@@ -110,6 +112,7 @@ class Evaluation:
             "top1_interval": score.top1_interval,
             "top5_interval": score.top5_interval,
             "of": [str(checkpoint.path) for checkpoint in self.checkpoints],
+            **self.how,
             "classes": [
                 {"name": name, "samples": int(row.sum()), "right": int(row[place])}
                 for place, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
@@ -249,7 +252,21 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
         labels = torch.cat([part.cpu() for _, part in outputs])
     score = _score(_counted(average, labels), config, dataset)
-    return Evaluation(score, tuple(found), dataset.classes, average, labels)
+    how = {
+        "split": config.data.eval_split,
+        "views": config.evaluate.views,
+        "data": str(dataset.folder),
+        "data_sha256": dataset.digest,
+        "changed": _changed(found[0].config, config),
+    }
+    return Evaluation(score, tuple(found), dataset.classes, average, labels, how)
+
+
+def _changed(trained: Config, config: Config) -> dict[str, Any]:
+    """Keys that define a run, beside those that `how` has, and are not as it was trained."""
+    before, now = fingerprint(trained), fingerprint(config)
+    told = ("data.eval_split", "evaluate.views")
+    return {key: now[key] for key in now if now[key] != before[key] and key not in told}
 
 
 def _probabilities(
@@ -260,7 +277,7 @@ def _probabilities(
     The label of a damaged sample is −1. Every rank goes through as many batches, of any size, even
     none.
     """
-    total, size = len(dataset.splits[config.data.eval_split]), config.evaluate.batch
+    total, size = len(evaluation_split(config, dataset)), config.evaluate.batch
     wholes = [range(start, min(start + size, total)) for start in range(0, total, size)]
     shares = [topology.shares(whole) for whole in wholes]
     mine = [parts[topology.column] for parts in shares]
@@ -301,6 +318,6 @@ def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:
 def _score(totals: Tensor, config: Config, dataset: Dataset) -> Score:
     """The score of `_counted` over the split; raises DatasetError where too much is damaged."""
     samples, loss, correct1, correct5 = totals.tolist()
-    split = dataset.splits[config.data.eval_split]
+    split = evaluation_split(config, dataset)
     check_damaged(config, split, len(split) - int(samples))
     return Score(int(samples), int(correct1), int(correct5), loss / samples)

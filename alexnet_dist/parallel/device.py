@@ -3,8 +3,10 @@
 import ctypes
 import logging
 import os
+import platform
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,6 +92,20 @@ def cores_of(place: Place) -> int:
     """That a rank may count on: Slurm's for its task, which may be bound to them; else a share of
     this host's."""
     return min(cores(), place.cores or max(1, cores() // place.local_world))
+
+
+def machine() -> dict[str, Any]:
+    """What a number that was measured here depends on: processor, GPU, versions."""
+    path = Path("/proc/cpuinfo")
+    told = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in told if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": cores(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
 
 
 def cpu_flags() -> set[str]:

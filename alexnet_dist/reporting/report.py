@@ -1,8 +1,8 @@
 """One self-contained HTML page: the paper's results, and beside them what runs here came to.
 
-A run counts for the preset that its name ends in, a seed's number left off: fm-no-lrn-2 is a run
-of paper/no-lrn. What each run was trained on stands in its row, so that nobody compares ten classes
-with a thousand.
+Runs come first, what was published after them. A run counts for the preset that its name ends in, a
+seed's number left off: fm-no-lrn-2 is a run of paper/no-lrn. What each was trained on stands in its
+row, so that nobody compares ten classes with a thousand.
 """
 
 import base64
@@ -17,12 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import AlexNetDistError
-from alexnet_dist.files import read_run
+from alexnet_dist.errors import AlexNetDistError, printable
+from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.reporting.runs import (
+    RunRead,
+    Scored,
+    confusion_of,
+    nearest_preset,
+    read_run_folder,
+)  # fmt: skip
+
+_WORST, _MISTAKES = 20, 10  # rows of classes and of mistakes that are shown at once
 
 
 @dataclass(frozen=True)
@@ -68,32 +74,15 @@ PUBLISHED = (
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run folder that was evaluated.
+def _group(run: RunRead) -> str:
+    """A run's name without a seed's number."""
+    return re.sub(r"[-_]\d+$", "", run.folder.name)
 
-    Attributes:
-        views: (views of an image, what `evaluate --json` said or the run's last evaluation).
-    """
 
-    folder: Path
-    config: Config
-    views: Mapping[int, Mapping[str, Any]]
-    finished: bool
-
-    @property
-    def group(self) -> str:
-        """Its name without a seed's number."""
-        return re.sub(r"[-_]\d+$", "", self.folder.name)
-
-    @property
-    def preset(self) -> str:
-        """The preset of PUBLISHED whose name its own ends in, or none."""
-        known = [row.preset for row in PUBLISHED if row.preset and self._is(row.preset)]
-        return max(known, key=len, default="")
-
-    def _is(self, preset: str) -> bool:
-        return self.group == preset or self.group.endswith(f"-{preset}")
+def _preset(group: str) -> str:
+    """The preset of PUBLISHED that a group's name ends in, or none."""
+    known = {row.preset for row in PUBLISHED} - {""}
+    return max((p for p in known if group == p or group.endswith(f"-{p}")), key=len, default="")
 
 
 def report(folders: Sequence[Path], out: Path) -> str:
@@ -104,41 +93,29 @@ def report(folders: Sequence[Path], out: Path) -> str:
     """
     folders = [folder for folder in folders if folder != out]
     averaged = [found for path in folders if (found := _averaged(path)) is not None]
-    runs = [run for folder in folders if (run := _read(folder)) is not None]
-    groups: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: run.folder.name):
-        groups.setdefault(run.group, []).append(run)
+    files = len(averaged)
+    read = (read_run_folder(folder) for folder in folders)
+    runs = sorted((run for run in read if run and run.scores), key=lambda run: run.folder.name)
+    averaged += [(_average_name(one), one) for run in runs for one in run.averages]
+    groups: dict[str, list[RunRead]] = {}
+    for run in runs:
+        groups.setdefault(_group(run), []).append(run)
     parts = [
-        "<h1>alexnet_dist: the paper's results, and ours</h1>",
-        "<p>Errors in %. Ours: mean ± deviation over n runs, on the data that the row names. "
-        "Only equal data can be compared.</p>",
-        _published(groups),
-        _all_runs(groups),
+        "<h1>alexnet_dist: runs, and the paper's results</h1>",
+        "<p>Errors in %, in brackets 95 % intervals; means ± deviation over n runs. Only equal "
+        "data can be compared.</p>",
+        _all_runs(runs),
         *([_ensembles(averaged, runs)] if averaged else []),
     ]
     with tempfile.TemporaryDirectory() as aside:
+        parts += [part for run in runs for part in _one_run(run)]
         parts += [*_ablations(groups, Path(aside)), *_fig1(groups, Path(aside))]
-    parts += [part for run in runs for part in _pictures(run)]
+    parts.append(_published(groups))
     page = "\n".join(parts)
-    out.write_text(f"<!doctype html><meta charset=utf-8><title>Report</title>{_STYLE}\n{page}\n")
-    over = len(folders) - len(runs) - len(averaged)
+    page = f"<!doctype html><meta charset=utf-8><title>Report</title>{_STYLE}\n{page}\n"
+    out.write_text(page, encoding="utf-8", errors="backslashreplace")
+    over = len(folders) - len(runs) - files
     return f"{out}: {len(runs)} runs" + (f"; {over} hold no evaluated run" if over else "")
-
-
-def _read(folder: Path) -> Run | None:
-    try:
-        config = load_config([json.loads((folder / "config.json").read_text())])
-        evaluated = [point for point in read_metrics(folder) if point["kind"] == "eval"]
-        if not evaluated:
-            return None
-        views = {int(config.evaluate.views): max(evaluated, key=lambda point: float(point["top1"]))}
-        for own in folder.glob("evaluation-views-*.json"):
-            found = json.loads(own.read_text())
-            known = {key: float(found[key]) for key in ("top1", "top5", "correct1", "samples")}
-            views[int(own.stem.rpartition("-")[2])] = known
-    except (OSError, ValueError, KeyError, TypeError, AlexNetDistError):
-        return None
-    return Run(folder, config, views, read_run(folder).get("state") == "finished")
 
 
 def _averaged(path: Path) -> tuple[str, Mapping[str, Any]] | None:
@@ -151,7 +128,12 @@ def _averaged(path: Path) -> tuple[str, Mapping[str, Any]] | None:
     return (path.stem, found) if several else None
 
 
-def _ensembles(averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[Run]) -> str:
+def _average_name(one: Mapping[str, Any]) -> str:
+    names = [Path(path).parent.parent.name for path in map(str, one["of"])]
+    return f"{' + '.join(names)}, {one['split']}, views-{one['views']}"
+
+
+def _ensembles(averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[RunRead]) -> str:
     """Averages of several networks beside the mean of their own errors."""
     rows = []
     for name, found in averaged:
@@ -165,11 +147,11 @@ def _ensembles(averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence
     return "<h2>Averages of networks</h2>" + _table(names, rows)
 
 
-def _published(groups: Mapping[str, Sequence[Run]]) -> str:
+def _published(groups: Mapping[str, Sequence[RunRead]]) -> str:
     """Every published row, with ours beside it."""
     rows = []
     for row in PUBLISHED:
-        ours = [runs for runs in groups.values() if row.preset and runs[0].preset == row.preset]
+        ours = [runs for group, runs in groups.items() if row.preset == _preset(group) != ""]
         said = "<br>".join(_said(runs) for runs in ours)
         if not said and row.preset:
             said = f"recipe complete (paper/{row.preset}), not run: needs {row.data.split()[0]}"
@@ -177,35 +159,91 @@ def _published(groups: Mapping[str, Sequence[Run]]) -> str:
     return "<h2>Published</h2>" + _table(["what", "data", "top-1", "top-5", "ours"], rows, raw=4)
 
 
-def _said(runs: Sequence[Run]) -> str:
+def _said(runs: Sequence[RunRead]) -> str:
     """A group in words: its name, data, errors by views."""
     data = html.escape(runs[0].config.data.path)
-    found = [f"{html.escape(runs[0].group)} on {data}, n = {len(runs)}:"]
+    found = [f"{html.escape(_group(runs[0]))} on {data}, n = {len(runs)}:"]
     for views in sorted({v for run in runs for v in run.views}):
         errors = _errors(runs, views)
         found.append(f"{_spread(errors)} ({views} view{'s' * (views > 1)})")
-    unfinished = sum(not run.finished for run in runs)
+    unfinished = sum(run.state != "finished" for run in runs)
     return " ".join(found) + (f" — {unfinished} not finished" if unfinished else "")
 
 
-def _errors(runs: Iterable[Run], views: int) -> list[float]:
-    return [1 - float(run.views[views]["top1"]) for run in runs if views in run.views]
+def _errors(runs: Iterable[RunRead], views: int) -> list[float]:
+    return [1 - run.views[views].top1 for run in runs if views in run.views]
 
 
-def _all_runs(groups: Mapping[str, Sequence[Run]]) -> str:
-    rows = [
-        [
-            run.folder.name, run.config.data.path, str(run.config.seed), str(views),
-            f"{100 * (1 - found['top1']):.2f}", f"{100 * (1 - found['top5']):.2f}",
-            f"{found['correct1']:.0f} of {found['samples']:.0f}", "yes" if run.finished else "no",
-        ]
-        for runs in groups.values() for run in runs for views, found in sorted(run.views.items())
-    ]  # fmt: skip
-    names = ["run", "data", "seed", "views", "top-1", "top-5", "right", "finished"]
+def _all_runs(runs: Sequence[RunRead]) -> str:
+    rows = []
+    for run in runs:
+        for one in run.scores:
+            score, network = one.score, one.which or f"step {one.step}"
+            first, five = (
+                f"{100 * (1 - share):.2f} [{100 * (1 - high):.2f}–{100 * (1 - low):.2f}]"
+                for share, (low, high) in (
+                    (score.top1, score.top1_interval), (score.top5, score.top5_interval),
+                )
+            )  # fmt: skip
+            rows.append([
+                run.folder.name, f"{network} ({one.step})", f"{one.data}, {one.split}",
+                str(one.views), first, five, f"{score.correct1:,} of {score.samples:,}",
+                f"{score.loss:.4f}", str(run.config.seed), run.state, one.told,
+            ])  # fmt: skip
+    names = ["run", "network (step)", "data, split", "views", "top-1", "top-5", "right", "loss",
+             "seed", "state", "when, where"]  # fmt: skip
     return "<h2>Runs</h2>" + _table(names, rows)
 
 
-def _ablations(groups: Mapping[str, Sequence[Run]], aside: Path) -> Iterable[str]:
+def _one_run(run: RunRead) -> Iterable[str]:
+    """What it was, which classes it knows, what it takes for what, and its pictures."""
+    yield f"<h2>{html.escape(run.folder.name)}</h2>"
+    preset, differ = nearest_preset(run.config)
+    rows = [[key, str(own), str(theirs)] for key, (own, theirs) in differ.items()]
+    what = f"The shipped config nearest to it is <b>{html.escape(preset)}</b>"
+    yield (
+        f"<p>{what}; it differs in:</p>" + _table(["key", "here", preset], rows)
+        if rows
+        else (f"<p>{what}, from which it does not differ.</p>")
+    )
+    detailed = run.detailed
+    if detailed is None or detailed.kept is None:
+        yield (
+            "<p>What each class came to is not known: <code>alexnet-dist evaluate "
+            f"{html.escape(str(run.folder))} --views 10</code></p>"
+        )
+    else:
+        yield from _classes(detailed, detailed.kept)
+    yield from _pictures(run.folder)
+
+
+def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
+    """Accuracy by class, the worst first, and confusion, of a score that was kept."""
+    confusion, names = confusion_of(kept)
+    counts, right = confusion.sum(1).tolist(), confusion.diag().tolist()
+    shares = [(r / n, n, r, name) for n, r, name in zip(counts, right, names, strict=True) if n]
+    rows = [[name, f"{100 * share:.1f}", f"{r:,} of {n:,}"] for share, n, r, name in sorted(shares)]
+    views = f"{one.views} view{'s' * (one.views > 1)}"
+    yield (
+        f"<h3>Classes: {html.escape(one.which or f'step {one.step}')}, {html.escape(one.split)}, "
+        f"{views}</h3>"
+    )
+    heading = ["class, the worst first", "right, %", ""]
+    yield _table(heading, rows[:_WORST])
+    if len(rows) > _WORST:
+        yield f"<details><summary>all {len(rows)}</summary>{_table(heading, rows)}</details>"
+    if len(names) <= MOST_CLASSES:
+        yield "<p>A row a class, a column an answer, dark: often.</p>"
+        yield _inline(png(confusion_picture(confusion, names)), "confusion")
+    wrong = confusion - confusion.diag().diag()
+    worst = [divmod(place, len(names)) for place in wrong.flatten().topk(
+        min(_MISTAKES, wrong.numel())).indices.tolist()]  # fmt: skip
+    mistakes = [[names[a], names[b], f"{int(wrong[a, b]):,}"] for a, b in worst if wrong[a, b]]
+    if mistakes:
+        yield _table(["of", "taken for", "samples"], mistakes)
+
+
+def _ablations(groups: Mapping[str, Sequence[RunRead]], aside: Path) -> Iterable[str]:
     """A picture for each kind of data that several variants were trained on."""
     by_data: dict[str, dict[str, list[float]]] = {}
     for group, runs in groups.items():
@@ -221,12 +259,12 @@ def _ablations(groups: Mapping[str, Sequence[Run]], aside: Path) -> Iterable[str
             yield f"<h2>Variants on {html.escape(data)}</h2>{_image(path)}"
 
 
-def _fig1(groups: Mapping[str, Sequence[Run]], aside: Path) -> Iterable[str]:
+def _fig1(groups: Mapping[str, Sequence[RunRead]], aside: Path) -> Iterable[str]:
     """The curves of each kind of unit at the rate that serves it best, and all rates in a table."""
     chosen: dict[str, tuple[float, str, list[Path]]] = {}
     rows = []
     for group, runs in groups.items():
-        preset, folders = runs[0].preset, [run.folder for run in runs]
+        preset, folders = _preset(group), [run.folder for run in runs]
         if preset.startswith("fig1-"):
             epochs = figures.epochs_to(0.25, folders)
             rows.append([group, str(len(runs)), f"{epochs:.2f}" if epochs < math.inf else "never"])
@@ -239,22 +277,25 @@ def _fig1(groups: Mapping[str, Sequence[Run]], aside: Path) -> Iterable[str]:
         yield _table(["run", "n", "epochs to 25 % training error, median"], rows)
 
 
-def _pictures(run: Run) -> Iterable[str]:
+def _pictures(folder: Path) -> Iterable[str]:
     try:
-        drawn, colour = figures.draw(run.folder), figures.colour(run.folder)
-    except AlexNetDistError as error:
-        yield f"<h2>{html.escape(run.folder.name)}</h2><p>{html.escape(str(error))}</p>"
+        drawn, colour = figures.draw(folder), figures.colour(folder)
+    except (AlexNetDistError, OSError) as error:
+        yield f"<p>{html.escape(str(error))}</p>"
         return
     columns = ", ".join(f"column {i}: {value:.3f}" for i, value in enumerate(colour, start=1))
-    yield f"<h2>{html.escape(run.folder.name)}</h2>"
     yield f"<p>Share of conv1's kernels' energy that is colour: {columns}</p>"
-    more = sorted((run.folder / "figures").glob("fig4-*.png"))
+    more = sorted((folder / "figures").glob("fig4-*.png"))
     yield "".join(_image(path) for path in (*drawn, *more))
 
 
 def _image(path: Path) -> str:
-    encoded = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{encoded}"></p>'
+    return _inline(path.read_bytes(), path.stem)
+
+
+def _inline(png: bytes, name: str) -> str:
+    encoded = base64.b64encode(png).decode()
+    return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{encoded}"></p>'
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]], raw: int = -1) -> str:
@@ -262,7 +303,8 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]], raw: int = -1) -
 
     def line(cells: Sequence[str], tag: str) -> str:
         inner = (
-            c if place == raw and tag == "td" else html.escape(c) for place, c in enumerate(cells)
+            c if place == raw and tag == "td" else html.escape(printable(c))
+            for place, c in enumerate(cells)
         )
         return "<tr>" + "".join(f"<{tag}>{c}</{tag}>" for c in inner) + "</tr>"
 
@@ -280,6 +322,6 @@ def _spread(errors: Sequence[float]) -> str:
 
 
 _STYLE = (
-    "<style>body{font:15px sans-serif;max-width:75em;margin:2em auto}td,th{padding:.2em .8em;"
+    "<style>body{font:15px sans-serif;max-width:90em;margin:2em auto}td,th{padding:.2em .8em;"
     "text-align:left;border-bottom:1px solid #ddd}img{max-width:100%}</style>"
 )

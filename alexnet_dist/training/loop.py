@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint import warm_start
 from alexnet_dist.checkpoint.writer import Saver
+from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
@@ -39,6 +41,7 @@ from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, 
 from alexnet_dist.parallel.topology import Topology, connect, leave
 from alexnet_dist.plotting import MOST_CLASSES
 from alexnet_dist.timing import TIMELINE
+from alexnet_dist.training.loggers import check_installed, pictured
 from alexnet_dist.training.metrics import Telemetry, configure_logging, log
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.state import Pending, Progress
@@ -52,7 +55,7 @@ class Outcome:
     Attributes:
         exit: 0 when it reached its end, else the code of the signal that stopped it.
         step: optimiser steps done.
-        score: of the evaluation at the end; None where the run was stopped.
+        score: of the evaluation at the end; None where the run was stopped, or evaluates nothing.
         leads: whether this process is the one that prints.
     """
 
@@ -111,6 +114,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     topology = connect(config)
     signals.last_words = None
     configure_logging(topology)
+    topology.decided_by_rank_0(lambda: check_installed(config))
     begun = topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))
     config = load_config([begun])
     digest = topology.decided_by_rank_0(lambda: open_for(config).digest)
@@ -168,7 +172,9 @@ def _run(
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
     every, classes = config.train.compare_replicas_every, config.model.classes
-    drawn = config.log.pictures and classes <= MOST_CLASSES
+    drawn = config.log.pictures and pictured(config) and classes <= MOST_CLASSES
+    confusion: Tensor | None = None
+    to_draw = False
 
     def settle(but: int) -> None:
         """Account for the steps that were begun, all `but` the newest."""
@@ -197,9 +203,10 @@ def _run(
                             "nothing was saved since. Lower schedule.rate, or warm up longer"
                         )
                     progress.observe(score, schedule)
-                    telemetry.evaluation(step, epoch, score, engine, confusion)
+                    telemetry.evaluation(step, epoch, score, engine)
+                    to_draw = True
 
-            finished = progress.evaluated_step == schedule.last_step
+            finished = progress.finished(config, schedule)
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
             if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
@@ -214,6 +221,11 @@ def _run(
 
             if stop or finished:
                 topology.decided_by_rank_0(saver.finish)
+            if to_draw:  # when what it may cost is saved
+                with TIMELINE.span("evaluate"):
+                    telemetry.pictures(step, engine, confusion)
+                to_draw, confusion = False, None
+            if stop or finished:
                 break
 
             with TIMELINE.span("data"):
@@ -326,6 +338,11 @@ def _opening(
     begins = f"continues at step {progress.step}" if progress.step else "begins"
     parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
     rank = max(map(len, topology.shares(range(config.train.batch))))
+    unscored = ""
+    if config.data.eval_split == NO_SPLIT:
+        unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept\n"
+        if config.schedule.kind == "plateau":
+            unscored = unscored[:-1] + ", and the rate of schedule.kind=plateau never falls\n"
     return (
         f"{folder.path} {begins} of {schedule.last_step}: {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
@@ -333,5 +350,5 @@ def _opening(
         f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "
         f"{parts} micro-batch(es) of {replica // parts}; "
         f"{samples} training images of {config.data.path}\n"
-        f"watch: tensorboard --logdir {config.output_dir} --host localhost"
+        f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"
     )

@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, metrics.jsonl, TensorBoard. Written by rank 0 alone.
+"""What a run tells: a progress line, metrics.jsonl, TensorBoard, loggers. Written by rank 0 alone.
 
 docs/tensorboard.md lists every tag. Those of train/ and eval/ repeat to the bit; times and memory
 are told apart from them, in lines of their own (`"kind": "speed"`).
@@ -35,8 +35,9 @@ from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import chroma
 from alexnet_dist.timing import SPANS, TIMELINE, Took
+from alexnet_dist.training import loggers
 from alexnet_dist.training.bottleneck import STRAGGLES, verdict
-from alexnet_dist.training.run_folder import RunFolder, warn_if_unwritable
+from alexnet_dist.training.run_folder import RunFolder, Unharmed
 from alexnet_dist.training.tensorboard import Board
 
 log = logging.getLogger("alexnet_dist")
@@ -89,9 +90,12 @@ class Telemetry:
         self._quarantine.setFormatter(_JsonLine())
         logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
+        self._loggers: list[loggers.InThread] = []
+        self._finished = False
         if topology.leads:
             path = folder.path / "metrics.jsonl"
-            _cut(path, step, evaluated_step)
+            before = _cut(path, step, evaluated_step)
+            self._loggers = loggers.start(config, _rows(before))
             self._metrics = path.open("ab", buffering=0)
             self._unwritten = b""
             self._terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -110,7 +114,7 @@ class Telemetry:
     def looks(self, step: int) -> bool:
         """Whether gradients of this step are to be kept."""
         every = self._config.log.histograms_every_steps
-        return every > 0 and step % every == 0
+        return "tensorboard" in self._config.log.to and every > 0 and step % every == 0
 
     def stepped(self, step: int, engine: Engine) -> None:
         """A step has been made. Collective."""
@@ -148,11 +152,11 @@ class Telemetry:
             shares | {"data": speed["data_wait"]}, self._slowest, *self._facts, self._mfu
         )
         ranks = {"own_s": own[:_TOLD], "step_p50_s": p50[:_TOLD], "step_p95_s": p95[:_TOLD]}
-        self._write("train", step, {"epoch": epoch, **values})
         more = {"time": shares, "memory": memory, "ranks": ranks, "verdict": said}
-        self._append({"kind": "speed", "step": step, **speed, **more})
-        for group, scalars in {"speed": speed, "time": shares, "memory": memory}.items():
-            self._board.scalars(group, step, scalars)
+        self._write(
+            {"kind": "train", "step": step, "epoch": epoch, **values},
+            {"kind": "speed", "step": step, **speed, **more},
+        )
         left = time.gmtime((self._last_step - step) * took.training / max(1, steps))
         line = (
             f"epoch {epoch:.2f}  step {step}/{self._last_step}  loss {values['loss']:.4f}  "
@@ -169,23 +173,29 @@ class Telemetry:
         else:
             log.info(line)
 
-    def evaluation(
-        self, step: int, epoch: float, score: Score, engine: Engine, confusion: Tensor | None
-    ) -> None:
+    def evaluation(self, step: int, epoch: float, score: Score, engine: Engine) -> None:
         """A point of evaluation. Collective."""
         kernels, values = engine.parameter("conv1.weight"), score.tags()
-        self._board.evaluation(engine, step, kernels, confusion)
         if kernels is not None:
             colours = enumerate(chroma(kernels, self._config.model.columns), start=1)
             values |= {f"chroma_{column}": value for column, value in colours}
-            self._write("eval", step, {"epoch": epoch, **values})
+            self._write({"kind": "eval", "step": step, "epoch": epoch, **values})
             self._say(
                 f"epoch {epoch:.2f}  step {step}/{self._last_step}  evaluation: "
                 f"top-1 {score.top1:.2%}  top-5 {score.top5:.2%}  "
                 f"loss {score.loss:.4f}  ({score.correct1} of {score.samples} right)"
             )
             self._judge(step)
+
+    def pictures(self, step: int, engine: Engine, confusion: Tensor | None) -> None:
+        """What an evaluation is drawn by, when the network is saved. Collective."""
+        if loggers.pictured(self._config):
+            kernels = engine.parameter("conv1.weight")
+            pictures = self._board.evaluation(engine, step, kernels, confusion)
+            for logger in self._loggers:
+                logger.pictures(step, pictures)
         if step == self._last_step:
+            self._finished = True
             self._board.end(engine, step)
 
     def _judge(self, step: int) -> None:
@@ -220,6 +230,7 @@ class Telemetry:
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
         self._quarantine.close()
         self._board.close()
+        loggers.close(self._loggers, self._finished)
         if self._topology.leads:
             self._bar.close()
             self._metrics.close()
@@ -252,7 +263,7 @@ class Telemetry:
         tracer.stop()
         first, last = self._config.profile.steps
         path = self._folder.path / f"trace-{first}-{last}.json.gz"
-        with warn_if_unwritable(path):
+        with Unharmed(f"the trace {path}"):
             tracer.export_chrome_trace(str(path))
             by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
             text = tracer.key_averages().table(sort_by=by, row_limit=30)
@@ -260,10 +271,15 @@ class Telemetry:
             self._board.draw(lambda to: to.add_text("profile", text, last))
             self._say(f"traced steps {first} to {last}: open {path} in https://ui.perfetto.dev")
 
-    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        self._append({"kind": kind, "step": step, **values})
-        scalars = {name: value for name, value in values.items() if isinstance(value, float)}
-        self._board.scalars(kind, step, scalars)
+    def _write(self, *points: Mapping[str, Any]) -> None:
+        """Points of one step, to everything that is written."""
+        for point in points:
+            self._append(point)
+        for row in _rows(points):
+            step, values = int(row.pop("step")), row
+            self._board.scalars(step, values)
+            for logger in self._loggers:
+                logger.scalars(step, values)
 
     def _append(self, point: Mapping[str, Any] | None) -> None:
         """To metrics.jsonl; what a full disk refuses is kept, and tried again with the next."""
@@ -302,24 +318,36 @@ def _named(speed: Mapping[str, float]) -> str:
     return f"rank {speed['straggler_rank']:.0f} takes {speed['straggler']:.1f} times the median  "
 
 
+def _rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """The numbers of points by their tags, as in train/loss; a step's times in the row of its
+    training."""
+    rows: list[dict[str, float]] = []
+    for point in points:
+        step, kind = point["step"], point["kind"]
+        nested = {group: point[group] for group in ("time", "memory") if group in point}
+        if kind != "speed" or not rows or rows[-1]["step"] != step:
+            rows.append({"step": step})
+        for group, values in {kind: point, **nested}.items():
+            told = {key: value for key, value in values.items() if isinstance(value, float)}
+            rows[-1] |= {f"{group}/{key}": value for key, value in told.items()}
+    return rows
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The points of a run folder's metrics.jsonl, up to a torn line or one that is no point."""
+    """The points of a run folder's metrics.jsonl, but for lines that are torn or are no points."""
     points = []
     for line in (folder / "metrics.jsonl").read_bytes().splitlines():
-        try:
+        with contextlib.suppress(ValueError):
             point = json_object(line)
-        except ValueError:
-            break
-        if type(point.get("step")) is not int or point.get("kind") not in _KINDS:
-            break
-        points.append(point)
+            if type(point.get("step")) is int and point.get("kind") in _KINDS:
+                points.append(point)
     return points
 
 
-def _cut(path: Path, step: int, evaluated_step: int) -> None:
-    """Drop the points that a resumed run will make again."""
+def _cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
+    """Drop the points that a resumed run will make again; those that are kept."""
     if not path.exists():
-        return
+        return []
     until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
     aside = path.with_name(".metrics.jsonl.writing")
@@ -328,3 +356,4 @@ def _cut(path: Path, step: int, evaluated_step: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
+    return kept

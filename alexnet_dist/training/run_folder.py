@@ -211,6 +211,28 @@ class RunFolder:
         write_json(self.path / "config.json", dataclasses.asdict(self.config))
 
 
+class Unharmed:
+    """A context of what only draws or logs, whose failures must not end a run: the first is said,
+    and the run goes on."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._said = what, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if not self._said:
+            log.warning(
+                f"{self._what} failed, the run goes on without (this is said once): "
+                f"{type(error).__name__}: {error}"
+            )
+        self._said = True
+        return True
+
+
 @contextmanager
 def warn_if_unwritable(path: Path) -> Iterator[None]:
     """What a run can do without must not end it: a full disk is a warning."""

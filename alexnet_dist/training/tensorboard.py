@@ -1,9 +1,8 @@
 """TensorBoard of a run: what is drawn there beside numbers. docs/tensorboard.md is a tour of it."""
 
 import dataclasses
-import logging
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,24 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.evaluation.evaluate import seen
 from alexnet_dist.parallel.topology import Topology
-from alexnet_dist.plotting import Picture, answer_picture, confusion_picture, kernel_picture
+from alexnet_dist.plotting import (
+    Picture,
+    answer_picture,
+    confusion_picture,
+    distinct,
+    drawable,
+    kernel_picture,
+)
 from alexnet_dist.timing import SPANS
+from alexnet_dist.training.run_folder import Unharmed
 
-log = logging.getLogger("alexnet_dist")
 ANSWERED = 8  # test images whose answers are drawn
 _VALUES = 65_536  # of a tensor, evenly spaced, in a histogram
 # By which runs are compared: TensorBoard shows the first five in order of the alphabet.
 _KEYS = ("layout.kind", "model.dropout", "optimizer.kind", "schedule.rate", "seed", "train.batch",
          "train.epochs")  # fmt: skip
 _COMPARED = ("eval/top1", "eval/top5", "eval/loss", "train/loss", "speed/images_per_s")
+_FIRST = {"loss": "Loss/{}", "top1": "Error/{}_top1", "top5": "Error/{}_top5"}
 
 
 class Board:
@@ -48,25 +55,34 @@ class Board:
         dataset: Dataset, step: int,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._topology = folder, config, topology
-        self._dataset, self._split = dataset, dataset.splits[config.data.eval_split]
+        shown = config.data.eval_split  # where there is none, nothing is shown
+        self._dataset = dataset
+        self._split = dataset.splits.get(shown, dataset.splits[config.data.train_split])
+        self._names = split_names(config)
+        self._classes = [drawable(name) for name in dataset.classes]
+        self._guard = Unharmed("TensorBoard")
         self._writer: SummaryWriter | None = None
-        if topology.leads:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        if topology.leads and "tensorboard" in config.log.to:
+            with self._guard:
+                self._writer = SummaryWriter(str(folder), purge_step=step + 1)
             self.draw(lambda to: _begin(to, config, schedule, step))
 
     def draw(self, draw: Callable[[SummaryWriter], None]) -> None:
-        """On rank 0. TensorBoard's writer never comes back from a full disk: then without it."""
-        try:
-            if self._writer is not None:
+        """On rank 0. TensorBoard's writer never comes back from a full disk: each call fails."""
+        if self._writer is not None:
+            with self._guard:
                 draw(self._writer)
-        except OSError as error:
-            self._writer = None
-            log.warning(f"TensorBoard's file is given up, the run goes on: {error}")
 
-    def scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Numbers by their tags; loss and error once more, by tags that stand before all others."""
+
         def draw(to: SummaryWriter) -> None:
-            for name, value in values.items():
-                to.add_scalar(f"{group}/{name}", value, step)
+            for tag, value in values.items():
+                to.add_scalar(tag, value, step)
+                kind, _, name = tag.partition("/")
+                if kind in self._names and name in _FIRST:
+                    first = value if name == "loss" else 1 - value
+                    to.add_scalar(_FIRST[name].format(self._names[kind]), first, step)
 
         self.draw(draw)
 
@@ -79,31 +95,39 @@ class Board:
 
     def evaluation(
         self, engine: Engine, step: int, kernels: Tensor | None, confusion: Tensor | None
-    ) -> None:
-        """conv1's kernels, answers to a few test images, and what is taken for what. Collective."""
-        config, classes, pictures = self._config, self._dataset.classes, {}
-        if kernels is not None:
-            pictures["kernels/conv1"] = kernel_picture(kernels, config.model.columns)
+    ) -> dict[str, Picture]:
+        """conv1's kernels, answers to a few test images, and what is taken for what; on rank 0 the
+        pictures by their tags. Collective."""
+        config, logits = self._config, torch.empty(0)
+        samples = evenly(len(self._split), ANSWERED)
+        pictures: dict[str, Picture] = {}
         if config.log.pictures:
-            samples = evenly(len(self._split), ANSWERED)
             _, logits = self._seen(engine, samples)
-            if self._topology.leads:
-                answers = answered(self._split, samples, classes, logits, config)
-                pictures["answers/test"] = answers
-        if confusion is not None and self._topology.leads:
-            pictures["confusion/test"] = confusion_picture(confusion, classes)
+        if not self._topology.leads:
+            return pictures
+        with self._guard:
+            if kernels is not None:
+                pictures["kernels/conv1"] = kernel_picture(kernels, config.model.columns)
+            name = self._names["eval"]
+            if config.log.pictures:
+                answers = answered(self._split, samples, self._classes, logits, config)
+                pictures[f"answers/{name}"] = answers
+            if confusion is not None:
+                pictures[f"confusion/{name}"] = confusion_picture(confusion, self._classes)
 
         def draw(to: SummaryWriter) -> None:
             for tag, picture in pictures.items():
                 to.add_image(tag, picture, step, dataformats="HWC")
 
         self.draw(draw)
+        return pictures
 
     def end(self, engine: Engine, step: int) -> None:
         """For the projector, what the last layer sees of test images (fc7); and for the comparison
         of runs that this one is over. Collective."""
         name = f"seen_by_{engine.model.layers()[-1].name}"
-        if samples := evenly(len(self._split), self._config.log.embedding):
+        wanted = self._config.log.embedding if "tensorboard" in self._config.log.to else 0
+        if samples := evenly(len(self._split), wanted):
             features, _ = self._seen(engine, samples)
             self.draw(lambda to: self._embed(to, name, features, samples, step))
         self.draw(lambda to: to._get_file_writer().add_summary(_hparams(self._config)[2]))
@@ -120,7 +144,7 @@ class Board:
         self, to: SummaryWriter, name: str, features: Tensor, samples: range, step: int
     ) -> None:
         shutil.rmtree(self._folder / f"{step:05d}" / name, ignore_errors=True)
-        labels = [self._dataset.classes[y] for y in self._split.labels(np.array(samples))]
+        labels = [self._classes[y] for y in self._split.labels(np.array(samples))]
         images = torch.cat([self._small(sample) for sample in samples])
         to.add_embedding(features, labels, images, step, name)
 
@@ -130,15 +154,22 @@ class Board:
         return interpolate(whole, (32, 32), mode="bilinear", antialias=True)
 
 
+def split_names(config: Config) -> dict[str, str]:
+    """What the curves of each kind of point are named by: the split they are of."""
+    own = config.data.eval_split
+    return {"train": "train", "eval": "eval" if own == "train" else own}
+
+
 def evenly(size: int, count: int) -> range:
     """At most `count` samples, evenly over a split of this size."""
     return range(0, size, max(1, size // count))[:count] if count else range(0)
 
 
 def answered(
-    split: Split, samples: range, classes: tuple[str, ...], logits: Tensor, config: Config
+    split: Split, samples: range, classes: Sequence[str], logits: Tensor, config: Config
 ) -> Picture:
     """Samples of a split with the five likeliest labels of each (Fig. 4, left)."""
+    classes = distinct(classes)
     top = logits.softmax(1).topk(min(5, len(classes)))
     likeliest = [
         [(classes[place], value) for place, value in zip(places, values, strict=True)]
@@ -163,7 +194,12 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
         to._get_file_writer().add_summary(summary)
     times = ["Multiline", [f"time/{name}" for name in SPANS]]
     rates = ["Multiline", ["train/rate", "schedule/rate"]]
-    to.add_custom_scalars({"run": {"where the time goes": times, "rate, as planned": rates}})
+    curves = {
+        title: ["Multiline", [_FIRST[key].format(name) for name in split_names(config).values()]]
+        for title, key in (("loss", "loss"), ("top-1 error", "top1"), ("top-5 error", "top5"))
+    }
+    more = {"where the time goes": times, "rate, as planned": rates}
+    to.add_custom_scalars({"run": curves | more})
     if step == 0:
         text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
         to.add_text("config", "    " + text.replace("\n", "\n    "))

@@ -205,29 +205,3 @@ def normalised_backward(
         scaled = grad * falling
         crossed = around(scaled * (a * inverse), part, chunk, chunks, size // 2)
         return scaled - ((2 * alpha * beta) * a) * crossed
-
-
-@triton.jit(do_not_specialize=["rows"])
-def sum_kernel(
-    parts, out, rows, columns, steps: tl.constexpr, block: tl.constexpr, side: tl.constexpr
-):  # fmt: skip
-    """(rows, columns) to their sums, (columns,); in a fixed order."""
-    column = tl.program_id(0) * side + tl.arange(0, side)
-    total = tl.zeros((block, side), out.dtype.element_ty)
-    for step in range(steps):
-        row = step * block + tl.arange(0, block)
-        known = (row < rows)[:, None] & (column < columns)[None, :]
-        here = row.to(tl.int64)[:, None] * columns + column[None, :]
-        total += tl.load(parts + here, mask=known, other=0.0)
-    tl.store(out + column, tl.sum(total, 0), mask=column < columns)
-
-
-def summed(parts: Tensor) -> Tensor:
-    """(rows, columns) to (columns,)."""
-    rows, columns = parts.shape
-    out, block, side = parts.new_empty(columns), 256, 8
-    if columns:
-        sum_kernel[(triton.cdiv(columns, side),)](
-            parts, out, rows, columns, triton.cdiv(rows, block), block, side, num_warps=4
-        )
-    return out

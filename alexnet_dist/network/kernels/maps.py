@@ -22,7 +22,6 @@ from alexnet_dist.network.kernels.lanes import (
     normalised_backward,
     over_pixels,
     sloped,
-    summed,
     wide,
     widened,
 )
@@ -110,7 +109,7 @@ def maps_backward(
             grads, x, bias, out, parts, pixels, activation, size, alpha, beta, k, lanes.chunk,
             lanes.chunks, lanes.lanes, _EACH, _STEPS, num_warps=lanes.warps,
         )  # fmt: skip
-    return out, parts.new_empty(0) if bias is None else summed(parts)
+    return out, parts.new_empty(0) if bias is None else parts.sum(0)
 
 
 @maps_forward.register_fake

@@ -1,0 +1,107 @@
+"""Scores that are kept: `RUN/evaluations/*.json`, a file for each that `evaluate` gave."""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import socket
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from alexnet_dist import files
+from alexnet_dist.evaluation.evaluate import Evaluation
+from alexnet_dist.parallel.device import machine
+
+log = logging.getLogger(__name__)
+_LONGEST = 2**26  # bytes of a file
+_NUMBERS = ("samples", "correct1", "correct5", "loss", "top1", "top5", "step", "views")
+
+
+def keep(found: Evaluation) -> Path | None:
+    """Write a score into the run folder of its (first) checkpoint; None where that is in none, or
+    cannot be written. Evaluated again alike, it replaces what was there.
+
+    The folder may be a running training's: nothing that it writes is touched.
+    """
+    first = found.checkpoints[0]
+    if first.path.parent.name != "checkpoints":
+        return None
+    out = first.path.parent.parent / "evaluations"
+    how = dict(found.how)
+    split = re.sub(r"[^\w.-]", "_", how["split"])
+    name = f"step-{first.step:08d}-{split}-views-{how['views']}"
+    unlike = [how["changed"], how["data_sha256"], [str(c.path) for c in found.checkpoints[1:]]]
+    if unlike != [{}, first.manifest["dataset"], []]:
+        name += f"-{hashlib.sha256(json.dumps(unlike).encode()).hexdigest()[:8]}"
+    rows, columns = found.confusion().nonzero(as_tuple=True)
+    counts = found.confusion()[rows, columns]
+    content = {
+        **found.report(),
+        "step": first.step,
+        "checkpoint_sha256": [checkpoint.manifest["sha256"] for checkpoint in found.checkpoints],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "machine": machine(),
+        "version": import_module("alexnet_dist").__version__,
+        "confusion": list(zip(rows.tolist(), columns.tolist(), counts.tolist(), strict=True)),
+    }
+    path, aside = out / f"{name}.json", out / f".{name}.{os.getpid()}.writing"
+    try:
+        out.mkdir(exist_ok=True)
+        files.write(aside, json.dumps(content).encode() + b"\n")
+        aside.replace(path)
+        files.sync(out)
+    except OSError as error:
+        log.warning(f"not kept, this score is printed alone: {path}: {error}")
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        return None
+    return path
+
+
+def kept(run: Path) -> list[Mapping[str, Any]]:
+    """The scores in a run folder, as `keep` wrote them, the oldest first; what is none is passed
+    over."""
+    found = []
+    for path in (run / "evaluations").glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            score = files.json_object(files.read_bytes(path, _LONGEST))
+            if _is_score(score):
+                found.append(score)
+    return sorted(found, key=lambda score: str(score["date"]))
+
+
+def _is_score(found: Mapping[str, Any]) -> bool:
+    """Whether it has what a reader counts with; the rest is text that is only shown."""
+    classes, confusion = found.get("classes"), found.get("confusion")
+    return (
+        all(type(found.get(key)) in (int, float) for key in _NUMBERS)
+        and 0 <= found["top1"] <= 1
+        and 0 <= found["top5"] <= 1
+        and 0 <= found["correct1"] <= found["samples"] < 2**53
+        and found["samples"] > 0
+        and isinstance(found.get("date"), str)
+        and isinstance(found.get("of"), list)
+        and isinstance(found.get("changed"), dict)
+        and isinstance(found.get("machine"), dict)
+        and isinstance(classes, list)
+        and all(
+            isinstance(row, dict)
+            and type(row.get("samples")) is type(row.get("right")) is int
+            and 0 <= row["right"] <= row["samples"]
+            for row in classes
+        )
+        and isinstance(confusion, list)
+        and all(
+            isinstance(cell, list)
+            and [type(value) for value in cell] == [int] * 3
+            and min(cell) >= 0
+            and max(cell[:2]) < len(classes)
+            for cell in confusion
+        )
+    )

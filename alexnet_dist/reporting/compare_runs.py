@@ -1,0 +1,81 @@
+"""Runs side by side: the keys that differ, their scores, their curves over one another."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from alexnet_dist.errors import ConfigError, printable
+from alexnet_dist.plotting import figure
+from alexnet_dist.reporting.runs import RunRead, differing, read_run_folder
+
+
+def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any], str]:
+    """Draw the curves of runs; what is told of them to a program, and to a reader.
+
+    Raises ConfigError where one cannot be read.
+    """
+    runs = []
+    for folder in folders:
+        if (run := read_run_folder(folder)) is None:
+            raise ConfigError(f"compare {folder}: its config.json or metrics.jsonl cannot be read")
+        runs.append(run)
+    differ, names = differing([run.config for run in runs]), _names(folders)
+    _draw(runs, names, picture)
+    told = {
+        "runs": [str(folder) for folder in folders],
+        "differ": differ,
+        "scores": [
+            [{**asdict(one.score), **{key: getattr(one, key) for key in
+              ("which", "step", "split", "views", "where", "changed")},
+              "top1": one.score.top1, "top5": one.score.top5} for one in run.scores]
+            for run in runs
+        ],
+        "picture": str(picture),
+    }  # fmt: skip
+    rows = [[key, *map(str, values)] for key, values in differ.items()]
+    text = _table(["key", *names], rows) if rows else "their configs are equal"
+    scores = [
+        [name, one.which or f"step {one.step}", str(one.step), one.split, str(one.views),
+         f"{100 * (1 - one.score.top1):.2f}", f"{100 * (1 - one.score.top5):.2f}",
+         f"{one.score.loss:.4f}", one.told]
+        for run, name in zip(runs, names, strict=True) for one in run.scores
+    ]  # fmt: skip
+    heading = ["run", "network", "step", "split", "views", "top-1 error", "top-5", "loss", "when"]
+    text += "\n\n" + (_table(heading, scores) if scores else "none of them was evaluated")
+    return told, f"{text}\n\ncurves: {picture}"
+
+
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Of each run; with the folders that it is in, where names alone are not different."""
+    short = [folder.resolve().name for folder in folders]
+    return short if len({*short}) == len(short) else [str(folder) for folder in folders]
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [[printable(cell) for cell in row] for row in (heading, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def _draw(runs: Sequence[RunRead], names: Sequence[str], path: Path) -> None:
+    """Loss and top-1 error by epoch; a colour a run, training thin, evaluations with dots."""
+    with figure(path, 1, 2, (13, 5)) as axes:
+        for place, (run, name) in enumerate(zip(runs, names, strict=True)):
+            for kind, style in (("train", {"alpha": 0.5, "lw": 1}), ("eval", {"marker": "o"})):
+                points = [point for point in run.points if point["kind"] == kind]
+                epochs = [point["epoch"] for point in points]
+                errors = [100 * (1 - point["top1"]) for point in points]
+                label = f"{printable(name)}, {'training' if kind == 'train' else 'evaluation'}"
+                for panel, values in zip(
+                    axes[0], ([point["loss"] for point in points], errors), strict=True
+                ):
+                    panel.plot(epochs, values, color=f"C{place}", label=label, **style)
+        axes[0, 0].set(xlabel="epoch", ylabel="loss, nats")
+        axes[0, 1].set(xlabel="epoch", ylabel="top-1 error, %", ylim=(0, None))
+        for panel in axes[0]:
+            panel.grid(alpha=0.3)
+        axes[0, 0].legend()

@@ -1,0 +1,250 @@
+"""Where a run's numbers and pictures go beside metrics.jsonl and TensorBoard: the rest of `log.to`.
+
+Each logger works in a thread of its own, on rank 0: neither a server that does not answer nor a
+full disk holds a run up, or ends it.
+"""
+
+import csv
+import importlib.util
+import logging
+import os
+import queue
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from alexnet_dist import files
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.plotting import Picture
+from alexnet_dist.training.run_folder import Unharmed, log
+
+PROJECT = (
+    "alexnet-dist"  # wandb's project, MLflow's experiment, where their variables name no other
+)
+_PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
+_WAIT_S = 20  # at the end, for what was not sent yet: a stopped job has not long to live
+_WAITING = 10_000  # calls
+_PARAMS = 100  # that MLflow takes at once
+Row = Mapping[str, float]  # "step", and numbers by their tags
+
+
+class Logger(Protocol):
+    def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def picture(self, step: int, tag: str, picture: Picture) -> None: ...
+
+    def close(self, finished: bool) -> None: ...
+
+
+def check_installed(config: Config) -> None:
+    """Raises ConfigError where log.to names what is not installed, or has no key."""
+    for name in config.log.to:
+        module, package = _PACKAGES.get(name, ("csv", ""))
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"log.to={list(config.log.to)}: {name} is not installed in this Python: "
+                f"pip install {package}, or leave it out of log.to"
+            )
+    if "wandb" in config.log.to:
+        import wandb
+
+        asked = wandb.setup().settings.mode == "online"
+        if asked and not wandb.login(prompt=False, verify=False):
+            raise ConfigError(
+                f"log.to={list(config.log.to)}: wandb has no key: type `wandb login`, set "
+                "WANDB_API_KEY, or set WANDB_MODE=offline to keep it in the run folder"
+            )
+
+
+def pictured(config: Config) -> bool:
+    """Whether anything that log.to names shows pictures."""
+    return any(name != "csv" for name in config.log.to)
+
+
+def start(config: Config, before: Sequence[Row]) -> "list[InThread]":
+    """The loggers of log.to but TensorBoard, which go on where this run's have stopped.
+
+    Args:
+        before: what metrics.jsonl holds of earlier starts.
+    """
+    makes: dict[str, Callable[[], Logger]] = {
+        "csv": lambda: _Csv(config.folder / "metrics.csv", before),
+        "wandb": lambda: _Wandb(config),
+        "mlflow": lambda: _Mlflow(config),
+    }
+    return [InThread(name, makes[name]) for name in dict.fromkeys(config.log.to) if name in makes]
+
+
+class InThread:
+    """A logger's calls, in turn, in a thread; one that fails is said once."""
+
+    def __init__(self, name: str, make: Callable[[], Logger]) -> None:
+        self._name, self._guard = name, Unharmed(f"log.to={name}")
+        self._calls: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(_WAITING)
+        self._given_up = False
+        self._thread = threading.Thread(target=self._run, args=[make], name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self, make: Callable[[], Logger]) -> None:
+        with self._guard:
+            logger = make()
+            while (call := self._calls.get()) is not None:
+                with self._guard:
+                    call(logger)
+        self._given_up = True
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._later(lambda to: to.scalars(step, values))
+
+    def pictures(self, step: int, pictures: Mapping[str, Picture]) -> None:
+        for tag, picture in pictures.items():
+            self._later(partial(_picture, step=step, tag=tag, picture=picture))
+
+    def _later(self, call: Callable[[Logger], None]) -> None:
+        if not self._given_up:
+            with self._guard:
+                self._calls.put_nowait(call)
+
+    def finish(self, finished: bool) -> None:
+        """Nothing comes after this."""
+        self._later(lambda to: to.close(finished))
+        with self._guard:
+            self._calls.put_nowait(None)
+
+    def wait(self, until: float) -> None:
+        """Until all of it is sent, or that time.monotonic()."""
+        self._thread.join(max(0.0, until - time.monotonic()))
+        if self._thread.is_alive():
+            log.warning(f"log.to={self._name} did not take all of it within {_WAIT_S} s")
+
+
+def close(all_of_them: Sequence[InThread], finished: bool) -> None:
+    """End loggers, together within _WAIT_S."""
+    until = time.monotonic() + _WAIT_S
+    for logger in all_of_them:
+        logger.finish(finished)
+    for logger in all_of_them:
+        logger.wait(until)
+
+
+def _picture(to: Logger, step: int, tag: str, picture: Picture) -> None:
+    to.picture(step, tag, picture)
+
+
+class _Csv:
+    """metrics.csv: a row a point, a column a tag."""
+
+    def __init__(self, path: Path, before: Sequence[Row]) -> None:
+        self._path = path
+        self._begin(before)
+
+    def _begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        self._columns = list(dict.fromkeys(key for row in rows for key in row))
+        aside = self._path.with_name(f".{self._path.name}.writing")
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        aside.replace(self._path)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        row: dict[str, Any] = {"step": step, **values}
+        if row.keys() <= {*self._columns}:
+            with self._path.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+        else:  # a tag that is new
+            with self._path.open(newline="") as file:
+                known = list(csv.DictReader(file))
+            self._begin([*known, row])
+
+    def picture(self, step: int, tag: str, picture: Picture) -> None:
+        pass
+
+    def close(self, finished: bool) -> None:
+        pass
+
+
+class _Wandb:
+    """Weights & Biases. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, … are its own; `wandb/` and
+    `wandb.id` lie in the run folder."""
+
+    def __init__(self, config: Config) -> None:
+        import wandb
+
+        self._image = wandb.Image
+        self._run = wandb.init(
+            id=_kept(config.folder / "wandb.id", lambda: secrets.token_hex(4)),
+            project=os.environ.get("WANDB_PROJECT", PROJECT),
+            name=config.name, dir=config.folder, config=flat(config), resume="allow",
+            allow_val_change=True,
+            settings=wandb.Settings(silent=True, console="off", finish_timeout=_WAIT_S - 5.0),
+        )  # fmt: skip
+        # Not wandb's own steps, which only rise: a run that was killed makes some of its again.
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        offline = f"wandb sync {self._run.settings.sync_dir}"
+        log.info(f"wandb: {offline if self._run.offline else self._run.url}")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log({"step": step, **values})
+
+    def picture(self, step: int, tag: str, picture: Picture) -> None:
+        self._run.log({"step": step, tag: self._image(picture)})
+
+    def close(self, finished: bool) -> None:
+        self._run.finish(exit_code=0 if finished else 1)
+
+
+class _Mlflow:
+    """MLflow. MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are its own; without the former it is
+    the folder `mlruns` under output_dir. `mlflow.id` lies in the run folder."""
+
+    def __init__(self, config: Config) -> None:
+        folder = (Path(config.output_dir) / "mlruns").absolute()
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder needs no data base
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # each of its retries is a warning
+        from mlflow.entities import Metric, Param
+        from mlflow.tracking import MlflowClient
+
+        self._metric = Metric
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or folder.as_uri()
+        self._client = MlflowClient(uri)
+
+        def make() -> str:
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+            known = self._client.get_experiment_by_name(name)
+            place = known.experiment_id if known else self._client.create_experiment(name)
+            run = str(self._client.create_run(place, run_name=config.name).info.run_id)
+            keys = [Param(key, str(value)[:6000]) for key, value in flat(config).items()]
+            for first in range(0, len(keys), _PARAMS):
+                self._client.log_batch(run, params=keys[first : first + _PARAMS])
+            return run
+
+        self._id = _kept(config.folder / "mlflow.id", make)
+        self._client.update_run(self._id, status="RUNNING")
+        log.info(f"mlflow: run {self._id} in {uri}")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        now = round(1000 * time.time())
+        metrics = [self._metric(tag, value, now, step) for tag, value in values.items()]
+        self._client.log_batch(self._id, metrics=metrics)
+
+    def picture(self, step: int, tag: str, picture: Picture) -> None:
+        self._client.log_image(self._id, picture, key=tag, step=step)
+
+    def close(self, finished: bool) -> None:
+        self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
+
+
+def _kept(path: Path, make: Callable[[], str]) -> str:
+    """The id that the first start wrote; made and written where there is none."""
+    known = path.read_text().strip() if path.exists() else ""
+    if not known:
+        known = make()
+        files.write(path, known.encode())
+    return known
