@@ -33,7 +33,7 @@ _NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, Recurs
 # interpolations of interpolations, or by nesting.
 _LONGEST, _DEEPEST, _MOST_INTERPOLATIONS = 200_000, 20, 10
 # Keys that there once were, and what to do in their place; what a run has saved may have them.
-_RETIRED = {"train.compile": "a GPU's step is fused without it (train.execution): leave it out"}
+RETIRED = {"train.compile": "a GPU's step is fused without it (train.execution): leave it out"}
 _SAVED = "a saved config"
 # Numbers that YAML 1.1 reads to base 8, 2, 16 or 60.
 _ODD_NUMBER = re.compile(r"[-+]?(0[\d_]+|0b[01_]+|0x[\da-fA-F_]+|[\d_]+(:[\d_]+)+(\.\d*)?)")
@@ -269,9 +269,9 @@ def flatten(
             if dotted in known:
                 yield dotted, _checked(dotted, value, *known[dotted], source)
                 continue
-            if dotted in _RETIRED:
+            if dotted in RETIRED:
                 if source != _SAVED and Path(source).name != "config.json":
-                    raise ConfigError(f"{source}: {dotted} is a key no longer: {_RETIRED[dotted]}")
+                    raise ConfigError(f"{source}: {dotted} is a key no longer: {RETIRED[dotted]}")
                 continue
             section = dotted in sections and isinstance(value, Typed | dict)
             inside = _parsed(value, dotted) if section and isinstance(value, Typed) else value
