@@ -13,6 +13,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.engines.base import scored
 from alexnet_dist.network import philox
 from alexnet_dist.network.kernels import units, windows
 
@@ -78,3 +79,41 @@ def test_windows_are_the_cpus_bits() -> None:
     (same,) = on_ranks(1, same_windows, config, fresh=True)
     assert len(same) >= 8
     assert all(same)
+
+
+def scores_apart() -> list[float]:
+    """How far loss, counts and gradients are from torch's operators, each relative to its bound."""
+    found, generator = [], torch.Generator().manual_seed(0)
+    bounds = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7}
+    for (dtype, bound), (n, classes) in itertools.product(
+        bounds.items(), ((1, 2), (5, 7), (37, 10), (4, 1000))
+    ):
+        logits = (torch.randn(n, classes, generator=generator) * 9).to(dtype)
+        logits[0] = logits[0, 0]  # a tie
+        labels = torch.randint(classes, (n,), generator=generator)
+        made = []
+        for fused in (False, True):
+            leaf = logits.to(DEVICE, copy=True).requires_grad_()
+            loss, counts = scored(leaf, labels.to(DEVICE), fused)
+            (loss * 0.3).backward()
+            assert leaf.grad is not None
+            made.append((counts.cpu(), leaf.grad.double().cpu(), loss.detach().cpu()))
+        (plain, plain_grad, loss), (ours, our_grad, our_loss) = made
+        assert torch.equal(plain[1:], ours[1:]), (dtype, n, classes)
+        assert our_loss.dtype == loss.dtype
+        found.append(float((ours[0] - plain[0]).abs() / plain[0].abs() / min(bound, 1e-6)))
+        found.append(float((our_grad - plain_grad).abs().max() / plain_grad.abs().max() / bound))
+    logits = torch.randn(4, 9)
+    logits[0, 3], logits[1, 0] = float("nan"), float("inf")
+    labels = torch.tensor([3, 1, 2, 8])
+    _, counts = scored(logits.to(DEVICE), labels.to(DEVICE), True)
+    expected = scored(logits, labels)[1]
+    assert counts.cpu().isnan().tolist() == expected.isnan().tolist() == [True, False, False]
+    assert torch.equal(counts[1:].cpu(), expected[1:])
+    return found
+
+
+def test_scores_are_those_of_operators() -> None:
+    (found,) = on_ranks(1, scores_apart, fresh=True)
+    assert len(found) == 24
+    assert max(found) <= 1

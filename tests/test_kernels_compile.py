@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alexnet_dist.network.kernels import lanes, maps, pooled, units, update, windows
+from alexnet_dist.network.kernels import lanes, maps, pooled, scores, units, update, windows
 
-MODULES = (lanes, maps, pooled, units, update, windows)
+MODULES = (lanes, maps, pooled, scores, units, update, windows)
 NUMBERS = {"alpha": "fp32", "k": "fp32", "seed": "i64", "threshold": "i64"}
 WIDE = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp32", "fp64": "fp64"}
 
@@ -81,6 +81,12 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("maps_backward_kernel", layer | {"each": 4, "steps": 4}, values, 1),
         ("units_kernel", fours, values | drawn, 2),
         ("units_backward_kernel", fours | {"has_bias": True, "rows": 8}, values | drawn, 2),
+        ("ranks_kernel", {"block": 1024},
+         {"logits": narrow, "labels": "i64", "losses": wide, "ranks": "i64", "log_sums": wide}, 4),
+        ("counts_kernel", {"rows": 128},
+         {"losses": wide, "ranks": "i64", "loss": wide, "counts": "fp64"}, 4),
+        ("scores_backward_kernel", {"block": 1024},
+         {"grad": wide, "logits": narrow, "labels": "i64", "log_sums": wide, "out": narrow}, 4),
         ("masks_kernel", {"fours": 64}, drawn | {"stay": "u8"}, 2),
         ("sgd_kernel", {"block": 1024} | copy,
          weights | ({} if copy else {"narrow": narrow}), 8),

@@ -66,13 +66,18 @@ class Engine(Protocol):
         """The tensors of which every replica has a copy that must be equal to the bit."""
 
 
-def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy, and (3,) float64: it, top-1 and top-5 counts; no host sync.
 
     Args:
         logits: (n, classes).
         labels: (n,) int64.
+        fused: by a GPU's kernels.
     """
+    if fused:
+        from alexnet_dist.network.kernels import scores
+
+        return scores.scored(logits, labels)
     if logits.dtype != torch.float64:
         logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -83,9 +88,9 @@ def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
     """A step's numbers, (6,): what `scored` counted, 0, the damaged samples of the batch, 0."""
-    return F.pad(
-        torch.cat([counts, counts.new_zeros(1), batch.damaged.sum().double()[None]]), (0, 1)
-    )
+    stats = F.pad(counts, (0, 3))
+    stats[4] = batch.damaged.sum()
+    return stats
 
 
 def squared_norm(gradients: list[Tensor]) -> Tensor:

@@ -43,8 +43,8 @@ class TorchEngine:
         self.config, self.topology = config, topology
         with topology.device:
             self.model = self.place(drawn)
-        fused = kernels.fused(config.train.execution, topology.device)
-        narrow = self._narrowed() if fused else None
+        self.fused = kernels.fused(config.train.execution, topology.device)
+        narrow = self._narrowed() if self.fused else None
         parameters = self.model.named_parameters()
         self.optimizer = Optimizer(config.optimizer, parameters, self.whole_sums, narrow)
         replicas = topology.replica_group
@@ -52,7 +52,7 @@ class TorchEngine:
         alone = topology.world_size == 1 and topology.device.type == "cuda"
         self.gradients: dict[str, Tensor] = {}
         self.graphs: dict[bool, CapturedStep] | None = (
-            {} if fused and alone and config.train.execution == "graph" else None
+            {} if self.fused and alone and config.train.execution == "graph" else None
         )
 
     def train_step(
@@ -76,7 +76,7 @@ class TorchEngine:
             with self.summing(part == parts):
                 with TIMELINE.span("forward"):
                     logits = self.network(windows, slots, step)
-                    loss, counts = scored(logits, labels)
+                    loss, counts = scored(logits, labels, self.fused)
                 with TIMELINE.span("backward"):
                     (loss * (scale / self.config.train.batch)).backward()
             stats = stats + counts

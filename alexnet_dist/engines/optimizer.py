@@ -106,9 +106,9 @@ class Optimizer:
         rates: dict[Tensor, Tensor] = {}
         for group in self.optimizer.param_groups:
             numbers = (group["lr"], group["weight_decay"], self.config.momentum)
-            dtype = group["params"][0].dtype
-            one = skip.new_ones((), dtype=dtype)
-            of_group = torch.stack([(one * n).to(dtype) for n in numbers])
+            like = group["params"][0]
+            parts = [n if isinstance(n, Tensor) else like.new_full((), n) for n in numbers]
+            of_group = torch.stack([part.to(like.dtype) for part in parts])
             rates |= dict.fromkeys(group["params"], of_group)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
