@@ -21,7 +21,7 @@ from alexnet_dist.data.dataset import IMAGE_SUFFIXES, Dataset
 from alexnet_dist.data.prepare.convert import RefusedImage, convert, keeps_sizes
 from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import views
-from alexnet_dist.errors import ConfigError, DatasetError, MachineError, filled_by
+from alexnet_dist.errors import ConfigError, DatasetError, MachineError, filled_by, of_memory
 from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.model import AlexNet, side_by_side
 from alexnet_dist.network.precision import autocast, parameter_dtype
@@ -246,7 +246,7 @@ def _read(paths: Sequence[Path], keep: bool, side: int, workers: int) -> Iterato
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise MachineError(
-            "a process that reads images died (out of memory?): ask of fewer images at a time"
+            f"a process that reads images was killed{of_memory()}; ask of fewer images at a time"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -260,7 +260,8 @@ def _canvas_or_why(path: Path, keep: bool, side: int) -> Canvas | str:
 
 
 def _begin_worker(parent: int) -> None:
-    """Of a process that reads images: Ctrl-C is its parent's, and it ends when that does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of a process that reads images: stops are its parent's, and it ends when that does."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     leave_with_parent(parent)
     torch.set_num_threads(1)

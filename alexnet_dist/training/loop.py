@@ -96,7 +96,7 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(flat(config), file)
         file.flush()
-        code = spawn.start(["train", file.name], count, config.folder)
+        code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
         failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
         failed.exit_code = code

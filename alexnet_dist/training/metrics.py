@@ -164,8 +164,9 @@ class Telemetry:
             + f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
         )
         if self._terminal:
-            self._bar.set_description_str(line, refresh=False)
-            self._bar.update(steps)
+            with contextlib.suppress(OSError):  # it was closed
+                self._bar.set_description_str(line, refresh=False)
+                self._bar.update(steps)
         else:
             log.info(line)
 
@@ -221,7 +222,8 @@ class Telemetry:
         self._quarantine.close()
         self._board.close()
         if self._topology.leads:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._metrics.close()
 
     def _utilised(self, images_per_s: float) -> float | None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.errors import CheckpointError, CrashLoop, RunFolderError
+from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
 from alexnet_dist.files import read_run as read_run
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
@@ -177,6 +177,23 @@ class RunFolder:
             write_json(self.path / "run.json", self._before)
         else:
             self.report("failed", exit=code, reason=reason, known=known)
+
+    def killed(self, reason: str, attempts_before: int) -> bool:
+        """What a launcher knows of ranks that were killed, for run.json; whether that told less:
+        that it still runs, or that another rank was lost."""
+        try:
+            with (self.path / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or another has it by now
+                run = read_run(self.path)
+                ended = run.get("state") not in ("starting", "running")
+                if ended and not str(run.get("reason")).startswith(RANK_LOST):
+                    return bool(run.get("attempt", 0) == attempts_before)
+                if run.get("attempt", 0) > attempts_before:
+                    self._run = run
+                    self.report("failed", exit=1, reason=reason, known=False)
+        except (OSError, RunFolderError) as error:
+            log.warning(f"{self.path / 'run.json'} cannot say that {reason}: {error}")
+        return True
 
     def running(self, step: int, last_step: int) -> None:
         """The first step of this attempt begins."""
