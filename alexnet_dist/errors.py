@@ -151,12 +151,15 @@ _SAID = (
      "the last checkpoint"),
     (r"Failed to find C compiler|CalledProcessError.*(cuda_utils|triton)",
      f"a GPU's kernels cannot be built: {COMPILER}"),
+    (r"inline_container.*unexpected pos|PytorchStreamWriter failed writing",
+     "the file could not be written whole: make room, or name another disk"),
     (r"NVIDIA driver|CUDA driver version|libcuda\.so|no kernel image is available",
      "torch and this GPU's driver do not fit: update the driver, or install the torch that is "
      "built for it (pytorch.org); `alexnet-dist doctor` names both"),
 )  # fmt: skip
 _FAILED = {
     errno.ENOSPC: "make room, or name another disk by output_dir= or data.path=",
+    errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
     errno.EDQUOT: "make room, or name another disk by output_dir= or data.path=",
     errno.EACCES: "name a folder that is yours, by output_dir= or data.path=",
     errno.EROFS: "name a folder that can be written, by output_dir=",
@@ -181,8 +184,10 @@ def in_words(error: Exception) -> AlexNetDistError | None:
             "everything by `make venv`, and start .venv/bin/alexnet-dist"
         )
     text = " ".join(str(error).split("Exception raised from")[0].split())[:300]
-    if isinstance(error, OSError) and error.errno in _FAILED:
-        return MachineError(f"{text}: {_FAILED[error.errno]}")
+    told = re.search(r"\(os error (\d+)\)$", text)  # safetensors, by Rust
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number in _FAILED:
+        return MachineError(f"{text}: {_FAILED[number]}")
     if worker := re.search(r"DataLoader worker .* is killed by signal: (.*?)\.?(?: |$)", text):
         named = {signal.strsignal(number): number for number in signal.Signals}
         number = named.get(worker[1])

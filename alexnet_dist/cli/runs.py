@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from alexnet_dist.cli.parser import AddCommand, add_json, out, path
 from alexnet_dist.config.load import ALONE, load_config, shipped
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.errors import CheckpointError, ConfigError, printable
 from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
 
@@ -143,9 +143,11 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     rows = [row for row in report["classes"] if row["samples"]]
     rows.sort(key=lambda row: row["right"] / row["samples"])
     for row in rows[:_CLASSES]:
-        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} {row['name']}")
+        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} "
+              f"{printable(row['name'])}")  # fmt: skip
     for row in report["mistakes"][:_CLASSES]:
-        print(f"{row['samples']:8} {row['of']} taken for {row['taken_for']}")
+        names = f"{row['of']} taken for {row['taken_for']}"
+        print(f"{row['samples']:8} {printable(names)}")
     return 0
 
 

@@ -7,7 +7,6 @@ with a thousand.
 
 import base64
 import html
-import json
 import math
 import re
 import statistics
@@ -20,7 +19,7 @@ from typing import Any
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError
-from alexnet_dist.files import read_run
+from alexnet_dist.files import json_object, read_bytes, read_run, written_aside
 from alexnet_dist.reporting import figures
 from alexnet_dist.training.metrics import read_metrics
 
@@ -120,32 +119,37 @@ def report(folders: Sequence[Path], out: Path) -> str:
         parts += [*_ablations(groups, Path(aside)), *_fig1(groups, Path(aside))]
     parts += [part for run in runs for part in _pictures(run)]
     page = "\n".join(parts)
-    out.write_text(f"<!doctype html><meta charset=utf-8><title>Report</title>{_STYLE}\n{page}\n")
+    page = f"<!doctype html><meta charset=utf-8><title>Report</title>{_STYLE}\n{page}\n"
+    with written_aside(out) as aside:
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
     over = len(folders) - len(runs) - len(averaged)
     return f"{out}: {len(runs)} runs" + (f"; {over} hold no evaluated run" if over else "")
 
 
 def _read(folder: Path) -> Run | None:
     try:
-        config = load_config([json.loads((folder / "config.json").read_text())])
+        config = load_config([json_object(read_bytes(folder / "config.json"))])
         evaluated = [point for point in read_metrics(folder) if point["kind"] == "eval"]
         if not evaluated:
             return None
         views = {int(config.evaluate.views): max(evaluated, key=lambda point: float(point["top1"]))}
         for own in folder.glob("evaluation-views-*.json"):
-            found = json.loads(own.read_text())
+            found = json_object(read_bytes(own))
             known = {key: float(found[key]) for key in ("top1", "top5", "correct1", "samples")}
             views[int(own.stem.rpartition("-")[2])] = known
-    except (OSError, ValueError, KeyError, TypeError, AlexNetDistError):
+        if not all(0 <= one[top] <= 1 for one in views.values() for top in ("top1", "top5")):
+            return None
+        return Run(folder, config, views, read_run(folder).get("state") == "finished")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, AlexNetDistError):
         return None
-    return Run(folder, config, views, read_run(folder).get("state") == "finished")
 
 
 def _averaged(path: Path) -> tuple[str, Mapping[str, Any]] | None:
     """The name and content of a file that `evaluate --json` wrote of several checkpoints."""
     try:
-        found = json.loads(path.read_text())
-        several = len(found["of"]) > 1 and 0 <= found["top1"] <= 1 and 0 <= found["top5"] <= 1
+        found = json_object(read_bytes(path))
+        several = len([Path(one) for one in found["of"]]) > 1
+        several &= 0 <= found["top1"] <= 1 and 0 <= found["top5"] <= 1
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (path.stem, found) if several else None
@@ -242,7 +246,7 @@ def _fig1(groups: Mapping[str, Sequence[Run]], aside: Path) -> Iterable[str]:
 def _pictures(run: Run) -> Iterable[str]:
     try:
         drawn, colour = figures.draw(run.folder), figures.colour(run.folder)
-    except AlexNetDistError as error:
+    except (AlexNetDistError, OSError) as error:
         yield f"<h2>{html.escape(run.folder.name)}</h2><p>{html.escape(str(error))}</p>"
         return
     columns = ", ".join(f"column {i}: {value:.3f}" for i, value in enumerate(colour, start=1))

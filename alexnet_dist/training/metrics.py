@@ -7,6 +7,7 @@ are told apart from them, in lines of their own (`"kind": "speed"`).
 import contextlib
 import json
 import logging
+import math
 import os
 import statistics
 import sys
@@ -30,7 +31,7 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import printable
 from alexnet_dist.evaluation.evaluate import Score
-from alexnet_dist.files import json_object
+from alexnet_dist.files import is_count, json_object
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import chroma
@@ -41,7 +42,9 @@ from alexnet_dist.training.tensorboard import Board
 
 log = logging.getLogger("alexnet_dist")
 _TOLD = 64  # ranks; of more, each one's times are not written
-_KINDS = ("train", "eval", "speed")
+# Of a point of each kind, the numbers that are read again.
+_SCORES = ("epoch", "loss", "top1", "top5")
+_KINDS = {"train": _SCORES, "eval": (*_SCORES, "correct1", "samples"), "speed": ("images_per_s",)}
 
 
 def configure_logging(topology: Topology) -> None:
@@ -269,7 +272,7 @@ class Telemetry:
 
     def _append(self, point: Mapping[str, Any] | None) -> None:
         """To metrics.jsonl; what a full disk refuses is kept, and tried again with the next."""
-        self._unwritten += b"" if point is None else json.dumps(point).encode() + b"\n"
+        self._unwritten += b"" if point is None else _line(point)
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
@@ -312,10 +315,33 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
             point = json_object(line)
         except ValueError:
             break
-        if type(point.get("step")) is not int or point.get("kind") not in _KINDS:
+        found = {key: math.nan if value is None else value for key, value in point.items()}
+        if not _is_point(found):
             break
-        points.append(point)
+        points.append(found)
     return points
+
+
+def _is_point(found: Mapping[str, Any]) -> bool:
+    kind, step = str(found.get("kind")), found.get("step")
+    if kind not in _KINDS or type(step) is not int or not is_count(step):
+        return False
+    read = [found.get(name, "missing") for name in _KINDS[kind]]
+    read += [value for name, value in found.items() if name.startswith("chroma_")]
+    return all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in read)
+
+
+def _line(point: Mapping[str, Any]) -> bytes:
+    """A line of metrics.jsonl. JSON has no NaN, and no infinity: null stands for both."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: known(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return list(map(known, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(dict(point)), allow_nan=False).encode() + b"\n"
 
 
 def _cut(path: Path, step: int, evaluated_step: int) -> None:
@@ -325,8 +351,8 @@ def _cut(path: Path, step: int, evaluated_step: int) -> None:
     until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
     aside = path.with_name(".metrics.jsonl.writing")
-    with aside.open("w") as file:
-        file.writelines(json.dumps(point) + "\n" for point in kept)
+    with aside.open("wb") as file:
+        file.writelines(map(_line, kept))
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

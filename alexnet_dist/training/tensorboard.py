@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -51,7 +52,9 @@ class Board:
         self._dataset, self._split = dataset, dataset.splits[config.data.eval_split]
         self._writer: SummaryWriter | None = None
         if topology.leads:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+            # The folder itself, wherever it is moved: the writer opens its file by name each time.
+            self._opened = os.open(folder, os.O_PATH)
+            self._writer = SummaryWriter(f"/proc/self/fd/{self._opened}", purge_step=step + 1)
             self.draw(lambda to: _begin(to, config, schedule, step))
 
     def draw(self, draw: Callable[[SummaryWriter], None]) -> None:
@@ -110,6 +113,8 @@ class Board:
 
     def close(self) -> None:
         self.draw(lambda to: to.close())
+        if self._topology.leads:
+            os.close(self._opened)
         self._split.close()
 
     def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
