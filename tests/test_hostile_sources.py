@@ -434,9 +434,10 @@ def test_a_run_json_of_anything_is_begun_anew(content: bytes, tiny: Callable[...
              b'{"step": 2, "kind": "other"}', b'{"step": 2}'],
 )  # fmt: skip
 def test_metrics_end_where_they_are_no_points(line: bytes, tmp_path: Path) -> None:
-    sound = b'{"step": 1, "kind": "train"}\n'
+    point = {"step": 1, "kind": "train", "epoch": 0.5, "loss": 2.5, "top1": 0.5, "top5": 1.0}
+    sound = json.dumps(point).encode() + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(sound + line + b"\n" + sound)
-    assert read_metrics(tmp_path) == [{"step": 1, "kind": "train"}]
+    assert read_metrics(tmp_path) == [point]
 
 
 @pytest.mark.parametrize("state", [{}, {"score": 3}, {"score": {"top9": 1}}])
