@@ -30,8 +30,9 @@ MOST_SCANS = 64
 MOST_SEGMENTS = 1000
 MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
 # Of run.json: what is reckoned with, and left out where it is no number.
-_COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "first_started",
-           "updated", "kept_s", "rested_s")  # fmt: skip
+_COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "step", "last_step",
+           "first_started", "started", "updated", "kept_s", "rested_s", "pid")  # fmt: skip
+_WORDS = ("state", "reason", "host", "job")  # and where it is no text
 
 
 def sha256(path: Path) -> str:
@@ -80,7 +81,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise RunFolderError(cannot_be_read(path, error)) from error
-    return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
+    sound = {key: value for key, value in found.items() if key not in _COUNTS or is_count(value)}
+    return {k: v for k, v in sound.items() if k not in _WORDS or isinstance(v, str)}
 
 
 def check_trained(path: Path) -> None:
@@ -103,7 +105,8 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is a number, not negative, that can be reckoned with."""
     return type(value) in (int, float) and 0 <= value < 2**63
 
 

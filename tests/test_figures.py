@@ -114,7 +114,7 @@ def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) 
     for run, shares in {"a": [0.1, 0.8, 0.7], "b": [0.1, 0.2, 0.9], "c": [0.1, 0.2, 0.3]}.items():
         (tmp_path / run).mkdir()
         points = [
-            {"kind": "train", "step": e, "epoch": e, "top1": share}
+            {"kind": "train", "step": e, "epoch": e, "loss": 1, "top1": share, "top5": 1}
             for e, share in enumerate(shares, start=1)
         ]
         text = "".join(json.dumps(point) + "\n" for point in points)

@@ -434,9 +434,10 @@ def test_a_run_json_of_anything_is_begun_anew(content: bytes, tiny: Callable[...
              b'{"step": 2, "kind": "other"}', b'{"step": 2}'],
 )  # fmt: skip
 def test_a_line_of_metrics_that_is_no_point_costs_that_line(line: bytes, tmp_path: Path) -> None:
-    sound = b'{"step": 1, "kind": "train"}\n'
+    point = {"step": 1, "kind": "train", "epoch": 0.5, "loss": 2.5, "top1": 0.5, "top5": 1.0}
+    sound = json.dumps(point).encode() + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(sound + line + b"\n" + sound)
-    assert read_metrics(tmp_path) == [{"step": 1, "kind": "train"}] * 2
+    assert read_metrics(tmp_path) == [point] * 2
 
 
 @pytest.mark.parametrize("state", [{}, {"score": 3}, {"score": {"top9": 1}}])

@@ -532,6 +532,7 @@ def test_a_finished_run_that_is_started_again_was_not_restarted(
 
     clock = [1e9]
     monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     assert start("stopped", exit=143)["restarts"] == 0
     assert start("finished", exit=0)["restarts"] == 1
     clock[0] += 1000

@@ -333,9 +333,10 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
         telemetry.train(number, number / 10, values)
 
     step(1)
+    evaluated = {"kind": "eval", "step": 1, "epoch": 0.1, "samples": 8, "correct1": 4}
     metrics = folder.path / "metrics.jsonl"
     with metrics.open("a") as file:  # so long that the limit is no other file's
-        file.write((json.dumps({"kind": "eval", "step": 1}) + "\n") * 10_000)
+        file.write((json.dumps(values | evaluated) + "\n") * 10_000)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     with caplog.at_level(logging.WARNING):
         resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size, before[1]))

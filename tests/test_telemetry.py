@@ -318,6 +318,7 @@ def test_goodput_is_what_counts_of_all_the_time(
     assert folder.goodput() != folder.goodput()  # this process does not hold it
     now = time.time()
     monkeypatch.setattr(time, "time", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     folder.take()
     now += 50
     folder.running(0, 100)

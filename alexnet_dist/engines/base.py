@@ -139,6 +139,32 @@ def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors 
         )
 
 
+def check_values(parameters: WholeTensors, optimizer: WholeTensors) -> None:
+    """Raises CheckpointError where a tensor holds what no run writes, so that training on would go
+    wrong in silence: all of them are read."""
+    dtypes: dict[str, torch.dtype] = {}
+    for file in (parameters, optimizer):
+        for name in file.shapes():
+            values = file.rows(name, slice(None))
+            kind, _, of = name.rpartition("/")
+            dtypes[name] = values.dtype
+            wanted = torch.float32 if kind == "step" else dtypes.get(of, values.dtype)
+            if values.dtype != wanted:
+                wrong = f"is {values.dtype}, and a run writes {wanted}"
+            elif not values.isfinite().all():
+                wrong = "is not finite"
+            elif kind in ("step", "exp_avg_sq") and (values < 0).any():
+                wrong = "is negative"
+            elif kind == "step" and (values != values.floor()).any():
+                wrong = "is no whole number"
+            else:
+                continue
+            raise CheckpointError(
+                f"{file}: {name} {wrong}: restore this checkpoint, or move it out of the run "
+                "folder to go on from the one before"
+            )
+
+
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     """(n,) how many classes are ranked before each label: ties to the lower index, NaN last.
 

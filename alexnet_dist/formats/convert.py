@@ -83,11 +83,14 @@ def import_weights(
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds {tensor.dtype}: save it as float32")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite: take weights of an earlier step")
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
     if mean is not None:
         out.mkdir(parents=True, exist_ok=True)
-        np.save(out / "mean.npy", mean_image)
+        with written_aside(out / "mean.npy") as aside, aside.open("wb") as file:
+            np.save(file, mean_image)
     return checkpoints.save(out / "checkpoints", config, "imported", whole, {}, progress, None)
 
 

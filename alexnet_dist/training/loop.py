@@ -21,7 +21,7 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.engines.base import Engine, on_host
+from alexnet_dist.engines.base import Engine, check_values, on_host
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import (
@@ -99,7 +99,7 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(flat(config), file)
         file.flush()
-        code = spawn.start(["train", file.name], count, config.folder)
+        code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
         failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
         failed.exit_code = code
@@ -287,6 +287,7 @@ def _resume(
                     f"the run in {folder.path} is at step {found.step}: raise it, or give another "
                     "name="
                 )
+            check_values(found.parameters(), found.optimizer())
         path = checkpoints.settle(folder.checkpoints, found, wrong)
         folder.begins_at(0 if found is None else found.step)
         folder.save_config()

@@ -7,6 +7,7 @@ are told apart from them, in lines of their own (`"kind": "speed"`).
 import contextlib
 import json
 import logging
+import math
 import os
 import statistics
 import sys
@@ -30,7 +31,7 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import printable
 from alexnet_dist.evaluation.evaluate import Score
-from alexnet_dist.files import json_object
+from alexnet_dist.files import is_count, json_object
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import chroma
@@ -42,7 +43,9 @@ from alexnet_dist.training.tensorboard import Board
 
 log = logging.getLogger("alexnet_dist")
 _TOLD = 64  # ranks; of more, each one's times are not written
-_KINDS = ("train", "eval", "speed")
+# Of a point of each kind, the numbers that are read again.
+_SCORES = ("epoch", "loss", "top1", "top5")
+_KINDS = {"train": _SCORES, "eval": (*_SCORES, "correct1", "samples"), "speed": ("images_per_s",)}
 
 
 def configure_logging(topology: Topology) -> None:
@@ -168,8 +171,9 @@ class Telemetry:
             + f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
         )
         if self._terminal:
-            self._bar.set_description_str(line, refresh=False)
-            self._bar.update(steps)
+            with contextlib.suppress(OSError):  # it was closed
+                self._bar.set_description_str(line, refresh=False)
+                self._bar.update(steps)
         else:
             log.info(line)
 
@@ -232,7 +236,8 @@ class Telemetry:
         self._board.close()
         loggers.close(self._loggers, self._finished)
         if self._topology.leads:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._metrics.close()
 
     def _utilised(self, images_per_s: float) -> float | None:
@@ -283,7 +288,7 @@ class Telemetry:
 
     def _append(self, point: Mapping[str, Any] | None) -> None:
         """To metrics.jsonl; what a full disk refuses is kept, and tried again with the next."""
-        self._unwritten += b"" if point is None else json.dumps(point).encode() + b"\n"
+        self._unwritten += b"" if point is None else _line(point)
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
@@ -339,9 +344,32 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for line in (folder / "metrics.jsonl").read_bytes().splitlines():
         with contextlib.suppress(ValueError):
             point = json_object(line)
-            if type(point.get("step")) is int and point.get("kind") in _KINDS:
-                points.append(point)
+            found = {key: math.nan if value is None else value for key, value in point.items()}
+            if _is_point(found):
+                points.append(found)
     return points
+
+
+def _is_point(found: Mapping[str, Any]) -> bool:
+    kind, step = str(found.get("kind")), found.get("step")
+    if kind not in _KINDS or type(step) is not int or not is_count(step):
+        return False
+    read = [found.get(name, "missing") for name in _KINDS[kind]]
+    read += [value for name, value in found.items() if name.startswith("chroma_")]
+    return all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in read)
+
+
+def _line(point: Mapping[str, Any]) -> bytes:
+    """A line of metrics.jsonl. JSON has no NaN, and no infinity: null stands for both."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: known(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return list(map(known, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(dict(point)), allow_nan=False).encode() + b"\n"
 
 
 def _cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
@@ -351,8 +379,8 @@ def _cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
     until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
     aside = path.with_name(".metrics.jsonl.writing")
-    with aside.open("w") as file:
-        file.writelines(json.dumps(point) + "\n" for point in kept)
+    with aside.open("wb") as file:
+        file.writelines(map(_line, kept))
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)

@@ -30,7 +30,7 @@ from alexnet_dist.data.prepare.folders import folder, imagenette, tiny_imagenet
 from alexnet_dist.data.prepare.merge import merge, write_lines
 from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, of_memory
 from alexnet_dist.files import sync
 from alexnet_dist.parallel.device import cores
 
@@ -241,8 +241,8 @@ def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise DatasetError(
-                "a process that packs images died (out of memory?): the same command goes on, with "
-                "fewer --workers if need be"
+                f"a process that packs images was killed{of_memory()}; the same command "
+                "goes on, with fewer --workers if need be"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -251,8 +251,9 @@ def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple
 
 
 def _begin_worker(parent: int) -> None:
-    """Of a process that writes shards: Ctrl-C is its parent's, and it ends when that does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of a process that writes shards: stops are its parent's, and it ends when that does."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     set_parent_death_signal = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that was said
