@@ -22,6 +22,7 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
+from alexnet_dist.files import written_aside
 from alexnet_dist.network.model import side_by_side
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel.stop_signals import StopSignals
@@ -126,7 +127,7 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Every prediction, as .npz: probabilities, labels, predicted, confusion, classes."""
-        with path.open("wb") as file:
+        with written_aside(path) as aside, aside.open("wb") as file:
             np.savez(
                 file,
                 probabilities=self.probabilities.numpy(),
