@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from alexnet_dist.config.from_data import LEAVES
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName, flat
 from launch.cluster import Cluster
@@ -34,9 +35,8 @@ and ~ is the home folder in every path. `alexnet-dist configs` lists what is shi
 def reference() -> str:
     """The text of docs/configuration.md."""
     asked = {f"cluster.{key}": value for key, value in vars(Cluster()).items()}
-    return HEAD + "".join(
-        (*_section(Config, "", flat(load_config([]))), *_section(Cluster, "cluster.", asked))
-    )
+    values = flat(load_config([])) | LEAVES
+    return HEAD + "".join((*_section(Config, "", values), *_section(Cluster, "cluster.", asked)))
 
 
 def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from alexnet_dist.parallel import spawn
 
 
 def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
-    source = made.image_folder(tmp_path / "source", 6, 2, (200, 150))
+    source = made.image_folder(tmp_path / "source", 6, 2, (360, 264))
     few = ["data.workers=1", "train.batch=16", "layout.device=cpu"]
     result = alexnet_dist(
         "bench", "data", str(source), *few, "--images", "32", "--repeats", "1", "--json"

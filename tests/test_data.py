@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import tarfile
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SAMPLE, alexnet_dist, as_overrides, assert_close, write_idx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.io import encode_jpeg
 
 import alexnet_dist as package_of_ours
 import launch
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.from_data import NO_SPLIT
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -323,6 +326,43 @@ def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:
         open_for(tiny("model.classes=7"))
     with pytest.raises(ConfigError, match=r"eval_split='val': .* the splits train, test"):
         open_for(tiny("data.eval_split=val"))
+
+
+LEFT = ("model.classes=0", "data.eval_split=auto")
+
+
+def test_classes_and_the_evaluation_split_follow_the_data(
+    tiny: Callable[..., Config], packed: Path, tmp_path: Path
+) -> None:
+    assert load_config([]) == load_config(["model.classes=1000", "data.eval_split=val"])
+    followed = load_config(["demo", f"data.path={packed}"])
+    assert (followed.model.classes, followed.data.eval_split) == (10, "test")
+    # Recorded as if it had been typed: the run, and its checkpoints' fingerprint, are the same.
+    assert fingerprint(tiny(*LEFT)) == fingerprint(tiny())
+    # What is said is not changed; no split is taken that is trained on, empty or not there.
+    assert tiny(*LEFT, "model.classes=7").model.classes == 7
+    assert tiny(*LEFT, "data.eval_split=train").data.eval_split == "train"
+    assert tiny(*LEFT, "data.train_split=test").data.eval_split == NO_SPLIT
+    meta = json.loads((packed / "dataset.json").read_text())
+    for splits, taken in (
+        ({"val": {"samples": 1}, "test": {"samples": 1}}, "val"),
+        ({"val": {"samples": 0}, "test": {"samples": 1}}, "test"),
+        ({"test": {"samples": 0}}, NO_SPLIT),
+    ):
+        (tmp_path / "dataset.json").write_text(json.dumps(meta | {"splits": splits}))
+        assert tiny(*LEFT, f"data.path={tmp_path}").data.eval_split == taken
+    (tmp_path / "dataset.json").write_text(json.dumps(meta | {"classes": ["cat"]}))
+    with pytest.raises(ConfigError, match=r"dataset\.json: model\.classes=1: there is nothing to"):
+        tiny(*LEFT, f"data.path={tmp_path}")
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary() | st.sampled_from([b"{}", b'{"splits": []}', b'{"splits": {"val": 3}}']))
+def test_a_description_that_is_none_leaves_the_papers_values(content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "dataset.json").write_bytes(content)
+        config = load_config([f"data.path={folder}"])
+        assert (config.model.classes, config.data.eval_split) == (1000, "val")
 
 
 # --- the stream

@@ -213,7 +213,8 @@ def test_your_own_images_to_the_end(place: Path) -> None:
     assert found["kernels"].shape == (8, 3, 11, 11)
     (mine,) = blocks(ROOT / "docs/own-data.md", "yaml")
     (place / "mine.yaml").write_text(mine)
-    assert load_config(["demo", place / "mine.yaml"]).model.classes == 3
+    followed = load_config(["demo", place / "mine.yaml"])
+    assert (followed.model.classes, followed.data.eval_split) == (3, "val")
 
 
 def test_the_source_that_is_shown_packs(place: Path) -> None:

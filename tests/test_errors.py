@@ -348,7 +348,9 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
     run = tmp_path / "runs" / "mine"
     data = f"data.path={packed}"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.json").write_text(json.dumps({"data": {"path": str(packed)}}))
+    (run / "config.json").write_text(
+        json.dumps({"data": {"path": str(packed)}, "model": {"classes": 9}})
+    )
     cases = [
         (["train", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
         (["train", "demo", data, "model.classes=9"], 2, "train a new network on it with model.cl"),
@@ -357,7 +359,7 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["train", "demo", "lr=1"], 2, "did you mean schedule.rate?"),
         (["evaluate", "runs/no"], 1, "runs/no is neither a run folder nor a checkpoint in "),
         (["evaluate", str(run), "data.eval_split=vla"], 2, "has the splits train, test"),
-        (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=1000"),
+        (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=9"),
         (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
         (["figures", "runs/no"], 1, "neither a run folder"),
         (["export", "runs/no", "a.pth", "--format", "torchvision"], 1, "neither a run folder"),

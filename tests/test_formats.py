@@ -222,7 +222,7 @@ def test_onnx_says_how_windows_are_made_and_what_logits_are_of(
     assert json.loads(told["classes"])[-1] == "Ankle boot"
     assert json.loads(told["preprocessing"]) == {
         "channels": "RGB", "canvas": 72, "crop": 67, "divide_by": [2, 3, 4], "stored": None,
-        "mean_shape": [72, 72, 3],
+        "enlarge": False, "mean_shape": [72, 72, 3],
     }  # fmt: skip
     mean = np.frombuffer(base64.b64decode(told["mean"]), "<f4").reshape(72, 72, 3)
     expected = on_canvas(torch.from_numpy(statistics.mean_image).movedim(-1, 0), 72)

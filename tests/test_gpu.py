@@ -176,7 +176,7 @@ def test_an_update_by_zero_on_two_gpus_is_the_oracles(
 @pytest.mark.parametrize("keep", [False, True])
 def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views: int) -> None:
     """Decoded by nvJPEG: within half a grey level in the mean; drawn and finished alike."""
-    prepare("folder", made.image_folder(tmp_path / "source", 8, 6), tmp_path / "data",
+    prepare("folder", made.image_folder(tmp_path / "source", 8, 6, (360, 264)), tmp_path / "data",
             Options(keep=keep))  # fmt: skip
     shared = [*TINY, "model.classes=3", "model.crop=227", "data.canvas=256", "data.eval_split=val",
               f"data.path={tmp_path / 'data'}", "layout.kind=one", "train.precision=fp32",

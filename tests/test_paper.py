@@ -249,7 +249,8 @@ def test_cifar10s_test_images_are_split_as_the_review_does(tmp_path: Path) -> No
         assert [bytes(split.read(i)) for i in range(len(places))] == [
             bytes(whole.read(i)) for i in places
         ]
-    with pytest.raises(DatasetError, match=r"--validation 0\.2: it cuts CIFAR-10's"):
-        prepare("folder", tmp_path, tmp_path / "no", Options(validation=0.2))
+    for kind, share in (("imagenet", 0.2), ("cifar10", 1.5)):
+        with pytest.raises(DatasetError, match=rf"--validation {share}: a share between 0 and 1, "):
+            prepare(kind, tmp_path / "cifar", tmp_path / "no", Options(validation=share))
     with pytest.raises(DatasetError, match=r"--validation 0\.001"):
         prepare("cifar10", tmp_path / "cifar", tmp_path / "no", Options(validation=0.001))

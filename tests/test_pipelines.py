@@ -41,7 +41,7 @@ PIPELINES = ("torch", "dali")
 def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same colour photographs as stored: at 256 × 256, and as they came."""
     root = tmp_path_factory.mktemp("stored")
-    source = made.image_folder(root / "source", 12, 5, (150, 110))
+    source = made.image_folder(root / "source", 12, 5, (360, 264))
     found = {}
     for name, keep in (("256", False), ("kept", True)):
         prepare("folder", source, root / name, Options(keep=keep))

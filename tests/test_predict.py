@@ -104,7 +104,9 @@ def test_features_are_what_layers_make(own: Trained) -> None:
     assert_close(logits.softmax(1), torch.stack([p.probabilities for p in one]), 1e-6)
 
     weight, bias = (own.model.get_parameter(f"conv1.{kind}") for kind in ("weight", "bias"))
-    canvases = [torch.from_numpy(predict.canvas_of(file, keep=False, side=72)) for file in files]
+    canvases = [
+        torch.from_numpy(predict.canvas_of(file, (False, False), side=72)) for file in files
+    ]
     windows = torch.cat([own.windows(canvas.movedim(-1, 0)) for canvas in canvases])
     expected = F.relu(F.conv2d(windows, weight, bias, 4)).detach()
     assert_close(own.features(files, "conv1"), expected, 1e-5)

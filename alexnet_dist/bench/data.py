@@ -49,8 +49,8 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
             out = Path(scratch) / name
             prepare("folder", folder, out, Options(keep=keep))
             packed[name] = open_dataset(out)
-        classes = len(packed["256"].classes)
-        config = load_config(["layout.kind=one", f"model.classes={classes}", *overrides])
+        data = f"data.path={packed['256'].folder}"
+        config = load_config(["layout.kind=one", data, *overrides])
         topology = connect(config)
         workers = config.data.workers or torch.get_num_threads()
         passes: dict[str, Pass] = {

@@ -14,6 +14,7 @@ from typing import Any
 from alexnet_dist.bench import in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
@@ -36,7 +37,9 @@ def contestant(name: str, config: Config) -> Work:
         return lambda: 0.0
     engine = make_engine(config, topology)
     evaluates = name.startswith("ten views")
-    split = config.data.eval_split if evaluates else config.data.train_split
+    split = config.data.train_split
+    if evaluates and config.data.eval_split != NO_SPLIT:
+        split = config.data.eval_split
     pipeline, count = make_pipeline(config, topology, dataset, split), len(dataset.splits[split])
     size = min(_IMAGES, count) if evaluates else config.train.batch
     if evaluates:

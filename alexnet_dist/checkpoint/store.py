@@ -276,17 +276,20 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
 
 
 def best(folder: Path) -> Checkpoint:
-    """The good checkpoint with the lowest validation error, the earliest of equals."""
+    """The good checkpoint with the lowest validation error, the earliest of equals; the newest
+    where none was evaluated."""
     found = []
     for path in steps(folder):
         with contextlib.suppress(Damaged):  # a manifest that is cannot be the best
-            found.append((_error_of(path), path))
-    for _, path in sorted((error, path) for error, path in found if error is not None):
+            error = _error_of(path)
+            order = (0, error, path) if error is not None else (1, -step_of(path), path)
+            found.append(order)
+    for *_, path in sorted(found):
         try:
             return verify(path)
         except Damaged as error:
             log.warning(f"not used: {error}")
-    raise CheckpointError(f"{folder}: no good checkpoint has a validation error")
+    raise CheckpointError(f"{folder}: none of its checkpoints is good")
 
 
 def at(path: Path) -> Checkpoint:

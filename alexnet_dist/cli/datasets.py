@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, add_json, part, path, picture
 
+_SOURCES = ("imagenet", "folder", "tiny_imagenet", "imagenette", "cifar10", "fashion_mnist")
+
 
 def add(command: AddCommand) -> None:
     """Add these commands."""
@@ -13,18 +15,25 @@ def add(command: AddCommand) -> None:
         "prepare", prepare, "turn a source of images into a packed data set",
         (
             "alexnet-dist prepare folder my-images data/mine       # train/CLASS/*, val/CLASS/*",
+            "alexnet-dist prepare folder my-images data/mine --validation 0.1    # CLASS/*",
             "alexnet-dist prepare fashion_mnist configs/fashion-mnist-sample data/demo",
             "alexnet-dist prepare imagenet ilsvrc2012 data/imagenet --workers 16",
         ),
     )  # fmt: skip
-    sub.add_argument("source", choices=("imagenet", "folder", "cifar10", "fashion_mnist"))
+    sub.add_argument("source", choices=_SOURCES)
     sub.add_argument(
-        "path", type=path, nargs="?", help="folder of the source's files; fashion_mnist: Debian's"
-    )
+        "path", type=path, nargs="?",
+        help="folder or archive of the source's files; fashion_mnist: Debian's",
+    )  # fmt: skip
     sub.add_argument("out", type=path, help="folder to make")
-    sub.add_argument("--keep", action="store_true", help="images keep their size; else 256 × 256")
     sub.add_argument(
-        "--max-bad", type=float, default=0.001, metavar="SHARE", help="images that may be refused"
+        "--keep", action="store_true", help="images keep their size; else large ones are 256 × 256"
+    )
+    sub.add_argument(
+        "--max-bad",
+        type=float,
+        metavar="SHARE",
+        help="images that may be refused; else 0.001, or 3 of a small source",
     )
     sub.add_argument("--workers", type=int, default=0, help="processes; 0: the cores")
     sub.add_argument(
@@ -32,7 +41,7 @@ def add(command: AddCommand) -> None:
     )
     sub.add_argument(
         "--validation", type=float, default=0.0, metavar="SHARE",
-        help="cifar10: of the test images, a stratified share to validate on",
+        help="of cifar10's test images, or a folder's training images, to validate on",
     )  # fmt: skip
 
     sub = command(

@@ -82,16 +82,19 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     outcome = loop.train(config, signals)
     if not outcome.leads:
         return outcome.exit
-    if outcome.score is None:
+    if outcome.exit:
         print(f"{config.folder}: stopped at step {outcome.step}, saved; the same command continues")
         return outcome.exit
     best = store.best(config.folder / "checkpoints")
-    print(f"{config.folder}: done, {outcome.step} steps; {_words(outcome.score)}")
-    print(f"best checkpoint: {best.path}")
+    score = outcome.score
+    words = _words(score) if score else "not scored"
+    print(f"{config.folder}: done, {outcome.step} steps; {words}")
+    print(f"{'best' if score else 'last'} checkpoint: {best.path}")
     with Unharmed("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
-    print(f"next: alexnet-dist evaluate {config.folder} --views 10")
+    if score:
+        print(f"next: alexnet-dist evaluate {config.folder} --views 10")
     return outcome.exit
 
 

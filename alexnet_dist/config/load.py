@@ -20,6 +20,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alexnet_dist.config.from_data import follow_data
 from alexnet_dist.config.rules import check_combinations
 from alexnet_dist.config.schema import Config, Key, keys
 from alexnet_dist.errors import ConfigError
@@ -79,6 +80,8 @@ class Typed(str):
 def load_config(sources: Source | Sequence[Source]) -> Config:
     """The config of `base.yaml`, then each source in order.
 
+    What they leave to the data set (`from_data.py`) is filled in from it.
+
     A source is a file, the name of a shipped file, a `key=value`, or a mapping of dotted keys; one
     alone needs no list.
 
@@ -97,6 +100,7 @@ def load_config(sources: Source | Sequence[Source]) -> Config:
             raise ConfigError(
                 f"{dotted}: no value; configs/base.yaml must hold every key: reinstall"
             )
+    follow_data(values, origin)
     config = build(values)
     check_combinations(config, origin)
     return config

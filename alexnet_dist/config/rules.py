@@ -49,6 +49,11 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         for key, length in spread.items()
     ]  # fmt: skip
     rules += [
+        (
+            "model.classes",
+            model.classes >= 2,
+            "there is nothing to tell apart: a network needs images of two classes or more",
+        ),
         ("model.exchange", "conv1" not in model.exchange, "conv1 sees the image: leave it out"),
         (
             "model.pool_average",

@@ -76,7 +76,9 @@ class ModelConfig:
     exchange: Annotated[
         tuple[LayerName, ...], Key("layers that see both columns; the others see their own")
     ]
-    classes: Annotated[int, Key("classes of the data set", ge=2)]
+    classes: Annotated[
+        int, Key("classes of the data set; 0 = as many as it has, 1000 before it is there", ge=0)
+    ]
     crop: Annotated[int, Key("side of the window conv1 sees, pixels", ge=8)]
     conv: Annotated[tuple[int, ...], Key("maps of conv1, conv2, …, all columns together", ge=1)]
     kernel: Annotated[tuple[int, ...], Key("side of their kernels, pixels", ge=1)]
@@ -140,7 +142,9 @@ class DataConfig:
         str, Key("packed data set, made by `alexnet-dist prepare`", free=True, path=True)
     ]
     train_split: Annotated[str, Key("split to train on")]
-    eval_split: Annotated[str, Key("split to evaluate on")]
+    eval_split: Annotated[
+        str, Key("split to evaluate on; auto: val, else test, where there is one; none: do not")
+    ]
     pipeline: Annotated[
         Literal["torch", "dali"],
         Key("who decodes: torchvision in threads, or DALI (nvJPEG on a GPU)", free=True),

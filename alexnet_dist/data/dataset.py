@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.header import size_of
@@ -41,6 +42,11 @@ INDEX = np.dtype(
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+# Names of folders of a split's images, in any case.
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
 _LOOKED_AT = 10_000  # names, to tell a folder of images from others
 log = logging.getLogger(__name__)
 
@@ -231,12 +237,15 @@ def _missing(folder: Path) -> DatasetError:
     ever to be removed."""
     path = folder / "dataset.json"
     if images := _images_in(folder):
-        root = next((p.parent for p in (folder, *folder.parents) if p.name == "train"), folder)
+        above = (folder, *folder.parents)
+        root = next((p.parent for p in above if _split_of(p) == "train"), folder)
         root = root if root.name else root.resolve()
-        line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])
+        line = ["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"]
+        if not {"val", "test"} & {_split_of(p) for p in root.iterdir()}:
+            line += ["--validation", "0.1"]
         return DatasetError(
             f"{folder}{looked_in(folder)}: these are images ({images}), not a packed data set: "
-            f"pack them with `{line}`, where they lie in train/CLASS/ and val/CLASS/, and set "
+            f"pack them with `{shlex.join(line)}`, where each class has its own folder, and set "
             f"data.path={root}-packed"
         )
     demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
@@ -246,6 +255,10 @@ def _missing(folder: Path) -> DatasetError:
         f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
         f"{source} {out}, or set data.path to where it lies"
     )
+
+
+def _split_of(path: Path) -> str | None:
+    return SPLIT_FOLDERS.get(path.name.lower())
 
 
 def _images_in(folder: Path) -> str:
@@ -299,6 +312,8 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
         ("data.train_split", config.data.train_split),
         ("data.eval_split", config.data.eval_split),
     ):
+        if key == "data.eval_split" and name == NO_SPLIT:
+            continue
         if name not in dataset.splits:
             raise ConfigError(
                 f"{key}={name!r}: {dataset.folder} has the splits {', '.join(dataset.splits)}"
@@ -336,6 +351,17 @@ def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:
             "say where it lies, --data FOLDER; from Python load_checkpoint(path, data=FOLDER)"
         )
     return open_for(config, trained)
+
+
+def evaluation_split(config: Config, dataset: Dataset) -> Split:
+    """The split a network is scored on; raises ConfigError where the config names none."""
+    if config.data.eval_split == NO_SPLIT:
+        raise ConfigError(
+            f"data.eval_split={NO_SPLIT}: there is nothing to score on: name one of "
+            f"{dataset.folder}'s splits, {', '.join(dataset.splits)}, or another data.path= with "
+            "data.eval_split=auto"
+        )
+    return dataset.splits[config.data.eval_split]
 
 
 def check_damaged(config: Config, split: Split, damaged: int) -> None:

@@ -14,7 +14,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
-from alexnet_dist.data.dataset import Dataset, check_damaged, open_for
+from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
@@ -278,7 +278,7 @@ def _probabilities(
     The label of a damaged sample is −1. Every rank goes through as many batches, of any size, even
     none.
     """
-    total, size = len(dataset.splits[config.data.eval_split]), config.evaluate.batch
+    total, size = len(evaluation_split(config, dataset)), config.evaluate.batch
     wholes = [range(start, min(start + size, total)) for start in range(0, total, size)]
     shares = [topology.shares(whole) for whole in wholes]
     mine = [parts[topology.column] for parts in shares]
@@ -319,6 +319,6 @@ def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:
 def _score(totals: Tensor, config: Config, dataset: Dataset) -> Score:
     """The score of `_counted` over the split; raises DatasetError where too much is damaged."""
     samples, loss, correct1, correct5 = totals.tolist()
-    split = dataset.splits[config.data.eval_split]
+    split = evaluation_split(config, dataset)
     check_damaged(config, split, len(split) - int(samples))
     return Score(int(samples), int(correct1), int(correct5), loss / samples)

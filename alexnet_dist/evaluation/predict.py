@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import IMAGE_SUFFIXES, Dataset
-from alexnet_dist.data.prepare.convert import RefusedImage, convert, keeps_sizes
+from alexnet_dist.data.prepare.convert import RefusedImage, as_packed, convert
 from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import ConfigError, DatasetError, MachineError, filled_by
@@ -166,11 +166,11 @@ def windows_of(config: Config, finish: Finish, canvases: Tensor) -> Tensor:
     return finish(canvases, corners.expand(n, v, 2).contiguous(), flips.repeat(n, 1), unlit)
 
 
-def canvas_of(path: Path, keep: bool, side: int) -> Canvas:
+def canvas_of(path: Path, how: tuple[bool, bool], side: int) -> Canvas:
     """(side, side, 3) of an image file, read as `prepare` reads it; raises RefusedImage.
 
     Args:
-        keep: as `convert` has it.
+        how: `convert`'s `keep` and `enlarge`.
     """
     if not path.is_file():
         raise RefusedImage("a folder, device or pipe" if path.exists() else "there is no such file")
@@ -181,7 +181,7 @@ def canvas_of(path: Path, keep: bool, side: int) -> Canvas:
     except ValueError as error:
         raise RefusedImage(f"{error}") from error
     with filled_by(str(path)):
-        image = on_canvas(convert(content, keep).image, side)
+        image = on_canvas(convert(content, *how).image, side)
     canvas: Canvas = image.expand(3, -1, -1).movedim(0, -1).contiguous().numpy()
     return canvas
 
@@ -216,7 +216,7 @@ def _batches(
     dtype = parameter_dtype(config.train.precision)
     finish = Finish(config, dataset.statistics, device, dtype)
     side, size = config.data.canvas, config.evaluate.batch
-    read = _read(paths, keeps_sizes(dataset), side, workers)
+    read = _read(paths, as_packed(dataset), side, workers)
     for first in range(0, len(paths), size):
         part, canvases = [], [np.empty((0, side, side, 3), np.uint8)]
         for path in paths[first : first + size]:
@@ -228,18 +228,20 @@ def _batches(
         yield part, windows_of(config, finish, whole)
 
 
-def _read(paths: Sequence[Path], keep: bool, side: int, workers: int) -> Iterator[Canvas | str]:
+def _read(
+    paths: Sequence[Path], how: tuple[bool, bool], side: int, workers: int
+) -> Iterator[Canvas | str]:
     """The canvas of each file, or why there is none, by as many processes."""
     workers = min(workers, len(paths) // WORTH_A_PROCESS)
     if workers <= 1:
-        yield from (_canvas_or_why(path, keep, side) for path in paths)
+        yield from (_canvas_or_why(path, how, side) for path in paths)
         return
     ahead: deque[Future[Canvas | str]] = deque()
     # Spawned, since forking a process that has threads can hang.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),))
     try:
         for path in paths:
-            ahead.append(pool.submit(_canvas_or_why, path, keep, side))
+            ahead.append(pool.submit(_canvas_or_why, path, how, side))
             if len(ahead) > workers * _AHEAD:
                 yield ahead.popleft().result()
         while ahead:
@@ -252,9 +254,9 @@ def _read(paths: Sequence[Path], keep: bool, side: int, workers: int) -> Iterato
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _canvas_or_why(path: Path, keep: bool, side: int) -> Canvas | str:
+def _canvas_or_why(path: Path, how: tuple[bool, bool], side: int) -> Canvas | str:
     try:
-        return canvas_of(path, keep, side)
+        return canvas_of(path, how, side)
     except RefusedImage as error:
         return " ".join(f"{error}".split())[:300] or "it cannot be read"
 

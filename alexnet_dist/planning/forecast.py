@@ -11,7 +11,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.errors import AlexNetDistError, ConfigError
+from alexnet_dist.errors import ConfigError, DatasetError, printable
 from alexnet_dist.parallel.device import cores, cpu_flags
 from alexnet_dist.planning.cost_model import CORE_DECODES, MACHINES, Cluster, Machine, predict
 from alexnet_dist.training.metrics import read_metrics
@@ -52,7 +52,7 @@ def forecast(planned: Mapping[str, Any], config: Config, at: Cluster) -> dict[st
         peak = place["memory"]["peak"]
         if machine.capacity and peak > machine.capacity:
             found[kind]["too_large"] = f"{peak / 1e9:.1f} GB of {machine.capacity / 1e9:.0f}"
-    images, source = _images(config)
+    images, source, missing = _images(config)
     for one in found.values():
         one["hours"] = config.train.epochs * images / one["images_per_s"] / 3600
     best = recommended(found)
@@ -62,6 +62,7 @@ def forecast(planned: Mapping[str, Any], config: Config, at: Cluster) -> dict[st
                     "nodes": at.nodes},
         "images_per_epoch": images,
         "images_source": source,
+        "data_missing": missing,
         "epochs": config.train.epochs,
         "predicted": found,
         "recommended": best,
@@ -96,12 +97,15 @@ def schedule(config: Config, images: int, points: int = 60) -> list[tuple[float,
     return found
 
 
-def _images(config: Config) -> tuple[int, str]:
-    """Training images of an epoch, and whose number that is."""
+def _images(config: Config) -> tuple[int, str, str]:
+    """Training images of an epoch, whose number that is, and why it is not the data set's own.
+
+    Raises ConfigError where a config and its data do not agree.
+    """
     try:
-        return len(open_for(config).splits[config.data.train_split]), config.data.path
-    except (AlexNetDistError, OSError):
-        return _ILSVRC_2012, f"ILSVRC-2012's: {config.data.path} is no data set here"
+        return len(open_for(config).splits[config.data.train_split]), config.data.path, ""
+    except DatasetError as error:
+        return _ILSVRC_2012, f"ILSVRC-2012's: {config.data.path} is no data set here", f"{error}"
 
 
 def _measured(
@@ -164,6 +168,8 @@ def lines(told: Mapping[str, Any], own: str) -> list[str]:
         f"{decode['host_cores']:.1f} host cores of about {decode['host_cores_there']:g}"
         + (f", or {decode['gpus']:.1f} GPUs' JPEG decoders" if decode["gpus"] else "")
     )
+    if told["data_missing"]:
+        text.append(f"no data set: {printable(told['data_missing'])}")
     text += ["", *plot(told["schedule"])]
     if run := told["measured"]:
         text += [

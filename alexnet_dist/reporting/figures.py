@@ -17,7 +17,7 @@ from torch import Tensor
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
-from alexnet_dist.data.dataset import Split, open_for
+from alexnet_dist.data.dataset import Split, evaluation_split, open_for
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, looked_in
 from alexnet_dist.evaluation.evaluate import seen
@@ -73,7 +73,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     def see(split: str, samples: range) -> tuple[Tensor, Tensor]:
         return seen(engine, config, topology, dataset, split, samples)
 
-    shown = dataset.splits[config.data.eval_split]
+    shown = evaluation_split(config, dataset)
     samples = evenly(len(shown), ANSWERED)
     features, logits = see(config.data.eval_split, samples)
     _write(answered(shown, samples, dataset.classes, logits, config), out / "fig4-left.png")

@@ -15,6 +15,7 @@ from torch import Tensor
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint import warm_start
 from alexnet_dist.checkpoint.writer import Saver
+from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
@@ -54,7 +55,7 @@ class Outcome:
     Attributes:
         exit: 0 when it reached its end, else the code of the signal that stopped it.
         step: optimiser steps done.
-        score: of the evaluation at the end; None where the run was stopped.
+        score: of the evaluation at the end; None where the run was stopped, or evaluates nothing.
         leads: whether this process is the one that prints.
     """
 
@@ -205,7 +206,7 @@ def _run(
                     telemetry.evaluation(step, epoch, score, engine)
                     to_draw = True
 
-            finished = progress.evaluated_step == schedule.last_step
+            finished = progress.finished(config, schedule)
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
             if (due or new_best or stop or finished) and saved != (step, progress.evaluated_step):
@@ -337,6 +338,11 @@ def _opening(
     begins = f"continues at step {progress.step}" if progress.step else "begins"
     parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
     rank = max(map(len, topology.shares(range(config.train.batch))))
+    unscored = ""
+    if config.data.eval_split == NO_SPLIT:
+        unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept\n"
+        if config.schedule.kind == "plateau":
+            unscored = unscored[:-1] + ", and the rate of schedule.kind=plateau never falls\n"
     return (
         f"{folder.path} {begins} of {schedule.last_step}: {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
@@ -344,5 +350,5 @@ def _opening(
         f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "
         f"{parts} micro-batch(es) of {replica // parts}; "
         f"{samples} training images of {config.data.path}\n"
-        f"watch: tensorboard --logdir {config.output_dir} --host localhost"
+        f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"
     )

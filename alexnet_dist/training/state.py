@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import Split, check_damaged
@@ -68,10 +69,17 @@ class Progress:
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
         """Whether the step just made is followed by an evaluation: every so often, and at the end;
         not shortly before the end too, which would score the same network twice."""
+        if config.data.eval_split == NO_SPLIT:
+            return False
         step, every = self.step, config.evaluate.every_epochs * schedule.steps_per_epoch
         crossed = step // every > (step - 1) // every
         at_end, near_end = step == schedule.last_step, schedule.last_step - step < every / 10
         return self.evaluated_step < step and (at_end or (crossed and not near_end))
+
+    def finished(self, config: Config, schedule: Schedule) -> bool:
+        """Whether all steps are done, and the evaluation after them."""
+        done = self.step == schedule.last_step
+        return done and not self.evaluation_due(config, schedule)
 
     def observe(self, score: Score, schedule: Schedule) -> None:
         self.evaluated_step, self.score = self.step, score

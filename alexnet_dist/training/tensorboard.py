@@ -55,7 +55,9 @@ class Board:
         dataset: Dataset, step: int,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._topology = folder, config, topology
-        self._dataset, self._split = dataset, dataset.splits[config.data.eval_split]
+        shown = config.data.eval_split  # where there is none, nothing is shown
+        self._dataset = dataset
+        self._split = dataset.splits.get(shown, dataset.splits[config.data.train_split])
         self._names = split_names(config)
         self._classes = [drawable(name) for name in dataset.classes]
         self._guard = Unharmed("TensorBoard")

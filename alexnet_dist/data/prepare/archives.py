@@ -1,12 +1,10 @@
-"""Sources of encoded images: ImageNet's tars as downloaded, read in place, and image folders."""
+"""ImageNet's tars as downloaded, read in place."""
 
-import os
 import re
-import stat
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
+from alexnet_dist.data.prepare.containers import check_end, members
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.sources import (
     LARGEST_MEMBER,
@@ -39,16 +37,16 @@ def imagenet(path: Path) -> Source:
             inner = outer.extractfile(member)
             assert inner is not None
             with open_tar(inner) as tar:
-                own = _members(tar, train, member.offset_data)
+                own = members(tar, train, member.offset_data)
                 items += [item._replace(label=label[wnid]) for item in own]
-        _check_end(outer, train)
+        check_end(outer, train)
     with open_tar(val) as tar:
         validation = [
             item if item.refused else item._replace(label=label[_truth(truth, item.name)])
-            for item in sorted(_members(tar, val, 0))
+            for item in sorted(members(tar, val))
         ]
     classes = tuple(f"{wnid} {words[wnid]}" for wnid in ids)
-    return Source("imagenet", classes, {"train": items, "val": validation})
+    return Source("imagenet", classes, {"train": items, "val": validation}, enlarge=True)
 
 
 def _truth(truth: Sequence[str], name: str) -> str:
@@ -59,32 +57,6 @@ def _truth(truth: Sequence[str], name: str) -> str:
             f"{name!r}: not a validation image of the devkit's {len(truth)}, ILSVRC2012_val_…JPEG"
         )
     return truth[int(number[1]) - 1]
-
-
-def _members(tar: tarfile.TarFile, path: Path, start: int) -> Iterator[Item]:
-    """The files of a tar that lies in `path` from byte `start` on, without their classes."""
-    whole = path.stat().st_size
-    for member in tar:
-        offset = start + member.offset_data
-        name, refused = member.name, ""
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            refused = "a link, device or hole in the archive, not a file"
-        elif name.startswith("/") or ".." in name.split("/"):
-            refused = "a name that leaves its folder"
-        elif offset + member.size > whole:
-            refused = "the archive ends before it does"
-        yield Item(name, 0, str(path), offset, member.size, refused=refused)
-    _check_end(tar, path)
-
-
-def _check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """Raises DatasetError where a tar's listing ended by damage: tarfile does not tell."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise DatasetError(f"{path}: its archive is damaged or cut at byte {tar.offset}")
 
 
 def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
@@ -102,42 +74,3 @@ def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
         except (KeyError, ValueError) as error:
             raise DatasetError(f"{path} is not ILSVRC-2012's devkit: {error}") from error
     return {leaf.wnid: leaf.words for leaf in leaves}, truth
-
-
-def folder(path: Path) -> Source:
-    """`train/CLASS/*`, and `val/`, `validation/` or `test/` beside it. Classes by name."""
-    names = {
-        ours: name
-        for ours, known in (("train", ["train"]), ("val", ["val", "validation"]),
-                            ("test", ["test"]))
-        for name in known
-        if (path / name).is_dir()
-    }  # fmt: skip
-    if "train" not in names:
-        raise DatasetError(f"{path}: no folder train/ in it: images lie in train/CLASS/")
-    classes = tuple(sorted(p.name for p in (path / names["train"]).iterdir() if p.is_dir()))
-    if not classes:
-        raise DatasetError(f"{path / 'train'}: no folders in it: images lie in train/CLASS/")
-    splits = {ours: list(_files(path / name, classes)) for ours, name in names.items()}
-    return Source("folder", classes, splits)
-
-
-def _files(root: Path, classes: tuple[str, ...]) -> Iterator[Item]:
-    strangers = sorted(p.name for p in root.iterdir() if p.is_dir() and p.name not in classes)
-    if strangers:
-        raise DatasetError(f"{root / strangers[0]}: a class that train/ does not have")
-    for label, name in enumerate(classes):
-        if not (root / name).is_dir():
-            continue
-        for entry in sorted(os.scandir(root / name), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            shown = f"{root.name}/{name}/{entry.name}"
-            try:
-                status = entry.stat()
-            except OSError as error:
-                yield Item(shown, label, refused=f"cannot be read: {error.strerror}")
-                continue
-            regular = stat.S_ISREG(status.st_mode)
-            refused = "" if regular else "a folder, link, device or pipe, not a file"
-            yield Item(shown, label, entry.path, 0, status.st_size, refused=refused)

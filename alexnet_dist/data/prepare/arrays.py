@@ -34,8 +34,12 @@ FASHION_MNIST_CLASSES = (
 )  # fmt: skip
 
 
-def cifar10(path: Path) -> Source:
-    """The python version: `cifar-10-batches-py`, or the folder or tar.gz that holds it."""
+def cifar10(path: Path, validation: float = 0) -> Source:
+    """The python version: `cifar-10-batches-py`, or the folder or tar.gz that holds it.
+
+    Args:
+        validation: share of its test images that becomes `val`.
+    """
     read = _reader(path)
 
     def batch(name: str) -> list[Item]:
@@ -60,10 +64,11 @@ def cifar10(path: Path) -> Source:
         raise DatasetError(f"{path}: batches.meta names no classes")
     classes = tuple(name.decode("utf-8", "replace") for name in names)
     train = [item for number in range(1, 6) for item in batch(f"data_batch_{number}")]
-    return Source("cifar10", classes, {"train": train, "test": batch("test_batch")})
+    source = Source("cifar10", classes, {"train": train, "test": batch("test_batch")})
+    return _with_validation(source, validation) if validation else source
 
 
-def with_validation(source: Source, share: float) -> Source:
+def _with_validation(source: Source, share: float) -> Source:
     """A share of the test split becomes `val`, as many of each class: scikit-learn's stratified
     split with random state 0. Raises DatasetError where that cannot be."""
     from sklearn.model_selection import train_test_split

@@ -48,11 +48,12 @@ class Stored:
     image: torch.Tensor
 
 
-def convert(content: bytes, keep: bool) -> Stored:
+def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
     """An encoded image of any kind, as JPEG of 256 × 256: shorter side to 256, the centre.
 
     Args:
-        keep: at its own size; a plain JPEG keeps its bytes.
+        keep: at its own size; a plain JPEG keeps its bytes. So is what is smaller than 256, but
+            where it is to `enlarge`.
 
     Raises RefusedImage.
     """
@@ -62,7 +63,7 @@ def convert(content: bytes, keep: bool) -> Stored:
         warnings.simplefilter("ignore")  # of broken EXIF, which is of no use to anyone
         try:
             with within_memory(MOST_MEMORY):  # no header tells what TIFF's and WebP's readers take
-                return _stored(*converted(content, keep))
+                return _stored(*converted(content, keep, enlarge))
         except RefusedImage:
             raise
         except UnidentifiedImageError as error:
@@ -73,14 +74,14 @@ def convert(content: bytes, keep: bool) -> Stored:
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
 
 
-def keeps_sizes(dataset: Dataset) -> bool:
-    """Whether the images of a data set were packed at their own size: `convert`'s `keep`, to read
-    another image as they were read."""
+def as_packed(dataset: Dataset) -> tuple[bool, bool]:
+    """`convert`'s `keep` and `enlarge`, to read another image as those of a data set were read."""
+    pixels = dataset.source.get("kind") in ("cifar10", "fashion_mnist")  # as they are
     at_side = all(split.uniform(SIDE) for split in dataset.splits.values())
-    return bool(dataset.source.get("keep")) or not at_side  # small sources always keep theirs
+    return bool(dataset.source.get("keep")) or pixels, at_side
 
 
-def converted(content: bytes, keep: bool) -> tuple[str, bytes]:
+def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
     """As it is stored: jpg or png, and the encoded image."""
     if content.startswith(b"\xff\xd8"):
         try:
@@ -91,6 +92,7 @@ def converted(content: bytes, keep: bool) -> tuple[str, bytes]:
     width, height = opened.size
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
         raise RefusedImage(f"its header says {width} × {height} pixels: too many")
+    keep = keep or (min(width, height) < SIDE and not enlarge)
     turn = _orientation(opened)
     plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1
     kind = "jpg" if not keep or opened.format in ("JPEG", "MPO") else "png"

@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.data.prepare.archives import folder, imagenet
-from alexnet_dist.data.prepare.arrays import FASHION_MNIST, cifar10, fashion_mnist, with_validation
+from alexnet_dist.data.prepare.archives import imagenet
+from alexnet_dist.data.prepare.arrays import FASHION_MNIST, cifar10, fashion_mnist
+from alexnet_dist.data.prepare.folders import folder, imagenette, tiny_imagenet
 from alexnet_dist.data.prepare.merge import merge, write_lines
 from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
 from alexnet_dist.data.prepare.sources import Source
@@ -33,10 +34,14 @@ from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import sync
 from alexnet_dist.parallel.device import cores
 
-SOURCES: dict[str, Callable[[Path], Source]] = {
-    "imagenet": imagenet, "folder": folder, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
+SOURCES: dict[str, Callable[..., Source]] = {
+    "imagenet": imagenet, "folder": folder, "tiny_imagenet": tiny_imagenet,
+    "imagenette": imagenette, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
 }  # fmt: skip
+_CUT = ("folder", "cifar10")  # take --validation
+_ARCHIVES = ("folder", "tiny_imagenet", "imagenette")  # may be an archive
 ITEMS_PER_SHARD = 1000
+_MAX_BAD, _FEW = 0.001, 3  # share, and images of a small source, that may be bad
 LEAST_IMAGES = 250  # that are worth the start of a process
 _BYTES_PER_IMAGE = 45_000  # of 256 × 256, about
 _TAR_BYTES = 2048  # of headers and padding, about
@@ -49,14 +54,16 @@ class Options:
 
     Attributes:
         keep: images keep their own size.
-        max_bad: share of the source's images that may be refused.
+        max_bad: share of the source's images that may be refused; None: 0.1 %, or three where they
+            are no more than a tenth.
         workers: processes; 0 = the cores.
         part: (i, n): only each nth shard from the ith on, and no merge.
-        validation: share of the test split that becomes `val` (cifar10 alone).
+        validation: share that becomes `val`: cifar10's of its test images, folder's of those to
+            train on.
     """
 
     keep: bool = False
-    max_bad: float = 0.001
+    max_bad: float | None = None
     workers: int = 0
     part: tuple[int, int] | None = None
     validation: float = 0.0
@@ -76,13 +83,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             written or holds something else. What was made so far waits in OUT.partial.
     """
     options = options or Options()
-    if options.validation and kind != "cifar10":
-        raise DatasetError(
-            f"--validation {options.validation:g}: it cuts CIFAR-10's test images; leave it out"
-        )
-    source = list_source(kind, path)
-    if options.validation:
-        source = with_validation(source, options.validation)
+    source = list_source(kind, path, options.validation)
     identity = source.identity() | {"keep": options.keep}
     if out.exists():
         _check_same(out, identity)
@@ -109,19 +110,34 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     counts = ", ".join(f"{sum(len(p.index) for p in parts[s])} {s}" for s in source.splits)
     bad = sum(len(part.meta["refused"]) for split in parts.values() for part in split)
     refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""
-    return f"{out}: packed {counts} images of {len(source.classes)} classes{refused}"
+    packed = f"{out}: packed {counts} images of {len(source.classes)} classes{refused}"
+    return "\n".join((packed, *source.notes, *_unscored(source)))
 
 
-def list_source(kind: str, path: Path | None) -> Source:
+def _unscored(source: Source) -> tuple[str, ...]:
+    if {"val", "test"} & {*source.splits}:
+        return ()
+    more = ": --validation 0.1 into another OUT makes one" if source.kind in _CUT else ""
+    return (f"no split to evaluate on{more}",)
+
+
+def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
     """The source of a kind at a path; raises DatasetError where it is not there or not whole."""
     if path is None:
         if kind != "fashion_mnist":
             raise DatasetError(f"prepare {kind}: say where it lies: prepare {kind} PATH OUT")
         path = FASHION_MNIST
-    if kind != "fashion_mnist" and not path.is_dir():
+    archive = kind in _ARCHIVES and path.is_file()
+    if kind != "fashion_mnist" and not path.is_dir() and not archive:
         raise DatasetError(f"{path} is not a folder: name the one that holds {kind}'s files")
+    cut = {"validation": validation} if validation else {}
+    if cut and (kind not in _CUT or not 0 < validation < 1):
+        raise DatasetError(
+            f"--validation {validation:g}: a share between 0 and 1, for {' or '.join(_CUT)}; "
+            "leave it out"
+        )
     try:
-        source = SOURCES[kind](path)
+        source = SOURCES[kind](path, **cut)
     except DatasetError:
         raise
     except Exception as error:  # a hostile archive can fail in any way
@@ -202,7 +218,8 @@ def _tasks(source: Source, aside: Path, options: Options) -> list[Task]:
         for number, first in enumerate(range(0, len(items), ITEMS_PER_SHARD)):
             own = items[first : first + ITEMS_PER_SHARD]
             train = split == "train"
-            tasks.append(Task(aside / split, number, first, own, options.keep, train))
+            how = options.keep, source.enlarge
+            tasks.append(Task(aside / split, number, first, own, *how, train))
     if options.part is None:
         return tasks
     return tasks[options.part[0] - 1 :: options.part[1]]
@@ -243,13 +260,18 @@ def _begin_worker(parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def _check_refused(parts: list[Part | None], total: int, max_bad: float, aside: Path) -> None:
+def _check_refused(
+    parts: list[Part | None], total: int, max_bad: float | None, aside: Path
+) -> None:
     refused = [entry for part in parts if part is not None for entry in part.meta["refused"]]
-    if len(refused) > max_bad * total:
+    allowed = max(_MAX_BAD * total, min(_FEW, total / 10)) if max_bad is None else max_bad * total
+    if len(refused) > allowed:
         write_lines(aside / "quarantine.jsonl", map(json.dumps, refused))
         shown = "; ".join(f"{entry['name']!r}: {entry['reason']}" for entry in refused[:3])
+        share = "" if max_bad is None else f" {max_bad:g}"
         raise DatasetError(
-            f"--max-bad {max_bad:g}: {len(refused)} of {total} images cannot be packed ({shown}): "
+            f"--max-bad{share}: {len(refused)} of {total} images cannot be packed, "
+            f"more than {int(allowed)} ({shown}): "
             f"all found so far are in {aside / 'quarantine.jsonl'}; mend them and name another "
             "OUT, or raise --max-bad"
         )

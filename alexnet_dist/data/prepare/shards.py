@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_dist.data.dataset import INDEX
+from alexnet_dist.data.prepare.containers import read_content
 from alexnet_dist.data.prepare.convert import SIDE, RefusedImage, Stored, convert, pack_pixels
 from alexnet_dist.data.prepare.sources import Item
 from alexnet_dist.data.preprocess import on_canvas
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     first: int
     items: Sequence[Item]
     keep: bool
+    enlarge: bool
     statistics: bool
 
     @property
@@ -110,7 +112,7 @@ def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.ND
         for place, item in enumerate(task.items):
             try:
                 with filled_by(item.name):
-                    stored = _stored(item, task.keep)
+                    stored = _stored(item, task.keep, task.enlarge)
                     canvas = _canvas(item, stored) if task.statistics else None
             except RefusedImage as error:
                 refused.append({"name": item.name, "reason": str(error)[:300]})
@@ -134,21 +136,18 @@ def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.ND
     return Part(np.array(index, INDEX), meta, task.part), sums, products
 
 
-def _stored(item: Item, keep: bool) -> Stored:
+def _stored(item: Item, keep: bool, enlarge: bool) -> Stored:
     if item.refused:
         raise RefusedImage(item.refused)
     if item.pixels is not None:
         return pack_pixels(item.pixels)
-    if item.size > MOST_ENCODED:
-        raise RefusedImage(f"{item.size:,} bytes: more than {MOST_ENCODED:,}")
     try:
-        with open(item.path, "rb") as file:
-            content = os.pread(file.fileno(), item.size, item.offset)
+        content = read_content(item, MOST_ENCODED)
     except OSError as error:
-        raise RefusedImage(f"cannot be read: {error.strerror}") from error
-    if len(content) != item.size:
-        raise RefusedImage(f"{len(content)} bytes where {item.size} were listed")
-    return convert(content, keep)
+        raise RefusedImage(f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise RefusedImage(f"{error}") from error
+    return convert(content, keep, enlarge)
 
 
 def _canvas(item: Item, stored: Stored) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,7 @@ import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,13 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class Item(NamedTuple):
-    """One image of a source: in a file, or its pixels, or a reason why it is refused."""
+    """One image of a source: in a file, or its pixels, or a reason why it is refused.
+
+    Attributes:
+        offset: where it begins, bytes: in the file at `path`, or unpacked ("gzip"), or where its
+            own header does ("zip").
+        packed: of a zip, its size there, bytes.
+    """
 
     name: str
     label: int
@@ -38,15 +44,24 @@ class Item(NamedTuple):
     size: int = 0
     pixels: Pixels | None = None  # (h, w) or (h, w, 3)
     refused: str = ""
+    packing: Literal["", "gzip", "zip"] = ""
+    packed: int = 0
 
 
 @dataclass(frozen=True)
 class Source:
-    """Every image of a source by split, in an order that depends on the source alone."""
+    """Every image of a source by split, in an order that depends on the source alone.
+
+    Attributes:
+        enlarge: make 256 × 256 of smaller images too.
+        notes: lines on what is no image of it.
+    """
 
     kind: str
     classes: tuple[str, ...]
     splits: Mapping[str, Sequence[Item]]
+    enlarge: bool = False
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, str]:
         """What tells this source from another: names, classes, places, sizes; pixels themselves."""

@@ -1,0 +1,228 @@
+"""Folders, tars and zips alike: a listing of the files in them, each read where it lies.
+
+Nothing is extracted: a name in an archive is never a path of ours.
+"""
+
+import functools
+import gzip
+import os
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from alexnet_dist.data.prepare.sources import LARGEST_MEMBER, Item, open_tar
+from alexnet_dist.errors import DatasetError
+
+_FOLLOWED = 2  # levels at which a link to a folder is one: a split, a class
+_MOST_UNPACKED = 2**36  # bytes of a gzipped tar, which is read from its start by each process
+_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # of a zip's member: sign, method, two lengths
+_STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is in a folder, tar or zip, by paths with `/` below it.
+
+    Attributes:
+        files: without classes; by name, those of a gzipped tar as they lie in it.
+        folders: those without a file of their own, and hidden ones, which are not looked into.
+    """
+
+    files: list[Item]
+    folders: list[str]
+
+    def below(self, top: str) -> "Listing":
+        """What lies in one of its folders."""
+        start = f"{top}/"
+        files = [
+            item._replace(name=item.name.removeprefix(start))
+            for item in self.files
+            if item.name.startswith(start)
+        ]
+        return Listing(files, [f.removeprefix(start) for f in self.folders if f.startswith(start)])
+
+    def tops(self) -> list[str]:
+        """The folders at its top."""
+        inner = {item.name.partition("/")[0] for item in self.files if "/" in item.name}
+        return sorted(inner | {name.partition("/")[0] for name in self.folders})
+
+
+def hidden(name: str) -> bool:
+    """Whether a path leads through what a desktop leaves behind: dot files, `__MACOSX`."""
+    own = (part for part in name.split("/") if part not in (".", ".."))
+    return any(part.startswith(".") or part == "__MACOSX" for part in own)
+
+
+def list_files(path: Path) -> Listing:
+    """What is in a folder, a tar, gzipped or not, or a zip.
+
+    Raises DatasetError where it is none of them, or an archive is damaged.
+    """
+    if path.is_dir():
+        files, folders = [], []
+        for found in _walk(path, "", 0):
+            if isinstance(found, str):
+                folders.append(found)
+            else:
+                files.append(found)
+        return Listing(files, folders)
+    if zipfile.is_zipfile(path):
+        return Listing(sorted(_zipped(path), key=_by_parts), [])
+    with path.open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    if packed:
+        return Listing(list(_gzipped(path)), [])
+    try:
+        with open_tar(path) as tar:
+            return Listing(sorted(_named(members(tar, path)), key=_by_parts), [])
+    except tarfile.ReadError:
+        raise DatasetError(
+            f"{path} is neither a folder nor a .tar, .tar.gz, .tgz or .zip: unpack it, and name "
+            "the folder"
+        ) from None
+
+
+def _by_parts(item: Item) -> list[str]:
+    """As a folder is walked: an archive of it is the same data set."""
+    return item.name.split("/")
+
+
+def _walk(folder: Path, prefix: str, level: int) -> Iterator[Item | str]:
+    """Files below a folder; names of folders that hold none of their own, or are hidden."""
+    bare = True
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        name = f"{prefix}{entry.name}"
+        try:
+            status = entry.stat()
+        except OSError as error:
+            yield Item(name, 0, refused=f"cannot be read: {error.strerror}")
+            continue
+        if not stat.S_ISDIR(status.st_mode):
+            regular = stat.S_ISREG(status.st_mode)
+            bare = False
+            refused = "" if regular else "a device or pipe, not a file"
+            yield Item(name, 0, entry.path, 0, status.st_size, refused=refused)
+        elif hidden(entry.name):
+            yield name
+        elif entry.is_symlink() and level >= _FOLLOWED:
+            yield Item(name, 0, refused="a link to a folder, not a file")
+        else:
+            yield from _walk(Path(entry.path), f"{name}/", level + 1)
+    if bare and prefix:
+        yield prefix.rstrip("/")
+
+
+def _named(items: Iterator[Item]) -> Iterator[Item]:
+    """Names as `tar c .` would not write them."""
+    return (item._replace(name=item.name.removeprefix("./")) for item in items)
+
+
+def members(tar: tarfile.TarFile, path: Path, start: int = 0) -> Iterator[Item]:
+    """The files of a tar that lies in `path` from byte `start` on."""
+    whole = path.stat().st_size
+    for item in _members(tar, start):
+        past = "the archive ends before it does" if item.offset + item.size > whole else ""
+        yield item._replace(path=str(path), refused=item.refused or past)
+    check_end(tar, path)
+
+
+def _members(tar: tarfile.TarFile, start: int) -> Iterator[Item]:
+    for member in tar:
+        name, refused = member.name, ""
+        if member.isdir():
+            continue
+        if not member.isreg() or member.issparse():
+            refused = "a link, device or hole in the archive, not a file"
+        elif _leaves(name):
+            refused = "a name that leaves its folder"
+        yield Item(name, 0, "", start + member.offset_data, member.size, refused=refused)
+
+
+def _leaves(name: str) -> bool:
+    return name.startswith("/") or ".." in name.split("/")
+
+
+def check_end(tar: tarfile.TarFile, path: Path) -> None:
+    """Raises DatasetError where a tar's listing ended by damage: tarfile does not tell."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DatasetError(f"{path}: its archive is damaged or cut at byte {tar.offset}")
+
+
+def _gzipped(path: Path) -> Iterator[Item]:
+    """The files of a gzipped tar, in one pass that ends at gzip's own checksum."""
+    with gzip.open(path) as unpacked:
+        stream = cast("IO[bytes]", unpacked)
+        with open_tar(stream) as tar:
+            for item in _named(_members(tar, 0)):
+                if item.offset + item.size > _MOST_UNPACKED:
+                    raise DatasetError(
+                        f"{path}: it unpacks to more than {_MOST_UNPACKED:,} bytes: unpack it, and "
+                        "name the folder"
+                    )
+                yield item._replace(path=str(path), packing="gzip")
+            while rest := stream.read(2**20):
+                if rest.strip(b"\0") or stream.tell() > _MOST_UNPACKED:
+                    raise DatasetError(f"{path}: its archive is damaged at byte {tar.offset}")
+
+
+def _zipped(path: Path) -> Iterator[Item]:
+    with zipfile.ZipFile(path) as archive:
+        for one in archive.infolist():
+            refused = ""
+            if one.is_dir():
+                continue
+            if stat.S_IFMT(one.external_attr >> 16) not in (0, stat.S_IFREG):
+                refused = "a link or device in the archive, not a file"
+            elif _leaves(one.filename):
+                refused = "a name that leaves its folder"
+            elif one.flag_bits & 1 or one.compress_type not in (_STORED, _DEFLATED):
+                refused = "encrypted, or packed by another method than deflate"
+            yield Item(one.filename, 0, str(path), one.header_offset, one.file_size,
+                       refused=refused, packing="zip", packed=one.compress_size)  # fmt: skip
+
+
+def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
+    """A listed file's bytes, as many as were listed; raises ValueError where they are not there.
+
+    Raises OSError as ever.
+    """
+    if max(item.size, item.packed) > most:
+        raise ValueError(f"{max(item.size, item.packed):,} bytes: more than {most:,}")
+    try:
+        content = _read(item)
+    except (EOFError, zlib.error, struct.error) as error:
+        raise ValueError(f"cannot be unpacked: {error}") from error
+    if len(content) != item.size:
+        raise ValueError(f"{len(content)} bytes where {item.size} were listed")
+    return content
+
+
+def _read(item: Item) -> bytes:
+    if item.packing == "gzip":
+        stream = _unpacked(item.path)
+        stream.seek(item.offset)  # forward, but from one shard to another
+        return stream.read(item.size)
+    with open(item.path, "rb") as file:
+        if not item.packing:
+            return os.pread(file.fileno(), item.size, item.offset)
+        header = os.pread(file.fileno(), _LOCAL_HEADER.size, item.offset)
+        sign, method, *lengths = _LOCAL_HEADER.unpack(header)
+        if sign != b"PK\3\4":
+            raise ValueError("the archive has no file there")
+        offset = item.offset + _LOCAL_HEADER.size + sum(lengths)
+        packed = os.pread(file.fileno(), item.packed, offset)
+    return zlib.decompressobj(-15).decompress(packed, item.size + 1) if method else packed
+
+
+@functools.lru_cache(maxsize=1)
+def _unpacked(path: str) -> gzip.GzipFile:
+    """A gzipped file that this process reads on: going back begins at its start."""
+    return gzip.open(path)

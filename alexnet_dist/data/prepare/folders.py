@@ -1,0 +1,249 @@
+"""Images by class, in folders or archives of folders; Tiny ImageNet and Imagenette as given out."""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from alexnet_dist.data.dataset import IMAGE_SUFFIXES, SPLIT_FOLDERS
+from alexnet_dist.data.prepare.containers import Listing, hidden, list_files, read_content
+from alexnet_dist.data.prepare.sources import Item, Source
+from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import MOST_ENCODED
+
+_STARTS = re.compile(
+    rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL
+)
+_FIRST = 16  # bytes, which tell
+_NAMED = 3  # of what was left out
+_LAY = "lay the images of each class in a folder of its own, PATH/CLASS/*, or PATH/train/CLASS/*"
+IMAGENETTE = {
+    "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
+    "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
+    "n03417042": "garbage truck", "n03425413": "gas pump", "n03445777": "golf ball",
+    "n03888257": "parachute",
+}  # fmt: skip
+
+
+class _LeftOut:
+    """Names of what is no image of a class, by the reason."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, why: str, names: list[str]) -> None:
+        if names:
+            self.names.setdefault(why, []).extend(names)
+
+    def note(self) -> tuple[str, ...]:
+        """A line that says so."""
+        told = []
+        for why, names in self.names.items():
+            told.append(f"{why}: {len(names)} ({_some(names)})")
+        return (f"left out: {'; '.join(told)}",) if told else ()
+
+
+def folder(path: Path, validation: float = 0) -> Source:
+    """`CLASS/*`, or `train/CLASS/*` with `val/`, `valid/`, `validation/` or `test/` beside it, at
+    any depth below a class's folder; or a tar or zip of that. Classes by name.
+
+    Args:
+        validation: share of the training images that becomes `val`, where there is none: each by a
+            hash of its path, so that it stays where it is when others come.
+    """
+    left = _LeftOut()
+    listing = _unwrapped(_shown(list_files(path), left), left)
+    tops, found = listing.tops(), {}
+    names = _split_folders(path, tops) or {"train": ""}
+    if names["train"]:
+        left.add("beside train/", [f"{top}/" for top in tops if top not in names.values()])
+        left.add("beside train/", [item.name for item in listing.files if "/" not in item.name])
+    for split, top in names.items():
+        part = listing.below(top) if top else listing
+        found[split] = _images(part, f"{top}/" if top else "", left)
+    classes = tuple(sorted(_classes(found["train"])))
+    _check_classes(path, classes, found, names)
+    label = {name: place for place, name in enumerate(classes)}
+    splits = {
+        split: [item._replace(label=label.get(name, 0)) for name, item in images]
+        for split, images in found.items()
+        if images
+    }
+    notes = left.note()
+    if validation:
+        splits = _cut(path, splits, validation, len(names["train"]) and len(names["train"]) + 1)
+        held = {item.label for item in splits["val"]}
+        if never := [name for name in classes if label[name] not in held]:
+            notes += (f"no validation images of {_some(never)}",)
+    return Source("folder", classes, splits, notes=notes)
+
+
+def imagenette(path: Path) -> Source:
+    """Imagenette's archive or its folder, of any size; its classes have WordNet's names beside."""
+    found = folder(path)
+    if found.classes != tuple(IMAGENETTE):
+        raise DatasetError(
+            f"{path}: its classes are {_some(found.classes)}, not Imagenette's ten: give it to "
+            "`prepare folder`"
+        )
+    classes = tuple(f"{wnid} {words}" for wnid, words in IMAGENETTE.items())
+    return Source("imagenette", classes, found.splits, notes=found.notes)
+
+
+def tiny_imagenet(path: Path) -> Source:
+    """tiny-imagenet-200.zip or its folder. Classes in the order of WordNet ids."""
+    left = _LeftOut()
+    listing = _unwrapped(_shown(list_files(path), left), left)
+    files = {item.name: item for item in listing.files}
+
+    def lines(name: str) -> list[str]:
+        if name not in files:
+            raise DatasetError(f"{path}: no file {name} in it: it is not Tiny ImageNet")
+        return read_content(files[name]).decode().splitlines()
+
+    words = dict(line.split("\t", 1) for line in lines("words.txt") if "\t" in line)
+    ids = sorted({line.strip() for line in lines("wnids.txt")} - {""})
+    truth = dict(line.split("\t")[:2] for line in lines("val/val_annotations.txt") if line.strip())
+    label = {wnid: place for place, wnid in enumerate(ids)}
+    splits: dict[str, list[Item]] = {"train": [], "val": []}
+    for item in listing.files:
+        match item.name.split("/"):
+            case ["train", wnid, "images", _]:
+                splits["train"].append(item._replace(label=_of(label, wnid, item, path)))
+            case ["val", "images", name]:
+                wnid = truth.get(name, "")
+                splits["val"].append(item._replace(label=_of(label, wnid, item, path)))
+            case ["test", *_]:
+                left.add("test image without a class", [item.name])
+    classes = tuple(f"{wnid} {words.get(wnid, '')}".strip() for wnid in ids)
+    return Source("tiny_imagenet", classes, splits, notes=left.note())
+
+
+def _of(label: Mapping[str, int], wnid: str, item: Item, path: Path) -> int:
+    if wnid not in label:
+        raise DatasetError(
+            f"{path}: {item.name} has the class {wnid!r}, which wnids.txt does not name"
+        )
+    return label[wnid]
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
+
+
+def _shown(listing: Listing, left: _LeftOut) -> Listing:
+    """All but what is hidden."""
+
+    def root(name: str) -> str:
+        parts = name.split("/")
+        return "/".join(parts[: 1 + next(i for i, part in enumerate(parts) if hidden(part))])
+
+    names = [*(item.name for item in listing.files), *listing.folders]
+    left.add("hidden", sorted({root(name) for name in names if hidden(name)}))
+    return Listing(
+        [item for item in listing.files if not hidden(item.name)],
+        [name for name in listing.folders if not hidden(name)],
+    )
+
+
+def _unwrapped(listing: Listing, left: _LeftOut) -> Listing:
+    """What lies in the one folder that an archive often holds."""
+    while (
+        len(tops := listing.tops()) == 1
+        and tops[0].lower() not in SPLIT_FOLDERS
+        and any(item.name.count("/") > 1 for item in listing.files)
+    ):
+        left.add(f"beside {tops[0]}/", [i.name for i in listing.files if "/" not in i.name])
+        listing = listing.below(tops[0])
+    return listing
+
+
+def _split_folders(path: Path, tops: Sequence[str]) -> dict[str, str]:
+    """The folder of each split, nothing where classes lie at the top."""
+    found: dict[str, str] = {}
+    for top in tops:
+        split = SPLIT_FOLDERS.get(top.lower())
+        if split in found:
+            raise DatasetError(
+                f"{path}: {found[split]}/ and {top}/ both hold {split} images: move one away"
+            )
+        if split:
+            found[split] = top
+    if found and "train" not in found:
+        raise DatasetError(
+            f"{path}: no folder train/ in it, though {', '.join(found.values())}/: {_LAY}"
+        )
+    return {split: found[split] for split in ("train", "val", "test") if split in found}
+
+
+def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
+    """The class and the image of each file of a split whose folder is `top`."""
+    found, loose, others = [], [], []
+    for item in part.files:
+        name, below, _ = item.name.partition("/")
+        shown = item._replace(name=f"{top}{item.name}")
+        if not below:
+            loose.append(shown.name)
+        elif item.refused or _is_image(item):
+            found.append((name, shown))
+        else:
+            others.append(shown.name)
+    left.add("beside class folders", loose)
+    left.add("no image by its first bytes", others)
+    held = {name for name, _ in found}
+    empty = [f"{top}{name}/" for name in part.tops() if name not in held]
+    left.add("without images", empty or ([] if found or not top else [top]))
+    return found
+
+
+def _classes(images: Sequence[tuple[str, Item]]) -> set[str]:
+    """Those that have an image; names of what is refused may be anything."""
+    return {name for name, item in images if not item.refused}
+
+
+def _is_image(item: Item) -> bool:
+    """Whether a file says that it is an image: by its name, which may lie, or its first bytes."""
+    if item.name.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    first = item if item.packing == "zip" else item._replace(size=min(item.size, _FIRST))
+    try:
+        return _STARTS.match(read_content(first, MOST_ENCODED)) is not None
+    except (OSError, ValueError):
+        return True  # whoever packs it says why it cannot be read
+
+
+def _check_classes(
+    path: Path, classes: Sequence[str], found: Mapping[str, Sequence[tuple[str, Item]]],
+    names: Mapping[str, str],
+) -> None:  # fmt: skip
+    where = path / names["train"]
+    if not classes:
+        raise DatasetError(f"{where}: no folders in it that hold images: {_LAY}")
+    if len(classes) == 1:
+        raise DatasetError(
+            f"{where}: one class only, {classes[0]}: there is nothing to tell apart: {_LAY}"
+        )
+    for split, images in found.items():
+        for name in sorted(_classes(images) - {*classes}):
+            raise DatasetError(
+                f"{path / names[split] / name}: a class that {names['train']}/ does not have"
+            )
+
+
+def _cut(
+    path: Path, splits: Mapping[str, list[Item]], share: float, start: int
+) -> dict[str, list[Item]]:
+    """A share of `train` becomes `val`; names of images are hashed from character `start` on."""
+    if "val" in splits:
+        raise DatasetError(f"--validation {share:g}: {path} has validation images: leave it out")
+    cut: dict[str, list[Item]] = {"train": [], "val": []}
+    for item in splits["train"]:
+        name = item.name[start:].encode("utf-8", "surrogateescape")
+        drawn = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
+        cut["val" if drawn < share else "train"].append(item)
+    if not all(cut.values()):
+        raise DatasetError(
+            f"--validation {share:g}: of {len(splits['train'])} images it takes {len(cut['val'])}: "
+            "some are to be trained on, some to be validated on"
+        )
+    return {**splits, **cut}
