@@ -179,8 +179,7 @@ def peer_lost(tiny: Tiny, patch: Patch) -> None:
 
 def no_space(tiny: Tiny, patch: Patch) -> None:
     config = tiny(ALONE)
-    config.folder.mkdir(parents=True)
-    (config.folder / ".config.json.writing").symlink_to("/dev/full")
+    patch.setattr(RunFolder, "save_config", raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     train(config)
 
 
