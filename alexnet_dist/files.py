@@ -98,7 +98,7 @@ def written_aside(path: Path, durably: bool = True) -> Iterator[Path]:
     """
     if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):
         raise NotAFile(path, mode)  # /dev/null is not to become a file
-    aside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.writing")
+    aside = path.with_name(f".writing-{secrets.token_hex(8)}-{path.name[-40:]}")  # of its ending
     aside.open("xb").close()  # O_EXCL: no link is followed
     try:
         yield aside
@@ -111,7 +111,7 @@ def written_aside(path: Path, durably: bool = True) -> Iterator[Path]:
 
 def sweep_writing(folder: Path) -> None:
     """Remove what processes that are long dead left of files that they wrote aside in a folder."""
-    for left in folder.glob(".*.writing"):
+    for left in folder.glob(".writing-*"):
         with suppress(OSError):
             if (
                 stat.S_ISREG((about := left.lstat()).st_mode)

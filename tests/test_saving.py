@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import re
 import resource
 import shutil
 import threading

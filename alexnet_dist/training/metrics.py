@@ -272,7 +272,8 @@ class Telemetry:
         first, last = self._config.profile.steps
         path = self._folder.path / f"trace-{first}-{last}.json.gz"
         with Unharmed(f"the trace {path}"):
-            tracer.export_chrome_trace(str(path))
+            with written_aside(path, durably=False) as aside:
+                tracer.export_chrome_trace(str(aside))
             by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
             text = tracer.key_averages().table(sort_by=by, row_limit=30)
             text = "    " + text.replace("\n", "\n    ")

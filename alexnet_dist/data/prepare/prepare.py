@@ -38,7 +38,7 @@ from alexnet_dist.data.prepare.shards import (
     write_shard,
 )
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, NotAFile
 from alexnet_dist.files import appended, json_object, read_bytes, sync, write
 from alexnet_dist.parallel.device import cores
 
@@ -115,6 +115,8 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             aside.rename(out)
             sync(out.parent)
             _sweep(out)
+    except NotAFile:
+        raise
     except OSError as error:
         raise DatasetError(
             f"{out} cannot be written: {error}; what was made waits in {aside}, and the same "
@@ -359,5 +361,8 @@ def _sweep(out: Path) -> None:
 
 
 def _sweep_writing(folder: Path) -> None:
-    for left in (path for pattern in ("*.writing", "*/*.writing") for path in folder.glob(pattern)):
+    names = ".writing-*", "*.writing"  # the latter were 0.1.0's
+    for left in (
+        path for name in names for path in (*folder.glob(name), *folder.glob(f"*/{name}"))
+    ):
         left.unlink(missing_ok=True)
