@@ -283,8 +283,8 @@ def test_a_verdict_says_what_to_do(
     [
         (0.2, [], "^computing 90%"),
         (0.013, [], r"^the GPU does 1\.3% of what it could, .* data\.pipeline=dali"),
-        (0.013, ["data.pipeline=dali"], r"train\.compile=inductor"),
-        (0.013, ["data.pipeline=dali", "train.compile=inductor"], r": a larger train\.batch$"),
+        (0.013, ["data.pipeline=dali", "train.execution=fused"], r"train\.execution=graph"),
+        (0.013, ["data.pipeline=dali"], r": a larger train\.batch$"),
         (0.013, ["data.pipeline=dali", "layout.kind=zero1"], r": a larger train\.batch$"),
         (0.013, ["train.precision=fp32"], "^computing 90%"),
     ],

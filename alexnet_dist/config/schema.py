@@ -187,7 +187,7 @@ class DataConfig:
 class LayoutConfig:
     """How the network lies on ranks. `columns` and `columns_x_replicas` need `model.columns=2`;
     `sharded_fc` needs every fully-connected layer in `model.exchange`; `zero1` and `zero2` take
-    neither `optimizer.kind=lars` nor `train.precision=fp64` nor `train.compile`."""
+    neither `optimizer.kind=lars` nor `train.precision=fp64`."""
 
     kind: Annotated[
         Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],
@@ -284,14 +284,14 @@ class TrainConfig:
     ]  # fmt: skip
     precision: Annotated[
         Literal["bf16", "tf32", "fp32", "fp64"],
-        Key("bf16: autocast, weights stay in fp32; tf32: fp32, and a GPU's products of factors of "
-            "11 bits, from Ampere on; fp32 and fp64: just that"),
+        Key("what the network computes in, its weights in fp32; tf32: fp32, and a GPU's products "
+            "of factors of 11 bits, from Ampere on; fp64: weights too"),
     ]  # fmt: skip
     deterministic: Annotated[bool, Key("GPU: only kernels that repeat to the bit", free=True)]
-    compile: Annotated[
-        Literal["none", "inductor", "aot_eager"],
-        Key("torch.compile's backend for the training steps' network, or none; inductor fuses "
-            "kernels for a GPU: a CPU's costly loops are compiled anyway", free=True),
+    execution: Annotated[
+        Literal["graph", "fused", "eager"],
+        Key("a GPU's steps: graph, one CUDA graph of fused kernels where a rank is alone; fused, "
+            "these kernels one by one; eager, torch's operators", free=True),
     ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics, read_array
 from alexnet_dist.errors import DatasetError, cannot_be_read
 from alexnet_dist.files import sha256
+from alexnet_dist.network import kernels
 from alexnet_dist.network.kernels.numba_loops import bits, parallel, rounding
 
 _LONGEST = 64  # times the shorter side: of what is longer, the centre is cut before it is resized
@@ -54,7 +55,9 @@ class Finish:
             lighting: (n, 3), grey levels.
         """
         inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners  # in the patch
-        make = self.by_loop if patches.device.type == "cpu" else self.by_kernel
+        make = self.by_loop
+        if patches.is_cuda:
+            make = self.by_kernel if kernels.can_be_built() else self.by_operators
         light = lighting.to(self.mean.dtype)
         windows = make(patches, inside, corners, flips, light)  # (n, v, crop, crop, 3)
         return windows.flatten(0, 1).movedim(-1, 1)
@@ -63,10 +66,24 @@ class Finish:
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
         """For a GPU."""
-        from alexnet_dist.network.kernels import gpu
+        from alexnet_dist.network.kernels.windows import windows
 
         given = (patches, inside, corners, flips, light, self.mean, self.divide_by)
-        return gpu.windows(*given, self.crop, self.dtype)
+        return windows(*given, self.crop, self.dtype)
+
+    def by_operators(
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
+    ) -> Tensor:
+        """For a GPU whose kernels cannot be built."""
+        along = torch.arange(self.crop, device=patches.device)
+        mirrored = torch.where(flips[..., None], self.crop - 1 - along, along)
+        image = torch.arange(len(patches), device=patches.device)[:, None, None, None]
+        rows, columns = inside[..., :1] + along, inside[..., 1:] + mirrored  # (n, v, crop)
+        pixels = patches[image, rows[..., None], columns[..., None, :]]
+        rows, columns = corners[..., :1] + along, corners[..., 1:] + mirrored
+        mean = self.mean[rows[..., None], columns[..., None, :]]
+        lit = pixels.to(mean.dtype) - mean + light[:, None, None, None]
+        return (lit / self.divide_by).to(self.dtype)
 
     def by_loop(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor

@@ -88,13 +88,29 @@ def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
     )
 
 
-def judged(stats: Tensor, scale: float) -> Tensor:
+def squared_norm(gradients: list[Tensor]) -> Tensor:
+    """() float64: of all of them together; of narrow ones the sums are float32's."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        norms += torch._foreach_norm(of_dtype, dtype=wide)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms)).double() ** 2
+    return total
+
+
+def not_zero(scale: float | Tensor) -> float | Tensor:
+    """What to divide by what was multiplied by a scale; 1 of a scale of 0."""
+    return scale.where(scale != 0, 1.0) if isinstance(scale, Tensor) else scale or 1.0
+
+
+def judged(stats: Tensor, scale: float | Tensor) -> Tensor:
     """Complete a step's numbers, in place; float32, not 0 where its update must not be made.
 
     Args:
         stats: (6,), the last the squared norm of gradients that are `scale` times too large.
     """
-    stats[5] = stats[5].sqrt() / (scale or 1.0)
+    stats[5] = stats[5].sqrt() / not_zero(scale)
     stats[3] = (~(stats[0] + stats[5]).isfinite()).to(stats.dtype)
     return stats[3].float()
 

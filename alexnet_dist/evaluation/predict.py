@@ -24,7 +24,7 @@ from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import ConfigError, DatasetError, MachineError, filled_by
 from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.model import AlexNet, side_by_side
-from alexnet_dist.network.precision import autocast, parameter_dtype
+from alexnet_dist.network.precision import DTYPES, parameter_dtype
 from alexnet_dist.parallel.spawn import leave_with_parent
 from alexnet_dist.plotting import columns_picture
 
@@ -106,17 +106,16 @@ def check_layer(model: AlexNet, layer: str) -> None:
 @torch.no_grad()
 def logits(model: AlexNet, config: Config, windows: Tensor) -> Tensor:
     """(n, classes), in the arithmetic that evaluation uses; float32 or wider."""
-    with autocast(config.train.precision, windows.device):
-        said: Tensor = model(windows)
+    said: Tensor = model(windows.to(DTYPES[config.train.precision]))
     return said if said.dtype == torch.float64 else said.float()
 
 
 def activations(
     model: AlexNet, config: Config, windows: Tensor, layers: Sequence[str]
 ) -> dict[str, list[Tensor]]:
-    """What layers make of windows, one tensor of each column: a convolution's maps (n, maps, h, w),
-    neither normalised nor pooled, or units (n, units), after the activation; of the last layer the
-    logits. float32 or wider."""
+    """What layers make of windows, after the activation, float32 or wider: of a convolution each
+    column's maps (n, maps, h, w), neither normalised nor pooled; of a fully-connected layer the
+    units (n, units) of each column, or of all where they see the same; of the last the logits."""
     made: dict[str, list[Tensor]] = {}
     last = model.config.layer_names[-1]
 
