@@ -5,6 +5,7 @@ import os
 import pwd
 import re
 import signal
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -176,6 +177,8 @@ def in_words(error: Exception) -> AlexNetDistError | None:
     """What a user can do about an error of a library; None where that is not known."""
     if isinstance(error, AlexNetDistError):
         return error
+    if isinstance(error, NotAFile):
+        return MachineError(f"{error.filename} is {error.strerror}: remove it, or name a file")
     name = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and name and not name.startswith("alexnet_dist"):
         top = name.partition(".")[0]
@@ -198,6 +201,16 @@ def in_words(error: Exception) -> AlexNetDistError | None:
     return None if words is None else MachineError(f"{words} ({text})")
 
 
+class NotAFile(OSError):
+    """A pipe, socket, device or link is where a file should be."""
+
+    def __init__(self, path: str | os.PathLike[str], mode: int) -> None:
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link",
+                 stat.S_IFDIR: "a folder"}  # fmt: skip
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        super().__init__(errno.EINVAL, f"{kind}, not a file", os.fspath(path))
+
+
 def cannot_be_read(path: Path, error: OSError) -> str:
     """That a file or folder cannot be read, whose it is, why, and what to do about it."""
     if isinstance(error.filename, str | os.PathLike):
@@ -210,6 +223,8 @@ def cannot_be_read(path: Path, error: OSError) -> str:
             remedy = f"start as {whose}, or have {whose} let you read it (chmod)"
         case errno.EMFILE | errno.ENOMEM:
             remedy = _FAILED[error.errno]
+        case errno.EINVAL if isinstance(error, NotAFile):
+            remedy = "put a file in its place, then start again"
         case _:
             remedy = "look after the disk or the mount that it lies on, then start again"
     return (

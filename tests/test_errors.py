@@ -38,7 +38,7 @@ from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment, rendezvous, spawn, topology
 from alexnet_dist.parallel.device import take_device
 from alexnet_dist.parallel.stop_signals import handlers_restored
-from alexnet_dist.training.run_folder import read_run
+from alexnet_dist.training.run_folder import RunFolder, read_run
 
 Tiny = Callable[..., Config]
 Patch = pytest.MonkeyPatch
@@ -179,8 +179,8 @@ def peer_lost(tiny: Tiny, patch: Patch) -> None:
 
 def no_space(tiny: Tiny, patch: Patch) -> None:
     config = tiny(ALONE)
-    config.folder.mkdir(parents=True)
-    (config.folder / ".config.json.writing").symlink_to("/dev/full")
+    full = raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    patch.setattr(RunFolder, "save_config", full)
     train(config)
 
 

@@ -143,9 +143,11 @@ def test_memory_is_bounded_where_a_library_would_not() -> None:
 
 
 def imagenet_of(folder: Path, inner: bytes) -> Path:
-    """ImageNet's three files, with this tar of the first class."""
+    """ImageNet's three files, with this tar of the first class, and no images of the others."""
     source = made.imagenet(folder, 1, 1)
-    made.tar_of(source / "ILSVRC2012_img_train.tar", {f"{made.WNIDS[0]}.tar": inner})
+    first, *others = (f"{wnid}.tar" for wnid in made.WNIDS)
+    members = {first: inner} | dict.fromkeys(others, made.NOTHING)
+    made.tar_of(source / "ILSVRC2012_img_train.tar", members)
     return source
 
 

@@ -173,8 +173,11 @@ class DataConfig:
     mean_from: Annotated[
         str,
         Key("mean_image: a .npy of (height, width, 3) grey levels, red first, in place of the data "
-            "set's own, or none", path=True),
+            "set's own, or none; it counts by its hash", free=True, path=True),
     ]  # fmt: skip
+    mean_sha256: Annotated[
+        str, Key("SHA-256 that file must have; any = what it has as the run begins")
+    ]
     divide_by: Annotated[
         tuple[float, ...], Key("red, green and blue are divided by these, grey levels", gt=0)
     ]

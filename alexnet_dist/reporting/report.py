@@ -292,7 +292,7 @@ def _pictures(folder: Path) -> Iterable[str]:
 
 
 def _image(path: Path) -> str:
-    return _inline(path.read_bytes(), path.stem)
+    return _inline(read_bytes(path), path.stem)
 
 
 def _inline(png: bytes, name: str) -> str:

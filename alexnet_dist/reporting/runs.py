@@ -115,7 +115,7 @@ def read_run_folder(folder: Path) -> RunRead | None:
 
 def _of_a_file(path: Path, split: str, data: str) -> Scored:
     """Of the best network, as `evaluate --json` printed it before scores were kept."""
-    found = json.loads(path.read_text())
+    found = json.loads(read_bytes(path))
     views = int(path.stem.rpartition("-")[2])
     where = f"{_date(path.stat().st_mtime)}, in {path.name}"
     step = int(Path(found["of"][0]).name.removeprefix("step-"))

@@ -5,6 +5,7 @@ are told apart from them, in lines of their own (`"kind": "speed"`).
 """
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -31,7 +32,7 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import printable
 from alexnet_dist.evaluation.evaluate import Score
-from alexnet_dist.files import is_count, json_object
+from alexnet_dist.files import appended, is_count, json_object, opened, written_aside
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import chroma
@@ -62,6 +63,13 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
+class _Appended(logging.FileHandler):
+    """A log in a file that is a regular one."""
+
+    def _open(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(appended(self.baseFilename), "utf-8")
+
+
 class _JsonLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return json.dumps({"time": record.created, "reason": record.getMessage()})
@@ -89,7 +97,7 @@ class Telemetry:
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0
         self._mfu: float | None = None
-        self._quarantine = logging.FileHandler(folder.path / "quarantine.jsonl", delay=True)
+        self._quarantine = _Appended(folder.path / "quarantine.jsonl", delay=True)
         self._quarantine.setFormatter(_JsonLine())
         logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
@@ -99,7 +107,7 @@ class Telemetry:
             path = folder.path / "metrics.jsonl"
             before = _cut(path, step, evaluated_step)
             self._loggers = loggers.start(config, _rows(before))
-            self._metrics = path.open("ab", buffering=0)
+            self._metrics = appended(path)
             self._unwritten = b""
             self._terminal = sys.stderr is not None and sys.stderr.isatty()
             self._bar = tqdm(
@@ -269,7 +277,8 @@ class Telemetry:
         first, last = self._config.profile.steps
         path = self._folder.path / f"trace-{first}-{last}.json.gz"
         with Unharmed(f"the trace {path}"):
-            tracer.export_chrome_trace(str(path))
+            with written_aside(path, durably=False) as aside:
+                tracer.export_chrome_trace(str(aside))
             by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
             text = tracer.key_averages().table(sort_by=by, row_limit=30)
             text = "    " + text.replace("\n", "\n    ")
@@ -341,7 +350,9 @@ def _rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The points of a run folder's metrics.jsonl, but for lines that are torn or are no points."""
     points = []
-    for line in (folder / "metrics.jsonl").read_bytes().splitlines():
+    with opened(folder / "metrics.jsonl") as file:
+        lines = file.read().splitlines()
+    for line in lines:
         with contextlib.suppress(ValueError):
             point = json_object(line)
             found = {key: math.nan if value is None else value for key, value in point.items()}
@@ -378,10 +389,6 @@ def _cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
         return []
     until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
-    aside = path.with_name(".metrics.jsonl.writing")
-    with aside.open("wb") as file:
+    with written_aside(path) as aside, aside.open("wb") as file:
         file.writelines(map(_line, kept))
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
     return kept

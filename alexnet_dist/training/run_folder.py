@@ -11,8 +11,9 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -20,6 +21,7 @@ from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
+from alexnet_dist.files import appended, sweep_writing, written_aside
 from alexnet_dist.files import read_run as read_run
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
@@ -54,7 +56,7 @@ class RunFolder:
         self._run: dict[str, Any] = {}
         self._before: dict[str, Any] = {}  # what run.json said
         self._since = 0.0  # by a clock that nobody sets
-        self._lock: TextIO | None = None
+        self._lock: FileIO | None = None
 
     def take(self) -> None:
         """Make the folder and hold it; raises RunFolderError where another process does."""
@@ -64,6 +66,7 @@ class RunFolder:
         except Exception:
             self.close()
             raise
+        sweep_writing(self.path)
         self.report("starting")
 
     def _begin_attempt(self) -> None:
@@ -118,7 +121,7 @@ class RunFolder:
     def _hold(self) -> None:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("a")
+            self._lock = appended(self.path / "lock")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = read_run(self.path)
@@ -134,7 +137,8 @@ class RunFolder:
                     "without nolock)"
                 ) from error
             raise RunFolderError(
-                f"{self.path}: cannot be written ({error.strerror}): set output_dir= or name="
+                f"{error.filename or self.path}: cannot be written ({error.strerror}): "
+                "set output_dir= or name="
             ) from error
 
     def close(self) -> None:
@@ -281,6 +285,5 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file: whoever reads it finds the old or the new one, whole."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    with written_aside(path, durably=False) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
