@@ -167,7 +167,7 @@ def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_pa
     assert [len(scores) for scores in found["scores"]] == [1, 2]
     for arguments, said in (
         (folders[:1], "name another run folder"),
-        ([folders[0], "demo"], "compare demo: no run folder, and others are"),
+        ([folders[0], "demo"], "compare demo: not a run folder in "),
     ):
         result = alexnet_dist("compare", *arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1)
