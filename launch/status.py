@@ -17,6 +17,14 @@ from alexnet_dist.errors import RunFolderError, printable
 from alexnet_dist.files import read_run
 from launch.job import guarded, slurm
 
+
+class NoRun(RunFolderError):
+    """A path is not that of a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: no run.json here: name run folders, as in runs/demo")
+
+
 COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")
 
 
@@ -34,11 +42,11 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         queue: Slurm's state of each of its jobs that is not over; None where no Slurm answers.
 
     Raises:
-        RunFolderError: it is no run folder.
+        NoRun: it is no run folder.
     """
     run = read_run(folder)
     if not run:
-        raise RunFolderError(f"{folder}: no run.json here: name run folders, as in runs/demo")
+        raise NoRun(folder)
     state, job = str(run["state"]), run.get("job")
     if (queue or {}).get(job or "") in ("PENDING", "REQUEUED"):
         state = "queued"
@@ -85,19 +93,28 @@ def parser() -> argparse.ArgumentParser:
         description="How runs stand, by run.json and, where Slurm is, its queue.",
         examples=("python -m launch.status runs/demo runs/second --json",),
     )
-    made.add_argument("run_folder", type=path, nargs="+", help="as in runs/*")
+    made.add_argument(
+        "run_folder", type=path, nargs="+", help="as in runs/*; what else lies there is passed over"
+    )
     add_json(made, "list")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    queue = queued()
-    rows = [status(folder, queue) for folder in options.run_folder]
-    if options.json:
-        print(json.dumps(rows))
-    else:
-        print(table(rows))
+    queue, rows, others = queued(), [], []
+    for folder in options.run_folder:
+        try:
+            rows.append(status(folder, queue))
+        except NoRun:
+            if not folder.exists():
+                raise
+            others.append(folder)
+    if others and not rows:
+        raise NoRun(others[0])
+    print(json.dumps(rows) if options.json else table(rows))
+    if others:
+        print(f"passed over, not of a run: {', '.join(map(str, others))}", file=sys.stderr)
     return 0
 
 
