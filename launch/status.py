@@ -17,6 +17,14 @@ from alexnet_dist.errors import RunFolderError, printable
 from alexnet_dist.files import read_run
 from launch.job import guarded, slurm
 
+
+class NoRun(RunFolderError):
+    """A path is not that of a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: no run.json here: name run folders, as in runs/demo")
+
+
 COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")
 
 
@@ -34,14 +42,14 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         queue: Slurm's state of each of its jobs that is not over; None where no Slurm answers.
 
     Raises:
-        RunFolderError: it is no run folder.
+        NoRun: it is no run folder.
     """
     run = read_run(folder)
     if not run:
-        raise RunFolderError(f"{folder}: no run.json here: name run folders, as in runs/demo")
+        raise NoRun(folder)
     if "state" not in run:
         raise RunFolderError(f"{folder}: its run.json does not say how it stands: it is damaged")
-    state, job = run["state"], run.get("job")
+    state, job = str(run["state"]), run.get("job")
     if (queue or {}).get(job or "") in ("PENDING", "REQUEUED"):
         state = "queued"
     elif state in ("starting", "running") and not _lives(run, queue):
@@ -88,26 +96,38 @@ def parser() -> argparse.ArgumentParser:
         description="How runs stand, by run.json and, where Slurm is, its queue.",
         examples=("python -m launch.status runs/demo runs/second --json",),
     )
-    made.add_argument("run_folder", type=path, nargs="+", help="as in runs/*")
+    made.add_argument(
+        "run_folder", type=path, nargs="+", help="as in runs/*; what else lies there is passed over"
+    )
     add_json(made, "list")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    queue = queued()
-    rows, unknown = [], 0
+    queue, rows, others, wrong = queued(), [], [], 0
     for folder in options.run_folder:
         try:
             rows.append(status(folder, queue))
-        except RunFolderError as error:  # of the others all the same
-            unknown += 1
-            print(f"launch: {printable(str(error))}", file=sys.stderr)
+        except NoRun as error:
+            if folder.exists() and len(options.run_folder) > 1:
+                others.append(folder)
+                continue
+            wrong += _said(error)
+        except RunFolderError as error:
+            wrong += _said(error)
     if options.json:
         print(json.dumps(rows))
     elif rows:
         print(table(rows))
-    return 1 if unknown else 0
+    if others:
+        print(f"passed over, not of a run: {', '.join(map(str, others))}", file=sys.stderr)
+    return 1 if wrong or not rows else 0
+
+
+def _said(error: RunFolderError) -> int:
+    print(f"launch: {printable(str(error))}", file=sys.stderr)
+    return 1
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -88,6 +88,9 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     out = tmp_path / "report.html"
     said = report([*folders, hostile, damaged, several, out], out)
     assert said.endswith("5 runs; 1 hold no evaluated run")
+    result = alexnet_dist("report", *map(str, folders), str(tmp_path / "typo"))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "typo: there is no such run folder" in result.stderr
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
@@ -167,7 +170,7 @@ def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_pa
     assert [len(scores) for scores in found["scores"]] == [1, 2]
     for arguments, said in (
         (folders[:1], "name another run folder"),
-        ([folders[0], "demo"], "compare demo: no run folder, and others are"),
+        ([folders[0], "demo"], "compare demo: not a run folder in "),
     ):
         result = alexnet_dist("compare", *arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1)

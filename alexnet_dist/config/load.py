@@ -341,7 +341,8 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         if key.spread and isinstance(value, int | float | Typed):
             value = [value]
         if not isinstance(value, list):
-            raise wrong("a list, as in [1, 2]")
+            nothing = value in (None, "none", "off", False) or isinstance(value, dict)
+            raise wrong("a list, as in []" if nothing else f"a list, as in [{value}]")
         return tuple(_checked(dotted, v, item, key, source) for v in value)
     if get_origin(kind) is Literal:
         choices = get_args(kind)

@@ -312,7 +312,7 @@ def _disk(config: Config) -> Iterator[Finding]:
         yield Finding("run folders", f"{folder}: {error.strerror}", remedy, broken=True)
         return
     remedy = "set both clocks by NTP: restarts and make compare times" if abs(ahead) > 2 else ""
-    yield Finding("run folders", f"{folder}: writable, with locks, {ahead:+.1f} s ahead", remedy)
+    yield Finding("run folders", f"{folder}: writable, with locks, {ahead:+z.1f} s ahead", remedy)
 
 
 def _clock(config: Config) -> Iterator[Finding]:

@@ -336,7 +336,8 @@ def _opening(
     schedule: Schedule, samples: int,
 ) -> str:  # fmt: skip
     """What is about to happen, for the log."""
-    begins = f"continues at step {progress.step}" if progress.step else "begins"
+    last = schedule.last_step
+    begins = f"continues at step {progress.step} of {last}" if progress.step else "begins"
     parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
     rank = max(map(len, topology.shares(range(config.train.batch))))
     unscored = ""
@@ -345,7 +346,7 @@ def _opening(
         if config.schedule.kind == "plateau":
             unscored = unscored[:-1] + ", and the rate of schedule.kind=plateau never falls\n"
     return (
-        f"{folder.path} {begins} of {schedule.last_step}: {config.model.columns} column(s) on "
+        f"{folder.path} {begins}: {last} steps, {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
         f"threads each), {config.train.precision}\n"
         f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "

@@ -209,7 +209,7 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
     more = {"where the time goes": times, "rate, as planned": rates}
     to.add_custom_scalars({"run": curves | more})
     if step == 0:
-        text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        text = yaml.safe_dump(dataclasses.asdict(config), default_flow_style=None, sort_keys=False)
         to.add_text("config", "    " + text.replace("\n", "\n    "))
     if config.schedule.kind != "plateau":  # which nobody can foretell
         left = schedule.last_step - step
