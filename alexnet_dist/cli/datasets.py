@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, add_json, part, path, picture
+from alexnet_dist.errors import printable
 
 
 def add(command: AddCommand) -> None:
@@ -71,5 +72,6 @@ def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     else:
         for what, finding in found.items():
             rows = finding.items() if isinstance(finding, dict) else ()
-            print(f"{what:22}{', '.join(f'{k} {v}' for k, v in rows) or finding}")
+            told = ", ".join(f"{k} {v}" for k, v in rows) or finding
+            print(printable(f"{what:22}{told}"))
     return 0
