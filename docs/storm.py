@@ -64,7 +64,6 @@ ROOT = Path(__file__).parent.parent
 made = SimpleNamespace(**runpy.run_path(str(ROOT / "tests/made.py")))
 ROWS, PAGE = ROOT / "docs/drills.jsonl", ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- made by make docs from drills.jsonl -->\n", "<!-- to here -->\n"
-SLICE_S = 100  # of a row
 KILLS, INPUTS = 1000, 1000  # in all; of each reader
 # One input may take what the program promises of an image or header, and what its process is.
 LONGEST_S, LARGEST_MB = 30, 1500
@@ -339,8 +338,12 @@ def _read_in_child(read: Callable[[], object], to: int) -> None:
         ended, why = "refused", "" if str(error).count("\n") == 0 else f"several lines: {error}"
     except BaseException:
         ended, why = "traceback", " ".join(traceback.format_exc().split())[-300:]
-    most = max(resource.getrusage(who).ru_maxrss * 1024 - own for who, own in
-               ((resource.RUSAGE_SELF, before), (resource.RUSAGE_CHILDREN, 0)))  # fmt: skip
+    # A process that it started counts as large as this one was, until it is another program.
+    peaks = (
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    most = max(1024 * peak - before for peak in peaks)
     os.write(to, json.dumps((ended, why, max(0, most) / 1e6)).encode())
     os._exit(0)
 
@@ -534,11 +537,9 @@ def about() -> dict[str, Any]:
             "machine": machine}  # fmt: skip
 
 
-def storm(
-    ground: Ground, only: Sequence[str], number: int | None, until: float, path: Path
-) -> bool:
+def storm(ground: Ground, options: argparse.Namespace, until: float) -> bool:
     """Slices of each kind in turn, that which has had least first; whether all was as it should."""
-    print("reading what readers read", flush=True)
+    only, number, path = options.only, options.number, options.rows
     ground.whole("one")
     known = readers(ground)
     targets = {
@@ -557,7 +558,7 @@ def storm(
         if left <= 0 and number is None:
             break
         numbers = iter([number]) if number is not None else numbers_left(rows, what)
-        begin, end = time.monotonic(), min(until, time.monotonic() + SLICE_S)
+        begin, end = time.monotonic(), min(until, time.monotonic() + options.slice)
         some = itertools.islice(numbers, max(1, left))
         if what in known:
             tally = inputs(known[what], what, some, end)
@@ -583,6 +584,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--within", type=float, default=86400, help="seconds, in all")
+    parser.add_argument("--slice", type=float, default=100, help="seconds of a row; 100")
     parser.add_argument("--only", action="append", default=[], help="one kind of trial, or several")
     parser.add_argument("--number", type=int, help="this one alone, with --only; no row is written")
     parser.add_argument("--rows", type=Path, default=ROWS, help="docs/drills.jsonl, if left out")
@@ -595,7 +597,7 @@ def main() -> int:
     until = time.monotonic() + options.within
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-storm-") as scratch:
         ground = Ground(Path(scratch))
-        sound = storm(ground, options.only, options.number, until, options.rows)
+        sound = storm(ground, options, until)
     return 0 if sound else 1
 
 
