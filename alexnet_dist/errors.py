@@ -178,7 +178,7 @@ def in_words(error: Exception) -> AlexNetDistError | None:
     if isinstance(error, AlexNetDistError):
         return error
     if isinstance(error, NotAFile):
-        return MachineError(f"{error.filename} is {error.strerror}: remove it, or name a file")
+        return MachineError(f"{error.filename} is {error.strerror}: move it away, or name a file")
     name = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and name and not name.startswith("alexnet_dist"):
         top = name.partition(".")[0]

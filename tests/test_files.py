@@ -107,7 +107,7 @@ def test_sockets_devices_folders_and_links_are_named(tmp_path: Path, at_once: No
     with pytest.raises(NotAFile, match="a link, not a file") as said:
         appended(tmp_path / "link")
     assert str(in_words(said.value)) == (
-        f"{tmp_path / 'link'} is a link, not a file: remove it, or name a file"
+        f"{tmp_path / 'link'} is a link, not a file: move it away, or name a file"
     )
     assert not (tmp_path / "elsewhere").exists()
 
