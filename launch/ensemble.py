@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         examples=(
             "python -m launch.ensemble demo --over seed=0..4 --local",
             "python -m launch.ensemble demo --over model.dropout=0.3,0.5 --over seed=0..2 --local",
-            "python -m launch.ensemble paper/alexnet-2012 name=five cluster=mine.yaml --parallel 2",
+            "python -m launch.ensemble paper/alexnet-2012 name=five cluster=site.yaml --parallel 2",
         ),
     )
     made.add_argument("config", nargs="+", help=WORDS)
@@ -202,7 +202,7 @@ def score(configs: Sequence[Config], of: int) -> int:
     except ConfigError as error:  # runs over data.path, or views
         print(f"no average: {error}")
     else:
-        said = f"top-1 {found.top1:.2%}, top-5 {found.top5:.2%}"
+        said = f"top-1 error {1 - found.top1:.2%}, top-5 error {1 - found.top5:.2%}"
         print(f"the average of {len(configs)} of {of}: {said}")
     return 0 if len(configs) == of else 1
 

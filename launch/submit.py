@@ -32,8 +32,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m launch.submit",
         description="Submit a run to Slurm, or train it on this machine in the same words.",
         examples=(
-            "python -m launch.submit paper/alexnet-2012 name=mine cluster=mine.yaml",
-            "python -m launch.submit demo cluster=dev cluster.memory_gb=16 --dry-run",
+            "python -m launch.submit paper/alexnet-2012 name=mine cluster=site.yaml",
+            "python -m launch.submit demo name=job cluster=dev cluster.nodes=1 --dry-run",
             "python -m launch.submit demo name=try --local",
         ),
     )

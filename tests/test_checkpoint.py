@@ -139,6 +139,8 @@ def test_the_best_and_the_last_are_kept(tiny: Callable[..., Config], tmp_path: P
         "step-00000002", "step-00000004", "step-00000005",
     ]  # fmt: skip
     assert checkpoints.best(tmp_path).step == 2
+    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint yet: the run saves"):
+        checkpoints.best(tmp_path / "checkpoints")
 
 
 def test_those_of_every_so_many_steps_are_kept_for_good(

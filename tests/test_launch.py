@@ -360,7 +360,7 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
     assert re.search(r"some-seed-7  7     not begun  -     -  +-", said)
     assert "  best top-1 error  last\n" in said
     assert "run 2 of 3: " in said
-    assert "the average of 2 of 3: top-1 " in said
+    assert "the average of 2 of 3: top-1 error " in said
     trained.clear()
     assert ensemble.main(words) == 1
     assert [words[-2:] for words in trained] == [["seed=7", "name=some-seed-7"]]

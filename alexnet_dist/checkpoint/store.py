@@ -289,6 +289,11 @@ def best(folder: Path) -> Checkpoint:
             return verify(path)
         except Damaged as error:
             log.warning(f"not used: {error}")
+    if not steps(folder):
+        raise CheckpointError(
+            f"{folder}: no checkpoint yet: the run saves every checkpoint.every_steps steps, after "
+            "an evaluation that is the best so far, and when it stops"
+        )
     raise CheckpointError(f"{folder}: none of its checkpoints is good")
 
 

@@ -34,7 +34,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "image", nargs="+", type=path, help="a file; of a folder, the images anywhere below it"
     )
-    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
+    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image; as the run's")
     sub.add_argument("--top", type=count, default=5, help="answers an image, the likeliest; 5")
     sub.add_argument(
         "--data", type=path, metavar="FOLDER", help="its packed data set, where that has moved"

@@ -42,7 +42,7 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
-    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image")
+    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image; as the run's")
     sub.add_argument("--predictions", type=out, metavar="NPZ", help="file to write them all to")
     add_json(sub)
 
