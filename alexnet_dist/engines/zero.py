@@ -20,6 +20,7 @@ from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, w
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
+from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet, Layer
 from alexnet_dist.parallel.columns import merge
 from alexnet_dist.parallel.layouts import ZERO_STAGES
@@ -88,6 +89,8 @@ class ZeroEngine:
         self.config, self.topology, self.group = config, topology, topology.replica_group
         with topology.device:
             self.model = model = AlexNet(config.model, config.seed)
+        for layer in model.layers():
+            layer.fused = kernels.fused(config.train.execution, topology.device)
         for parameter in model.parameters():  # it flattens, and broadcasts bytes: no channels_last
             parameter.data = parameter.data.contiguous()
         self.optimizer = Optimizer(config.optimizer, model.named_parameters())
