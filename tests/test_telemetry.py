@@ -260,7 +260,9 @@ CALM = dict.fromkeys(SPANS, 0.0)
         ({"data": 0.41}, ["data.workers=2"], (8, True, False),
          r"^waiting for data 41% of the time: data\.workers=8$"),
         ({"data": 0.41}, [], (8, False, False), "prepare the images without --keep"),
-        ({"data": 0.41}, [], (8, True, True), r"data\.pipeline=dali decodes on the GPU"),
+        ({"data": 0.41}, ["data.pipeline=torch"], (8, True, True),
+         r"data\.pipeline=dali decodes on the GPU"),
+        ({"data": 0.41}, ["data.pipeline=resident"], (8, False, True), "more cores for each rank$"),
         ({"data": 0.41}, ["data.pipeline=dali"], (8, True, True), "more cores for each rank"),
         ({"data": 0.2, "exchange": 0.7}, [], (8, True, False), "^exchanging between columns 70%"),
         ({"all_reduce": 0.5}, ["layout.kind=replicas"], (8, True, True), "compress_gradients=true"),
@@ -282,7 +284,11 @@ def test_a_verdict_says_what_to_do(
     ("mfu", "more", "said"),
     [
         (0.2, [], "^computing 90%"),
-        (0.013, [], r"^the GPU does 1\.3% of what it could, .* data\.pipeline=dali"),
+        (
+            0.013,
+            ["data.pipeline=torch"],
+            r"^the GPU does 1\.3% of what it could, .* data\.pipeline=dali",
+        ),
         (0.013, ["data.pipeline=dali"], r"train\.compile=inductor"),
         (0.013, ["data.pipeline=dali", "train.compile=inductor"], r": a larger train\.batch$"),
         (0.013, ["data.pipeline=dali", "layout.kind=zero1"], r": a larger train\.batch$"),
