@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,12 @@ def cpu_flags() -> set[str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {flag for line in lines if line.lower().startswith(("flags", "features"))
             for flag in line.partition(":")[2].split()}  # fmt: skip
+
+
+def share_python() -> None:
+    """Have threads hand Python's lock on after half a millisecond, not five: those that decode and
+    the one that feeds the device want it for microseconds, thousands of times a second."""
+    sys.setswitchinterval(5e-4)
 
 
 def keep_memory() -> None:
