@@ -43,10 +43,11 @@ gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## what this GPU says, into
 test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-get install slurm-wlm munge
 	$(BIN)/python -m pytest -m slurm -s tests/test_slurm.py
 
-drill: $(READY) ## fault drills: minutes; DRILLS=full: an hour
+drill: $(READY) ## fault drills: minutes; DRILLS=full: hours, into docs/drills.jsonl; goes on where it was
 	$(BIN)/python -m pytest -m drill
 	FUZZ=20 $(BIN)/python -m pytest tests/test_hostile_sources.py
 	$(BIN)/python docs/drills.py $(if $(filter full,$(DRILLS)),--full)
+	$(if $(filter full,$(DRILLS)),$(BIN)/python docs/storm.py $(if $(WITHIN),--within $(WITHIN)))
 
 check: $(READY) ## style, types, layers
 	$(BIN)/ruff check .
@@ -62,9 +63,10 @@ sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-
 	$(BIN)/python configs/fashion-mnist-sample/cut.py \
 		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
 
-docs: $(READY)  ## docs/configuration.md again, from the dataclasses; and performance.md's tables
+docs: $(READY)  ## docs/configuration.md again, from the dataclasses; performance.md's and reliability.md's tables
 	$(BIN)/python docs/document_config.py
 	$(BIN)/python docs/gpu.py --document
+	$(BIN)/python docs/storm.py --document
 
 clean:          ## remove what `make` made, except data and runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

@@ -1,7 +1,6 @@
 """What torch 2.11 has otherwise than torch 2.14; to be deleted once 2.14 is the oldest we take.
 
-- `all_gather_single` has its older name.
-- `torch.compiler.is_exporting()` is true in whatever torch.compile compiles.
+- `all_gather_single` and `set_timeout` have their older names.
 - LaunchConfig takes no `shutdown_timeout`: ranks are killed 30 s after a signal, amid a long save.
 """
 
@@ -9,17 +8,11 @@ import signal
 from typing import Any
 from unittest.mock import patch
 
-import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def _is_exporting() -> bool:
-    return torch.compiler._is_exporting_flag
-
-
-is_exporting = torch.compiler.is_exporting if torch.__version__ >= "2.14" else _is_exporting
+set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
 
 
 def elastic_launch(

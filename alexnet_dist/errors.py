@@ -4,8 +4,10 @@ import errno
 import os
 import pwd
 import re
+import signal
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -85,9 +87,45 @@ class MachineError(AlexNetDistError, RuntimeError):
     """This machine, or what is installed on it, does not have what a run takes."""
 
 
+def _memory_kills() -> list[int]:
+    """How many processes the kernel has ended for want of memory, of this host and of this
+    process's control group, as far as it counts them."""
+    counted = [Path("/proc/vmstat")]
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds == "":
+                counted.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
+            elif kinds == "memory":
+                counted.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
+    kills: list[int] = []
+    for file in counted:
+        with suppress(OSError):
+            kills += map(int, re.findall(r"^oom_kill (\d+)$", file.read_text(), re.M))
+    return kills
+
+
+_KILLS_BEFORE = _memory_kills()  # this program began
+
+
+def killed_by(number: int) -> str:
+    """What is known of a process that a signal has ended."""
+    name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
+    return f"killed by {name}{of_memory()}" if number == signal.SIGKILL else f"killed by {name}"
+
+
+def of_memory() -> str:
+    """Whether the kernel has ended a process here for want of memory since this began: words
+    to end a sentence about one that is gone, empty where the kernel does not count them."""
+    if (kills := _memory_kills()) != _KILLS_BEFORE:
+        return ", and the kernel counts a process here that it ended for memory"
+    return " from outside the run: the kernel ended none for memory" if kills else ""
+
+
 # What libraries say, searched for in "TYPE: TEXT", and what a user is told.
 _PLAN = "`alexnet-dist plan CONFIG` says what a rank takes"
 COMPILER = "install gcc and Python's headers (on Debian: gcc python3-dev), or set CC"
+RANK_LOST = "the connection to another rank is lost"
 _FULL = r"\w*MemoryError|.*(DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc)"
 _SAID = (
     (r"OutOfMemoryError|CUDA error: out of memory|cudaErrorMemoryAllocation",
@@ -110,16 +148,19 @@ _SAID = (
      "the ranks did not meet within layout.timeout_s: start all of them, with one MASTER_ADDR and "
      "MASTER_PORT, which every node must reach"),
     (r"Connection (closed|reset) by peer|NCCL communicator was abort",
-     "the connection to another rank is lost: it, or its node, has ended, and says why itself; the "
-     "same command goes on from the last checkpoint"),
+     f"{RANK_LOST}: it, or its node, has ended, and says why itself; the same command goes on from "
+     "the last checkpoint"),
     (r"Failed to find C compiler|CalledProcessError.*(cuda_utils|triton)",
      f"a GPU's kernels cannot be built: {COMPILER}"),
+    (r"inline_container.*unexpected pos|PytorchStreamWriter failed writing",
+     "the file could not be written whole: make room, or name another disk"),
     (r"NVIDIA driver|CUDA driver version|libcuda\.so|no kernel image is available",
      "torch and this GPU's driver do not fit: update the driver, or install the torch that is "
      "built for it (pytorch.org); `alexnet-dist doctor` names both"),
 )  # fmt: skip
 _FAILED = {
     errno.ENOSPC: "make room, or name another disk by output_dir= or data.path=",
+    errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
     errno.EDQUOT: "make room, or name another disk by output_dir= or data.path=",
     errno.EACCES: "name a folder that is yours, by output_dir= or data.path=",
     errno.EROFS: "name a folder that can be written, by output_dir=",
@@ -136,6 +177,8 @@ def in_words(error: Exception) -> AlexNetDistError | None:
     """What a user can do about an error of a library; None where that is not known."""
     if isinstance(error, AlexNetDistError):
         return error
+    if isinstance(error, NotAFile):
+        return MachineError(f"{error.filename} is {error.strerror}: move it away, or name a file")
     name = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and name and not name.startswith("alexnet_dist"):
         top = name.partition(".")[0]
@@ -144,11 +187,28 @@ def in_words(error: Exception) -> AlexNetDistError | None:
             "everything by `make venv`, and start .venv/bin/alexnet-dist"
         )
     text = " ".join(str(error).split("Exception raised from")[0].split())[:300]
-    if isinstance(error, OSError) and error.errno in _FAILED:
-        return MachineError(f"{text}: {_FAILED[error.errno]}")
+    told = re.search(r"\(os error (\d+)\)$", text)  # safetensors, by Rust
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number in _FAILED:
+        return MachineError(f"{text}: {_FAILED[number]}")
+    if worker := re.search(r"DataLoader worker .* is killed by signal: (.*?)\.?(?: |$)", text):
+        named = {signal.strsignal(number): number for number in signal.Signals}
+        number = named.get(worker[1])
+        how = killed_by(number) if number else f"killed ({worker[1]})"
+        return MachineError(f"a process that decodes images was {how}; the same command goes on")
     said = (words for sign, words in _SAID if re.search(sign, f"{type(error).__name__}: {text}"))
     words = next(said, None)
     return None if words is None else MachineError(f"{words} ({text})")
+
+
+class NotAFile(OSError):
+    """A pipe, socket, device or link is where a file should be."""
+
+    def __init__(self, path: str | os.PathLike[str], mode: int) -> None:
+        kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link",
+                 stat.S_IFDIR: "a folder"}  # fmt: skip
+        kind = kinds.get(stat.S_IFMT(mode), "a device")
+        super().__init__(errno.EINVAL, f"{kind}, not a file", os.fspath(path))
 
 
 def cannot_be_read(path: Path, error: OSError) -> str:
@@ -163,6 +223,8 @@ def cannot_be_read(path: Path, error: OSError) -> str:
             remedy = f"start as {whose}, or have {whose} let you read it (chmod)"
         case errno.EMFILE | errno.ENOMEM:
             remedy = _FAILED[error.errno]
+        case errno.EINVAL if isinstance(error, NotAFile):
+            remedy = "put a file in its place, then start again"
         case _:
             remedy = "look after the disk or the mount that it lies on, then start again"
     return (

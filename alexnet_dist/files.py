@@ -2,20 +2,31 @@
 
 The latter are read within bounds, so that none takes memory, time or a stack: one image or header
 takes at most 1 GB and 10 s, whatever it says; a whole archive or checkpoint, what its size lets
-expect. The bounds stand here.
+expect. The bounds stand here. Only regular files are opened: a pipe would be waited for.
 """
 
+import errno
 import hashlib
+import io
 import json
 import os
 import pickletools
 import resource
+import secrets
+import stat
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from alexnet_dist.errors import CheckpointError, RunFolderError, cannot_be_read, looked_in
+from alexnet_dist.errors import (
+    CheckpointError,
+    NotAFile,
+    RunFolderError,
+    cannot_be_read,
+    looked_in,
+)
 
 _MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
 MOST_MEMORY = 2**30  # bytes that reading one image or header may take
@@ -29,36 +40,85 @@ MOST_SCANS = 64
 # Of a JPEG. Pillow copies all metadata once a segment; a long ICC profile has 255.
 MOST_SEGMENTS = 1000
 MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
+_OLD = 3600  # seconds after which nobody writes to a file aside any more
 # Of run.json: what is reckoned with, and left out where it is no number.
-_COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "first_started",
-           "updated", "kept_s", "rested_s")  # fmt: skip
+_COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "step", "last_step",
+           "first_started", "started", "updated", "kept_s", "rested_s", "pid")  # fmt: skip
+_WORDS = ("state", "reason", "host", "job")  # and where it is no text
+
+
+def opened(path: Path | str) -> io.BufferedReader:
+    """A regular file, to be read, as `open` gives it; raises NotAFile at once where it is anything
+    else, OSError as ever."""
+    return open(path, "rb", opener=_regular)
+
+
+def appended(path: Path | str) -> io.FileIO:
+    """A regular file that is written at its end, unbuffered, and made where it is missing; raises
+    NotAFile where it is anything else: a link could lead to a file of the user's own."""
+    return open(path, "ab", 0, opener=lambda path, flags: _regular(path, flags | os.O_NOFOLLOW))
+
+
+def _regular(path: Path | str, flags: int) -> int:
+    """A descriptor of a regular file. O_NONBLOCK: opening a pipe would wait for its other end."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise NotAFile(path, os.lstat(path).st_mode) from error
+    if stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    raise NotAFile(path, mode)
 
 
 def sha256(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file that is on the disk when this returns; `sync` its folder for its name."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Put a file in the place of `path` that is on the disk when this returns; `sync` its folder
+    for its name."""
+    with written_aside(path) as aside:
+        aside.write_bytes(data)
 
 
 @contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write under; what is written takes the place of `path` when it is
-    whole and on the disk. Until then, and where this fails, what is there stays."""
-    aside = path.with_name(f".{os.getpid()}.writing.{path.name}")
+def written_aside(path: Path, durably: bool = True) -> Iterator[Path]:
+    """An empty file beside `path` to write to, whose name nobody can foretell; it takes the place
+    of `path`, a link as well, when it is whole and on the disk. Until then, and where this fails,
+    what is there stays. `sweep_writing` removes what a killed process leaves.
+
+    Args:
+        durably: wait for the disk; without it, a crash of the machine may lose either.
+    """
+    if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):
+        raise NotAFile(path, mode)  # /dev/null is not to become a file
+    aside = path.with_name(f".writing-{secrets.token_hex(8)}-{path.name[-40:]}")  # of its ending
+    aside.open("xb").close()  # O_EXCL: no link is followed
     try:
         yield aside
-        sync(aside)
+        if durably:
+            sync(aside)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def sweep_writing(folder: Path) -> None:
+    """Remove what processes that are long dead left of files that they wrote aside in a folder."""
+    for left in folder.glob(".writing-*"):
+        with suppress(OSError):
+            if (
+                stat.S_ISREG((about := left.lstat()).st_mode)
+                and about.st_mtime < time.time() - _OLD
+            ):
+                left.unlink()
 
 
 def sync(path: Path) -> None:
@@ -80,7 +140,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         return {}
     except OSError as error:
         raise RunFolderError(cannot_be_read(path, error)) from error
-    return {key: value for key, value in found.items() if key not in _COUNTS or _is_count(value)}
+    sound = {key: value for key, value in found.items() if key not in _COUNTS or is_count(value)}
+    return {k: v for k, v in sound.items() if k not in _WORDS or isinstance(v, str)}
 
 
 def check_trained(path: Path) -> None:
@@ -103,13 +164,14 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is a number, not negative, that can be reckoned with."""
     return type(value) in (int, float) and 0 <= value < 2**63
 
 
 def read_bytes(path: Path, most: int = _MOST) -> bytes:
     """A whole file; raises ValueError where it is longer than `most` bytes, OSError as ever."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"longer than {most:,} bytes")

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from alexnet_dist.errors import printable
+from alexnet_dist.files import written_aside
 
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
 MOST_CLASSES = 2000  # of a confusion: a matrix of their square
@@ -265,5 +266,6 @@ def figure(
     yield axes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
-        figure.savefig(path, dpi=120)
+        with written_aside(path) as aside:
+            figure.savefig(aside, dpi=120)
     pyplot.close(figure)

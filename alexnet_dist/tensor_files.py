@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alexnet_dist.errors import CheckpointError, cannot_be_read
-from alexnet_dist.files import MOST_HEADER
+from alexnet_dist.files import MOST_HEADER, opened, written_aside
 
 Shape = tuple[int, ...]
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -21,7 +21,7 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:  # safe_open calls every failure to open "No such file"
+            with opened(path) as file:  # safe_open calls every failure to open "No such file"
                 header = int.from_bytes(file.read(8), "little")
             if header > MOST_HEADER:
                 raise ValueError(f"a header of {header:,} bytes, more than {MOST_HEADER:,}")
@@ -71,19 +71,13 @@ def misfit(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with the mode that the umask gives any file: safetensors' own is
-    0600.
+    """Write a safetensors file, durably, with the mode that the umask gives any file: safetensors'
+    own is 0600.
 
     Raises OSError or SafetensorError.
     """
-    new = not path.exists()
-    path.touch()  # the kernel knows the mode: reading a umask sets it, for all threads
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, metadata)
-    except BaseException:
-        if new:
-            path.unlink(missing_ok=True)
-        raise
-    if path.stat().st_mode != mode:  # some file systems have one mode, and refuse others
-        path.chmod(stat.S_IMODE(mode))
+    with written_aside(path) as aside:
+        mode = aside.stat().st_mode  # the kernel knows it: reading a umask sets it, for all threads
+        save_file(dict(tensors), aside, metadata)
+        if aside.stat().st_mode != mode:  # some file systems have one mode, and refuse others
+            aside.chmod(stat.S_IMODE(mode))

@@ -11,6 +11,7 @@ batch, `other` how long it stood still for Python.
 | to_device | bytes on their way to the GPU |
 | windows | windows made of them: mirrored, the mean off, lit, scaled |
 | forward, backward, optimizer | the step's arithmetic |
+| step | all of it, where a GPU is given it as one CUDA graph |
 | exchange | between columns, or parts of fully-connected layers; the wait for the others too |
 | all_reduce | sums over ranks, their wait too: what the backward does not hide |
 | log, evaluate, checkpoint | beside training |
@@ -28,10 +29,11 @@ from dataclasses import dataclass
 import torch
 
 SPANS = (
-    "data", "to_device", "windows", "forward", "backward", "optimizer", "exchange", "all_reduce",
-    "log", "evaluate", "checkpoint", "other",
+    "data", "to_device", "windows", "forward", "backward", "optimizer", "step", "exchange",
+    "all_reduce", "log", "evaluate", "checkpoint", "other",
 )  # fmt: skip
-APART = ("log", "evaluate", "checkpoint")  # no part of a step; spans inside count for these
+APART = ("log", "evaluate", "checkpoint")  # no part of a step
+_CLOSED = (*APART, "step")  # spans inside count for these
 _Mark = float | torch.cuda.Event
 
 
@@ -101,7 +103,7 @@ class Timeline:
 
     def enter(self, name: str) -> None:
         """What happens from now to the end of the span around this counts for this one."""
-        if self._open and self._open[-1] not in APART:
+        if self._open and self._open[-1] not in _CLOSED:
             self._open.append(name)
             self._mark()
 

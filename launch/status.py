@@ -17,6 +17,14 @@ from alexnet_dist.errors import RunFolderError, printable
 from alexnet_dist.files import read_run
 from launch.job import guarded, slurm
 
+
+class NoRun(RunFolderError):
+    """A path is not that of a run folder."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path}: no run.json here: name run folders, as in runs/demo")
+
+
 COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")
 
 
@@ -34,11 +42,13 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         queue: Slurm's state of each of its jobs that is not over; None where no Slurm answers.
 
     Raises:
-        RunFolderError: it is no run folder.
+        NoRun: it is no run folder.
     """
     run = read_run(folder)
     if not run:
-        raise RunFolderError(f"{folder}: no run.json here: name run folders, as in runs/demo")
+        raise NoRun(folder)
+    if "state" not in run:
+        raise RunFolderError(f"{folder}: its run.json does not say how it stands: it is damaged")
     state, job = str(run["state"]), run.get("job")
     if (queue or {}).get(job or "") in ("PENDING", "REQUEUED"):
         state = "queued"
@@ -51,7 +61,7 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     if state == "finished":
         eta_s = 0.0
     elif step and last and kept_s:
-        eta_s = kept_s / step * (int(last) - step)
+        eta_s = kept_s / step * max(0, int(last) - step)
     return {
         "run": str(folder),
         "state": state,
@@ -59,18 +69,19 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         "step": step,
         "last_step": last,
         "eta_s": eta_s,
-        "restarts": int(run.get("restarts", int(run["attempt"]) - 1)),
-        "goodput": kept_s / max(until - float(run["first_started"]) - rested_s, 1e-9),
-        "why": str(run.get("reason") or "").partition("\n")[0],
+        "restarts": int(run.get("restarts", max(0, int(run.get("attempt", 1)) - 1))),
+        # At most all of it: a clock may have been set back.
+        "goodput": kept_s / max(until - run.get("first_started", until) - rested_s, kept_s, 1e-9),
+        "why": run.get("reason", "").partition("\n")[0],
     }
 
 
 def _lives(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
     if run.get("job") and queue is not None:
         return run["job"] in queue
-    if run["host"] != socket.gethostname():
+    if run.get("host") != socket.gethostname():
         return True  # as far as can be seen from here
-    return Path(f"/proc/{run['pid']}").exists()
+    return Path(f"/proc/{run.get('pid')}").exists()
 
 
 def queued() -> dict[str, str] | None:
@@ -85,26 +96,44 @@ def parser() -> argparse.ArgumentParser:
         description="How runs stand, by run.json and, where Slurm is, its queue.",
         examples=("python -m launch.status runs/demo runs/second --json",),
     )
-    made.add_argument("run_folder", type=path, nargs="+", help="as in runs/*")
+    made.add_argument(
+        "run_folder", type=path, nargs="+", help="as in runs/*; what else lies there is passed over"
+    )
     add_json(made, "list")
     return made
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    queue = queued()
-    rows = [status(folder, queue) for folder in options.run_folder]
+    queue, rows, others, wrong = queued(), [], [], 0
+    for folder in options.run_folder:
+        try:
+            rows.append(status(folder, queue))
+        except NoRun as error:
+            if folder.exists() and len(options.run_folder) > 1:
+                others.append(folder)
+                continue
+            wrong += _said(error)
+        except RunFolderError as error:
+            wrong += _said(error)
     if options.json:
         print(json.dumps(rows))
-    else:
+    elif rows:
         print(table(rows))
-    return 0
+    if others:
+        print(f"passed over, not of a run: {', '.join(map(str, others))}", file=sys.stderr)
+    return 1 if wrong or not rows else 0
+
+
+def _said(error: RunFolderError) -> int:
+    print(f"launch: {printable(str(error))}", file=sys.stderr)
+    return 1
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     def line(row: Mapping[str, Any]) -> tuple[str, ...]:
         eta = "?" if row["eta_s"] is None else _clock(row["eta_s"])
-        job, why = row["job"] or "-", printable(row["why"])[:80]
+        job, why = row["job"] or "-", row["why"][:80]
         step = f"{row['step']}/{row['last_step'] or '?'}"
         return (row["run"], row["state"], job, step, eta, str(row["restarts"]),
                 f"{row['goodput']:.0%}", why)  # fmt: skip
@@ -113,7 +142,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def laid_out(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns."""
+    """Cells in columns; none of them steers a terminal."""
+    lines = [[printable(cell).replace("\n", " ") for cell in cells] for cells in lines]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()

@@ -15,6 +15,9 @@ WNIDS = ("n01440764", "n02105855", "n01443537", "n12057211")
 WORDS = ("tench, Tinca tinca", "Shetland sheepdog", "goldfish", "yellow lady's slipper")
 
 
+NOTHING = bytes(10240)  # a tar of no members
+
+
 def photograph(seed: int, width: int = 120, height: int = 90) -> Image.Image:
     """Smooth colours with some texture: what JPEG is made for."""
     random = np.random.default_rng(seed)

@@ -17,6 +17,7 @@ from conftest import alexnet_dist, as_overrides
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data import inspect
+from alexnet_dist.network import kernels
 from alexnet_dist.parallel import spawn
 from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.reporting import doctor
@@ -147,13 +148,13 @@ def test_what_is_amiss_is_named(
 
 def test_what_builds_a_gpus_kernels_is_named(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
-    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
     found = doctor.compiler()
-    assert found.broken
+    assert not found.broken  # by torch's operators a run is slower, and the same
     assert "no C compiler" in found.found
     assert "gcc python3-dev" in found.remedy
     monkeypatch.setenv("CC", "gcc-12")
-    monkeypatch.setattr(doctor.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    monkeypatch.setattr(kernels.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert "Python.h" in doctor.compiler().found
     (tmp_path / "Python.h").touch()
     assert doctor.compiler() == Finding("kernels", "built by Triton with gcc-12")

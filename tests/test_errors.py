@@ -26,7 +26,7 @@ from conftest import as_overrides
 from torch.distributed.elastic.multiprocessing import SignalException
 
 import alexnet_dist
-from alexnet_dist import load_checkpoint, train
+from alexnet_dist import errors, load_checkpoint, train
 from alexnet_dist.cli import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
@@ -38,7 +38,7 @@ from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment, rendezvous, spawn, topology
 from alexnet_dist.parallel.device import take_device
 from alexnet_dist.parallel.stop_signals import handlers_restored
-from alexnet_dist.training.run_folder import read_run
+from alexnet_dist.training.run_folder import RunFolder, read_run
 
 Tiny = Callable[..., Config]
 Patch = pytest.MonkeyPatch
@@ -179,8 +179,8 @@ def peer_lost(tiny: Tiny, patch: Patch) -> None:
 
 def no_space(tiny: Tiny, patch: Patch) -> None:
     config = tiny(ALONE)
-    config.folder.mkdir(parents=True)
-    (config.folder / ".config.json.writing").symlink_to("/dev/full")
+    full = raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    patch.setattr(RunFolder, "save_config", full)
     train(config)
 
 
@@ -456,3 +456,22 @@ def test_only_tf32_lets_a_gpu_round_factors(tiny: Tiny) -> None:
     torch.backends.cudnn.allow_tf32 = True
     topology.connect(tiny(ALONE, "train.precision=fp32"))
     assert not torch.backends.cudnn.allow_tf32
+
+
+def test_memory_is_blamed_only_where_the_kernel_counts_a_kill(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    worker = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    for counted, said in (
+        ([0, 2], "killed by SIGKILL from outside the run: the kernel ended none for memory"),
+        (
+            [0, 3],
+            "killed by SIGKILL, and the kernel counts a process here that it ended for memory",
+        ),
+        ([], "killed by SIGKILL"),
+    ):
+        monkeypatch.setattr(errors, "_KILLS_BEFORE", [0, 2] if counted else [])
+        monkeypatch.setattr(errors, "_memory_kills", lambda counted=counted: counted)
+        assert errors.killed_by(9) == said
+        assert f"a process that decodes images was {said}; " in str(in_words(worker))
+    assert errors.killed_by(11) == "killed by SIGSEGV"

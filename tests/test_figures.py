@@ -88,6 +88,9 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     out = tmp_path / "report.html"
     said = report([*folders, hostile, damaged, several, out], out)
     assert said.endswith("5 runs; 1 hold no evaluated run")
+    result = alexnet_dist("report", *map(str, folders), str(tmp_path / "typo"))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "typo: there is no such run folder" in result.stderr
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
@@ -98,7 +101,7 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     mine = page[page.index("<h2>tiny-alexnet-2012-0</h2>") :].partition("<h2>")[2]
     mine = mine.partition("<h2>")[0]
     assert "shipped config nearest to it is" in mine
-    assert "<td>model.crop</td><td>67</td>" in mine
+    assert re.search(r"it differs in:</p><table>.*<td>schedule\.rate</td><td>[\d.]+</td>", mine)
     assert "Classes: best and last, test, 10 views" in mine
     assert mine.count('alt="confusion"') == 1
     assert re.search(r"<td>Ankle boot</td><td>\d+\.\d</td><td>\d+ of \d+</td>", mine)
@@ -114,7 +117,7 @@ def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) 
     for run, shares in {"a": [0.1, 0.8, 0.7], "b": [0.1, 0.2, 0.9], "c": [0.1, 0.2, 0.3]}.items():
         (tmp_path / run).mkdir()
         points = [
-            {"kind": "train", "step": e, "epoch": e, "top1": share}
+            {"kind": "train", "step": e, "epoch": e, "loss": 1, "top1": share, "top5": 1}
             for e, share in enumerate(shares, start=1)
         ]
         text = "".join(json.dumps(point) + "\n" for point in points)
@@ -167,7 +170,7 @@ def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_pa
     assert [len(scores) for scores in found["scores"]] == [1, 2]
     for arguments, said in (
         (folders[:1], "name another run folder"),
-        ([folders[0], "demo"], "compare demo: no run folder, and others are"),
+        ([folders[0], "demo"], "compare demo: not a run folder in "),
     ):
         result = alexnet_dist("compare", *arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1)

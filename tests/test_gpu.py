@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import made
 import numpy as np
@@ -13,8 +14,9 @@ from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajecto
 from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
 from test_run import ALONE, RUN, Started, ended_state, start
 
+from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import resident
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -79,7 +81,9 @@ def arguments(packed: object) -> list[str]:
     return [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one", *GPU]
 
 
-@pytest.mark.parametrize("how", ["micro_batches=1", "micro_batches=4", "compile=inductor"])
+@pytest.mark.parametrize(
+    "how", ["micro_batches=1", "micro_batches=4", "execution=fused", "execution=eager"]
+)
 def test_twenty_steps_and_an_evaluation_are_the_cpus(packed: Path, how: str) -> None:
     double = "train.precision=fp64"
     (oracle,) = trajectories([config_of(packed, double)])
@@ -106,9 +110,9 @@ def wait_for_nothing(config: Config) -> int:
 
 
 @pytest.mark.parametrize("pipeline", ["torch", "dali", "resident"])
-@pytest.mark.parametrize("compiled", ["none", "inductor"])
-def test_a_step_does_not_wait_for_the_gpu(packed: Path, pipeline: str, compiled: str) -> None:
-    how = [f"data.pipeline={pipeline}", f"train.compile={compiled}", "train.precision=bf16"]
+@pytest.mark.parametrize("execution", ["graph", "fused", "eager"])
+def test_a_step_does_not_wait_for_the_gpu(packed: Path, pipeline: str, execution: str) -> None:
+    how = [f"data.pipeline={pipeline}", f"train.execution={execution}", "train.precision=bf16"]
     assert on_ranks(1, wait_for_nothing, config_of(packed, "layout.device=cuda", *how)) == [8]
 
 
@@ -135,8 +139,63 @@ def test_a_stopped_run_on_a_gpu_ends_as_if_it_never_was(
     last = [point for point in read_metrics(runs / "whole") if point["kind"] == "speed"][-1]
     assert last["memory"]["device_gb"] > 0
     assert sum(last["time"].values()) == pytest.approx(1)
-    assert last["time"]["forward"] > 0
-    assert last["time"]["backward"] > 0
+    assert last["time"]["step"] > 0  # one CUDA graph
+
+
+WAYS = {
+    "graph": [], "micro-batches": ["train.micro_batches=2"], "lars": ["optimizer.kind=lars"],
+    "adam": ["optimizer.kind=adam"], "fp32": ["train.precision=fp32"],
+    "histograms": ["log.histograms_every_steps=3"], "tanh": ["model.activation=tanh"],
+}  # fmt: skip
+
+
+def steps_by_each(config: Config, overrides: list[str]) -> dict[str, dict[str, torch.Tensor]]:
+    """All that six steps make by each kind of execution; gradients are kept of some."""
+    found, batch = {}, None
+    for execution in ("graph", "fused", "graph again"):
+        how = f"train.execution={execution.partition(' ')[0]}"
+        one = load_config([flat(config), *overrides, how])
+        topology = connect(one)
+        engine, batch = make_engine(one, topology), batch or made_batch(one, topology.device)
+        made = {}
+        for step in range(6):
+            rate = 0.001 * (step + 1)
+            made[f"numbers/{step}"] = engine.train_step(batch, step, rate, step % 3 == 2).cpu()
+        gradients = {f"gradient/{name}": grad.cpu() for name, grad in engine.gradients.items()}
+        parameters, optimizer = engine.whole_tensors()
+        found[execution] = made | gradients | parameters | optimizer
+    return found
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_graph_is_its_kernels_to_the_bit(packed: Path, way: str) -> None:
+    """Of the paper's network in bf16: its first step too, and when it is made a second time."""
+    config = load_config(["layout.kind=one", "train.batch=32", "train.deterministic=true"])
+    (found,) = on_ranks(1, steps_by_each, config, WAYS[way])
+    for name, value in found["fused"].items():
+        assert torch.equal(found["graph"][name], value), name
+        assert torch.equal(found["graph again"][name], value), name
+    assert found["graph"]["numbers/5"][3] == 0
+
+
+def test_a_step_that_is_not_finite_changes_nothing(packed: Path) -> None:
+    config = load_config(["layout.kind=one", "train.batch=8"])
+    ((before, numbers, after),) = on_ranks(1, spoiled, config)
+    assert numbers[3] == 1
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def spoiled(config: Config) -> tuple[dict[str, torch.Tensor], torch.Tensor, Any]:
+    """State before a step whose windows hold a NaN, its numbers, and the state after it."""
+    topology = connect(config)
+    engine, batch = make_engine(config, topology), made_batch(config, topology.device)
+    engine.train_step(batch, 0, 0.001)
+    before = {n: t.clone() for part in engine.whole_tensors() for n, t in part.items()}
+    batch.windows[0, 0, 0, 0] = float("nan")
+    numbers = engine.train_step(batch, 1, 0.001).cpu()
+    return before, numbers, {n: t for part in engine.whole_tensors() for n, t in part.items()}
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -2,27 +2,20 @@
 interpreter."""
 
 import itertools
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import triton
 from conftest import TINY, on_ranks
-from torch._subclasses.fake_tensor import FakeTensorMode
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
-from alexnet_dist.network import lrn, philox
-from alexnet_dist.network.kernels import gpu
-from alexnet_dist.network.lrn import local_response_norm
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.engines.base import scored
+from alexnet_dist.network import philox
+from alexnet_dist.network.kernels import units, windows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -34,57 +27,13 @@ def interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
-def normalised(dtype: torch.dtype) -> list[float]:
-    """How far the kernels are from the formula in float64, forward and backward."""
-    found = []
-    for size in (3, 5, 9):
-        maps, upper = (torch.randn(3, 22, 7, 5) * 50).to(dtype), torch.randn(3, 22, 7, 5).to(dtype)
-        leaf = maps.double().requires_grad_()
-        reference = local_response_norm(leaf, size, 1e-4, 0.75, 2.0)
-        reference.backward(upper.double())
-        constants = (size, 1e-4, 2.0)
-        ours = gpu.lrn(maps.to(DEVICE), *constants)
-        grad = gpu.lrn_backward(maps.to(DEVICE), upper.to(DEVICE), *constants)
-        assert ours.dtype == grad.dtype == dtype
-        assert ours.is_contiguous(memory_format=torch.channels_last)
-        for mine, wide in ((ours, reference.detach()), (grad, leaf.grad)):
-            found.append(float((mine.cpu() - wide).abs().max() / wide.abs().max()))
-    return found
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01)])
-def test_normalisation_is_the_formula(dtype: torch.dtype, bound: float) -> None:
-    (found,) = on_ranks(1, normalised, dtype, fresh=True)
-    assert len(found) == 6
-    assert max(found) < bound
-
-
-def compiled() -> list[float]:
-    """As `normalised`, by torch.compile, where local_response_norm takes this for a GPU."""
-    lrn.on_gpu = lambda maps, beta: maps.dtype == torch.float32
-    maps, upper = torch.randn(2, 2, 22, 7, 5, device=DEVICE) * 50
-    norm = torch.compile(local_response_norm, fullgraph=True, backend="aot_eager")
-    found = []
-    for dtype, function in ((torch.float32, norm), (torch.float64, local_response_norm)):
-        leaf = maps.to(dtype, copy=True).requires_grad_()
-        ours = function(leaf, 5, 1e-4, 0.75, 2.0)
-        ours.backward(upper.to(dtype))
-        found.append((ours.detach(), leaf.grad))
-    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
-
-
-def test_a_compiled_network_normalises_by_these_kernels() -> None:
-    ((forward, backward),) = on_ranks(1, compiled, fresh=True)
-    assert 0 < max(forward, backward) < 1e-6
-
-
 def masks() -> list[bool]:
     same = []
     slots = torch.tensor([0, 1, 5, 2**20])
     slots = torch.stack([slots, slots + 1], dim=1)[:, 0]  # strided, as a micro-batch's may be
     for first, count, seed, step in ((0, 36, 0, 0), (17, 301, 2**32 - 1, 1), (6, 5, 7, 2**31)):
         for drop in (0.5, 0.1):
-            ours = gpu.dropout_mask(
+            ours = units.dropout_mask(
                 slots.to(DEVICE), torch.tensor(step, device=DEVICE), 6, first, count, seed,
                 int(philox.Purpose.DROPOUT), round(drop * 2**32),
             )  # fmt: skip
@@ -114,78 +63,57 @@ def same_windows(config: Config) -> list[bool]:
         light = torch.randn(n, 3).to(finish.mean.dtype)
         inside = torch.zeros_like(corners) if views == 1 else corners
         given = (patches, inside, corners, flips, light)
-        ours = gpu.windows(
-            *(t.to(DEVICE) for t in (*given, finish.mean, finish.divide_by)), crop, dtype
-        )
+        there = [t.to(DEVICE) for t in (*given, finish.mean, finish.divide_by)]
+        ours = windows.windows(*there, crop, dtype)
         same.append(torch.equal(ours.cpu(), finish.by_loop(*given)))
+        stride, padding, cells = 4, 1, -(-(crop + 2) // 4)
+        folded = windows.windows(*there, crop, dtype, (stride, padding, cells))
+        apart = ours.flatten(0, 1).movedim(-1, 1)
+        expected = windows.fold(apart, stride, padding, cells, cells)
+        same.append(torch.equal(folded.flatten(0, 1).movedim(-1, 1), expected))
     return same
 
 
 def test_windows_are_the_cpus_bits() -> None:
     config = load_config([*TINY, "model.crop=67", "data.divide_by=[58.4,57.1,57.4]"])
     (same,) = on_ranks(1, same_windows, config, fresh=True)
-    assert len(same) >= 4
+    assert len(same) >= 8
     assert all(same)
 
 
-def test_the_network_of_a_gpu_is_one_graph_with_these_kernels() -> None:
-    """Traced with tensors that only say that they are on a GPU."""
-    graphs: list[torch.fx.GraphModule] = []
+def scores_apart() -> list[float]:
+    """How far loss, counts and gradients are from torch's operators, each relative to its bound."""
+    found, generator = [], torch.Generator().manual_seed(0)
+    bounds = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7}
+    for (dtype, bound), (n, classes) in itertools.product(
+        bounds.items(), ((1, 2), (5, 7), (37, 10), (4, 1000))
+    ):
+        logits = (torch.randn(n, classes, generator=generator) * 9).to(dtype)
+        logits[0] = logits[0, 0]  # a tie
+        labels = torch.randint(classes, (n,), generator=generator)
+        made = []
+        for fused in (False, True):
+            leaf = logits.to(DEVICE, copy=True).requires_grad_()
+            loss, counts = scored(leaf, labels.to(DEVICE), fused)
+            (loss * 0.3).backward()
+            assert leaf.grad is not None
+            made.append((counts.cpu(), leaf.grad.double().cpu(), loss.detach().cpu()))
+        (plain, plain_grad, loss), (ours, our_grad, our_loss) = made
+        assert torch.equal(plain[1:], ours[1:]), (dtype, n, classes)
+        assert our_loss.dtype == loss.dtype
+        found.append(float((ours[0] - plain[0]).abs() / plain[0].abs() / min(bound, 1e-6)))
+        found.append(float((our_grad - plain_grad).abs().max() / plain_grad.abs().max() / bound))
+    logits = torch.randn(4, 9)
+    logits[0, 3], logits[1, 0] = float("nan"), float("inf")
+    labels = torch.tensor([3, 1, 2, 8])
+    _, counts = scored(logits.to(DEVICE), labels.to(DEVICE), True)
+    expected = scored(logits, labels)[1]
+    assert counts.cpu().isnan().tolist() == expected.isnan().tolist() == [True, False, False]
+    assert torch.equal(counts[1:].cpu(), expected[1:])
+    return found
 
-    def kept(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
-        graphs.append(graph)
-        return graph.forward
 
-    with FakeTensorMode(), torch.device("cuda"):
-        model = AlexNet(load_config([]).model, drawn=False)
-        x = torch.empty(4, 3, 227, 227).contiguous(memory_format=torch.channels_last)
-        step = torch.zeros((), dtype=torch.int64)
-        logits = torch.compile(model, fullgraph=True, backend=kept)(x, torch.arange(4), step)
-    assert (logits.shape, logits.device.type) == ((4, 1000), "cuda")
-    (graph,) = graphs
-    called = Counter(str(node.target) for node in graph.graph.nodes)
-    assert called["alexnet_dist.dropout_mask.default"] == 4  # two columns, before fc7 and fc8
-    inner = [str(n.target) for m in graph.modules() if isinstance(m, torch.fx.GraphModule)
-             for n in m.graph.nodes]  # fmt: skip
-    assert inner.count("alexnet_dist.lrn.default") == 4  # two columns, after conv1 and conv2
-    assert inner.count("alexnet_dist.lrn_backward.default") == 4
-
-
-BF16, FP32, FP64 = "*bf16", "*fp32", "*fp64"
-SHAPE = {"wide": 48, "half": 2, "block": 256}
-
-
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize(
-    ("name", "constants", "pointers"),
-    [
-        ("lrn_kernel", SHAPE, {"maps": BF16, "out": BF16}),
-        ("lrn_kernel", SHAPE, {"maps": FP32, "out": FP32}),
-        ("lrn_backward_kernel", SHAPE, {"maps": BF16, "grads": BF16, "out": BF16}),
-        ("lrn_backward_kernel", SHAPE, {"maps": FP32, "grads": FP32, "out": FP32}),
-        ("masks_kernel", {"block": 256}, {"stay": "*u8", "slots": "*i64", "step": "*i64"}),
-        *(
-            ("windows_kernel", {"crop": 227, "block": 256},
-             dict.fromkeys(("light", "mean", "divide_by"), wide)
-             | dict.fromkeys(("patches", "flips"), "*u8")
-             | dict.fromkeys(("inside", "corners"), "*i64") | {"out": out})
-            for wide, out in ((FP32, BF16), (FP32, FP32), (FP64, FP64))
-        ),
-    ],
-)  # fmt: skip
-def test_kernels_compile_for_gpus_that_are_not_here(
-    name: str, constants: dict[str, int], pointers: dict[str, str], arch: int
-) -> None:
-    numbers = {"alpha": "fp32", "k": "fp32"}
-    kernel = getattr(gpu, name)
-    kinds = {
-        argument: "constexpr"
-        if argument in constants
-        else (pointers | numbers).get(argument, "i32")
-        for argument in kernel.arg_names
-    }
-    places = {(kernel.arg_names.index(key),): value for key, value in constants.items()}
-    target = GPUTarget("cuda", arch, 32)
-    compiled = triton.compile(ASTSource(kernel, kinds, places), target=target)
-    assert f"sm_{arch}" in compiled.asm["ptx"]
-    assert compiled.asm["cubin"]
+def test_scores_are_those_of_operators() -> None:
+    (found,) = on_ranks(1, scores_apart, fresh=True)
+    assert len(found) == 24
+    assert max(found) <= 1

@@ -143,9 +143,11 @@ def test_memory_is_bounded_where_a_library_would_not() -> None:
 
 
 def imagenet_of(folder: Path, inner: bytes) -> Path:
-    """ImageNet's three files, with this tar of the first class."""
+    """ImageNet's three files, with this tar of the first class, and no images of the others."""
     source = made.imagenet(folder, 1, 1)
-    made.tar_of(source / "ILSVRC2012_img_train.tar", {f"{made.WNIDS[0]}.tar": inner})
+    first, *others = (f"{wnid}.tar" for wnid in made.WNIDS)
+    members = {first: inner} | dict.fromkeys(others, made.NOTHING)
+    made.tar_of(source / "ILSVRC2012_img_train.tar", members)
     return source
 
 
@@ -434,9 +436,10 @@ def test_a_run_json_of_anything_is_begun_anew(content: bytes, tiny: Callable[...
              b'{"step": 2, "kind": "other"}', b'{"step": 2}'],
 )  # fmt: skip
 def test_a_line_of_metrics_that_is_no_point_costs_that_line(line: bytes, tmp_path: Path) -> None:
-    sound = b'{"step": 1, "kind": "train"}\n'
+    point = {"step": 1, "kind": "train", "epoch": 0.5, "loss": 2.5, "top1": 0.5, "top5": 1.0}
+    sound = json.dumps(point).encode() + b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(sound + line + b"\n" + sound)
-    assert read_metrics(tmp_path) == [{"step": 1, "kind": "train"}] * 2
+    assert read_metrics(tmp_path) == [point] * 2
 
 
 @pytest.mark.parametrize("state", [{}, {"score": 3}, {"score": {"top9": 1}}])

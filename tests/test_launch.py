@@ -495,6 +495,26 @@ def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
         status.status(tmp_path / "nowhere", {})
 
 
+def test_status_passes_over_what_lies_beside_runs(
+    tiny: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(f"output_dir={tmp_path}")
+    RunFolder(config).take()
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "report.html").touch()
+    assert (
+        status.main([str(config.folder), str(tmp_path / "mlruns"), str(tmp_path / "report.html")])
+        == 0
+    )
+    said = capsys.readouterr()
+    assert re.findall(r"^\S+", said.out, re.M) == ["run", str(config.folder)]
+    beside = ", ".join(str(tmp_path / name) for name in ("mlruns", "report.html"))
+    assert said.err == f"passed over, not of a run: {beside}\n"
+    for named in (["mlruns"], [config.name, "typo"]):
+        assert status.main([str(tmp_path / name) for name in named]) == 1
+        assert f"{tmp_path / named[-1]}: no run.json here" in capsys.readouterr().err
+
+
 def test_a_container_without_scontrol_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -532,6 +552,7 @@ def test_a_finished_run_that_is_started_again_was_not_restarted(
 
     clock = [1e9]
     monkeypatch.setattr(time, "time", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     assert start("stopped", exit=143)["restarts"] == 0
     assert start("finished", exit=0)["restarts"] == 1
     clock[0] += 1000

@@ -150,20 +150,6 @@ def test_every_layout_follows_the_oracle(
             assert not other[place][1], "whole tensors are rank 0's"
 
 
-@pytest.mark.parametrize(
-    "kinds", [("one",), ("columns", "replicas", "sharded_fc")], ids=["here", "on two ranks"]
-)
-def test_a_compiled_network_follows_the_oracle(
-    kinds: tuple[str, ...], oracles: dict[str, Any]
-) -> None:
-    config, oracle = oracles["sgd"]
-    train = dataclasses.replace(config.train, compile="aot_eager")
-    ranks = 1 if kinds == ("one",) else 2
-    cases = [on(dataclasses.replace(config, train=train), kind, ranks) for kind in kinds]
-    for ours in on_ranks(ranks, trajectories, cases)[0]:
-        assert_same_run(ours, oracle, 1e-12)
-
-
 def of_made_batches(configs: Sequence[Config]) -> list[Any]:
     """For each config: statistics of five steps on noise, whole tensors, and logits of the last
     replica's samples."""

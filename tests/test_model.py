@@ -54,7 +54,7 @@ def test_map_shapes_and_counts_are_the_published() -> None:
         logits = model(torch.empty(2, 3, 227, 227).contiguous(memory_format=torch.channels_last))
     for number, (maps, side) in enumerate(MAPS, start=1):
         assert shapes[f"conv{number}"] == [(2, maps // 2, side, side)] * 2
-    assert shapes["fc6"] == shapes["fc7"] == [(2, 2048)] * 2
+    assert shapes["fc6"] == shapes["fc7"] == [(2, 4096)]  # one product, of both columns
     assert logits.shape == (2, 1000)
     assert model.fc6.whole == (4096, 256 * 6 * 6)
 

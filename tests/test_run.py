@@ -2,7 +2,9 @@
 
 import json
 import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -274,7 +276,10 @@ def torchrun(*options: str) -> tuple[str, ...]:
     return ("-m", "torch.distributed.run", "--nproc-per-node", "2", *options, "-m", "alexnet_dist")
 
 
-CODES = {signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
+CODES = {
+    signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGTERM: 143, signal.SIGHUP: 143,
+    signal.SIGINT: 130,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -283,6 +288,7 @@ CODES = {signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGTERM: 143, signal.SIG
         (signal.SIGUSR1, "columns", "launcher"),
         (signal.SIGTERM, "columns", "launcher"),
         (signal.SIGINT, "columns", "launcher"),
+        (signal.SIGHUP, "columns", "launcher"),
         (signal.SIGUSR2, "one", "launcher"),
         pytest.param(signal.SIGUSR2, "columns", "launcher", marks=pytest.mark.drill),
         *(pytest.param(number, "columns", "rank", marks=pytest.mark.drill) for number in CODES),
@@ -310,6 +316,43 @@ def test_a_signal_saves_and_leaves_with_its_code(
     (saved,) = checkpoints.steps(runs / "stopped" / "checkpoints")
     assert checkpoints.verify(saved).step == state["step"] >= 6
     assert not any(process.is_running() for process in processes)
+
+
+def test_under_nohup_a_hangup_is_ignored(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    run = start(command("nohup"), FRESH, ("nohup",))
+    run.wait_for_step(runs / "nohup", 6)
+    for process in run.all():
+        process.send_signal(signal.SIGHUP)
+    code, output = run.end()
+    assert code == 0, output
+    assert read_run(runs / "nohup")["state"] == "finished"
+
+
+@pytest.mark.parametrize("kind", ["one", "columns"])
+def test_a_run_whose_terminal_is_closed_saves(
+    kind: str, command: Callable[..., list[str]], runs: Path
+) -> None:
+    """What it then writes to the terminal is an error (EIO)."""
+    arguments = command("closed", f"layout.kind={kind}", "train.epochs=500", "log.every_steps=1")
+    child, terminal = pty.fork()
+    if not child:
+        os.execv(sys.executable, [sys.executable, *FRESH, *arguments])
+    try:
+        metrics = runs / "closed" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and len(read_metrics(runs / "closed")) > 12):
+            if select.select([terminal], [], [], 0.05)[0]:
+                os.read(terminal, 65536)  # or it would wait for us to read
+            assert time.monotonic() < deadline
+    finally:
+        os.close(terminal)
+    os.waitpid(child, 0)
+    state = read_run(runs / "closed")
+    assert (state["state"], state["exit"]) == ("stopped", 143)
+    (*_, saved) = checkpoints.steps(runs / "closed" / "checkpoints")
+    assert checkpoints.verify(saved).step == state["step"]
 
 
 @pytest.mark.parametrize("kind", ["one", "columns"])
@@ -417,18 +460,25 @@ def test_no_rank_outlives_its_launcher(
     assert read_run(runs / "orphans")["state"] == "stopped"
 
 
-def test_a_killed_rank_takes_the_others_with_it(
-    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_takes_the_others_with_it_and_is_named(
+    rank: int, command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
     run = start(command("killed", "train.epochs=500"))
     run.wait_for_step(runs / "killed", 6)
     processes = run.all()
-    processes[-1].kill()
+    processes[1 + rank].kill()
     begin = time.monotonic()
-    code, _ = run.end()
+    code, output = run.end()
     assert code == 1
     assert time.monotonic() - begin < 10
     assert not any(process.is_running() for process in processes)
+    found = read_run(runs / "killed")
+    assert (found["state"], found["exit"], found["known"]) == ("failed", 1, False)
+    name = f"rank {rank} was killed by SIGKILL"
+    assert found["reason"].startswith(name)
+    assert "from outside the run: the kernel ended none for memory" in found["reason"]
+    assert f"{name} from outside" in output
 
 
 def test_a_rank_deaf_to_a_signal_has_the_time_it_was_given(

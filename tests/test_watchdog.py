@@ -1,6 +1,7 @@
 """A run that no longer moves ends, and says which rank held it up, and where."""
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,51 @@ def test_a_rank_that_is_slow_is_named_and_one_that_hangs_with_its_stack(
     assert reason.endswith("the run ends (layout.timeout_s), start it again to resume")
     children = psutil.Process().children(recursive=True)
     assert not [child for child in children if "stuck.py" in " ".join(child.cmdline())]
+
+
+def test_a_run_that_was_stopped_for_longer_than_the_timeout_goes_on(
+    tiny: Callable[..., Config],
+) -> None:
+    """As by Ctrl-Z, or `scontrol suspend`: no clock of the ranks saw them stand still."""
+    config = tiny(*RUN, "layout.timeout_s=2", "train.epochs=12", "name=suspended")
+    run = started(config)
+    run.wait_for_step(config.folder, 6)
+    processes = run.all()
+    for process in processes:
+        process.suspend()
+    time.sleep(6)  # more than twice what the watchdog waits
+    for process in processes:
+        process.resume()
+    code, output = run.end()
+    assert code == 0, output
+    assert "no step for" not in output
+    assert "Traceback" not in output
+    assert read_run(config.folder)["state"] == "finished"
+
+
+HELD = """
+import ctypes, sys
+from alexnet_dist.cli.main import main
+from alexnet_dist.engines.ddp import TorchEngine
+
+sound = TorchEngine.train_step
+
+def train_step(engine, batch, step, rate, *more):
+    if step == 3:
+        ctypes.PyDLL(None).sleep(100)  # with Python's lock
+    return sound(engine, batch, step, rate, *more)
+
+TorchEngine.train_step = train_step
+sys.exit(main())
+"""
+
+
+def test_a_process_whose_python_stands_still_is_ended_with_its_stacks(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    config = tiny(*RUN, "layout.kind=one", "layout.timeout_s=2", "name=held")
+    (tmp_path / "held.py").write_text(HELD)
+    run = started(config, str(tmp_path / "held.py"))
+    code, output = run.end()
+    assert code == -signal.SIGABRT
+    assert "held.py" in output  # where it is

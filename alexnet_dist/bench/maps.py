@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from alexnet_dist.bench import Pass, in_turn, machine, ratio
 from alexnet_dist.config.schema import Config
+from alexnet_dist.network import kernels
 from alexnet_dist.network.lrn import alpha_of, local_response_norm
 from alexnet_dist.network.model import Column
 from alexnet_dist.parallel.topology import connect
@@ -38,14 +39,22 @@ def bench_maps(config: Config, repeats: int) -> dict[str, Any]:
     normal = torchs if "conv1" in lrn.layers else nn.Identity()
     pool = nn.MaxPool2d(model.pool[0], model.pool[1])
 
+    fused = kernels.fused(config.train.execution, device)
+
     def ours(x: Tensor, bias: Tensor) -> Tensor:
-        return column.maps("conv1", x + bias[:, None, None])
+        if fused:
+            return column.maps("conv1", x, bias)
+        return column.maps("conv1", x + bias[:, None, None].to(x.dtype))
 
     def plain(x: Tensor, bias: Tensor) -> Tensor:
         pooled: Tensor = pool(normal(F.relu(x + bias[:, None, None])))
         return pooled
 
     def our_lrn(x: Tensor, bias: Tensor) -> Tensor:
+        if fused:
+            from alexnet_dist.network.kernels.maps import maps
+
+            return maps(x, None, None, (lrn.size, alpha, lrn.beta, lrn.k))
         return local_response_norm(x, lrn.size, alpha, lrn.beta, lrn.k)
 
     def plain_lrn(x: Tensor, bias: Tensor) -> Tensor:
@@ -59,7 +68,7 @@ def bench_maps(config: Config, repeats: int) -> dict[str, Any]:
     for precision, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         narrow = [x.to(dtype).contiguous(memory_format=torch.channels_last) for x in made]
         passes |= {
-            f"ours, {precision}": _timed(ours, narrow, biases.to(dtype)),
+            f"ours, {precision}": _timed(ours, narrow, biases),
             f"LRN, ours, {precision}": _timed(our_lrn, narrow, biases),
             f"a copy of the maps, {precision}": _copied(narrow),
         }

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shlex
 import shutil
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,7 @@ VERSION = 1
 _FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
 # Beside step-00012000: .old-… while it is replaced, .gone-… while it is removed.
 _NAME = re.compile(r"(\.old-|\.gone-)?step-(\d{8,})")
+_WRITING = re.compile(r"\.writing-([0-9a-f]+-)?step-\d{8,}")
 log = logging.getLogger(__name__)
 
 
@@ -134,9 +136,9 @@ def _write(
 ) -> Path:
     """Aside, synced, renamed; `manifest` lacks the files' hashes and its own."""
     final = folder / f"step-{manifest['step']:08d}"
-    aside = folder / f".writing-{final.name}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f".writing-{secrets.token_hex(8)}-{final.name}"  # that nobody can foretell
+    aside.mkdir()
     files = {}
     _write_tensors(aside / "model.safetensors", parameters)
     _write_tensors(aside / "optimizer.safetensors", optimizer)
@@ -358,7 +360,9 @@ def sweep(folder: Path, good: int = -1) -> None:
     """
     for name in _listed(folder):
         path, kind = folder / name, name.partition("step-")[0]
-        if kind == ".writing-" and _NAME.fullmatch(name.removeprefix(kind)):
+        if _WRITING.fullmatch(name):
+            if path.is_symlink():
+                path.unlink()
             shutil.rmtree(path, ignore_errors=True)
         elif kind in (".old-", ".gone-") and _NAME.fullmatch(name):
             if kind == ".old-" and not os.path.lexists(folder / name.removeprefix(kind)):

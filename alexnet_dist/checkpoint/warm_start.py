@@ -10,18 +10,27 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, TrainConfig
+from alexnet_dist.data.preprocess import mean_sha256
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.tensor_files import Shape, misfit
 
 
 def resolved(config: Config) -> Config:
-    """The config with the checkpoint it begins from, and its weights' hash, which defines the run.
+    """The config with what lies in other files and defines the run: the checkpoint it begins from,
+    with its weights' hash, and the hash of its mean image.
 
     Once the run has checkpoints of its own, those it began from may change or go.
 
-    Raises ConfigError where it asks for another hash, CheckpointError where there is no checkpoint.
+    Raises ConfigError where it asks for another hash, CheckpointError where there is no checkpoint,
+    DatasetError where there is no mean image.
     """
+    if config.data.mean_sha256 == "any" and not _before_means(config):
+        found = mean_sha256(config)
+        if found != "any":
+            config = dataclasses.replace(
+                config, data=dataclasses.replace(config.data, mean_sha256=found)
+            )
     train = config.train
     if train.init_from == "none":
         return config
@@ -39,6 +48,17 @@ def resolved(config: Config) -> Config:
         )
     begun = dataclasses.replace(train, init_from=str(source.path), init_sha256=found)
     return dataclasses.replace(config, train=begun)
+
+
+def _before_means(config: Config) -> bool:
+    """Whether the run in this folder began before hashes of mean images were kept, with this."""
+    if not checkpoints.steps(config.folder / "checkpoints"):
+        return False
+    try:
+        before = load_config([config.folder / "config.json"]).data
+    except ConfigError:
+        return False
+    return (before.mean_from, before.mean_sha256) == (config.data.mean_from, "any")
 
 
 def _begun(config: Config) -> TrainConfig | None:

@@ -162,7 +162,8 @@ def _as_csv(predictions: Iterable["Prediction"], top: int, file: IO[str]) -> Non
     for prediction in predictions:
         cells = [cell for name, share in prediction.top(top) for cell in (name, f"{share:.6g}")]
         cells += [""] * (2 * top - len(cells))
-        rows.writerow([str(prediction.path), *cells, prediction.refused])
+        row = [str(prediction.path), *cells, prediction.refused]
+        rows.writerow(map(printable, row) if file.isatty() else row)
         file.flush()
 
 

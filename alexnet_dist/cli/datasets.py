@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, add_json, part, path, picture
+from alexnet_dist.errors import printable
 
 _SOURCES = ("imagenet", "folder", "tiny_imagenet", "imagenette", "cifar10", "fashion_mnist")
 
@@ -80,5 +81,6 @@ def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     else:
         for what, finding in found.items():
             rows = finding.items() if isinstance(finding, dict) else ()
-            print(f"{what:22}{', '.join(f'{k} {v}' for k, v in rows) or finding}")
+            told = ", ".join(f"{k} {v}" for k, v in rows) or finding
+            print(printable(f"{what:22}{told}"))
     return 0

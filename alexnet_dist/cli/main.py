@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 from alexnet_dist import __version__
-from alexnet_dist.cli.streams import unread, with_usable
+from alexnet_dist.cli.streams import reader_left, with_usable
 from alexnet_dist.errors import in_words, printable
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.stop_signals import EXITS, FLAGS
+from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, heard
 
 try:
     from alexnet_dist.cli import answers, datasets, measures, results, runs
@@ -43,7 +43,7 @@ def _run(arguments: Sequence[str]) -> int:
         if os.getpid() == own:  # not in a forked child
             raise _Stopped(signal.Signals(number))
 
-    for number in {*FLAGS} - {signal.SIGINT}:  # outside a run, which has its own handlers
+    for number in {*heard()} - {signal.SIGINT}:  # outside a run, which has its own handlers
         signal.signal(number, stop)
     try:
         here = environment.place()
@@ -53,7 +53,7 @@ def _run(arguments: Sequence[str]) -> int:
         print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
         code = EXITS[FLAGS[number]]
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and any(map(unread, (sys.stdout, sys.stderr))):
+        if reader_left(error):
             raise
         code = _say(error, here.rank if here else 0)
     if here:

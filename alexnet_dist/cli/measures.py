@@ -8,7 +8,7 @@ from typing import Any
 
 from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, path, picture
 from alexnet_dist.config.load import load_config
-from alexnet_dist.errors import ConfigError, printable
+from alexnet_dist.errors import ConfigError, looked_in, printable
 
 
 def add(command: AddCommand) -> None:
@@ -183,7 +183,10 @@ def _runs_named(texts: Sequence[str]) -> list[Path] | None:
         return None
     if not all(are):
         other = texts[are.index(False)]
-        raise ConfigError(f"compare {other}: no run folder, and others are: name run folders alone")
+        raise ConfigError(
+            f"compare {other}: not a run folder{looked_in(path(other))}, where others named are: "
+            "name run folders alone"
+        )
     if len(folders) < 2:
         raise ConfigError(f"compare {folders[0]}: name another run folder to compare it with")
     return folders

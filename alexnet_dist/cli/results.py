@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alexnet_dist.cli.parser import AddCommand, out, path
-from alexnet_dist.files import check_trained
+from alexnet_dist.errors import ConfigError, looked_in
+from alexnet_dist.files import check_trained, is_there
 
 
 def add(command: AddCommand) -> None:
@@ -23,7 +24,9 @@ def add(command: AddCommand) -> None:
         ("alexnet-dist report runs/* --out report.html",),
     )  # fmt: skip
     sub.add_argument("run_folder", type=path, nargs="*", help="of runs; others are passed over")
-    sub.add_argument("--out", type=out, default=Path("report.html"))
+    sub.add_argument(
+        "--out", type=out, default=Path("report.html"), metavar="HTML", help="report.html, here"
+    )
 
     sub = command(
         "export", export, "write a run's weights as another program reads them",
@@ -69,6 +72,9 @@ def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Write one page of all results."""
     from alexnet_dist.reporting.report import report as write
 
+    for folder in options.run_folder:
+        if not is_there(folder):
+            raise ConfigError(f"report {folder}: there is no such run folder{looked_in(folder)}")
     print(write(options.run_folder, options.out))
     return 0
 

@@ -70,7 +70,9 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         layouts.check(config, wanted)
         signals.last_words = f"{config.folder}: stopped before it began\n"
         if signals.exit_code is None:
-            return spawn.start(arguments, wanted, config.folder)
+            from alexnet_dist.training.run_folder import RunFolder
+
+            return spawn.start(arguments, wanted, config.folder, RunFolder(config).killed)
         print(signals.last_words, end="", file=sys.stderr)
         return signals.exit_code
 

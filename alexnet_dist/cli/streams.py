@@ -1,5 +1,6 @@
 """Standard output and error as they come: closed, of another encoding, or read by nobody."""
 
+import errno
 import os
 import select
 import sys
@@ -13,7 +14,8 @@ _READER_LEFT = 128 + 13  # the exit code of what SIGPIPE ends
 def with_usable(program: Callable[[], int]) -> int:
     """What a program returns whose standard streams can be written to, whatever they were.
 
-    Where nobody reads them any more, as after `| head`, it ends without a word.
+    Where nobody reads them any more, as after `| head` or in a terminal that was closed, it ends
+    without a word.
     """
     for number in range(3):
         try:
@@ -28,20 +30,26 @@ def with_usable(program: Callable[[], int]) -> int:
             reconfigure(errors="backslashreplace")  # what it cannot encode is told all the same
     try:
         return program()
-    except BrokenPipeError:
-        if not any(map(unread, (sys.stdout, sys.stderr))):
+    except OSError as error:
+        if not reader_left(error):
             raise
         return _READER_LEFT
     finally:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(BrokenPipeError):
+            with suppress(OSError):
                 stream.flush()
             if unread(stream):  # or Python would say so as it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def reader_left(error: Exception) -> bool:
+    """Whether it is that nobody reads a standard stream any more."""
+    gone = isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO)
+    return gone and any(map(unread, (sys.stdout, sys.stderr)))
+
+
 def unread(stream: Any) -> bool:
-    """Whether a stream is a pipe that nobody reads."""
+    """Whether a stream is a pipe that nobody reads, or a terminal that was hung up."""
     with suppress(OSError, ValueError, AttributeError):  # a notebook's is no file
         poll = select.poll()
         poll.register(stream.fileno(), 0)

@@ -32,6 +32,9 @@ _NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, Recurs
 # Bounds of a file, which would grow beyond any memory or stack by aliases of aliases, by
 # interpolations of interpolations, or by nesting.
 _LONGEST, _DEEPEST, _MOST_INTERPOLATIONS = 200_000, 20, 10
+# Keys that there once were, and what to do in their place; what a run has saved may have them.
+RETIRED = {"train.compile": "a GPU's step is fused without it (train.execution): leave it out"}
+_SAVED = "a saved config"
 # Numbers that YAML 1.1 reads to base 8, 2, 16 or 60.
 _ODD_NUMBER = re.compile(r"[-+]?(0[\d_]+|0b[01_]+|0x[\da-fA-F_]+|[\d_]+(:[\d_]+)+(\.\d*)?)")
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -57,10 +60,10 @@ _SYNONYMS = {
     "schedule.warmup_epochs": "warmup",
     "train.batch": "batch batch_size batchsize bs global_batch_size",
     "train.epochs": "num_epochs max_epochs n_epochs",
+    "train.execution": "compile torch_compile cuda_graph cuda_graphs",
     "train.precision": "fp16 bf16 fp32 amp half mixed_precision dtype",
     "train.micro_batches": "grad_accum accumulation_steps gradient_accumulation_steps",
     "train.init_from": "pretrained weights ckpt finetune finetune_from",
-    "train.compile": "torch_compile",
     "evaluate.batch": "eval_batch eval_batch_size val_batch_size test_batch_size",
     "evaluate.every_epochs": "eval_every val_every eval_interval",
     "evaluate.views": "tta ten_crop",
@@ -151,7 +154,7 @@ def _first_sentence(path: Path) -> str:
 def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     """The name to blame and the nested mapping of one source."""
     if isinstance(source, Mapping):
-        return "a saved config", source
+        return _SAVED, source
     text = str(source)
     own = Path(os.path.expanduser(text))
     if "=" in text and not _is_file(own):
@@ -266,6 +269,10 @@ def flatten(
             if dotted in known:
                 yield dotted, _checked(dotted, value, *known[dotted], source)
                 continue
+            if dotted in RETIRED:
+                if source != _SAVED and Path(source).name != "config.json":
+                    raise ConfigError(f"{source}: {dotted} is a key no longer: {RETIRED[dotted]}")
+                continue
             section = dotted in sections and isinstance(value, Typed | dict)
             inside = _parsed(value, dotted) if section and isinstance(value, Typed) else value
             if section and isinstance(inside, dict):
@@ -334,7 +341,8 @@ def _checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         if key.spread and isinstance(value, int | float | Typed):
             value = [value]
         if not isinstance(value, list):
-            raise wrong("a list, as in [1, 2]")
+            nothing = value in (None, "none", "off", False) or isinstance(value, dict)
+            raise wrong("a list, as in []" if nothing else f"a list, as in [{value}]")
         return tuple(_checked(dotted, v, item, key, source) for v in value)
     if get_origin(kind) is Literal:
         choices = get_args(kind)

@@ -105,11 +105,6 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
             "train.precision=fp32 or bf16, or layout.kind=replicas",
         ),
         (
-            "train.compile",
-            not zero or config.train.compile == "none",
-            "DeepSpeed runs the network itself: set train.compile=none, or layout.kind=replicas",
-        ),
-        (
             "train.batch",
             config.train.batch % config.train.micro_batches == 0,
             f"does not divide into train.micro_batches={config.train.micro_batches}",

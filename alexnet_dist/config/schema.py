@@ -174,8 +174,11 @@ class DataConfig:
     mean_from: Annotated[
         str,
         Key("mean_image: a .npy of (height, width, 3) grey levels, red first, in place of the data "
-            "set's own, or none", path=True),
+            "set's own, or none; it counts by its hash", free=True, path=True),
     ]  # fmt: skip
+    mean_sha256: Annotated[
+        str, Key("SHA-256 that file must have; any = what it has as the run begins")
+    ]
     divide_by: Annotated[
         tuple[float, ...], Key("red, green and blue are divided by these, grey levels", gt=0)
     ]
@@ -185,7 +188,7 @@ class DataConfig:
 class LayoutConfig:
     """How the network lies on ranks. `columns` and `columns_x_replicas` need `model.columns=2`;
     `sharded_fc` needs every fully-connected layer in `model.exchange`; `zero1` and `zero2` take
-    neither `optimizer.kind=lars` nor `train.precision=fp64` nor `train.compile`."""
+    neither `optimizer.kind=lars` nor `train.precision=fp64`."""
 
     kind: Annotated[
         Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],
@@ -282,14 +285,14 @@ class TrainConfig:
     ]  # fmt: skip
     precision: Annotated[
         Literal["bf16", "tf32", "fp32", "fp64"],
-        Key("bf16: autocast, weights stay in fp32; tf32: fp32, and a GPU's products of factors of "
-            "11 bits, from Ampere on; fp32 and fp64: just that"),
+        Key("what the network computes in, its weights in fp32; tf32: fp32, and a GPU's products "
+            "of factors of 11 bits, from Ampere on; fp64: weights too"),
     ]  # fmt: skip
     deterministic: Annotated[bool, Key("GPU: only kernels that repeat to the bit", free=True)]
-    compile: Annotated[
-        Literal["none", "inductor", "aot_eager"],
-        Key("torch.compile's backend for the training steps' network, or none; inductor fuses "
-            "kernels for a GPU: a CPU's costly loops are compiled anyway", free=True),
+    execution: Annotated[
+        Literal["graph", "fused", "eager"],
+        Key("a GPU's steps: graph, one CUDA graph of fused kernels where a rank is alone; fused, "
+            "these kernels one by one; eager, torch's operators", free=True),
     ]  # fmt: skip
 
 

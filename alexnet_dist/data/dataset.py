@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +29,7 @@ from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.header import size_of
 from alexnet_dist.errors import ConfigError, DatasetError, looked_in
-from alexnet_dist.files import MOST_PIXELS, json_object, read_bytes, sha256
+from alexnet_dist.files import MOST_PIXELS, json_object, opened, read_bytes, sha256
 
 if TYPE_CHECKING:  # what is wrong with a data set is said before torch is loaded
     from alexnet_dist.parallel.topology import Topology
@@ -76,7 +76,7 @@ class Split:
     shards: tuple[Path, ...]
     index: npt.NDArray[np.void]
     sha256s: tuple[str, ...] = ()  # of the shards
-    _files: dict[int, int] = field(default_factory=dict)
+    _files: dict[int, BinaryIO] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -153,14 +153,14 @@ class Split:
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
-            opened = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
-            if self._files.setdefault(shard, opened) != opened:
-                os.close(opened)  # another thread was first
-        return self._files[shard]
+            new = opened(self.shards[shard])
+            if self._files.setdefault(shard, new) is not new:
+                new.close()  # another thread was first
+        return self._files[shard].fileno()
 
     def close(self) -> None:
         while self._files:
-            os.close(self._files.popitem()[1])
+            self._files.popitem()[1].close()
 
 
 def undecodable(split: Split, ids: Sequence[int], error: Exception) -> DatasetError:
@@ -449,7 +449,7 @@ def read_array(path: Path) -> npt.NDArray[Any]:
     np.load takes what memory the header asks for, and runs pickles where it is let.
     """
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("not version 1.0")
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)

@@ -2,6 +2,7 @@
 
 import re
 import struct
+import zlib
 
 from alexnet_dist.files import MOST_SCANS, MOST_SEGMENTS
 
@@ -10,8 +11,10 @@ _ALONE = frozenset((0x00, 0x01, 0xFF, *range(0xD0, 0xD9)))
 _MARKER = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd8]", re.DOTALL)
 _FRAMES = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
-_TWO, _TWO_BYTES = struct.Struct(">HH"), struct.Struct(">H")
+_TWO, _TWO_BYTES, _SIZE = struct.Struct(">HH"), struct.Struct(">H"), struct.Struct(">I")
 _SCAN, _END = 0xDA, 0xD9
+PNG = b"\x89PNG\r\n\x1a\n"
+_MOST_CHUNKS = 2**18  # of a PNG; those of a kilobyte each are a file of MOST_ENCODED
 
 
 def size_of(encoded: bytes | bytearray) -> tuple[int, int]:
@@ -19,13 +22,36 @@ def size_of(encoded: bytes | bytearray) -> tuple[int, int]:
 
     Raises ValueError too where a JPEG has more segments or scans than it may.
     """
-    if encoded[:8] == b"\x89PNG\r\n\x1a\n" and encoded[12:16] == b"IHDR" and len(encoded) >= 24:
+    if encoded[:8] == PNG and encoded[12:16] == b"IHDR" and len(encoded) >= 24:
         width, height = struct.unpack_from(">II", encoded, 16)
         return height, width
     size = jpeg_size(encoded) if encoded[:2] == b"\xff\xd8" else None
     if size is None:
         raise ValueError("neither a JPEG nor a PNG")
     return size
+
+
+def check_png(encoded: bytes) -> None:
+    """Raises ValueError where a PNG is cut short, or a chunk does not match its checksum: Pillow
+    does not compare those of pixels."""
+    at, content = len(PNG), memoryview(encoded)
+    for _ in range(_MOST_CHUNKS):
+        if len(encoded) < at + 12:
+            raise ValueError("the PNG is cut short: copy it again from where it came")
+        end = at + 8 + _SIZE.unpack_from(encoded, at)[0]
+        kind = encoded[at + 4 : at + 8]
+        if len(encoded) < end + 4:
+            raise ValueError("the PNG is cut short: copy it again from where it came")
+        if zlib.crc32(content[at + 4 : end]) != _SIZE.unpack_from(encoded, end)[0]:
+            name = kind.decode("ascii", "backslashreplace")
+            raise ValueError(
+                f"the PNG's chunk {name} at byte {at} does not match its checksum: copy it again "
+                "from where it came"
+            )
+        if kind == b"IEND":
+            return
+        at = end + 4
+    raise ValueError(f"a PNG of more than {_MOST_CHUNKS:,} chunks")
 
 
 def jpeg_size(encoded: bytes | bytearray) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from torchvision.io import ImageReadMode, decode_image
 from alexnet_dist.data.dataset import Dataset, Split, open_dataset
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import written_aside
 
 QUICK = 100  # samples of a split
 _SHOWN_CLASSES, _SHOWN_SAMPLES, _SHOWN_SIDE, _NAME_WIDTH = 20, 10, 96, 220
@@ -103,7 +104,8 @@ def _contact_sheet(dataset: Dataset, path: Path) -> None:
             image = on_canvas(_decoded(split, int(sample)), _SHOWN_SIDE).expand(3, -1, -1)
             tile = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
             sheet.paste(tile, (_NAME_WIDTH + column * _SHOWN_SIDE, row * _SHOWN_SIDE))
-    sheet.save(path)
+    with written_aside(path) as aside:
+        sheet.save(aside)
 
 
 def _rounded(values: Any, digits: int = 2) -> list[float]:

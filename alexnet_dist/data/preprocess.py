@@ -18,7 +18,9 @@ from torch import Tensor
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics, read_array
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, cannot_be_read
+from alexnet_dist.files import sha256
+from alexnet_dist.network import kernels
 from alexnet_dist.network.kernels.numba_loops import bits, parallel, rounding
 
 _LONGEST = 64  # times the shorter side: of what is longer, the centre is cut before it is resized
@@ -53,7 +55,9 @@ class Finish:
             lighting: (n, 3), grey levels.
         """
         inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners  # in the patch
-        make = self.by_loop if patches.device.type == "cpu" else self.by_kernel
+        make = self.by_loop
+        if patches.is_cuda:
+            make = self.by_kernel if kernels.can_be_built() else self.by_operators
         light = lighting.to(self.mean.dtype)
         windows = make(patches, inside, corners, flips, light)  # (n, v, crop, crop, 3)
         return windows.flatten(0, 1).movedim(-1, 1)
@@ -62,10 +66,24 @@ class Finish:
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
         """For a GPU."""
-        from alexnet_dist.network.kernels import gpu
+        from alexnet_dist.network.kernels.windows import windows
 
         given = (patches, inside, corners, flips, light, self.mean, self.divide_by)
-        return gpu.windows(*given, self.crop, self.dtype)
+        return windows(*given, self.crop, self.dtype)
+
+    def by_operators(
+        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
+    ) -> Tensor:
+        """For a GPU whose kernels cannot be built."""
+        along = torch.arange(self.crop, device=patches.device)
+        mirrored = torch.where(flips[..., None], self.crop - 1 - along, along)
+        image = torch.arange(len(patches), device=patches.device)[:, None, None, None]
+        rows, columns = inside[..., :1] + along, inside[..., 1:] + mirrored  # (n, v, crop)
+        pixels = patches[image, rows[..., None], columns[..., None, :]]
+        rows, columns = corners[..., :1] + along, corners[..., 1:] + mirrored
+        mean = self.mean[rows[..., None], columns[..., None, :]]
+        lit = pixels.to(mean.dtype) - mean + light[:, None, None, None]
+        return (lit / self.divide_by).to(self.dtype)
 
     def by_loop(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
@@ -156,7 +174,7 @@ def _mean(config: Config, statistics: Statistics) -> Tensor:
         case "mean_image":
             mean = statistics.mean_image
             if config.data.mean_from != "none":
-                mean = _read_mean(Path(config.data.mean_from))
+                mean = _read_mean(Path(config.data.mean_from), config.data.mean_sha256)
             return on_canvas(torch.from_numpy(mean).movedim(-1, 0), config.data.canvas)
         case "mean_rgb":
             return torch.from_numpy(statistics.mean_rgb)[:, None, None]
@@ -164,9 +182,27 @@ def _mean(config: Config, statistics: Statistics) -> Tensor:
             return torch.zeros(3, 1, 1)
 
 
-def _read_mean(path: Path) -> npt.NDArray[np.float32]:
+def mean_sha256(config: Config) -> str:
+    """The SHA-256 of the file that data.mean_from names, "any" where there is none."""
+    path = config.data.mean_from
+    if path == "none" or config.data.subtract != "mean_image":
+        return "any"
+    try:
+        return sha256(Path(path))
+    except OSError as error:
+        raise DatasetError(f"data.mean_from={path}: {cannot_be_read(Path(path), error)}") from error
+
+
+def _read_mean(path: Path, expected: str) -> npt.NDArray[np.float32]:
     try:
         mean = read_array(path)
+        if expected not in ("any", found := sha256(path)):
+            raise DatasetError(
+                f"data.mean_from={path}: its SHA-256 is {found}, not data.mean_sha256={expected}: "
+                "name the mean image that the run began with"
+            )
+    except DatasetError:
+        raise
     except (OSError, ValueError) as error:
         raise DatasetError(f"data.mean_from={path}: cannot be read as .npy: {error}") from error
     if mean.dtype.kind != "f" or mean.ndim != 3 or mean.shape[2] != 3:
@@ -174,5 +210,5 @@ def _read_mean(path: Path) -> npt.NDArray[np.float32]:
             f"data.mean_from={path}: {mean.dtype} of shape {mean.shape}, expected floats of "
             "(height, width, 3)"
         )
-    found: npt.NDArray[np.float32] = mean.astype(np.float32)
-    return found
+    floats: npt.NDArray[np.float32] = mean.astype(np.float32)
+    return floats

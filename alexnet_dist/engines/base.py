@@ -66,13 +66,18 @@ class Engine(Protocol):
         """The tensors of which every replica has a copy that must be equal to the bit."""
 
 
-def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy, and (3,) float64: it, top-1 and top-5 counts; no host sync.
 
     Args:
         logits: (n, classes).
         labels: (n,) int64.
+        fused: by a GPU's kernels.
     """
+    if fused:
+        from alexnet_dist.network.kernels import scores
+
+        return scores.scored(logits, labels)
     if logits.dtype != torch.float64:
         logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -83,18 +88,34 @@ def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
     """A step's numbers, (6,): what `scored` counted, 0, the damaged samples of the batch, 0."""
-    return F.pad(
-        torch.cat([counts, counts.new_zeros(1), batch.damaged.sum().double()[None]]), (0, 1)
-    )
+    stats = F.pad(counts, (0, 3))
+    stats[4] = batch.damaged.sum()
+    return stats
 
 
-def judged(stats: Tensor, scale: float) -> Tensor:
+def squared_norm(gradients: list[Tensor]) -> Tensor:
+    """() float64: of all of them together; of narrow ones the sums are float32's."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]
+        wide = torch.promote_types(dtype, torch.float32)
+        norms += torch._foreach_norm(of_dtype, dtype=wide)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms)).double() ** 2
+    return total
+
+
+def not_zero(scale: float | Tensor) -> float | Tensor:
+    """What to divide by what was multiplied by a scale; 1 of a scale of 0."""
+    return scale.where(scale != 0, 1.0) if isinstance(scale, Tensor) else scale or 1.0
+
+
+def judged(stats: Tensor, scale: float | Tensor) -> Tensor:
     """Complete a step's numbers, in place; float32, not 0 where its update must not be made.
 
     Args:
         stats: (6,), the last the squared norm of gradients that are `scale` times too large.
     """
-    stats[5] = stats[5].sqrt() / (scale or 1.0)
+    stats[5] = stats[5].sqrt() / not_zero(scale)
     stats[3] = (~(stats[0] + stats[5]).isfinite()).to(stats.dtype)
     return stats[3].float()
 
@@ -116,6 +137,32 @@ def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors 
             f"{optimizer} is of another optimiser or network: {wrong}. Leave optimizer.kind and "
             "model.* as it was trained, or give this run another name="
         )
+
+
+def check_values(parameters: WholeTensors, optimizer: WholeTensors) -> None:
+    """Raises CheckpointError where a tensor holds what no run writes, so that training on would go
+    wrong in silence: all of them are read."""
+    dtypes: dict[str, torch.dtype] = {}
+    for file in (parameters, optimizer):
+        for name in file.shapes():
+            values = file.rows(name, slice(None))
+            kind, _, of = name.rpartition("/")
+            dtypes[name] = values.dtype
+            wanted = torch.float32 if kind == "step" else dtypes.get(of, values.dtype)
+            if values.dtype != wanted:
+                wrong = f"is {values.dtype}, and a run writes {wanted}"
+            elif not values.isfinite().all():
+                wrong = "is not finite"
+            elif kind in ("step", "exp_avg_sq") and (values < 0).any():
+                wrong = "is negative"
+            elif kind == "step" and (values != values.floor()).any():
+                wrong = "is no whole number"
+            else:
+                continue
+            raise CheckpointError(
+                f"{file}: {name} {wrong}: restore this checkpoint, or move it out of the run "
+                "folder to go on from the one before"
+            )
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:

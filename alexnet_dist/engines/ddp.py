@@ -1,21 +1,31 @@
 """One process, columns, replicas by DDP, and columns × replicas."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, with_damaged
+from alexnet_dist.engines.base import (
+    WholeTensors,
+    check_fit,
+    judged,
+    not_zero,
+    scored,
+    squared_norm,
+    with_damaged,
+)
+from alexnet_dist.engines.graph import CapturedStep
 from alexnet_dist.engines.optimizer import Optimizer
+from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet, Layer
-from alexnet_dist.network.precision import DTYPES, autocast, parameter_dtype
+from alexnet_dist.network.precision import DTYPES, parameter_dtype
 from alexnet_dist.parallel.columns import ColumnExchange, merge
 from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16, summed
 from alexnet_dist.parallel.topology import Topology
@@ -33,30 +43,45 @@ class TorchEngine:
         self.config, self.topology = config, topology
         with topology.device:
             self.model = self.place(drawn)
-        self.optimizer = Optimizer(config.optimizer, self.model.named_parameters(), self.whole_sums)
+        self.fused = kernels.fused(config.train.execution, topology.device)
+        narrow = self._narrowed() if self.fused else None
+        parameters = self.model.named_parameters()
+        self.optimizer = Optimizer(config.optimizer, parameters, self.whole_sums, narrow)
         replicas = topology.replica_group
         self.network: nn.Module = self.replicate(replicas) if replicas else self.model
-        self.compiles = config.train.compile != "none"
-        self.trained = self._compiled() if self.compiles else self.network
+        alone = topology.world_size == 1 and topology.device.type == "cuda"
+        self.gradients: dict[str, Tensor] = {}
+        self.graphs: dict[bool, CapturedStep] | None = (
+            {} if self.fused and alone and config.train.execution == "graph" else None
+        )
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
     ) -> Tensor:
         self.model.train()
+        if self.graphs is None:
+            self.gradients = {}
+            return self._step(batch, step, rate, keep_gradients)
+        if keep_gradients not in self.graphs:
+            one = functools.partial(self._step, keep_gradients=keep_gradients)
+            self.graphs[keep_gradients] = CapturedStep(one, self.optimizer.state_tensors)
+        return self.graphs[keep_gradients](batch, step, rate)
+
+    def _step(
+        self, batch: Batch, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
+    ) -> Tensor:
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
-        # As a number it would be part of what is compiled.
-        now = torch.full((), step, device=self.topology.device) if self.compiles else step
         stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
             with self.summing(part == parts):
                 with TIMELINE.span("forward"):
-                    with self._autocast():
-                        logits = self.trained(windows, slots, now)
-                    loss, counts = scored(logits, labels)
+                    logits = self.network(windows, slots, step)
+                    loss, counts = scored(logits, labels, self.fused)
                 with TIMELINE.span("backward"):
                     (loss * (scale / self.config.train.batch)).backward()
             stats = stats + counts
-        self.gradients = self._copied(scale) if keep_gradients else {}
+        if keep_gradients:
+            self.gradients = self._copied(scale)
         with TIMELINE.span("optimizer"):
             stats = with_damaged(stats, batch)
             self.total(stats)
@@ -67,13 +92,15 @@ class TorchEngine:
         """Complete a step's numbers in place: sums over the replicas, and the squared norm of the
         whole network's gradient, which is summed already."""
         summed(stats, self.topology.replica_group)
-        squares = get_total_norm(self.gradients_of(self.model.named_parameters())).double() ** 2
+        squares = squared_norm(self.gradients_of(self.model.named_parameters()))
         stats[5] = summed(squares, self.topology.column_group)
 
-    def _copied(self, scale: float) -> dict[str, Tensor]:
+    def _copied(self, scale: float | Tensor) -> dict[str, Tensor]:
         """This rank's part of the gradients, which are `scale` times too large."""
         grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
-        return {name: grad / (scale or 1.0) for name, grad in grads.items() if grad is not None}
+        wide = parameter_dtype(self.config.train.precision)
+        divide_by = not_zero(scale)
+        return {n: grad.to(wide) / divide_by for n, grad in grads.items() if grad is not None}
 
     def gradients_of(self, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
         """The gradients of named parameters, all of which have one."""
@@ -91,9 +118,23 @@ class TorchEngine:
             drawn=drawn,
         )
 
-    def _compiled(self) -> Callable[..., Tensor]:
-        """The network compiled."""
-        return torch.compile(self.network, backend=self.config.train.compile, dynamic=False)
+    def _narrowed(self) -> dict[str, Tensor]:
+        """Have the layers go on with a GPU's kernels; the copies of their weights in the type that
+        the network computes in, by name; none where that is the weights'."""
+        dtype, copies = DTYPES[self.config.train.precision], {}
+        for layer in self.model.layers():
+            layer.fused = True
+            if layer.weight.dtype != dtype:
+                copies[f"{layer.name}.weight"] = layer.narrow = layer.weight.detach().to(dtype)
+                if self._takes_narrow_gradients():
+                    layer.weight.grad_dtype = dtype
+        return copies
+
+    def _takes_narrow_gradients(self) -> bool:
+        """Whether the update can read the gradients as the backward makes them; what is added to
+        others', of micro-batches or replicas, is added in float32."""
+        alone = self.topology.world_size == 1 and self.config.train.micro_batches == 1
+        return alone and self.config.optimizer.kind == "sgd"
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Windows that this rank decoded, and labels and slots of the samples that it scores."""
@@ -115,8 +156,7 @@ class TorchEngine:
     @torch.no_grad()
     def predict(self, windows: Tensor) -> Tensor:
         self.model.eval()
-        with self._autocast():
-            logits: Tensor = self.model(windows)
+        logits: Tensor = self.model(windows)
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def parameter(self, name: str) -> Tensor | None:
@@ -137,6 +177,7 @@ class TorchEngine:
         if optimizer is not None:
             names = optimizer.shapes()
             self.optimizer.load({name: optimizer.rows(name, self._rows(name)) for name in names})
+        self.optimizer.narrow_all()
 
     def replicated(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters()) | self.optimizer.tensors()
@@ -177,8 +218,7 @@ class TorchEngine:
         windows = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
         nothing = torch.zeros(1, dtype=torch.int64, device=device)
         _, slots = self.for_scoring(Batch(windows, nothing, nothing, windows, nothing.bool()))
-        with self._autocast():
-            network(windows, slots.flatten()).sum().backward()
+        network(windows, slots.flatten()).sum().backward()
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         return network
 
@@ -196,6 +236,3 @@ class TorchEngine:
 
     def _rows(self, name: str) -> slice:
         return self._layer(name).rows
-
-    def _autocast(self) -> AbstractContextManager[object]:
-        return autocast(self.config.train.precision, self.topology.device)

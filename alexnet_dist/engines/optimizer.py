@@ -1,4 +1,8 @@
-"""The paper's SGD, Adam, LARS, and the schedules of the learning rate."""
+"""The paper's SGD, Adam, LARS, and the schedules of the learning rate.
+
+A rate is a number, or on a GPU a () float64 tensor there, so that a step captured as a CUDA graph
+can be replayed at another.
+"""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,7 +15,8 @@ from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
 
 
 class Optimizer:
-    """A fused torch optimiser that steps at the rate it is told.
+    """A fused optimiser that steps at the rate it is told: torch's, or for SGD and LARS a kernel of
+    ours that narrows the weights in the same pass.
 
     The paper's update (§5) is v ← 0.9·v − 0.0005·ε·w − ε·g; w ← w + v. With ε inside the
     velocity, torch's SGD at a rate of 1 makes it exactly, v being minus its momentum buffer, if
@@ -20,6 +25,8 @@ class Optimizer:
 
     Args:
         whole_sums: (2, weights) sums over this rank's rows to sums over whole tensors, for LARS.
+        narrow: by parameter name, the copies to keep in the type that the network computes in;
+            None: torch makes the update.
     """
 
     def __init__(
@@ -27,8 +34,9 @@ class Optimizer:
         config: OptimizerConfig,
         parameters: Iterable[tuple[str, nn.Parameter]],
         whole_sums: Callable[[Tensor], Tensor] = lambda sums: sums,
+        narrow: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.config, self.whole_sums = config, whole_sums
+        self.config, self.whole_sums, self.narrow = config, whole_sums, narrow
         named = list(parameters)
         groups = [
             {"params": [p for name, p in named if name.endswith(".bias") == biases]}
@@ -37,29 +45,43 @@ class Optimizer:
         self.optimizer: torch.optim.Optimizer
         if config.kind == "adam":
             betas = (config.betas[0], config.betas[1])
-            self.optimizer = torch.optim.Adam(groups, betas=betas, eps=config.eps, fused=True)
+            self.optimizer = torch.optim.Adam(
+                groups, betas=betas, eps=config.eps, fused=True, capturable=narrow is not None
+            )
         else:
             self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
-            for _, parameter in named:  # torch would leave them unset if the first step is skipped
-                self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self.parameters = dict(named)
+        # torch would make these at the first step, and not at all if that is left out.
+        for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():
+            kind, _, name = key.partition("/")
+            like = self.parameters[name]
+            value = (
+                torch.zeros_like(like)
+                if shape == like.shape
+                else like.new_zeros((), dtype=torch.float32)
+            )
+            self.optimizer.state[like][kind] = value
 
     @property
     def velocity(self) -> bool:
         return self.config.kind != "adam" and self.config.momentum_form == "velocity"
 
-    def loss_scale(self, rate: float) -> float:
+    def loss_scale(self, rate: float | Tensor) -> float | Tensor:
         """What the loss must be multiplied by before its backward."""
         return rate if self.velocity and self.config.kind == "sgd" else 1.0
 
-    def step(self, rate: float, skip: Tensor) -> None:
+    def step(self, rate: float | Tensor, skip: Tensor) -> None:
         """Update the parameters; not at all where `skip` (float32, on the device) is not 0."""
         self.prepare(rate, skip)
-        self.optimizer.step()
+        if self.narrow is None or self.config.kind == "adam":
+            self.optimizer.step()
+            self.narrow_all()
+        else:
+            self._update(skip)
         self.optimizer.zero_grad(set_to_none=True)
 
-    def prepare(self, rate: float, skip: Tensor) -> None:
-        """All of a step but torch's part."""
+    def prepare(self, rate: float | Tensor, skip: Tensor) -> None:
+        """All of a step but the update itself."""
         for group, biases in zip(self.optimizer.param_groups, (False, True), strict=True):
             decay = self.config.weight_decay * (self.config.bias_decay or not biases)
             bias_rate = self.config.bias_rate if biases else 1.0
@@ -69,8 +91,34 @@ class Optimizer:
         if self.config.kind == "lars":
             self._scale_layers(rate if self.velocity else 1.0)
 
+    def narrow_all(self) -> None:
+        """Bring the narrow copies up to date with the weights."""
+        with torch.no_grad():
+            for name, copy in (self.narrow or {}).items():
+                copy.copy_(self.parameters[name])
+
     @torch.no_grad()
-    def _scale_layers(self, scale: float) -> None:
+    def _update(self, skip: Tensor) -> None:
+        """v ← momentum · v + (g + decay · w), w ← w − rate · v, in one pass over each parameter."""
+        from alexnet_dist.network.kernels.update import sgd_update
+
+        assert self.narrow is not None
+        rates: dict[Tensor, Tensor] = {}
+        for group in self.optimizer.param_groups:
+            numbers = (group["lr"], group["weight_decay"], self.config.momentum)
+            like = group["params"][0]
+            parts = [n if isinstance(n, Tensor) else like.new_full((), n) for n in numbers]
+            of_group = torch.stack([part.to(like.dtype) for part in parts])
+            rates |= dict.fromkeys(group["params"], of_group)
+        for name, parameter in self.parameters.items():
+            velocity = self.optimizer.state[parameter]["momentum_buffer"]
+            assert parameter.grad is not None
+            sgd_update(
+                parameter, velocity, parameter.grad, self.narrow.get(name), rates[parameter], skip
+            )
+
+    @torch.no_grad()
+    def _scale_layers(self, scale: float | Tensor) -> None:
         """LARS (You et al. 2017): gradients of weights become scale × λ × (g + decay × w) with a λ
         for each layer, those of biases scale × g."""
         weights, biases = (group["params"] for group in self.optimizer.param_groups)
@@ -101,6 +149,10 @@ class Optimizer:
             kept = torch.empty_like(parameter) if value.dim() else torch.empty_like(value)
             kept = kept.to(parameter.device)
             self.optimizer.state[parameter][kind] = kept.copy_(value)
+
+    def state_tensors(self) -> list[Tensor]:
+        """All that a step changes: weights, their narrow copies, and the optimiser's state."""
+        return [*self.parameters.values(), *(self.narrow or {}).values(), *self.tensors().values()]
 
 
 def state_shapes(

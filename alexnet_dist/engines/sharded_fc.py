@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import get_total_norm
 
 from alexnet_dist.data.batch import Batch
+from alexnet_dist.engines.base import squared_norm
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
@@ -46,7 +46,7 @@ class ShardedFcEngine(TorchEngine):
         named = list(self.model.named_parameters())
         split = self.gradients_of((n, p) for n, p in named if self.split_over(n))
         whole = self.gradients_of((n, p) for n, p in named if not self.split_over(n))
-        of_split, of_whole = (get_total_norm(grads).double() ** 2 for grads in (split, whole))
+        of_split, of_whole = squared_norm(split), squared_norm(whole)
         stats[5] = of_split + of_whole / self.shards.size()
         summed(stats[4:], self.shards)
 

@@ -19,6 +19,7 @@ from alexnet_dist.data.batch import Batch
 from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, with_damaged
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.files import read_bytes
 from alexnet_dist.network.model import AlexNet, Layer
 from alexnet_dist.parallel.columns import merge
 from alexnet_dist.parallel.layouts import ZERO_STAGES
@@ -56,7 +57,7 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
     if config.layout.deepspeed == "none":
         return ours
     try:
-        theirs = json.loads(Path(config.layout.deepspeed).read_text())
+        theirs = json.loads(read_bytes(Path(config.layout.deepspeed)))
         return _laid_over(ours, dict(theirs))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(

@@ -1,6 +1,7 @@
 """Evaluation: every sample counted exactly once, one window or ten, one network or several."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,9 @@ from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, NotFinite
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
+from alexnet_dist.files import written_aside
 from alexnet_dist.network.model import side_by_side
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel.stop_signals import StopSignals
@@ -126,7 +128,7 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Every prediction, as .npz: probabilities, labels, predicted, confusion, classes."""
-        with path.open("wb") as file:
+        with written_aside(path) as aside, aside.open("wb") as file:
             np.savez(
                 file,
                 probabilities=self.probabilities.numpy(),
@@ -158,7 +160,7 @@ def evaluate(
     dataset = open_for(config, trained.checkpoint.path)
     score = evaluate_engine(engine, config, topology, dataset)
     assert score is not None  # no signals are listened to
-    return score
+    return _finite(score, trained.checkpoint.path)
 
 
 def evaluate_engine(
@@ -251,7 +253,7 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         outputs = list(_probabilities(engine, own, topology, dataset))
         average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
         labels = torch.cat([part.cpu() for _, part in outputs])
-    score = _score(_counted(average, labels), config, dataset)
+    score = _finite(_score(_counted(average, labels), config, dataset), *paths)
     how = {
         "split": config.data.eval_split,
         "views": config.evaluate.views,
@@ -267,6 +269,17 @@ def _changed(trained: Config, config: Config) -> dict[str, Any]:
     before, now = fingerprint(trained), fingerprint(config)
     told = ("data.eval_split", "evaluate.views")
     return {key: now[key] for key in now if now[key] != before[key] and key not in told}
+
+
+def _finite(score: Score, *networks: Path) -> Score:
+    """Raises NotFinite where a network's outputs, and so the loss, are not finite."""
+    if not math.isfinite(score.loss):
+        raise NotFinite(
+            f"{' + '.join(map(str, networks))}: outputs that are not finite (a loss of "
+            f"{score.loss}): nothing can be said of it. Evaluate an earlier checkpoint, or look at "
+            "the data and its mean"
+        )
+    return score
 
 
 def _probabilities(

@@ -21,10 +21,17 @@ from alexnet_dist.data.dataset import IMAGE_SUFFIXES, Dataset
 from alexnet_dist.data.prepare.convert import RefusedImage, as_packed, convert
 from alexnet_dist.data.preprocess import Finish, on_canvas
 from alexnet_dist.data.sampler import views
-from alexnet_dist.errors import ConfigError, DatasetError, MachineError, filled_by
+from alexnet_dist.errors import (
+    ConfigError,
+    DatasetError,
+    MachineError,
+    NotFinite,
+    filled_by,
+    of_memory,
+)
 from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.model import AlexNet, side_by_side
-from alexnet_dist.network.precision import autocast, parameter_dtype
+from alexnet_dist.network.precision import DTYPES, parameter_dtype
 from alexnet_dist.parallel.spawn import leave_with_parent
 from alexnet_dist.plotting import columns_picture
 
@@ -64,6 +71,8 @@ def predictions(
 ) -> Iterator[Prediction]:
     """Ask a network of image files, `evaluate.batch` at a time; a prediction each, in order.
 
+    Raises NotFinite where its outputs are not.
+
     Args:
         dataset: as whose images they are read: its classes, its mean.
         workers: processes that read; a program that has more must be importable (`__main__`).
@@ -74,7 +83,12 @@ def predictions(
             outputs = logits(model, config, windows).softmax(1)
             shares = iter(outputs.unflatten(0, (-1, config.evaluate.views)).mean(1).cpu())
         for path, refused in part:
-            yield Prediction(path, dataset.classes, None if refused else next(shares), refused)
+            own = None if refused else next(shares)
+            if own is not None and not own.isfinite().all():
+                raise NotFinite(
+                    f"{path}: the network's outputs are not finite: ask an earlier checkpoint"
+                )
+            yield Prediction(path, dataset.classes, own, refused)
 
 
 def features(
@@ -106,17 +120,16 @@ def check_layer(model: AlexNet, layer: str) -> None:
 @torch.no_grad()
 def logits(model: AlexNet, config: Config, windows: Tensor) -> Tensor:
     """(n, classes), in the arithmetic that evaluation uses; float32 or wider."""
-    with autocast(config.train.precision, windows.device):
-        said: Tensor = model(windows)
+    said: Tensor = model(windows.to(DTYPES[config.train.precision]))
     return said if said.dtype == torch.float64 else said.float()
 
 
 def activations(
     model: AlexNet, config: Config, windows: Tensor, layers: Sequence[str]
 ) -> dict[str, list[Tensor]]:
-    """What layers make of windows, one tensor of each column: a convolution's maps (n, maps, h, w),
-    neither normalised nor pooled, or units (n, units), after the activation; of the last layer the
-    logits. float32 or wider."""
+    """What layers make of windows, after the activation, float32 or wider: of a convolution each
+    column's maps (n, maps, h, w), neither normalised nor pooled; of a fully-connected layer the
+    units (n, units) of each column, or of all where they see the same; of the last the logits."""
     made: dict[str, list[Tensor]] = {}
     last = model.config.layer_names[-1]
 
@@ -248,7 +261,7 @@ def _read(
             yield ahead.popleft().result()
     except BrokenProcessPool as error:
         raise MachineError(
-            "a process that reads images died (out of memory?): ask of fewer images at a time"
+            f"a process that reads images was killed{of_memory()}; ask of fewer images at a time"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -262,7 +275,8 @@ def _canvas_or_why(path: Path, how: tuple[bool, bool], side: int) -> Canvas | st
 
 
 def _begin_worker(parent: int) -> None:
-    """Of a process that reads images: Ctrl-C is its parent's, and it ends when that does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of a process that reads images: stops are its parent's, and it ends when that does."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     leave_with_parent(parent)
     torch.set_num_threads(1)

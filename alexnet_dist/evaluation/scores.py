@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import re
 import socket
 from collections.abc import Mapping
@@ -50,16 +49,13 @@ def keep(found: Evaluation) -> Path | None:
         "version": import_module("alexnet_dist").__version__,
         "confusion": list(zip(rows.tolist(), columns.tolist(), counts.tolist(), strict=True)),
     }
-    path, aside = out / f"{name}.json", out / f".{name}.{os.getpid()}.writing"
+    path = out / f"{name}.json"
     try:
         out.mkdir(exist_ok=True)
-        files.write(aside, json.dumps(content).encode() + b"\n")
-        aside.replace(path)
+        files.write(path, json.dumps(content).encode() + b"\n")
         files.sync(out)
     except OSError as error:
         log.warning(f"not kept, this score is printed alone: {path}: {error}")
-        with contextlib.suppress(OSError):
-            aside.unlink()
         return None
     return path
 

@@ -11,6 +11,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from alexnet_dist.errors import CheckpointError
+from alexnet_dist.files import opened
 
 _MOST_FIELDS = 2**16  # of messages that are read; AlexNet has hundreds, and each takes 100 bytes
 
@@ -71,7 +72,8 @@ def write_layers(path: Path, name: str, layers: Mapping[str, list[Floats]]) -> N
 def _parsed(kind: str, path: Path) -> Any:
     message = _message(kind)()
     try:
-        content = path.read_bytes()
+        with opened(path) as file:
+            content = file.read()
         _check_fields(memoryview(content), kind, _MOST_FIELDS)
         message.ParseFromString(content)
     except (OSError, ValueError, DecodeError) as error:

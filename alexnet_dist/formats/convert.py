@@ -12,12 +12,15 @@ What leaves expects the windows that conv1 sees here: the mean off, divided by d
 """
 
 import base64
+import hashlib
+import io
 import json
 import logging
+import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,7 +34,14 @@ from alexnet_dist.data.dataset import open_for, open_trained_on
 from alexnet_dist.data.prepare.convert import SIDE, as_packed
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
-from alexnet_dist.files import MOST_MEMORY, check_opcodes, within_memory, written_aside
+from alexnet_dist.files import (
+    MOST_MEMORY,
+    check_opcodes,
+    opened,
+    within_memory,
+    write,
+    written_aside,
+)
 from alexnet_dist.formats import caffe
 from alexnet_dist.network.model import AlexNet, final_side, whole_shapes
 from alexnet_dist.tensor_files import TensorFile, misfit, save_tensors
@@ -69,8 +79,11 @@ def import_weights(
     if mean is not None:
         if kind != "caffe":
             raise ConfigError(f"--mean {mean}: only with --format caffe")
-        mean_image = caffe.read_mean(mean)
-        own = ["data.subtract=mean_image", f"data.mean_from={(out / 'mean.npy').resolve()}"]
+        packed = io.BytesIO()
+        np.save(packed, caffe.read_mean(mean))
+        digest = hashlib.sha256(packed.getvalue()).hexdigest()
+        own = ["data.subtract=mean_image", f"data.mean_from={(out / 'mean.npy').resolve()}",
+               f"data.mean_sha256={digest}"]  # fmt: skip
         sources = [*sources, *own]
     config = load_config([*sources, f"name={out.name}", f"output_dir={out.parent}"])
     tensors = _READ[kind](path, config)
@@ -83,11 +96,13 @@ def import_weights(
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds {tensor.dtype}: save it as float32")
+        if not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is not finite: take weights of an earlier step")
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
     if mean is not None:
         out.mkdir(parents=True, exist_ok=True)
-        np.save(out / "mean.npy", mean_image)
+        write(out / "mean.npy", packed.getvalue())
     return checkpoints.save(out / "checkpoints", config, "imported", whole, {}, progress, None)
 
 
@@ -124,9 +139,10 @@ def _read_torchvision(path: Path, config: Config) -> Tensors:
         found = _read_safetensors(path, config)
     else:
         try:
-            _check_pickles(path)
-            with within_memory(MOST_MEMORY + 2 * path.stat().st_size):
-                found = torch.load(path, map_location="cpu", weights_only=True)
+            with opened(path) as file:
+                _check_archive(file)
+                with within_memory(MOST_MEMORY + 2 * path.stat().st_size):
+                    found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a pickle can fail in any way
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise CheckpointError(f"{path} is not a state dict: {reason}") from error
@@ -139,21 +155,29 @@ def _read_torchvision(path: Path, config: Config) -> Tensors:
     return {names.get(name, name): tensor for name, tensor in found.items()}
 
 
-def _check_pickles(path: Path) -> None:
-    """Raises where a .pth holds pickles of more opcodes, or more bytes unpacked, than it needs."""
-    if not zipfile.is_zipfile(path):  # before torch 1.6: five pickles, and then numbers
-        with path.open("rb") as file:
-            for _ in range(5):
-                check_opcodes(file, _MOST_OPCODES)
+def _check_archive(file: BinaryIO) -> None:
+    """Raises where a .pth holds pickles of more opcodes, or more bytes unpacked, than it needs, or
+    what its checksums do not fit: torch does not compare them. The file is at its start again."""
+    if not zipfile.is_zipfile(file):  # before torch 1.6: five pickles, and then numbers
+        file.seek(0)
+        for _ in range(5):
+            check_opcodes(file, _MOST_OPCODES)
+        file.seek(0)
         return
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(file) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > 2 * path.stat().st_size + 2**20:  # torch packs nothing
+        if unpacked > 2 * file.seek(0, os.SEEK_END) + 2**20:  # torch packs nothing
             raise ValueError(f"{unpacked:,} bytes are packed in it")
+        if (wrong := archive.testzip()) is not None:
+            raise ValueError(
+                f"{wrong} in it does not match its checksum: it was damaged, or saved without "
+                "(torch.serialization.set_crc32_options): copy it, or save it, again"
+            )
         for name in archive.namelist():
             if name.endswith("data.pkl"):
-                with archive.open(name) as file:
-                    check_opcodes(file, _MOST_OPCODES)
+                with archive.open(name) as pickled:
+                    check_opcodes(pickled, _MOST_OPCODES)
+    file.seek(0)
 
 
 def _read_caffe(path: Path, config: Config) -> Tensors:

@@ -1,9 +1,9 @@
 """Local response normalisation across adjacent maps (paper §3.3), forward and backward.
 
 b = a · d^−β with d = k + α Σ a², summed over n adjacent maps. The sum is a
-product with a banded matrix of ones, which in channels_last reads each pixel's maps once. In bf16
-and float32, with the paper's β of ¾, one pass does it all: a loop on a CPU (`lrn_cpu`), a kernel on
-a GPU (`gpu_kernels`).
+product with a banded matrix of ones, which in channels_last reads each pixel's maps once. On a CPU,
+in bf16 and float32, with the paper's β of ¾, a loop does it all in one pass (`lrn_cpu`); on a GPU
+`kernels.maps` does, and what is around it.
 """
 
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from alexnet_dist.compat import is_exporting
 from alexnet_dist.config.schema import LrnConfig
 from alexnet_dist.network.kernels import lrn_cpu
 
@@ -21,6 +20,13 @@ def band(maps: Tensor, size: int) -> Tensor:
     """(channels, channels) of ones where two of these maps, (n, channels, h, w), are adjacent."""
     index = torch.arange(maps.shape[1], device=maps.device)
     return ((index[:, None] - index[None, :]).abs() <= size // 2).to(maps.dtype)
+
+
+def constants_of(config: LrnConfig, layer: str) -> tuple[int, float, float, float] | None:
+    """n, α, β and k after a layer; None where it is not among `config.layers`."""
+    if layer not in config.layers:
+        return None
+    return config.size, alpha_of(config, layer), config.beta, config.k
 
 
 def alpha_of(config: LrnConfig, layer: str) -> float:
@@ -38,7 +44,7 @@ def local_response_norm(maps: Tensor, size: int, alpha: float, beta: float, k: f
         size: n, odd.
         alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
     """
-    if is_exporting():  # in operators that every format has
+    if torch.compiler.is_exporting():  # in operators that every format has
         near = band(maps, size)
         sums = F.conv2d(maps * maps, near[:, :, None, None])
         return maps * (k + alpha * sums).pow(-beta)
@@ -50,11 +56,6 @@ class _LocalResponseNorm(torch.autograd.Function):
     def forward(ctx: Any, maps: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
         ctx.save_for_backward(maps)
         ctx.constants = (size, alpha, beta, k)
-        if on_gpu(maps, beta):
-            from alexnet_dist.network.kernels import gpu
-
-            normalised: Tensor = gpu.lrn(maps, size, alpha, k)
-            return normalised
         if _on_cpu(maps, beta):
             return lrn_cpu.forward(maps, size, alpha, k)
         near = band(maps, size)
@@ -65,11 +66,6 @@ class _LocalResponseNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (maps,) = ctx.saved_tensors
         size, alpha, beta, k = ctx.constants
-        if on_gpu(maps, beta):
-            from alexnet_dist.network.kernels import gpu
-
-            out = gpu.lrn_backward(maps, grads[0], size, alpha, k)
-            return out, None, None, None, None
         if _on_cpu(maps, beta):
             out = lrn_cpu.backward(maps, grads[0], size, alpha, k)
             return out, None, None, None, None
@@ -83,13 +79,8 @@ class _LocalResponseNorm(torch.autograd.Function):
         return _maps(out, maps), None, None, None, None
 
 
-def on_gpu(maps: Tensor, beta: float) -> bool:
-    """Whether a GPU's kernel computes this."""
-    return maps.is_cuda and maps.dtype in (torch.bfloat16, torch.float32) and beta == 0.75
-
-
 def _on_cpu(maps: Tensor, beta: float) -> bool:
-    """Whether a CPU's loop does."""
+    """Whether a CPU's loop computes this."""
     values = type(maps) is Tensor  # not a fake one, as a plan's
     return values and lrn_cpu.fits(maps, beta) and not torch.compiler.is_compiling()
 

@@ -13,8 +13,8 @@ other, so that every parameter splits on dim 0.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from alexnet_dist.config.schema import ModelConfig
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import philox
-from alexnet_dist.network.lrn import alpha_of, local_response_norm
+from alexnet_dist.network.dropout import Dropout
+from alexnet_dist.network.lrn import constants_of, local_response_norm
 from alexnet_dist.partition import share
 
 
@@ -73,22 +74,51 @@ class Column:
         """Which of a layer's outputs, of all columns, are this one's."""
         return share(outputs, self.index, self.count)
 
-    def maps(self, layer: str, x: Tensor) -> Tensor:
+    def maps(self, layer: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """What a convolution made, (n, own maps, h, w), rectified (§3.1), normalised (§3.3) and
-        pooled (§3.4); changes x."""
-        activate = getattr(torch, f"{self.config.activation}_")
-        last = layer in self.config.activation_last
-        x = x if last else activate(x)
-        if self.config.pool_before_lrn:  # CaffeNet
-            x = self._normalised(layer, self._pooled(layer, x))
-        else:
-            x = self._pooled(layer, self._normalised(layer, x))
-        return activate(x) if last else x
+        pooled (§3.4); changes x.
 
-    def _normalised(self, layer: str, x: Tensor) -> Tensor:
-        lrn, spatial = self.config.lrn, self.config.spatial_norm
-        if layer in lrn.layers:
-            x = local_response_norm(x, lrn.size, alpha_of(lrn, layer), lrn.beta, lrn.k)
+        Args:
+            bias: given to a GPU's kernels, which add it too; on a CPU the convolution has done so.
+        """
+        config, activation = self.config, self.config.activation
+        last = layer in config.activation_last
+        if bias is not None:
+            from alexnet_dist.network.kernels.maps import maps
+
+            if self._in_one_pass(layer):
+                norm = constants_of(config.lrn, layer)
+                window, stride = config.pool
+                pooled = layer in config.pool_after
+                pool = (window, stride, config.round_up) if pooled else None
+                return maps(x, bias, activation, norm, pool)
+            x = maps(x, bias, None if last else activation, None, None)
+        elif not last:
+            x = activated(x, activation)
+        fused = bias is not None
+        if config.pool_before_lrn:  # CaffeNet
+            x = self._normalised(layer, self._pooled(layer, x), fused)
+        else:
+            x = self._pooled(layer, self._normalised(layer, x, fused))
+        return activated(x, activation) if last else x
+
+    def _in_one_pass(self, layer: str) -> bool:
+        """Whether a GPU does all of it in the paper's order by one kernel."""
+        config, normalises = self.config, layer in self.config.lrn.layers
+        return not (
+            layer in (*config.activation_last, *config.pool_average, *config.spatial_norm.layers)
+            or (config.pool_before_lrn and normalises and layer in config.pool_after)
+        )
+
+    def _normalised(self, layer: str, x: Tensor, fused: bool) -> Tensor:
+        spatial = self.config.spatial_norm
+        if constants := constants_of(self.config.lrn, layer):
+            if fused:
+                from alexnet_dist.network.kernels.maps import maps
+
+                x = maps(x, None, None, constants, None)
+            else:
+                x = local_response_norm(x, *constants)
         if layer in spatial.layers:
             # Beyond the edge there are zeros, so that the mean over n × n is the sum ÷ n².
             mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)
@@ -110,20 +140,26 @@ class Column:
 class Layer(nn.Module):
     """One layer of the columns here: their weights, one column's below the other's.
 
-    `forward` takes what the columns here see: a tensor for each, or one that all of them see. It
-    gives what each of them made of it.
+    `forward` takes what the columns here see: a tensor for each, or one that all of them see, and
+    computes in its type, whatever that of the weights is. It gives what each column made of it.
 
     Attributes:
         whole: the weight's shape over all columns.
         rows: which rows (dim 0) of it are here.
         starts: where each column here begins among all columns' outputs.
+        narrow: a copy of the weights in the type that the network computes in, which the
+            optimiser's update keeps; None: they are narrowed where they are used.
+        fused: a GPU's kernels do what follows the product (`kernels`).
     """
+
+    narrow: Tensor | None = None
+    fused = False
 
     def __init__(
         self, name: str, whole: tuple[int, ...], columns: Sequence[Column], dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.name, self.whole = name, whole
+        self.name, self.whole, self.columns = name, whole, columns
         parts = [column.rows(whole[0]) for column in columns]
         self.rows = slice(parts[0].start, parts[-1].stop)
         self.starts = [part.start for part in parts]
@@ -132,12 +168,29 @@ class Layer(nn.Module):
         self.weight = nn.Parameter(torch.empty(here, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(here[0], dtype=dtype))
 
-    def by_column(self, seen: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def weights(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weights and biases for a product with what this layer sees."""
+        weight: Tensor = self.weight
+        if weight.dtype != like.dtype:
+            narrow = self.narrow
+            weight = weight.to(like.dtype) if narrow is None else _Narrow.apply(weight, narrow)
+        return weight, None if self.fused else self.bias.to(like.dtype)
+
+    def biases(self, products: list[Tensor]) -> list[Tensor | None]:
+        """What is still to be added to products that this layer gave."""
+        if not self.fused:
+            return [None] * len(products)
+        return list(self.bias.split(self.sizes)) if len(products) > 1 else [self.bias]
+
+    def by_column(
+        self, seen: list[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """What each column here sees, its weights and its biases."""
         if len(self.sizes) == 1:
-            return iter([(seen[0], self.weight, self.bias)])
+            return iter([(seen[0], weight, bias)])
         each = seen if len(seen) > 1 else seen * len(self.sizes)
-        return zip(each, self.weight.split(self.sizes), self.bias.split(self.sizes), strict=True)
+        biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
+        return zip(each, weight.split(self.sizes), biases, strict=True)
 
     def initialise(self, seed: int, std: float, bias: float) -> None:
         """Weights of N(0, std), drawn by (seed, name), and biases of one value."""
@@ -146,6 +199,18 @@ class Layer(nn.Module):
         with torch.no_grad():
             self.weight.copy_(values)
             self.bias.fill_(bias)
+
+
+class _Narrow(torch.autograd.Function):
+    """A narrow copy in the place of weights, which take its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, narrow: Tensor) -> Tensor:
+        return narrow.view_as(narrow)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 class Conv(Layer):
@@ -160,12 +225,16 @@ class Conv(Layer):
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, seen: list[Tensor]) -> list[Tensor]:
-        if self.round_up:
+        """(n, own maps, h, w) of each column, with biases unless `fused`."""
+        weight, bias = self.weights(seen[0])
+        stride, padding = self.stride, self.padding
+        if self.fused and stride > 1 and not seen[0].requires_grad:  # conv1
+            seen, weight = [self._folded(x) for x in seen], _folded_kernel(weight, stride)
+            stride, padding = 1, 0
+        elif self.round_up:
             seen = [self._padded(x) for x in seen]
-        return [
-            F.conv2d(x, weight, bias, self.stride, self.padding)
-            for x, weight, bias in self.by_column(seen)
-        ]
+        parts = self.by_column(seen, weight, bias)
+        return [F.conv2d(x, w, b, stride, padding) for x, w, b in parts]
 
     def _padded(self, x: Tensor) -> Tensor:
         """With zeros below and to the right, so that the last window begins inside (Caffe)."""
@@ -173,14 +242,55 @@ class Conv(Layer):
         below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
         return F.pad(x, (0, right, 0, below))
 
+    def _folded(self, x: Tensor) -> Tensor:
+        """(n, colours, h, w) to (n, colours · stride², cells, cells): each square of stride² pixels
+        a pixel of as many more maps, so that a GPU's products are of 48 maps, not of 3."""
+        from alexnet_dist.network.kernels.windows import fold
+
+        kernel, stride = self.whole[-1], self.stride
+        room = [side + 2 * self.padding - kernel for side in x.shape[2:]]
+        made = [(-(-r // stride) if self.round_up else r // stride) + 1 for r in room]
+        cells = [side + -(-kernel // stride) - 1 for side in made]
+        folded: Tensor = fold(x, stride, self.padding, *cells)
+        return folded
+
+
+def _folded_kernel(weight: Tensor, stride: int) -> Tensor:
+    """(outputs, colours, k, k) as `Conv._folded` arranges what it is for: zeros below and to the
+    right fill k up to whole squares."""
+    kernel = weight.shape[-1]
+    cells = -(-kernel // stride)
+    more = cells * stride - kernel
+    split = F.pad(weight, (0, more, 0, more)).unflatten(3, (cells, stride))
+    split = split.unflatten(2, (cells, stride))  # out, colour, row, dy, column, dx
+    folded: Tensor = split.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
+    return folded
+
 
 class Linear(Layer):
-    """A fully-connected layer: where all columns see the same, one product, that is then cut."""
+    """A fully-connected layer: where all columns see the same, one product of all of them."""
 
     def forward(self, seen: list[Tensor]) -> list[Tensor]:
+        """(n, own units) of each column, or, where all see the same, (n, units) of all columns
+        here; with biases unless `fused`."""
+        weight, bias = self.weights(seen[0])
         if len(seen) == 1:
-            return list(F.linear(seen[0], self.weight, self.bias).split(self.sizes, dim=1))
-        return [F.linear(x, weight, bias) for x, weight, bias in self.by_column(seen)]
+            return [F.linear(seen[0], weight, bias)]
+        return [F.linear(x, w, b) for x, w, b in self.by_column(seen, weight, bias)]
+
+    def units(
+        self, seen: list[Tensor], activation: str | None = None, dropout: Dropout | None = None
+    ) -> list[Tensor]:
+        """What `forward` gives, activated, and some of it dropped."""
+        products = self(seen)
+        parts = zip(products, self.biases(products), self.starts, strict=False)
+        return [_units(x, bias, activation, dropout, start) for x, bias, start in parts]
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """x, changed: rectified, say."""
+    made: Tensor = getattr(torch, f"{activation}_")(x)
+    return made
 
 
 class AlexNet(nn.Module):
@@ -260,46 +370,58 @@ class AlexNet(nn.Module):
         # paper's, of one column.
         made = [x]
         for conv in convs:  # (n, 48, 27, 27), (n, 128, 13, 13), (n, 192, 13, 13), …
-            made = [
-                column.maps(conv.name, maps)
-                for column, maps in zip(self.columns, conv(self._see(conv, made)), strict=True)
-            ]
+            made = conv(self._see(conv, made))
+            parts = zip(self.columns, made, conv.biases(made), strict=True)
+            made = [column.maps(conv.name, maps, bias) for column, maps, bias in parts]
         # [(n, 2 · 128 · 6 · 6)]: fc6 sees both columns
         seen = [self.exchange.features(maps.flatten(1)) for maps in self._see(fcs[0], made)]
-        joined, width = fcs[0].name in self.config.exchange, seen[0].shape[1]
-        starts = [0] if joined else [column.index * width for column in self.columns]
-        seen = self._dropout(fcs[0], seen, starts, slots, step)
-        activate: Callable[[Tensor], Tensor] = getattr(torch, self.config.activation)
+        if dropout := self._dropout(fcs[0], slots, step):
+            joined, width = fcs[0].name in self.config.exchange, seen[0].shape[1]
+            starts = [0] if joined else [column.index * width for column in self.columns]
+            seen = [dropout(maps, start) for maps, start in zip(seen, starts, strict=True)]
         for fc, after in itertools.pairwise(fcs):
-            made = [activate(units) for units in fc(seen)]  # (n, 2048)
-            seen = self._see(after, self._dropout(after, made, fc.starts, slots, step))
-        return self.exchange.logits(fcs[-1](seen))
+            made = fc.units(seen, self.config.activation, self._dropout(after, slots, step))
+            seen = self._see(after, made)  # [(n, 4096)]
+        return self.exchange.logits(fcs[-1].units(seen))
 
     def _see(self, layer: Layer, made: list[Tensor]) -> list[Tensor]:
         """What the columns here see: each what it made itself, or all what both made."""
-        return [self.exchange.join(made)] if layer.name in self.config.exchange else made
+        if layer.name in self.config.exchange:
+            return [self.exchange.join(made)]
+        if made[0].dim() == 2 and len(made) == 1:  # units of all columns here
+            return list(made[0].chunk(len(self.columns), dim=1))
+        return made
 
-    def _dropout(
-        self, before: Layer, made: list[Tensor], starts: list[int], slots: Tensor | None,
-        step: int | Tensor,
-    ) -> list[Tensor]:  # fmt: skip
-        """Units zeroed by masks that depend on (seed, step, layer, slot, unit) alone (§4.2).
+    def _dropout(self, before: Layer, slots: Tensor | None, step: int | Tensor) -> Dropout | None:
+        """What drops units before a layer sees them; they are the outputs of the one below."""
+        config = self.config
+        if config.dropout == 0 or before.name not in config.dropout_before:
+            return None
+        at_test = config.dropout_scaling == "test"
+        if not self.training and not at_test:
+            return None
+        below = int(before.name[-1]) - 1
+        if self.training:
+            assert slots is not None, "dropout needs the samples' slots"
+        kept = slots if self.training else None
+        return Dropout(self.seed, step, below, kept, config.dropout, at_test)
 
-        Args:
-            before: the layer that would see them; they are the outputs of the one below.
-            starts: where each begins among all columns' units.
-        """
-        drop, at_test = self.config.dropout, self.config.dropout_scaling == "test"
-        if drop == 0 or before.name not in self.config.dropout_before:
-            return made
-        if not self.training:
-            return [x * (1 - drop) for x in made] if at_test else made
-        assert slots is not None, "dropout needs the samples' slots"
-        below, kept = int(before.name[-1]) - 1, []
-        for x, start in zip(made, starts, strict=True):
-            stay = philox.dropout_mask(self.seed, step, below, slots, start, x.shape[1], drop)
-            kept.append(x * stay if at_test else x * stay / (1 - drop))
-        return kept
+
+def _units(
+    x: Tensor, bias: Tensor | None, activation: str | None, dropout: Dropout | None, first: int
+) -> Tensor:
+    """Units (n, count) of their product, the first of them in its place among all columns';
+    changes x."""
+    if bias is None:
+        x = activated(x, activation) if activation else x
+        return dropout(x, first) if dropout else x
+    from alexnet_dist.network.kernels.units import units
+
+    if dropout is None:
+        return units(x, bias, activation)
+    drawn = dropout.drawn(first)
+    made = units(x, bias, activation, drawn)
+    return made if drawn else dropout(made, first)
 
 
 def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

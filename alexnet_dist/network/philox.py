@@ -17,6 +17,7 @@ import torch
 from numba import njit, prange
 from torch import Tensor
 
+from alexnet_dist.network import kernels
 from alexnet_dist.network.kernels.numba_loops import parallel
 
 _MASK = 0xFFFFFFFF
@@ -111,17 +112,17 @@ def dropout_mask(
     """Which units stay: bool (len(slots), count), True with probability 1 − drop.
 
     Args:
-        step: as a tensor, () int64, where this is compiled, or a number would be part of the code.
+        step: as a tensor, () int64, where a step is captured as a CUDA graph.
         slots: (n,) int64, the samples' places in the global batch; on the device of the mask.
         first: the first unit, of the layer's units over all columns.
     """
     threshold = round(drop * 2**32)
-    if slots.is_cuda:
-        from alexnet_dist.network.kernels import gpu
+    if slots.is_cuda and kernels.can_be_built():
+        from alexnet_dist.network.kernels.units import dropout_mask as drawn
 
         now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
         of = (slots, now, layer, first, count, seed, _DROPOUT, threshold)
-        kept: Tensor = gpu.dropout_mask(*of)
+        kept: Tensor = drawn(*of)
         return kept
     values = type(slots) is Tensor  # not a fake one, as a plan's
     if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():

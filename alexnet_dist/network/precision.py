@@ -14,11 +14,6 @@ def parameter_dtype(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """What a network computes under, in training and when it answers."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-
-
 def allow_tf32(precision: str) -> None:
     """Let this process's GPU round the factors of float32 products and convolutions to TF32's 11
     bits under tf32, and under no other: torch lets cuDNN do so by default."""

@@ -2,11 +2,11 @@
 
 A column's maps are used differently by every column, so the gradients of an exchange are summed
 over columns; the loss is computed alike on every column, so the gradients of the gathered logits
-are not. Both directions move bf16 under autocast: what comes in goes out.
+are not. Both directions move the type that the network computes in: what comes in goes out.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,13 +15,6 @@ from torch import Tensor
 from alexnet_dist.compat import all_gather_single
 from alexnet_dist.partition import share
 from alexnet_dist.timing import TIMELINE
-
-Function = TypeVar("Function", bound=Callable[..., Tensor])
-
-
-def uncompiled(exchange: Function) -> Function:
-    """torch.compile stays out of it, and compiles what lies between two exchanges."""
-    return torch.compiler.disable(exchange)  # type: ignore[no-any-return]
 
 
 class ColumnExchange:
@@ -35,14 +28,12 @@ class ColumnExchange:
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
-    @uncompiled
     def join(self, parts: list[Tensor]) -> Tensor:
         return join_maps(parts[0], self.group)
 
     def features(self, features: Tensor) -> Tensor:
         return features
 
-    @uncompiled
     def logits(self, parts: list[Tensor]) -> Tensor:
         return join_logits(parts[0], self.group, self.classes)
 

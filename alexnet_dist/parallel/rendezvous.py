@@ -10,6 +10,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import RunFolderError
+from alexnet_dist.files import read_bytes, written_aside
 from alexnet_dist.parallel.environment import Place
 
 LOOPBACK = "127.0.0.1"
@@ -54,9 +55,8 @@ def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | N
         store = store_at(own_address(place), timeout)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_name(f".{path.name}")
-            aside.write_text(f"{store.host} {store.port}")
-            aside.replace(path)
+            with written_aside(path, durably=False) as aside:
+                aside.write_text(f"{store.host} {store.port}")
         except OSError as error:
             raise RunFolderError(
                 f"{path}: cannot be written ({error.strerror}): set output_dir= to a folder that "
@@ -76,7 +76,7 @@ def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | N
                 "nodes?"
             )
         time.sleep(0.05)
-    address, port = path.read_text().split()
+    address, port = read_bytes(path).decode().split()
     store = TCPStore(address, int(port), is_master=False, timeout=timeout)
     store.set(f"met/{place.rank}", "")
     return store

@@ -20,7 +20,6 @@ from alexnet_dist.parallel.columns import (
     join_logits,
     join_maps,
     summed_parts,
-    uncompiled,
 )
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
@@ -38,16 +37,13 @@ class ShardExchange:
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
-    @uncompiled
     def join(self, parts: list[Tensor]) -> Tensor:
         """The convolutions' columns are all here; fc6's and fc7's units lie on all ranks."""
         return side_by_side(parts) if parts[0].dim() == 4 else join_maps(parts[0], self.group)
 
-    @uncompiled
     def features(self, features: Tensor) -> Tensor:
         return _JoinSamples.apply(features, self.group)  # type: ignore[no-any-return]
 
-    @uncompiled
     def logits(self, parts: list[Tensor]) -> Tensor:
         return join_logits(parts[0], self.group, self.classes)
 

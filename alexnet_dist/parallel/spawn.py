@@ -20,22 +20,25 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from alexnet_dist.compat import elastic_launch
-from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, printable
+from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, killed_by, printable
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.rendezvous import LOOPBACK, store_at
-from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored
+from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored, heard
 
-_OF_MEMORY = "by the kernel where memory ran out: see dmesg, and `alexnet-dist plan`"
 _LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
 
 
-def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
+def start(
+    arguments: Sequence[str], ranks: int, folder: Path, told: Callable[[str, int], bool]
+) -> int:  # fmt: skip
     """Run `alexnet-dist ARGUMENTS` in this many ranks; the exit code the ranks agreed on.
 
     Signals are passed on to every rank, which saves and leaves; a second SIGINT ends all at once.
 
     Args:
         folder: the run folder, whose run.json says how the ranks stopped.
+        told: of ranks that were killed, and how many attempts there were before: whether that is
+            news.
     """
     os.environ[_LAUNCHER] = str(os.getpid())
     command = ["-m", "alexnet_dist", *arguments]
@@ -45,13 +48,11 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
             launched(sys.executable, ranks, 120, *command)
         return 0
     except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-        if code < 0:
-            rank = error.get_first_failure()[0]
-            name = signal.Signals(-code).name
-            why = f" ({_OF_MEMORY})" if name == "SIGKILL" else ""
-            print(f"rank {rank} was killed by {name}{why}; run again to resume", file=sys.stderr)
-        return code if code > 0 else 1
+        if killed := _killed(error):
+            if told(killed, attempts_before):
+                print(f"{killed}; run again to resume", file=sys.stderr)
+            return 1
+        return error.get_first_failure()[1].exitcode
     except SignalException as error:
         run = read_run(folder)
         ended = run.get("state") in ("stopped", "finished")
@@ -65,6 +66,14 @@ def start(arguments: Sequence[str], ranks: int, folder: Path) -> int:
         return 1
     finally:
         del os.environ[_LAUNCHER]  # what this process starts later has another
+
+
+def _killed(error: ChildFailedError) -> str:
+    """Which ranks signals have ended, and what is known of it; empty where none. (Others may have
+    failed at once, since they were gone.)"""
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    killed = [f"rank {rank} was {killed_by(-code)}" for rank, code in codes.items() if code < 0]
+    return "; ".join(killed)
 
 
 @contextmanager
@@ -112,7 +121,8 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
         signal.raise_signal(error.sigval)  # now to this program's own handler
         raise
     except ChildFailedError as error:
-        raise RanksFailed(f"a rank failed, and said why ({function.__name__})") from error
+        why = _killed(error) or "a rank failed, and said why"
+        raise RanksFailed(f"{why} ({function.__name__})") from error
     if isinstance(results[0], AlexNetDistError):
         raise results[0]
     return [results[rank] for rank in range(ranks)]
@@ -149,7 +159,7 @@ def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dic
         "rdzv_endpoint": f"{store.host}:{store.port}",
         "rdzv_configs": {"rank": 0},
         "max_restarts": 0,
-        "signals_to_handle": "SIGTERM,SIGINT,SIGUSR1,SIGUSR2",
+        "signals_to_handle": ",".join(number.name for number in heard()),
         "logs_specs": DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
     }
     return elastic_launch(config, shutdown_timeout_s, entry, *args)

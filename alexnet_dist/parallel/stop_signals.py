@@ -3,7 +3,7 @@
 | what arrives | what happens | exit |
 |---|---|---|
 | SIGUSR1, SIGUSR2 | saved; resume me | 75 |
-| SIGTERM | saved; do not resume by yourself | 143 |
+| SIGTERM; SIGHUP, but under nohup | saved; do not resume by yourself | 143 |
 | first SIGINT | saved; do not resume by yourself | 130 |
 | second SIGINT | left at once, the last good checkpoint intact | 130 |
 """
@@ -24,7 +24,15 @@ if TYPE_CHECKING:  # a process that torch has yet to be loaded into can be signa
 # Exit codes by the flag's value; where ranks saw different signals, the highest counts.
 EXITS = {1: 75, 2: 143, 3: 130}
 CANNOT_SAVE = 4  # told by rank 0 alone, no signal: it holds while it is so
-FLAGS = {signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGINT: 3}
+FLAGS = {
+    signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGHUP: 2, signal.SIGINT: 3,
+}  # fmt: skip
+
+
+def heard() -> list[signal.Signals]:
+    """The signals that ask this process to stop: under nohup SIGHUP does not."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in FLAGS if number != signal.SIGHUP or not ignored]
 
 
 class StopSignals:
@@ -39,7 +47,7 @@ class StopSignals:
         self._pid = os.getpid()
         self._agreed = 0
         self._waiting: tuple[torch.Tensor, dist.Work] | None = None
-        for number in FLAGS:
+        for number in heard():
             signal.signal(number, self._handle)
 
     def poll(self, topology: "Topology") -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-from alexnet_dist.compat import all_gather_single
+from alexnet_dist.compat import all_gather_single, set_timeout
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, SaidByRank0
 from alexnet_dist.network.precision import allow_tf32
@@ -103,6 +103,13 @@ class Topology:
             said.exit_code = outcome[1]
             raise said
         return outcome[0]  # type: ignore[no-any-return]
+
+    def put_off_timeouts(self) -> None:
+        """From now on another looks whether ranks wait too long: one that knows when they were
+        stopped, as these clocks do not."""
+        for group in (self.control, self.column_group, self.replica_group):
+            if group is not None:
+                set_timeout(datetime.timedelta(days=100), group)
 
     def barrier(self) -> None:
         if self.control is not None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.files import read_bytes, write
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.device import PEAK_FLOPS
 
@@ -386,7 +387,7 @@ def _row(one: Measured) -> dict[str, float]:
 def read_machine(path: Path) -> Machine:
     """A machine that `write_machine` wrote; raises ConfigError."""
     try:
-        return Machine(**json.loads(path.read_text()))
+        return Machine(**json.loads(read_bytes(path)))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--machine {path}: not a machine that plan --fit wrote: {error}"
@@ -396,6 +397,6 @@ def read_machine(path: Path) -> Machine:
 def write_machine(machine: Machine, path: Path) -> None:
     """For `read_machine`; raises ConfigError."""
     try:
-        path.write_text(json.dumps(dataclasses.asdict(machine), indent=1) + "\n")
+        write(path, (json.dumps(dataclasses.asdict(machine), indent=1) + "\n").encode())
     except OSError as error:
         raise ConfigError(f"--machine {path}: cannot be written: {error.strerror}") from error

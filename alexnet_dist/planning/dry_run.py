@@ -71,9 +71,7 @@ def plan(config: Config, ranks: int) -> dict[str, Any]:
 def _on(config: Config, kind: str, ranks: int) -> dict[str, Any]:
     """Parameters, memory and traffic of a rank on one layout, or why it cannot be."""
     try:
-        laid_out = load_config(
-            [flat(config), f"layout.kind={kind}", f"layout.ranks={ranks}", "train.compile=none"]
-        )
+        laid_out = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={ranks}"])
         layouts.check(laid_out, ranks)
     except ConfigError as error:
         return {"problem": str(error)}

@@ -8,6 +8,7 @@ from typing import Any
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.files import read_bytes
 from alexnet_dist.planning.cost_model import Cluster, Machine, Measured, bottleneck, fit, predict
 from alexnet_dist.planning.dry_run import KINDS, plan
 from alexnet_dist.plotting import figure
@@ -89,7 +90,7 @@ def read_bench(path: Path) -> list[Measured]:
     """The layouts that a file of `bench layouts --json` holds, by the fastest of their passes: what
     other programs took from a pass is not the machine's."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(read_bytes(path))
         config, cores = load_config([found["recipe"]]), int(found["machine"]["cores"])
         runs, ranks = found["runs"], int(found["ceilings"]["ranks"])
         gpu = found["machine"]["gpu"]

@@ -6,7 +6,6 @@ import os
 import platform
 import resource
 import shutil
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.inspect import inspect
 from alexnet_dist.data.pipelines.dali_pipeline import check_dali
 from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
+from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
 from alexnet_dist.parallel.device import CGROUP, cores, cpu_flags, gpus, precision_problem
@@ -180,12 +180,9 @@ def _gpus(config: Config) -> Iterator[Finding]:
 
 def compiler() -> Finding:
     """What Triton builds a GPU's kernels with."""
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if compiler and headers.exists():
-        return Finding("kernels", f"built by Triton with {compiler}")
-    lacks = f"there is no {headers}" if compiler else "there is no C compiler"
-    return Finding("kernels", f"not to be built: {lacks}", COMPILER, broken=True)
+    if lack := kernels.lacking():
+        return Finding("kernels", f"not to be built: {lack}; steps are slower", COMPILER)
+    return Finding("kernels", f"built by Triton with {kernels.compiler()}")
 
 
 def _layout(config: Config) -> Iterator[Finding]:
@@ -303,7 +300,7 @@ def _disk(config: Config) -> Iterator[Finding]:
         yield Finding("run folders", f"{folder}: {error.strerror}", remedy, broken=True)
         return
     remedy = "set both clocks by NTP: restarts and make compare times" if abs(ahead) > 2 else ""
-    yield Finding("run folders", f"{folder}: writable, with locks, {ahead:+.1f} s ahead", remedy)
+    yield Finding("run folders", f"{folder}: writable, with locks, {ahead:+z.1f} s ahead", remedy)
 
 
 def _clock(config: Config) -> Iterator[Finding]:

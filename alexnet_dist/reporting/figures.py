@@ -23,6 +23,7 @@ from alexnet_dist.data.pipelines.make import once
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, looked_in
 from alexnet_dist.evaluation.evaluate import seen
+from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
 from alexnet_dist.training.metrics import read_metrics
@@ -157,7 +158,8 @@ def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:
 
 
 def _write(picture: Picture, path: Path) -> None:
-    Image.fromarray(picture).save(path)
+    with written_aside(path) as aside:
+        Image.fromarray(picture).save(aside)
 
 
 def _folder(run: Path) -> Path:

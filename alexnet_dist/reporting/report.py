@@ -7,7 +7,6 @@ row, so that nobody compares ten classes with a thousand.
 
 import base64
 import html
-import json
 import math
 import re
 import statistics
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.errors import AlexNetDistError, printable
+from alexnet_dist.files import json_object, read_bytes, written_aside
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.runs import (
@@ -113,7 +113,8 @@ def report(folders: Sequence[Path], out: Path) -> str:
     parts.append(_published(groups))
     page = "\n".join(parts)
     page = f"<!doctype html><meta charset=utf-8><title>Report</title>{_STYLE}\n{page}\n"
-    out.write_text(page, encoding="utf-8", errors="backslashreplace")
+    with written_aside(out) as aside:
+        aside.write_text(page, encoding="utf-8", errors="backslashreplace")
     over = len(folders) - len(runs) - files
     return f"{out}: {len(runs)} runs" + (f"; {over} hold no evaluated run" if over else "")
 
@@ -121,8 +122,9 @@ def report(folders: Sequence[Path], out: Path) -> str:
 def _averaged(path: Path) -> tuple[str, Mapping[str, Any]] | None:
     """The name and content of a file that `evaluate --json` wrote of several checkpoints."""
     try:
-        found = json.loads(path.read_text())
-        several = len(found["of"]) > 1 and 0 <= found["top1"] <= 1 and 0 <= found["top5"] <= 1
+        found = json_object(read_bytes(path))
+        several = len([Path(one) for one in found["of"]]) > 1
+        several &= 0 <= found["top1"] <= 1 and 0 <= found["top5"] <= 1
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (path.stem, found) if several else None
@@ -290,7 +292,7 @@ def _pictures(folder: Path) -> Iterable[str]:
 
 
 def _image(path: Path) -> str:
-    return _inline(path.read_bytes(), path.stem)
+    return _inline(read_bytes(path), path.stem)
 
 
 def _inline(png: bytes, name: str) -> str:

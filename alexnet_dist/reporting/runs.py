@@ -17,7 +17,7 @@ from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError
 from alexnet_dist.evaluation.evaluate import Score
 from alexnet_dist.evaluation.scores import kept
-from alexnet_dist.files import read_run
+from alexnet_dist.files import json_object, read_bytes, read_run
 from alexnet_dist.training.metrics import read_metrics
 
 _NAMING = ("name", "output_dir")
@@ -84,7 +84,7 @@ class RunRead:
 def read_run_folder(folder: Path) -> RunRead | None:
     """A run folder's content; None where it holds no config, or one that cannot be read."""
     try:
-        config = load_config([json.loads((folder / "config.json").read_text())])
+        config = load_config([json_object(read_bytes(folder / "config.json"))])
         points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         found = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
@@ -115,7 +115,7 @@ def read_run_folder(folder: Path) -> RunRead | None:
 
 def _of_a_file(path: Path, split: str, data: str) -> Scored:
     """Of the best network, as `evaluate --json` printed it before scores were kept."""
-    found = json.loads(path.read_text())
+    found = json.loads(read_bytes(path))
     views = int(path.stem.rpartition("-")[2])
     where = f"{_date(path.stat().st_mtime)}, in {path.name}"
     step = int(Path(found["of"][0]).name.removeprefix("step-"))

@@ -40,8 +40,8 @@ def verdict(
     )
     if data.pipeline == "torch":
         fewer = "data.pipeline=dali, whose threads do without Python's lock"
-    elif config.train.compile == "none" and config.layout.kind not in ("zero1", "zero2"):
-        fewer = "train.compile=inductor, or a larger train.batch"
+    elif config.train.execution != "graph":
+        fewer = "train.execution=graph, or a larger train.batch"
     else:
         fewer = "a larger train.batch"
     rules = (  # span, what it may take, what is said, what helps
@@ -61,6 +61,7 @@ def verdict(
     if shares[span] < may:
         if mfu is not None and mfu < STARVED and config.train.precision == "bf16":
             return f"the GPU does {mfu:.1%} of what it could, and may wait for Python: {fewer}"
-        computing = sum(shares[name] for name in ("windows", "forward", "backward", "optimizer"))
+        spans = ("windows", "forward", "backward", "optimizer", "step")
+        computing = sum(shares[name] for name in spans)
         return f"computing {computing:.0%} of the time: nothing else holds it up"
     return f"{what} {shares[span]:.0%} of the time: {help_}"

@@ -6,6 +6,7 @@ full disk holds a run up, or ends it.
 
 import csv
 import importlib.util
+import io
 import logging
 import os
 import queue
@@ -145,20 +146,21 @@ class _Csv:
 
     def _begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._columns = list(dict.fromkeys(key for row in rows for key in row))
-        aside = self._path.with_name(f".{self._path.name}.writing")
-        with aside.open("w", newline="") as file:
+        with (
+            files.written_aside(self._path, durably=False) as aside,
+            aside.open("w", newline="") as file,
+        ):
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows(rows)
-        aside.replace(self._path)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         row: dict[str, Any] = {"step": step, **values}
         if row.keys() <= {*self._columns}:
-            with self._path.open("a", newline="") as file:
+            with io.TextIOWrapper(files.appended(self._path), newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
         else:  # a tag that is new
-            with self._path.open(newline="") as file:
+            with io.TextIOWrapper(files.opened(self._path), newline="") as file:
                 known = list(csv.DictReader(file))
             self._begin([*known, row])
 
@@ -243,7 +245,7 @@ class _Mlflow:
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
     """The id that the first start wrote; made and written where there is none."""
-    known = path.read_text().strip() if path.exists() else ""
+    known = files.read_bytes(path).decode().strip() if path.exists() else ""
     if not known:
         known = make()
         files.write(path, known.encode())

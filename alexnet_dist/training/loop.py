@@ -23,7 +23,7 @@ from alexnet_dist.data.pipelines.auto import settled, splits_of
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.resident import hold
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.engines.base import Engine, on_host
+from alexnet_dist.engines.base import Engine, check_values, on_host
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import (
@@ -101,7 +101,7 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(flat(config), file)
         file.flush()
-        code = spawn.start(["train", file.name], count, config.folder)
+        code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
         failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
         failed.exit_code = code
@@ -301,6 +301,7 @@ def _resume(
                     f"the run in {folder.path} is at step {found.step}: raise it, or give another "
                     "name="
                 )
+            check_values(found.parameters(), found.optimizer())
         path = checkpoints.settle(folder.checkpoints, found, wrong)
         folder.begins_at(0 if found is None else found.step)
         folder.save_config()
@@ -349,7 +350,8 @@ def _opening(
     schedule: Schedule, samples: int, decoding: str,
 ) -> str:  # fmt: skip
     """What is about to happen, for the log."""
-    begins = f"continues at step {progress.step}" if progress.step else "begins"
+    last = schedule.last_step
+    begins = f"continues at step {progress.step} of {last}" if progress.step else "begins"
     parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
     rank = max(map(len, topology.shares(range(config.train.batch))))
     unscored = ""
@@ -358,7 +360,7 @@ def _opening(
         if config.schedule.kind == "plateau":
             unscored = unscored[:-1] + ", and the rate of schedule.kind=plateau never falls\n"
     return (
-        f"{folder.path} {begins} of {schedule.last_step}: {config.model.columns} column(s) on "
+        f"{folder.path} {begins}: {last} steps, {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
         f"threads each), {config.train.precision}\n"
         f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "

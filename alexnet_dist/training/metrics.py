@@ -5,8 +5,10 @@ are told apart from them, in lines of their own (`"kind": "speed"`).
 """
 
 import contextlib
+import io
 import json
 import logging
+import math
 import os
 import statistics
 import sys
@@ -30,7 +32,7 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import printable
 from alexnet_dist.evaluation.evaluate import Score
-from alexnet_dist.files import json_object
+from alexnet_dist.files import appended, is_count, json_object, opened, written_aside
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import chroma
@@ -42,7 +44,9 @@ from alexnet_dist.training.tensorboard import Board
 
 log = logging.getLogger("alexnet_dist")
 _TOLD = 64  # ranks; of more, each one's times are not written
-_KINDS = ("train", "eval", "speed")
+# Of a point of each kind, the numbers that are read again.
+_SCORES = ("epoch", "loss", "top1", "top5")
+_KINDS = {"train": _SCORES, "eval": (*_SCORES, "correct1", "samples"), "speed": ("images_per_s",)}
 
 
 def configure_logging(topology: Topology) -> None:
@@ -57,6 +61,13 @@ def configure_logging(topology: Topology) -> None:
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
+
+
+class _Appended(logging.FileHandler):
+    """A log in a file that is a regular one."""
+
+    def _open(self) -> io.TextIOWrapper:
+        return io.TextIOWrapper(appended(self.baseFilename), "utf-8")
 
 
 class _JsonLine(logging.Formatter):
@@ -86,7 +97,7 @@ class Telemetry:
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0
         self._mfu: float | None = None
-        self._quarantine = logging.FileHandler(folder.path / "quarantine.jsonl", delay=True)
+        self._quarantine = _Appended(folder.path / "quarantine.jsonl", delay=True)
         self._quarantine.setFormatter(_JsonLine())
         logging.getLogger("alexnet_dist.data").addHandler(self._quarantine)
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
@@ -96,7 +107,7 @@ class Telemetry:
             path = folder.path / "metrics.jsonl"
             before = _cut(path, step, evaluated_step)
             self._loggers = loggers.start(config, _rows(before))
-            self._metrics = path.open("ab", buffering=0)
+            self._metrics = appended(path)
             self._unwritten = b""
             self._terminal = sys.stderr is not None and sys.stderr.isatty()
             self._bar = tqdm(
@@ -168,8 +179,9 @@ class Telemetry:
             + f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}"
         )
         if self._terminal:
-            self._bar.set_description_str(line, refresh=False)
-            self._bar.update(steps)
+            with contextlib.suppress(OSError):  # it was closed
+                self._bar.set_description_str(line, refresh=False)
+                self._bar.update(steps)
         else:
             log.info(line)
 
@@ -232,7 +244,8 @@ class Telemetry:
         self._board.close()
         loggers.close(self._loggers, self._finished)
         if self._topology.leads:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
             self._metrics.close()
 
     def _utilised(self, images_per_s: float) -> float | None:
@@ -264,7 +277,8 @@ class Telemetry:
         first, last = self._config.profile.steps
         path = self._folder.path / f"trace-{first}-{last}.json.gz"
         with Unharmed(f"the trace {path}"):
-            tracer.export_chrome_trace(str(path))
+            with written_aside(path, durably=False) as aside:
+                tracer.export_chrome_trace(str(aside))
             by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
             text = tracer.key_averages().table(sort_by=by, row_limit=30)
             text = "    " + text.replace("\n", "\n    ")
@@ -283,7 +297,7 @@ class Telemetry:
 
     def _append(self, point: Mapping[str, Any] | None) -> None:
         """To metrics.jsonl; what a full disk refuses is kept, and tried again with the next."""
-        self._unwritten += b"" if point is None else json.dumps(point).encode() + b"\n"
+        self._unwritten += b"" if point is None else _line(point)
         try:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
@@ -336,12 +350,37 @@ def _rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The points of a run folder's metrics.jsonl, but for lines that are torn or are no points."""
     points = []
-    for line in (folder / "metrics.jsonl").read_bytes().splitlines():
+    with opened(folder / "metrics.jsonl") as file:
+        lines = file.read().splitlines()
+    for line in lines:
         with contextlib.suppress(ValueError):
             point = json_object(line)
-            if type(point.get("step")) is int and point.get("kind") in _KINDS:
-                points.append(point)
+            found = {key: math.nan if value is None else value for key, value in point.items()}
+            if _is_point(found):
+                points.append(found)
     return points
+
+
+def _is_point(found: Mapping[str, Any]) -> bool:
+    kind, step = str(found.get("kind")), found.get("step")
+    if kind not in _KINDS or type(step) is not int or not is_count(step):
+        return False
+    read = [found.get(name, "missing") for name in _KINDS[kind]]
+    read += [value for name, value in found.items() if name.startswith("chroma_")]
+    return all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in read)
+
+
+def _line(point: Mapping[str, Any]) -> bytes:
+    """A line of metrics.jsonl. JSON has no NaN, and no infinity: null stands for both."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: known(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return list(map(known, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(dict(point)), allow_nan=False).encode() + b"\n"
 
 
 def _cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
@@ -350,10 +389,6 @@ def _cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
         return []
     until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
-    aside = path.with_name(".metrics.jsonl.writing")
-    with aside.open("w") as file:
-        file.writelines(json.dumps(point) + "\n" for point in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.writelines(map(_line, kept))
     return kept

@@ -10,16 +10,18 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from safetensors import SafetensorError
 
 from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.errors import CheckpointError, CrashLoop, RunFolderError
+from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
+from alexnet_dist.files import appended, sweep_writing, written_aside
 from alexnet_dist.files import read_run as read_run
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
@@ -53,8 +55,8 @@ class RunFolder:
         self.checkpoints = self.path / "checkpoints"
         self._run: dict[str, Any] = {}
         self._before: dict[str, Any] = {}  # what run.json said
-        self._since = 0.0
-        self._lock: TextIO | None = None
+        self._since = 0.0  # by a clock that nobody sets
+        self._lock: FileIO | None = None
 
     def take(self) -> None:
         """Make the folder and hold it; raises RunFolderError where another process does."""
@@ -64,6 +66,7 @@ class RunFolder:
         except Exception:
             self.close()
             raise
+        sweep_writing(self.path)
         self.report("starting")
 
     def _begin_attempt(self) -> None:
@@ -81,7 +84,7 @@ class RunFolder:
         job, restart = environment.job()
         attempts, finished = int(before.get("attempt", 0)), before.get("state") == "finished"
         restarts = int(before.get("restarts", max(0, attempts - 1)))
-        rested_s = now - before.get("updated", now) if finished else 0
+        rested_s = now - before.get("updated", now) if finished else 0  # of clocks that may be set
         self._run = {
             "attempt": attempts + 1,
             "restarts": restarts + (attempts > 0 and not finished),
@@ -118,7 +121,7 @@ class RunFolder:
     def _hold(self) -> None:
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / "lock").open("a")
+            self._lock = appended(self.path / "lock")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = read_run(self.path)
@@ -134,7 +137,8 @@ class RunFolder:
                     "without nolock)"
                 ) from error
             raise RunFolderError(
-                f"{self.path}: cannot be written ({error.strerror}): set output_dir= or name="
+                f"{error.filename or self.path}: cannot be written ({error.strerror}): "
+                "set output_dir= or name="
             ) from error
 
     def close(self) -> None:
@@ -143,14 +147,32 @@ class RunFolder:
             self._lock.close()
 
     def still_held(self) -> None:
-        """Make the folder again where it has vanished; raises RunFolderError if it is another's."""
+        """Make the folder again where it has vanished; raises RunFolderError if it is another's, or
+        has been moved."""
         assert self._lock is not None
-        path = self.path / "lock"
-        if not path.exists() or not os.path.samestat(path.stat(), os.fstat(self._lock.fileno())):
+        if (at := self._lies_at()) is None:
             log.warning(f"{self.path} has vanished, with all that was saved in it: made again")
             self._lock.close()
             self._hold()
             self.save_config()
+        elif at != self.path:
+            raise RunFolderError(
+                f"{self.path} was moved to {at} while this run writes to it: the run ends, and "
+                f"nothing was written elsewhere. Move it back and the same command goes on from "
+                "the last checkpoint, or give the command the folder's new place, by name= and "
+                "output_dir="
+            )
+
+    def _lies_at(self) -> Path | None:
+        """Where the folder that this process holds is now; None where it has vanished."""
+        assert self._lock is not None
+        held, path = os.fstat(self._lock.fileno()), self.path / "lock"
+        with suppress(OSError):
+            if os.path.samestat(path.stat(), held):
+                return self.path
+        if held.st_nlink == 0:
+            return None
+        return Path(os.readlink(f"/proc/self/fd/{self._lock.fileno()}")).parent
 
     def _check_crash_loop(self, last: str) -> None:
         """Raises CrashLoop where starting again has not helped often enough."""
@@ -168,8 +190,10 @@ class RunFolder:
         """Replace run.json; nothing where this process does not hold the folder."""
         if self._run:
             self._run |= {"state": state, "updated": time.time(), **more}
-            with warn_if_unwritable(self.path / "run.json"):
-                write_json(self.path / "run.json", self._run)
+            held = self._lock is not None and not self._lock.closed
+            path = ((self._lies_at() if held else None) or self.path) / "run.json"
+            with warn_if_unwritable(path):
+                write_json(path, self._run)
 
     def failed(self, code: int, reason: str, known: bool) -> None:
         """This attempt has failed. A finished run that was asked for the impossible stays so."""
@@ -178,14 +202,31 @@ class RunFolder:
         else:
             self.report("failed", exit=code, reason=reason, known=known)
 
+    def killed(self, reason: str, attempts_before: int) -> bool:
+        """What a launcher knows of ranks that were killed, for run.json; whether that told less:
+        that it still runs, or that another rank was lost."""
+        try:
+            with (self.path / "lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or another has it by now
+                run = read_run(self.path)
+                ended = run.get("state") not in ("starting", "running")
+                if ended and not str(run.get("reason")).startswith(RANK_LOST):
+                    return bool(run.get("attempt", 0) == attempts_before)
+                if run.get("attempt", 0) > attempts_before:
+                    self._run = run
+                    self.report("failed", exit=1, reason=reason, known=False)
+        except (OSError, RunFolderError) as error:
+            log.warning(f"{self.path / 'run.json'} cannot say that {reason}: {error}")
+        return True
+
     def running(self, step: int, last_step: int) -> None:
         """The first step of this attempt begins."""
-        self._since = time.time()
+        self._since = time.monotonic()
         self.report("running", step=step, last_step=last_step)
 
     def saved(self, step: int) -> None:
         """A checkpoint is on the disk; what was computed since the last one is kept time."""
-        now = time.time()
+        now = time.monotonic()
         kept_s, self._since = self._run["kept_s"] + now - self._since, now
         self.report("running", newest_step=step, kept_s=round(kept_s, 3))
 
@@ -194,9 +235,9 @@ class RunFolder:
         a checkpoint holds, and those since. NaN where this process does not hold the folder."""
         if not self._run:
             return math.nan
-        now = time.time()
-        asked_for = now - self._run["first_started"] - self._run["rested_s"]
-        return float((self._run["kept_s"] + now - self._since) / asked_for)
+        counts_s = self._run["kept_s"] + time.monotonic() - self._since
+        asked_for = time.time() - self._run["first_started"] - self._run["rested_s"]
+        return float(counts_s / max(asked_for, counts_s, 1e-9))  # a clock may have been set back
 
     def keep_batch(self, batch: Batch, step: int, rank: int) -> Path:
         """Write a rank's part of a batch as its first layer saw it, to be looked at; the file."""
@@ -244,6 +285,5 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replace a file: whoever reads it finds the old or the new one, whole."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(content, indent=1) + "\n")
-    aside.replace(path)
+    with written_aside(path, durably=False) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")

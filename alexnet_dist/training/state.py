@@ -64,7 +64,14 @@ class Progress:
     def of(cls, state: Mapping[str, Any]) -> "Progress":
         score = state["score"] and Score(**state["score"])
         known = {f.name: state[f.name] for f in dataclasses.fields(cls) if f.name in state}
-        return cls(**known | {"score": score})
+        made = cls(**known | {"score": score})
+        numbers = [made.best_error, *made.interval, *(vars(score).values() if score else ())]
+        counts = [made.step, made.evaluated_step, made.damaged, made.skipped, made.best_step or 0]
+        if len(made.interval) != 5 or not all(type(n) in (int, float) for n in numbers):
+            raise ValueError("numbers that are none")
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError("counts that are none")
+        return made
 
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
         """Whether the step just made is followed by an evaluation: every so often, and at the end;

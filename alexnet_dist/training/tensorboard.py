@@ -1,6 +1,7 @@
 """TensorBoard of a run: what is drawn there beside numbers. docs/tensorboard.md is a tour of it."""
 
 import dataclasses
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -62,9 +63,14 @@ class Board:
         self._classes = [drawable(name) for name in dataset.classes]
         self._guard = Unharmed("TensorBoard")
         self._writer: SummaryWriter | None = None
+        self._opened: int | None = None
         if topology.leads and "tensorboard" in config.log.to:
             with self._guard:
-                self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+                # The folder itself, wherever it is moved: the writer opens its file by name each
+                # time.
+                self._opened = os.open(folder, os.O_PATH)
+                own = f"/proc/self/fd/{self._opened}"
+                self._writer = SummaryWriter(own, purge_step=step + 1)
             self.draw(lambda to: _begin(to, config, schedule, step))
 
     def draw(self, draw: Callable[[SummaryWriter], None]) -> None:
@@ -134,6 +140,8 @@ class Board:
 
     def close(self) -> None:
         self.draw(lambda to: to.close())
+        if self._opened is not None:
+            os.close(self._opened)
         self._split.close()
 
     def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
@@ -201,7 +209,7 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
     more = {"where the time goes": times, "rate, as planned": rates}
     to.add_custom_scalars({"run": curves | more})
     if step == 0:
-        text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+        text = yaml.safe_dump(dataclasses.asdict(config), default_flow_style=None, sort_keys=False)
         to.add_text("config", "    " + text.replace("\n", "\n    "))
     if config.schedule.kind != "plateau":  # which nobody can foretell
         left = schedule.last_step - step

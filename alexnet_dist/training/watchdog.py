@@ -4,6 +4,9 @@ A thread of every rank looks whether its loop still goes round. When it has not 
 `layout.timeout_s`, the rank tells the others how often it went round and where it is, by the store
 that joined them; those that stopped first, or say nothing, hold up the rest. The process group's
 own timeout would only say that somebody waited.
+
+Time in which this process was stopped (SIGSTOP, Ctrl-Z, a job that Slurm suspends) does not count:
+the thread adds up its own pauses, and the groups' timeouts, which go by the clock, are put off.
 """
 
 import contextlib
@@ -24,12 +27,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
+from numba import types
 
+from alexnet_dist.network.kernels.numba_loops import compiled
 from alexnet_dist.parallel.topology import Topology
 
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent.parent
+_usleep: Any = types.ExternalFunction("usleep", types.intc(types.uint32))
+_abort: Any = types.ExternalFunction("abort", types.void())
 
 
 class Watchdog:
@@ -50,28 +58,37 @@ class Watchdog:
         self._closed = threading.Event()
         self._store = topology.store
         self._tell("who", {"host": socket.gethostname(), "pid": os.getpid()})
-        self._arm()
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        topology.put_off_timeouts()
+        self._pause_s = min(0.9, self._limit_s / 20)
+        self._beats = np.zeros(2, np.int64)  # looks of the thread; 1 once it is closed
+        self._prints = not faulthandler.is_enabled()
+        if self._prints:
+            faulthandler.enable(2)  # what stands for standard error in a notebook has no file
+        last = self._beats, int(2 * self._limit_s / self._pause_s), int(1e6 * self._pause_s)
+        for name, target, arguments in (
+            ("watchdog", self._watch, ()),
+            ("guard", compiled(_abort_unless_beating, nogil=True), last),
+        ):
+            threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
 
     def close(self) -> None:
         self._closed.set()
-        faulthandler.cancel_dump_traceback_later()
+        self._beats[1] = 1
+        if self._prints:
+            faulthandler.disable()
 
     def _watch(self) -> None:
-        seen, since = self._rounds(), time.monotonic()
-        while not self._closed.wait(min(1.0, self._limit_s / 20)):
-            if (now := self._rounds()) != seen:
-                seen, since = now, time.monotonic()
-                self._arm()
-            elif time.monotonic() - since > self._limit_s:
+        seen, still_s, looked = self._rounds(), 0.0, time.monotonic()
+        while not self._closed.wait(self._pause_s):
+            self._beats[0] += 1
+            now, before, looked = self._rounds(), looked, time.monotonic()
+            still_s += min(looked - before, 2 * self._pause_s)  # more of it: we were stopped
+            if now != seen:
+                seen, still_s = now, 0.0
+            elif still_s > self._limit_s:
                 with contextlib.suppress(dist.DistError, RuntimeError):  # the store is gone too
                     self._end(seen)
                 os._exit(1)
-
-    def _arm(self) -> None:
-        """Should this thread not run either, because something holds Python's lock: end anyway."""
-        standard_error = 2  # what stands for it in a notebook has no file
-        faulthandler.dump_traceback_later(2 * self._limit_s, exit=True, file=standard_error)
 
     def _end(self, rounds: int) -> None:
         """Find out who holds up the run, and say so; once, by the first rank that can."""
@@ -106,6 +123,20 @@ class Watchdog:
             return {"rounds": 0, **_place()} if what == "stuck" else {"pid": os.getpid()}
         key = f"{what}/{rank}"
         return dict(json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+
+def _abort_unless_beating(beats: Any, most: int, pause_us: int) -> None:
+    """Should the watchdog's thread not run either, because something holds Python's lock: abort
+    after `most` pauses without a beat. Compiled, this runs without the lock, and at SIGABRT
+    faulthandler prints every thread's stack without it."""
+    still, seen = 0, beats[0]
+    while beats[1] == 0 and still < most:
+        _usleep(pause_us)
+        now = beats[0]
+        still = still + 1 if now == seen else 0
+        seen = now
+    if beats[1] == 0:
+        _abort()
 
 
 def _verdict(

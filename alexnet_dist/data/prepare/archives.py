@@ -16,6 +16,7 @@ from alexnet_dist.data.prepare.sources import (
 )
 from alexnet_dist.errors import DatasetError
 
+_NAMED = 3  # of what is missing
 _MOST_TRUTH = 2**20  # bytes of the validation images' classes, which are 245,000
 
 
@@ -29,24 +30,46 @@ def imagenet(path: Path) -> Source:
     ids = sorted(words)
     label = {wnid: place for place, wnid in enumerate(ids)}
     items: list[Item] = []
+    seen = set()
     with open_tar(train) as outer:
         for member in outer:
             wnid = member.name.removesuffix(".tar")
             if wnid not in label or not member.isreg():
                 raise DatasetError(f"{train}: {member.name!r} is not a class's tar of the devkit")
+            if wnid in seen:
+                raise DatasetError(f"{train}: {member.name!r} is in it twice: download it again")
+            seen.add(wnid)
             inner = outer.extractfile(member)
             assert inner is not None
             with open_tar(inner) as tar:
                 own = members(tar, train, member.offset_data)
                 items += [item._replace(label=label[wnid]) for item in own]
         check_end(outer, train)
+    _check_whole(train, [f"{wnid}.tar" for wnid in ids if wnid not in seen], len(ids), "classes")
     with open_tar(val) as tar:
-        validation = [
-            item if item.refused else item._replace(label=label[_truth(truth, item.name)])
-            for item in sorted(members(tar, val))
-        ]
+        listed = sorted(members(tar, val))
+    names = {item.name.rpartition("/")[2] for item in listed}
+    wanted = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(len(truth))]
+    validation = [
+        item if item.refused else item._replace(label=label[_truth(truth, item.name)])
+        for item in listed
+    ]
+    left = [name for name in wanted if name not in names]
+    _check_whole(val, left, len(wanted), "validation images")
+    if len(listed) > len(wanted):
+        raise DatasetError(f"{val}: {len(listed)} images of {len(wanted)}: download it again")
     classes = tuple(f"{wnid} {words[wnid]}" for wnid in ids)
     return Source("imagenet", classes, {"train": items, "val": validation}, enlarge=True)
+
+
+def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> None:
+    """Raises DatasetError where a tar lacks some of what the devkit counts."""
+    if missing:
+        named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
+        raise DatasetError(
+            f"{tar}: without {len(missing)} of the devkit's {count} {what} ({named}): download it "
+            "again, and compare its MD5 with image-net.org's"
+        )
 
 
 def _truth(truth: Sequence[str], name: str) -> str:

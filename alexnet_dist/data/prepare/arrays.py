@@ -22,7 +22,7 @@ from alexnet_dist.data.prepare.sources import (
     read_member,
 )
 from alexnet_dist.errors import DatasetError
-from alexnet_dist.files import LONGEST_SIDE, MOST_PIXELS, check_opcodes, read_bytes
+from alexnet_dist.files import LONGEST_SIDE, MOST_PIXELS, check_opcodes, opened, read_bytes
 
 _MOST = 2**28  # values of an IDX file; Fashion-MNIST has 47 million
 _MOST_IMAGES = 2**20  # of an IDX file; Fashion-MNIST has 60,000
@@ -181,7 +181,7 @@ def fashion_mnist(path: Path) -> Source:
 def read_idx(path: Path, dims: int) -> Pixels:
     """An IDX file of bytes (LeCun's format), gzipped or not; raises DatasetError."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        with opened(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
             header = file.read(4 + 4 * dims)
             if len(header) < 4 + 4 * dims or header[:4] != bytes([0, 0, 8, dims]):
                 raise DatasetError(f"{path}: not an IDX file of bytes in {dims} dimensions")

@@ -18,6 +18,7 @@ from typing import IO, cast
 
 from alexnet_dist.data.prepare.sources import LARGEST_MEMBER, Item, open_tar
 from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import opened
 
 _FOLLOWED = 2  # levels at which a link to a folder is one: a split, a class
 _MOST_UNPACKED = 2**36  # bytes of a gzipped tar, which is read from its start by each process
@@ -74,7 +75,7 @@ def list_files(path: Path) -> Listing:
         return Listing(files, folders)
     if zipfile.is_zipfile(path):
         return Listing(sorted(_zipped(path), key=_by_parts), [])
-    with path.open("rb") as file:
+    with opened(path) as file:
         packed = file.read(2) == b"\x1f\x8b"
     if packed:
         return Listing(list(_gzipped(path)), [])
@@ -186,7 +187,8 @@ def _zipped(path: Path) -> Iterator[Item]:
             elif one.flag_bits & 1 or one.compress_type not in (_STORED, _DEFLATED):
                 refused = "encrypted, or packed by another method than deflate"
             yield Item(one.filename, 0, str(path), one.header_offset, one.file_size,
-                       refused=refused, packing="zip", packed=one.compress_size)  # fmt: skip
+                       refused=refused, packing="zip", packed=one.compress_size,
+                       crc32=one.CRC)  # fmt: skip
 
 
 def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
@@ -202,6 +204,8 @@ def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
         raise ValueError(f"cannot be unpacked: {error}") from error
     if len(content) != item.size:
         raise ValueError(f"{len(content)} bytes where {item.size} were listed")
+    if item.crc32 not in (None, zlib.crc32(content)):
+        raise ValueError("does not match its checksum in the archive: copy that again")
     return content
 
 
@@ -210,7 +214,7 @@ def _read(item: Item) -> bytes:
         stream = _unpacked(item.path)
         stream.seek(item.offset)  # forward, but from one shard to another
         return stream.read(item.size)
-    with open(item.path, "rb") as file:
+    with opened(item.path) as file:
         if not item.packing:
             return os.pread(file.fileno(), item.size, item.offset)
         header = os.pread(file.fileno(), _LOCAL_HEADER.size, item.offset)

@@ -6,15 +6,17 @@ is settled here once, so that every pipeline sees the same pixels.
 
 import io
 import warnings
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import simplejpeg
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, TiffImagePlugin, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image, encode_png
 
 from alexnet_dist.data.dataset import Dataset
-from alexnet_dist.data.header import jpeg_size
+from alexnet_dist.data.header import PNG, check_png, jpeg_size
 from alexnet_dist.data.prepare.sources import Pixels
 from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
 
@@ -83,24 +85,31 @@ def as_packed(dataset: Dataset) -> tuple[bool, bool]:
 
 def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
     """As it is stored: jpg or png, and the encoded image."""
-    if content.startswith(b"\xff\xd8"):
-        try:
+    try:
+        if content.startswith(b"\xff\xd8"):
             jpeg_size(content)
-        except ValueError as error:
-            raise RefusedImage(f"{error}") from error
+        elif content.startswith(PNG):
+            check_png(content)
+    except ValueError as error:
+        raise RefusedImage(f"{error}") from error
     opened = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = opened.size
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
         raise RefusedImage(f"its header says {width} × {height} pixels: too many")
     keep = keep or (min(width, height) < SIDE and not enlarge)
-    turn = _orientation(opened)
-    plain = opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1
-    kind = "jpg" if not keep or opened.format in ("JPEG", "MPO") else "png"
+    jpeg = opened.format in ("JPEG", "MPO")
+    if jpeg:
+        _check_scans(content)
+    elif opened.format == "TIFF":
+        _check_tiff(opened, content)
+    kind = "jpg" if not keep or jpeg else "png"
     if not keep:
         opened.draft(None, (2 * SIDE, 2 * SIDE))  # decode a huge JPEG at ½, ¼ or ⅛
     opened.load()
-    image = _eight_bits(opened)
-    if keep and plain:
+    turn = _orientation(opened)  # now: Pillow has turned a TIFF as it read it
+    # Pillow inverts any JPEG's inks, and only Adobe's are to be.
+    image = _eight_bits(opened, negative=jpeg and "adobe" not in opened.info)
+    if keep and opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1:
         return kind, content
     del opened  # its memory is wanted
     if turn in _UPRIGHT:
@@ -130,15 +139,63 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey or RGB of 8 bits; alpha on white. Pillow inverts Adobe's CMYK as it reads it."""
+def _check_scans(jpeg: bytes) -> None:
+    """Raises RefusedImage where the scans of a JPEG end too early. Pillow and torchvision fill what
+    is missing with grey, and pass libjpeg's warning over; an eighth of each side is decoded here.
+    """
+    try:
+        simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, min_factor=1)
+    except ValueError as error:  # others of its warnings, and errors, are the decoder's to judge
+        if "premature end" in f"{error}".lower():
+            raise RefusedImage("the JPEG is cut short: copy it again from where it came") from error
+
+
+def _check_tiff(opened: Image.Image, content: bytes) -> None:
+    """Raises RefusedImage where pixels would be another picture, or zlib's checksum does not hold,
+    which libtiff does not compare."""
+    assert isinstance(opened, TiffImagePlugin.TiffImageFile)
+    tags = opened.tag_v2
+    bits, whole = tags.get(258, (1,)), {*tags.get(339, (1,))} <= {1, 4}
+    deep = opened.mode[0] in "IF" and (bits != (16,) or tags.get(262) != 1)
+    if deep or not whole:
+        raise RefusedImage(
+            f"a TIFF of {bits[0]} bits a sample, {'unsigned' if whole else 'signed or floating'}"
+            f"{', white at 0' if deep and tags.get(262) == 0 else ''}: which value is white is not "
+            "sure: save it with 8 bits, or 16 unsigned, black at 0"
+        )
+    if tags.get(259) in (8, 32946):  # deflate
+        places = [tags.get(own, ()) or tags.get(tile, ()) for own, tile in ((273, 324), (279, 325))]
+        left = MOST_MEMORY
+        for offset, size in zip(*places, strict=False):
+            left = _inflated(content[offset : offset + size], left)
+
+
+def _inflated(packed: bytes, left: int) -> int:
+    """How many of the bytes that may be unpacked are left after these."""
+    unpack = zlib.decompressobj()
+    while packed and not unpack.eof:
+        try:
+            left -= len(unpack.decompress(packed, 2**20))
+        except zlib.error as error:
+            raise RefusedImage(f"the TIFF is damaged ({error}): copy it again") from error
+        if left < 0:
+            raise RefusedImage(f"it unpacks to more than {MOST_MEMORY:,} bytes")
+        packed = unpack.unconsumed_tail
+    return left
+
+
+def _eight_bits(image: Image.Image, negative: bool) -> Image.Image:
+    """Grey or RGB of 8 bits; alpha on white; of CMYK that is a negative its positive."""
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     rows = max(1, BAND // image.width)
     made: Image.Image | None = None
     for top in range(0, image.height, rows):
         box = (0, top, image.width, min(top + rows, image.height))
-        part = _band_of_eight_bits(image.crop(box))
+        part = image.crop(box)
+        part = _band_of_eight_bits(
+            ImageChops.invert(part) if negative and image.mode == "CMYK" else part
+        )
         made = made or Image.new(part.mode, image.size)
         made.paste(part, box)
     assert made is not None
@@ -146,8 +203,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _band_of_eight_bits(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits of grey
-        grey = np.asarray(image).clip(0, 65535) / 257
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image) / 257
         return Image.fromarray(np.rint(grey).astype(np.uint8))
     if image.mode == "1":
         return image.convert("L")

@@ -1,7 +1,6 @@
 """From shards to a data set: its index, its statistics, its description, each durable."""
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from alexnet_dist.data.dataset import INDEX, VERSION
 from alexnet_dist.data.prepare.shards import Part
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import DatasetError
-from alexnet_dist.files import sha256
+from alexnet_dist.files import sha256, written_aside
 
 
 def merge(
@@ -98,7 +97,5 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 def write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file and wait until it is on the disk."""
-    with path.open("wb") as file:
+    with written_aside(path) as aside, aside.open("wb") as file:
         write(file)
-        file.flush()
-        os.fsync(file.fileno())

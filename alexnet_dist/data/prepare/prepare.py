@@ -13,12 +13,13 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -28,10 +29,17 @@ from alexnet_dist.data.prepare.archives import imagenet
 from alexnet_dist.data.prepare.arrays import FASHION_MNIST, cifar10, fashion_mnist
 from alexnet_dist.data.prepare.folders import folder, imagenette, tiny_imagenet
 from alexnet_dist.data.prepare.merge import merge, write_lines
-from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
+from alexnet_dist.data.prepare.shards import (
+    Part,
+    Task,
+    contents,
+    read_part,
+    stamp,
+    write_shard,
+)
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.errors import DatasetError
-from alexnet_dist.files import sync
+from alexnet_dist.errors import DatasetError, NotAFile, of_memory
+from alexnet_dist.files import appended, json_object, read_bytes, sync, write
 from alexnet_dist.parallel.device import cores
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -43,9 +51,12 @@ _ARCHIVES = ("folder", "tiny_imagenet", "imagenette")  # may be an archive
 ITEMS_PER_SHARD = 1000
 _MAX_BAD, _FEW = 0.001, 3  # share, and images of a small source, that may be bad
 LEAST_IMAGES = 250  # that are worth the start of a process
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")  # Unicode's: control, half a pair, ends of line and paragraph
+_MADE_OF = ".source.json"  # beside dataset.json, which is the same wherever its source lies
 _BYTES_PER_IMAGE = 45_000  # of 256 × 256, about
 _TAR_BYTES = 2048  # of headers and padding, about
 _PART_BYTES = 256 * 256 * 3 * 4  # of colour sums, until the data set is whole
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,10 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     source = list_source(kind, path, options.validation)
     identity = source.identity() | {"keep": options.keep}
     if out.exists():
-        _check_same(out, identity)
+        compared = _check_same(out, identity, _tasks(source, out, options))
         _sweep(out)
-        return f"{out}: already prepared from these files, and whole"
+        like = "these files" if compared else "files of these names and sizes"
+        return f"{out}: already prepared from {like}, and whole"
     aside = out.with_name(out.name + ".partial")
     try:
         with held(aside, identity, alone=options.part is None):
@@ -99,9 +111,12 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
                     "are, the same command without --part makes the data set of them"
                 )
             merge(source, identity, parts, aside)
+            _write_made_of(aside, [part.meta for of in parts.values() for part in of])
             aside.rename(out)
             sync(out.parent)
             _sweep(out)
+    except NotAFile:
+        raise
     except OSError as error:
         raise DatasetError(
             f"{out} cannot be written: {error}; what was made waits in {aside}, and the same "
@@ -143,13 +158,29 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
     except Exception as error:  # a hostile archive can fail in any way
         reason = " ".join(f"{error}".split()) or type(error).__name__
         raise DatasetError(f"{path} cannot be read whole: {reason}") from error
+    for name in source.classes:
+        if any(unicodedata.category(sign) in _CONTROLS for sign in name):
+            raise DatasetError(
+                f"{path}: the class {name!a} has a name that is not UTF-8, or holds a control "
+                "character: rename its folder"
+            )
     if not source.splits.get("train"):
         raise DatasetError(f"{path}: no training images found")
     return source
 
 
-def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
-    """Raises DatasetError unless `out` is the whole data set of just these files and options."""
+def _write_made_of(folder: Path, shards: Iterable[Mapping[str, str]]) -> None:
+    """Leave what tells the bytes that each shard was made of."""
+    found = [{key: shard[key] for key in ("stamp", "contents")} for shard in shards]
+    write_lines(folder / _MADE_OF, [json.dumps({"shards": found})])
+
+
+def _check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) -> bool:
+    """Raises DatasetError unless `out` is the whole data set of just these files and options.
+
+    Bytes are read where a file may have changed since, or was copied; False where they cannot be
+    compared, since it was made before they could.
+    """
     if not (out / "dataset.json").exists():
         raise DatasetError(f"{out} is there, and is not a packed data set: name another OUT")
     try:
@@ -158,6 +189,27 @@ def _check_same(out: Path, identity: Mapping[str, Any]) -> None:
         raise DatasetError(f"{error}: name another OUT, since {out} is there") from error
     if found.source != identity:
         raise DatasetError(f"{out} holds a data set of other files or options: name another OUT")
+    try:
+        before = json_object(read_bytes(out / _MADE_OF))["shards"]
+        made = [(str(shard["stamp"]), str(shard["contents"])) for shard in before]
+    except (OSError, ValueError, KeyError, TypeError):
+        made = []
+    if len(made) != len(tasks):
+        return False
+    now = [stamp(task.items) for task in tasks]
+    moved = [place for place, task in enumerate(tasks) if made[place][0] != now[place]]
+    for place in _bar(moved, "comparing"):
+        items = tasks[place].items
+        if contents(items) != made[place][1]:
+            raise DatasetError(
+                f"{out} holds a data set of other files: their bytes differ between "
+                f"{items[0].name!r} and {items[-1].name!r}: name another OUT"
+            )
+    if moved:
+        with contextlib.suppress(OSError):  # of a folder that is not ours
+            same = zip(now, made, strict=True)
+            _write_made_of(out, ({"stamp": s, "contents": c} for s, (_, c) in same))
+    return True
 
 
 @contextlib.contextmanager
@@ -167,19 +219,19 @@ def held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None
     theirs = [name for name in os.listdir(aside) if not name.startswith(".")]
     if theirs and not (aside / ".begun.json").exists():  # asked last: another part may begin
         raise DatasetError(f"{aside} holds {theirs[0]!r}, not made by `prepare`: name another OUT")
-    with (aside / ".lock").open("w") as lock:
+    with appended(aside / ".lock") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise DatasetError(f"{aside}: another prepare is at work there: wait for it") from error
         begun, ours = aside / ".begun.json", json.dumps(identity, sort_keys=True)
-        if begun.exists() and begun.read_text() != ours:
+        if begun.exists() and read_bytes(begun) != ours.encode():
             raise DatasetError(
                 f"{aside} was begun from other files or options: give the same, or name another OUT"
             )
-        own = begun.with_suffix(f".{os.getpid()}.writing")  # parts may begin at the same time
-        own.write_text(ours)
-        own.replace(begun)
+        write(begun, ours.encode())
+        if alone:
+            _sweep_writing(aside)
         yield
 
 
@@ -189,7 +241,7 @@ def _write_shards(source: Source, aside: Path, options: Options) -> dict[str, li
     Raises DatasetError as soon as more than `max_bad` is refused.
     """
     tasks = _tasks(source, aside, options)
-    parts = [read_part(task) for task in tasks]
+    parts = [read_part(task) for task in _bar(tasks, "looking at what is there")]
     left = [place for place, part in enumerate(parts) if part is None]
     _check_disk(aside, [tasks[place] for place in left])
     images = [len(task.items) for task in tasks]
@@ -198,7 +250,7 @@ def _write_shards(source: Source, aside: Path, options: Options) -> dict[str, li
     with tqdm(
         total=sum(images),
         initial=sum(images) - sum(images[place] for place in left),
-        unit=" images", desc="packing", mininterval=0.5 if sys.stderr.isatty() else 30,
+        unit=" images", desc="packing", mininterval=_every(),
     ) as bar:  # fmt: skip
         for place, part in _written(tasks, left, options.workers):
             parts[place] = part
@@ -241,8 +293,8 @@ def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise DatasetError(
-                "a process that packs images died (out of memory?): the same command goes on, with "
-                "fewer --workers if need be"
+                f"a process that packs images was killed{of_memory()}; the same command "
+                "goes on, with fewer --workers if need be"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -251,8 +303,9 @@ def _written(tasks: list[Task], left: list[int], workers: int) -> Iterator[tuple
 
 
 def _begin_worker(parent: int) -> None:
-    """Of a process that writes shards: Ctrl-C is its parent's, and it ends when that does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Of a process that writes shards: stops are its parent's, and it ends when that does."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     set_parent_death_signal = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it died before that was said
@@ -291,8 +344,26 @@ def _check_disk(aside: Path, left: list[Task]) -> None:
         )
 
 
+def _bar(places: Sequence[T], doing: str) -> Iterable[T]:
+    """Shards, with a bar where they take a while."""
+    return tqdm(places, doing, unit=" shards", delay=2, mininterval=_every())
+
+
+def _every() -> float:
+    """Seconds between a bar's lines."""
+    return 0.5 if sys.stderr.isatty() else 30
+
+
 def _sweep(out: Path) -> None:
     """Remove what was of use only while the data set was made."""
-    left_over = (".lock", ".begun.json", "*.writing", "*/.shard-*.npz", "*/*.writing")
-    for left in (path for pattern in left_over for path in out.glob(pattern)):
+    for left in (path for p in (".lock", ".begun.json", "*/.shard-*.npz") for path in out.glob(p)):
+        left.unlink(missing_ok=True)
+    _sweep_writing(out)
+
+
+def _sweep_writing(folder: Path) -> None:
+    names = ".writing-*", "*.writing"  # the latter were 0.1.0's
+    for left in (
+        path for name in names for path in (*folder.glob(name), *folder.glob(f"*/{name}"))
+    ):
         left.unlink(missing_ok=True)

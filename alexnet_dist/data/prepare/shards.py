@@ -4,6 +4,7 @@ A shard is a function of its items alone. Its tar is synced before the part besi
 place, so that a part says: this shard is whole. Whatever was killed is begun again from the parts.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from alexnet_dist.data.prepare.convert import SIDE, RefusedImage, Stored, conver
 from alexnet_dist.data.prepare.sources import Item
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.errors import filled_by
-from alexnet_dist.files import MOST_ENCODED, sha256, sync
+from alexnet_dist.files import MOST_ENCODED, opened, sha256, written_aside
 
 
 class Task(NamedTuple):
@@ -58,7 +59,8 @@ class Part:
 
     Attributes:
         index: INDEX records of its samples.
-        meta: the tar's size and sha256, lines of its index for other tools, what was refused.
+        meta: the tar's size and sha256, lines of its index for other tools, what was refused, the
+            stamp and contents of its items.
         path: the file that holds it, and its colour sums, which are read when they are wanted.
     """
 
@@ -68,39 +70,64 @@ class Part:
 
     def colour_sums(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Of each pixel of the canvas, (h, w, 3); of each two colours of a pixel, (3, 3)."""
-        with np.load(self.path, allow_pickle=False) as found:
+        with opened(self.path) as file, np.load(file, allow_pickle=False) as found:
             return found["sums"].astype(np.int64), found["products"]
 
 
 def write_shard(task: Task) -> Part:
     """Write a shard durably, replacing what a killed process left of it."""
-    aside = task.tar.with_suffix(f".{os.getpid()}.writing")
-    try:
+    before = stamp(task.items)
+    with written_aside(task.tar) as aside:
         part, sums, products = _write(task, aside)
-        sync(aside)
-        part.meta |= {"size": aside.stat().st_size, "sha256": sha256(aside)}
-        aside.replace(task.tar)
-        with aside.open("wb") as file:
-            np.savez(file, index=part.index, sums=sums, products=products,
-                     meta=np.array(json.dumps(part.meta)))  # fmt: skip
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(task.part)
-    finally:
-        aside.unlink(missing_ok=True)
+        part.meta |= {"size": aside.stat().st_size, "sha256": sha256(aside), "stamp": before}
+    with written_aside(task.part) as aside, aside.open("wb") as file:
+        np.savez(file, index=part.index, sums=sums, products=products,
+                 meta=np.array(json.dumps(part.meta)))  # fmt: skip
     return part
 
 
 def read_part(task: Task) -> Part | None:
-    """The part of a shard that is whole already; None where it is not."""
+    """The part of a shard that is whole already, and of these bytes; None where it is not."""
     try:
-        with np.load(task.part, allow_pickle=False) as found:
-            meta = json.loads(str(found["meta"]))
-            if task.tar.stat().st_size != meta["size"]:
-                return None
-            return Part(found["index"], meta, task.part)
-    except (OSError, ValueError, KeyError, EOFError, zlib.error):
+        with opened(task.part) as file, np.load(file, allow_pickle=False) as found:
+            arrays = {name: found[name] for name in ("index", "meta", "sums", "products")}
+        meta = json.loads(str(arrays["meta"]))
+        if arrays["index"].dtype != INDEX or sha256(task.tar) != meta["sha256"]:
+            return None
+        same = stamp(task.items) == meta["stamp"] or contents(task.items) == meta["contents"]
+        return Part(arrays["index"], meta, task.part) if same else None
+    except Exception:  # one that is damaged can fail in any way, and is made again
         return None
+
+
+def stamp(items: Sequence[Item]) -> str:
+    """What tells, without reading them, that the files that items lie in are those they were: it
+    changes with any of them, and where they are copied, though not where their folder is moved."""
+    digest, known = hashlib.sha256(), {"": ""}
+    for item in items:
+        if item.path not in known:
+            try:
+                about = os.stat(item.path)
+                times = about.st_mtime_ns, about.st_ctime_ns
+                known[item.path] = f"{about.st_ino} {about.st_size} {times}"
+            except OSError as error:
+                known[item.path] = f"{error.errno}"
+        digest.update(f"{item.name!a} {known[item.path]}\n".encode())
+    return digest.hexdigest()
+
+
+def contents(items: Sequence[Item]) -> str:
+    """The SHA-256 of all that is read of items, in their order."""
+    digest = hashlib.sha256()
+    for item in items:
+        with filled_by(item.name):
+            _add_to(digest, _read(item)[0])
+    return digest.hexdigest()
+
+
+def _add_to(digest: "hashlib._Hash", content: bytes) -> None:
+    digest.update(len(content).to_bytes(8))
+    digest.update(content)
 
 
 def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
@@ -108,11 +135,14 @@ def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.ND
     index, refused, lines = [], [], []
     sums = np.zeros((0, 0, 3), np.uint32)
     products = np.zeros((3, 3), np.int64)
+    digest = hashlib.sha256()
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for place, item in enumerate(task.items):
             try:
                 with filled_by(item.name):
-                    stored = _stored(item, task.keep, task.enlarge)
+                    content, why = _read(item)
+                    _add_to(digest, content)
+                    stored = _stored(item, content, why, task)
                     canvas = _canvas(item, stored) if task.statistics else None
             except RefusedImage as error:
                 refused.append({"name": item.name, "reason": str(error)[:300]})
@@ -132,22 +162,28 @@ def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.ND
                 sums = canvas.astype(np.uint32) if sums.size == 0 else sums + canvas
                 pixels = canvas.reshape(-1, 3).astype(np.float64)
                 products += (pixels.T @ pixels).astype(np.int64)  # exact: below 2**53
-    meta = {"refused": refused, "lines": lines}
+    meta = {"refused": refused, "lines": lines, "contents": digest.hexdigest()}
     return Part(np.array(index, INDEX), meta, task.part), sums, products
 
 
-def _stored(item: Item, keep: bool, enlarge: bool) -> Stored:
-    if item.refused:
-        raise RefusedImage(item.refused)
+def _read(item: Item) -> tuple[bytes, str]:
+    """An item's bytes, or why there are none."""
+    if item.refused or item.pixels is not None:
+        return b"" if item.pixels is None else item.pixels.tobytes(), item.refused
+    try:
+        return read_content(item, MOST_ENCODED), ""
+    except OSError as error:
+        return b"", f"cannot be read: {error.strerror or error}"
+    except ValueError as error:
+        return b"", f"{error}"
+
+
+def _stored(item: Item, content: bytes, why: str, task: Task) -> Stored:
+    if why:
+        raise RefusedImage(why)
     if item.pixels is not None:
         return pack_pixels(item.pixels)
-    try:
-        content = read_content(item, MOST_ENCODED)
-    except OSError as error:
-        raise RefusedImage(f"cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise RefusedImage(f"{error}") from error
-    return convert(content, keep, enlarge)
+    return convert(content, task.keep, task.enlarge)
 
 
 def _canvas(item: Item, stored: Stored) -> npt.NDArray[np.uint8]:

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import opened
 
 LARGEST_MEMBER = 64 * 2**20  # bytes of a file that is read whole; CIFAR-10's have 31 million
 _MOST_UNPACKED = 2**28  # bytes of a packed tar; CIFAR-10's has 186 million
@@ -35,6 +36,7 @@ class Item(NamedTuple):
         offset: where it begins, bytes: in the file at `path`, or unpacked ("gzip"), or where its
             own header does ("zip").
         packed: of a zip, its size there, bytes.
+        crc32: of a zip, its checksum there.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Item(NamedTuple):
     refused: str = ""
     packing: Literal["", "gzip", "zip"] = ""
     packed: int = 0
+    crc32: int | None = None
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,10 @@ def open_tar(source: Path | IO[bytes]) -> tarfile.TarFile:
     if not isinstance(source, Path):
         return _Tar.open(fileobj=source, mode="r:", tarinfo=_Member)
     if source.suffix != ".gz":
+        opened(source).close()  # a pipe would be waited for
         return _Tar.open(source, "r:", tarinfo=_Member)
     unpacked = io.BytesIO()
-    with gzip.open(source) as packed:
+    with opened(source) as file, gzip.open(file) as packed:
         while part := packed.read(2**20):
             unpacked.write(part)
             if unpacked.tell() > _MOST_UNPACKED:

@@ -27,16 +27,21 @@ def rounding(dtype: torch.dtype) -> tuple[Any, Any, Any]:
     return shift, below, odd
 
 
+def compiled(function: Callable[..., None], **how: Any) -> Any:
+    """A function as Numba compiles it, kept on disk where there is a place for it."""
+    try:
+        return njit(cache=True, **how)(function)
+    except RuntimeError:
+        return njit(**how)(function)
+
+
 def parallel(function: Callable[..., None]) -> Callable[..., None]:
     """A function of arrays and numbers, its `prange` loops on as many threads as torch's.
 
     Without fast-math: with it the code that a process compiles and the code that the next one loads
     give different bits.
     """
-    try:
-        loop: Any = njit(cache=True, parallel=True)(function)
-    except RuntimeError:  # there is nowhere to keep it
-        loop = njit(parallel=True)(function)
+    loop = compiled(function, parallel=True)
 
     @functools.wraps(function)
     def called(*arguments: Any) -> None:

@@ -1,0 +1,207 @@
+"""What the kernels of maps share: a lane owns a few adjacent channels of one pixel.
+
+A program is a warp (more where a pixel has more channels than a warp reads at once). Its lanes lie
+along (pixel, chunk of channels), so that what a warp reads or writes together is contiguous, 16
+bytes a lane. A tile is (lanes, channels of a chunk), and stays in registers: `apart` and `whole`
+cost nothing, and what a neighbour holds comes by shuffles, never through shared memory.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WARP = 32
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How the channels of a pixel lie on lanes.
+
+    Attributes:
+        chunk: channels of a lane.
+        chunks: lanes of a pixel.
+        lanes: of a program, a power of two.
+        pixels: whose lanes are side by side in a program.
+    """
+
+    chunk: int
+    chunks: int
+    lanes: int
+    pixels: int
+
+    @property
+    def warps(self) -> int:
+        return max(1, self.lanes // WARP)
+
+
+def lanes_of(x: Tensor) -> Lanes:
+    """How the channels of maps, (n, c, h, w), lie on lanes; the same at each run."""
+    channels = x.shape[1]
+    chunk = math.gcd(channels, 16 // x.element_size())
+    chunks = channels // chunk
+    lanes = max(WARP, triton.next_power_of_2(chunks))
+    return Lanes(chunk, chunks, lanes, lanes // chunks)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of values of this type are made in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def widened(values):
+    """As float32; float64 as it is."""
+    return values if values.dtype == tl.float64 else values.to(tl.float32)
+
+
+@triton.jit
+def apart(tile):
+    """(lanes, n) to n of (lanes,)."""
+    lanes: tl.constexpr = tile.shape[0]
+    n: tl.constexpr = tile.shape[1]
+    if n == 1:
+        return (tile.reshape(lanes),)
+    else:
+        low, high = tl.split(tl.permute(tile.reshape(lanes, 2, n // 2), (0, 2, 1)))
+        return apart(low) + apart(high)
+
+
+@triton.jit
+def whole(parts, n: tl.constexpr):
+    """n of (lanes,) to (lanes, n)."""
+    if n == 1:
+        return parts[0].reshape(parts[0].shape[0], 1)
+    else:
+        low, high = whole(parts[: n // 2], n // 2), whole(parts[n // 2 :], n // 2)
+        return tl.permute(tl.join(low, high), (0, 2, 1)).reshape(low.shape[0], n)
+
+
+@triton.jit
+def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.constexpr):
+    """Sums over each channel and the `half` on either side of it.
+
+    part: (lanes,), which of its pixel's chunks a lane has.
+    """
+    if half == 0:
+        return tile
+    else:
+        own, lane = apart(tile), tl.arange(0, tile.shape[0])
+        near = ()
+        for i in tl.static_range(-half, chunk + half):
+            if i >= 0 and i < chunk:
+                near = near + (own[i],)
+            else:
+                there = part + i // chunk
+                known = (there >= 0) & (there < chunks) & (lane + i // chunk < tile.shape[0])
+                source = tl.where(known, lane + i // chunk, lane)
+                near = near + (tl.where(known, tl.gather(own[i % chunk], source, 0), 0.0),)
+        # A window is the end of one block of 2 · half and the begin of the next, which have running
+        # sums: two or three additions for each, however many it has.
+        begins, ends = (near[0],), (near[chunk + 2 * half - 1],)
+        for i in tl.static_range(1, chunk + 2 * half):
+            if i % (2 * half) == 0:
+                begins = begins + (near[i],)
+            else:
+                begins = begins + (begins[i - 1] + near[i],)
+        for i in tl.static_range(chunk + 2 * half - 2, -1, -1):
+            if i % (2 * half) == 2 * half - 1:
+                ends = (near[i],) + ends
+            else:
+                ends = (near[i] + ends[0],) + ends
+        sums = ()
+        for i in tl.static_range(chunk):
+            sums = sums + (ends[i] + begins[i + 2 * half],)
+        return whole(sums, chunk)
+
+
+@triton.jit
+def over_pixels(tile, chunk: tl.constexpr, chunks: tl.constexpr, pixels: tl.constexpr):
+    """Sums over the pixels side by side in a program; of use on the first `chunks` lanes."""
+    own, lane = apart(tile), tl.arange(0, tile.shape[0])
+    sums = ()
+    for i in tl.static_range(chunk):
+        total = own[i]
+        for pixel in tl.static_range(1, pixels):
+            source = tl.where(lane < chunks, lane + pixel * chunks, lane)
+            total += tl.gather(own[i], source, 0)
+        sums = sums + (total,)
+    return whole(sums, chunk)
+
+
+@triton.jit
+def activated(z, activation: tl.constexpr):
+    """f(z); a NaN stays one."""
+    if activation == "relu":
+        return tl.where(z <= 0, 0.0, z)
+    elif activation == "sigmoid":
+        return 1 / (1 + tl.exp(-z))
+    elif activation == "tanh":
+        t = tl.exp(-2 * tl.abs(z))
+        far = (1 - t) / (1 + t)
+        far = tl.where(z < 0, -far, far)
+        if z.dtype == tl.float64:
+            return far
+        else:  # where 1 − t would lose digits, Lambert's fraction
+            s = z * z
+            close = z * (945 + s * (105 + s)) / (945 + s * (420 + 15 * s))
+            return tl.where(tl.abs(z) < 0.5, close, far)
+    else:
+        return z
+
+
+@triton.jit
+def sloped(grad, a, activation: tl.constexpr):
+    """The gradient of z from that of a = f(z)."""
+    if activation == "relu":
+        return tl.where(a <= 0, 0.0, grad)
+    elif activation == "sigmoid":
+        return grad * (a * (1 - a))
+    elif activation == "tanh":
+        return grad * (1 - a * a)
+    else:
+        return grad
+
+
+@triton.jit
+def powers(d, beta: tl.constexpr):
+    """d^−β and 1/d; for the paper's ¾ by two square roots."""
+    if beta == 0.75 or beta == 0.5:
+        root = 1 / tl.sqrt(d) if d.dtype == tl.float64 else tl.rsqrt(d)
+        return root * tl.sqrt(root) if beta == 0.75 else root, root * root
+    elif beta == 1:
+        return 1 / d, 1 / d
+    else:
+        return tl.exp2(-beta * tl.log2(d)), 1 / d
+
+
+@triton.jit
+def normalised(
+    a, part, chunk: tl.constexpr, chunks: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr,
+    beta: tl.constexpr, k: tl.constexpr,
+):  # fmt: skip
+    """a · d^−β with d = k + α Σ a²; a as it is where size is 0."""
+    if size == 0:
+        return a
+    else:
+        falling, _ = powers(k + alpha * around(a * a, part, chunk, chunks, size // 2), beta)
+        return a * falling
+
+
+@triton.jit
+def normalised_backward(
+    grad, a, part, chunk: tl.constexpr, chunks: tl.constexpr, size: tl.constexpr,
+    alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a from that of what it became: g_j d_j^−β − 2αβ a_j Σ g_i a_i d_i^(−β−1)."""
+    if size == 0:
+        return grad
+    else:
+        d = k + alpha * around(a * a, part, chunk, chunks, size // 2)
+        falling, inverse = powers(d, beta)
+        scaled = grad * falling
+        crossed = around(scaled * (a * inverse), part, chunk, chunks, size // 2)
+        return scaled - ((2 * alpha * beta) * a) * crossed

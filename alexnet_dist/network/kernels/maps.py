@@ -1,0 +1,208 @@
+"""What a column makes of a convolution's product: y = pool(LRN(f(x + b))), each way one pass.
+
+What is saved for the backward pass is x, the product, and, where maps are pooled, a byte for each
+pooled value: its place in its window. All else is computed again from x, which costs less than
+reading it. The bias gradient is summed in the same pass, by each program over its own pixels, and
+by one small kernel over programs: in a fixed order, so that every run gives the same bits.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+from alexnet_dist.network.kernels import pooled
+from alexnet_dist.network.kernels.lanes import (
+    activated,
+    lanes_of,
+    normalised,
+    normalised_backward,
+    over_pixels,
+    sloped,
+    wide,
+    widened,
+)
+from alexnet_dist.network.kernels.pooled import Pool
+
+_EACH, _STEPS = 4, 4  # groups of pixels that a program reads at once; how often it does, backward
+_LAST = torch.channels_last
+
+
+def maps(
+    x: Tensor, bias: Tensor | None, activation: str | None,
+    lrn: tuple[int, float, float, float] | None = None,
+    pool: tuple[int, int, bool] | None = None, activation_last: bool = False,
+) -> Tensor:  # fmt: skip
+    """Rectified, normalised and pooled maps, in this order.
+
+    Args:
+        x: (n, channels, h, w), a convolution's product without its bias; channels_last.
+        bias: (channels,) float32, or float64 where x is.
+        activation: relu, tanh or sigmoid.
+        lrn: (size, alpha, beta, k), as `lrn.local_response_norm` takes them.
+        pool: (window, stride, round_up), as `F.max_pool2d` takes them.
+        activation_last: the activation comes after the pooling.
+
+    Returns:
+        (n, channels, pooled h, pooled w), of x's type, in channels_last.
+    """
+    if activation_last:
+        return maps(maps(x, bias, None, lrn, pool), None, activation)
+    return _Maps.apply(  # type: ignore[no-any-return]
+        x, bias, activation or "", *(lrn or (0, 0.0, 0.0, 0.0)), *(pool or (1, 1, False))
+    )
+
+
+class _Maps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *of: Any) -> Tensor:
+        y: Tensor
+        y, places = maps_forward(x, bias, *of)
+        ctx.save_for_backward(x, bias, places)
+        ctx.of = of
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, bias, places = ctx.saved_tensors
+        grad, of_bias = maps_backward(grads[0], x, bias, places, *ctx.of)
+        return grad, None if bias is None else of_bias, *([None] * len(ctx.of))
+
+
+@custom_op("alexnet_dist::maps", mutates_args=())
+def maps_forward(
+    x: Tensor, bias: Tensor | None, activation: str, size: int, alpha: float, beta: float,
+    k: float, window: int, stride: int, round_up: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The maps, and the place of each in its window, (n, channels, pooled h, pooled w) uint8."""
+    x, pool = x.contiguous(memory_format=_LAST), Pool(window, stride, round_up)
+    y, places = _made(x, pool)
+    if pool.window > 1 or pool.stride > 1:
+        pooled.forward(x, bias, y, places, activation, size, alpha, beta, k, pool)
+        return y, places
+    lanes, pixels = lanes_of(x), x.numel() // x.shape[1]
+    maps_kernel[(triton.cdiv(pixels, lanes.pixels * _EACH),)](
+        x, bias, y, pixels, activation, size, alpha, beta, k, lanes.chunk, lanes.chunks,
+        lanes.lanes, _EACH, num_warps=lanes.warps,
+    )  # fmt: skip
+    return y, places
+
+
+@custom_op("alexnet_dist::maps_backward", mutates_args=())
+def maps_backward(
+    grads: Tensor, x: Tensor, bias: Tensor | None, places: Tensor, activation: str, size: int,
+    alpha: float, beta: float, k: float, window: int, stride: int, round_up: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of x and of the bias, float32 or float64; the latter is empty without one."""
+    x, grads = x.contiguous(memory_format=_LAST), grads.contiguous(memory_format=_LAST)
+    out, pool = torch.empty_like(x, memory_format=_LAST), Pool(window, stride, round_up)
+    if pool.window > 1 or pool.stride > 1:
+        parts = pooled.backward(grads, x, bias, places, out, activation, size, alpha, beta, k, pool)
+    else:
+        lanes, pixels = lanes_of(x), x.numel() // x.shape[1]
+        programs = triton.cdiv(pixels, lanes.pixels * _EACH * _STEPS)
+        parts = x.new_empty((programs, x.shape[1]), dtype=wide(x.dtype))
+        maps_backward_kernel[(programs,)](
+            grads, x, bias, out, parts, pixels, activation, size, alpha, beta, k, lanes.chunk,
+            lanes.chunks, lanes.lanes, _EACH, _STEPS, num_warps=lanes.warps,
+        )  # fmt: skip
+    return out, parts.new_empty(0) if bias is None else parts.sum(0)
+
+
+@maps_forward.register_fake
+def _(
+    x: Tensor, bias: Tensor | None, activation: str, size: int, alpha: float, beta: float,
+    k: float, window: int, stride: int, round_up: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _made(x, Pool(window, stride, round_up))
+
+
+@maps_backward.register_fake
+def _(
+    grads: Tensor, x: Tensor, bias: Tensor | None, places: Tensor, activation: str, size: int,
+    alpha: float, beta: float, k: float, window: int, stride: int, round_up: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    of_bias = x.new_empty(0 if bias is None else x.shape[1], dtype=wide(x.dtype))
+    return torch.empty_like(x, memory_format=_LAST), of_bias
+
+
+def _made(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+    """Memory for the maps and for their places."""
+    n, channels, *sides = x.shape
+    shape = (n, channels, *(pool.side(side) for side in sides))
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
+    if pool.window == pool.stride == 1:
+        return y, x.new_empty(0, dtype=torch.uint8)
+    return y, torch.empty(shape, dtype=torch.uint8, device=x.device, memory_format=_LAST)
+
+
+@triton.jit
+def _at(
+    group, pixels, chunk: tl.constexpr, chunks: tl.constexpr, lanes: tl.constexpr
+):  # fmt: skip
+    """Where the channels of a group of pixels side by side lie, and which of them there are."""
+    side: tl.constexpr = lanes // chunks
+    lane = tl.arange(0, lanes)
+    pixel = group * side + lane // chunks
+    at = pixel.to(tl.int64) * (chunk * chunks) + lane % chunks * chunk
+    known = (lane < side * chunks) & (pixel < pixels)
+    return at[:, None] + tl.arange(0, chunk)[None, :], known[:, None]
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def maps_kernel(
+    x, bias, y, pixels, activation: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr,
+    beta: tl.constexpr, k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
+    lanes: tl.constexpr, each: tl.constexpr,
+):  # fmt: skip
+    """y = LRN(f(x + b)): reads x and writes y, once each."""
+    part = tl.arange(0, lanes) % chunks
+    b = 0.0
+    if bias is not None:
+        b = tl.load(bias + (part * chunk)[:, None] + tl.arange(0, chunk)[None, :])
+    products = ()  # all are asked for before the first is used
+    for i in tl.static_range(each):
+        at, known = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
+        products = products + (tl.load(x + at, mask=known, other=0.0),)
+    for i in tl.static_range(each):
+        at, known = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
+        a = activated(widened(products[i]) + b, activation)
+        out = normalised(a, part, chunk, chunks, size, alpha, beta, k)
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=known)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def maps_backward_kernel(
+    grads, x, bias, out, parts, pixels, activation: tl.constexpr, size: tl.constexpr,
+    alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr, chunk: tl.constexpr,
+    chunks: tl.constexpr, lanes: tl.constexpr, each: tl.constexpr, steps: tl.constexpr,
+):  # fmt: skip
+    """dx of `maps_kernel`, and db's parts: reads x and dy and writes dx, once each."""
+    part, channel = tl.arange(0, lanes) % chunks, tl.arange(0, chunk)[None, :]
+    b = 0.0
+    if bias is not None:
+        b = tl.load(bias + (part * chunk)[:, None] + channel)
+    total = tl.zeros((lanes, chunk), parts.dtype.element_ty)
+    for step in range(steps):
+        group = (tl.program_id(0) * steps + step) * each
+        products, upper = (), ()
+        for i in tl.static_range(each):
+            at, known = _at(group + i, pixels, chunk, chunks, lanes)
+            products = products + (tl.load(x + at, mask=known, other=0.0),)
+            upper = upper + (tl.load(grads + at, mask=known, other=0.0),)
+        for i in tl.static_range(each):
+            at, known = _at(group + i, pixels, chunk, chunks, lanes)
+            a = activated(widened(products[i]) + b, activation)
+            grad = widened(upper[i])
+            grad = normalised_backward(grad, a, part, chunk, chunks, size, alpha, beta, k)
+            grad = sloped(grad, a, activation)
+            tl.store(out + at, grad.to(out.dtype.element_ty), mask=known)
+            total += grad
+    if bias is not None:
+        total = over_pixels(total, chunk, chunks, lanes // chunks)
+        at = tl.program_id(0).to(tl.int64) * (chunk * chunks) + part * chunk
+        first = tl.arange(0, lanes) < chunks
+        tl.store(parts + at[:, None] + channel, total, mask=first[:, None])

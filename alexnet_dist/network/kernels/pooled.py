@@ -1,0 +1,275 @@
+"""The kernels of maps that are pooled over windows that may overlap (paper, §3.4)."""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alexnet_dist.network.kernels.lanes import (
+    activated,
+    around,
+    lanes_of,
+    normalised,
+    normalised_backward,
+    over_pixels,
+    sloped,
+    wide,
+    widened,
+)
+
+_ROWS, _COLUMNS = 3, 3  # pooled values of a lane
+_EACH_BACK = 4  # blocks of stride × stride pixels of a lane
+REGISTERS = 128  # of a lane: 16 warps on a multiprocessor; the paper's maps take no more
+_NOWHERE = tl.constexpr(255)  # the place of a value that no gradient passes
+_VALUE, _PLACES = tl.constexpr(0x7FFFFFF0), tl.constexpr(15)  # the bits of a key
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Windows of window × window pixels, `stride` apart."""
+
+    window: int
+    stride: int
+    round_up: bool
+
+    def side(self, side: int) -> int:
+        """How many windows lie along a side, as `F.max_pool2d` counts them."""
+        if not self.round_up:
+            return (side - self.window) // self.stride + 1
+        count = -(-(side - self.window) // self.stride) + 1
+        return count - ((count - 1) * self.stride >= side)  # each begins inside
+
+
+def forward(
+    x: Tensor, bias: Tensor | None, y: Tensor, places: Tensor, activation: str, size: int,
+    alpha: float, beta: float, k: float, pool: Pool,
+) -> None:  # fmt: skip
+    """Fill y and places; all in channels_last."""
+    lanes, (h, w) = lanes_of(x), y.shape[2:]
+    count = len(x) * triton.cdiv(h, _ROWS) * triton.cdiv(w, _COLUMNS)
+    pooled_kernel[(triton.cdiv(count, lanes.pixels),)](
+        x, bias, y, places, count, activation, size, alpha, beta, k, *x.shape[2:], h, w,
+        lanes.chunk, lanes.chunks, lanes.lanes, pool.window, pool.stride, _ROWS, _COLUMNS,
+        num_warps=lanes.warps, maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def backward(
+    grads: Tensor, x: Tensor, bias: Tensor | None, places: Tensor, out: Tensor, activation: str,
+    size: int, alpha: float, beta: float, k: float, pool: Pool,
+) -> Tensor:  # fmt: skip
+    """Fill out, x's gradient; all in channels_last. Gives (programs, channels): parts of the bias
+    gradient."""
+    lanes, (h, w) = lanes_of(x), x.shape[2:]
+    count = len(x) * triton.cdiv(h, pool.stride) * triton.cdiv(w, pool.stride)
+    programs = triton.cdiv(count, lanes.pixels * _EACH_BACK)
+    parts = x.new_empty((programs, x.shape[1]), dtype=wide(x.dtype))
+    pooled_backward_kernel[(programs,)](
+        grads, x, bias, places, out, parts, count, activation, size, alpha, beta, k, h, w,
+        *places.shape[2:], lanes.chunk, lanes.chunks, lanes.lanes, pool.window, pool.stride,
+        _EACH_BACK, num_warps=lanes.warps, maxnreg=REGISTERS,
+    )  # fmt: skip
+    return parts
+
+
+@triton.jit
+def _better(value, place, other, there):
+    """The larger of two values and its place; the first of equals, the last NaN."""
+    better = (other > value) | (other != other)
+    return tl.where(better, other, value), tl.where(better, there, place)
+
+
+@triton.jit
+def _score(
+    z, part, activation: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr, beta: tl.constexpr,
+    k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    """What maxima are taken of: LRN(f(z)), or its square where that is cheaper and as good."""
+    a = activated(z, activation)
+    if keys and size > 0 and beta == 0.75:  # one root for two: a² d^−3/2
+        squares = a * a
+        root = tl.rsqrt(k + alpha * around(squares, part, chunk, chunks, size // 2))
+        return (squares * root) * (root * root)
+    else:
+        return normalised(a, part, chunk, chunks, size, alpha, beta, k)
+
+
+@triton.jit
+def _row(
+    x, b, row, column, known, part, activation: tl.constexpr, size: tl.constexpr,
+    alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
+    chunk: tl.constexpr, chunks: tl.constexpr, window: tl.constexpr, stride: tl.constexpr,
+    columns: tl.constexpr, edges: tl.constexpr, keys: tl.constexpr,
+):  # fmt: skip
+    """The largest of a row of pixels in each of `columns` windows: keys; or values and places in
+    turn."""
+    channel = tl.arange(0, chunk)[None, :]
+    scores = ()
+    for i in tl.static_range((columns - 1) * stride + window):
+        inside = (known & (row < h) & (column + i < w))[:, None]
+        at = ((row * w + column + i) * (chunk * chunks))[:, None] + channel
+        z = widened(tl.load(x + at, mask=inside, other=0.0)) + b
+        score = _score(z, part, activation, size, alpha, beta, k, chunk, chunks, keys)
+        if edges:
+            score = tl.where(inside, score, 0.0 if keys else float("-inf"))
+        if keys:
+            score = score.to(tl.int32, bitcast=True)
+        scores = scores + (score,)
+    best = ()
+    for c in tl.static_range(columns):
+        value = scores[c * stride]
+        if keys:
+            value = value & _VALUE | _PLACES
+            for i in tl.static_range(1, window):
+                value = tl.maximum(value, scores[c * stride + i] & _VALUE | (_PLACES - i))
+            best = best + (value,)
+        else:
+            place = tl.zeros(value.shape, tl.int32)
+            for i in tl.static_range(1, window):
+                value, place = _better(value, place, scores[c * stride + i], i)
+            best = best + (value, place)
+    return best
+
+
+@triton.jit(do_not_specialize=["count"])
+def pooled_kernel(
+    x, bias, y, places, count, activation: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr,
+    beta: tl.constexpr, k: tl.constexpr, h: tl.constexpr, w: tl.constexpr, pooled_h: tl.constexpr,
+    pooled_w: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, lanes: tl.constexpr,
+    window: tl.constexpr, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+):  # fmt: skip
+    """y = max over windows of LRN(f(x + b)), and each maximum's place, the first of equals.
+
+    A lane walks down `rows` pooled rows of `columns`, and carries the rows of pixels that two
+    windows share: so LRN is computed 1.36 times a pixel for 3 × 3 windows 2 apart, not 2.25. Where
+    y is narrow and never negative, a value and its place are one integer key, whose maximum is one
+    instruction: 28 bits of the value, and below them 15 − place.
+    """
+    keys: tl.constexpr = (
+        activation == "relu" and window <= 4 and y.dtype.element_ty.primitive_bitwidth == 16
+    )
+    edges: tl.constexpr = (
+        max((pooled_h - 1) * stride + window - h, (pooled_w - 1) * stride + window - w) > 0
+    )
+    side: tl.constexpr = lanes // chunks  # blocks of rows × columns pooled values side by side
+    along: tl.constexpr = (pooled_w + columns - 1) // columns
+    down: tl.constexpr = (pooled_h + rows - 1) // rows
+    shared: tl.constexpr = max(window - stride, 0)  # rows of pixels of two windows
+    each: tl.constexpr = columns if keys else 2 * columns  # tiles of a row
+    lane, channel = tl.arange(0, lanes), tl.arange(0, chunk)[None, :]
+    part = lane % chunks
+    block = tl.program_id(0) * side + lane // chunks
+    known = (lane < side * chunks) & (block < count)
+    image = block // (along * down)
+    i0, j0 = block // along % down * rows, block % along * columns
+    wide: tl.constexpr = chunk * chunks
+    x += (image.to(tl.int64) * (h * w * wide) + part * chunk)[:, None]
+    made = (image.to(tl.int64) * (pooled_h * pooled_w * wide) + part * chunk)[:, None] + channel
+    b = 0.0
+    if bias is not None:
+        b = tl.load(bias + (part * chunk)[:, None] + channel)
+    carried = ()
+    for r in tl.static_range(shared):
+        carried = carried + _row(
+            x, b, i0 * stride + r, j0 * stride, known, part, activation, size, alpha, beta, k,
+            h, w, chunk, chunks, window, stride, columns, edges, keys,
+        )  # fmt: skip
+    for i in range(rows):
+        seen = carried
+        for r in tl.static_range(shared, window):
+            seen = seen + _row(
+                x, b, (i0 + i) * stride + r, j0 * stride, known, part, activation, size, alpha,
+                beta, k, h, w, chunk, chunks, window, stride, columns, edges, keys,
+            )  # fmt: skip
+        for column in tl.static_range(columns):
+            if keys:
+                key = seen[column]
+                for r in tl.static_range(1, window):
+                    key = tl.maximum(key, seen[r * columns + column] - r * window)
+                place, value = (
+                    _PLACES - (key & _PLACES),
+                    (key & _VALUE).to(tl.float32, bitcast=True),
+                )
+                if size > 0 and beta == 0.75:
+                    value = tl.sqrt(value)
+            else:
+                value, place = seen[2 * column], seen[2 * column + 1]
+                for r in tl.static_range(1, window):
+                    other = seen[2 * (r * columns + column)]
+                    there = seen[2 * (r * columns + column) + 1] + r * window
+                    value, place = _better(value, place, other, there)
+            if activation == "relu":
+                place = tl.where(value <= 0, _NOWHERE, place)
+            inside = (known & (i0 + i < pooled_h) & (j0 + column < pooled_w))[:, None]
+            there = made + (((i0 + i) * pooled_w + j0 + column) * wide)[:, None]
+            tl.store(y + there, value.to(y.dtype.element_ty), mask=inside)
+            tl.store(places + there, place.to(tl.uint8), mask=inside)
+        carried = seen[(window - shared) * each :]
+
+
+@triton.jit(do_not_specialize=["count"])
+def pooled_backward_kernel(
+    grads, x, bias, places, out, parts, count, activation: tl.constexpr, size: tl.constexpr,
+    alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
+    pooled_h: tl.constexpr, pooled_w: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
+    lanes: tl.constexpr, window: tl.constexpr, stride: tl.constexpr, each: tl.constexpr,
+):  # fmt: skip
+    """dx of `pooled_kernel`, and db's parts. A lane has stride × stride pixels, so that it knows
+    while it is compiled which windows, at most ⌈window / stride⌉² of them, see which of these."""
+    side: tl.constexpr = lanes // chunks
+    along: tl.constexpr = (w + stride - 1) // stride
+    down: tl.constexpr = (h + stride - 1) // stride
+    reach: tl.constexpr = (window + stride - 1) // stride
+    wide: tl.constexpr = chunk * chunks
+    lane, channel = tl.arange(0, lanes), tl.arange(0, chunk)[None, :]
+    part = lane % chunks
+    b = 0.0
+    if bias is not None:
+        b = tl.load(bias + (part * chunk)[:, None] + channel)
+    total = tl.zeros((lanes, chunk), parts.dtype.element_ty)
+    for step in range(each):
+        block = (tl.program_id(0) * each + step) * side + lane // chunks
+        known = (lane < side * chunks) & (block < count)
+        image = (block // (along * down)).to(tl.int64)
+        i0, j0 = block // along % down, block % along
+        begin = image * (pooled_h * pooled_w * wide) + (i0 * pooled_w + j0) * wide
+        made = (begin + part * chunk)[:, None] + channel
+        begin = image * (h * w * wide) + (i0 * w + j0) * (stride * wide)
+        seen = (begin + part * chunk)[:, None] + channel
+        upper = ()
+        where = ()
+        for r in tl.static_range(reach * reach):
+            i, j = i0 - r // reach, j0 - r % reach
+            there = (known & (i >= 0) & (i < pooled_h) & (j >= 0) & (j < pooled_w))[:, None]
+            at = made - (r // reach * pooled_w + r % reach) * wide
+            upper = upper + (tl.load(grads + at, mask=there, other=0.0),)
+            where = where + (tl.load(places + at, mask=there, other=_NOWHERE),)
+        products = ()  # all are asked for before the first is used
+        for pixel in tl.static_range(stride * stride):
+            dy, dx = pixel // stride, pixel % stride
+            inside = (known & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
+            z = tl.load(x + seen + (dy * w + dx) * wide, mask=inside, other=0.0)
+            products = products + (z,)
+        for pixel in tl.static_range(stride * stride):
+            dy, dx = pixel // stride, pixel % stride
+            if dy < window and dx < window:
+                grad = tl.where(where[0] == dy * window + dx, widened(upper[0]), 0.0)
+            else:
+                grad = tl.zeros((lanes, chunk), parts.dtype.element_ty)
+            for r in tl.static_range(1, reach * reach):
+                if r // reach * stride + dy < window and r % reach * stride + dx < window:
+                    place = (r // reach * stride + dy) * window + r % reach * stride + dx
+                    grad += tl.where(where[r] == place, widened(upper[r]), 0.0)
+            a = activated(widened(products[pixel]) + b, activation)
+            grad = normalised_backward(grad, a, part, chunk, chunks, size, alpha, beta, k)
+            if activation != "relu":  # whose places say it
+                grad = sloped(grad, a, activation)
+            inside = (known & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
+            at = seen + (dy * w + dx) * wide
+            tl.store(out + at, grad.to(out.dtype.element_ty), mask=inside)
+            total += grad
+    if bias is not None:
+        total = over_pixels(total, chunk, chunks, side)
+        at = tl.program_id(0).to(tl.int64) * wide + part * chunk
+        tl.store(parts + at[:, None] + channel, total, mask=(lane < chunks)[:, None])

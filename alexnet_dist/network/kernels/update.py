@@ -1,0 +1,57 @@
+"""The optimiser's step as one pass over memory: torch's fused SGD, and a narrow copy of weights."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+_BLOCK, _WARPS = 1024, 8  # four elements a thread of every tensor, whatever its type
+
+
+@custom_op("alexnet_dist::sgd_update", mutates_args=("weight", "velocity", "narrow"))
+def sgd_update(
+    weight: Tensor, velocity: Tensor, grad: Tensor, narrow: Tensor | None, rates: Tensor,
+    skip: Tensor,
+) -> None:  # fmt: skip
+    """v ← momentum · v + (g + decay · w); w ← w − lr · v; narrow ← w; nothing where skip is not 0.
+
+    Args:
+        weight, velocity: float32 or float64; these, grad and narrow lie alike in memory.
+        grad: of weight's type, or of a narrower one.
+        narrow: a bfloat16 or float16 copy of the weight.
+        rates: (3,): lr, weight decay and momentum, of weight's type.
+        skip: () float32.
+    """
+    alike = [velocity, grad] if narrow is None else [velocity, grad, narrow]
+    assert all((t.shape, t.stride()) == (weight.shape, weight.stride()) for t in alike)
+    count = weight.numel()
+    assert weight.untyped_storage().nbytes() >= count * weight.element_size()
+    sgd_kernel[(triton.cdiv(count, _BLOCK),)](
+        weight, velocity, grad, narrow, rates, skip, count, _BLOCK, num_warps=_WARPS
+    )
+
+
+@sgd_update.register_fake
+def _(
+    weight: Tensor, velocity: Tensor, grad: Tensor, narrow: Tensor | None, rates: Tensor,
+    skip: Tensor,
+) -> None:  # fmt: skip
+    return None
+
+
+@triton.jit
+def sgd_kernel(weight, velocity, grad, narrow, rates, skip, count, block: tl.constexpr):
+    """Reads w, v and g, and writes w, v and the narrow copy, once each."""
+    if tl.load(skip) == 0:
+        at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
+        known = at < count
+        lr, decay, momentum = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
+        w = tl.load(weight + at, mask=known)
+        v = tl.load(velocity + at, mask=known)
+        g = tl.load(grad + at, mask=known).to(w.dtype)
+        v = momentum * v + (g + decay * w)
+        w = w - lr * v
+        tl.store(weight + at, w, mask=known)
+        tl.store(velocity + at, v, mask=known)
+        if narrow is not None:
+            tl.store(narrow + at, w.to(narrow.dtype.element_ty), mask=known)

@@ -1,0 +1,110 @@
+"""Windows of images as the network takes them, and their fold for a strided convolution.
+
+Folded by a stride s, a cell of s × s pixels becomes one pixel of 3 · s² channels, so that a
+convolution with stride s over images becomes one with stride 1 over cells:
+
+    out[n, (dy · s + dx) · 3 + c, i, j] = x[n, c, s · i + dy − padding, s · j + dx − padding]
+
+and zeros outside.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import custom_op
+
+_BLOCK, _WARPS = 256, 8  # an element a thread, so that neighbours' loads are one
+
+
+def windows(
+    patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor, mean: Tensor,
+    divide_by: Tensor, crop: int, dtype: torch.dtype,
+    folded: tuple[int, int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """As `Finish.by_loop`: (n, v, crop, crop, 3).
+
+    Args:
+        folded: (stride, padding, cells): (n, v, cells, cells, 3 · stride²) instead.
+    """
+    (n, views), rows = flips.shape, patches.contiguous()
+    stride, padding, cells = folded or (1, 0, crop)
+    shape = (n, views, cells, cells, 3 * stride**2)
+    out = torch.empty(shape, dtype=dtype, device=patches.device)
+    windows_kernel[(n * views, triton.cdiv(out[0, 0].numel(), _BLOCK))](
+        rows, inside.contiguous(), corners.contiguous(), flips.contiguous().view(torch.uint8),
+        light.contiguous(), mean, divide_by, out, views, rows.shape[1], mean.shape[0], crop,
+        stride, padding, cells, _BLOCK, num_warps=_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@custom_op("alexnet_dist::fold", mutates_args=())
+def fold(x: Tensor, stride: int, padding: int, cells_h: int, cells_w: int) -> Tensor:
+    """(n, 3, h, w) to (n, 3 · stride², cells_h, cells_w), both in channels_last; no gradient."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = _folded(x, stride, cells_h, cells_w)
+    fold_kernel[(len(x), triton.cdiv(out[0].numel(), _BLOCK))](
+        x, out, *x.shape[2:], stride, padding, cells_h, cells_w, _BLOCK, num_warps=_WARPS
+    )
+    return out
+
+
+@fold.register_fake
+def _(x: Tensor, stride: int, padding: int, cells_h: int, cells_w: int) -> Tensor:
+    return _folded(x, stride, cells_h, cells_w)
+
+
+def _folded(x: Tensor, stride: int, cells_h: int, cells_w: int) -> Tensor:
+    return torch.empty(
+        (len(x), 3 * stride**2, cells_h, cells_w), dtype=x.dtype, device=x.device,
+        memory_format=torch.channels_last,
+    )  # fmt: skip
+
+
+@triton.jit
+def _unfolded(at, stride: tl.constexpr, padding: tl.constexpr, along: tl.constexpr):
+    """The colour, x and y of elements in a line of (cells, along, 3 · stride²)."""
+    within, cell = at % (3 * stride * stride), at // (3 * stride * stride)
+    x = cell % along * stride + within // 3 % stride - padding
+    y = cell // along * stride + within // (3 * stride) - padding
+    return within % 3, x, y
+
+
+@triton.jit
+def fold_kernel(
+    x, out, h: tl.constexpr, w: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr,
+    down: tl.constexpr, along: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Reads x and writes out, once each."""
+    n = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    count: tl.constexpr = down * along * 3 * stride * stride
+    colour, i, j = _unfolded(at, stride, padding, along)
+    inside = (at < count) & (i >= 0) & (i < w) & (j >= 0) & (j < h)
+    value = tl.load(x + n * (h * w * 3) + (j * w + i) * 3 + colour, mask=inside, other=0.0)
+    tl.store(out + n * count + at, value, mask=at < count)
+
+
+@triton.jit
+def windows_kernel(
+    patches, inside, corners, flips, light, mean, divide_by, out, views, side, canvas,
+    crop: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr, cells: tl.constexpr,
+    block: tl.constexpr,
+):  # fmt: skip
+    window = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * block + tl.arange(0, block)  # (cells, cells, 3 · stride²) in a line
+    count: tl.constexpr = cells * cells * 3 * stride * stride
+    colour, x, y = _unfolded(at, stride, padding, cells)
+    known = (at < count) & (x >= 0) & (x < crop) & (y >= 0) & (y < crop)
+    x = tl.where(tl.load(flips + window) != 0, crop - 1 - x, x)
+    n = window // views
+    row, column = tl.load(inside + 2 * window) + y, tl.load(inside + 2 * window + 1) + x
+    pixel = tl.load(patches + ((n * side + row) * side + column) * 3 + colour, mask=known, other=0)
+    row, column = tl.load(corners + 2 * window) + y, tl.load(corners + 2 * window + 1) + x
+    m = tl.load(mean + (row * canvas + column) * 3 + colour, mask=known, other=0.0)
+    lit = pixel.to(m.dtype) - m + tl.load(light + 3 * n + colour)
+    scale = tl.load(divide_by + colour)
+    # Plain division of float32 is less exact on a GPU.
+    value = lit / scale if m.dtype == tl.float64 else tl.div_rn(lit, scale)
+    tl.store(out + window * count + at, tl.where(known, value, 0.0), mask=at < count)

@@ -1,0 +1,293 @@
+"""How a GPU makes a step: by fused kernels, here run by Triton's interpreter, and as one graph,
+here played by calling what it holds."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, on_ranks
+from test_columns import EVERYTHING_ON, VARIANTS
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.network import kernels
+from alexnet_dist.parallel.topology import Topology, connect
+
+SMALL = [*TINY, "model.conv=[4,6,4,4,4]", "model.fc=[12,12]", "train.batch=2", "layout.kind=one",
+         "data.path=none"]  # fmt: skip
+
+
+def trained(config: Config, steps: int = 2) -> dict[str, Tensor]:
+    """All that some steps on one batch make: weights, state, gradients, numbers, an answer."""
+    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
+    return after(engine, batch, steps)
+
+
+def after(engine: TorchEngine, batch: Any, steps: int) -> dict[str, Tensor]:
+    found = {}
+    for step in range(steps):
+        last = step == steps - 1
+        found[f"numbers/{step}"] = engine.train_step(batch, step, 0.01 * 0.9**step, last)
+    found |= {f"gradient/{name}": grad for name, grad in engine.gradients.items()}
+    parameters, optimizer = engine.whole_tensors()
+    return found | parameters | optimizer | {"logits": engine.predict(batch.windows)}
+
+
+def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference, relative to a tensor's largest value."""
+    assert ours.keys() == theirs.keys()
+    return max(
+        float((ours[name] - value).abs().max() / value.abs().max().clamp(min=1e-30))
+        for name, value in theirs.items()
+    )
+
+
+WAYS = [
+    ["train.precision=fp64", "train.micro_batches=2"],
+    ["train.precision=fp64", "optimizer.kind=lars", "model.activation=tanh", *VARIANTS[1]],
+    [  # the released code's order, as few maps as can be, odd sides
+        "train.precision=fp64", "optimizer.kind=adam", "model.activation_last=[conv1]",
+        "model.spatial_norm.layers=[conv2]", "model.round_up=true", "model.pool=[2,2]",
+        "model.lrn.size=3", "model.padding=[1,2,1,1,1]", "optimizer.momentum_form=torch",
+    ],
+    ["train.precision=fp32"],
+]  # fmt: skip
+
+
+def steps_of(config: Config) -> int:
+    """As few as show something: the interpreter takes seconds a step."""
+    return 2 if config.train.precision == "fp32" else 1
+
+
+def by_kernels(configs: list[Config]) -> list[tuple[dict[str, Tensor], list[str]]]:
+    """What each makes, and the kernels that were launched for it."""
+
+    class Noted(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            if func.namespace == "alexnet_dist":
+                launched.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    found = []
+    for config in configs:
+        launched: list[str] = []
+        with Noted():
+            made = trained(config, steps_of(config))
+        found.append((made, launched))
+    return found
+
+
+def test_a_network_of_kernels_is_that_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 too, by the same kernels."""
+    configs = [load_config([*SMALL, *EVERYTHING_ON, *way]) for way in WAYS]
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        (found,) = on_ranks(1, by_kernels, configs, fresh=True)
+    for config, (ours, launched) in zip(configs, found, strict=True):
+        expected = trained(config, steps_of(config))
+        assert expected["numbers/0"][3] == 0
+        bound = 1e-12 if config.train.precision == "fp64" else 2e-5
+        assert furthest(ours, expected) < bound, config.train
+        wanted = {"maps", "maps_backward", "units", "units_backward", "fold",
+                  "scores", "scores_backward"}  # fmt: skip
+        wanted |= {"sgd_update"} if config.optimizer.kind != "adam" else set()
+        assert wanted <= {name.partition("::")[2] for name in launched}
+
+
+def test_an_update_narrows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        (found,) = on_ranks(1, narrowed, load_config([*SMALL, "train.precision=bf16"]), fresh=True)
+    assert found == {"conv1": "bf16", "conv2": "bf16", "conv3": "bf16", "conv4": "bf16",
+                     "conv5": "bf16", "fc6": "bf16", "fc7": "bf16", "fc8": "bf16"}  # fmt: skip
+
+
+def narrowed(config: Config) -> dict[str, str]:
+    """Of each layer whose narrow copy follows its weights within a bit: its gradient's type."""
+    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
+    kinds: dict[str, str] = {}
+    for layer in engine.model.layers():
+        layer.weight.register_post_accumulate_grad_hook(
+            lambda w, name=layer.name: kinds.update({name: str(w.grad.dtype)})  # type: ignore[misc]
+        )
+    before = {layer.name: layer.weight.detach().clone() for layer in engine.model.layers()}
+    for step in range(2):
+        assert engine.train_step(batch, step, 0.1)[3] == 0
+    close = {}
+    for layer in engine.model.layers():
+        assert layer.narrow is not None
+        assert not torch.equal(layer.weight, before[layer.name])
+        # Triton's interpreter cuts off where a GPU rounds.
+        if ((layer.narrow.float() - layer.weight).abs() <= layer.weight.abs() * 2**-7).all():
+            close[layer.name] = kinds[layer.name].removeprefix("torch.").replace("bfloat16", "bf16")
+    return close
+
+
+class HostCopies(TorchDispatchMode):
+    """Notes what moves values between host and device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        tensors = torch.utils._pytree.tree_leaves((args, kwargs, made))
+        if len({t.device.type for t in tensors if isinstance(t, Tensor)}) > 1:
+            self.found.append(str(func))
+        return made
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        [], ["train.micro_batches=2"], ["optimizer.kind=lars"],
+        ["train.precision=fp32", "optimizer.momentum_form=torch"],
+    ],
+)  # fmt: skip
+def test_a_step_can_be_captured(way: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that has no values, nothing goes by values, or to and from the host."""
+    config = load_config(["layout.kind=one", "train.batch=4", *way])
+    monkeypatch.setattr(kernels, "fused", lambda execution, device: True)
+    with torch.device("meta"):
+        engine = TorchEngine(config, Topology(device=torch.device("meta")), drawn=False)
+        batch, copies = made_batch_of(config), HostCopies()
+        now, rate = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
+        with copies:
+            numbers = engine._step(batch, now, rate, True)
+            with pytest.raises(RuntimeError, match="meta"):
+                numbers[0].item()
+    assert copies.found == []
+    assert numbers.shape == (6,)
+    assert engine.gradients.keys() == dict(engine.model.named_parameters()).keys()
+
+
+def made_batch_of(config: Config) -> Any:
+    """A batch of the device and mode around."""
+    from alexnet_dist.data.batch import Batch
+    from alexnet_dist.network.precision import DTYPES
+
+    n, side = config.train.batch, config.model.crop
+    windows = torch.empty(n, 3, side, side, dtype=DTYPES[config.train.precision])
+    windows = windows.contiguous(memory_format=torch.channels_last)
+    ids = torch.empty(n, dtype=torch.int64)
+    return Batch(windows, ids, ids, torch.empty(n, 3), torch.empty(n, dtype=torch.bool))
+
+
+class PlayedGraph:
+    """In a CUDA graph's place: what was called in the capture is called again."""
+
+    captured: Any = None
+
+    def replay(self) -> None:
+        step, given, numbers = self.captured
+        numbers.copy_(step(*given))
+
+
+@contextmanager
+def played(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> Iterator[None]:
+    from alexnet_dist.engines import graph as module
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    @contextmanager
+    def capture(graph: PlayedGraph, **_: object) -> Iterator[None]:
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        yield
+
+    original = module.CapturedStep._capture
+
+    def captured(self: module.CapturedStep) -> None:
+        original(self)
+        if self.graph is not None:
+            self.graph.captured = self.step, self.given, self.numbers  # type: ignore[attr-defined]
+
+    for name, value in (("CUDAGraph", PlayedGraph), ("graph", capture), ("Stream", Stream),
+                        ("current_stream", Stream)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, value)
+
+    @contextmanager
+    def stream(_: object) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(module.CapturedStep, "_capture", captured)
+    yield
+
+
+@pytest.mark.parametrize("kind", ["sgd", "lars", "adam"])
+def test_a_captured_step_begins_where_it_was(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Warming up changes nothing; gradients are kept when they are asked for; to the bit."""
+    config = load_config([*SMALL, f"optimizer.kind={kind}", "train.precision=fp32"])
+    expected = trained(config, 3)
+    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
+    engine.graphs = {}
+    with played(monkeypatch):
+        ours = after(engine, batch, 3)
+    assert engine.graphs.keys() == {False, True}
+    assert ours.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(ours[name], value), name
+
+
+def test_a_step_that_cannot_be_captured_is_made_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config([*SMALL, "train.precision=fp32"])
+    expected = trained(config)
+    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
+    engine.graphs = {}
+    with played(monkeypatch, fails=True):
+        ours = after(engine, batch, 2)
+    assert furthest(ours, expected) == 0
+    assert "could not be captured" in caplog.text
+    assert "train.execution=fused" in caplog.text
+
+
+def test_without_a_compiler_windows_are_the_same() -> None:
+    config = load_config([*SMALL, "data.divide_by=[58.4,57.1,57.4]"])
+    canvas, crop, generator = (
+        config.data.canvas,
+        config.model.crop,
+        torch.Generator().manual_seed(0),
+    )
+    mean = (torch.rand(canvas, canvas, 3, generator=generator) * 255).numpy()
+    statistics = Statistics(mean, mean.mean((0, 1)), mean[0, 0], mean[:3, 0])
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        finish = Finish(config, statistics, torch.device("cpu"), dtype)
+        for views, side in ((1, crop), (3, canvas)):
+            patches = torch.randint(256, (2, side, side, 3), dtype=torch.uint8, generator=generator)
+            corners = torch.randint(canvas - crop + 1, (2, views, 2), generator=generator)
+            flips = torch.randint(2, (2, views), generator=generator).bool()
+            light = torch.randn(2, 3, generator=generator).to(finish.mean.dtype)
+            inside = torch.zeros_like(corners) if views == 1 else corners
+            given = (patches, inside, corners, flips, light)
+            assert torch.equal(finish.by_operators(*given), finish.by_loop(*given))
+
+
+def test_a_gpu_without_what_builds_kernels_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
+    kernels.can_be_built.cache_clear()
+    cuda = torch.device("cuda", 0)
+    try:
+        assert not kernels.fused("graph", cuda)
+        assert not kernels.fused("fused", cuda)
+    finally:
+        kernels.can_be_built.cache_clear()
+    assert caplog.text.count("there is no C compiler") == 1
+    assert "python3-dev" in caplog.text
+    assert not kernels.fused("graph", torch.device("cpu"))
