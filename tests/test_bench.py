@@ -25,7 +25,7 @@ from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import spawn
 
 
-def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
+def test_bench_data_times_all_pipelines_in_one_run(tmp_path: Path) -> None:
     source = made.image_folder(tmp_path / "source", 6, 2, (360, 264))
     few = ["data.workers=1", "train.batch=16", "layout.device=cpu"]
     result = alexnet_dist(
@@ -39,6 +39,9 @@ def test_bench_data_times_both_pipelines_in_one_run(tmp_path: Path) -> None:
     for kind in ("torch", "dali"):
         for ratio in ("256 / ImageFolder", "kept / ImageFolder", "decoded / bare decode",
                       "1,000,000 / 1,000 samples"):  # fmt: skip
+            assert found["ratios"][f"{kind}, {ratio}"] > 0
+    for kind in ("torch", "dali", "resident"):
+        for ratio in ("256 / ImageFolder", "kept / ImageFolder", "beside Python / decoded"):
             assert found["ratios"][f"{kind}, {ratio}"] > 0
     assert found["ratios"]["dali, 256 / ImageFolder"] == (
         found["runs"][0]["dali, 256"] / found["runs"][0]["ImageFolder"]

@@ -18,6 +18,7 @@ from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipelines import resident
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
@@ -108,7 +109,7 @@ def wait_for_nothing(config: Config) -> int:
     return steps
 
 
-@pytest.mark.parametrize("pipeline", ["torch", "dali"])
+@pytest.mark.parametrize("pipeline", ["torch", "dali", "resident"])
 @pytest.mark.parametrize("execution", ["graph", "fused", "eager"])
 def test_a_step_does_not_wait_for_the_gpu(packed: Path, pipeline: str, execution: str) -> None:
     how = [f"data.pipeline={pipeline}", f"train.execution={execution}", "train.precision=bf16"]
@@ -229,6 +230,37 @@ def test_an_update_by_zero_on_two_gpus_is_the_oracles(
             for name in theirs:
                 difference = (mine[name] - theirs[name]).abs().max()
                 assert difference <= 1e-4 * theirs[name].abs().max(), name
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_resident_images_give_the_cpus_batch(
+    packed: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    """To the bit, from the GPU's memory and, where they do not fit there, from the host's."""
+    if not fits:
+        monkeypatch.setattr(resident.Room, "of", classmethod(lambda cls, *_: cls(0, 1e12)))
+    for views in (1, 10):
+        found = []
+        for kind, device in (("torch", torch.device("cpu")), ("resident", torch.device("cuda", 0))):
+            config = load_config([*TINY, f"data.path={packed}", "layout.kind=one",
+                                  "train.precision=fp32", f"evaluate.views={views}",
+                                  f"data.pipeline={kind}"])  # fmt: skip
+            dataset, topology = open_for(config), Topology(device=device)
+            batches = []
+            for split, plan in (
+                ("train", TrainSampler(config, 60, dataset.statistics).plan(0, 9, range(8))),
+                ("test", evaluation_plan(config, [range(0, 7), range(7, 7), range(7, 23)])),
+            ):
+                pipeline = make_pipeline(config, topology, dataset, split)
+                batches += [p.joined([len(p.facts)], None) for p in pipeline.batches(plan)]
+                pipeline.close()
+            found.append(batches)
+            for held in dataset.resident.values():
+                assert held.images.device.type == ("cuda" if fits else "cpu")
+        for cpu, gpu in zip(*found, strict=True):
+            assert gpu.windows.device.type == "cuda"
+            for field in ("windows", "labels", "ids", "lighting", "damaged"):
+                assert torch.equal(getattr(gpu, field).cpu(), getattr(cpu, field)), field
 
 
 @pytest.mark.parametrize("views", [1, 10])

@@ -1,4 +1,4 @@
-"""Both pipelines: the same bytes, windows and run; and damage under a running job."""
+"""The pipelines: the same bytes, windows and run; and damage under a running job."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from test_data import flip
 from torch import Tensor
 
 from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch, Decoded
 from alexnet_dist.data.dataset import open_dataset, open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -34,7 +34,7 @@ from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.training.metrics import read_metrics
 from alexnet_dist.training.run_folder import read_run
 
-PIPELINES = ("torch", "dali")
+PIPELINES = ("torch", "dali", "resident")
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +69,10 @@ def training(config: Config, steps: int, slots: range = range(10)) -> list[tuple
     return decoded(config, "train", sampler.plan(0, steps, slots))
 
 
-def both(config: Config, get: Callable[[Config], Any]) -> Iterator[Any]:
-    ours = [dataclasses.replace(config.data, pipeline=kind) for kind in PIPELINES]
+def both(
+    config: Config, get: Callable[[Config], Any], kinds: Sequence[str] = ("torch", "dali")
+) -> Iterator[Any]:
+    ours = [load_config([flat(config), f"data.pipeline={kind}"]).data for kind in kinds]
     found = [get(dataclasses.replace(config, data=data)) for data in ours]
     assert len(found[0]) == len(found[1])
     return zip(*found, strict=True)
@@ -190,7 +192,7 @@ def test_fifty_steps_on_either_pipeline_are_the_same_run(
     stored: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     losses = []
-    for pipeline in PIPELINES:
+    for pipeline in ("torch", "dali"):
         config = config_of(
             stored[kind], f"data.pipeline={pipeline}", f"name={pipeline}", "log.every_steps=1",
             f"output_dir={tmp_path}", f"train.epochs={500 / 36}", "schedule.rate=0.001",
@@ -260,7 +262,9 @@ def test_a_damaged_sample_is_named_and_the_next_whole_one_stands_in(
         assert torch.equal(after.lighting, before.lighting)
 
 
-@pytest.mark.parametrize(("pipeline", "kind"), [("torch", "columns"), ("dali", "one")])
+@pytest.mark.parametrize(
+    ("pipeline", "kind"), [("torch", "columns"), ("dali", "one"), ("resident", "columns")]
+)
 def test_a_run_bears_so_much_damage_and_stops_past_it(
     stored: dict[str, Path], tmp_path: Path, pipeline: str, kind: str
 ) -> None:

@@ -1,10 +1,12 @@
 """How fast the pipelines decode, beside ImageFolder and the bare decoder."""
 
+import functools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ from torchvision.io import decode_jpeg
 
 from alexnet_dist.bench import Pass, in_turn, machine, median, ratio
 from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Decoded
 from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -29,9 +31,11 @@ from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.parallel.topology import Topology, connect
 
+_KINDS = ("torch", "dali", "resident")
+
 
 def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
-    """Both pipelines on images of a folder, against ImageFolder and the bare decoder.
+    """Every pipeline on images of a folder, against ImageFolder and the bare decoder.
 
     Args:
         folder: train/CLASS/*, as torchvision's ImageFolder reads it.
@@ -57,15 +61,18 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
             "ImageFolder": _image_folder(folder / "train", config, workers, images),
             "bare decode": _bare_decode(packed["256"].splits["train"], workers, images),
         }
-        for kind in ("torch", "dali"):
-            ours = replace(config, data=replace(config.data, pipeline=kind))
-            decoded = f"{kind}, decoded"
-            passes[decoded] = _pipeline(ours, topology, packed["256"], images, finish=False)
+        for kind in _KINDS:
+            ours = load_config([flat(config), f"data.pipeline={kind}"])
+            make = functools.partial(_pipeline, ours, topology)
+            passes[f"{kind}, decoded"] = make(packed["256"], images, finish=False)
+            passes[f"{kind}, beside Python"] = _beside_python(passes[f"{kind}, decoded"])
             for stored, dataset in packed.items():
-                passes[f"{kind}, {stored}"] = _pipeline(ours, topology, dataset, images)
+                passes[f"{kind}, {stored}"] = make(dataset, images)
+            if kind == "resident":  # a million images of its own would not fit
+                continue
             for name, count in (("1,000", 1_000), ("1,000,000", 1_000_000)):
                 large = _of_size(packed["256"], count)
-                passes[f"{kind}, of {name}"] = _pipeline(ours, topology, large, images)
+                passes[f"{kind}, of {name}"] = make(large, images)
         runs = in_turn(passes, repeats)
         differences = {
             f"{stored}: {what}": value
@@ -74,12 +81,16 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         }
 
     ratios = {}
-    for kind in ("torch", "dali"):
+    for kind in _KINDS:
         for stored in packed:
             ratios[f"{kind}, {stored} / ImageFolder"] = ratio(
                 runs, f"{kind}, {stored}", "ImageFolder"
             )
         ratios[f"{kind}, decoded / bare decode"] = ratio(runs, f"{kind}, decoded", "bare decode")
+        beside = f"{kind}, beside Python"
+        ratios[f"{beside} / decoded"] = ratio(runs, beside, f"{kind}, decoded")
+        if kind == "resident":
+            continue
         million, thousand = (f"{kind}, of {n}" for n in ("1,000,000", "1,000"))
         ratios[f"{kind}, 1,000,000 / 1,000 samples"] = ratio(runs, million, thousand)
     return {
@@ -123,6 +134,27 @@ def _pipeline(
             return _rate(used(decoded) for decoded in pipeline.batches(plan))
         finally:
             pipeline.close()
+
+    return run
+
+
+def _beside_python(alone: Pass) -> Pass:
+    """A pass while a thread runs Python without a pause, and so wants its lock all the time."""
+
+    def run() -> float:
+        ended = False
+
+        def spin() -> None:
+            while not ended:
+                pass
+
+        thread = threading.Thread(target=spin, name="spin")
+        thread.start()
+        try:
+            return alone()
+        finally:
+            ended = True
+            thread.join()
 
     return run
 

@@ -1,4 +1,5 @@
-"""Beginning from another run's weights, some layers anew: pre-training and fine-tuning."""
+"""Beginning from another run's weights, some layers anew: pre-training and fine-tuning; and what a
+run settles as it begins."""
 
 import dataclasses
 from pathlib import Path
@@ -6,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, TrainConfig
 from alexnet_dist.data.preprocess import mean_sha256
@@ -62,18 +64,35 @@ def _before_means(config: Config) -> bool:
 def _begun(config: Config) -> TrainConfig | None:
     """`train` with what the run in this folder began from; None where it did not yet, or the config
     asks for other weights."""
-    if not checkpoints.steps(config.folder / "checkpoints"):
+    if (last := _last_start(config)) is None:
         return None
-    try:
-        before = load_config([config.folder / "config.json"]).train
-    except ConfigError:
-        return None
+    before = last.train
     same = Path(before.init_from).is_relative_to(config.train.init_from)
     if not same or config.train.init_sha256 not in ("any", before.init_sha256):
         return None
     return dataclasses.replace(
         config.train, init_from=before.init_from, init_sha256=before.init_sha256
     )
+
+
+def _last_start(config: Config) -> Config | None:
+    """What the run in this folder was last started with; None where it has no checkpoint."""
+    if not checkpoints.steps(config.folder / "checkpoints"):
+        return None
+    try:
+        return load_config([config.folder / "config.json"])
+    except ConfigError:
+        return None
+
+
+def with_its_pipeline(config: Config) -> Config:
+    """The config with the pipeline that the run in this folder took before, where it leaves that to
+    `auto`: DALI on a GPU decodes to other bytes than torchvision."""
+    last = _last_start(config) if config.data.pipeline == AUTO else None
+    if last is None:
+        return config
+    data = dataclasses.replace(config.data, pipeline=last.data.pipeline)
+    return dataclasses.replace(config, data=data)
 
 
 class InitialWeights:

@@ -146,9 +146,10 @@ class DataConfig:
         str, Key("split to evaluate on; auto: val, else test, where there is one; none: do not")
     ]
     pipeline: Annotated[
-        Literal["torch", "dali"],
-        Key("who decodes: torchvision in threads, or DALI (nvJPEG on a GPU)", free=True),
-    ]
+        Literal["auto", "resident", "dali", "torch"],
+        Key("resident: images decoded once, kept in memory; dali: by DALI (nvJPEG on a GPU); "
+            "torch: by torchvision in threads; auto: as docs/data.md says", free=True),
+    ]  # fmt: skip
     workers: Annotated[
         int, Key("decoding threads a rank; 0 = the rank's cores", ge=0, le=256, free=True)
     ]

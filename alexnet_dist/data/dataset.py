@@ -129,19 +129,26 @@ class Split:
             raise undecodable(self, [sample], error) from None
 
     def read_whole(self, sample: int) -> tuple[int, bytearray]:
-        """The sample and its encoded image; where it is damaged, the next one that is whole.
+        """As `whole`; it says so where another stands in."""
+        found, encoded, why = self.whole(sample)
+        if why:
+            log.warning(why)
+        return found, encoded
+
+    def whole(self, sample: int) -> tuple[int, bytearray, str]:
+        """The sample and its encoded image; where it is damaged, the next one that is whole, and
+        what is to be said of it.
 
         Raises DatasetError where every sample is damaged.
         """
         try:
-            return sample, self.read(sample)
+            return sample, self.read(sample), ""
         except DatasetError as error:
             for ahead in range(1, len(self)):
                 other = (sample + ahead) % len(self)
                 with contextlib.suppress(DatasetError):
                     encoded = self.read(other)
-                    log.warning(f"{error}: sample {other} stands in for it")
-                    return other, encoded
+                    return other, encoded, f"{error}: sample {other} stands in for it"
             raise DatasetError(f"{error}; nor is any other sample whole") from error
 
     def _file(self, shard: int) -> int:
@@ -172,6 +179,7 @@ class Dataset:
     Attributes:
         digest: SHA-256 of dataset.json, which holds those of all other files.
         source: what it was made of.
+        resident: what `data.pipeline=resident` keeps of it, as long as it is open.
     """
 
     folder: Path
@@ -180,6 +188,7 @@ class Dataset:
     classes: tuple[str, ...]
     statistics: Statistics
     splits: Mapping[str, Split]
+    resident: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
 def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:

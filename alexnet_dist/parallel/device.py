@@ -1,13 +1,17 @@
 """What the devices of this host are and can do, and which of them this rank takes."""
 
+import contextlib
 import ctypes
 import logging
 import os
 import platform
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from alexnet_dist.config.schema import Config
@@ -15,6 +19,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.precision import FIRST_WITH
 from alexnet_dist.parallel.environment import Place
 
+CGROUP = Path("/sys/fs/cgroup")
 log = logging.getLogger(__name__)
 # bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -94,6 +99,36 @@ def cores_of(place: Place) -> int:
     return min(cores(), place.cores or max(1, cores() // place.local_world))
 
 
+def free_host_memory() -> int:
+    """Bytes that a process may still take here: of this host, and of its own control groups."""
+    return min([psutil.virtual_memory().available, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """What each control group that bounds this process's memory has left, cached files counted as
+    free: cgroups(7), of version 2 and of version 1."""
+    try:
+        told = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for number, controllers, path in (line.split(":", 2) for line in told):
+        if number == "0":
+            root, most, used, total = CGROUP, "memory.max", "memory.current", ""
+        elif "memory" in controllers.split(","):
+            root, total = CGROUP / "memory", "total_"
+            most, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # unbounded, or not shown
+                left = int((group / most).read_text()) - int((group / used).read_text())
+                told_of = (group / "memory.stat").read_text().splitlines()
+                counts = dict(line.split() for line in told_of)
+                files = [counts[f"{total}{which}_file"] for which in ("active", "inactive")]
+                yield max(0, left + sum(map(int, files)))
+
+
 def machine() -> dict[str, Any]:
     """What a number that was measured here depends on: processor, GPU, versions."""
     path = Path("/proc/cpuinfo")
@@ -113,6 +148,12 @@ def cpu_flags() -> set[str]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {flag for line in lines if line.lower().startswith(("flags", "features"))
             for flag in line.partition(":")[2].split()}  # fmt: skip
+
+
+def share_python() -> None:
+    """Have threads hand Python's lock on after half a millisecond, not five: those that decode and
+    the one that feeds the device want it for microseconds, thousands of times a second."""
+    sys.setswitchinterval(5e-4)
 
 
 def keep_memory() -> None:

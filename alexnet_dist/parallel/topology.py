@@ -24,7 +24,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, SaidByRank0
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.device import cores_of, keep_memory, take_device
+from alexnet_dist.parallel.device import cores_of, keep_memory, share_python, take_device
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check, check_columns_meet, columns_of
 from alexnet_dist.parallel.rendezvous import keep_to_this_host, meet
@@ -160,6 +160,7 @@ def connect(config: Config) -> Topology:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     keep_memory()
+    share_python()
     if here.world_size == 1:
         return dataclasses.replace(here, device=device)
     keep_to_this_host(place)

@@ -291,8 +291,11 @@ def bottleneck(parts: Mapping[str, float], beside: bool) -> str:
 
 def decode_rate(planned: Mapping[str, Any], at: Cluster) -> float:
     """Images/s that a device decodes by data.pipeline: itself where DALI runs on it, or on the
-    host's cores."""
-    by_gpu = planned["recipe"]["data.pipeline"] == "dali" and at.machine.overlap
+    host's cores; no bound where they are decoded once."""
+    pipeline = planned["recipe"]["data.pipeline"]
+    if pipeline == "resident":
+        return math.inf
+    by_gpu = pipeline in ("dali", "auto") and at.machine.overlap
     own = at.machine.decode if by_gpu or not at.machine.overlap else 0.0
     return own or at.machine.cores * CORE_DECODES
 

@@ -26,7 +26,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.make import make_pipeline, once
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.make import make_engine
@@ -249,7 +249,7 @@ def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[
     shares = topology.shares(range(config.train.batch))
     counts = [len(slots) for slots in shares]
     sampler = TrainSampler(config, samples, dataset.statistics)
-    pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
+    pipeline = make_pipeline(once(config), topology, dataset, config.data.train_split)
     try:
         batches = pipeline.batches(sampler.plan(0, steps, shares[topology.column]))
         for step, part in enumerate(batches):

@@ -17,7 +17,9 @@ from torch import Tensor
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
+from alexnet_dist.config.schema import flat
 from alexnet_dist.data.dataset import Split, evaluation_split, open_for
+from alexnet_dist.data.pipelines.make import once
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, looked_in
 from alexnet_dist.evaluation.evaluate import seen
@@ -65,7 +67,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     Those features of the training split lie in `figures/features.npy` as long as they are compared.
     """
     found = checkpoints.at(folder)
-    config = load_config([found.manifest["config"], *ALONE, *overrides])
+    config = load_config([flat(once(found.config)), *ALONE, *overrides])
     dataset, out = open_for(config, found.path), _folder(folder)
     topology = connect(config)
     engine = TorchEngine(config, topology)

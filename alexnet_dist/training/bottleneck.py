@@ -25,6 +25,8 @@ def verdict(
     data, save, keys = config.data, config.checkpoint, config.evaluate
     if 0 < data.workers < cores:
         faster = f"data.workers={cores}"
+    elif data.pipeline == "resident":  # it cuts, and no more
+        faster = "more cores for each rank"
     elif not stored_at_canvas:
         faster = "prepare the images without --keep, so that they are not resized at each step"
     elif cuda and data.pipeline == "torch":

@@ -19,7 +19,9 @@ from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
+from alexnet_dist.data.pipelines.auto import settled, splits_of
 from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.resident import hold
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engines.base import Engine, check_values, on_host
 from alexnet_dist.engines.make import make_engine
@@ -115,16 +117,22 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     signals.last_words = None
     configure_logging(topology)
     topology.decided_by_rank_0(lambda: check_installed(config))
-    begun = topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))
+    asked = config.data.pipeline
+    begun = topology.decided_by_rank_0(
+        lambda: flat(warm_start.with_its_pipeline(warm_start.resolved(config)))
+    )
     config = load_config([begun])
     digest = topology.decided_by_rank_0(lambda: open_for(config).digest)
     dataset = open_for(config)
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
+    kept = asked != config.data.pipeline
+    config, why = settled(config, topology, dataset)
+    decoding = f"data.pipeline={config.data.pipeline} ({'as before' if kept else why})"
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
-        outcome = _run(config, signals, topology, dataset, digest, folder)
+        outcome = _run(config, signals, topology, dataset, digest, folder, decoding)
     except Exception as error:
         said = in_words(error)
         with contextlib.suppress(OSError):  # the disk may be what failed
@@ -141,15 +149,21 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
 
 def _run(
     config: Config, signals: StopSignals, topology: Topology, dataset: Dataset, digest: str,
-    folder: RunFolder,
+    folder: RunFolder, decoding: str,
 ) -> Outcome:  # fmt: skip
-    """The run itself, of ranks that are connected and a folder that is held."""
+    """The run itself, of ranks that are connected and a folder that is held.
+
+    Args:
+        decoding: by which pipeline, and why, for the log.
+    """
     split = dataset.splits[config.data.train_split]
     schedule = Schedule.of(config, len(split))
     engine = make_engine(config, topology)
     progress = _resume(folder, engine, schedule, config, digest, topology)
     folder.running(progress.step, schedule.last_step)
-    log.info(_opening(config, topology, folder, progress, schedule, len(split)))
+    log.info(_opening(config, topology, folder, progress, schedule, len(split), decoding))
+    if config.data.pipeline == "resident" and not progress.finished(config, schedule):
+        hold(config, topology, dataset, splits_of(config))
     pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
     telemetry = Telemetry(
         config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
@@ -333,7 +347,7 @@ def _save(
 
 def _opening(
     config: Config, topology: Topology, folder: RunFolder, progress: Progress,
-    schedule: Schedule, samples: int,
+    schedule: Schedule, samples: int, decoding: str,
 ) -> str:  # fmt: skip
     """What is about to happen, for the log."""
     last = schedule.last_step
@@ -351,6 +365,6 @@ def _opening(
         f"threads each), {config.train.precision}\n"
         f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "
         f"{parts} micro-batch(es) of {replica // parts}; "
-        f"{samples} training images of {config.data.path}\n"
+        f"{samples} training images of {config.data.path}, by {decoding}\n"
         f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"
     )

@@ -3,6 +3,7 @@
 The sampler's choices come in by `external_source`, so that DALI draws, shuffles and skips nothing.
 """
 
+import io
 import itertools
 import re
 from collections import deque
@@ -168,3 +169,24 @@ class DaliPipeline:
     ) -> Decoded:
         facts = facts_of(samples, read, self.split)
         return Decoded(patches, to_device(facts, self.device), self.finish)
+
+
+def check_dali(device: int | None) -> None:
+    """Decode one image as a run would: by a GPU of this number, or by the CPU.
+
+    Raises whatever DALI does where it cannot, MachineError where what it makes is wrong.
+    """
+    from nvidia.dali import Pipeline, fn
+    from PIL import Image
+
+    encoded = io.BytesIO()
+    Image.new("RGB", (64, 48), (200, 100, 50)).save(encoded, "JPEG")
+    image = np.frombuffer(encoded.getvalue(), np.uint8)
+    graph = Pipeline(batch_size=1, num_threads=1, device_id=device)
+    with graph:
+        source = fn.external_source(source=lambda: [image], batch=True, ndim=1)
+        graph.set_outputs(fn.decoders.image(source, device="cpu" if device is None else "mixed"))
+    graph.build()
+    shape = tuple(graph.run()[0].shape()[0])
+    if shape != (48, 64, 3):
+        raise MachineError(f"an image of 48 × 64 pixels came out as {shape}")

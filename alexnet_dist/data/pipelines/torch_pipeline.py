@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
@@ -69,21 +70,28 @@ class TorchPipeline:
         def decode(places: range) -> None:
             for place in places:
                 read[place], encoded = self.split.read_whole(int(samples.ids[place]))
-                image = self._decoded(int(read[place]), encoded)  # (1 or 3, canvas, canvas)
+                image = decoded(self.split, int(read[place]), encoded, self.canvas)
                 top, left = origins[place].tolist()
-                patch = image[:, top : top + side, left : left + side].numpy()
-                for colour in range(3):  # one after another: twice as fast; grey fills all three
-                    filled[place, ..., colour] = patch[colour % len(patch)]
+                fill(filled[place], image[:, top : top + side, left : left + side])
 
         starts = range(min(n, self.threads))
         parts = [self._pool.submit(decode, range(start, n, self.threads)) for start in starts]
         return samples, read, patches, parts
 
-    def _decoded(self, sample: int, encoded: bytearray) -> Tensor:
-        try:
-            bytes_of_it = torch.frombuffer(encoded, dtype=torch.uint8)
-            image = decode_image(bytes_of_it, ImageReadMode.UNCHANGED)
-        except RuntimeError as error:
-            raise undecodable(self.split, [sample], error) from error
-        with filled_by(f"sample {sample} of {self.split.shards[0].parent}"):
-            return on_canvas(image, self.canvas)
+
+def decoded(split: Split, sample: int, encoded: bytearray, canvas: int) -> Tensor:
+    """A sample's image on the canvas: (1 or 3, canvas, canvas) uint8."""
+    try:
+        bytes_of_it = torch.frombuffer(encoded, dtype=torch.uint8)
+        image = decode_image(bytes_of_it, ImageReadMode.UNCHANGED)
+    except RuntimeError as error:
+        raise undecodable(split, [sample], error) from error
+    with filled_by(f"sample {sample} of {split.shards[0].parent}"):
+        return on_canvas(image, canvas)
+
+
+def fill(into: npt.NDArray[np.uint8], image: Tensor) -> None:
+    """Copy an image of 1 or 3 colours (first) into one of 3 (last)."""
+    colours = image.numpy()
+    for colour in range(3):  # one after another: twice as fast; grey fills all three
+        into[..., colour] = colours[colour % len(colours)]

@@ -1,0 +1,49 @@
+"""`data.pipeline=auto`: which pipeline a run takes here, and why."""
+
+from dataclasses import replace
+from typing import Literal
+
+from alexnet_dist.config.from_data import AUTO, NO_SPLIT
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import Dataset
+from alexnet_dist.data.pipelines.dali_pipeline import check_dali
+from alexnet_dist.data.pipelines.resident import Room, gb, takes
+from alexnet_dist.errors import in_words
+from alexnet_dist.parallel.topology import Topology
+
+SHARE = 0.5  # of the memory that is free beside the network, for decoded images
+
+
+def splits_of(config: Config) -> list[str]:
+    """The splits that a run sees."""
+    seen = config.data.train_split, config.data.eval_split
+    return [name for name in dict.fromkeys(seen) if name != NO_SPLIT]
+
+
+def settled(config: Config, topology: Topology, dataset: Dataset) -> tuple[Config, str]:
+    """The config with the pipeline that it takes, on every rank the same, and why. Collective."""
+    if config.data.pipeline != AUTO:
+        return config, "set"
+    kind: Literal["resident", "dali", "torch"] = "torch"
+    if topology.device.type == "cpu":  # there decoding is 1 % of a step: docs/log.md
+        why = "auto: on a CPU"
+    else:
+        size, free = takes(config, dataset, splits_of(config)), Room.of(config, topology).device
+        why = f"auto: images decoded once take {gb(size)} a rank, of {gb(free)} free"
+        if size <= SHARE * free:
+            kind = "resident"
+        elif wrong := _dali_fails(topology):
+            why += f", and DALI does not decode here: {wrong}"
+        else:
+            kind = "dali"
+    return replace(config, data=replace(config.data, pipeline=kind)), why
+
+
+def _dali_fails(topology: Topology) -> str:
+    """Why DALI cannot decode on a rank's GPU; empty where it can on every rank. Collective."""
+    wrong = ""
+    try:
+        check_dali(topology.device.index)
+    except Exception as error:  # of any of its libraries
+        wrong = f"{in_words(error) or ' '.join(str(error).split())[:200]}" or repr(error)
+    return topology.first_said(wrong)

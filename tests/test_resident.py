@@ -1,0 +1,306 @@
+"""Images decoded once and kept: the torch pipeline's batches to the bit, memory, and the choice."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, alexnet_dist, as_overrides, on_ranks
+from test_pipelines import assert_same, both, config_of, damaged_copy, decoded, training
+from test_pipelines import stored as stored  # a fixture
+
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipelines import auto, resident
+from alexnet_dist.data.pipelines.auto import settled
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.resident import Room, gathered, hold
+from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
+from alexnet_dist.errors import MachineError
+from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.parallel import device
+from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.planning.dry_run import plan
+from alexnet_dist.training.metrics import read_metrics
+
+KINDS = ("torch", "resident")
+
+
+def assert_equal(config: Config, get: Callable[[Config], Any]) -> None:
+    """Every byte and fact of every batch."""
+    seen = 0
+    for (ours, mine), (theirs, other) in both(config, get, KINDS):
+        assert torch.equal(ours.patches, theirs.patches)
+        assert torch.equal(ours.facts, theirs.facts)
+        assert_same(mine, other)
+        seen += len(ours.facts)
+    assert seen
+
+
+@pytest.mark.parametrize("kind", ["256", "kept", "larger", "smaller"])
+def test_training_and_evaluation_are_the_torch_pipelines_to_the_bit(
+    stored: dict[str, Path], packed: Path, kind: str
+) -> None:
+    """Images at the canvas's size, of any, above it and below it."""
+    if kind == "smaller":  # 28 × 28, grey
+        config = config_of(packed, "model.classes=10", "data.eval_split=test")
+    else:
+        path = stored["kept" if kind == "kept" else "256"]
+        small = ["model.crop=67", "data.canvas=72"] if kind == "larger" else []
+        config = config_of(path, "data.lighting=0.5", *small)
+    assert_equal(config, lambda c: training(c, 5))
+    parts = [range(0, 4), range(4, 4), range(4, 11), range(11, 11)]
+    for views in (1, 10):
+        ten = dataclasses.replace(
+            config, evaluate=dataclasses.replace(config.evaluate, views=views)
+        )
+        split = config.data.eval_split
+        assert_equal(ten, lambda c, s=split: decoded(c, s, evaluation_plan(c, parts)))
+
+
+def test_what_stands_in_for_damaged_samples_is_the_same_and_named_each_time(
+    stored: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(damaged_copy(stored, tmp_path, [4, 5, 35], "train"))
+    assert_equal(config, lambda c: training(c, 8))
+    said = [r.getMessage() for r in caplog.records if "stands in" in r.getMessage()]
+    assert len(said) >= 6
+    half = len(said) // 2
+    assert sorted(said[:half]) == sorted(said[half:])
+
+
+def test_a_gpus_gather_cuts_what_a_cpus_loop_cuts(stored: dict[str, Path], tmp_path: Path) -> None:
+    root = damaged_copy(stored, tmp_path, [4, 5], "train")
+    for views, split in ((1, "train"), (10, "val"), (1, "val")):
+        config = config_of(root, "data.pipeline=resident", f"evaluate.views={views}")
+        dataset = open_for(config)
+        pipeline = make_pipeline(config, Topology(), dataset, split)
+        if split == "train":
+            plan = TrainSampler(config, 36, dataset.statistics).plan(0, 4, range(10))
+        else:
+            plan = evaluation_plan(config, [range(0, 7), range(7, 7), range(7, 15)])
+        found = list(pipeline.batches(plan))
+        (held,) = dataset.resident.values()
+        for part in found:
+            again = gathered(held.images, part.facts, part.patches.shape[1])
+            assert torch.equal(again, part.patches)
+            assert again.is_contiguous()
+        pipeline.close()
+
+
+def test_a_split_is_decoded_once_whoever_asks(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = []
+    decode = resident.decoded
+    monkeypatch.setattr(resident, "decoded", lambda *a: times.append(a[1]) or decode(*a))
+    config = load_config([*TINY, f"data.path={packed}", "data.pipeline=resident"])
+    dataset = open_for(config)
+    for _ in range(3):
+        pipeline = make_pipeline(config, Topology(), dataset, "test")
+        assert len(list(pipeline.batches(evaluation_plan(config, [range(0, 23)])))) == 1
+        pipeline.close()
+    assert sorted(times) == list(range(23))
+    assert not dataclasses.replace(dataset, splits=dataset.splits).resident, "of these bytes alone"
+
+
+def batches_of(config: Config) -> list[Any]:
+    """A rank's batches of an epoch."""
+    topology, dataset = connect(config), open_for(config)
+    shares = topology.shares(range(config.train.batch))
+    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
+    pipeline = make_pipeline(config, topology, dataset, "train")
+    plan = sampler.plan(0, 5, shares[topology.column])
+    counts = [len(share) for share in shares]
+    found = [p.joined(counts, topology.column_group) for p in pipeline.batches(plan)]
+    pipeline.close()
+    return [(batch.windows, batch.labels, batch.ids) for batch in found]
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [("columns", 2), ("replicas", 3)])
+def test_ranks_hold_what_each_sees_in_time(packed: Path, kind: str, ranks: int) -> None:
+    own = [*TINY, f"data.path={packed}", f"layout.kind={kind}", "train.batch=12",
+           f"layout.ranks={ranks}"]  # fmt: skip
+    ours, theirs = (
+        on_ranks(ranks, batches_of, load_config([*own, f"data.pipeline={pipeline}"]))
+        for pipeline in KINDS
+    )
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert all(map(torch.equal, a, b))
+
+
+def test_a_run_on_either_is_the_same_run(tiny: Callable[..., Config]) -> None:
+    """Evaluations too, whose split is decoded once."""
+    metrics = []
+    for pipeline in KINDS:
+        config = tiny(
+            f"data.pipeline={pipeline}", f"name={pipeline}", "log.every_steps=1", "train.epochs=3",
+            "layout.kind=columns", "evaluate.every_epochs=1", "train.precision=fp32",
+        )  # fmt: skip
+        result = alexnet_dist("train", *as_overrides(config))
+        assert result.returncode == 0, result.stderr
+        assert f"by data.pipeline={pipeline} (set)" in result.stderr
+        metrics.append([p for p in read_metrics(config.folder) if p["kind"] != "speed"])
+    assert "train and test: 0.00 GB of decoded images a rank, in the host's memory" in result.stderr
+    assert metrics[0] == metrics[1]
+    assert sum(point["kind"] == "eval" for point in metrics[0]) == 3
+    # Looked at once, its images are decoded as they come.
+    score = evaluate_checkpoints([config.folder]).score
+    assert score.correct1 == metrics[1][-1]["correct1"]
+
+
+# --- memory
+
+
+def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
+    """As if so many bytes of this host were free beside the network."""
+    monkeypatch.setattr(resident, "_network_takes", lambda *_: 0.0)
+    monkeypatch.setattr(resident, "free_host_memory", lambda: size)
+
+
+def test_images_that_do_not_fit_are_one_error_before_any_is_decoded(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("data.pipeline=resident")
+    dataset = open_for(config)
+    size = resident.takes(config, dataset, ["train", "test"])
+    assert size == 83 * 72 * 72 * 3
+    monkeypatch.setattr(resident, "_decode_all", lambda *_: pytest.fail("decoded"))
+    free(monkeypatch, size - 1)
+    message = (
+        r"data\.pipeline=resident: the images \(60 of 'train' and 23 of 'test'\) take 0\.00 GB a "
+        r"rank on the canvas of data\.canvas=72: 0\.00 GB of the host's memory are free for each: "
+        r"set data\.pipeline=torch, which gives the same"
+    )
+    with pytest.raises(MachineError, match=message):
+        hold(config, Topology(), dataset, ["train", "test"])
+
+
+ON_GPU = Topology(device=torch.device("cuda", 0))  # which is not there
+
+
+def on_gpu(monkeypatch: pytest.MonkeyPatch, device: float, host: float, dali: str = "") -> None:
+    """As if a GPU had so many bytes free beside the network, and its host so many."""
+    monkeypatch.setattr(Room, "of", classmethod(lambda cls, *_: cls(device, host)))
+
+    def check(index: int | None) -> None:
+        assert index == 0
+        if dali:
+            raise RuntimeError(dali)
+
+    monkeypatch.setattr(auto, "check_dali", check)
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "where"), [(2.0, 2.0, "cuda:0"), (0.9, 1.1, "cpu"), (0.9, 0.9, "neither")]
+)
+def test_images_lie_on_the_gpu_else_in_the_hosts_memory(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, device: float, host: float,
+    where: str,
+) -> None:  # fmt: skip
+    config = tiny("data.pipeline=resident")
+    dataset = open_for(config)
+    size = resident.takes(config, dataset, ["train"])
+    on_gpu(monkeypatch, device * size, host * size)
+    places = []
+    monkeypatch.setattr(resident, "_decode_all", lambda *a: places.append(str(a[3])))
+    if where == "neither":
+        with pytest.raises(MachineError, match="free beside the network on the GPU, and"):
+            hold(config, ON_GPU, dataset, ["train"])
+    else:
+        hold(config, ON_GPU, dataset, ["train", "train"])
+        assert places == [where]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["demo"],
+        ["paper/alexnet-2012"],
+        ["paper/alexnet-2012", "train.precision=fp32", "train.micro_batches=4"],
+        [*TINY, "optimizer.kind=adam"],
+    ],
+)
+def test_what_is_left_for_the_network_is_more_than_its_plan(more: Sequence[str]) -> None:
+    config = load_config([*more, "layout.kind=one", "layout.ranks=0"])
+    planned = plan(config, 1)["layouts"]["one"]["memory"]["peak"]
+    assert planned < resident._network_takes(config, Topology()) < 10 * planned + 2**30
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize(
+    ("device", "dali", "kind", "why"),
+    [
+        (2.1, "", "resident", r"images decoded once take 0\.00 GB a rank, of 0\.00 GB free$"),
+        (1.9, "", "dali", "free$"),
+        (1.9, "no driver", "torch", "free, and DALI does not decode here: no driver$"),
+    ],
+)
+def test_auto_on_a_gpu_takes_what_fits(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, device: float, dali: str,
+    kind: str, why: str,
+) -> None:  # fmt: skip
+    config = tiny("data.pipeline=auto")
+    dataset = open_for(config)
+    size = resident.takes(config, dataset, ["train", "test"])
+    on_gpu(monkeypatch, device * size, 1e12, dali)
+    found, said = settled(config, ON_GPU, dataset)
+    assert found == dataclasses.replace(
+        config, data=dataclasses.replace(config.data, pipeline=kind)
+    )
+    assert re.search(why, said)
+    assert settled(found, ON_GPU, dataset) == (found, "set")
+
+
+def test_a_run_keeps_the_pipeline_that_it_began_with(tiny: Callable[..., Config]) -> None:
+    def start(*more: str) -> str:
+        config = tiny("train.epochs=1", "layout.kind=one", "name=kept", *more)
+        result = alexnet_dist("train", *as_overrides(config))
+        assert result.returncode == 0, result.stderr
+        return result.stderr
+
+    def recorded() -> str:
+        return json.loads((tiny("name=kept").folder / "config.json").read_text())["data"][
+            "pipeline"
+        ]
+
+    began = start("data.pipeline=auto")
+    assert "by data.pipeline=torch (auto: on a CPU)" in began
+    assert recorded() == "torch"
+    assert "by data.pipeline=dali (set)" in start("data.pipeline=dali")
+    assert recorded() == "dali"
+    assert "by data.pipeline=dali (as before)" in start("data.pipeline=auto")
+    assert recorded() == "dali"
+
+
+def test_a_control_groups_limit_is_the_memory_that_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of either version, on any level; cached files count as free."""
+    monkeypatch.setattr(device, "CGROUP", tmp_path)
+    for root, total, (most, used) in (
+        (tmp_path, "", ("memory.max", "memory.current")),
+        (tmp_path / "memory", "total_", ("memory.limit_in_bytes", "memory.usage_in_bytes")),
+    ):
+        for group, bound in (("", "max"), ("job", "9000"), ("job/step", "max")):
+            folder = root / group
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / most).write_text(f"{bound}\n")
+            (folder / used).write_text("5000\n")
+            counts = f"anon 7\n{total}active_file 300\n{total}inactive_file 40\n"
+            (folder / "memory.stat").write_text(counts)
+    read = Path.read_text
+    for told in ("0::/job/step\n", "4:memory:/job/step\n1:cpu:/other\n"):
+        monkeypatch.setattr(
+            Path, "read_text",
+            lambda path, told=told: told if path == Path("/proc/self/cgroup") else read(path),
+        )  # fmt: skip
+        assert device.free_host_memory() == 9000 - 5000 + 340
