@@ -86,6 +86,7 @@ PARTS = {
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 60),
     "end-to-end": _from_shards("dali"),
     "end-to-end-torch": _from_shards("torch"),
+    "end-to-end-resident": _from_shards("resident"),
     "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest),
 }
 
