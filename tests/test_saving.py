@@ -266,7 +266,6 @@ def test_every_file_has_the_umasks_mode(
         RunFolder(config).keep_batch(Batch(*tensors), 3, 0)
         export_weights("safetensors", config.folder, root / "w.safetensors")
         export_weights("safetensors", config.folder, root / "w.safetensors")
-        export_weights("torchvision", config.folder, root / "w.pth")
         export_weights("caffe", config.folder, root / "w.caffemodel")
         evaluate_checkpoints([config.folder]).write(root / "predictions.npz")
         figures.draw(config.folder)
