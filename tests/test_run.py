@@ -338,6 +338,7 @@ def test_a_run_whose_terminal_is_closed_saves(
     arguments = command("closed", f"layout.kind={kind}", "train.epochs=500", "log.every_steps=1")
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         os.execv(sys.executable, [sys.executable, *FRESH, *arguments])
     try:
         metrics = runs / "closed" / "metrics.jsonl"
