@@ -278,11 +278,16 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page with its tables as the rows have them."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    return between(page, BEGIN, END, tables(rows))
+
+
+def between(page: str, first: str, last: str, text: str) -> str:
+    """The page with a text in the place of what stands between two marks."""
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     assert begin
     assert end
-    return f"{before}{begin}\n{tables(rows)}\n{end}{after}"
+    return f"{before}{begin}\n{text}\n{end}{after}"
 
 
 def main() -> int:

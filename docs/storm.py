@@ -40,6 +40,7 @@ from typing import Any
 import psutil
 import torch
 from drills import LAYOUTS, RUN, SAVE, Ground, Row, Started, done, gone, logged, reach
+from gpu import between
 from torchvision.io import decode_image
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -520,11 +521,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page with its tables as the rows have them."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    assert begin
-    assert end
-    return f"{before}{begin}\n{tables(rows)}\n{end}{after}"
+    return between(page, BEGIN, END, tables(rows))
 
 
 def about() -> dict[str, Any]:

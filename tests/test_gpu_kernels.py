@@ -35,7 +35,7 @@ def masks() -> list[bool]:
         for drop in (0.5, 0.1):
             ours = units.dropout_mask(
                 slots.to(DEVICE), torch.tensor(step, device=DEVICE), 6, first, count, seed,
-                int(philox.Purpose.DROPOUT), round(drop * 2**32),
+                round(drop * 2**32),
             )  # fmt: skip
             assert ours.dtype == torch.bool
             cpus = philox.dropout_mask(seed, step, 6, slots, first, count, drop)
@@ -66,18 +66,13 @@ def same_windows(config: Config) -> list[bool]:
         there = [t.to(DEVICE) for t in (*given, finish.mean, finish.divide_by)]
         ours = windows.windows(*there, crop, dtype)
         same.append(torch.equal(ours.cpu(), finish.by_loop(*given)))
-        stride, padding, cells = 4, 1, -(-(crop + 2) // 4)
-        folded = windows.windows(*there, crop, dtype, (stride, padding, cells))
-        apart = ours.flatten(0, 1).movedim(-1, 1)
-        expected = windows.fold(apart, stride, padding, cells, cells)
-        same.append(torch.equal(folded.flatten(0, 1).movedim(-1, 1), expected))
     return same
 
 
 def test_windows_are_the_cpus_bits() -> None:
     config = load_config([*TINY, "model.crop=67", "data.divide_by=[58.4,57.1,57.4]"])
     (same,) = on_ranks(1, same_windows, config, fresh=True)
-    assert len(same) >= 8
+    assert len(same) >= 4
     assert all(same)
 
 

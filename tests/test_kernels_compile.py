@@ -70,7 +70,6 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
     images = dict.fromkeys(("light", "mean", "divide_by"), wide) | {
         "patches": "u8", "flips": "u8", "inside": "i64", "corners": "i64", "out": narrow,
     }  # fmt: skip
-    cells = {"stride": 4, "padding": 0, "cells": 57, "block": 256}
     weights = {"weight": wide, "velocity": wide, "grad": narrow, "rates": wide, "skip": "fp32"}
     copy = {"narrow": None} if narrow == wide else {}
     fours = {"activation": "tanh", "scale": 2.0, "fours": 64}
@@ -92,7 +91,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
          weights | ({} if copy else {"narrow": narrow}), 8),
         ("fold_kernel", {"h": 227, "w": 227, "stride": 4, "padding": 0, "down": 57, "along": 57,
                          "block": 256}, {"x": narrow, "out": narrow}, 8),
-        ("windows_kernel", {"crop": 227} | cells, images, 8),
+        ("windows_kernel", {"crop": 227, "block": 256}, images, 8),
     ]  # fmt: skip
 
 

@@ -304,10 +304,15 @@ def verify_shards(dataset: Dataset, topology: "Topology") -> None:
                 split.check_shard(number)
         except DatasetError as error:
             wrong = str(error)
-        if wrong := topology.first_said(wrong):
-            damaged = DatasetError(wrong)
-            damaged.on_every_rank = True
-            raise damaged
+        agree(wrong, topology)
+
+
+def agree(wrong: str, topology: "Topology") -> None:
+    """Raises DatasetError on every rank where one has found something wrong. Collective."""
+    if said := topology.first_said(wrong):
+        error = DatasetError(said)
+        error.on_every_rank = True
+        raise error
 
 
 def open_for(config: Config, trained: Path | None = None) -> Dataset:

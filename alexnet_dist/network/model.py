@@ -91,7 +91,7 @@ class Column:
                 window, stride = config.pool
                 pooled = layer in config.pool_after
                 pool = (window, stride, config.round_up) if pooled else None
-                return maps(x, bias, activation, norm, pool)
+                return maps(x, bias, activation, norm, pool, last)
             x = maps(x, bias, None if last else activation, None, None)
         elif not last:
             x = activated(x, activation)
@@ -106,7 +106,7 @@ class Column:
         """Whether a GPU does all of it in the paper's order by one kernel."""
         config, normalises = self.config, layer in self.config.lrn.layers
         return not (
-            layer in (*config.activation_last, *config.pool_average, *config.spatial_norm.layers)
+            layer in (*config.pool_average, *config.spatial_norm.layers)
             or (config.pool_before_lrn and normalises and layer in config.pool_after)
         )
 

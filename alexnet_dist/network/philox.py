@@ -121,7 +121,7 @@ def dropout_mask(
         from alexnet_dist.network.kernels.units import dropout_mask as drawn
 
         now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
-        of = (slots, now, layer, first, count, seed, _DROPOUT, threshold)
+        of = (slots, now, layer, first, count, seed, threshold)
         kept: Tensor = drawn(*of)
         return kept
     values = type(slots) is Tensor  # not a fake one, as a plan's

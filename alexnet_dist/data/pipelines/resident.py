@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, IdArray, Samples, facts_of, to_device
-from alexnet_dist.data.dataset import Dataset, Split
+from alexnet_dist.data.dataset import Dataset, Split, agree
 from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import decoded, fill
 from alexnet_dist.data.preprocess import Finish
@@ -177,10 +177,7 @@ def _decode_all(config: Config, topology: Topology, split: Split, device: torch.
                 list(pool.map(decode, *zip(*shares, strict=True)))
             except DatasetError as error:
                 wrong = str(error)
-            if wrong := topology.first_said(wrong):
-                bad = DatasetError(wrong)
-                bad.on_every_rank = True
-                raise bad
+            agree(wrong, topology)
             if on_device:
                 images[first : part.stop].copy_(into)
             bar.update(len(part))

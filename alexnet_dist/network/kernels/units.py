@@ -114,8 +114,7 @@ def _(
 
 @custom_op("alexnet_dist::dropout_mask", mutates_args=())
 def dropout_mask(
-    slots: Tensor, step: Tensor, layer: int, first: int, count: int, seed: int, purpose: int,
-    threshold: int,
+    slots: Tensor, step: Tensor, layer: int, first: int, count: int, seed: int, threshold: int,
 ) -> Tensor:  # fmt: skip
     """As `philox.dropout_mask`; step: () int64."""
     slots = slots.contiguous()
@@ -128,8 +127,7 @@ def dropout_mask(
 
 @dropout_mask.register_fake
 def _(
-    slots: Tensor, step: Tensor, layer: int, first: int, count: int, seed: int, purpose: int,
-    threshold: int,
+    slots: Tensor, step: Tensor, layer: int, first: int, count: int, seed: int, threshold: int,
 ) -> Tensor:  # fmt: skip
     return slots.new_empty((len(slots), count), dtype=torch.bool)
 

@@ -20,21 +20,14 @@ _BLOCK, _WARPS = 256, 8  # an element a thread, so that neighbours' loads are on
 def windows(
     patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor, mean: Tensor,
     divide_by: Tensor, crop: int, dtype: torch.dtype,
-    folded: tuple[int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `Finish.by_loop`: (n, v, crop, crop, 3).
-
-    Args:
-        folded: (stride, padding, cells): (n, v, cells, cells, 3 · stride²) instead.
-    """
+    """As `Finish.by_loop`: (n, v, crop, crop, 3)."""
     (n, views), rows = flips.shape, patches.contiguous()
-    stride, padding, cells = folded or (1, 0, crop)
-    shape = (n, views, cells, cells, 3 * stride**2)
-    out = torch.empty(shape, dtype=dtype, device=patches.device)
-    windows_kernel[(n * views, triton.cdiv(out[0, 0].numel(), _BLOCK))](
+    out = torch.empty((n, views, crop, crop, 3), dtype=dtype, device=patches.device)
+    windows_kernel[(n * views, triton.cdiv(3 * crop * crop, _BLOCK))](
         rows, inside.contiguous(), corners.contiguous(), flips.contiguous().view(torch.uint8),
         light.contiguous(), mean, divide_by, out, views, rows.shape[1], mean.shape[0], crop,
-        stride, padding, cells, _BLOCK, num_warps=_WARPS,
+        _BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
@@ -63,15 +56,6 @@ def _folded(x: Tensor, stride: int, cells_h: int, cells_w: int) -> Tensor:
 
 
 @triton.jit
-def _unfolded(at, stride: tl.constexpr, padding: tl.constexpr, along: tl.constexpr):
-    """The colour, x and y of elements in a line of (cells, along, 3 · stride²)."""
-    within, cell = at % (3 * stride * stride), at // (3 * stride * stride)
-    x = cell % along * stride + within // 3 % stride - padding
-    y = cell // along * stride + within // (3 * stride) - padding
-    return within % 3, x, y
-
-
-@triton.jit
 def fold_kernel(
     x, out, h: tl.constexpr, w: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr,
     down: tl.constexpr, along: tl.constexpr, block: tl.constexpr,
@@ -80,7 +64,10 @@ def fold_kernel(
     n = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     count: tl.constexpr = down * along * 3 * stride * stride
-    colour, i, j = _unfolded(at, stride, padding, along)
+    within, cell = at % (3 * stride * stride), at // (3 * stride * stride)
+    colour = within % 3
+    i = cell % along * stride + within // 3 % stride - padding
+    j = cell // along * stride + within // (3 * stride) - padding
     inside = (at < count) & (i >= 0) & (i < w) & (j >= 0) & (j < h)
     value = tl.load(x + n * (h * w * 3) + (j * w + i) * 3 + colour, mask=inside, other=0.0)
     tl.store(out + n * count + at, value, mask=at < count)
@@ -89,14 +76,12 @@ def fold_kernel(
 @triton.jit
 def windows_kernel(
     patches, inside, corners, flips, light, mean, divide_by, out, views, side, canvas,
-    crop: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr, cells: tl.constexpr,
-    block: tl.constexpr,
+    crop: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     window = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * block + tl.arange(0, block)  # (cells, cells, 3 · stride²) in a line
-    count: tl.constexpr = cells * cells * 3 * stride * stride
-    colour, x, y = _unfolded(at, stride, padding, cells)
-    known = (at < count) & (x >= 0) & (x < crop) & (y >= 0) & (y < crop)
+    at = tl.program_id(1) * block + tl.arange(0, block)  # (crop, crop, 3) in a line
+    known = at < 3 * crop * crop
+    colour, x, y = at % 3, at // 3 % crop, at // (3 * crop)
     x = tl.where(tl.load(flips + window) != 0, crop - 1 - x, x)
     n = window // views
     row, column = tl.load(inside + 2 * window) + y, tl.load(inside + 2 * window + 1) + x
@@ -107,4 +92,4 @@ def windows_kernel(
     scale = tl.load(divide_by + colour)
     # Plain division of float32 is less exact on a GPU.
     value = lit / scale if m.dtype == tl.float64 else tl.div_rn(lit, scale)
-    tl.store(out + window * count + at, tl.where(known, value, 0.0), mask=at < count)
+    tl.store(out + window * 3 * crop * crop + at, value, mask=known)
