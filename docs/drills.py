@@ -147,16 +147,20 @@ HEADING = (
 
 
 class Ground:
-    """A data set, run folders, and the runs that nothing happens to."""
+    """A data set, run folders, and the runs that nothing happens to.
 
-    def __init__(self, root: Path) -> None:
-        self.root, self._whole = root, dict[str, dict[str, Any]]()
+    Args:
+        settings: of every run, beside RUN's.
+    """
+
+    def __init__(self, root: Path, *settings: str) -> None:
+        self.root, self._settings, self._whole = root, settings, dict[str, dict[str, Any]]()
         prepare("fashion_mnist", few_images(root / "idx"), root / "data", Options(workers=1))
 
     def arguments(self, layout: str, name: str, *more: str) -> list[str]:
         places = [f"data.path={self.root / 'data'}", f"output_dir={self.root / 'runs'}"]
         kind = [f"layout.kind={layout}", f"layout.ranks={LAYOUTS[layout]}", f"name={name}"]
-        return ["train", *RUN, *places, *kind, *more]
+        return ["train", *RUN, *self._settings, *places, *kind, *more]
 
     def folder(self, name: str) -> Path:
         return self.root / "runs" / name
@@ -188,7 +192,7 @@ def gone(run: Started, processes: Sequence[psutil.Process], row: Row) -> None:
     row.left += len(alive)
     for process in alive:
         process.kill()
-    run.process.communicate(timeout=30)
+    run.end()
 
 
 def kills(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:

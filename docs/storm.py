@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import os
@@ -39,7 +40,7 @@ from typing import Any
 
 import psutil
 import torch
-from drills import LAYOUTS, RUN, SAVE, Ground, Row, Started, done, gone, logged, reach
+from drills import LAYOUTS, RUN, SAVE, Ground, Row, Started, gone, logged, reach
 from gpu import between
 from torchvision.io import decode_image
 
@@ -63,6 +64,8 @@ from launch.status import status
 
 ROOT = Path(__file__).parent.parent
 made = SimpleNamespace(**runpy.run_path(str(ROOT / "tests/made.py")))
+sys.path.append(str(ROOT / "tests"))
+forks = importlib.import_module("forks")  # under its own name, by which its processes know it
 ROWS, PAGE = ROOT / "docs/drills.jsonl", ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- made by make docs from drills.jsonl -->\n", "<!-- to here -->\n"
 KILLS, INPUTS = 1000, 1000  # in all; of each reader
@@ -352,6 +355,17 @@ def _read_in_child(read: Callable[[], object], to: int) -> None:
 # --- kills
 
 
+class Forked(Started):
+    """A run of which each process begins with everything imported: seconds of a core less each."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.process = forks.command(arguments, prints=(Path(os.devnull), Path(os.devnull)))
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, and nothing of what it said."""
+        return self.process.wait(timeout=120), ""
+
+
 def kills(ground: Ground, layout: str, numbers: Iterator[int], until: float) -> Tally:
     """SIGKILL of a rank, the launcher or all, in a run that is killed until a moment, then ends."""
     tally, name = Tally(), f"killed-{layout}-{time.monotonic_ns()}"
@@ -359,8 +373,10 @@ def kills(ground: Ground, layout: str, numbers: Iterator[int], until: float) -> 
     ground.whole(layout)
     for number in numbers:
         dice = random.Random(f"kill {layout} {number}")
-        run, saved = Started(ground.arguments(layout, name)), ground.saved(name)
         moment = dice.choice(("starting", "step", "step", "evaluating", "saving"))
+        # A start is to be killed in its imports too.
+        begins = Started if moment == "starting" else Forked
+        run, saved = begins(ground.arguments(layout, name)), ground.saved(name)
         step = saved + dice.randint(1, 7)
         if moment == "evaluating":  # every 15 steps, right after the step is logged
             step = (saved // 15 + 1) * 15
@@ -393,8 +409,9 @@ def kills_of_prepare(ground: Ground, numbers: Iterator[int], until: float) -> Ta
     for number in numbers:
         dice, out = random.Random(f"kill prepare {number}"), ground.root / f"prepared-{number}"
         command = ["prepare", "fashion_mnist", str(ground.root / "idx"), str(out)]
-        run = Started(command)
-        time.sleep(dice.uniform(0.1, 6))
+        fresh = dice.random() < 0.2
+        run = Started(command) if fresh else Forked(command)
+        time.sleep(dice.uniform(0, 6 if fresh else 2))
         processes = run.all() if run.process.poll() is None else []
         whom = dice.choice(("all", "launcher"))
         for victim in processes if whom == "all" else processes[:1]:
@@ -402,9 +419,9 @@ def kills_of_prepare(ground: Ground, numbers: Iterator[int], until: float) -> Ta
                 victim.kill()
         row = Row("kill", "prepare")
         gone(run, processes, row)
-        ended = done(command)
+        code, _ = Forked(command).end()
         same = out.exists() and _hashes(out) == _hashes(ground.root / "data")
-        why = "" if same and ended.returncode == 0 else f"it is not whole: {ended.stderr}"
+        why = "" if same and code == 0 else f"it is not whole: {code}"
         why = why or ("a process is left" if row.left else "")
         tally.add(number, f"preparing, {whom}", why, longest_s=max(row.gone_s))
         identical &= same
@@ -593,7 +610,7 @@ def main() -> int:
     torch.set_num_threads(1)  # a fork of a process whose threads wait for each other would hang
     until = time.monotonic() + options.within
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-storm-") as scratch:
-        ground = Ground(Path(scratch))
+        ground = Ground(Path(scratch), "layout.timeout_s=15")  # others may be at work here
         sound = storm(ground, options, until)
     return 0 if sound else 1
 
