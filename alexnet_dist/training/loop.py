@@ -255,13 +255,13 @@ def _run(
             with TIMELINE.span("data"):
                 decoded = next(batches)
             batch = decoded.joined(counts, topology.column_group)
-            rate, looks = schedule.rate(step), telemetry.looks(step + 1)
-            numbers = engine.train_step(batch, step, rate, looks)
+            rate, keep_gradients = schedule.rate(step), telemetry.histograms_due(step + 1)
+            numbers = engine.train_step(batch, step, rate, keep_gradients)
             pending.append(Pending(step + 1, batch, on_host(numbers)))
             progress.step = step + 1
 
-            # Account for the step before it: a device that is asked for this one's numbers now would
-            # have nothing to do until the next is begun.
+            # Account for the step before it: a device asked for this one's numbers now would have
+            # nothing to do until the next is begun.
             log_now = progress.step % config.log.every_steps == 0
             settle(0 if log_now else 1)
             telemetry.stepped(progress.step, engine)
