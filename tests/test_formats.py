@@ -260,6 +260,9 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     bad.write_bytes(field(100, field(1, b"conv1") + field(7, field(5, b"\0" * 8))))
     with pytest.raises(CheckpointError, match=r"8 bytes for a blob of shape \[0, 0, 0, 0\]"):
         import_weights("caffe", bad, tmp_path / "run", sources)
+    bad.write_bytes(field(100, field(1, b"conv\xff") + field(7, field(5, b"\0" * 8))))
+    with pytest.raises(CheckpointError, match=r"a layer's name is not UTF-8: b'conv\\xff'"):
+        import_weights("caffe", bad, tmp_path / "run", sources)
     bad.write_bytes(b"")
     with pytest.raises(CheckpointError, match="no layer in it has weights"):
         caffe.read_layers(bad)

@@ -305,6 +305,9 @@ BAD = {
     "a flipped PNG": (
         taken(PNG, range(len(PNG) - 20, 0, -1)), "chunk IDAT at byte .* match its checksum"
     ),
+    "a PNG with a chunk of no name": (
+        PNG.replace(b"IEND", b"IE\n\x1b"), r"chunk IE\\n\\x1b at byte .* match its checksum"
+    ),
     "a PNG without its end": (made.encoded(PHOTOGRAPH, "PNG")[:-12], "the PNG is cut short"),
     "a flipped TIFF": (taken(TIFF, range(200, len(TIFF))), "the TIFF is damaged .*: copy it"),
     "int32": (

@@ -43,7 +43,7 @@ def check_png(encoded: bytes) -> None:
         if len(encoded) < end + 4:
             raise ValueError("the PNG is cut short: copy it again from where it came")
         if zlib.crc32(content[at + 4 : end]) != _SIZE.unpack_from(encoded, end)[0]:
-            name = kind.decode("ascii", "backslashreplace")
+            name = ascii(kind.decode("latin-1"))[1:-1]
             raise ValueError(
                 f"the PNG's chunk {name} at byte {at} does not match its checksum: copy it again "
                 "from where it came"

@@ -44,6 +44,9 @@ def read_layers(path: Path) -> dict[str, list[Floats]]:
     layers = {layer.name: layer.blobs for layer in (*net.layers, *net.layer) if layer.blobs}
     if not layers:
         raise CheckpointError(f"{path}: no layer in it has weights: is it a .caffemodel?")
+    for name in layers:
+        if not isinstance(name, str):  # protobuf gives the bytes then
+            raise CheckpointError(f"{path}: a layer's name is not UTF-8: {name!r}")
     return {name: [_array(blob, path) for blob in blobs] for name, blobs in layers.items()}
 
 

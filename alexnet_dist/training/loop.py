@@ -156,6 +156,8 @@ def _run(
     Args:
         decoding: by which pipeline, and why, for the log.
     """
+    # The network, its optimiser and its place in the schedule: new, or as the newest checkpoint has
+    # them.
     split = dataset.splits[config.data.train_split]
     schedule = Schedule.of(config, len(split))
     engine = make_engine(config, topology)
@@ -170,7 +172,8 @@ def _run(
         training_flops(config),
     )  # fmt: skip
 
-    # The slots of each step that this rank and its replica's other columns decode.
+    # Images: step s takes the samples that the seed alone puts at its batch's slots, of which this
+    # rank decodes a share, and has the rest of its replica's batch from the other columns.
     size = config.train.batch
     shares = topology.shares(range(size))
     counts = [len(slots) for slots in shares]
@@ -178,6 +181,8 @@ def _run(
     plan = sampler.plan(progress.step, schedule.last_step, shares[topology.column])
     batches = pipeline.batches(plan)
 
+    # What goes on beside the steps: saving, looking out for ranks that hang, numbers on their way
+    # from the device.
     saver = Saver(lambda: bool(checkpoints.steps(folder.checkpoints)))
     pending: deque[Pending] = deque()
     saved = progress.step, progress.evaluated_step  # what the newest checkpoint holds
@@ -198,12 +203,15 @@ def _run(
     try:
         while True:
             step, epoch = progress.step, progress.step / schedule.steps_per_epoch
+
+            # Is the run to stop, or a save to be tried again? All ranks hear it at the same step.
             signals.cannot_save = saver.failed
             stop = signals.poll(topology)
             if stop == CANNOT_SAVE:
                 topology.decided_by_rank_0(saver.finish)  # raises, unless it now can
                 continue
 
+            # Evaluate. The rate falls where the validation error no longer does (section 5).
             if not stop and progress.evaluation_due(config, schedule):
                 settle(0)
                 with TIMELINE.span("evaluate"):
@@ -220,6 +228,7 @@ def _run(
                     telemetry.evaluation(step, epoch, score, engine)
                     to_draw = True
 
+            # Save what is due, the best so far, and where the run stops or ends.
             finished = progress.finished(config, schedule)
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
@@ -242,14 +251,17 @@ def _run(
             if stop or finished:
                 break
 
+            # One step: windows cut, mirrored and lit; forward, backward, update.
             with TIMELINE.span("data"):
                 decoded = next(batches)
             batch = decoded.joined(counts, topology.column_group)
-            rate, looks = schedule.rate(step), telemetry.looks(step + 1)
-            numbers = engine.train_step(batch, step, rate, looks)
+            rate, keep_gradients = schedule.rate(step), telemetry.histograms_due(step + 1)
+            numbers = engine.train_step(batch, step, rate, keep_gradients)
             pending.append(Pending(step + 1, batch, on_host(numbers)))
             progress.step = step + 1
 
+            # Account for the step before it: a device asked for this one's numbers now would have
+            # nothing to do until the next is begun.
             log_now = progress.step % config.log.every_steps == 0
             settle(0 if log_now else 1)
             telemetry.stepped(progress.step, engine)

@@ -122,7 +122,7 @@ class Telemetry:
     def _cuda(self) -> bool:
         return self._topology.device.type == "cuda"
 
-    def looks(self, step: int) -> bool:
+    def histograms_due(self, step: int) -> bool:
         """Whether gradients of this step are to be kept."""
         every = self._config.log.histograms_every_steps
         return "tensorboard" in self._config.log.to and every > 0 and step % every == 0
@@ -132,7 +132,7 @@ class Telemetry:
         TIMELINE.step()
         with TIMELINE.span("log"):
             self._trace(step)
-            if self.looks(step):
+            if self.histograms_due(step):
                 self._board.histograms(engine, step)
 
     def train(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
