@@ -2,24 +2,33 @@
 here played by calling what it holds."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, on_ranks
 from test_columns import EVERYTHING_ON, VARIANTS
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._C._distributed_c10d import Work
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.engines import ddp
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.network import kernels
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.network import kernels, philox
+from alexnet_dist.network.kernels import lrn_cpu
+from alexnet_dist.network.lrn import _LocalResponseNorm
 from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.parallel.traffic import Traffic
 
 SMALL = [*TINY, "model.conv=[4,6,4,4,4]", "model.fc=[12,12]", "train.batch=2", "layout.kind=one",
          "data.path=none"]  # fmt: skip
@@ -31,11 +40,14 @@ def trained(config: Config, steps: int = 2) -> dict[str, Tensor]:
     return after(engine, batch, steps)
 
 
-def after(engine: TorchEngine, batch: Any, steps: int) -> dict[str, Tensor]:
+def after(
+    engine: TorchEngine, batch: Any, steps: int, last_but_one: Any = None
+) -> dict[str, Tensor]:
     found = {}
     for step in range(steps):
         last = step == steps - 1
-        found[f"numbers/{step}"] = engine.train_step(batch, step, 0.01 * 0.9**step, last)
+        with last_but_one if last_but_one and step == steps - 2 else nullcontext():
+            found[f"numbers/{step}"] = engine.train_step(batch, step, 0.01 * 0.9**step, last)
     found |= {f"gradient/{name}": grad for name, grad in engine.gradients.items()}
     parameters, optimizer = engine.whole_tensors()
     return found | parameters | optimizer | {"logits": engine.predict(batch.windows)}
@@ -183,75 +195,168 @@ def made_batch_of(config: Config) -> Any:
 
 
 class PlayedGraph:
-    """In a CUDA graph's place: what was called in the capture is called again."""
+    """In a CUDA graph's place: operators with the very tensors that they were given once, so that
+    nothing of Python has a say when it is replayed. A collective is an operator as well."""
 
-    captured: Any = None
+    def __init__(self) -> None:
+        self.tape: list[tuple[Any, Any, Any, Any]] = []
 
     def replay(self) -> None:
-        step, given, numbers = self.captured
-        numbers.copy_(step(*given))
+        with torch.no_grad(), _disable_current_modes():
+            for func, args, kwargs, made in self.tape:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                    if isinstance(new, torch.ScriptObject):  # a collective has begun
+                        Work.unbox(new).wait()
+                    elif isinstance(new, Tensor) and not shared(old, new):
+                        old.copy_(new)
+
+
+def shared(old: Tensor, new: Tensor) -> bool:
+    """Whether it was made where it lies already."""
+    return old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self, graph: PlayedGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a step waits for the device"
+        made = func(*args, **(kwargs or {}))
+        if func.namespace != "profiler":
+            self.graph.tape.append((func, args, kwargs or {}, made))
+        return made
+
+
+class Stream:
+    def wait_stream(self, other: object) -> None:
+        pass
 
 
 @contextmanager
-def played(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> Iterator[None]:
-    from alexnet_dist.engines import graph as module
+def played(fails: str = "") -> Iterator[None]:
+    """Steps are captured as played graphs.
 
-    class Stream:
-        def wait_stream(self, other: object) -> None:
-            pass
+    Args:
+        fails: where a capture does, on every rank: at its "begin" or "amid" the backward; or at its
+            "end", on the last rank alone.
+    """
 
     @contextmanager
     def capture(graph: PlayedGraph, **_: object) -> Iterator[None]:
-        if fails:
+        if fails == "begin":
             raise RuntimeError("operation not permitted when stream is capturing")
-        yield
-
-    original = module.CapturedStep._capture
-
-    def captured(self: module.CapturedStep) -> None:
-        original(self)
-        if self.graph is not None:
-            self.graph.captured = self.step, self.given, self.numbers  # type: ignore[attr-defined]
-
-    for name, value in (("CUDAGraph", PlayedGraph), ("graph", capture), ("Stream", Stream),
-                        ("current_stream", Stream)):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
+        with (
+            Recorded(graph),
+            patch.object(_LocalResponseNorm, "backward", amid)
+            if fails == "amid"
+            else nullcontext(),
+        ):
+            yield
+        if fails == "end" and (not dist.is_initialized() or dist.get_rank() > 0):
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     @contextmanager
     def stream(_: object) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(module.CapturedStep, "_capture", captured)
-    yield
+    def amid(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    mask = philox.dropout_mask
+
+    def by_operators(*given: Any) -> Tensor:  # what compiled loops do is not seen
+        with patch.object(torch.compiler, "is_compiling", lambda: True):
+            return mask(*given)
+
+    with (
+        patch.object(torch.cuda, "CUDAGraph", PlayedGraph),
+        patch.object(torch.cuda, "graph", capture),
+        patch.object(torch.cuda, "current_stream", Stream),
+        patch.object(torch.cuda, "stream", stream),
+        patch.object(philox, "dropout_mask", by_operators),
+        patch.object(lrn_cpu, "fits", lambda *_: False),
+        patch.object(ddp, "_WARM_UP_DDP", 3),
+    ):
+        yield
+
+
+def by_graphs(configs: list[Config], fails: str = "") -> list[tuple[Any, Any, list[bool]]]:
+    """Of each, what steps of a graph make, and what others do; and which graphs there were."""
+    found = []
+    for config in configs:
+        topology, made, graphs = connect(config), [], []
+        batch = made_batch(config, topology.device, samples=config.train.batch // topology.replicas)
+        batch.windows.mul_(1 + topology.replica)
+        for captured in (True, False):
+            with played(fails):
+                engine, counted = make_engine(config, topology), Traffic()
+                assert isinstance(engine, TorchEngine)
+                engine.stream = Stream() if captured else None
+                made.append(after(engine, batch, 4, counted))
+                made[-1]["sent"] = torch.tensor(counted.total())
+                graphs = graphs or list(engine.graphs)
+        found.append((*made, graphs))
+    return found
+
+
+FP32 = ["train.precision=fp32", "optimizer.momentum_form=torch"]  # that asks for no value on a CPU
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lars", "adam"])
-def test_a_captured_step_begins_where_it_was(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_captured_step_begins_where_it_was(kind: str) -> None:
     """Warming up changes nothing; gradients are kept when they are asked for; to the bit."""
-    config = load_config([*SMALL, f"optimizer.kind={kind}", "train.precision=fp32"])
-    expected = trained(config, 3)
-    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
-    engine.graphs = {}
-    with played(monkeypatch):
-        ours = after(engine, batch, 3)
-    assert engine.graphs.keys() == {False, True}
+    ((ours, expected, graphs),) = by_graphs(
+        [load_config([*SMALL, *FP32, f"optimizer.kind={kind}"])]
+    )
+    assert graphs == [False, True]
+    assert_equal(ours, expected)
+
+
+LAYOUTS = {
+    2: [["columns"], ["replicas", "train.micro_batches=2"], ["sharded_fc"],
+        ["sharded_fc", "optimizer.kind=lars"]],
+    4: [["columns_x_replicas"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_a_captured_step_of_any_layout_is_its_step(ranks: int) -> None:
+    """To the bit, exchanges and all; what a replay sends is counted."""
+    shared = [*SMALL, *FP32, "train.batch=8", f"layout.ranks={ranks}"]
+    configs = [load_config([*shared, f"layout.kind={kind}", *more])
+               for kind, *more in LAYOUTS[ranks]]  # fmt: skip
+    for found in on_ranks(ranks, by_graphs, configs):
+        for ours, expected, graphs in found:
+            assert graphs == [False, True]
+            assert ours["sent"] > 0
+            assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("fails", ["begin", "amid", "end"])
+def test_ranks_of_which_one_cannot_capture_go_on_without(fails: str) -> None:
+    config = load_config([*SMALL, *FP32, "layout.kind=replicas", "layout.ranks=2", "train.batch=4"])
+    for ((ours, expected, graphs),) in on_ranks(2, by_graphs, [config], fails):
+        assert graphs == []
+        assert_equal(ours, expected)
+
+
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(ours[name], value), name
 
 
 def test_a_step_that_cannot_be_captured_is_made_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = load_config([*SMALL, "train.precision=fp32"])
-    expected = trained(config)
-    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
-    engine.graphs = {}
-    with played(monkeypatch, fails=True):
-        ours = after(engine, batch, 2)
-    assert furthest(ours, expected) == 0
-    assert "could not be captured" in caplog.text
+    ((ours, expected, graphs),) = by_graphs([load_config([*SMALL, *FP32])], "begin")
+    assert graphs == []
+    assert_equal(ours, expected)
+    assert "could not be captured as a CUDA graph" in caplog.text
+    assert "not permitted" in caplog.text
     assert "train.execution=fused" in caplog.text
 
 

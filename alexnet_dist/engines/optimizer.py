@@ -141,14 +141,11 @@ class Optimizer:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, of this rank's parts of the parameters."""
-        self.optimizer.state.clear()
+        """Take over what `tensors` gave, of this rank's parts of the parameters; where it lies, a
+        captured step goes on reading it."""
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
-            parameter = self.parameters[name]
-            kept = torch.empty_like(parameter) if value.dim() else torch.empty_like(value)
-            kept = kept.to(parameter.device)
-            self.optimizer.state[parameter][kind] = kept.copy_(value)
+            self.optimizer.state[self.parameters[name]][kind].copy_(value)
 
     def state_tensors(self) -> list[Tensor]:
         """All that a step changes: weights, their narrow copies, and the optimiser's state."""
