@@ -13,6 +13,7 @@ from conftest import TINY, on_ranks
 from test_columns import EVERYTHING_ON, VARIANTS
 from torch import Tensor
 from torch._C._distributed_c10d import Work
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -24,9 +25,11 @@ from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines import ddp
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
+from alexnet_dist.engines.sharded_fc import ShardedFcEngine
 from alexnet_dist.network import kernels, philox
 from alexnet_dist.network.kernels import lrn_cpu
 from alexnet_dist.network.lrn import _LocalResponseNorm
+from alexnet_dist.parallel.layouts import columns_of, ranks_wanted
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.parallel.traffic import Traffic
 
@@ -158,22 +161,29 @@ class HostCopies(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        [], ["train.micro_batches=2"], ["optimizer.kind=lars"],
-        ["train.precision=fp32", "optimizer.momentum_form=torch"],
-    ],
-)  # fmt: skip
+WITHOUT_VALUES = [
+    [], ["train.micro_batches=2"], ["optimizer.kind=lars"],
+    ["train.precision=fp32", "optimizer.momentum_form=torch"],
+    ["layout.kind=columns"], ["layout.kind=sharded_fc"],
+    ["layout.kind=sharded_fc", "optimizer.kind=lars", "train.micro_batches=2"],
+    ["layout.kind=columns_x_replicas", "layout.ranks=4"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WITHOUT_VALUES)
 def test_a_step_can_be_captured(way: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that has no values, nothing goes by values, or to and from the host."""
     config = load_config(["layout.kind=one", "train.batch=4", *way])
     monkeypatch.setattr(kernels, "fused", lambda execution, device: True)
-    with torch.device("meta"):
-        engine = TorchEngine(config, Topology(device=torch.device("meta")), drawn=False)
+    monkeypatch.setattr(TorchEngine, "replicate", lambda self, group: self.model)
+    with in_a_world_of(ranks_wanted(config, gpus=0)), torch.device("meta"):
+        made = ShardedFcEngine if config.layout.kind == "sharded_fc" else TorchEngine
+        engine = made(config, topology_of(config), drawn=False)
         batch, copies = made_batch_of(config), HostCopies()
         now, rate = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-        with copies:
+        with copies, pytest.MonkeyPatch.context() as made_of_values:
+            for name in ("tensor", "as_tensor", "from_numpy"):  # operators do not show these
+                made_of_values.delattr(torch, name)
             numbers = engine._step(batch, now, rate, True)
             with pytest.raises(RuntimeError, match="meta"):
                 numbers[0].item()
@@ -182,12 +192,41 @@ def test_a_step_can_be_captured(way: list[str], monkeypatch: pytest.MonkeyPatch)
     assert engine.gradients.keys() == dict(engine.model.named_parameters()).keys()
 
 
+@contextmanager
+def in_a_world_of(ranks: int) -> Iterator[None]:
+    """As the last of so many processes, that exchange nothing."""
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def topology_of(config: Config) -> Topology:
+    """This process's place, on a device that has no values."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    columns = columns_of(config)
+
+    def group(ranks: range) -> Any:
+        return dist.new_group(list(ranks), backend="fake") if len(ranks) > 1 else None
+
+    return Topology(
+        global_rank=world - 1, world_size=world, columns=columns, device=torch.device("meta"),
+        column_group=group(range(world - columns, world)),
+        replica_group=group(range(columns - 1, world, columns)),
+    )  # fmt: skip
+
+
 def made_batch_of(config: Config) -> Any:
     """A batch of the device and mode around."""
     from alexnet_dist.data.batch import Batch
     from alexnet_dist.network.precision import DTYPES
 
-    n, side = config.train.batch, config.model.crop
+    replicas = config.layout.ranks // columns_of(config) if config.layout.ranks else 1
+    n, side = config.train.batch // replicas, config.model.crop
     windows = torch.empty(n, 3, side, side, dtype=DTYPES[config.train.precision])
     windows = windows.contiguous(memory_format=torch.channels_last)
     ids = torch.empty(n, dtype=torch.int64)
