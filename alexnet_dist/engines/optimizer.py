@@ -48,6 +48,8 @@ class Optimizer:
             self.optimizer = torch.optim.Adam(
                 groups, betas=betas, eps=config.eps, fused=True, capturable=narrow is not None
             )
+            # torch would warn of steps that are not captured: those before the capture are not.
+            self.optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
         else:
             self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
         self.parameters = dict(named)
@@ -82,6 +84,8 @@ class Optimizer:
 
     def prepare(self, rate: float | Tensor, skip: Tensor) -> None:
         """All of a step but the update itself."""
+        if self.config.kind == "adam" and self.narrow is not None:
+            rate = self._for_adam(rate)
         for group, biases in zip(self.optimizer.param_groups, (False, True), strict=True):
             decay = self.config.weight_decay * (self.config.bias_decay or not biases)
             bias_rate = self.config.bias_rate if biases else 1.0
@@ -90,6 +94,14 @@ class Optimizer:
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
         if self.config.kind == "lars":
             self._scale_layers(rate if self.velocity else 1.0)
+
+    def _for_adam(self, rate: float | Tensor) -> float | Tensor:
+        """As torch's Adam takes it on a GPU: a tensor of float32, and the same of a number, so that
+        a captured step is equal to the bit to one that is not."""
+        device = next(iter(self.parameters.values())).device
+        if device.type == "cpu":
+            return rate
+        return rate.float() if isinstance(rate, Tensor) else torch.full((), rate, device=device)
 
     def narrow_all(self) -> None:
         """Bring the narrow copies up to date with the weights."""
