@@ -23,9 +23,11 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines import ddp
+from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.sharded_fc import ShardedFcEngine
+from alexnet_dist.engines.zero import ZeroEngine
 from alexnet_dist.network import kernels, philox
 from alexnet_dist.network.kernels import lrn_cpu
 from alexnet_dist.network.lrn import _LocalResponseNorm
@@ -43,15 +45,14 @@ def trained(config: Config, steps: int = 2) -> dict[str, Tensor]:
     return after(engine, batch, steps)
 
 
-def after(
-    engine: TorchEngine, batch: Any, steps: int, last_but_one: Any = None
-) -> dict[str, Tensor]:
+def after(engine: Engine, batch: Any, steps: int, last_but_one: Any = None) -> dict[str, Tensor]:
     found = {}
     for step in range(steps):
         last = step == steps - 1
         with last_but_one if last_but_one and step == steps - 2 else nullcontext():
             found[f"numbers/{step}"] = engine.train_step(batch, step, 0.01 * 0.9**step, last)
-    found |= {f"gradient/{name}": grad for name, grad in engine.gradients.items()}
+    gradients = getattr(engine, "gradients", {})  # ZeRO keeps none
+    found |= {f"gradient/{name}": grad for name, grad in gradients.items()}
     parameters, optimizer = engine.whole_tensors()
     return found | parameters | optimizer | {"logits": engine.predict(batch.windows)}
 
@@ -274,6 +275,33 @@ class Recorded(TorchDispatchMode):
         return made
 
 
+def played_callables(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """In the place of torch.cuda.make_graphed_callables."""
+    given, parameters = [tensor.clone() for tensor in example], tuple(module.parameters())
+    forward, backward = PlayedGraph(), PlayedGraph()
+    with Recorded(forward):
+        made = module(*given)
+    above = torch.empty_like(made)
+    with Recorded(backward):
+        gradients = torch.autograd.grad(made, parameters, above)
+
+    class Graphed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *now: Tensor) -> Tensor:
+            for mine, theirs in zip(given, now, strict=False):
+                mine.copy_(theirs)
+            forward.replay()
+            return made.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            above.copy_(grads[0])
+            backward.replay()
+            return *[None] * len(given), *(gradient.detach() for gradient in gradients)
+
+    return lambda *now: Graphed.apply(*now, *parameters)
+
+
 class Stream:
     def wait_stream(self, other: object) -> None:
         pass
@@ -317,6 +345,7 @@ def played(fails: str = "") -> Iterator[None]:
 
     with (
         patch.object(torch.cuda, "CUDAGraph", PlayedGraph),
+        patch.object(torch.cuda, "make_graphed_callables", played_callables),
         patch.object(torch.cuda, "graph", capture),
         patch.object(torch.cuda, "current_stream", Stream),
         patch.object(torch.cuda, "stream", stream),
@@ -376,6 +405,34 @@ def test_a_captured_step_of_any_layout_is_its_step(ranks: int) -> None:
         for ours, expected, graphs in found:
             assert graphs == [False, True]
             assert ours["sent"] > 0
+            assert_equal(ours, expected)
+
+
+def by_zero(configs: list[Config]) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Of each, what steps whose forward and backward are graphs make, and what others do."""
+    found = []
+    for config in configs:
+        topology, made = connect(config), []
+        batch = made_batch(config, topology.device, samples=config.train.batch // topology.replicas)
+        batch.windows.mul_(1 + topology.replica)
+        for captured in (True, False):
+            with played():
+                engine = make_engine(config, topology)
+                assert isinstance(engine, ZeroEngine)
+                if captured:
+                    engine._capture()
+                assert ("forward" in vars(engine.model)) is captured
+                made.append(after(engine, batch, 3))
+        found.append((made[0], made[1]))
+    return found
+
+
+def test_graphs_up_to_the_step_of_zero_are_its_step() -> None:
+    kinds = (["zero1"], ["zero2"], ["zero1", "train.precision=bf16"])
+    configs = [load_config([*SMALL, *FP32, "train.batch=4", f"layout.kind={kind}", "layout.ranks=2",
+                            *more]) for kind, *more in kinds]  # fmt: skip
+    for found in on_ranks(2, by_zero, configs):
+        for ours, expected in found:
             assert_equal(ours, expected)
 
 

@@ -22,7 +22,7 @@ from alexnet_dist.engines.base import (
     squared_norm,
     with_damaged,
 )
-from alexnet_dist.engines.graph import CapturedStep, beside, stream_for
+from alexnet_dist.engines.graph import CapturedStep, beside, captures
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet, Layer
@@ -53,8 +53,8 @@ class TorchEngine:
         self.optimizer = Optimizer(config.optimizer, parameters, self.whole_sums, narrow)
         self.gradients: dict[str, Tensor] = {}
         self.graphs: dict[bool, CapturedStep] = {}
-        # Where it is None, nothing is captured.
-        self.stream = stream_for(config.train.execution, topology.device) if self.fused else None
+        graph = self.fused and captures(config.train.execution, topology.device)
+        self.stream = torch.cuda.Stream() if graph else None  # None: nothing is captured
         self.network = self._connected()
 
     def train_step(

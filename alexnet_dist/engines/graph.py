@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.parallel.traffic import Traffic
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 Step = Callable[[Batch, Tensor, Tensor], Tensor]  # of a batch, step number and rate: its numbers
 
 
-def stream_for(execution: str, device: torch.device) -> torch.cuda.Stream | None:
-    """A stream to capture steps on; None where they are launched kernel by kernel."""
-    return torch.cuda.Stream() if execution == "graph" and device.type == "cuda" else None
+def captures(execution: str, device: torch.device) -> bool:
+    """Whether steps are captured: on GPUs, whose ranks exchange over NCCL."""
+    return execution == "graph" and device.type == "cuda"
 
 
 @contextlib.contextmanager
@@ -85,11 +85,7 @@ class CapturedStep:
                 self.numbers = step(*self.given)
             self.graph = graph
         except RuntimeError as error:
-            first = error.__context__ or error  # that of ending a broken capture comes later
-            log.warning(
-                "the step could not be captured as a CUDA graph, and is launched kernel by kernel: "
-                f"{' '.join(str(first).split())}; train.execution=fused does without"
-            )
+            _warn(error)
         with torch.no_grad():
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
@@ -105,3 +101,48 @@ class CapturedStep:
             self.graph.replay()
             self.traffic.again()
             return self.numbers.clone()
+
+
+class _Bare(nn.Module):
+    """A module less the hooks that were set on it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Tensor) -> Tensor:
+        made: Tensor = type(self.module).forward(self.module, *given)
+        return made
+
+
+def capture_forward(module: nn.Module, *example: Tensor) -> None:
+    """Make a module's forward in training a CUDA graph, and its backward another, for an engine
+    whose own part cannot be captured; warns where that fails.
+
+    A second backward would write where the gradients of the first one are.
+
+    Args:
+        example: what it is always given, as these are; parameters stay where they lie.
+    """
+    plain = module.forward
+    module.train()
+    try:
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves another
+            graphs = torch.cuda.make_graphed_callables(_Bare(module), example)
+    except RuntimeError as error:
+        _warn(error)
+        return
+
+    def forward(*given: Tensor) -> Tensor:
+        made: Tensor = (graphs if module.training else plain)(*given)
+        return made
+
+    module.forward = forward  # type: ignore[method-assign]
+
+
+def _warn(error: RuntimeError) -> None:
+    first = error.__context__ or error  # that of ending a broken capture comes later
+    log.warning(
+        "the step could not be captured as a CUDA graph, and is launched kernel by kernel: "
+        f"{' '.join(str(first).split())}; train.execution=fused does without"
+    )
