@@ -25,6 +25,7 @@ from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines import ddp
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.sharded_fc import ShardedFcEngine
 from alexnet_dist.engines.zero import ZeroEngine
@@ -246,6 +247,9 @@ class PlayedGraph:
     def __init__(self) -> None:
         self.tape: list[tuple[Any, Any, Any, Any]] = []
 
+    def reset(self) -> None:
+        self.tape.clear()
+
     def replay(self) -> None:
         with torch.no_grad(), _disable_current_modes():
             for func, args, kwargs, made in self.tape:
@@ -386,6 +390,22 @@ def test_a_captured_step_begins_where_it_was(kind: str) -> None:
     )
     assert graphs == [False, True]
     assert_equal(ours, expected)
+
+
+def test_graphs_are_given_up_before_ranks_part() -> None:
+    """While one that exchanges is there, NCCL waits for it."""
+    config = load_config([*SMALL, *FP32])
+    with played():
+        engine, batch = (
+            TorchEngine(config, connect(config)),
+            made_batch(config, torch.device("cpu")),
+        )
+        engine.stream = Stream()
+        engine.train_step(batch, 0, 0.01)
+        (graph,) = [step.graph for step in engine.graphs.values()]
+        assert graph.tape
+        release()
+    assert not graph.tape
 
 
 LAYOUTS = {

@@ -6,14 +6,18 @@ well, and become part of the graph. What that means for who waits for them:
 - torch's process groups look after no exchange of a graph. A rank that waits for another for good
   does so where it reads a step's numbers, and `training.watchdog` ends it.
 - Graphs and single exchanges may use the same communicators in turn (NCCL_GRAPH_MIXING_SUPPORT).
+- NCCL ends no communicator that a graph holds, and waits for good: `release` comes first.
 - Python does not run again. `Traffic` is told what each replay sends; spans of time inside a step
   are not seen, and all of it counts for `step`.
 """
 
+import atexit
 import contextlib
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,6 +88,7 @@ class CapturedStep:
             ):
                 self.numbers = step(*self.given)
             self.graph = graph
+            _CAPTURED.add(self)
         except RuntimeError as error:
             _warn(error)
         with torch.no_grad():
@@ -101,6 +106,18 @@ class CapturedStep:
             self.graph.replay()
             self.traffic.again()
             return self.numbers.clone()
+
+
+_CAPTURED: weakref.WeakSet[CapturedStep] = weakref.WeakSet()
+
+
+@atexit.register
+def release() -> None:
+    """Give up all captured steps of this process, for it to leave the other ranks."""
+    for step in _CAPTURED:
+        if step.graph is not None:
+            step.graph.reset()
+            step.graph = None
 
 
 class _Bare(nn.Module):
@@ -133,11 +150,10 @@ def capture_forward(module: nn.Module, *example: Tensor) -> None:
         _warn(error)
         return
 
-    def forward(*given: Tensor) -> Tensor:
-        made: Tensor = (graphs if module.training else plain)(*given)
-        return made
+    def forward(*given: Tensor) -> Any:
+        return graphs(*given) if module.training else plain(*given)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 def _warn(error: RuntimeError) -> None:

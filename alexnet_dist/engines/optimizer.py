@@ -49,7 +49,7 @@ class Optimizer:
                 groups, betas=betas, eps=config.eps, fused=True, capturable=narrow is not None
             )
             # torch would warn of steps that are not captured: those before the capture are not.
-            self.optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]
+            self.optimizer._warned_capturable_if_run_uncaptured = True
         else:
             self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
         self.parameters = dict(named)
