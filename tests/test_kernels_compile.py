@@ -82,7 +82,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("units_backward_kernel", fours | {"has_bias": True, "rows": 8}, values | drawn, 2),
         ("ranks_kernel", {"block": 1024},
          {"logits": narrow, "labels": "i64", "losses": wide, "ranks": "i64", "log_sums": wide}, 4),
-        ("counts_kernel", {"rows": 128},
+        ("counts_kernel", {"n": 300, "rows": 128},
          {"losses": wide, "ranks": "i64", "loss": wide, "counts": "fp64"}, 4),
         ("scores_backward_kernel", {"block": 1024},
          {"grad": wide, "logits": narrow, "labels": "i64", "log_sums": wide, "out": narrow}, 4),

@@ -95,8 +95,8 @@ def ranks_kernel(logits, labels, losses, ranks, log_sums, classes, block: tl.con
     tl.store(log_sums + row, log_sum)
 
 
-@triton.jit(do_not_specialize=["n"])
-def counts_kernel(losses, ranks, loss, counts, n, rows: tl.constexpr):
+@triton.jit
+def counts_kernel(losses, ranks, loss, counts, n: tl.constexpr, rows: tl.constexpr):
     """Sums over a batch, in a fixed order."""
     total = tl.zeros((rows,), losses.dtype.element_ty)
     first, among = tl.zeros((rows,), tl.int64), tl.zeros((rows,), tl.int64)
