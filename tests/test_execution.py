@@ -114,7 +114,7 @@ def test_a_network_of_kernels_is_that_of_operators(monkeypatch: pytest.MonkeyPat
         bound = 1e-12 if config.train.precision == "fp64" else 2e-5
         assert furthest(ours, expected) < bound, config.train
         wanted = {"maps", "maps_backward", "units", "units_backward", "fold",
-                  "scores", "scores_backward"}  # fmt: skip
+                  "scores", "scores_backward", "judged"}  # fmt: skip
         wanted |= {"sgd_update"} if config.optimizer.kind != "adam" else set()
         assert wanted <= {name.partition("::")[2] for name in launched}
 

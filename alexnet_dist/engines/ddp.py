@@ -95,21 +95,22 @@ class TorchEngine:
         self, batch: Batch, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
     ) -> Tensor:
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
-        stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        stats: Tensor | None = None
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
             with self.summing(part == parts):
                 with TIMELINE.span("forward"):
                     logits = self.network(windows, slots, step)
                     loss, counts = scored(logits, labels, self.fused)
                 with TIMELINE.span("backward"):
-                    (loss * (scale / self.config.train.batch)).backward()
-            stats = stats + counts
+                    loss.backward(_filled(loss, scale / self.config.train.batch))
+            stats = counts if stats is None else stats + counts
+        assert stats is not None
         if keep_gradients:
             self.gradients = self._copied(scale)
         with TIMELINE.span("optimizer"):
             stats = with_damaged(stats, batch)
             self.total(stats)
-            self.optimizer.step(rate, skip=judged(stats, scale))
+            self.optimizer.step(rate, skip=judged(stats, scale, self.fused))
         return stats
 
     def total(self, stats: Tensor) -> None:
@@ -264,3 +265,10 @@ class TorchEngine:
 
     def _rows(self, name: str) -> slice:
         return self._layer(name).rows
+
+
+def _filled(like: Tensor, value: float | Tensor) -> Tensor:
+    """A tensor of this value."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+    return torch.full_like(like, value)

@@ -63,6 +63,8 @@ class Optimizer:
                 else like.new_zeros((), dtype=torch.float32)
             )
             self.optimizer.state[like][kind] = value
+        self.dtype = next(iter(self.parameters.values())).dtype
+        self.fixed, self.scaled = self._rates()
 
     @property
     def velocity(self) -> bool:
@@ -74,12 +76,12 @@ class Optimizer:
 
     def step(self, rate: float | Tensor, skip: Tensor) -> None:
         """Update the parameters; not at all where `skip` (float32, on the device) is not 0."""
-        self.prepare(rate, skip)
         if self.narrow is None or self.config.kind == "adam":
+            self.prepare(rate, skip)
             self.optimizer.step()
             self.narrow_all()
         else:
-            self._update(skip)
+            self._update(rate, skip)
         self.optimizer.zero_grad(set_to_none=True)
 
     def prepare(self, rate: float | Tensor, skip: Tensor) -> None:
@@ -109,25 +111,38 @@ class Optimizer:
             for name, copy in (self.narrow or {}).items():
                 copy.copy_(self.parameters[name])
 
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        """(2, 3) each: rate, decay and momentum of weights and of biases: what is fixed of them,
+        and what is to be multiplied by the schedule's rate."""
+        config, device = self.config, next(iter(self.parameters.values())).device
+        of_weights = 0.0 if config.kind == "lars" else config.weight_decay  # it is in the gradient
+        groups = ((1.0, of_weights), (config.bias_rate, config.weight_decay * config.bias_decay))
+        if self.velocity:
+            fixed = [[rate, 0.0, config.momentum] for rate, _ in groups]
+            scaled = [[0.0, decay, 0.0] for _, decay in groups]
+        else:
+            fixed = [[0.0, decay, config.momentum] for _, decay in groups]
+            scaled = [[rate, 0.0, 0.0] for rate, _ in groups]
+        wide = torch.float64
+        return (
+            torch.tensor(fixed, dtype=wide, device=device),
+            torch.tensor(scaled, dtype=wide, device=device),
+        )
+
     @torch.no_grad()
-    def _update(self, skip: Tensor) -> None:
+    def _update(self, rate: float | Tensor, skip: Tensor) -> None:
         """v ← momentum · v + (g + decay · w), w ← w − rate · v, in one pass over each parameter."""
         from alexnet_dist.network.kernels.update import sgd_update
 
         assert self.narrow is not None
-        rates: dict[Tensor, Tensor] = {}
-        for group in self.optimizer.param_groups:
-            numbers = (group["lr"], group["weight_decay"], self.config.momentum)
-            like = group["params"][0]
-            parts = [n if isinstance(n, Tensor) else like.new_full((), n) for n in numbers]
-            of_group = torch.stack([part.to(like.dtype) for part in parts])
-            rates |= dict.fromkeys(group["params"], of_group)
+        if self.config.kind == "lars":
+            self._scale_layers(rate if self.velocity else 1.0)
+        of_weights, of_biases = (self.fixed + self.scaled * rate).to(self.dtype)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
             assert parameter.grad is not None
-            sgd_update(
-                parameter, velocity, parameter.grad, self.narrow.get(name), rates[parameter], skip
-            )
+            rates = of_biases if name.endswith(".bias") else of_weights
+            sgd_update(parameter, velocity, parameter.grad, self.narrow.get(name), rates, skip)
 
     @torch.no_grad()
     def _scale_layers(self, scale: float | Tensor) -> None:
