@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from alexnet_dist import bench
 from alexnet_dist.bench import end_to_end, step
 from alexnet_dist.bench.data import index_cost
 from alexnet_dist.bench.layouts import bench_layouts
-from alexnet_dist.bench.step import Eager, graphed, plain
+from alexnet_dist.bench.step import Eager, graphed, grouped, kernel_lines, plain
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
@@ -198,13 +199,62 @@ def test_a_steps_operators_add_up(capfd: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capfd.readouterr().out)
     times = [us for _, us, _, _ in found["kernels"]]
     assert times == sorted(times, reverse=True)
-    counted = {name: counts for name, _, _, counts in found["kernels"]}
-    assert counted["aten::addmm"]
-    assert counted["aten::convolution_backward"]
-    assert not counted["aten::_fused_sgd_"]
+    group = {name: of for name, _, _, of in found["kernels"]}
+    assert group["aten::addmm"] == "products"
+    assert group["aten::convolution_backward"] == "convolutions"
+    assert group["aten::_fused_sgd_"] == "update"
     assert 0 < found["ratios"]["convolutions and products / all"] < 1
     assert main(few) == 0
-    assert " × aten::convolution_backward\n" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "  convolutions               aten::convolution_backward\n" in printed
+    assert re.search(r"convolutions and products are \d+% of the kernels' time", printed)
+
+
+PROFILE = [  # names as profilers of GPUs print them, shortened; µs and calls a step; group
+    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", 400, 10,
+     "convolutions"),
+    ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16_128x128>(…)",
+     350, 8, "convolutions"),
+    ("sm90_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", 450, 10,
+     "convolutions"),
+    ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", 200, 9, "products"),
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>(…)", 5, 2, "products"),
+    ("pooled_kernel", 60, 6, "passes over maps and units"),
+    ("pooled_backward_kernel", 80, 6, "passes over maps and units"),
+    ("maps_backward_kernel", 20, 4, "passes over maps and units"),
+    ("units_kernel", 10, 3, "passes over maps and units"),
+    ("ranks_kernel", 3, 1, "passes over maps and units"),
+    ("fold_kernel", 20, 1, "passes over maps and units"),
+    ("sgd_kernel", 290, 16, "update"),
+    ("void at::native::multi_tensor_apply_kernel<…, FusedAdamMathFunctor<float, 4>…>", 1, 1,
+     "update"),
+    ("Memcpy DtoD (Device -> Device)", 12, 5, "copies"),
+    ("Memset (Device)", 2, 3, "copies"),
+    ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<…>", 8, 10, "copies"),
+    ("void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, …>(…)", 6, 2, "copies"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<double>…>", 3, 5,
+     "copies"),
+    ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda…>", 5, 4,
+     "copies"),
+    ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 70, 3,
+     "communication"),
+    ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float…>>", 5, 2, "others"),
+]  # fmt: skip
+
+
+def test_kernels_of_a_made_up_profile_are_grouped() -> None:
+    found = grouped([kernel[:3] for kernel in PROFILE], "cuda", elapsed=2500)
+    assert {name: of for name, _, _, of in found["kernels"]} == {k[0]: k[3] for k in PROFILE}
+    assert found["kernels"][0][1] == 450
+    assert found["groups"]["update"] == (291, 17)
+    assert found["ratios"]["convolutions and products / all"] == pytest.approx(1405 / 2000)
+    assert found["ratios"]["convolutions and products / elapsed"] == pytest.approx(1405 / 2500)
+    assert sum(found["ratios"][f"{name} / all"] for name in found["groups"]) == pytest.approx(1)
+    printed = kernel_lines(found)
+    assert (
+        "convolutions and products are 70% of the kernels' time, and 56% of the step's" in printed
+    )
+    assert "       70     3.0   3.5%  communication\n" in printed
 
 
 @pytest.mark.drill

@@ -24,6 +24,7 @@ from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.resident import hold
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engines.base import Engine, check_values, on_host
+from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import (
@@ -143,6 +144,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
         raise said from error
     finally:
         folder.close()
+    release()
     leave()
     return outcome
 
