@@ -352,7 +352,7 @@ def test_what_decodes_as_nothing_is_named(stored: dict[str, Path], tmp_path: Pat
     index = split.index[:4].copy()
     index["offset"], index["size"] = 0, shard.stat().st_size
     index["crc32"] = zlib.crc32(shard.read_bytes())
-    bad = dataclasses.replace(split, shards=(shard,), index=index, _files={})
+    bad = dataclasses.replace(split, shards=(shard,), index=index)
     for kind in PIPELINES:
         config = config_of(stored["256"], f"data.pipeline={kind}", "train.batch=4")
         ours = dataclasses.replace(dataset, splits={"train": bad})
@@ -377,7 +377,7 @@ def test_an_image_larger_than_its_index_says_is_not_decoded(
     for sample, size in ((2, 256), (5, 30_000)):  # the second index agrees with its header
         index[sample] = (1, 0, len(bomb), 0, zlib.crc32(bomb), size, size)
     bad = dataclasses.replace(
-        split, shards=(*split.shards, tmp_path / "shard.tar"), index=index, _files={}
+        split, shards=(*split.shards, tmp_path / "shard.tar"), index=index
     )
     with pytest.raises(DatasetError, match=r"sample 2 .*header says 30000 × 30000 .* 256 × 256"):
         bad.read(2)

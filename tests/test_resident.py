@@ -97,8 +97,10 @@ def test_a_split_is_decoded_once_whoever_asks(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = []
-    decode = resident.decoded
-    monkeypatch.setattr(resident, "decoded", lambda *a: times.append(a[1]) or decode(*a))
+    decode = resident.Decoder.__call__
+    monkeypatch.setattr(
+        resident.Decoder, "__call__", lambda *a: times.extend(a[1].tolist()) or decode(*a)
+    )
     config = load_config([*TINY, f"data.path={packed}", "data.pipeline=resident"])
     dataset = open_for(config)
     for _ in range(3):

@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, IdArray, Samples, facts_of, to_device
-from alexnet_dist.data.dataset import Dataset, Split, agree
+from alexnet_dist.data.batch import Decoded, Samples, facts_of, to_device
+from alexnet_dist.data.dataset import Dataset, IdArray, Split, agree
 from alexnet_dist.data.loops import cut
-from alexnet_dist.data.pipelines.torch_pipeline import decoded, fill
+from alexnet_dist.data.pipelines.torch_pipeline import Decoder
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.errors import DatasetError, MachineError
 from alexnet_dist.network.flops import multiply_adds
@@ -146,19 +146,17 @@ def _decode_all(config: Config, topology: Topology, split: Split, device: torch.
     """Every image of a split on the canvas. Ranks meet after each part, so that many images outlast
     no timeout."""
     side, threads = config.data.canvas, config.data.workers or topology.cores
-    split = dataclasses.replace(split, _files={})  # its own files, to close
+    split = dataclasses.replace(split)  # with files of its own, to close
     images = torch.empty((len(split), side, side, 3), dtype=torch.uint8, device=device)
     read, damaged = np.arange(len(split)), dict[int, str]()
     size = max(threads, _CHUNK // (3 * side**2))
-    on_device = device.type != "cpu"
+    on_device, decoder = device.type != "cpu", Decoder(split, side)
     buffer = torch.empty((size, side, side, 3), dtype=torch.uint8) if on_device else images[:0]
 
     def decode(samples: range, into: Tensor) -> None:
-        for sample, image in zip(samples, into.numpy(), strict=True):
-            other, encoded, why = split.whole(sample)
-            if why:
-                read[sample], damaged[sample] = other, why
-            fill(image, decoded(split, other, encoded, side))
+        read[samples], encoded, why = split.whole(np.array(samples))
+        damaged.update({samples[place]: words for place, words in why.items()})
+        decoder(read[samples], encoded, np.zeros((len(samples), 2), np.int64), into)
 
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
