@@ -219,17 +219,16 @@ class GpuDecoders:
 @functools.cache
 def gpu_decoders(device: int) -> GpuDecoders:
     """Found out by decoding an image with each; a warning where there is none."""
-    from nvidia import nvimgcodec
-
     found, lack = list[bool](), ""
     for kinds in (("HW_GPU_ONLY",), ("HYBRID_CPU_GPU", "GPU_ONLY")):
-        backends = [nvimgcodec.Backend(getattr(nvimgcodec.BackendKind, kind)) for kind in kinds]
         try:
-            decoder = nvimgcodec.Decoder(
-                device_id=device, backends=backends, options=":fancy_upsampling=1"
-            )
+            from nvidia import nvimgcodec as codec
+
+            backends = [codec.Backend(getattr(codec.BackendKind, kind)) for kind in kinds]
+            how = {"backends": backends, "options": ":fancy_upsampling=1"}
+            decoder = codec.Decoder(device_id=device, **how)
             found.append(decoder.decode(_encoded().tobytes()) is not None)
-        except RuntimeError as error:
+        except (ImportError, AttributeError, RuntimeError) as error:
             found.append(False)
             lack = " ".join(str(error).split())[:200]
     hardware, cores = found
