@@ -125,8 +125,7 @@ class DaliPipeline:
             "jpeg_fancy_upsampling": True,  # as libjpeg does; nvJPEG's default is cruder
         }
         if gpu := self.device.type == "cuda":
-            hardware = gpu_decoders(self.device.index or 0).hardware
-            how |= {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE if hardware else 0.0}
+            how |= on_a_gpu(self.device)
         resizes, cuts = self.canvases.resizes, self.canvases.cuts
         with graph:
             dtype = types.DALIDataType
@@ -214,6 +213,12 @@ class GpuDecoders:
     def __str__(self) -> str:
         by = ["its JPEG decoder"] * self.hardware + ["its CUDA cores"] * self.cores
         return f"on the GPU, by {' and '.join(by)}" if by else "on the CPU, though for the GPU"
+
+
+def on_a_gpu(device: torch.device) -> dict[str, Any]:
+    """What `fn.decoders.image` takes to decode there."""
+    hardware = gpu_decoders(device.index or 0).hardware
+    return {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE if hardware else 0.0}
 
 
 @functools.cache
