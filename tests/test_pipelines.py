@@ -25,7 +25,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch, Decoded
 from alexnet_dist.data.dataset import open_dataset, open_for
-from alexnet_dist.data.pipelines import dali_pipeline
+from alexnet_dist.data.pipelines import dali_pipeline, torch_pipeline
 from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -181,6 +181,24 @@ def test_windows_are_those_by_torchs_operators(stored: dict[str, Path]) -> None:
                 by_loop = finish(patches, corners, flips, lighting)
                 finish.by_loop = functools.partial(by_gathers, finish)  # type: ignore[method-assign]
                 assert torch.equal(finish(patches, corners, flips, lighting), by_loop)
+
+
+def test_without_torchscript_batches_are_the_same(
+    stored: dict[str, Path], packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [config_of(stored[kind], "data.pipeline=torch") for kind in ("256", "kept")]
+    configs.append(config_of(packed, "data.pipeline=torch", "model.classes=10",
+                             "data.eval_split=test"))  # fmt: skip
+    before = [training(config, 3) for config in configs]
+    assert isinstance(torch_pipeline._released(), torch.jit.ScriptFunction)
+    monkeypatch.delattr(torch.jit, "script")
+    torch_pipeline._released.cache_clear()
+    after = [training(config, 3) for config in configs]
+    assert torch_pipeline._released() is torch_pipeline._decode
+    torch_pipeline._released.cache_clear()
+    for ours, theirs in zip(before, after, strict=True):
+        for (_, one), (_, other) in zip(ours, theirs, strict=True):
+            assert_same(one, other)
 
 
 # --- DALI on a GPU, where there is none

@@ -22,6 +22,8 @@ from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
 from alexnet_dist.data.preprocess import Canvases, Finish
 from alexnet_dist.errors import MachineError, filled_by
 
+_Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]
+
 
 class TorchPipeline:
     """A `Pipeline` on torchvision's decoders, which release the GIL.
@@ -137,9 +139,12 @@ def _decode(
 
 
 @functools.cache
-def _released() -> Callable[[list[Tensor], list[list[int]], Tensor], None]:
-    """`_decode` by TorchScript."""
+def _released() -> _Decode:
+    """`_decode` by TorchScript; as it is where there is none, and the threads wait for the lock."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, and nothing is in its place
-        script: Callable[[list[Tensor], list[list[int]], Tensor], None] = torch.jit.script(_decode)
+        try:
+            script: _Decode = torch.jit.script(_decode)
+        except (AttributeError, OSError, RuntimeError):
+            return _decode
     return script
