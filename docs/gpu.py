@@ -63,16 +63,24 @@ class Part:
     read: Callable[[str], Figures] = of_bench
 
 
+_IMAGES = "data/gpu-images"
+_MAKE_IMAGES = ["docs/gpu.py", "--photographs", _IMAGES]
+
+
 def _bench(*arguments: str) -> list[str]:
     name, *rest = arguments
     return ["-m", "alexnet_dist", "bench", name, "paper/alexnet-2012", *rest, "--json"]
 
 
+def _data(*arguments: str) -> list[str]:
+    return ["-m", "alexnet_dist", "bench", "data", _IMAGES, *arguments, "--json"]
+
+
 def _from_shards(pipeline: str) -> Part:
-    prepare = ["-m", "alexnet_dist", "prepare", "folder", "data/gpu-images", "data/gpu"]
+    prepare = ["-m", "alexnet_dist", "prepare", "folder", _IMAGES, "data/gpu"]
     own = ["data.path=data/gpu", f"model.classes={CLASSES}", f"data.pipeline={pipeline}"]
     bench = _bench("end-to-end", *own, "--repeats", "3")
-    return Part([["docs/gpu.py", "--photographs", "data/gpu-images"], prepare, bench], 110)
+    return Part([_MAKE_IMAGES, prepare, bench], 110)
 
 
 def _pytest(*which: str) -> list[str]:
@@ -87,6 +95,8 @@ PARTS = {
     "end-to-end": _from_shards("dali"),
     "end-to-end-torch": _from_shards("torch"),
     "end-to-end-resident": _from_shards("resident"),
+    "data": Part([_MAKE_IMAGES, _data("--images", "10000", "--repeats", "3")], 200),
+    "decoders": Part([_MAKE_IMAGES, _data("--differences", "--images", "1400")], 90),
     "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest),
 }
 

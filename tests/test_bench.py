@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import made
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, alexnet_dist, assert_close
 
 from alexnet_dist import bench
-from alexnet_dist.bench import end_to_end, step
+from alexnet_dist.bench import decoders, end_to_end, step
 from alexnet_dist.bench.data import index_cost
 from alexnet_dist.bench.layouts import bench_layouts
 from alexnet_dist.bench.step import Eager, graphed, grouped, kernel_lines, plain
@@ -42,11 +43,52 @@ def test_bench_data_times_all_pipelines_in_one_run(tmp_path: Path) -> None:
                       "1,000,000 / 1,000 samples"):  # fmt: skip
             assert found["ratios"][f"{kind}, {ratio}"] > 0
     for kind in ("torch", "dali", "resident"):
-        for ratio in ("256 / ImageFolder", "kept / ImageFolder", "beside Python / decoded"):
+        for ratio in ("256 / ImageFolder", "kept / ImageFolder", "beside Python / decoded",
+                      "beside Python / beside a process"):  # fmt: skip
             assert found["ratios"][f"{kind}, {ratio}"] > 0
+        assert 0 < found["ceilings"][f"{kind}, the loop's own time, µs a batch"] < 1e5
+    run = found["runs"][0]
+    assert found["ratios"]["dali, decoded / bare DALI"] == run["dali, decoded"] / run["bare DALI"]
+    assert not [name for name in run if "4 threads" in name]
     assert found["ratios"]["dali, 256 / ImageFolder"] == (
         found["runs"][0]["dali, 256"] / found["runs"][0]["ImageFolder"]
     )
+
+
+def test_bench_data_says_how_far_apart_the_decoders_are(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = made.image_folder(tmp_path / "source", 2, 0, (360, 264))
+    few = ["bench", "data", str(source), "--differences", "--images", "28", "layout.device=cpu"]
+    assert main([*few, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    (means,) = found["runs"]
+    for kind in decoders._KINDS:
+        at_size = found["differences"][f"at size, {kind}"]
+        assert {*at_size.values()} == {0}, "on a CPU both are libjpeg-turbo"
+        resized = found["differences"][f"resized, {kind}"]
+        assert 0 < resized["mean"] < 0.5
+        assert resized["mean"] == means[f"resized, {kind}"]
+        assert 1 <= resized["99.9th percentile"] <= resized["largest"]
+        assert abs(resized["red"]) < 0.05
+    assert means["resized, worst of all kinds: largest"] >= 1
+    assert "resized, quality 90, grey" in decoders.lines(found)
+    assert main(["bench", "data", str(tmp_path / "source" / "val"), "--differences"]) == 2
+    assert "no .jpg, .jpeg or .png lies there" in capfd.readouterr().err
+
+
+def test_a_difference_has_its_sign_its_edges_and_its_tail() -> None:
+    ours = np.full((2, 5, 4, 3), 100, np.uint8)
+    theirs = ours.copy()
+    theirs[0, 2, 1] = (90, 101, 100)  # inside
+    theirs[1, 0, 0] = (107, 100, 100)  # on the edge
+    whole = decoders.Difference.of(ours, theirs)
+    parts = [decoders.Difference.of(ours[n : n + 1], theirs[n : n + 1]) for n in range(2)]
+    assert (parts[0] + parts[1]).figures() == whole.figures()
+    assert whole.figures() == {
+        "mean": 18 / 120, "99.9th percentile": 10, "largest": 10, "mean on edges": 7 / (2 * 14 * 3),
+        "red": (10 - 7) / 40, "green": -1 / 40, "blue": 0,
+    }  # fmt: skip
 
 
 def test_bench_checkpoint_says_what_a_save_costs_the_loop() -> None:
@@ -67,6 +109,9 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(packed: Path) -> None
     run = found["runs"][0]
     assert found["ratios"]["steps from shards / batch ready"] == (
         run["steps from shards"] / run["steps, batch ready"]
+    )
+    assert found["ratios"]["steps from shards / the lesser of batch ready and windows alone"] == (
+        run["steps from shards"] / min(run["steps, batch ready"], run["windows from shards"])
     )
     assert 0 < found["ceilings"]["start to first step, s"] < 60
     libraries = found["ceilings"]["resident of the libraries alone, MB"]

@@ -14,11 +14,13 @@ from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajecto
 from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
 from test_run import ALONE, RUN, Started, ended_state, start
 
+from alexnet_dist.bench.decoders import bench_differences
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import resident
+from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
@@ -266,7 +268,8 @@ def test_resident_images_give_the_cpus_batch(
 @pytest.mark.parametrize("views", [1, 10])
 @pytest.mark.parametrize("keep", [False, True])
 def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views: int) -> None:
-    """Decoded by nvJPEG: within half a grey level in the mean; drawn and finished alike."""
+    """Decoded by nvJPEG: within half a grey level in the mean; drawn and finished alike. A later
+    batch is larger than the first."""
     prepare("folder", made.image_folder(tmp_path / "source", 8, 6, (360, 264)), tmp_path / "data",
             Options(keep=keep))  # fmt: skip
     shared = [*TINY, "model.classes=3", "model.crop=227", "data.canvas=256", "data.eval_split=val",
@@ -280,7 +283,7 @@ def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views:
             device=torch.device(device, 0) if device == "cuda" else torch.device(device)
         )
         pipeline = make_pipeline(config, topology, dataset, "val")
-        plan = evaluation_plan(config, [range(0, 7), range(7, 18)])
+        plan = evaluation_plan(config, [range(0, 3), range(3, 3), range(3, 14), range(14, 18)])
         found.append([part.joined([len(part.facts)], None) for part in pipeline.batches(plan)])
         pipeline.close()
     for cpu, torch_gpu, dali_gpu in zip(*found, strict=True):
@@ -288,5 +291,24 @@ def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views:
         assert torch.equal(torch_gpu.windows.cpu(), cpu.windows)
         assert torch.equal(dali_gpu.ids.cpu(), cpu.ids)
         difference = (dali_gpu.windows.cpu() - cpu.windows).abs() * 60  # divide_by of TINY
-        assert difference.mean() <= 0.5
-        assert difference.flatten().sort().values[int(0.999 * difference.numel())] <= 4
+        if len(difference):
+            assert difference.mean() <= (0.7 if keep else 0.5)
+            assert difference.flatten().sort().values[int(0.999 * difference.numel())] <= 4
+
+
+def test_dali_on_the_gpu_decodes_every_kind_of_jpeg_within_bounds(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 8, 0, (360, 264))
+    found = bench_differences(source, 224, ["layout.device=cuda"])["differences"]
+    for kind, apart in found.items():
+        assert apart["99.9th percentile"] <= 4, kind
+        if kind.startswith("at size"):
+            assert apart["mean"] <= 0.5, kind
+            assert max(abs(apart[colour]) for colour in ("red", "green", "blue")) <= 0.05, kind
+        else:
+            assert apart["mean"] <= 0.7, kind
+
+
+def test_the_gpus_own_decoders_work_here() -> None:
+    found = gpu_decoders(torch.cuda.current_device())
+    assert found.hardware or found.cores, found.lack
+    assert check_dali(torch.cuda.current_device()) == f"{found}"

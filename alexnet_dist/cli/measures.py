@@ -77,6 +77,10 @@ def _add_bench(command: AddCommand) -> None:
     sub.add_argument("folder", type=path, help="images to time on: train/CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument("--images", type=count, default=2000, help="of a pass")
+    sub.add_argument(
+        "--differences", action="store_true",
+        help="DALI's pixels beside torchvision's by kind of JPEG, and nothing else",
+    )  # fmt: skip
 
     for name, help in (
         ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
@@ -106,8 +110,12 @@ def _add_bench(command: AddCommand) -> None:
 
 def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Time decoding."""
-    from alexnet_dist.bench import data
+    from alexnet_dist.bench import data, decoders
 
+    if options.differences:
+        found = decoders.bench_differences(options.folder, options.images, options.overrides)
+        print(json.dumps(found) if options.json else decoders.lines(found))
+        return 0
     found = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
     return _bench(found, options)
 

@@ -152,7 +152,7 @@ def cpu_flags() -> set[str]:
 
 def share_python() -> None:
     """Have threads hand Python's lock on after half a millisecond, not five: those that decode and
-    the one that feeds the device want it for microseconds, thousands of times a second."""
+    the one that feeds the device want it for microseconds, many times a second."""
     sys.setswitchinterval(5e-4)
 
 

@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.inspect import inspect
-from alexnet_dist.data.pipelines.dali_pipeline import check_dali
+from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
 from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet
@@ -257,10 +257,12 @@ def _dali(config: Config) -> Iterator[Finding]:
     """A graph that decodes one image, built and run as a run would."""
     wanted = config.data.pipeline == "dali"
     on_gpu = torch.cuda.is_available() and config.layout.device != "cpu"
-    how = "mixed (nvJPEG) on the GPU" if on_gpu else "on the CPU"
+    how = "on the GPU" if on_gpu else "on the CPU"
     try:
-        check_dali(0 if on_gpu else None)
-        yield Finding("dali", f"decodes {how}")
+        found = check_dali(0 if on_gpu else None)
+        lack = gpu_decoders(0).lack if on_gpu else ""
+        remedy = f"update the GPU's driver: none of its decoders works ({lack})" if lack else ""
+        yield Finding("dali", f"decodes {found}", remedy)
     except Exception as error:
         reason = f"{in_words(error) or ' '.join(str(error).split())[:200]}"
         remedy = "set data.pipeline=torch, or update the GPU's driver"

@@ -19,7 +19,7 @@ from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
-from alexnet_dist.data.pipelines.auto import settled, splits_of
+from alexnet_dist.data.pipelines.auto import decoders, settled, splits_of
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.resident import hold
 from alexnet_dist.data.sampler import TrainSampler
@@ -130,6 +130,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     kept = asked != config.data.pipeline
     config, why = settled(config, topology, dataset)
     decoding = f"data.pipeline={config.data.pipeline} ({'as before' if kept else why})"
+    decoding += decoders(config, topology)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
@@ -167,7 +168,7 @@ def _run(
     folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
-        hold(config, topology, dataset, splits_of(config))
+        hold(config, topology, dataset, splits_of(config), signals)
     pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
     telemetry = Telemetry(
         config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
