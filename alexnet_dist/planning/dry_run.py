@@ -36,6 +36,7 @@ from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.replicas import summed
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.parallel.traffic import Traffic
+from alexnet_dist.planning.machines import Machine
 from alexnet_dist.planning.plan import Misfit, Passes, Plan, Rank
 
 KINDS = ("one", "columns", "replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
@@ -84,6 +85,14 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
         )
 
 
+def plan_on(config: Config, ranks: int, machine: Machine | None) -> Plan:
+    """The plan of ranks on such devices; None: on a CPU's cores."""
+    gpu = machine is not None and machine.overlap
+    if machine and gpu and not machine.fused:
+        config = load_config([flat(config), "train.execution=eager"])
+    return plan(config, ranks, gpu)
+
+
 def needed(config: Config, ranks: int) -> int:
     """Bytes of a GPU's memory that a rank of the config's layout needs, beside images that it keeps
     there: tensors at their peak, and what libraries take; raises ConfigError where the layout does
@@ -108,9 +117,7 @@ def execution(config: Config, ranks: int, gpu: bool) -> str:
     return "fused" if wanted == "graph" and ranks > 1 else wanted
 
 
-def _on(
-    config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
-) -> Rank | Misfit:
+def _on(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) -> Rank | Misfit:
     """Parameters, memory and traffic of a rank on one layout, or why it cannot be.
 
     Args:
@@ -180,7 +187,7 @@ class _Passes(TorchDispatchMode):
     """Counts what passes over memory: all that is neither a view nor a convolution or product."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.maps = self.parameters = self.kernels = 0
 
     def __torch_dispatch__(
