@@ -65,6 +65,8 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
             for layer, macs in counted.items()
         }
         kinds = dict.fromkeys((*KINDS, config.layout.kind))  # one of your own too
+        beside = {kind: _on(config, kind, ranks, gpu) for kind in kinds}
+        one = beside["one"]
         return Plan(
             recipe=flat(config),
             layout=config.layout.kind,
@@ -80,8 +82,8 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
                 "all": sum(values.values()),
                 "normalised": sum(values[name] for name in config.model.lrn.layers),
             },
-            layouts={kind: _on(config, kind, ranks, gpu) for kind in kinds},
-            alone=_alone(config, ranks, gpu),
+            layouts=beside,
+            alone=one if isinstance(one, Rank) else _alone(config, ranks, gpu),
         )
 
 

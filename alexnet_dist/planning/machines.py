@@ -183,7 +183,7 @@ class Cluster:
     @classmethod
     def of(cls, text: str, machine: Machine | None = None) -> "Cluster":
         """h100:8x4 is 4 nodes of 8, h100 one device, 8xH100 eight; raises ConfigError."""
-        given = re.sub(r"[\s_-]", "", text.lower()).replace("cpuavx512", "cpu-avx512")
+        given = re.sub(r"[\s_]|(?<=rtx)-", "", text.lower())
         if short := re.fullmatch(r"(\d+)x(.+)", given):
             given = f"{short[2]}:{short[1]}"
         kind, _, size = given.partition(":")

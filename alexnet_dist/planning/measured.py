@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.planning.cost_model import predict
-from alexnet_dist.planning.dry_run import plan_on
+from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.planning.machines import Cluster, Machine, known
 from alexnet_dist.planning.plan import Plan
 
@@ -55,8 +55,10 @@ def correction(
     """
     rank, precision = planned.of(kind), planned.recipe["train.precision"]
     ranks = 1 if kind == "alone" else planned.ranks
-    found = [step for step in (tuple(read_steps()) if steps is None else steps)
-             if (step.precision, step.execution) == (precision, rank.execution)]  # fmt: skip
+    found = [
+        step for step in (read_steps() if steps is None else steps)
+        if (step.precision, step.execution) == (precision, rank.execution) and known(step.card)
+    ]  # fmt: skip
     if not machine.fused or not found:
         return 1.0, ""
     own = [step for step in found if known(step.card) == machine]
@@ -86,13 +88,13 @@ def _is_papers(planned: Plan) -> bool:
 def _ratio(step: Step) -> float:
     machine = known(step.card)
     assert machine is not None, step.card
-    planned = _planned(step.batch, step.precision, step.execution, machine)
+    planned = _planned(step.batch, step.precision, step.execution)
     found = predict(planned, "one", Cluster(machine, 1))
     return step.ms * 1e-3 * found.training_images_per_s / step.batch
 
 
 @functools.cache
-def _planned(batch: int, precision: str, execution: str, machine: Machine | None = None) -> Plan:
+def _planned(batch: int, precision: str, execution: str) -> Plan:
     own = [f"train.batch={batch}", f"train.precision={precision}", f"train.execution={execution}"]
     config = load_config([_NETWORK, "model.classes=1000", "layout.kind=one", *own])
-    return plan_on(config, 1, machine)
+    return plan(config, 1, gpu=True)
