@@ -38,7 +38,7 @@ _ZERO_BYTES = 60  # more: flat copies of gradients, buckets and weights; by meas
 REACHED = {"bf16": 0.39, "tf32": 0.39, "fp32": 0.50}
 _STREAMED = 0.8  # of the data sheet's bytes/s; a copy reached 0.89. An estimate
 _GAP_S = 1.5e-6  # between a graph's kernels: an estimate
-_LAUNCH_S = 25e-6  # a kernel, by Python: 271 of them took 6.9 ms
+_LAUNCH_S = 25e-6  # a kernel, by Python: steps of some 270 took 6.9 to 8.2 ms
 _BASIS = {
     (False, False): "fitted", (True, False): "not run, set by one published speed",
     (True, True): "not run",
