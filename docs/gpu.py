@@ -1,4 +1,5 @@
-"""What one GPU says, part by part, a row each in docs/gpu.jsonl; and docs/performance.md's tables.
+"""What one GPU says, part by part, a row each in docs/gpu.jsonl; docs/performance.md's tables and
+the steps by which `plan` is corrected are made of them.
 
     python docs/gpu.py [PART ...] [--commit NAME] [--within SECONDS]    (make gpu)
     python docs/gpu.py --document                                       (make docs)
@@ -28,6 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 ROWS, PAGE, LOGS = ROOT / "docs/gpu.jsonl", ROOT / "docs/performance.md", ROOT / "runs/gpu"
+STEPS, FROM_ROWS = ROOT / "alexnet_dist/planning/measured.jsonl", "docs/gpu.jsonl"
 MEASURED = ("alexnet_dist", "configs", "tests")  # a commit that changes none of it is the same
 BEGIN, END = "<!-- made by make docs from gpu.jsonl -->\n", "<!-- to here -->\n"
 CLASSES, PHOTOGRAPHS = 8, 4000
@@ -291,6 +293,22 @@ def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return between(page, BEGIN, END, tables(rows))
 
 
+def steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Our steps, as planning/measured.py reads them, by the last row of each card."""
+    last = {row["card"]: row for row in rows if row["part"] == "step" and row["figures"]}
+    found = []
+    for card, row in last.items():
+        first = int(row["command"].partition("--batch ")[2].split()[0])
+        for name, seconds in row["figures"]["seconds a step"].items():
+            if ours := re.fullmatch(r"ours, (\w+)(?:, batch (\d+))?", name):
+                found.append({
+                    "card": card, "batch": int(ours[2] or first), "precision": ours[1],
+                    "execution": "graph", "ms": float(f"{1e3 * seconds:.4g}"),
+                    "commit": row["commit"], "source": FROM_ROWS,
+                })  # fmt: skip
+    return found
+
+
 def between(page: str, first: str, last: str, text: str) -> str:
     """The page with a text in the place of what stands between two marks."""
     before, begin, rest = page.partition(first)
@@ -320,6 +338,9 @@ def main() -> int:
         photographs(options.photographs, PHOTOGRAPHS)
     elif options.document:
         PAGE.write_text(documented(PAGE.read_text(), read_rows()))
+        kept = [step for step in read_rows(STEPS) if step["source"] != FROM_ROWS]
+        all_steps = [*kept, *steps(read_rows())]
+        STEPS.write_text("".join(json.dumps(step) + "\n" for step in all_steps))
     else:
         parts = {name: PARTS[name] for name in options.part or PARTS}
         return 0 if measure(parts, facts(options.commit), options.within, ROWS, LOGS) else 1

@@ -13,6 +13,7 @@ import pytest
 from alexnet_dist.cli.main import build_parser, main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.planning.measured import Step, read_steps
 
 GPU: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "gpu.py"))
 Part, measure = GPU["Part"], GPU["measure"]
@@ -136,3 +137,28 @@ def test_the_tables_show_the_first_commit_and_the_last() -> None:
 def test_the_page_shows_what_was_measured() -> None:
     page = GPU["PAGE"].read_text()
     assert page == GPU["documented"](page, GPU["read_rows"]()), "make docs"
+
+
+def test_steps_that_were_measured_correct_the_plan() -> None:
+    row = {"part": "step", "commit": "abc", "command": "bench step paper --batch 128 1024 --json"}
+    figures = {"ours, bf16": 0.0021, "ours, bf16, no LRN": 0.002, "ours, fp32": 0.012345,
+               "ours, bf16, batch 1024": 0.0151, "eager, fp32": 0.03}  # fmt: skip
+    older = {"ours, bf16": 1.0}
+    rows = [
+        row | {"card": "NVIDIA H200", "figures": {"seconds a step": older}},
+        row | {"card": "NVIDIA H200", "figures": {"seconds a step": figures}},
+        row | {"card": "NVIDIA H200", "figures": {}, "failed": "exit 1"},
+        row | {"card": "NVIDIA H100", "figures": {}, "part": "maps"},
+    ]
+    found = [Step(**step) for step in GPU["steps"](rows)]
+    assert [(s.card, s.batch, s.precision, s.ms) for s in found] == [
+        ("NVIDIA H200", 128, "bf16", 2.1), ("NVIDIA H200", 128, "fp32", 12.35),
+        ("NVIDIA H200", 1024, "bf16", 15.1),
+    ]  # fmt: skip
+    assert {step.source for step in found} == {GPU["FROM_ROWS"]}
+
+
+def test_the_steps_that_ship_are_those_of_the_rows() -> None:
+    """`make docs` brings them up to date."""
+    shipped = [step for step in read_steps() if step.source == GPU["FROM_ROWS"]]
+    assert shipped == [Step(**step) for step in GPU["steps"](GPU["read_rows"]())]

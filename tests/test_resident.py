@@ -315,7 +315,7 @@ def test_images_lie_on_the_gpu_else_in_the_hosts_memory(
 )
 def test_what_is_left_for_the_network_is_more_than_its_plan(more: Sequence[str]) -> None:
     config = load_config([*more, "layout.kind=one", "layout.ranks=0"])
-    planned = plan(config, 1)["layouts"]["one"]["memory"]["peak"]
+    planned = plan(config, 1).of("one").memory["peak"]
     assert planned < resident._network_takes(config, Topology()) < 10 * planned + 2**30
 
 

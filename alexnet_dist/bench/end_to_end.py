@@ -137,7 +137,7 @@ def _memory(one: Contestant, config: Config, steps: int) -> dict[str, float]:
         one.pieces = max(1, int(share * steps))
         one()
         after.append(one.memory())
-    planned = plan(config, 1)["layouts"]["one"]["memory"]["peak"]
+    planned = plan(config, 1).of("one").memory["peak"]
     return {
         f"resident after {steps // 10} steps, MB": after[0] / 1e6,
         f"resident after {steps} steps, MB": after[1] / 1e6,

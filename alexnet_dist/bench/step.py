@@ -263,8 +263,8 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> dict[str, Any]
             ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = median(
                 work / run[_OURS] / peak for run in runs
             )
-        planned = plan(load_config([flat(config), "train.precision=bf16"]), 1)
-        memory = planned["layouts"]["one"]["memory"]["peak"]
+        planned = plan(load_config([flat(config), "train.precision=bf16"]), 1, gpu=True)
+        memory = planned.of("one").memory["peak"]
         ratios["ours, bf16, peak memory / planned"] = contestants[_OURS].peak / memory
     decodes = median(config.train.batch / run[_OURS] for run in runs)
     return {

@@ -40,7 +40,9 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument("config", nargs="+", help="as for train, or a run folder")
-    sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
+    sub.add_argument(
+        "--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, 8xh100, cpu:2; else here"
+    )
     sub.add_argument("--ranks", type=count, help="ranks; all of --gpus, or as many as would start")
     sub.add_argument("--machine", type=path, metavar="JSON", help="numbers that --fit wrote")
     sub.add_argument(
@@ -204,14 +206,14 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Say what a run would take."""
     config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
-    from alexnet_dist.planning import cost_model, dry_run, forecast, scaling
+    from alexnet_dist.planning import dry_run, forecast, machines, scaling
 
     machine = scaling.fitted(options.fit) if options.fit else None
     if machine and options.machine:
-        cost_model.write_machine(machine, options.machine)
+        machines.write_machine(machine, options.machine)
     elif options.machine:
-        machine = cost_model.read_machine(options.machine)
-    named = options.gpus and cost_model.Cluster.of(options.gpus, machine)
+        machine = machines.read_machine(options.machine)
+    named = options.gpus and machines.Cluster.of(options.gpus, machine)
     at = named or forecast.here(config, machine)
     if options.curve:
         if at is None:
@@ -221,16 +223,19 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
         return 0
     wanted = named.total if named else layouts.ranks_wanted(config, device.gpus(config))
-    planned = dry_run.plan(config, options.ranks or wanted)
-    told, why = {}, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
+    ranks = options.ranks or wanted
+    planned = (
+        dry_run.plan_on(config, ranks, at.machine) if at else dry_run.plan(config, ranks, gpu=True)
+    )
+    told, why = None, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
     try:
-        told = forecast.forecast(planned, config, at) if at else {}
+        told = forecast.forecast(planned, config, at) if at else None
     except ConfigError as error:
         if named:
             raise
         why = str(error)
     if options.json:
-        print(json.dumps(planned | told))
+        print(json.dumps(planned.to_json() | (told.to_json() if told else {})))
         return 0
     text = dry_run.lines(planned)
     text += forecast.lines(told, config.layout.kind) if told else ["", f"no prediction: {why}"]
