@@ -310,20 +310,8 @@ def bench_kernels(config: Config, steps: int) -> dict[str, Any]:
     work = _ours(config)
     for _ in range(_BEFORE_CAPTURE):
         float(work())  # and waits
-    watched = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=watched if kind == "cuda" else watched[:1]) as profiler:
-        for _ in range(steps):
-            loss = work()
-        float(loss)
-    time = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
-    kernels = [
-        (event.key, getattr(event, time) / steps, event.count / steps,
-         bool(re.search(_ARITHMETIC[kind], event.key)))
-        for event in profiler.key_averages()
-        if event.device_type.name.lower() == kind and getattr(event, time) > 0
-        and not getattr(event, "is_user_annotation", False)
-    ]  # fmt: skip
-    kernels.sort(key=lambda kernel: -kernel[1])
+    kernels = [(name, us, calls, bool(re.search(_ARITHMETIC[kind], name)))
+               for name, us, calls in profiled(work, steps, kind)]  # fmt: skip
     whole = sum(us for _, us, _, _ in kernels)
     arithmetic = sum(us for _, us, _, counts in kernels if counts)
     return {
@@ -332,6 +320,24 @@ def bench_kernels(config: Config, steps: int) -> dict[str, Any]:
         "machine": machine(config.data.workers),
         "unit": "µs a step",
     }
+
+
+def profiled(work: Work, steps: int, kind: str) -> list[tuple[str, float, float]]:
+    """A GPU's kernels, or a CPU's operators: of each µs a step and calls a step, the costliest
+    first."""
+    watched = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=watched if kind == "cuda" else watched[:1]) as profiler:
+        for _ in range(steps):
+            loss = work()
+        float(loss)
+    time = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
+    kernels = [
+        (event.key, getattr(event, time) / steps, event.count / steps)
+        for event in profiler.key_averages()
+        if event.device_type.name.lower() == kind and getattr(event, time) > 0
+        and not getattr(event, "is_user_annotation", False)
+    ]  # fmt: skip
+    return sorted(kernels, key=lambda kernel: -kernel[1])
 
 
 def kernel_lines(found: dict[str, Any], most: int = 40) -> str:

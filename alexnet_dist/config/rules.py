@@ -105,6 +105,11 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
             "train.precision=fp32 or bf16, or layout.kind=replicas",
         ),
         (
+            "layout.share_gpu",
+            not config.layout.share_gpu or config.layout.device != "cpu",
+            "layout.device=cpu uses no GPU: set layout.device=auto, or layout.share_gpu=false",
+        ),
+        (
             "train.batch",
             config.train.batch % config.train.micro_batches == 0,
             f"does not divide into train.micro_batches={config.train.micro_batches}",
