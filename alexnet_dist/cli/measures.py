@@ -174,10 +174,10 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.planning import shared_gpus
     from alexnet_dist.reporting import compare_layouts
 
-    rows = []
+    rows, chosen = [], compare_layouts.chosen(config, options.layouts)
     if not options.json:
         print(compare_layouts.HEADING)
-    for row, drift, floor in compare_layouts.compare(config, options.layouts, options.steps):
+    for row, drift, floor in compare_layouts.compare(chosen, options.steps):
         rows.append(row)
         if not options.json:
             print(compare_layouts.line(row, drift, floor), flush=True)

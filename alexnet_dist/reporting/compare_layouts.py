@@ -151,13 +151,13 @@ def on_devices_alike(found: Sequence[Config]) -> list[Config]:
 
 
 def compare(
-    config: Config, names: str | None, steps: int
+    configs: Sequence[Config], steps: int
 ) -> Iterator[tuple[Row, float | None, float | None]]:
-    """Row by row: what was measured, the drift in float32, and its noise floor (one process: how
+    """Row by row, the first of them the oracle's: what was measured, the drift in float32, and its noise floor (one process: how
     far four micro-batches drift from one)."""
     with tempfile.TemporaryDirectory() as folder:
         oracle = Path(folder) / "oracle"
-        for place, laid_out in enumerate(chosen(config, names)):
+        for place, laid_out in enumerate(configs):
             path = Path(folder) / f"{place}" if place else oracle
             yield _row(laid_out, steps, path, oracle)
 
