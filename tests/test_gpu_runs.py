@@ -70,8 +70,10 @@ def test_a_killed_rank_takes_the_other_with_it_and_is_named(
     assert code == 1
     assert time.monotonic() - begin < TIMEOUT_S + 15
     assert not any(process.is_running() for process in processes)
-    assert "rank 1 was killed by SIGKILL" in output
-    assert "rank 1 was killed by SIGKILL" in read_run(config.folder)["reason"]
+    # By the launcher; or by the other's watchdog, which then found that it does not answer.
+    named = r"rank 1 (was killed by SIGKILL|\(process \d+ on)"
+    assert re.search(named, output), output
+    assert re.search(named, read_run(config.folder)["reason"])
 
 
 def test_a_rank_that_hangs_is_named_with_its_stack(

@@ -1,7 +1,9 @@
 """Ranks that share a GPU (layout.share_gpu), as far as that can be told without one."""
 
 import ctypes
+import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -10,11 +12,12 @@ import pytest
 import torch
 from conftest import on_ranks
 
+from alexnet_dist.bench.layouts import OnRank
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.parallel import device
+from alexnet_dist.parallel import device, spawn
 from alexnet_dist.parallel.device import (
     free_gpu_memory,
     memory_share,
@@ -28,6 +31,7 @@ from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.planning import shared_gpus
 from alexnet_dist.reporting import compare_layouts, doctor
+from alexnet_dist.reporting.compare_layouts import Row
 
 Patch = pytest.MonkeyPatch
 Tiny = Callable[..., Config]
@@ -214,7 +218,8 @@ def test_without_a_gpu_each_command_says_one_line(
     assert not tiny().folder.exists()
 
 
-def test_layouts_are_compared_on_the_gpu_that_they_share(tiny: Tiny) -> None:
+def test_layouts_are_compared_on_the_gpu_that_they_share(tiny: Tiny, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(shared_gpus, "memory", lambda config, ranks: GB)
     with with_gpus(1):
         found = compare_layouts.chosen(tiny(*SHARED), "columns:2,replicas:4")
         assert [one.layout.device for one in found] == ["auto"] * 3
@@ -225,6 +230,29 @@ def test_layouts_are_compared_on_the_gpu_that_they_share(tiny: Tiny) -> None:
         assert not shared_gpus.unseen(found[0], 1)
     with with_gpus(1, memory=10**6), pytest.raises(ConfigError, match="fp64, and 2 ranks on"):
         compare_layouts.chosen(tiny(*SHARED), "columns:2")
+
+
+def test_images_per_s_are_said_to_be_of_a_shared_gpu(
+    tiny: Tiny, monkeypatch: Patch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [Row("one", 1, 2.3, 0, 1e-12, True, 900, 0, 1),
+            Row("columns", 2, 2.3, 1e-15, 1e-12, True, 500, 9, 2)]  # fmt: skip
+    monkeypatch.setattr(compare_layouts, "compare", lambda *_: [(row, None, None) for row in rows])
+    monkeypatch.setattr(shared_gpus, "memory", lambda config, ranks: GB)
+    keys = [f"data.path={flat(tiny())['data.path']}", "--share-gpu"]
+    with with_gpus(1):
+        assert main(["compare", "demo", *keys]) == 0
+        *_, last = capfd.readouterr().out.splitlines()
+        assert last.startswith("images/s are of NVIDIA H100 80GB HBM3, shared by up to 2 ranks")
+        assert main(["compare", "demo", *keys, "--json"]) == 0
+        assert [row["ranks_per_gpu"] for row in json.loads(capfd.readouterr().out)] == [1, 2]
+        monkeypatch.setattr(spawn, "call", lambda *_: [OnRank(1.0, 2_000_000, 150.0, 0.25)])
+        assert main(["bench", "layouts", "demo", "--share-gpu", "--repeats", "1"]) == 0
+        printed = capfd.readouterr().out
+    assert "shared by up to 2 ranks" in printed.splitlines()[-1]
+    assert re.search(r"^columns, kernels a step +150\.00$", printed, re.M)
+    assert re.search(r"^columns, MB sent a step +2\.00$", printed, re.M)
+    assert re.search(r"^zero1, collectives, % of a step +25\.00$", printed, re.M)
 
 
 def test_doctor_tells_what_would_be_shared_and_why_it_cannot_be(tiny: Tiny) -> None:

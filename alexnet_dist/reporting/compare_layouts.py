@@ -153,8 +153,8 @@ def on_devices_alike(found: Sequence[Config]) -> list[Config]:
 def compare(
     configs: Sequence[Config], steps: int
 ) -> Iterator[tuple[Row, float | None, float | None]]:
-    """Row by row, the first of them the oracle's: what was measured, the drift in float32, and its noise floor (one process: how
-    far four micro-batches drift from one)."""
+    """Row by row, the oracle's first: what was measured, the drift in float32, and its noise floor
+    (one process: how far four micro-batches drift from one)."""
     with tempfile.TemporaryDirectory() as folder:
         oracle = Path(folder) / "oracle"
         for place, laid_out in enumerate(configs):
