@@ -53,6 +53,22 @@ def of_pytest(printed: str) -> Figures:
     return {"tests": {word.lower(): float(ended.count(word)) for word in sorted({*ended})}}
 
 
+def of_compare(printed: str) -> Figures:
+    """The table of `compare`: how far each layout is from one process, its speed, its drift."""
+    rows = re.findall(
+        r"^(\w+) +(\d+) +\S+ +(\S+) +\S+ +(?:yes|NO) +(\S+) +\S+ *(?:noise floor )?(\S*)$",
+        printed, re.M,
+    )  # fmt: skip
+    if len(rows) < 2:
+        raise ValueError("no layout beside one process")
+    named = {f"{kind}, {ranks} rank(s)": values for kind, ranks, *values in rows}
+    heads = ("largest difference", "images/s of a shared GPU", "drift in fp32 (one: its floor)")
+    return {
+        head: {name: float(values[place]) for name, values in named.items() if values[place]}
+        for place, head in enumerate(heads)
+    }
+
+
 @dataclass(frozen=True)
 class Part:
     """Attributes:
@@ -89,8 +105,14 @@ def _pytest(*which: str) -> list[str]:
     return ["-m", "pytest", *which, "-v", "-n", "4"]
 
 
+# Tests of several ranks, which are parts of their own; the last are drills too.
+_LAYOUTS, _RUNS, _HOSTS = (
+    f"tests/test_{name}.py" for name in ("gpu_layouts", "gpu_runs", "two_hosts")
+)
+_ONE_RANK = ["-m", "gpu and not drill", f"--ignore={_LAYOUTS}", f"--ignore={_RUNS}"]
+_DEMO = ["prepare", "fashion_mnist", "configs/fashion-mnist-sample", "data/demo"]
 PARTS = {
-    "tests": Part([_pytest("-m", "gpu", "--continue-on-collection-errors")], 170, of_pytest),
+    "tests": Part([_pytest(*_ONE_RANK, "--continue-on-collection-errors")], 170, of_pytest),
     "step": Part([_bench("step", "--batch", "128", "1024")], 300),
     "maps": Part([_bench("maps")], 60),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 60),
@@ -100,6 +122,14 @@ PARTS = {
     "data": Part([_MAKE_IMAGES, _data("--images", "10000", "--repeats", "3")], 200),
     "decoders": Part([_MAKE_IMAGES, _data("--differences", "--images", "1400")], 90),
     "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest),
+    "compare-shared": Part(
+        [["-m", "alexnet_dist", *_DEMO], ["-m", "alexnet_dist", "compare", "demo", "--share-gpu"]],
+        400,
+        of_compare,
+    ),
+    "tests-layouts": Part([_pytest("-m", "gpu", _LAYOUTS)], 280, of_pytest),
+    "tests-runs": Part([_pytest("-m", "gpu", _RUNS, _HOSTS)], 280, of_pytest),
+    "layouts-shared": Part([_bench("layouts", "--share-gpu", "--repeats", "1")], 400),
 }
 
 

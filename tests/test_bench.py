@@ -16,7 +16,7 @@ from conftest import TINY, alexnet_dist, assert_close
 from alexnet_dist import bench
 from alexnet_dist.bench import decoders, end_to_end, step
 from alexnet_dist.bench.data import index_cost
-from alexnet_dist.bench.layouts import bench_layouts
+from alexnet_dist.bench.layouts import OnRank, bench_layouts
 from alexnet_dist.bench.step import Eager, graphed, grouped, kernel_lines, plain
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.cli.main import main
@@ -321,11 +321,14 @@ def test_bench_step_and_layouts_print_their_ratios() -> None:
 def test_bench_layouts_leaves_out_what_a_config_cannot_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(spawn, "call", lambda *_: [1.0])
+    monkeypatch.setattr(spawn, "call", lambda *_: [OnRank(1.0, 2_000_000, 0.0, 0.25)])
     found = bench_layouts(load_config([*TINY, "train.precision=fp64"]), 2, 1)
     timed = found["runs"][0].keys()
     assert {"one", "columns", "replicas", "sharded_fc"} <= timed
     assert not {"zero1", "zero2"} & timed
+    assert found["ceilings"]["columns, MB sent a step"] == 2
+    assert found["ceilings"]["replicas, collectives, % of a step"] == 25
+    assert not found["unseen"]
 
 
 def test_an_index_of_imagenets_size_is_ready_at_once_and_small() -> None:

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import made
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
-from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajectory
-from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
+from test_layouts import assert_same_run, config_of, trajectories
 from test_run import ALONE, RUN, Started, ended_state, start
 
 from alexnet_dist.bench.decoders import bench_differences
@@ -76,11 +74,6 @@ def test_products_of_float32_are_exact_unless_tf32_is_asked_for(precision: str) 
 
 
 GPU = ["layout.device=cuda", "train.deterministic=true"]
-
-
-@pytest.fixture
-def arguments(packed: object) -> list[str]:
-    return [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one", *GPU]
 
 
 @pytest.mark.parametrize(
@@ -198,40 +191,6 @@ def spoiled(config: Config) -> tuple[dict[str, torch.Tensor], torch.Tensor, Any]
     batch.windows[0, 0, 0, 0] = float("nan")
     numbers = engine.train_step(batch, 1, 0.001).cpu()
     return before, numbers, {n: t for part in engine.whole_tensors() for n, t in part.items()}
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_columns_on_two_gpus_equal_one(arguments: list[str]) -> None:
-    config = load_config(arguments)
-    ((losses, parameters, _),) = on_ranks(1, trajectory, config)
-    ours = on_ranks(2, trajectory, on_columns(config))
-    np.testing.assert_allclose(ours[0][0], losses, rtol=1e-12)
-    assert largest_difference(ours[0][1], parameters) <= 1e-10
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_replicas_and_sharded_layers_on_two_gpus_follow_the_oracle(packed: Path) -> None:
-    config = config_of(packed, *GPU, "train.precision=fp64")
-    ((oracle,),) = on_ranks(1, trajectories, [config])
-    cases = [on(config, kind, 2, n) for kind in ("replicas", "sharded_fc") for n in (1, 4)]
-    for ours in on_ranks(2, trajectories, cases)[0]:
-        assert_same_run(ours, oracle, 1e-10)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_an_update_by_zero_on_two_gpus_is_the_oracles(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # float32 as on a CPU
-    config = config_of(packed, *GPU, "train.precision=fp32")
-    (states,) = on_ranks(1, states_of, config)
-    ((through, ours),) = on_ranks(2, updates, [on(config, "zero1", 2)], states)[0]
-    assert all(torch.equal(through[0][name], states[0][0][name]) for name in states[0][0])
-    for after, expected in zip(ours, states[1:], strict=True):
-        for mine, theirs in zip(after, expected, strict=True):
-            for name in theirs:
-                difference = (mine[name] - theirs[name]).abs().max()
-                assert difference <= 1e-4 * theirs[name].abs().max(), name
 
 
 @pytest.mark.parametrize("fits", [True, False])

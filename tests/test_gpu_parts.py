@@ -14,6 +14,7 @@ from alexnet_dist.cli.main import build_parser, main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.planning.measured import Step, read_steps
+from alexnet_dist.reporting.compare_layouts import HEADING, Row, line
 
 GPU: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "gpu.py"))
 Part, measure = GPU["Part"], GPU["measure"]
@@ -97,7 +98,31 @@ def test_the_parts_are_commands_that_there_are() -> None:
                 if hasattr(options, "config"):
                     load_config(options.config)
             for file in (word for word in arguments if word.endswith(".py")):
-                assert Path(GPU["ROOT"], file).exists()
+                assert Path(GPU["ROOT"], file.removeprefix("--ignore=")).exists()
+
+
+def test_what_compare_prints_is_read() -> None:
+    rows = [("one", 1, 0.0, 12345.6, None, 2.5e-6), ("columns", 2, 1.3e-15, 99.0, 3e-7, None),
+            ("zero1", 2, 2e-3, 100.0, 4e-7, None)]  # fmt: skip
+    printed = [HEADING]
+    for kind, ranks, difference, speed, drift, floor in rows:
+        bound = 1e-5 if kind == "zero1" else 1e-12
+        holds = difference <= bound
+        row = Row(kind, ranks, 2.3, difference, bound, holds, speed, 12_345_678, 2)
+        printed.append(line(row, drift, floor))
+    assert GPU["of_compare"]("\n".join([*printed, "images/s are of a card"])) == {
+        "largest difference": {
+            "one, 1 rank(s)": 0, "columns, 2 rank(s)": 1.3e-15, "zero1, 2 rank(s)": 2e-3
+        },
+        "images/s of a shared GPU": {
+            "one, 1 rank(s)": 12345.6, "columns, 2 rank(s)": 99, "zero1, 2 rank(s)": 100
+        },
+        "drift in fp32 (one: its floor)": {
+            "one, 1 rank(s)": 2.5e-6, "columns, 2 rank(s)": 3e-7, "zero1, 2 rank(s)": 4e-7
+        },
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no layout"):
+        GPU["of_compare"]("\n".join(printed[:2]))
 
 
 def test_what_is_made_to_train_on_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -379,7 +379,7 @@ def test_a_gpu_holds_what_its_graph_and_its_update_keep() -> None:
     parts = plan(load_config([*base, "train.micro_batches=2"]), 1, gpu=True).of("one").memory
     assert parts["activations"] < 0.6 * memory["activations"]
     ranks = plan(load_config([*base[:2], "layout.kind=replicas"]), 2, gpu=True)
-    assert ranks.of("replicas").execution == "fused"
+    assert ranks.of("replicas").execution == "graph"
     assert ranks.of("replicas").memory["gradients"] == 4 * count  # sums are float32's
     assert ranks.of("columns").memory["narrow copies"] == weights
     assert ranks.of("zero1").memory["optimizer"] < 1.01 * 8 * count / 2
@@ -388,6 +388,6 @@ def test_a_gpu_holds_what_its_graph_and_its_update_keep() -> None:
 def test_what_a_rank_needs_is_one_call() -> None:
     config = load_config(["paper/alexnet-2012", "model.classes=1000", "layout.kind=one"])
     peak = plan(config, 1, gpu=True).of("one").memory["peak"]
-    assert peak < needed(config, 1) < peak + 2**30
+    assert needed(config, 1) == peak
     with pytest.raises(ConfigError, match=r"layout\.kind=one takes 1 rank"):
         needed(config, 2)

@@ -19,6 +19,7 @@ def add(command: AddCommand) -> None:
         "compare", compare, "hold layouts against one process, here; or runs side by side",
         (
             "alexnet-dist compare demo --layouts columns,replicas:2",
+            "alexnet-dist compare demo --share-gpu                 # all of them on one GPU",
             "alexnet-dist compare runs/own runs/other",
         ),
     )  # fmt: skip
@@ -27,6 +28,7 @@ def add(command: AddCommand) -> None:
     )
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
     sub.add_argument("--steps", type=int, default=20, help="of layouts, 3 or more")
+    _add_share_gpu(sub)
     sub.add_argument(
         "--out", type=picture, default="compare.png", metavar="PNG", help="runs' curves"
     )
@@ -106,8 +108,16 @@ def _add_bench(command: AddCommand) -> None:
                              help="what a step takes its time for, and nothing else")  # fmt: skip
         if name == "layouts":
             sub.add_argument("--ranks", type=count, default=2, help="on this host")
+            _add_share_gpu(sub)
         if name == "end-to-end":
             sub.add_argument("--steps", type=int, default=0, help="to watch memory over")
+
+
+def _add_share_gpu(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--share-gpu", dest="shared", action="append_const", const="layout.share_gpu=true",
+        default=[], help="layout.share_gpu=true: ranks share the GPUs that are here",
+    )  # fmt: skip
 
 
 def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -124,7 +134,8 @@ def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Time the part that options.part names."""
-    config = load_config(["layout.kind=one", *options.config])
+    shared = getattr(options, "shared", [])
+    config = load_config(["layout.kind=one", *options.config, *shared])
     match options.part:
         case "step":
             from alexnet_dist.bench import step
@@ -166,21 +177,24 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return 0
     if options.steps < 3:
         raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
-    config = load_config(options.config)
+    config = load_config([*options.config, *options.shared])
     from alexnet_dist.data.dataset import open_for
 
     open_for(config)  # or one clear error
+    from alexnet_dist.planning import shared_gpus
     from alexnet_dist.reporting import compare_layouts
 
-    rows = []
+    rows, chosen = [], compare_layouts.chosen(config, options.layouts)
     if not options.json:
         print(compare_layouts.HEADING)
-    for row, drift, floor in compare_layouts.compare(config, options.layouts, options.steps):
+    for row, drift, floor in compare_layouts.compare(chosen, options.steps):
         rows.append(row)
         if not options.json:
             print(compare_layouts.line(row, drift, floor), flush=True)
     if options.json:
         print(json.dumps([vars(row) for row in rows]))
+    elif unseen := shared_gpus.unseen(config, max(row.ranks for row in rows)):
+        print(unseen)
     return 0 if all(row.holds for row in rows) else 1
 
 

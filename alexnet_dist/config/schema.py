@@ -210,6 +210,10 @@ class LayoutConfig:
         Literal["auto", "cpu", "cuda"],
         Key("auto: a GPU for each rank where there are enough, else CPU", free=True),
     ]
+    share_gpu: Annotated[
+        bool, Key("where there are fewer GPUs than ranks, they share them: docs/layouts.md",
+                  free=True)
+    ]  # fmt: skip
     threads: Annotated[int, Key("arithmetic threads a rank; 0 = its cores", ge=0, free=True)]
     timeout_s: Annotated[int, Key("longest wait of one rank for another, s", ge=1, free=True)]
 

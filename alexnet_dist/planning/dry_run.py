@@ -96,18 +96,18 @@ def plan_on(config: Config, ranks: int, machine: Machine | None) -> Plan:
 
 
 def needed(config: Config, ranks: int) -> int:
-    """Bytes of a GPU's memory that a rank of the config's layout needs, beside images that it keeps
-    there: tensors at their peak, and what libraries take; raises ConfigError where the layout does
-    not lie on this many ranks."""
+    """Bytes of a GPU's memory that the tensors of a rank of the config's layout take at their peak,
+    beside images that it keeps there; raises ConfigError where the layout does not lie on this many
+    ranks."""
     layouts.check(config, ranks)
     with _pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
         found = _on(config, config.layout.kind, ranks, gpu=True)
     assert isinstance(found, Rank)
-    return needed_of(found)
+    return found.memory["peak"]
 
 
 def needed_of(rank: Rank) -> int:
-    """As `needed`, of a rank that was planned for a GPU."""
+    """Bytes of a GPU's memory that a rank planned for one needs: tensors, and what libraries take."""
     return rank.memory["peak"] + _CONTEXT
 
 
@@ -115,8 +115,7 @@ def execution(config: Config, ranks: int, gpu: bool) -> str:
     """How a GPU is given a step of these ranks, by train.execution; a CPU knows `eager` alone."""
     if not gpu or "Triton" in kernels.lacking():  # whose shapes nothing else knows
         return "eager"
-    wanted = config.train.execution
-    return "fused" if wanted == "graph" and ranks > 1 else wanted
+    return config.train.execution
 
 
 def _on(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) -> Rank | Misfit:

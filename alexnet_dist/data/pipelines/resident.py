@@ -29,7 +29,7 @@ from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.device import free_host_memory
+from alexnet_dist.parallel.device import free_gpu_memory, free_host_memory
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology
@@ -73,7 +73,7 @@ class Room:
         network = _network_takes(config, topology)
         device = host = free_host_memory() / place.local_world
         if topology.device.type == "cuda":
-            device = torch.cuda.mem_get_info(topology.device)[0] - network
+            device = free_gpu_memory(topology.device) - network
         else:
             device = host = host - network
         return cls(*map(min, zip(*topology.each(device, host), strict=True)))
