@@ -31,7 +31,8 @@ import ledger
 from ledger import ROOT, append_row, between, commit_of, read_rows
 
 ROWS, PAGE, RUNS = ROOT / "docs/results.jsonl", ROOT / "docs/results.md", ROOT / "runs/results"
-PICTURES = ROOT / "docs/images"
+PICTURES, README = ROOT / "docs/images", ROOT / "README.md"
+FRONT = "<!-- made by make docs from docs/results.jsonl -->\n"
 MEASURED = ("alexnet_dist", "configs", "docs/results.py")
 BEGIN, END = "<!-- made by make docs from results.jsonl -->\n", "<!-- to here -->\n"
 START_S = 45  # of a row, beside its training: imports, hashes, decoding, kernels, ten views
@@ -521,7 +522,7 @@ TITLES = {
     "fig1": ("Figure 1: CIFAR-10 with ReLU, tanh and logistic units",
              "Published: 25 % of training error in a sixth of tanh's epochs."),
     "cifar10": ("CIFAR-10", "Wanted: 90 % right or more with ten views."),
-    "imagenette": ("Imagenette, from nothing and pre-trained",
+    "imagenette": ("Imagenette",
                    "Wanted: 86 % right or more with ten views, from nothing."),
     "lrn": ("Response normalisation in four layers, CIFAR-10",
             "Published: 87 % right without, 89 % with it."),
@@ -540,7 +541,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 def _section(part: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     title, aim = TITLES[part]
     own = [row for row in rows if row["part"] == part]
-    yield f"\n#### {title}\n\n`make results PARTS={part}`. {aim}\n"
+    yield f"\n### {title}\n\n`make results PARTS={part}`. {aim}\n"
     if not own:
         yield "Not yet run."
         return
@@ -634,9 +635,30 @@ def _commands(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield "```"
 
 
+def front(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The README's table: of each data set the paper's network."""
+    lines = [_head("the paper's network, right with ten views, on", "%", "n", "where")]
+    for variant in (variant for variant in VARIANTS if variant.name == variant.part):
+        found = [row for row in _done(rows).values() if row["variant"] == variant.name
+                 and not row["candidate"] and "10" in row.get("scores", {})]  # fmt: skip
+        alone = [row for row in found if row["row"] != f"{variant.name}-average"]
+        title, _ = TITLES[variant.part]
+        if alone:
+            score = _spread([row["scores"]["10"]["top1"] for row in alone])
+            lines.append(_line(title, score, len(alone), _where(alone)))
+        else:
+            lines.append(_line(title, "not yet run", 0, ""))
+    return "\n".join([*lines, "", "[Every row](docs/results.md#trainings-on-what-can-be-had)."])
+
+
 def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """The page with its tables as the rows have them."""
     return between(page, BEGIN, END, tables(rows))
+
+
+def introduced(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The README with its table as the rows have it."""
+    return between(page, FRONT, END, front(rows))
 
 
 def main() -> int:
@@ -652,12 +674,13 @@ def main() -> int:
         help="of small data sets: see that rows run, an eighth of each network, some steps",
     )  # fmt: skip
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--document", action="store_true", help="write docs/results.md's tables")
+    parser.add_argument("--document", action="store_true", help="write the pages' tables")
     options = parser.parse_args()
     if unknown := {*options.part} - {*PARTS}:
         parser.error(f"{', '.join(sorted(unknown))}: a part is one of {', '.join(PARTS)}")
     if options.document:
         PAGE.write_text(documented(PAGE.read_text(), read_rows(ROWS)))
+        README.write_text(introduced(README.read_text(), read_rows(ROWS)))
         return 0
     small = options.small and options.small.resolve()
     if options.row:
