@@ -13,6 +13,7 @@ split, once with one view and once with ten. Runs are in runs/results.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -372,7 +373,7 @@ def measure(parts: Sequence[str], bench: Bench) -> bool:
         if not fit:
             break
         first = fit[0].variant
-        batch = [row for row in fit if row.variant.part == first.part][: first.together]
+        batch = [row for row in fit if row.variant.part == first.part][: _at_once(first)]
         tried |= {row.name for row in batch}
         with contextlib.ExitStack() as ending:
             processes = [ending.enter_context(_started(row, bench)) for row in batch]
@@ -383,6 +384,13 @@ def measure(parts: Sequence[str], bench: Bench) -> bool:
         print(f"{row.name}: left: {why[row.name]}")
     _draw_fig1(bench)
     return sound
+
+
+def _at_once(variant: Variant) -> int:
+    """How many rows of a variant's part are run together: each wants two cores."""
+    from alexnet_dist.parallel.device import cores
+
+    return max(1, min(variant.together, cores() // 2))
 
 
 def _done(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
@@ -410,6 +418,11 @@ def _hindered(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
 
 
 def _config(given: Sequence[str]) -> Any:
+    return _loaded(tuple(given))
+
+
+@functools.cache
+def _loaded(given: tuple[str, ...]) -> Any:
     from alexnet_dist.config.load import load_config
 
     return load_config([*given])
@@ -495,8 +508,9 @@ def _told(found: Mapping[str, Any]) -> str:
         return f"diverged: {found['diverged']}"
     told = [f"{score['top1']:.2f} % with {'one view' if views == '1' else f'{views} views'}"
             for views, score in found["scores"].items()]  # fmt: skip
-    told += [f"{'never' if at is None else at} epochs to {error} % of training error"
-             for error, at in found.get("epochs_to", {}).items()]  # fmt: skip
+    if "epochs_to" in found:
+        at = found["epochs_to"]["25"]
+        told.append("25 % training error " + ("never" if at is None else f"after {at} epochs"))
     return ", ".join(told)
 
 
