@@ -11,9 +11,7 @@ in runs/gpu.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import re
 import signal
 import statistics
@@ -23,11 +21,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+import ledger
+from ledger import ROOT, append_row, between, commit_of, read_rows
+
 ROWS, PAGE, LOGS = ROOT / "docs/gpu.jsonl", ROOT / "docs/performance.md", ROOT / "runs/gpu"
 STEPS, FROM_ROWS = ROOT / "alexnet_dist/planning/measured.jsonl", "docs/gpu.jsonl"
 MEASURED = ("alexnet_dist", "configs", "tests")  # a commit that changes none of it is the same
@@ -142,8 +141,7 @@ def facts(commit: str | None) -> dict[str, Any]:
         sys.exit("no GPU that torch can use: `alexnet-dist doctor` says why")
     if commit is None:
         try:
-            commit = _git("log", "-1", "--abbrev=9", "--format=%h")
-            commit += "+" if _git("status", "--porcelain") else ""
+            commit = commit_of(*MEASURED)
         except (OSError, subprocess.CalledProcessError):
             sys.exit("git says of no commit that this is: say it yourself, COMMIT=NAME")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -165,17 +163,6 @@ def facts(commit: str | None) -> dict[str, Any]:
     }
 
 
-def _git(*arguments: str) -> str:
-    """Of what is measured; changes that are not committed are marked by a +."""
-    command = ["git", "-C", str(ROOT), *arguments, "--", *MEASURED]
-    return subprocess.check_output(command, text=True).strip()
-
-
-def read_rows(path: Path = ROWS) -> list[dict[str, Any]]:
-    """Every row, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def measure(
     parts: Mapping[str, Part], about: Mapping[str, Any], within: float, rows: Path, logs: Path
 ) -> bool:
@@ -194,8 +181,7 @@ def measure(
             continue
         print(f"{name}: up to {part.limit} s", flush=True)
         row = {"part": name, **about, **_answer(name, part, logs)}
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(rows, row)
         sound &= "failed" not in row
         print(f"{name}: {row['seconds']} s; {row.get('failed', 'done')}", flush=True)
     return sound
@@ -207,14 +193,14 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
     output, errors = logs / f"{name}.out", logs / f"{name}.err"
     begin, failed = time.monotonic(), ""
     row = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "command": " ".join(part.commands[-1])
         .removeprefix("-m ")
         .replace("alexnet_dist", "alexnet-dist"),
     }
     for command in part.commands:
         left = begin + part.limit - time.monotonic()
-        failed = _run([sys.executable, *command], output, errors, left)
+        with ledger.started([sys.executable, *command], output, errors) as process:
+            failed = ledger.failed(process, left)
         if failed:
             break
     printed, figures = output.read_text(errors="replace"), {}
@@ -228,27 +214,6 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
         row["failed"] = f"{failed}: {last}"
     row |= {"seconds": round(time.monotonic() - begin, 1), "figures": figures}
     return row
-
-
-def _run(command: Sequence[str], output: Path, errors: Path, limit: float) -> str:
-    """How a command failed; empty where it did not. Nothing it started is left."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-    }
-    with output.open("w") as out, errors.open("w") as err:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=err, cwd=ROOT, env=environment, process_group=0
-        )
-        try:
-            code = process.wait(max(0.0, limit))
-        except subprocess.TimeoutExpired:
-            return f"not done after {limit:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # where all have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return f"exit {code}" if code else ""
 
 
 def _rounded(figures: Figures) -> Figures:
@@ -339,15 +304,6 @@ def steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def between(page: str, first: str, last: str, text: str) -> str:
-    """The page with a text in the place of what stands between two marks."""
-    before, begin, rest = page.partition(first)
-    _, end, after = rest.partition(last)
-    assert begin
-    assert end
-    return f"{before}{begin}\n{text}\n{end}{after}"
-
-
 def main() -> int:
     """As the module says."""
     parser = argparse.ArgumentParser(
@@ -367,9 +323,9 @@ def main() -> int:
     if options.photographs:
         photographs(options.photographs, PHOTOGRAPHS)
     elif options.document:
-        PAGE.write_text(documented(PAGE.read_text(), read_rows()))
+        PAGE.write_text(documented(PAGE.read_text(), read_rows(ROWS)))
         kept = [step for step in read_rows(STEPS) if step["source"] != FROM_ROWS]
-        all_steps = [*kept, *steps(read_rows())]
+        all_steps = [*kept, *steps(read_rows(ROWS))]
         STEPS.write_text("".join(json.dumps(step) + "\n" for step in all_steps))
     else:
         parts = {name: PARTS[name] for name in options.part or PARTS}

@@ -40,7 +40,7 @@ from typing import Any
 import psutil
 import torch
 from drills import LAYOUTS, RUN, SAVE, Ground, Row, Started, done, gone, logged, reach
-from gpu import between
+from ledger import between, read_rows
 from torchvision.io import decode_image
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -428,11 +428,6 @@ def _finished(tally: Tally, identical: bool) -> Tally:
 # --- the ledger
 
 
-def read_rows(path: Path = ROWS) -> list[dict[str, Any]]:
-    """The rows of earlier sessions, the oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def numbers_left(rows: Sequence[Mapping[str, Any]], what: str) -> Iterator[int]:
     """Numbers of a kind's next trials: those that last went wrong, then new ones."""
     of = [row for row in rows if row["what"] == what]
@@ -588,7 +583,7 @@ def main() -> int:
     parser.add_argument("--document", action="store_true", help="write reliability.md's tables")
     options = parser.parse_args()
     if options.document:
-        PAGE.write_text(documented(PAGE.read_text(), read_rows()))
+        PAGE.write_text(documented(PAGE.read_text(), read_rows(ROWS)))
         return 0
     torch.set_num_threads(1)  # a fork of a process whose threads wait for each other would hang
     until = time.monotonic() + options.within

@@ -387,6 +387,28 @@ def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:
 LEFT = ("model.classes=0", "data.eval_split=auto")
 
 
+def test_a_share_of_the_training_images_is_held_out_by_their_checksums(
+    tiny: Callable[..., Config],
+) -> None:
+    whole = open_for(tiny()).splits["train"].index
+    config = tiny("data.hold_out=0.3", "data.eval_split=auto")
+    assert config.data.eval_split == "held_out"
+    splits = open_for(config).splits
+    left, held = splits["train"].index, splits["held_out"].index
+    assert (held["crc32"] < 0.3 * 2**32).all()
+    assert sorted(np.concatenate([left, held]).tolist()) == sorted(whole.tolist())
+    assert 5 < len(held) < 30  # of 60
+    more = open_for(tiny("data.hold_out=0.5")).splits["held_out"].index
+    assert {*held["crc32"]} < {*more["crc32"]}  # a larger share holds the smaller one
+    assert splits["held_out"].read(0) == splits["held_out"].read_whole(0)[1]
+    assert "held_out" not in open_for(tiny()).splits
+    assert [*splits["test"].index] == [*open_for(tiny()).splits["test"].index]
+    with pytest.raises(ConfigError, match=r"eval_split='held_out': .* the splits train, test"):
+        open_for(tiny("data.eval_split=held_out"))
+    with pytest.raises(DatasetError, match=r"eval_split='held_out': the split is empty"):
+        open_for(tiny("data.hold_out=1e-9", "data.eval_split=held_out"))
+
+
 def test_classes_and_the_evaluation_split_follow_the_data(
     tiny: Callable[..., Config], packed: Path, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import runpy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.planning.measured import Step, read_steps
 from alexnet_dist.reporting.compare_layouts import HEADING, Row, line
 
-GPU: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "gpu.py"))
+DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS))
+GPU: dict[str, Any] = runpy.run_path(str(DOCS / "gpu.py"))
 Part, measure = GPU["Part"], GPU["measure"]
 ABOUT = {"card": "A card", "driver": "580", "torch": "2.11", "triton": "3.6", "cuda": "13.0",
          "commit": "abc123def"}  # fmt: skip
@@ -161,7 +164,7 @@ def test_the_tables_show_the_first_commit_and_the_last() -> None:
 
 def test_the_page_shows_what_was_measured() -> None:
     page = GPU["PAGE"].read_text()
-    assert page == GPU["documented"](page, GPU["read_rows"]()), "make docs"
+    assert page == GPU["documented"](page, GPU["read_rows"](GPU["ROWS"])), "make docs"
 
 
 def test_steps_that_were_measured_correct_the_plan() -> None:
@@ -186,4 +189,4 @@ def test_steps_that_were_measured_correct_the_plan() -> None:
 def test_the_steps_that_ship_are_those_of_the_rows() -> None:
     """`make docs` brings them up to date."""
     shipped = [step for step in read_steps() if step.source == GPU["FROM_ROWS"]]
-    assert shipped == [Step(**step) for step in GPU["steps"](GPU["read_rows"]())]
+    assert shipped == [Step(**step) for step in GPU["steps"](GPU["read_rows"](GPU["ROWS"]))]

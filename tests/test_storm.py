@@ -85,4 +85,4 @@ def test_what_went_wrong_is_tried_again_first(storm: Any, tmp_path: Path) -> Non
 
 def test_the_page_has_what_the_ledger_says(storm: Any) -> None:
     page = storm.PAGE.read_text()
-    assert page == storm.documented(page, storm.read_rows()), "make docs"
+    assert page == storm.documented(page, storm.read_rows(storm.ROWS)), "make docs"

@@ -10,6 +10,7 @@ decoder takes a flipped byte in silence. Nothing here is a pickle.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import logging
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.config.from_data import NO_SPLIT
+from alexnet_dist.config.from_data import HELD_OUT, NO_SPLIT
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.header import size_of
@@ -333,7 +334,8 @@ def verify_shards(dataset: Dataset, topology: "Topology") -> None:
 
     Raises DatasetError, on every rank, of the first that is not what was packed.
     """
-    shards = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
+    every = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
+    shards = [*{split.shards[n]: (split, n) for split, n in every}.values()]  # each once
     for first in range(0, len(shards), topology.world_size):
         wrong = ""
         own = first + topology.global_rank
@@ -360,6 +362,10 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
         trained: the checkpoint of the network that is to see it; None: one that is to be trained.
     """
     dataset = open_dataset(Path(config.data.path))
+    if config.data.hold_out and config.data.train_split in dataset.splits:
+        whole = dataset.splits[config.data.train_split]
+        parts = {part.name: part for part in _held_out(whole, config.data.hold_out)}
+        dataset = dataclasses.replace(dataset, splits={**dataset.splits, **parts})
     for key, name in (
         ("data.train_split", config.data.train_split),
         ("data.eval_split", config.data.eval_split),
@@ -385,6 +391,16 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
             )
         )
     return dataset
+
+
+def _held_out(split: Split, share: float) -> tuple[Split, Split]:
+    """What is left of a split, and the share of it that is held out: the same images in any order
+    and among any others, and images that are equal together."""
+    held = split.index["crc32"] < share * 2**32
+    return (
+        dataclasses.replace(split, index=split.index[~held], _files={}),
+        dataclasses.replace(split, index=split.index[held], name=HELD_OUT, _files={}),
+    )
 
 
 def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:

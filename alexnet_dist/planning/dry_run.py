@@ -107,7 +107,7 @@ def needed(config: Config, ranks: int) -> int:
 
 
 def needed_of(rank: Rank) -> int:
-    """Bytes of a GPU's memory that a rank planned for one needs: tensors, and what libraries take."""
+    """Bytes of a GPU that a rank planned for one needs: tensors, and what libraries take."""
     return rank.memory["peak"] + _CONTEXT
 
 

@@ -203,10 +203,16 @@ class Cluster:
         return self.devices * self.nodes
 
 
-def known(device: str) -> Machine | None:
-    """Of a GPU that torch calls so, as NVIDIA H100 80GB HBM3; None where it is not known."""
+def kind_of(device: str) -> str | None:
+    """MACHINES' name of a GPU that torch calls so, as NVIDIA H100 80GB HBM3."""
     name = device.lower().replace("rtx ", "rtx")
-    return next((m for kind, m in MACHINES.items() if re.search(rf"\b{kind}\b", name)), None)
+    return next((kind for kind in MACHINES if re.search(rf"\b{kind}\b", name)), None)
+
+
+def known(device: str) -> Machine | None:
+    """Of a GPU that torch calls so; None where it is not known."""
+    kind = kind_of(device)
+    return MACHINES[kind] if kind else None
 
 
 def read_machine(path: Path) -> Machine:

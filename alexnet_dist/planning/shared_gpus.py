@@ -8,7 +8,7 @@ import torch
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel import device
-from alexnet_dist.planning.machines import MACHINES
+from alexnet_dist.planning.machines import kind_of
 
 
 def check(config: Config, ranks: int) -> None:
@@ -44,7 +44,7 @@ def unseen(config: Config, ranks: int) -> str:
     if (each := device.ranks_per_gpu(config, ranks)) < 2:
         return ""
     name = torch.cuda.get_device_name()
-    kind = next((kind for kind in MACHINES if kind in name.lower()), "KIND")
+    kind = kind_of(name) or "KIND"
     return (
         f"images/s are of {name}, shared by up to {each} ranks in turn: not those of a GPU each, "
         "nor do bytes cross a link here; of both `alexnet-dist plan CONFIG --gpus "
