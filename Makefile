@@ -31,8 +31,8 @@ demo: $(READY)  ## train the two-column network on bundled images: minutes on tw
 report: $(READY) ## runs/report.html: the paper's results, and those of the runs in runs/
 	$(BIN)/alexnet-dist report $(wildcard runs/*) --out runs/report.html
 
-results: $(READY) ## train and evaluate all of docs/results.md; hours; goes on where it was
-	configs/results/train.sh $(PARTS)
+results: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## train what docs/results.md has, into docs/results.jsonl: hours; goes on where it was; PARTS=… WITHIN=seconds
+	$(GPU_PYTHON) docs/results.py $(PARTS) $(if $(WITHIN),--within $(WITHIN)) $(if $(COMMIT),--commit $(COMMIT))
 
 test: $(READY)  ## the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not drill and not slurm"
@@ -63,10 +63,11 @@ sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-
 	$(BIN)/python configs/fashion-mnist-sample/cut.py \
 		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
 
-docs: $(READY)  ## docs/configuration.md again, from the dataclasses; performance.md's and reliability.md's tables
+docs: $(READY)  ## docs/configuration.md again, from the dataclasses; the tables made from docs/*.jsonl
 	$(BIN)/python docs/document_config.py
 	$(BIN)/python docs/gpu.py --document
 	$(BIN)/python docs/storm.py --document
+	$(BIN)/python docs/results.py --document
 
 clean:          ## remove what `make` made, except data and runs
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \

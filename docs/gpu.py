@@ -1,4 +1,5 @@
-"""What one GPU says, part by part, a row each in docs/gpu.jsonl; and docs/performance.md's tables.
+"""What one GPU says, part by part, a row each in docs/gpu.jsonl; docs/performance.md's tables and
+the steps by which `plan` is corrected are made of them.
 
     python docs/gpu.py [PART ...] [--commit NAME] [--within SECONDS]    (make gpu)
     python docs/gpu.py --document                                       (make docs)
@@ -10,9 +11,7 @@ in runs/gpu.
 """
 
 import argparse
-import contextlib
 import json
-import os
 import re
 import signal
 import statistics
@@ -22,12 +21,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+import ledger
+from ledger import ROOT, append_row, between, commit_of, read_rows
+
 ROWS, PAGE, LOGS = ROOT / "docs/gpu.jsonl", ROOT / "docs/performance.md", ROOT / "runs/gpu"
+STEPS, FROM_ROWS = ROOT / "alexnet_dist/planning/measured.jsonl", "docs/gpu.jsonl"
 MEASURED = ("alexnet_dist", "configs", "tests")  # a commit that changes none of it is the same
 BEGIN, END = "<!-- made by make docs from gpu.jsonl -->\n", "<!-- to here -->\n"
 CLASSES, PHOTOGRAPHS = 8, 4000
@@ -51,6 +52,22 @@ def of_pytest(printed: str) -> Figures:
     return {"tests": {word.lower(): float(ended.count(word)) for word in sorted({*ended})}}
 
 
+def of_compare(printed: str) -> Figures:
+    """The table of `compare`: how far each layout is from one process, its speed, its drift."""
+    rows = re.findall(
+        r"^(\w+) +(\d+) +\S+ +(\S+) +\S+ +(?:yes|NO) +(\S+) +\S+ *(?:noise floor )?(\S*)$",
+        printed, re.M,
+    )  # fmt: skip
+    if len(rows) < 2:
+        raise ValueError("no layout beside one process")
+    named = {f"{kind}, {ranks} rank(s)": values for kind, ranks, *values in rows}
+    heads = ("largest difference", "images/s of a shared GPU", "drift in fp32 (one: its floor)")
+    return {
+        head: {name: float(values[place]) for name, values in named.items() if values[place]}
+        for place, head in enumerate(heads)
+    }
+
+
 @dataclass(frozen=True)
 class Part:
     """Attributes:
@@ -63,31 +80,55 @@ class Part:
     read: Callable[[str], Figures] = of_bench
 
 
+_IMAGES = "data/gpu-images"
+_MAKE_IMAGES = ["docs/gpu.py", "--photographs", _IMAGES]
+
+
 def _bench(*arguments: str) -> list[str]:
     name, *rest = arguments
     return ["-m", "alexnet_dist", "bench", name, "paper/alexnet-2012", *rest, "--json"]
 
 
+def _data(*arguments: str) -> list[str]:
+    return ["-m", "alexnet_dist", "bench", "data", _IMAGES, *arguments, "--json"]
+
+
 def _from_shards(pipeline: str) -> Part:
-    prepare = ["-m", "alexnet_dist", "prepare", "folder", "data/gpu-images", "data/gpu"]
+    prepare = ["-m", "alexnet_dist", "prepare", "folder", _IMAGES, "data/gpu"]
     own = ["data.path=data/gpu", f"model.classes={CLASSES}", f"data.pipeline={pipeline}"]
     bench = _bench("end-to-end", *own, "--repeats", "3")
-    return Part([["docs/gpu.py", "--photographs", "data/gpu-images"], prepare, bench], 110)
+    return Part([_MAKE_IMAGES, prepare, bench], 110)
 
 
 def _pytest(*which: str) -> list[str]:
     return ["-m", "pytest", *which, "-v", "-n", "4"]
 
 
+# Tests of several ranks, which are parts of their own; the last are drills too.
+_LAYOUTS, _RUNS, _HOSTS = (
+    f"tests/test_{name}.py" for name in ("gpu_layouts", "gpu_runs", "two_hosts")
+)
+_ONE_RANK = ["-m", "gpu and not drill", f"--ignore={_LAYOUTS}", f"--ignore={_RUNS}"]
+_DEMO = ["prepare", "fashion_mnist", "configs/fashion-mnist-sample", "data/demo"]
 PARTS = {
-    "tests": Part([_pytest("-m", "gpu", "--continue-on-collection-errors")], 170, of_pytest),
+    "tests": Part([_pytest(*_ONE_RANK, "--continue-on-collection-errors")], 170, of_pytest),
     "step": Part([_bench("step", "--batch", "128", "1024")], 300),
     "maps": Part([_bench("maps")], 60),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 60),
     "end-to-end": _from_shards("dali"),
     "end-to-end-torch": _from_shards("torch"),
     "end-to-end-resident": _from_shards("resident"),
+    "data": Part([_MAKE_IMAGES, _data("--images", "10000", "--repeats", "3")], 200),
+    "decoders": Part([_MAKE_IMAGES, _data("--differences", "--images", "1400")], 90),
     "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest),
+    "compare-shared": Part(
+        [["-m", "alexnet_dist", *_DEMO], ["-m", "alexnet_dist", "compare", "demo", "--share-gpu"]],
+        400,
+        of_compare,
+    ),
+    "tests-layouts": Part([_pytest("-m", "gpu", _LAYOUTS)], 280, of_pytest),
+    "tests-runs": Part([_pytest("-m", "gpu", _RUNS, _HOSTS)], 280, of_pytest),
+    "layouts-shared": Part([_bench("layouts", "--share-gpu", "--repeats", "1")], 400),
 }
 
 
@@ -100,8 +141,7 @@ def facts(commit: str | None) -> dict[str, Any]:
         sys.exit("no GPU that torch can use: `alexnet-dist doctor` says why")
     if commit is None:
         try:
-            commit = _git("log", "-1", "--abbrev=9", "--format=%h")
-            commit += "+" if _git("status", "--porcelain") else ""
+            commit = commit_of(*MEASURED)
         except (OSError, subprocess.CalledProcessError):
             sys.exit("git says of no commit that this is: say it yourself, COMMIT=NAME")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -123,17 +163,6 @@ def facts(commit: str | None) -> dict[str, Any]:
     }
 
 
-def _git(*arguments: str) -> str:
-    """Of what is measured; changes that are not committed are marked by a +."""
-    command = ["git", "-C", str(ROOT), *arguments, "--", *MEASURED]
-    return subprocess.check_output(command, text=True).strip()
-
-
-def read_rows(path: Path = ROWS) -> list[dict[str, Any]]:
-    """Every row, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def measure(
     parts: Mapping[str, Part], about: Mapping[str, Any], within: float, rows: Path, logs: Path
 ) -> bool:
@@ -152,8 +181,7 @@ def measure(
             continue
         print(f"{name}: up to {part.limit} s", flush=True)
         row = {"part": name, **about, **_answer(name, part, logs)}
-        with rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(rows, row)
         sound &= "failed" not in row
         print(f"{name}: {row['seconds']} s; {row.get('failed', 'done')}", flush=True)
     return sound
@@ -165,14 +193,14 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
     output, errors = logs / f"{name}.out", logs / f"{name}.err"
     begin, failed = time.monotonic(), ""
     row = {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "command": " ".join(part.commands[-1])
         .removeprefix("-m ")
         .replace("alexnet_dist", "alexnet-dist"),
     }
     for command in part.commands:
         left = begin + part.limit - time.monotonic()
-        failed = _run([sys.executable, *command], output, errors, left)
+        with ledger.started([sys.executable, *command], output, errors) as process:
+            failed = ledger.failed(process, left)
         if failed:
             break
     printed, figures = output.read_text(errors="replace"), {}
@@ -186,27 +214,6 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
         row["failed"] = f"{failed}: {last}"
     row |= {"seconds": round(time.monotonic() - begin, 1), "figures": figures}
     return row
-
-
-def _run(command: Sequence[str], output: Path, errors: Path, limit: float) -> str:
-    """How a command failed; empty where it did not. Nothing it started is left."""
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-    }
-    with output.open("w") as out, errors.open("w") as err:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=err, cwd=ROOT, env=environment, process_group=0
-        )
-        try:
-            code = process.wait(max(0.0, limit))
-        except subprocess.TimeoutExpired:
-            return f"not done after {limit:.0f} s"
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # where all have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return f"exit {code}" if code else ""
 
 
 def _rounded(figures: Figures) -> Figures:
@@ -281,13 +288,20 @@ def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return between(page, BEGIN, END, tables(rows))
 
 
-def between(page: str, first: str, last: str, text: str) -> str:
-    """The page with a text in the place of what stands between two marks."""
-    before, begin, rest = page.partition(first)
-    _, end, after = rest.partition(last)
-    assert begin
-    assert end
-    return f"{before}{begin}\n{text}\n{end}{after}"
+def steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Our steps, as planning/measured.py reads them, by the last row of each card."""
+    last = {row["card"]: row for row in rows if row["part"] == "step" and row["figures"]}
+    found = []
+    for card, row in last.items():
+        first = int(row["command"].partition("--batch ")[2].split()[0])
+        for name, seconds in row["figures"]["seconds a step"].items():
+            if ours := re.fullmatch(r"ours, (\w+)(?:, batch (\d+))?", name):
+                found.append({
+                    "card": card, "batch": int(ours[2] or first), "precision": ours[1],
+                    "execution": "graph", "ms": float(f"{1e3 * seconds:.4g}"),
+                    "commit": row["commit"], "source": FROM_ROWS,
+                })  # fmt: skip
+    return found
 
 
 def main() -> int:
@@ -309,7 +323,10 @@ def main() -> int:
     if options.photographs:
         photographs(options.photographs, PHOTOGRAPHS)
     elif options.document:
-        PAGE.write_text(documented(PAGE.read_text(), read_rows()))
+        PAGE.write_text(documented(PAGE.read_text(), read_rows(ROWS)))
+        kept = [step for step in read_rows(STEPS) if step["source"] != FROM_ROWS]
+        all_steps = [*kept, *steps(read_rows(ROWS))]
+        STEPS.write_text("".join(json.dumps(step) + "\n" for step in all_steps))
     else:
         parts = {name: PARTS[name] for name in options.part or PARTS}
         return 0 if measure(parts, facts(options.commit), options.within, ROWS, LOGS) else 1

@@ -23,6 +23,7 @@ from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import Options, prepare
+from alexnet_dist.engines.graph import release
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"
 
@@ -135,6 +136,7 @@ def _on_rank(call: bytes, returned: Path) -> None:
             setattr(dist, name, refuse)
     function, args = pickle.loads(call)
     returned.write_bytes(pickle.dumps(function(*args)))
+    release()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -3,19 +3,21 @@
 import contextlib
 import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import made
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, alexnet_dist, assert_close
 
 from alexnet_dist import bench
-from alexnet_dist.bench import end_to_end, step
+from alexnet_dist.bench import decoders, end_to_end, step
 from alexnet_dist.bench.data import index_cost
-from alexnet_dist.bench.layouts import bench_layouts
-from alexnet_dist.bench.step import Eager, graphed, plain
+from alexnet_dist.bench.layouts import OnRank, bench_layouts
+from alexnet_dist.bench.step import Eager, graphed, grouped, kernel_lines, plain
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
@@ -41,11 +43,52 @@ def test_bench_data_times_all_pipelines_in_one_run(tmp_path: Path) -> None:
                       "1,000,000 / 1,000 samples"):  # fmt: skip
             assert found["ratios"][f"{kind}, {ratio}"] > 0
     for kind in ("torch", "dali", "resident"):
-        for ratio in ("256 / ImageFolder", "kept / ImageFolder", "beside Python / decoded"):
+        for ratio in ("256 / ImageFolder", "kept / ImageFolder", "beside Python / decoded",
+                      "beside Python / beside a process"):  # fmt: skip
             assert found["ratios"][f"{kind}, {ratio}"] > 0
+        assert 0 < found["ceilings"][f"{kind}, the loop's own time, µs a batch"] < 1e5
+    run = found["runs"][0]
+    assert found["ratios"]["dali, decoded / bare DALI"] == run["dali, decoded"] / run["bare DALI"]
+    assert not [name for name in run if "4 threads" in name]
     assert found["ratios"]["dali, 256 / ImageFolder"] == (
         found["runs"][0]["dali, 256"] / found["runs"][0]["ImageFolder"]
     )
+
+
+def test_bench_data_says_how_far_apart_the_decoders_are(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source = made.image_folder(tmp_path / "source", 2, 0, (360, 264))
+    few = ["bench", "data", str(source), "--differences", "--images", "28", "layout.device=cpu"]
+    assert main([*few, "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    (means,) = found["runs"]
+    for kind in decoders._KINDS:
+        at_size = found["differences"][f"at size, {kind}"]
+        assert {*at_size.values()} == {0}, "on a CPU both are libjpeg-turbo"
+        resized = found["differences"][f"resized, {kind}"]
+        assert 0 < resized["mean"] < 0.5
+        assert resized["mean"] == means[f"resized, {kind}"]
+        assert 1 <= resized["99.9th percentile"] <= resized["largest"]
+        assert abs(resized["red"]) < 0.05
+    assert means["resized, worst of all kinds: largest"] >= 1
+    assert "resized, quality 90, grey" in decoders.lines(found)
+    assert main(["bench", "data", str(tmp_path / "source" / "val"), "--differences"]) == 2
+    assert "no .jpg, .jpeg or .png lies there" in capfd.readouterr().err
+
+
+def test_a_difference_has_its_sign_its_edges_and_its_tail() -> None:
+    ours = np.full((2, 5, 4, 3), 100, np.uint8)
+    theirs = ours.copy()
+    theirs[0, 2, 1] = (90, 101, 100)  # inside
+    theirs[1, 0, 0] = (107, 100, 100)  # on the edge
+    whole = decoders.Difference.of(ours, theirs)
+    parts = [decoders.Difference.of(ours[n : n + 1], theirs[n : n + 1]) for n in range(2)]
+    assert (parts[0] + parts[1]).figures() == whole.figures()
+    assert whole.figures() == {
+        "mean": 18 / 120, "99.9th percentile": 10, "largest": 10, "mean on edges": 7 / (2 * 14 * 3),
+        "red": (10 - 7) / 40, "green": -1 / 40, "blue": 0,
+    }  # fmt: skip
 
 
 def test_bench_checkpoint_says_what_a_save_costs_the_loop() -> None:
@@ -66,6 +109,9 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(packed: Path) -> None
     run = found["runs"][0]
     assert found["ratios"]["steps from shards / batch ready"] == (
         run["steps from shards"] / run["steps, batch ready"]
+    )
+    assert found["ratios"]["steps from shards / the lesser of batch ready and windows alone"] == (
+        run["steps from shards"] / min(run["steps, batch ready"], run["windows from shards"])
     )
     assert 0 < found["ceilings"]["start to first step, s"] < 60
     libraries = found["ceilings"]["resident of the libraries alone, MB"]
@@ -198,13 +244,62 @@ def test_a_steps_operators_add_up(capfd: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capfd.readouterr().out)
     times = [us for _, us, _, _ in found["kernels"]]
     assert times == sorted(times, reverse=True)
-    counted = {name: counts for name, _, _, counts in found["kernels"]}
-    assert counted["aten::addmm"]
-    assert counted["aten::convolution_backward"]
-    assert not counted["aten::_fused_sgd_"]
+    group = {name: of for name, _, _, of in found["kernels"]}
+    assert group["aten::addmm"] == "products"
+    assert group["aten::convolution_backward"] == "convolutions"
+    assert group["aten::_fused_sgd_"] == "update"
     assert 0 < found["ratios"]["convolutions and products / all"] < 1
     assert main(few) == 0
-    assert " × aten::convolution_backward\n" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "  convolutions               aten::convolution_backward\n" in printed
+    assert re.search(r"convolutions and products are \d+% of the kernels' time", printed)
+
+
+PROFILE = [  # names as profilers of GPUs print them, shortened; µs and calls a step; group
+    ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", 400, 10,
+     "convolutions"),
+    ("void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16_128x128>(…)",
+     350, 8, "convolutions"),
+    ("sm90_xmma_wgrad_implicit_gemm_indexed_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", 450, 10,
+     "convolutions"),
+    ("nvjet_sm90_tst_128x256_64x4_2x1_v_bz_coopA_NNT", 200, 9, "products"),
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16>(…)", 5, 2, "products"),
+    ("pooled_kernel", 60, 6, "passes over maps and units"),
+    ("pooled_backward_kernel", 80, 6, "passes over maps and units"),
+    ("maps_backward_kernel", 20, 4, "passes over maps and units"),
+    ("units_kernel", 10, 3, "passes over maps and units"),
+    ("ranks_kernel", 3, 1, "passes over maps and units"),
+    ("fold_kernel", 20, 1, "passes over maps and units"),
+    ("sgd_kernel", 290, 16, "update"),
+    ("void at::native::multi_tensor_apply_kernel<…, FusedAdamMathFunctor<float, 4>…>", 1, 1,
+     "update"),
+    ("Memcpy DtoD (Device -> Device)", 12, 5, "copies"),
+    ("Memset (Device)", 2, 3, "copies"),
+    ("void at::native::(anonymous namespace)::CatArrayBatchedCopy<…>", 8, 10, "copies"),
+    ("void cudnn::engines_precompiled::nchwToNhwcKernel<__nv_bfloat16, …>(…)", 6, 2, "copies"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<double>…>", 3, 5,
+     "copies"),
+    ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda…>", 5, 4,
+     "copies"),
+    ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 70, 3,
+     "communication"),
+    ("void at::native::reduce_kernel<512, 1, at::native::ReduceOp<float…>>", 5, 2, "others"),
+]  # fmt: skip
+
+
+def test_kernels_of_a_made_up_profile_are_grouped() -> None:
+    found = grouped([kernel[:3] for kernel in PROFILE], "cuda", elapsed=2500)
+    assert {name: of for name, _, _, of in found["kernels"]} == {k[0]: k[3] for k in PROFILE}
+    assert found["kernels"][0][1] == 450
+    assert found["groups"]["update"] == (291, 17)
+    assert found["ratios"]["convolutions and products / all"] == pytest.approx(1405 / 2000)
+    assert found["ratios"]["convolutions and products / elapsed"] == pytest.approx(1405 / 2500)
+    assert sum(found["ratios"][f"{name} / all"] for name in found["groups"]) == pytest.approx(1)
+    printed = kernel_lines(found)
+    assert (
+        "convolutions and products are 70% of the kernels' time, and 56% of the step's" in printed
+    )
+    assert "       70     3.0   3.5%  communication\n" in printed
 
 
 @pytest.mark.drill
@@ -226,11 +321,14 @@ def test_bench_step_and_layouts_print_their_ratios() -> None:
 def test_bench_layouts_leaves_out_what_a_config_cannot_have(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(spawn, "call", lambda *_: [1.0])
+    monkeypatch.setattr(spawn, "call", lambda *_: [OnRank(1.0, 2_000_000, 0.0, 0.25)])
     found = bench_layouts(load_config([*TINY, "train.precision=fp64"]), 2, 1)
     timed = found["runs"][0].keys()
     assert {"one", "columns", "replicas", "sharded_fc"} <= timed
     assert not {"zero1", "zero2"} & timed
+    assert found["ceilings"]["columns, MB sent a step"] == 2
+    assert found["ceilings"]["replicas, collectives, % of a step"] == 25
+    assert not found["unseen"]
 
 
 def test_an_index_of_imagenets_size_is_ready_at_once_and_small() -> None:

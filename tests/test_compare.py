@@ -13,7 +13,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.reporting.compare_layouts import chosen
 
 KEYS = ["layout", "ranks", "final_loss", "max_difference", "bound", "holds", "images_per_s",
-        "bytes_per_rank_step"]  # fmt: skip
+        "bytes_per_rank_step", "ranks_per_gpu"]  # fmt: skip
 
 
 @pytest.fixture

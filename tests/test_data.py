@@ -2,10 +2,12 @@
 
 import ast
 import contextlib
+import dataclasses
 import gzip
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -30,8 +32,9 @@ import launch
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, fingerprint
+from alexnet_dist.data import loops
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.data.dataset import INDEX, Statistics, open_dataset, open_for
+from alexnet_dist.data.dataset import INDEX, Split, Statistics, open_dataset, open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.prepare.arrays import read_idx
@@ -321,6 +324,59 @@ def test_a_sample_damaged_later_is_found_by_its_checksum(packed: Path, tmp_path:
         split.read(2)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_batch_is_read_as_each_of_its_samples_is(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: bool
+) -> None:
+    """In one call, by its whole ones alone; what is damaged in any way is named as by itself."""
+    root = tmp_path / "data"
+    shutil.copytree(packed, root)
+    split = open_dataset(root).splits["train"]
+    assert loops.can_read()
+    monkeypatch.setattr(loops, "can_read", lambda: compiled)
+    one_by_one = []
+    read = Split.read
+    monkeypatch.setattr(Split, "read", lambda self, i: one_by_one.append(i) or read(self, i))
+    order = np.random.default_rng(0).permutation(len(split))
+    found, encoded, why = split.whole(order)
+    assert one_by_one == ([] if compiled else order.tolist())
+    assert found.tolist() == order.tolist()
+    assert [bytes(one) for one in encoded] == [bytes(read(split, i)) for i in order.tolist()]
+    assert not why
+    assert [len(part) for part in split.whole(order[:0])] == [0, 0, 0]
+
+    # A flipped byte, a header of another size, and a shard that loses its end while it is open.
+    offsets, index = split.index["offset"], split.index
+    flip("train/shard-00000.tar", int(offsets[7]) + 40)(root)
+    index["height"][20] += 1
+    os.truncate(root / "train/shard-00000.tar", int(offsets[50]) + 5)
+    one_by_one.clear()
+    found, encoded, why = split.whole(np.array([6, 7, 20, 49, 50, 59]))
+    assert found.tolist() == [6, 8, 21, 49, 0, 0]
+    assert bytes(encoded[1]) == bytes(read(split, 8))
+    assert [*why] == [1, 2, 4, 5]
+    assert not compiled or not {6, 49} & {*one_by_one}
+    for place, sample in ((1, 7), (2, 20), (4, 50), (5, 59)):
+        with pytest.raises(DatasetError) as alone:
+            read(split, sample)
+        assert why[place] == f"{alone.value}: sample {found[place]} stands in for it"
+    split.close()
+    (root / "train/shard-00000.tar").unlink()
+    with pytest.raises(DatasetError, match=r"sample 3 .*cannot be read .*nor is any other sample"):
+        split.whole(np.array([3]))
+
+
+def test_a_copy_of_a_split_has_files_of_its_own(packed: Path) -> None:
+    split = open_dataset(packed).splits["train"]
+    ours = dataclasses.replace(split)
+    before = split.whole(np.arange(9))
+    ours.whole(np.arange(9))
+    ours.close()
+    again = split.whole(np.arange(9))
+    assert [bytes(one) for one in before[1]] == [bytes(one) for one in again[1]]
+    assert ours.whole(np.arange(9))[0].tolist() == [*range(9)]  # opened anew
+
+
 def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:
     with pytest.raises(ConfigError, match=r"model\.classes=7: .* new network on it with model\.cl"):
         open_for(tiny("model.classes=7"))
@@ -329,6 +385,28 @@ def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:
 
 
 LEFT = ("model.classes=0", "data.eval_split=auto")
+
+
+def test_a_share_of_the_training_images_is_held_out_by_their_checksums(
+    tiny: Callable[..., Config],
+) -> None:
+    whole = open_for(tiny()).splits["train"].index
+    config = tiny("data.hold_out=0.3", "data.eval_split=auto")
+    assert config.data.eval_split == "held_out"
+    splits = open_for(config).splits
+    left, held = splits["train"].index, splits["held_out"].index
+    assert (held["crc32"] < 0.3 * 2**32).all()
+    assert sorted(np.concatenate([left, held]).tolist()) == sorted(whole.tolist())
+    assert 5 < len(held) < 30  # of 60
+    more = open_for(tiny("data.hold_out=0.5")).splits["held_out"].index
+    assert {*held["crc32"]} < {*more["crc32"]}  # a larger share holds the smaller one
+    assert splits["held_out"].read(0) == splits["held_out"].read_whole(0)[1]
+    assert "held_out" not in open_for(tiny()).splits
+    assert [*splits["test"].index] == [*open_for(tiny()).splits["test"].index]
+    with pytest.raises(ConfigError, match=r"eval_split='held_out': .* the splits train, test"):
+        open_for(tiny("data.eval_split=held_out"))
+    with pytest.raises(DatasetError, match=r"eval_split='held_out': the split is empty"):
+        open_for(tiny("data.hold_out=1e-9", "data.eval_split=held_out"))
 
 
 def test_classes_and_the_evaluation_split_follow_the_data(
@@ -525,8 +603,6 @@ def test_a_colour_jpeg_off_canvas_is_resized_and_centred(
         member.size = len(encoded)
         tar.addfile(member, io.BytesIO(encoded))
     import zlib
-
-    from alexnet_dist.data.dataset import Split
 
     index = np.array([(0, 512, len(encoded), 1, zlib.crc32(encoded), 90, 120)], INDEX)
     config = tiny("data.subtract=nothing", "data.divide_by=[1,1,1]", "train.precision=fp32")

@@ -18,7 +18,7 @@ from alexnet_dist.cli.main import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data import inspect
 from alexnet_dist.network import kernels
-from alexnet_dist.parallel import spawn
+from alexnet_dist.parallel import device, spawn
 from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.reporting import doctor
 from alexnet_dist.reporting.doctor import Finding
@@ -111,7 +111,8 @@ def no_bf16(patch: Patch, tmp_path: Path) -> None:
 
 
 def one_gpu(patch: Patch, tmp_path: Path) -> None:
-    patch.setattr(doctor, "gpus", lambda config: 1)
+    for module in (doctor, device):
+        patch.setattr(module, "gpus", lambda config: 1)
 
 
 def no_dali(patch: Patch, tmp_path: Path) -> None:
@@ -167,7 +168,8 @@ def test_what_a_run_does_not_use_need_not_work(
     assert not examined("data.pipeline=torch")["dali"].broken
     assert examined("data.pipeline=dali")["dali"].broken
     assert "set train.precision=fp32" in examined("train.precision=tf32")["precision"].remedy
-    monkeypatch.setattr(doctor, "gpus", lambda config: 4)
+    for module in (doctor, device):
+        monkeypatch.setattr(module, "gpus", lambda config: 4)
     found = examined("layout.kind=columns_x_replicas", "layout.device=auto")["layout"].found
     assert found.startswith("columns_x_replicas: 4 process(es) on a GPU each, over NCCL")
 

@@ -2,24 +2,39 @@
 here played by calling what it holds."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, on_ranks
 from test_columns import EVERYTHING_ON, VARIANTS
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._C._distributed_c10d import Work
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.engines import ddp
+from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.network import kernels
+from alexnet_dist.engines.graph import release
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.engines.sharded_fc import ShardedFcEngine
+from alexnet_dist.engines.zero import ZeroEngine
+from alexnet_dist.network import kernels, philox
+from alexnet_dist.network.kernels import lrn_cpu
+from alexnet_dist.network.lrn import _LocalResponseNorm
+from alexnet_dist.parallel.layouts import columns_of, ranks_wanted
 from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.parallel.traffic import Traffic
 
 SMALL = [*TINY, "model.conv=[4,6,4,4,4]", "model.fc=[12,12]", "train.batch=2", "layout.kind=one",
          "data.path=none"]  # fmt: skip
@@ -31,12 +46,14 @@ def trained(config: Config, steps: int = 2) -> dict[str, Tensor]:
     return after(engine, batch, steps)
 
 
-def after(engine: TorchEngine, batch: Any, steps: int) -> dict[str, Tensor]:
+def after(engine: Engine, batch: Any, steps: int, last_but_one: Any = None) -> dict[str, Tensor]:
     found = {}
     for step in range(steps):
         last = step == steps - 1
-        found[f"numbers/{step}"] = engine.train_step(batch, step, 0.01 * 0.9**step, last)
-    found |= {f"gradient/{name}": grad for name, grad in engine.gradients.items()}
+        with last_but_one if last_but_one and step == steps - 2 else nullcontext():
+            found[f"numbers/{step}"] = engine.train_step(batch, step, 0.01 * 0.9**step, last)
+    gradients = getattr(engine, "gradients", {})  # ZeRO keeps none
+    found |= {f"gradient/{name}": grad for name, grad in gradients.items()}
     parameters, optimizer = engine.whole_tensors()
     return found | parameters | optimizer | {"logits": engine.predict(batch.windows)}
 
@@ -97,7 +114,7 @@ def test_a_network_of_kernels_is_that_of_operators(monkeypatch: pytest.MonkeyPat
         bound = 1e-12 if config.train.precision == "fp64" else 2e-5
         assert furthest(ours, expected) < bound, config.train
         wanted = {"maps", "maps_backward", "units", "units_backward", "fold",
-                  "scores", "scores_backward"}  # fmt: skip
+                  "scores", "scores_backward", "judged"}  # fmt: skip
         wanted |= {"sgd_update"} if config.optimizer.kind != "adam" else set()
         assert wanted <= {name.partition("::")[2] for name in launched}
 
@@ -146,28 +163,68 @@ class HostCopies(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        [], ["train.micro_batches=2"], ["optimizer.kind=lars"],
-        ["train.precision=fp32", "optimizer.momentum_form=torch"],
-    ],
-)  # fmt: skip
+WITHOUT_VALUES = [
+    [], ["train.micro_batches=2"], ["optimizer.kind=lars"], ["optimizer.kind=adam"],
+    ["train.precision=fp32", "optimizer.momentum_form=torch"],
+    ["layout.kind=columns"], ["layout.kind=sharded_fc"],
+    ["layout.kind=sharded_fc", "optimizer.kind=lars", "train.micro_batches=2"],
+    ["layout.kind=columns_x_replicas", "layout.ranks=4"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WITHOUT_VALUES)
 def test_a_step_can_be_captured(way: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that has no values, nothing goes by values, or to and from the host."""
     config = load_config(["layout.kind=one", "train.batch=4", *way])
     monkeypatch.setattr(kernels, "fused", lambda execution, device: True)
-    with torch.device("meta"):
-        engine = TorchEngine(config, Topology(device=torch.device("meta")), drawn=False)
+    monkeypatch.setattr(TorchEngine, "replicate", lambda self, group: self.model)
+    monkeypatch.setattr(torch, "_fused_adam_", lambda *_, **__: None)  # there is none
+    with in_a_world_of(ranks_wanted(config, gpus=0)), torch.device("meta"):
+        made = ShardedFcEngine if config.layout.kind == "sharded_fc" else TorchEngine
+        engine = made(config, topology_of(config), drawn=False)
         batch, copies = made_batch_of(config), HostCopies()
         now, rate = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
-        with copies:
+        with copies, pytest.MonkeyPatch.context() as made_of_values:
+            for name in ("tensor", "as_tensor", "from_numpy"):  # operators do not show these
+                made_of_values.delattr(torch, name)
             numbers = engine._step(batch, now, rate, True)
             with pytest.raises(RuntimeError, match="meta"):
                 numbers[0].item()
+    if config.optimizer.kind == "adam":  # torch's kernel reads no other on a GPU
+        assert [g["lr"].dtype for g in engine.optimizer.optimizer.param_groups] == [
+            torch.float32
+        ] * 2
     assert copies.found == []
     assert numbers.shape == (6,)
     assert engine.gradients.keys() == dict(engine.model.named_parameters()).keys()
+
+
+@contextmanager
+def in_a_world_of(ranks: int) -> Iterator[None]:
+    """As the last of so many processes, that exchange nothing."""
+    if ranks == 1:
+        yield
+        return
+    dist.init_process_group("fake", store=FakeStore(), rank=ranks - 1, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def topology_of(config: Config) -> Topology:
+    """This process's place, on a device that has no values."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    columns = columns_of(config)
+
+    def group(ranks: range) -> Any:
+        return dist.new_group(list(ranks), backend="fake") if len(ranks) > 1 else None
+
+    return Topology(
+        global_rank=world - 1, world_size=world, columns=columns, device=torch.device("meta"),
+        column_group=group(range(world - columns, world)),
+        replica_group=group(range(columns - 1, world, columns)),
+    )  # fmt: skip
 
 
 def made_batch_of(config: Config) -> Any:
@@ -175,7 +232,8 @@ def made_batch_of(config: Config) -> Any:
     from alexnet_dist.data.batch import Batch
     from alexnet_dist.network.precision import DTYPES
 
-    n, side = config.train.batch, config.model.crop
+    replicas = config.layout.ranks // columns_of(config) if config.layout.ranks else 1
+    n, side = config.train.batch // replicas, config.model.crop
     windows = torch.empty(n, 3, side, side, dtype=DTYPES[config.train.precision])
     windows = windows.contiguous(memory_format=torch.channels_last)
     ids = torch.empty(n, dtype=torch.int64)
@@ -183,75 +241,243 @@ def made_batch_of(config: Config) -> Any:
 
 
 class PlayedGraph:
-    """In a CUDA graph's place: what was called in the capture is called again."""
+    """In a CUDA graph's place: operators with the very tensors that they were given once, so that
+    nothing of Python has a say when it is replayed. A collective is an operator as well."""
 
-    captured: Any = None
+    def __init__(self) -> None:
+        self.tape: list[tuple[Any, Any, Any, Any]] = []
+
+    def reset(self) -> None:
+        self.tape.clear()
 
     def replay(self) -> None:
-        step, given, numbers = self.captured
-        numbers.copy_(step(*given))
+        with torch.no_grad(), _disable_current_modes():
+            for func, args, kwargs, made in self.tape:
+                again = func(*args, **kwargs)
+                for old, new in zip(tree_leaves(made), tree_leaves(again), strict=True):
+                    if isinstance(new, torch.ScriptObject):  # a collective has begun
+                        Work.unbox(new).wait()
+                    elif isinstance(new, Tensor) and not shared(old, new):
+                        old.copy_(new)
+
+
+def shared(old: Tensor, new: Tensor) -> bool:
+    """Whether it was made where it lies already."""
+    return old.untyped_storage().data_ptr() == new.untyped_storage().data_ptr()
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self, graph: PlayedGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a step waits for the device"
+        made = func(*args, **(kwargs or {}))
+        if func.namespace != "profiler":
+            self.graph.tape.append((func, args, kwargs or {}, made))
+        return made
+
+
+def played_callables(module: torch.nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """In the place of torch.cuda.make_graphed_callables."""
+    given, parameters = [tensor.clone() for tensor in example], tuple(module.parameters())
+    forward, backward = PlayedGraph(), PlayedGraph()
+    with Recorded(forward):
+        made = module(*given)
+    above = torch.empty_like(made)
+    with Recorded(backward):
+        gradients = torch.autograd.grad(made, parameters, above)
+
+    class Graphed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *now: Tensor) -> Tensor:
+            for mine, theirs in zip(given, now, strict=False):
+                mine.copy_(theirs)
+            forward.replay()
+            return made.detach()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            above.copy_(grads[0])
+            backward.replay()
+            return *[None] * len(given), *(gradient.detach() for gradient in gradients)
+
+    return lambda *now: Graphed.apply(*now, *parameters)
+
+
+class Stream:
+    def wait_stream(self, other: object) -> None:
+        pass
 
 
 @contextmanager
-def played(monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> Iterator[None]:
-    from alexnet_dist.engines import graph as module
+def played(fails: str = "") -> Iterator[None]:
+    """Steps are captured as played graphs.
 
-    class Stream:
-        def wait_stream(self, other: object) -> None:
-            pass
+    Args:
+        fails: where a capture does, on every rank: at its "begin" or "amid" the backward; or at its
+            "end", on the last rank alone.
+    """
 
     @contextmanager
     def capture(graph: PlayedGraph, **_: object) -> Iterator[None]:
-        if fails:
+        if fails == "begin":
             raise RuntimeError("operation not permitted when stream is capturing")
-        yield
-
-    original = module.CapturedStep._capture
-
-    def captured(self: module.CapturedStep) -> None:
-        original(self)
-        if self.graph is not None:
-            self.graph.captured = self.step, self.given, self.numbers  # type: ignore[attr-defined]
-
-    for name, value in (("CUDAGraph", PlayedGraph), ("graph", capture), ("Stream", Stream),
-                        ("current_stream", Stream)):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, value)
+        with (
+            Recorded(graph),
+            patch.object(_LocalResponseNorm, "backward", amid)
+            if fails == "amid"
+            else nullcontext(),
+        ):
+            yield
+        if fails == "end" and (not dist.is_initialized() or dist.get_rank() > 0):
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     @contextmanager
     def stream(_: object) -> Iterator[None]:
         yield
 
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(module.CapturedStep, "_capture", captured)
-    yield
+    def amid(*_: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    mask = philox.dropout_mask
+
+    def by_operators(*given: Any) -> Tensor:  # what compiled loops do is not seen
+        with patch.object(torch.compiler, "is_compiling", lambda: True):
+            return mask(*given)
+
+    with (
+        patch.object(torch.cuda, "CUDAGraph", PlayedGraph),
+        patch.object(torch.cuda, "make_graphed_callables", played_callables),
+        patch.object(torch.cuda, "graph", capture),
+        patch.object(torch.cuda, "current_stream", Stream),
+        patch.object(torch.cuda, "stream", stream),
+        patch.object(philox, "dropout_mask", by_operators),
+        patch.object(lrn_cpu, "fits", lambda *_: False),
+        patch.object(ddp, "_WARM_UP_DDP", 3),
+    ):
+        yield
+
+
+def by_graphs(configs: list[Config], fails: str = "") -> list[tuple[Any, Any, list[bool]]]:
+    """Of each, what steps of a graph make, and what others do; and which graphs there were."""
+    found = []
+    for config in configs:
+        topology, made, graphs = connect(config), [], []
+        batch = made_batch(config, topology.device, samples=config.train.batch // topology.replicas)
+        batch.windows.mul_(1 + topology.replica)
+        for captured in (True, False):
+            with played(fails):
+                engine, counted = make_engine(config, topology), Traffic()
+                assert isinstance(engine, TorchEngine)
+                engine.stream = Stream() if captured else None
+                made.append(after(engine, batch, 4, counted))
+                made[-1]["sent"] = torch.tensor(counted.total())
+                graphs = graphs or list(engine.graphs)
+        found.append((*made, graphs))
+    return found
+
+
+FP32 = ["train.precision=fp32", "optimizer.momentum_form=torch"]  # that asks for no value on a CPU
 
 
 @pytest.mark.parametrize("kind", ["sgd", "lars", "adam"])
-def test_a_captured_step_begins_where_it_was(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_a_captured_step_begins_where_it_was(kind: str) -> None:
     """Warming up changes nothing; gradients are kept when they are asked for; to the bit."""
-    config = load_config([*SMALL, f"optimizer.kind={kind}", "train.precision=fp32"])
-    expected = trained(config, 3)
-    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
-    engine.graphs = {}
-    with played(monkeypatch):
-        ours = after(engine, batch, 3)
-    assert engine.graphs.keys() == {False, True}
+    ((ours, expected, graphs),) = by_graphs(
+        [load_config([*SMALL, *FP32, f"optimizer.kind={kind}"])]
+    )
+    assert graphs == [False, True]
+    assert_equal(ours, expected)
+
+
+def test_graphs_are_given_up_before_ranks_part() -> None:
+    """While one that exchanges is there, NCCL waits for it."""
+    config = load_config([*SMALL, *FP32])
+    with played():
+        engine, batch = (
+            TorchEngine(config, connect(config)),
+            made_batch(config, torch.device("cpu")),
+        )
+        engine.stream = Stream()
+        engine.train_step(batch, 0, 0.01)
+        (graph,) = [step.graph for step in engine.graphs.values()]
+        assert graph.tape
+        release()
+    assert not graph.tape
+
+
+LAYOUTS = {
+    2: [["columns"], ["replicas", "train.micro_batches=2"], ["sharded_fc"],
+        ["sharded_fc", "optimizer.kind=lars"]],
+    4: [["columns_x_replicas"]],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", LAYOUTS)
+def test_a_captured_step_of_any_layout_is_its_step(ranks: int) -> None:
+    """To the bit, exchanges and all; what a replay sends is counted."""
+    shared = [*SMALL, *FP32, "train.batch=8", f"layout.ranks={ranks}"]
+    configs = [load_config([*shared, f"layout.kind={kind}", *more])
+               for kind, *more in LAYOUTS[ranks]]  # fmt: skip
+    for found in on_ranks(ranks, by_graphs, configs):
+        for ours, expected, graphs in found:
+            assert graphs == [False, True]
+            assert ours["sent"] > 0
+            assert_equal(ours, expected)
+
+
+def by_zero(configs: list[Config]) -> list[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Of each, what steps whose forward and backward are graphs make, and what others do."""
+    found = []
+    for config in configs:
+        topology, made = connect(config), []
+        batch = made_batch(config, topology.device, samples=config.train.batch // topology.replicas)
+        batch.windows.mul_(1 + topology.replica)
+        for captured in (True, False):
+            with played():
+                engine = make_engine(config, topology)
+                assert isinstance(engine, ZeroEngine)
+                if captured:
+                    engine._capture()
+                assert ("forward" in vars(engine.model)) is captured
+                made.append(after(engine, batch, 3))
+        found.append((made[0], made[1]))
+    return found
+
+
+def test_graphs_up_to_the_step_of_zero_are_its_step() -> None:
+    kinds = (["zero1"], ["zero2"], ["zero1", "train.precision=bf16"])
+    configs = [load_config([*SMALL, *FP32, "train.batch=4", f"layout.kind={kind}", "layout.ranks=2",
+                            *more]) for kind, *more in kinds]  # fmt: skip
+    for found in on_ranks(2, by_zero, configs):
+        for ours, expected in found:
+            assert_equal(ours, expected)
+
+
+@pytest.mark.parametrize("fails", ["begin", "amid", "end"])
+def test_ranks_of_which_one_cannot_capture_go_on_without(fails: str) -> None:
+    config = load_config([*SMALL, *FP32, "layout.kind=replicas", "layout.ranks=2", "train.batch=4"])
+    for ((ours, expected, graphs),) in on_ranks(2, by_graphs, [config], fails):
+        assert graphs == []
+        assert_equal(ours, expected)
+
+
+def assert_equal(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert ours.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(ours[name], value), name
 
 
 def test_a_step_that_cannot_be_captured_is_made_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config = load_config([*SMALL, "train.precision=fp32"])
-    expected = trained(config)
-    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
-    engine.graphs = {}
-    with played(monkeypatch, fails=True):
-        ours = after(engine, batch, 2)
-    assert furthest(ours, expected) == 0
-    assert "could not be captured" in caplog.text
+    ((ours, expected, graphs),) = by_graphs([load_config([*SMALL, *FP32])], "begin")
+    assert graphs == []
+    assert_equal(ours, expected)
+    assert "could not be captured as a CUDA graph" in caplog.text
+    assert "not permitted" in caplog.text
     assert "train.execution=fused" in caplog.text
 
 

@@ -12,6 +12,7 @@ from conftest import on_ranks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from alexnet_dist.engines.base import judged
 from alexnet_dist.network import philox
 from alexnet_dist.network.kernels import units as units_module
 from alexnet_dist.network.kernels.maps import maps
@@ -254,6 +255,32 @@ def updated() -> list[bool]:
         if copy is not None:
             found.append(apart(copy, ours.cpu().double()) < EPS[narrow])
     return found
+
+
+def judgements() -> list[tuple[list[float], list[float]]]:
+    """Of steps' numbers, what the kernel makes and what operators do, and the flags."""
+    inf, nan, found = float("inf"), float("nan"), []
+    cases = [
+        (3.5, 16.0, 0.01), (nan, 1.0, 1.0), (3.5, inf, 0.1), (3.5, nan, 2.0), (-inf, 1.0, 1.0),
+        (3.5, 4.0, 0.0), (1e300, 1e300, 1e-300),
+    ]  # fmt: skip
+    for loss, squares, scale in cases:
+        both = []
+        for fused in (True, False):
+            stats = torch.tensor([loss, 1, 2, 9, 4, squares], dtype=torch.float64, device=DEVICE)
+            by = torch.tensor(scale, dtype=torch.float64, device=DEVICE)
+            skip = judged(stats, by, fused)
+            assert (skip.dtype, skip.shape) == (torch.float32, ())
+            both.append([*stats.nan_to_num(-1).tolist(), skip.item()])
+        found.append((both[0], both[1]))
+    return found
+
+
+def test_what_is_not_finite_is_judged_by_a_kernel_as_by_operators() -> None:
+    (found,) = on_ranks(1, judgements, fresh=True)
+    assert [ours[-1] for ours, _ in found] == [0, 1, 1, 1, 1, 0, 1]
+    for ours, theirs in found:
+        assert ours == pytest.approx(theirs, rel=1e-15)
 
 
 def test_the_update_is_torchs_and_none_where_skipped() -> None:

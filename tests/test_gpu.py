@@ -6,19 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import made
-import numpy as np
 import pytest
 import torch
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
-from test_columns import EVERYTHING_ON, largest_difference, on_columns, trajectory
-from test_layouts import assert_same_run, config_of, on, states_of, trajectories, updates
+from test_layouts import assert_same_run, config_of, trajectories
 from test_run import ALONE, RUN, Started, ended_state, start
 
+from alexnet_dist.bench.decoders import bench_differences
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import resident
+from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
@@ -74,11 +74,6 @@ def test_products_of_float32_are_exact_unless_tf32_is_asked_for(precision: str) 
 
 
 GPU = ["layout.device=cuda", "train.deterministic=true"]
-
-
-@pytest.fixture
-def arguments(packed: object) -> list[str]:
-    return [*TINY, *EVERYTHING_ON, f"data.path={packed}", "layout.kind=one", *GPU]
 
 
 @pytest.mark.parametrize(
@@ -198,40 +193,6 @@ def spoiled(config: Config) -> tuple[dict[str, torch.Tensor], torch.Tensor, Any]
     return before, numbers, {n: t for part in engine.whole_tensors() for n, t in part.items()}
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_columns_on_two_gpus_equal_one(arguments: list[str]) -> None:
-    config = load_config(arguments)
-    ((losses, parameters, _),) = on_ranks(1, trajectory, config)
-    ours = on_ranks(2, trajectory, on_columns(config))
-    np.testing.assert_allclose(ours[0][0], losses, rtol=1e-12)
-    assert largest_difference(ours[0][1], parameters) <= 1e-10
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_replicas_and_sharded_layers_on_two_gpus_follow_the_oracle(packed: Path) -> None:
-    config = config_of(packed, *GPU, "train.precision=fp64")
-    ((oracle,),) = on_ranks(1, trajectories, [config])
-    cases = [on(config, kind, 2, n) for kind in ("replicas", "sharded_fc") for n in (1, 4)]
-    for ours in on_ranks(2, trajectories, cases)[0]:
-        assert_same_run(ours, oracle, 1e-10)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_an_update_by_zero_on_two_gpus_is_the_oracles(
-    packed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")  # float32 as on a CPU
-    config = config_of(packed, *GPU, "train.precision=fp32")
-    (states,) = on_ranks(1, states_of, config)
-    ((through, ours),) = on_ranks(2, updates, [on(config, "zero1", 2)], states)[0]
-    assert all(torch.equal(through[0][name], states[0][0][name]) for name in states[0][0])
-    for after, expected in zip(ours, states[1:], strict=True):
-        for mine, theirs in zip(after, expected, strict=True):
-            for name in theirs:
-                difference = (mine[name] - theirs[name]).abs().max()
-                assert difference <= 1e-4 * theirs[name].abs().max(), name
-
-
 @pytest.mark.parametrize("fits", [True, False])
 def test_resident_images_give_the_cpus_batch(
     packed: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
@@ -266,7 +227,8 @@ def test_resident_images_give_the_cpus_batch(
 @pytest.mark.parametrize("views", [1, 10])
 @pytest.mark.parametrize("keep", [False, True])
 def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views: int) -> None:
-    """Decoded by nvJPEG: within half a grey level in the mean; drawn and finished alike."""
+    """Decoded by nvJPEG: within half a grey level in the mean; drawn and finished alike. A later
+    batch is larger than the first."""
     prepare("folder", made.image_folder(tmp_path / "source", 8, 6, (360, 264)), tmp_path / "data",
             Options(keep=keep))  # fmt: skip
     shared = [*TINY, "model.classes=3", "model.crop=227", "data.canvas=256", "data.eval_split=val",
@@ -280,7 +242,7 @@ def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views:
             device=torch.device(device, 0) if device == "cuda" else torch.device(device)
         )
         pipeline = make_pipeline(config, topology, dataset, "val")
-        plan = evaluation_plan(config, [range(0, 7), range(7, 18)])
+        plan = evaluation_plan(config, [range(0, 3), range(3, 3), range(3, 14), range(14, 18)])
         found.append([part.joined([len(part.facts)], None) for part in pipeline.batches(plan)])
         pipeline.close()
     for cpu, torch_gpu, dali_gpu in zip(*found, strict=True):
@@ -288,5 +250,24 @@ def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views:
         assert torch.equal(torch_gpu.windows.cpu(), cpu.windows)
         assert torch.equal(dali_gpu.ids.cpu(), cpu.ids)
         difference = (dali_gpu.windows.cpu() - cpu.windows).abs() * 60  # divide_by of TINY
-        assert difference.mean() <= 0.5
-        assert difference.flatten().sort().values[int(0.999 * difference.numel())] <= 4
+        if len(difference):
+            assert difference.mean() <= (0.7 if keep else 0.5)
+            assert difference.flatten().sort().values[int(0.999 * difference.numel())] <= 4
+
+
+def test_dali_on_the_gpu_decodes_every_kind_of_jpeg_within_bounds(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 8, 0, (360, 264))
+    found = bench_differences(source, 224, ["layout.device=cuda"])["differences"]
+    for kind, apart in found.items():
+        assert apart["99.9th percentile"] <= 4, kind
+        if kind.startswith("at size"):
+            assert apart["mean"] <= 0.5, kind
+            assert max(abs(apart[colour]) for colour in ("red", "green", "blue")) <= 0.05, kind
+        else:
+            assert apart["mean"] <= 0.7, kind
+
+
+def test_the_gpus_own_decoders_work_here() -> None:
+    found = gpu_decoders(torch.cuda.current_device())
+    assert found.hardware or found.cores, found.lack
+    assert check_dali(torch.cuda.current_device()) == f"{found}"

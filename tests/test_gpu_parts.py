@@ -3,6 +3,7 @@
 import contextlib
 import json
 import runpy
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ import pytest
 from alexnet_dist.cli.main import build_parser, main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.planning.measured import Step, read_steps
+from alexnet_dist.reporting.compare_layouts import HEADING, Row, line
 
-GPU: dict[str, Any] = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "gpu.py"))
+DOCS = Path(__file__).parent.parent / "docs"
+sys.path.insert(0, str(DOCS))
+GPU: dict[str, Any] = runpy.run_path(str(DOCS / "gpu.py"))
 Part, measure = GPU["Part"], GPU["measure"]
 ABOUT = {"card": "A card", "driver": "580", "torch": "2.11", "triton": "3.6", "cuda": "13.0",
          "commit": "abc123def"}  # fmt: skip
@@ -96,7 +101,31 @@ def test_the_parts_are_commands_that_there_are() -> None:
                 if hasattr(options, "config"):
                     load_config(options.config)
             for file in (word for word in arguments if word.endswith(".py")):
-                assert Path(GPU["ROOT"], file).exists()
+                assert Path(GPU["ROOT"], file.removeprefix("--ignore=")).exists()
+
+
+def test_what_compare_prints_is_read() -> None:
+    rows = [("one", 1, 0.0, 12345.6, None, 2.5e-6), ("columns", 2, 1.3e-15, 99.0, 3e-7, None),
+            ("zero1", 2, 2e-3, 100.0, 4e-7, None)]  # fmt: skip
+    printed = [HEADING]
+    for kind, ranks, difference, speed, drift, floor in rows:
+        bound = 1e-5 if kind == "zero1" else 1e-12
+        holds = difference <= bound
+        row = Row(kind, ranks, 2.3, difference, bound, holds, speed, 12_345_678, 2)
+        printed.append(line(row, drift, floor))
+    assert GPU["of_compare"]("\n".join([*printed, "images/s are of a card"])) == {
+        "largest difference": {
+            "one, 1 rank(s)": 0, "columns, 2 rank(s)": 1.3e-15, "zero1, 2 rank(s)": 2e-3
+        },
+        "images/s of a shared GPU": {
+            "one, 1 rank(s)": 12345.6, "columns, 2 rank(s)": 99, "zero1, 2 rank(s)": 100
+        },
+        "drift in fp32 (one: its floor)": {
+            "one, 1 rank(s)": 2.5e-6, "columns, 2 rank(s)": 3e-7, "zero1, 2 rank(s)": 4e-7
+        },
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="no layout"):
+        GPU["of_compare"]("\n".join(printed[:2]))
 
 
 def test_what_is_made_to_train_on_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,4 +164,29 @@ def test_the_tables_show_the_first_commit_and_the_last() -> None:
 
 def test_the_page_shows_what_was_measured() -> None:
     page = GPU["PAGE"].read_text()
-    assert page == GPU["documented"](page, GPU["read_rows"]()), "make docs"
+    assert page == GPU["documented"](page, GPU["read_rows"](GPU["ROWS"])), "make docs"
+
+
+def test_steps_that_were_measured_correct_the_plan() -> None:
+    row = {"part": "step", "commit": "abc", "command": "bench step paper --batch 128 1024 --json"}
+    figures = {"ours, bf16": 0.0021, "ours, bf16, no LRN": 0.002, "ours, fp32": 0.012345,
+               "ours, bf16, batch 1024": 0.0151, "eager, fp32": 0.03}  # fmt: skip
+    older = {"ours, bf16": 1.0}
+    rows = [
+        row | {"card": "NVIDIA H200", "figures": {"seconds a step": older}},
+        row | {"card": "NVIDIA H200", "figures": {"seconds a step": figures}},
+        row | {"card": "NVIDIA H200", "figures": {}, "failed": "exit 1"},
+        row | {"card": "NVIDIA H100", "figures": {}, "part": "maps"},
+    ]
+    found = [Step(**step) for step in GPU["steps"](rows)]
+    assert [(s.card, s.batch, s.precision, s.ms) for s in found] == [
+        ("NVIDIA H200", 128, "bf16", 2.1), ("NVIDIA H200", 128, "fp32", 12.35),
+        ("NVIDIA H200", 1024, "bf16", 15.1),
+    ]  # fmt: skip
+    assert {step.source for step in found} == {GPU["FROM_ROWS"]}
+
+
+def test_the_steps_that_ship_are_those_of_the_rows() -> None:
+    """`make docs` brings them up to date."""
+    shipped = [step for step in read_steps() if step.source == GPU["FROM_ROWS"]]
+    assert shipped == [Step(**step) for step in GPU["steps"](GPU["read_rows"](GPU["ROWS"]))]

@@ -447,11 +447,12 @@ def poisoned(configs: Sequence[Config]) -> list[Any]:
         engine = make_engine(config, topology)
         before = [{n: t.clone() for n, t in part.items()} for part in engine.whole_tensors()]
         n = config.train.batch // topology.replicas
-        windows = torch.randn(n, 3, 67, 67)
-        if topology.global_rank == topology.world_size - 1:
-            windows[-1] = torch.nan
-        damaged = torch.zeros(n).bool()
-        batch = Batch(windows, torch.arange(n) % 10, torch.arange(n), torch.zeros(n, 3), damaged)
+        with topology.device:
+            windows = torch.randn(n, 3, 67, 67)
+            if topology.global_rank == topology.world_size - 1:
+                windows[-1] = torch.nan
+            slots, damaged = torch.arange(n), torch.zeros(n).bool()
+            batch = Batch(windows, slots % 10, slots, torch.zeros(n, 3), damaged)
         failed = engine.train_step(batch, 0, 0.02)[3].item() != 0
         same = all(
             torch.equal(now[name], then[name])

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch, Decoded
 from alexnet_dist.data.dataset import open_dataset, open_for
+from alexnet_dist.data.pipelines import dali_pipeline, torch_pipeline
+from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.preprocess import Finish
@@ -119,7 +122,7 @@ def test_evaluation_takes_batches_of_any_size(
     stored: dict[str, Path], views: int, kind: str
 ) -> None:
     config = config_of(stored[kind], f"evaluate.views={views}")
-    parts = [range(0, 4), range(4, 4), range(4, 7), range(7, 8), range(8, 8)]
+    parts = [range(0, 3), range(3, 3), range(3, 9), range(9, 11), range(11, 15), range(15, 15)]
     found = both(config, lambda c: decoded(c, "val", evaluation_plan(c, parts)))
     for part, ((ours, mine), (theirs, other)) in zip(parts, found, strict=True):
         assert mine.windows.shape == (len(part) * views, 3, 227, 227)
@@ -178,6 +181,112 @@ def test_windows_are_those_by_torchs_operators(stored: dict[str, Path]) -> None:
                 by_loop = finish(patches, corners, flips, lighting)
                 finish.by_loop = functools.partial(by_gathers, finish)  # type: ignore[method-assign]
                 assert torch.equal(finish(patches, corners, flips, lighting), by_loop)
+
+
+def test_without_torchscript_batches_are_the_same(
+    stored: dict[str, Path], packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs = [config_of(stored[kind], "data.pipeline=torch") for kind in ("256", "kept")]
+    configs.append(config_of(packed, "data.pipeline=torch", "model.classes=10",
+                             "data.eval_split=test"))  # fmt: skip
+    before = [training(config, 3) for config in configs]
+    assert isinstance(torch_pipeline._released(), torch.jit.ScriptFunction)
+    monkeypatch.delattr(torch.jit, "script")
+    torch_pipeline._released.cache_clear()
+    after = [training(config, 3) for config in configs]
+    assert torch_pipeline._released() is torch_pipeline._decode
+    torch_pipeline._released.cache_clear()
+    for ours, theirs in zip(before, after, strict=True):
+        for (_, one), (_, other) in zip(ours, theirs, strict=True):
+            assert_same(one, other)
+
+
+# --- DALI on a GPU, where there is none
+
+
+def operators(config: Config, monkeypatch: pytest.MonkeyPatch, hardware: bool) -> list[str]:
+    """The operators of the graph that a GPU would be given, as DALI writes them."""
+    decoders = dali_pipeline.GpuDecoders(hardware, cores=True)
+    monkeypatch.setattr(dali_pipeline, "gpu_decoders", lambda device: decoders)
+    split = open_dataset(Path(config.data.path)).splits["train"]
+    finish: Any = None
+    pipeline = DaliPipeline(config, split, torch.device("cuda", 0), finish, 2)
+    graph = pipeline.graph(iter(()), 4, config.model.crop)
+    pipeline.close()
+    graph._build_graph()  # as far as it goes without a GPU
+    return [f"{op.spec}" for op in graph._ops]
+
+
+@pytest.mark.parametrize("hardware", [True, False])
+@pytest.mark.parametrize("kind", ["256", "kept"])
+def test_a_gpu_decodes_whole_images_by_its_own_decoder_where_it_has_one(
+    stored: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kind: str, hardware: bool
+) -> None:
+    found = operators(config_of(stored[kind]), monkeypatch, hardware)
+    names = [re.findall(r"OpSpec for (\w+)", op)[0] for op in found]
+    chain = [name for name in names if name != "ExternalSource"]
+    assert chain == ["decoders__Image", *["Resize"] * (kind == "kept"), "Slice"]
+    decoder = found[names.index("decoders__Image")]
+    assert "device: mixed" in decoder
+    assert "jpeg_fancy_upsampling: True" in decoder
+    assert f"hw_decoder_load: {0.9 if hardware else 0:f}" in decoder
+    for name in chain[1:]:
+        assert "device: gpu" in found[names.index(name)]
+
+
+class Codec:
+    """nvImageCodec, as on a GPU some of whose decoders work."""
+
+    def __init__(self, works: dict[str, bool | Exception]) -> None:
+        self.works, self.asked = works, list[Any]()
+        self.BackendKind = type("BackendKind", (), {name: name for name in works})
+
+    def Backend(self, kind: str) -> str:
+        return kind
+
+    def Decoder(self, device_id: int, backends: list[str], options: str) -> "Codec":
+        self.asked.append((device_id, backends, options))
+        return self
+
+    def decode(self, encoded: bytes) -> object:
+        assert encoded[:2] == b"\xff\xd8"
+        does = self.works[self.asked[-1][1][0]]
+        if isinstance(does, Exception):
+            raise does
+        return object() if does else None
+
+
+@pytest.mark.parametrize(
+    ("hardware", "cores", "said"),
+    [
+        (True, True, "on the GPU, by its JPEG decoder and its CUDA cores"),
+        (False, True, "on the GPU, by its CUDA cores"),
+        (RuntimeError("no driver"), RuntimeError("no\ndriver"), "on the CPU, though for the GPU"),
+    ],
+)
+def test_what_decodes_on_a_gpu_is_found_out_and_a_fall_back_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, hardware: Any, cores: Any,
+    said: str,
+) -> None:  # fmt: skip
+    codec = Codec({"HW_GPU_ONLY": hardware, "HYBRID_CPU_GPU": cores, "GPU_ONLY": False})
+    monkeypatch.setattr("nvidia.nvimgcodec", codec, raising=False)
+    monkeypatch.setitem(sys.modules, "nvidia.nvimgcodec", codec)
+    dali_pipeline.gpu_decoders.cache_clear()
+    found = [dali_pipeline.gpu_decoders(3) for _ in range(2)]
+    dali_pipeline.gpu_decoders.cache_clear()
+    assert f"{found[1]}" == said
+    assert [(device, kinds) for device, kinds, _ in codec.asked] == [
+        (3, ["HW_GPU_ONLY"]), (3, ["HYBRID_CPU_GPU", "GPU_ONLY"])
+    ]  # fmt: skip
+    warned = [record.getMessage() for record in caplog.records]
+    if cores is True:
+        assert not warned
+        assert found[0].lack == ""
+    else:
+        assert len(warned) == 1
+        assert (
+            "decoded on the CPU, for none of the GPU's decoders takes them (no driver)" in warned[0]
+        )
 
 
 # --- whole runs
@@ -352,7 +461,7 @@ def test_what_decodes_as_nothing_is_named(stored: dict[str, Path], tmp_path: Pat
     index = split.index[:4].copy()
     index["offset"], index["size"] = 0, shard.stat().st_size
     index["crc32"] = zlib.crc32(shard.read_bytes())
-    bad = dataclasses.replace(split, shards=(shard,), index=index, _files={})
+    bad = dataclasses.replace(split, shards=(shard,), index=index)
     for kind in PIPELINES:
         config = config_of(stored["256"], f"data.pipeline={kind}", "train.batch=4")
         ours = dataclasses.replace(dataset, splits={"train": bad})
@@ -376,9 +485,7 @@ def test_an_image_larger_than_its_index_says_is_not_decoded(
     (tmp_path / "shard.tar").write_bytes(bomb)
     for sample, size in ((2, 256), (5, 30_000)):  # the second index agrees with its header
         index[sample] = (1, 0, len(bomb), 0, zlib.crc32(bomb), size, size)
-    bad = dataclasses.replace(
-        split, shards=(*split.shards, tmp_path / "shard.tar"), index=index, _files={}
-    )
+    bad = dataclasses.replace(split, shards=(*split.shards, tmp_path / "shard.tar"), index=index)
     with pytest.raises(DatasetError, match=r"sample 2 .*header says 30000 × 30000 .* 256 × 256"):
         bad.read(2)
     config = config_of(stored["256"], f"data.pipeline={pipeline}", "train.batch=36")

@@ -24,9 +24,12 @@ from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import MachineError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 from alexnet_dist.parallel import device
+from alexnet_dist.parallel.stop_signals import StopSignals, handlers_restored
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.planning.dry_run import plan
+from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.run_folder import read_run
 
 KINDS = ("torch", "resident")
 
@@ -97,8 +100,10 @@ def test_a_split_is_decoded_once_whoever_asks(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = []
-    decode = resident.decoded
-    monkeypatch.setattr(resident, "decoded", lambda *a: times.append(a[1]) or decode(*a))
+    decode = resident.Decoder.__call__
+    monkeypatch.setattr(
+        resident.Decoder, "__call__", lambda *a: times.extend(a[1].tolist()) or decode(*a)
+    )
     config = load_config([*TINY, f"data.path={packed}", "data.pipeline=resident"])
     dataset = open_for(config)
     for _ in range(3):
@@ -153,6 +158,87 @@ def test_a_run_on_either_is_the_same_run(tiny: Callable[..., Config]) -> None:
     # Looked at once, its images are decoded as they come.
     score = evaluate_checkpoints([config.folder]).score
     assert score.correct1 == metrics[1][-1]["correct1"]
+
+
+# --- stopping
+
+
+class Stops:
+    """A signal that is agreed on at one of the polls."""
+
+    def __init__(self, at: int) -> None:
+        self.polls, self.at = 0, at
+
+    def poll(self, topology: Topology) -> int:
+        self.polls += 1
+        return int(self.polls >= self.at)
+
+
+def test_a_signal_ends_decoding_and_what_was_decoded_is_not_kept(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "_CHUNK", 10 * 3 * 72**2)  # parts of ten images
+    seen = []
+    decode = resident.Decoder.__call__
+    monkeypatch.setattr(
+        resident.Decoder, "__call__", lambda *a: seen.extend(a[1].tolist()) or decode(*a)
+    )
+    config = tiny("data.pipeline=resident")
+    dataset = open_for(config)
+    signals: Any = Stops(3)
+    hold(config, Topology(), dataset, ["train", "test"], signals)
+    assert sorted(seen) == [*range(20)]
+    assert not dataset.resident
+    signals = Stops(100)
+    hold(config, Topology(), dataset, ["train", "test"], signals)
+    assert len(dataset.resident) == 2
+    assert signals.polls == 6 + 3  # of 60 and 23 images
+
+
+def test_a_run_that_is_stopped_as_it_decodes_leaves_at_once(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the signal's exit code, and nothing trained; it begins when it is started again."""
+    config = tiny("data.pipeline=resident", "layout.kind=one", "train.epochs=1")
+    with handlers_restored():
+        signals = StopSignals()
+        poll = signals.poll
+
+        def stopped(topology: Topology) -> int:
+            signals.flag = 1
+            return poll(topology)
+
+        monkeypatch.setattr(signals, "poll", stopped)
+        monkeypatch.setattr(resident.Decoder, "__call__", lambda *_: pytest.fail("decoded"))
+        outcome = train(config, signals)
+    assert (outcome.exit, outcome.step) == (75, 0)
+    assert read_run(config.folder)["state"] == "stopped"
+    monkeypatch.undo()
+    with handlers_restored():
+        assert train(config, StopSignals()).exit == 0
+
+
+def test_from_the_hosts_memory_a_gpu_is_given_pinned_batches(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config([*TINY, f"data.path={packed}", "data.pipeline=resident"])
+    dataset = open_for(config)
+    monkeypatch.setattr(Room, "of", classmethod(lambda cls, *_: cls(0, 1e12)))
+    pinned, empty = [], torch.empty
+
+    def allocated(*size: Any, pin_memory: bool = False, **how: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return empty(*size, **how)
+
+    hold(config, ON_GPU, dataset, ["test"])
+    monkeypatch.setattr(resident.torch, "empty", allocated)
+    monkeypatch.setattr(resident, "to_device", lambda tensor, device: tensor)
+    finish: Any = None
+    found = resident.ResidentPipeline(config, ON_GPU, dataset, "test", finish, 2)
+    parts = [range(0, 7), range(7, 23)]
+    assert [len(p.patches) for p in found.batches(evaluation_plan(config, parts))] == [7, 16]
+    found.close()
+    assert pinned == [True, True]
 
 
 # --- memory
@@ -229,7 +315,7 @@ def test_images_lie_on_the_gpu_else_in_the_hosts_memory(
 )
 def test_what_is_left_for_the_network_is_more_than_its_plan(more: Sequence[str]) -> None:
     config = load_config([*more, "layout.kind=one", "layout.ranks=0"])
-    planned = plan(config, 1)["layouts"]["one"]["memory"]["peak"]
+    planned = plan(config, 1).of("one").memory["peak"]
     assert planned < resident._network_takes(config, Topology()) < 10 * planned + 2**30
 
 

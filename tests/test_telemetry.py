@@ -307,7 +307,7 @@ def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
     tiny: Callable[..., Config],
 ) -> None:
     config = tiny("layout.kind=one")
-    assert training_flops(config) == plan(config, 1)["training_flops_per_image"]
+    assert training_flops(config) == plan(config, 1).training_flops_per_image
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("NVIDIA GeForce GTX 580") is None

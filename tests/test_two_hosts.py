@@ -13,7 +13,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from conftest import TINY, alexnet_dist
+from shared import SHARED
 from test_run import Started, ended_state
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -79,7 +81,11 @@ class Hosts:
             "--node-rank", str(place), "--master-addr", ADDRESSES[0], "--master-port", "29400",
             "--local-addr", ADDRESSES[place], "-m", "alexnet_dist",
         )  # fmt: skip
-        within = ("ip", "netns", "exec", self.names[place], "env", f"GLOO_SOCKET_IFNAME={CABLE}")
+        variables = (
+            f"GLOO_SOCKET_IFNAME={CABLE}", f"NCCL_SOCKET_IFNAME={CABLE}", "NCCL_DEBUG=INFO",
+            f"NCCL_HOSTID={self.names[place]}", # else NCCL takes both for one host
+        )  # fmt: skip
+        within = ("ip", "netns", "exec", self.names[place], "env", *variables)
         return launcher, within
 
 
@@ -105,11 +111,11 @@ Start = Callable[..., list[Started]]
 
 @pytest.fixture
 def start(hosts: Hosts, packed: Path, runs: Path) -> Iterator[Start]:
-    """Starts a run on both hosts: start(NAME, LAYOUT, RANKS of a host)."""
+    """Starts a run on both hosts: start(NAME, LAYOUT, RANKS of a host, key=value …)."""
     started: list[Started] = []
 
-    def begin(name: str, kind: str, ranks: int) -> list[Started]:
-        more = [f"data.path={packed}", f"output_dir={runs}", f"name={name}", f"layout.kind={kind}"]
+    def begin(name: str, kind: str, ranks: int, *more: str) -> list[Started]:
+        more += (f"data.path={packed}", f"output_dir={runs}", f"name={name}", f"layout.kind={kind}")
         both = [Started(["train", *RUN, *more], *hosts.command(p, ranks)) for p in range(2)]
         started.extend(both)
         return both
@@ -130,8 +136,8 @@ def one(packed: Path, runs: Path) -> Path:
     return runs / "one"
 
 
-def assert_equal_to(one: Path, ours: Path) -> None:
-    """Final weights and momenta within 1e-12, relative to a tensor's largest value."""
+def assert_equal_to(one: Path, ours: Path, bound: float = 1e-12) -> None:
+    """Final weights and momenta within a bound, relative to a tensor's largest value."""
     mine, theirs = (
         checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1]) for folder in (ours, one)
     )
@@ -141,7 +147,7 @@ def assert_equal_to(one: Path, ours: Path) -> None:
         assert a.keys() == b.keys()
         for name in b.keys():  # noqa: SIM118
             here, there = (tensors.rows(name, slice(None)) for tensors in (a, b))
-            assert (here - there).abs().max() <= 1e-12 * there.abs().max(), name
+            assert (here - there).abs().max() <= bound * there.abs().max(), name
 
 
 def ended(both: list[Started]) -> str:
@@ -186,3 +192,15 @@ def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
 
     assert "cut continues at step" in ended(start("cut", kind, 2))
     assert ended_state(runs / "cut") == ended_state(runs / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["columns", "replicas"])
+def test_two_hosts_that_share_a_gpu_meet_over_nccls_sockets(
+    kind: str, start: Start, runs: Path, one: Path
+) -> None:
+    """Each takes the GPU for its own: to NCCL they are two hosts, and what they send leaves it."""
+    said = ended(start(f"nccl-{kind}", kind, 1, *SHARED))
+    assert "NET/Socket" in said
+    assert_equal_to(one, runs / f"nccl-{kind}", 1e-9)  # the other is a CPU's

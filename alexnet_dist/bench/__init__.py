@@ -52,4 +52,5 @@ def table(found: dict[str, Any]) -> str:
         lines += ["", "torch and dali, grey levels apart"]
         lines += [f"{name:44}{value:10,.3f}" for name, value in found["differences"].items()]
     lines += ["", ", ".join(f"{key} {value}" for key, value in found["machine"].items())]
+    lines += [found["unseen"]] if found.get("unseen") else []
     return "\n".join(lines)

@@ -1,7 +1,9 @@
 """How fast the pipelines decode, beside ImageFolder and the bare decoder."""
 
 import functools
+import itertools
 import json
+import operator
 import re
 import subprocess
 import sys
@@ -21,10 +23,12 @@ from torch import Tensor
 from torchvision.io import decode_jpeg
 
 from alexnet_dist.bench import Pass, in_turn, machine, median, ratio
+from alexnet_dist.bench.decoders import differences
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Decoded
 from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
+from alexnet_dist.data.pipelines.dali_pipeline import on_a_gpu
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.merge import described
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -32,6 +36,8 @@ from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.parallel.topology import Topology, connect
 
 _KINDS = ("torch", "dali", "resident")
+_FEW = 4  # threads that decode, beside all
+_BY_FEW = f"torch, decoded by {_FEW} threads"
 
 
 def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> dict[str, Any]:
@@ -57,28 +63,35 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         config = load_config(["layout.kind=one", data, *overrides])
         topology = connect(config)
         workers = config.data.workers or torch.get_num_threads()
+        train, own = packed["256"].splits["train"], dict[str, list[float]]()
         passes: dict[str, Pass] = {
             "ImageFolder": _image_folder(folder / "train", config, workers, images),
-            "bare decode": _bare_decode(packed["256"].splits["train"], workers, images),
+            "bare decode": _bare_decode(train, workers, images),
+            "bare DALI": _bare_dali(train, topology.device, workers, config.train.batch, images),
         }
         for kind in _KINDS:
             ours = load_config([flat(config), f"data.pipeline={kind}"])
             make = functools.partial(_pipeline, ours, topology)
-            passes[f"{kind}, decoded"] = make(packed["256"], images, finish=False)
-            passes[f"{kind}, beside Python"] = _beside_python(passes[f"{kind}, decoded"])
+            mine = own.setdefault(kind, [])
+            passes[f"{kind}, decoded"] = make(packed["256"], images, finish=False, own=mine)
+            passes[f"{kind}, beside Python"] = _beside(passes[f"{kind}, decoded"], python=True)
+            passes[f"{kind}, beside a process"] = _beside(passes[f"{kind}, decoded"], python=False)
             for stored, dataset in packed.items():
                 passes[f"{kind}, {stored}"] = make(dataset, images)
+            if kind == "torch" and workers > _FEW:
+                few = load_config([flat(ours), f"data.workers={_FEW}"])
+                passes[_BY_FEW] = _pipeline(few, topology, packed["256"], images, finish=False)
             if kind == "resident":  # a million images of its own would not fit
                 continue
             for name, count in (("1,000", 1_000), ("1,000,000", 1_000_000)):
                 large = _of_size(packed["256"], count)
                 passes[f"{kind}, of {name}"] = make(large, images)
         runs = in_turn(passes, repeats)
-        differences = {
-            f"{stored}: {what}": value
-            for stored, dataset in packed.items()
-            for what, value in _differences(config, topology, dataset, images).items()
-        }
+        apart: dict[str, float] = {}
+        for stored, dataset in packed.items():
+            parts = differences(config, topology, dataset).values()
+            figures = functools.reduce(operator.add, parts).figures()
+            apart |= {f"{stored}: {what}": value for what, value in figures.items()}
 
     ratios = {}
     for kind in _KINDS:
@@ -89,35 +102,53 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         ratios[f"{kind}, decoded / bare decode"] = ratio(runs, f"{kind}, decoded", "bare decode")
         beside = f"{kind}, beside Python"
         ratios[f"{beside} / decoded"] = ratio(runs, beside, f"{kind}, decoded")
+        ratios[f"{beside} / beside a process"] = ratio(runs, beside, f"{kind}, beside a process")
         if kind == "resident":
             continue
         million, thousand = (f"{kind}, of {n}" for n in ("1,000,000", "1,000"))
         ratios[f"{kind}, 1,000,000 / 1,000 samples"] = ratio(runs, million, thousand)
+    ratios["dali, decoded / bare DALI"] = ratio(runs, "dali, decoded", "bare DALI")
+    if _BY_FEW in runs[0]:
+        ratios[f"torch, decoded / by {_FEW} threads"] = ratio(runs, "torch, decoded", _BY_FEW)
     return {
         "ratios": ratios,
         "ceilings": {
             "bare decode, images/s": median(a["bare decode"] for a in runs),
+            **{f"{kind}, the loop's own time, µs a batch": median(own[kind]) for kind in _KINDS},
             **index_cost(1_281_167, config.train.batch),
         },
-        "differences": differences,
+        "differences": apart,
         "machine": machine(workers),
         "unit": "images/s",
         "runs": runs,
     }
 
 
-def _rate(batches: Iterator[int]) -> float:
-    """Images per second, from the first batch (it waits for the start) to the last."""
+def _rate(batches: Iterator[int], own: list[float] | None = None) -> float:
+    """Images per second, from the first batch (it waits for the start) to the last.
+
+    Args:
+        own: takes the processor's time of this thread, µs a batch.
+    """
     next(batches)
-    begin = time.perf_counter()
-    images = sum(batches)
-    return images / (time.perf_counter() - begin)
+    begin, mine = time.perf_counter(), time.thread_time()
+    counts = list(batches)
+    seconds, mine = time.perf_counter() - begin, time.thread_time() - mine
+    if own is not None:
+        own.append(mine / len(counts) * 1e6)
+    return sum(counts) / seconds
 
 
 def _pipeline(
-    config: Config, topology: Topology, dataset: Dataset, images: int, finish: bool = True
-) -> Pass:
-    """One of our pipelines; with `finish`, up to what conv1 sees."""
+    config: Config, topology: Topology, dataset: Dataset, images: int, finish: bool = True,
+    own: list[float] | None = None,
+) -> Pass:  # fmt: skip
+    """One of our pipelines.
+
+    Args:
+        finish: up to what conv1 sees.
+        own: as `_rate`'s, a number each pass.
+    """
     sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
     size = config.train.batch
     steps = -(-images // size) + 1
@@ -131,15 +162,16 @@ def _pipeline(
         pipeline = make_pipeline(config, topology, dataset, "train")
         try:
             plan = sampler.plan(0, steps, range(size))
-            return _rate(used(decoded) for decoded in pipeline.batches(plan))
+            return _rate(map(used, pipeline.batches(plan)), own)
         finally:
             pipeline.close()
 
     return run
 
 
-def _beside_python(alone: Pass) -> Pass:
-    """A pass while a thread runs Python without a pause, and so wants its lock all the time."""
+def _beside(alone: Pass, python: bool) -> Pass:
+    """A pass while Python runs without a pause: in a thread, which wants the lock all the time, or
+    in a process of its own, which takes a core as the thread does, and nothing else."""
 
     def run() -> float:
         ended = False
@@ -148,7 +180,14 @@ def _beside_python(alone: Pass) -> Pass:
             while not ended:
                 pass
 
-        thread = threading.Thread(target=spin, name="spin")
+        def wait() -> None:
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            while not ended:
+                time.sleep(0.05)
+            process.kill()
+            process.wait()
+
+        thread = threading.Thread(target=spin if python else wait, name="spin")
         thread.start()
         try:
             return alone()
@@ -157,31 +196,6 @@ def _beside_python(alone: Pass) -> Pass:
             thread.join()
 
     return run
-
-
-def _differences(
-    config: Config, topology: Topology, dataset: Dataset, images: int
-) -> dict[str, float]:
-    """Of the bytes that both pipelines make of the same samples, grey levels."""
-    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
-    size = config.train.batch
-    pipelines = [
-        make_pipeline(replace(config, data=replace(config.data, pipeline=kind)), topology, dataset,
-                      "train")
-        for kind in ("torch", "dali")
-    ]  # fmt: skip
-    plans = [p.batches(sampler.plan(0, -(-images // size), range(size))) for p in pipelines]
-    counts = np.zeros(256, np.int64)  # of pixels' colours, by their difference
-    for ours, theirs in zip(*plans, strict=True):
-        difference = (ours.patches.int() - theirs.patches.int()).abs().flatten()
-        counts += torch.bincount(difference, minlength=256).cpu().numpy()
-    for pipeline in pipelines:
-        pipeline.close()
-    share = counts.cumsum() / counts.sum()
-    return {
-        "mean": float((counts * np.arange(256)).sum() / counts.sum()),
-        "99.9th percentile": float(np.searchsorted(share, 0.999)),
-    }
 
 
 def _image_folder(folder: Path, config: Config, workers: int, images: int) -> Pass:
@@ -242,6 +256,31 @@ def _bare_decode(split: Split, workers: int, images: int) -> Pass:
             begin = time.perf_counter()
             list(pool.map(decode, range(workers)))
             return images / (time.perf_counter() - begin)
+
+    return run
+
+
+def _bare_dali(split: Split, device: torch.device, workers: int, batch: int, images: int) -> Pass:
+    """DALI on the same bytes, in memory: whole images, which are thrown away."""
+    from nvidia.dali import Pipeline, fn, types
+
+    encoded = [np.frombuffer(split.read(i), np.uint8) for i in range(len(split))]
+    endless = itertools.cycle(encoded)
+    how: dict[str, Any] = {"device": "cpu"}
+    if device.type == "cuda":
+        how |= on_a_gpu(device)
+    graph = Pipeline(
+        batch_size=batch, num_threads=workers, device_id=device.index, prefetch_queue_depth=3
+    )
+    with graph:
+        source = fn.external_source(
+            source=lambda: [*itertools.islice(endless, batch)], batch=True, no_copy=True,
+            dtype=types.DALIDataType.UINT8, ndim=1,
+        )  # fmt: skip
+        graph.set_outputs(fn.decoders.image(source, jpeg_fancy_upsampling=True, **how))
+
+    def run() -> float:
+        return _rate(len(graph.run()[0]) for _ in range(-(-images // batch) + 1))
 
     return run
 

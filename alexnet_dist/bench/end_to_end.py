@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.bench import in_turn, machine, ratio
+from alexnet_dist.bench import in_turn, machine, median, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.from_data import NO_SPLIT
@@ -31,12 +31,12 @@ _NEVER = 10**9  # steps
 
 
 def contestant(name: str, config: Config) -> Work:
-    """A step, or the ten views of some images; it gives their number."""
+    """A step, its windows alone, or the ten views of some images; it gives their number."""
     topology, dataset = connect(config), open_for(config)
     if name == _LIBRARIES:
         return lambda: 0.0
     engine = make_engine(config, topology)
-    evaluates = name.startswith("ten views")
+    evaluates, trains = name.startswith("ten views"), name.startswith("steps")
     split = config.data.train_split
     if evaluates and config.data.eval_split != NO_SPLIT:
         split = config.data.eval_split
@@ -61,7 +61,7 @@ def contestant(name: str, config: Config) -> Work:
         batch = next(batches)
         if evaluates:
             engine.predict(batch.windows).softmax(1).sum().item()
-        else:
+        elif trains:
             on_host(engine.train_step(batch, next(steps), 1e-5))()
         return float(size)
 
@@ -69,7 +69,10 @@ def contestant(name: str, config: Config) -> Work:
 
 
 _LIBRARIES = "the libraries alone"
-_CONTESTANTS = ("steps from shards", "steps, batch ready", "ten views", "ten views, windows ready")
+_CONTESTANTS = (
+    "steps from shards", "steps, batch ready", "ten views", "ten views, windows ready",
+    "windows from shards",
+)  # fmt: skip
 
 
 def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]:
@@ -85,7 +88,8 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
     config = load_config([flat(config), *ALONE])
     ten = load_config([flat(config), f"evaluate.views={_VIEWS}"])
     # Many more steps than batches that are decoded ahead, while it is another's turn.
-    pieces = {n: 4 * config.data.prefetch if "steps" in n else 4 for n in _CONTESTANTS}
+    many = (16 if gpus(config) else 4) * config.data.prefetch
+    pieces = {n: 4 if n.startswith("ten") else many for n in _CONTESTANTS}
     contestants = {n: Contestant("end_to_end", n, ten, pieces[n]) for n in _CONTESTANTS}
     found: dict[str, float] = {}
     try:
@@ -96,11 +100,15 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
         for one in contestants.values():
             one.close()
     runs = [{n: contestants[n].given[0] / run[n] for n in run} for run in seconds]
+    shards, ready, ten_views, ten_ready, alone = _CONTESTANTS
 
     return {
         "ratios": {
-            "steps from shards / batch ready": ratio(runs, *_CONTESTANTS[:2]),
-            "ten views / windows ready": ratio(runs, *_CONTESTANTS[2:]),
+            "steps from shards / batch ready": ratio(runs, shards, ready),
+            "steps from shards / the lesser of batch ready and windows alone": median(
+                run[shards] / min(run[ready], run[alone]) for run in runs
+            ),
+            "ten views / windows ready": ratio(runs, ten_views, ten_ready),
             **{name: value for name, value in found.items() if "/" in name},
         },
         "ceilings": {
@@ -129,7 +137,7 @@ def _memory(one: Contestant, config: Config, steps: int) -> dict[str, float]:
         one.pieces = max(1, int(share * steps))
         one()
         after.append(one.memory())
-    planned = plan(config, 1)["layouts"]["one"]["memory"]["peak"]
+    planned = plan(config, 1).of("one").memory["peak"]
     return {
         f"resident after {steps // 10} steps, MB": after[0] / 1e6,
         f"resident after {steps} steps, MB": after[1] / 1e6,

@@ -3,6 +3,7 @@ torchvision's alexnet in each form that its users run."""
 
 import logging
 import re
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -262,8 +263,8 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> dict[str, Any]
             ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = median(
                 work / run[_OURS] / peak for run in runs
             )
-        planned = plan(load_config([flat(config), "train.precision=bf16"]), 1)
-        memory = planned["layouts"]["one"]["memory"]["peak"]
+        planned = plan(load_config([flat(config), "train.precision=bf16"]), 1, gpu=True)
+        memory = planned.of("one").memory["peak"]
         ratios["ours, bf16, peak memory / planned"] = contestants[_OURS].peak / memory
     decodes = median(config.train.batch / run[_OURS] for run in runs)
     return {
@@ -291,25 +292,86 @@ def _made(name: str, config: Config, pieces: int) -> Contestant:
     return Contestant("step", name, config, pieces, plain=not name.startswith("ours"))
 
 
-# Kernels of cuDNN, cuBLAS and CUTLASS on a GPU; operators on a CPU.
-_ARITHMETIC = {
-    "cuda": r"gemm|xmma|cutlass|nvjet|fprop|dgrad|wgrad|convolve",
-    "cpu": r"convolution|::(add)?mm$|::bmm$|linear",
+# What a GPU's kernel or a CPU's operator belongs to: the first whose pattern its name has.
+_GROUPS = {
+    "communication": {"cuda": r"(?i)nccl", "cpu": r"c10d::|gloo:"},
+    "copies": {
+        "cuda": r"(?i)^mem(cpy|set)|copy|nchwToNhwc|nhwcToNchw|CatArray|FillFunctor",
+        "cpu": r"::(_to_)?copy_?$|::cat$|::fill_$|::zero_$|::clone$|::contiguous$|mkldnn_reorder",
+    },
+    "update": {"cuda": r"\bsgd_kernel|FusedSgd|FusedAdam", "cpu": r"::_fused_(sgd|adam)"},
+    "convolutions": {"cuda": r"fprop|dgrad|wgrad|convolve|(?i:conv2d)", "cpu": r"convolution"},
+    "products": {
+        "cuda": r"gemm|gemv|xmma|cutlass|nvjet|splitK",
+        "cpu": r"::(add)?mm$|::bmm$|linear",
+    },
+    "passes over maps and units": {
+        "cuda": r"\b((pooled|maps|units|scores)(_backward)?|ranks|counts|fold|masks|windows)"
+        r"_kernel",
+        "cpu": r"^alexnet_dist::|LocalResponseNorm|relu|clamp_min|threshold_backward|max_pool|nll_|"
+        r"softmax",
+    },
 }
+_ARITHMETIC = ("convolutions", "products")
+
+
+def grouped(
+    kernels: Sequence[tuple[str, float, float]], kind: str, elapsed: float
+) -> dict[str, Any]:
+    """What the kernels of a step add up to.
+
+    Args:
+        kernels: of each name: µs and calls a step.
+        kind: `cuda` or `cpu`.
+        elapsed: µs a step, from begin to begin.
+
+    Returns:
+        kernels (of each: name, µs, calls, group; the costliest first), groups (of each: µs, calls),
+        and ratios: shares of all kernels' time, and of the time that elapsed.
+    """
+    rows = sorted(((*kernel, _group(kernel[0], kind)) for kernel in kernels), key=lambda r: -r[1])
+    whole = sum(us for _, us, _, _ in rows)
+    groups = {
+        name: (sum(us for _, us, _, of in rows if of == name),
+               sum(calls for _, _, calls, of in rows if of == name))
+        for name in (*_GROUPS, "others")
+    }  # fmt: skip
+    arithmetic = sum(groups[name][0] for name in _ARITHMETIC)
+    ratios = {"convolutions and products / all": arithmetic / whole}
+    ratios |= {f"{name} / all": us / whole for name, (us, _) in groups.items()}
+    ratios |= {
+        "convolutions and products / elapsed": arithmetic / elapsed,
+        "all / elapsed": whole / elapsed,
+    }
+    return {"kernels": rows, "groups": groups, "elapsed": elapsed, "ratios": ratios}
+
+
+def _group(name: str, kind: str) -> str:
+    found = (group for group, of in _GROUPS.items() if re.search(of[kind], name))
+    return next(found, "others")
 
 
 def bench_kernels(config: Config, steps: int) -> dict[str, Any]:
     """What a training step of ours, in train.precision, takes its time for: a GPU's kernels, a
-    CPU's operators.
-
-    Returns:
-        kernels (of each: µs a step, calls a step, whether it is convolutions or products; the
-        costliest first), ratios, machine and unit.
-    """
+    CPU's operators; as `grouped`, and machine and unit."""
     kind = _device(config).type
     work = _ours(config)
     for _ in range(_BEFORE_CAPTURE):
         float(work())  # and waits
+    begin = time.perf_counter()
+    for _ in range(steps):
+        loss = work()
+    float(loss)
+    elapsed = (time.perf_counter() - begin) / steps * 1e6
+    return grouped(profiled(work, steps, kind), kind, elapsed) | {
+        "machine": machine(config.data.workers),
+        "unit": "µs a step",
+    }
+
+
+def profiled(work: Work, steps: int, kind: str) -> list[tuple[str, float, float]]:
+    """A GPU's kernels, or a CPU's operators: of each µs a step and calls a step, the costliest
+    first."""
     watched = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=watched if kind == "cuda" else watched[:1]) as profiler:
         for _ in range(steps):
@@ -317,31 +379,33 @@ def bench_kernels(config: Config, steps: int) -> dict[str, Any]:
         float(loss)
     time = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
     kernels = [
-        (event.key, getattr(event, time) / steps, event.count / steps,
-         bool(re.search(_ARITHMETIC[kind], event.key)))
+        (event.key, getattr(event, time) / steps, event.count / steps)
         for event in profiler.key_averages()
         if event.device_type.name.lower() == kind and getattr(event, time) > 0
         and not getattr(event, "is_user_annotation", False)
     ]  # fmt: skip
-    kernels.sort(key=lambda kernel: -kernel[1])
-    whole = sum(us for _, us, _, _ in kernels)
-    arithmetic = sum(us for _, us, _, counts in kernels if counts)
-    return {
-        "kernels": kernels,
-        "ratios": {"convolutions and products / all": arithmetic / whole},
-        "machine": machine(config.data.workers),
-        "unit": "µs a step",
-    }
+    return sorted(kernels, key=lambda kernel: -kernel[1])
 
 
 def kernel_lines(found: dict[str, Any], most: int = 40) -> str:
     """What `bench_kernels` found, for a reader."""
-    kernels = found["kernels"]
-    lines = [f"{'µs a step':>10}{'calls':>8}  ×: convolutions and products"]
-    lines += [f"{us:10,.0f}{calls:8,.1f}  {'×' if counts else ' '} {name[:100]}"
-              for name, us, calls, counts in kernels[:most]]  # fmt: skip
-    rest = sum(us for _, us, _, _ in kernels[most:])
-    lines += [f"{rest:10,.0f}            {len(kernels[most:])} more"] if rest else []
-    lines.append(f"{sum(us for _, us, _, _ in kernels):10,.0f}            all")
-    lines += ["", *(f"{name:44}{value:8.3f}" for name, value in found["ratios"].items())]
+    kernels, ratios = found["kernels"], found["ratios"]
+    lines = [f"{'µs a step':>10}{'calls':>8}{'share':>7}"]
+    lines += [f"{us:10,.0f}{calls:8,.1f}{ratios[f'{name} / all']:7.1%}  {name}"
+              for name, (us, calls) in found["groups"].items() if calls]  # fmt: skip
+    whole = sum(us for _, us, _, _ in kernels)
+    lines += [
+        f"{whole:10,.0f}{sum(calls for _, _, calls, _ in kernels):8,.1f}{1:7.1%}  all",
+        f"{found['elapsed']:10,.0f}{'':15}  elapsed, without the profiler",
+        "",
+        "convolutions and products are "
+        f"{ratios['convolutions and products / all']:.0%} of the kernels' time, and "
+        f"{ratios['convolutions and products / elapsed']:.0%} of the step's",
+        "",
+        f"{'µs a step':>10}{'calls':>8}",
+    ]
+    lines += [f"{us:10,.0f}{calls:8,.1f}  {group:27}{name[:90]}"
+              for name, us, calls, group in kernels[:most]]  # fmt: skip
+    rest = kernels[most:]
+    lines += [f"{sum(us for _, us, _, _ in rest):10,.0f}{'':10}{len(rest)} more"] if rest else []
     return "\n".join(lines)

@@ -19,6 +19,7 @@ def add(command: AddCommand) -> None:
         "compare", compare, "hold layouts against one process, here; or runs side by side",
         (
             "alexnet-dist compare demo --layouts columns,replicas:2",
+            "alexnet-dist compare demo --share-gpu                 # all of them on one GPU",
             "alexnet-dist compare runs/own runs/other",
         ),
     )  # fmt: skip
@@ -27,6 +28,7 @@ def add(command: AddCommand) -> None:
     )
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
     sub.add_argument("--steps", type=int, default=20, help="of layouts, 3 or more")
+    _add_share_gpu(sub)
     sub.add_argument(
         "--out", type=picture, default="compare.png", metavar="PNG", help="runs' curves"
     )
@@ -40,7 +42,9 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument("config", nargs="+", help="as for train, or a run folder")
-    sub.add_argument("--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, cpu:2; else here")
+    sub.add_argument(
+        "--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, 8xh100, cpu:2; else here"
+    )
     sub.add_argument("--ranks", type=count, help="ranks; all of --gpus, or as many as would start")
     sub.add_argument("--machine", type=path, metavar="JSON", help="numbers that --fit wrote")
     sub.add_argument(
@@ -77,6 +81,10 @@ def _add_bench(command: AddCommand) -> None:
     sub.add_argument("folder", type=path, help="images to time on: train/CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
     sub.add_argument("--images", type=count, default=2000, help="of a pass")
+    sub.add_argument(
+        "--differences", action="store_true",
+        help="DALI's pixels beside torchvision's by kind of JPEG, and nothing else",
+    )  # fmt: skip
 
     for name, help in (
         ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
@@ -100,21 +108,34 @@ def _add_bench(command: AddCommand) -> None:
                              help="what a step takes its time for, and nothing else")  # fmt: skip
         if name == "layouts":
             sub.add_argument("--ranks", type=count, default=2, help="on this host")
+            _add_share_gpu(sub)
         if name == "end-to-end":
             sub.add_argument("--steps", type=int, default=0, help="to watch memory over")
 
 
+def _add_share_gpu(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument(
+        "--share-gpu", dest="shared", action="append_const", const="layout.share_gpu=true",
+        default=[], help="layout.share_gpu=true: ranks share the GPUs that are here",
+    )  # fmt: skip
+
+
 def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Time decoding."""
-    from alexnet_dist.bench import data
+    from alexnet_dist.bench import data, decoders
 
+    if options.differences:
+        found = decoders.bench_differences(options.folder, options.images, options.overrides)
+        print(json.dumps(found) if options.json else decoders.lines(found))
+        return 0
     found = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
     return _bench(found, options)
 
 
 def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Time the part that options.part names."""
-    config = load_config(["layout.kind=one", *options.config])
+    shared = getattr(options, "shared", [])
+    config = load_config(["layout.kind=one", *options.config, *shared])
     match options.part:
         case "step":
             from alexnet_dist.bench import step
@@ -156,21 +177,24 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return 0
     if options.steps < 3:
         raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
-    config = load_config(options.config)
+    config = load_config([*options.config, *options.shared])
     from alexnet_dist.data.dataset import open_for
 
     open_for(config)  # or one clear error
+    from alexnet_dist.planning import shared_gpus
     from alexnet_dist.reporting import compare_layouts
 
-    rows = []
+    rows, chosen = [], compare_layouts.chosen(config, options.layouts)
     if not options.json:
         print(compare_layouts.HEADING)
-    for row, drift, floor in compare_layouts.compare(config, options.layouts, options.steps):
+    for row, drift, floor in compare_layouts.compare(chosen, options.steps):
         rows.append(row)
         if not options.json:
             print(compare_layouts.line(row, drift, floor), flush=True)
     if options.json:
         print(json.dumps([vars(row) for row in rows]))
+    elif unseen := shared_gpus.unseen(config, max(row.ranks for row in rows)):
+        print(unseen)
     return 0 if all(row.holds for row in rows) else 1
 
 
@@ -196,14 +220,14 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Say what a run would take."""
     config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
-    from alexnet_dist.planning import cost_model, dry_run, forecast, scaling
+    from alexnet_dist.planning import dry_run, forecast, machines, scaling
 
     machine = scaling.fitted(options.fit) if options.fit else None
     if machine and options.machine:
-        cost_model.write_machine(machine, options.machine)
+        machines.write_machine(machine, options.machine)
     elif options.machine:
-        machine = cost_model.read_machine(options.machine)
-    named = options.gpus and cost_model.Cluster.of(options.gpus, machine)
+        machine = machines.read_machine(options.machine)
+    named = options.gpus and machines.Cluster.of(options.gpus, machine)
     at = named or forecast.here(config, machine)
     if options.curve:
         if at is None:
@@ -213,16 +237,19 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
         return 0
     wanted = named.total if named else layouts.ranks_wanted(config, device.gpus(config))
-    planned = dry_run.plan(config, options.ranks or wanted)
-    told, why = {}, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
+    ranks = options.ranks or wanted
+    planned = (
+        dry_run.plan_on(config, ranks, at.machine) if at else dry_run.plan(config, ranks, gpu=True)
+    )
+    told, why = None, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
     try:
-        told = forecast.forecast(planned, config, at) if at else {}
+        told = forecast.forecast(planned, config, at) if at else None
     except ConfigError as error:
         if named:
             raise
         why = str(error)
     if options.json:
-        print(json.dumps(planned | told))
+        print(json.dumps(planned.to_json() | (told.to_json() if told else {})))
         return 0
     text = dry_run.lines(planned)
     text += forecast.lines(told, config.layout.kind) if told else ["", f"no prediction: {why}"]

@@ -68,6 +68,10 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             return signals.exit_code
     elif wanted > 1:
         layouts.check(config, wanted)
+        if config.layout.share_gpu:
+            from alexnet_dist.planning import shared_gpus
+
+            shared_gpus.check(config, wanted)
         signals.last_words = f"{config.folder}: stopped before it began\n"
         if signals.exit_code is None:
             from alexnet_dist.training.run_folder import RunFolder

@@ -5,7 +5,7 @@ from typing import Any
 
 from alexnet_dist.files import json_object, read_bytes
 
-AUTO, NO_SPLIT = "auto", "none"  # of data.eval_split
+AUTO, NO_SPLIT, HELD_OUT = "auto", "none", "held_out"  # of data.eval_split
 LEAVES = {"model.classes": 0, "data.eval_split": AUTO}  # a value that leaves it
 _PAPERS = 1000, "val"  # where there is no data set yet
 
@@ -13,7 +13,8 @@ _PAPERS = 1000, "val"  # where there is no data set yet
 def follow_data(values: dict[str, Any], origin: dict[str, str]) -> None:
     """Put what data.path holds where `model.classes` is 0 and `data.eval_split` is auto.
 
-    That split is `val`, else `test`, where it has images and is not what is trained on; else none.
+    That split is `held_out` under `data.hold_out`; `val`, else `test`, where it has images and is
+    not what is trained on; else none.
     Where no data set can be read, they are ImageNet's: whoever opens it says what is wrong.
 
     Args:
@@ -33,7 +34,8 @@ def follow_data(values: dict[str, Any], origin: dict[str, str]) -> None:
             if meta["splits"].get(name, {"samples": 0})["samples"] != 0
             and name != values["data.train_split"]
         ]
-        classes, split = len(meta["classes"]), [*found, NO_SPLIT][0]
+        held = [HELD_OUT] if values["data.hold_out"] else []
+        classes, split = len(meta["classes"]), [*held, *found, NO_SPLIT][0]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     else:

@@ -27,7 +27,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
 
 Source = str | Path | Mapping[str, Any]
-ALONE = ("layout.kind=one", "layout.ranks=0")  # sources: one process
+ALONE = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")  # sources: one process
 _NOT_YAML = (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError)
 # Bounds of a file, which would grow beyond any memory or stack by aliases of aliases, by
 # interpolations of interpolations, or by nesting.

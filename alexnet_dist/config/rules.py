@@ -132,6 +132,11 @@ def _layout(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
         "DeepSpeed keeps fp32, and train.precision=fp64 asks for more: set "
         "train.precision=fp32 or bf16, or layout.kind=replicas",
     )
+    yield (
+        "layout.share_gpu",
+        not config.layout.share_gpu or config.layout.device != "cpu",
+        "layout.device=cpu uses no GPU: set layout.device=auto, or layout.share_gpu=false",
+    )
 
 
 def _training(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:

@@ -142,9 +142,16 @@ class DataConfig:
         str, Key("packed data set, made by `alexnet-dist prepare`", free=True, path=True)
     ]
     train_split: Annotated[str, Key("split to train on")]
+    hold_out: Annotated[
+        float,
+        Key("share of the training images that is not trained on and is the split held_out, each "
+            "by its checksum", ge=0, lt=1),
+    ]  # fmt: skip
     eval_split: Annotated[
-        str, Key("split to evaluate on; auto: val, else test, where there is one; none: do not")
-    ]
+        str,
+        Key("split to evaluate on; auto: held_out, val or test, the first that there is; none: do "
+            "not"),
+    ]  # fmt: skip
     pipeline: Annotated[
         Literal["auto", "resident", "dali", "torch"],
         Key("resident: images decoded once, kept in memory; dali: by DALI (nvJPEG on a GPU); "
@@ -210,6 +217,10 @@ class LayoutConfig:
         Literal["auto", "cpu", "cuda"],
         Key("auto: a GPU for each rank where there are enough, else CPU", free=True),
     ]
+    share_gpu: Annotated[
+        bool, Key("where there are fewer GPUs than ranks, they share them: docs/layouts.md",
+                  free=True)
+    ]  # fmt: skip
     threads: Annotated[int, Key("arithmetic threads a rank; 0 = its cores", ge=0, free=True)]
     timeout_s: Annotated[int, Key("longest wait of one rank for another, s", ge=1, free=True)]
 

@@ -15,11 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_dist.data.dataset import Split
+from alexnet_dist.data.dataset import IdArray, Split
 from alexnet_dist.parallel.columns import gather_rows
 from alexnet_dist.timing import TIMELINE
-
-IdArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

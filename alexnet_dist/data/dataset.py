@@ -10,7 +10,9 @@ decoder takes a flipped byte in silence. Nothing here is a pickle.
 """
 
 import contextlib
+import dataclasses
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -24,7 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.config.from_data import NO_SPLIT
+from alexnet_dist.config.from_data import HELD_OUT, NO_SPLIT
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.header import size_of
@@ -48,6 +50,8 @@ SPLIT_FOLDERS = {
     "test": "test", "testing": "test",
 }  # fmt: skip
 _LOOKED_AT = 10_000  # names, to tell a folder of images from others
+Encoded = npt.NDArray[np.uint8]  # (bytes,), a JPEG or PNG
+IdArray = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +80,12 @@ class Split:
     shards: tuple[Path, ...]
     index: npt.NDArray[np.void]
     sha256s: tuple[str, ...] = ()  # of the shards
-    _files: dict[int, BinaryIO] = field(default_factory=dict)
+    # Shards that are open, and their descriptors, −1 of the others: a copy has files of its own.
+    _files: dict[int, BinaryIO] = field(default_factory=dict, init=False, repr=False)
+    _descriptors: npt.NDArray[np.int32] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_descriptors", np.full(len(self.shards), -1, np.int32))
 
     def __len__(self) -> int:
         return len(self.index)
@@ -128,19 +137,40 @@ class Split:
         except ValueError as error:
             raise undecodable(self, [sample], error) from None
 
-    def read_whole(self, sample: int) -> tuple[int, bytearray]:
-        """As `whole`; it says so where another stands in."""
-        found, encoded, why = self.whole(sample)
-        if why:
-            log.warning(why)
+    def read_whole(self, samples: IdArray) -> tuple[IdArray, list[Encoded]]:
+        """As `whole`; it says so where others stand in."""
+        found, encoded, why = self.whole(samples)
+        for words in why.values():
+            log.warning(words)
         return found, encoded
 
-    def whole(self, sample: int) -> tuple[int, bytearray, str]:
-        """The sample and its encoded image; where it is damaged, the next one that is whole, and
-        what is to be said of it.
+    def whole(self, samples: IdArray) -> tuple[IdArray, list[Encoded], dict[int, str]]:
+        """Samples and their encoded images, read in one call that does not hold Python's lock.
+
+        Where one is damaged, the next one that is whole stands in for it; what is to be said of
+        that comes by its place.
 
         Raises DatasetError where every sample is damaged.
         """
+        from alexnet_dist.data import loops
+
+        rows = self.index[samples]
+        ends = rows["size"].cumsum(dtype=np.int64)
+        starts = np.concatenate([[0], ends])
+        buffer, sound = np.empty(starts[-1], np.uint8), np.zeros(len(rows), np.bool_)
+        if loops.can_read():
+            loops.read(rows, self._opened(rows["shard"]), starts, buffer, sound)
+        encoded = [buffer[a:b] for a, b in itertools.pairwise(starts.tolist())]
+        found, why = samples.copy(), dict[int, str]()
+        for place in np.flatnonzero(~sound).tolist():
+            found[place], stand_in, words = self._next_whole(int(samples[place]))
+            encoded[place] = np.frombuffer(stand_in, np.uint8)
+            if words:
+                why[place] = words
+        return found, encoded, why
+
+    def _next_whole(self, sample: int) -> tuple[int, bytearray, str]:
+        """A sample by `read`; the next whole one, and why, where it is damaged."""
         try:
             return sample, self.read(sample), ""
         except DatasetError as error:
@@ -151,14 +181,23 @@ class Split:
                     return other, encoded, f"{error}: sample {other} stands in for it"
             raise DatasetError(f"{error}; nor is any other sample whole") from error
 
+    def _opened(self, shards: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
+        """Descriptors by shard, of which these are open, but for those that cannot be."""
+        for shard in np.unique(shards[self._descriptors[shards] < 0]).tolist():
+            with contextlib.suppress(OSError):  # `read` says so
+                self._file(shard)
+        return self._descriptors
+
     def _file(self, shard: int) -> int:
         if shard not in self._files:
             new = opened(self.shards[shard])
             if self._files.setdefault(shard, new) is not new:
                 new.close()  # another thread was first
+            self._descriptors[shard] = self._files[shard].fileno()
         return self._files[shard].fileno()
 
     def close(self) -> None:
+        self._descriptors[:] = -1
         while self._files:
             self._files.popitem()[1].close()
 
@@ -295,7 +334,8 @@ def verify_shards(dataset: Dataset, topology: "Topology") -> None:
 
     Raises DatasetError, on every rank, of the first that is not what was packed.
     """
-    shards = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
+    every = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
+    shards = [*{split.shards[n]: (split, n) for split, n in every}.values()]  # each once
     for first in range(0, len(shards), topology.world_size):
         wrong = ""
         own = first + topology.global_rank
@@ -322,6 +362,10 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
         trained: the checkpoint of the network that is to see it; None: one that is to be trained.
     """
     dataset = open_dataset(Path(config.data.path))
+    if config.data.hold_out and config.data.train_split in dataset.splits:
+        whole = dataset.splits[config.data.train_split]
+        parts = {part.name: part for part in _held_out(whole, config.data.hold_out)}
+        dataset = dataclasses.replace(dataset, splits={**dataset.splits, **parts})
     for key, name in (
         ("data.train_split", config.data.train_split),
         ("data.eval_split", config.data.eval_split),
@@ -347,6 +391,16 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
             )
         )
     return dataset
+
+
+def _held_out(split: Split, share: float) -> tuple[Split, Split]:
+    """What is left of a split, and the share of it that is held out: the same images in any order
+    and among any others, and images that are equal together."""
+    held = split.index["crc32"] < share * 2**32
+    return (
+        dataclasses.replace(split, index=split.index[~held], _files={}),
+        dataclasses.replace(split, index=split.index[held], name=HELD_OUT, _files={}),
+    )
 
 
 def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:

@@ -1,18 +1,133 @@
 """Loops over a batch that run beside Python: compiled by Numba, without Python's lock."""
 
+import ctypes
+import functools
+import zlib
 from collections.abc import Callable
 from typing import Any
 
-from numba import njit
+import llvmlite.binding as llvm
+from numba import njit, types
+
+from alexnet_dist.files import MOST_PIXELS, MOST_SCANS, MOST_SEGMENTS
+
+# What `image_size` finds wrong.
+PROBLEMS = (
+    "",
+    "neither a JPEG nor a PNG",
+    f"a JPEG of more than {MOST_SCANS} scans",
+    f"a JPEG of more than {MOST_SEGMENTS} segments",
+)
+_NEITHER, _SCANS, _SEGMENTS = 1, 2, 3
+_pread: Any = types.ExternalFunction(
+    "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
+)
+_CRC32 = "alexnet_dist_crc32"  # zlib's, wherever it lies
+_crc32: Any = types.ExternalFunction(_CRC32, types.uintp(types.uintp, types.uintp, types.uint32))
 
 
-def released(function: Callable[..., None]) -> Callable[..., None]:
+def released(function: Callable[..., Any]) -> Callable[..., Any]:
     """A function of arrays, compiled at its first call and kept on disk, that holds no lock."""
     try:
-        loop: Callable[..., None] = njit(cache=True, nogil=True)(function)
+        loop: Callable[..., Any] = njit(cache=True, nogil=True)(function)
     except RuntimeError:  # there is nowhere to keep it
         loop = njit(nogil=True)(function)
     return loop
+
+
+@functools.cache
+def can_read() -> bool:
+    """Whether `read` can be called: zlib's own function is within reach, as where Python is linked
+    with its library."""
+    try:
+        function = ctypes.CDLL(getattr(zlib, "__file__", None)).crc32
+    except (OSError, AttributeError):
+        return False
+    function.restype = ctypes.c_ulong
+    if function(ctypes.c_ulong(0), b"123456789", ctypes.c_uint(9)) != 0xCBF43926:
+        return False  # another's, of the same name
+    llvm.add_symbol(_CRC32, ctypes.cast(function, ctypes.c_void_p).value)
+    return True
+
+
+@released
+def image_size(encoded: Any) -> Any:
+    """What the first bytes of a JPEG or PNG, (n,) uint8, say: (place in PROBLEMS, height, width).
+
+    Of a JPEG it walks as libjpeg does, from segment to segment.
+    """
+    length = len(encoded)
+    if length >= 24 and _png(encoded):
+        return 0, _number(encoded, 20, 4), _number(encoded, 16, 4)
+    if length < 2 or encoded[0] != 0xFF or encoded[1] != 0xD8:
+        return _NEITHER, 0, 0
+    at, scans, height, width, components = 2, 0, -1, -1, 0
+    progressive = False
+    for _ in range(MOST_SEGMENTS):
+        # After a scan, or where it is damaged: on to the next marker.
+        while length >= at + 10 and (encoded[at] != 0xFF or _alone(encoded[at + 1])):
+            at += 1
+        if length < at + 10 or encoded[at + 1] == 0xD9:  # the end
+            break
+        kind = encoded[at + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame
+            height, width = _number(encoded, at + 5, 2), _number(encoded, at + 7, 2)
+            components, progressive = encoded[at + 9], kind in (0xC2, 0xC6, 0xCA, 0xCE)
+        elif kind == 0xDA:  # a scan
+            scans += 1
+            if scans > MOST_SCANS:
+                return _SCANS, 0, 0
+            if not progressive and encoded[at + 4] == components:
+                break  # all of it is in this one: decoders read no other
+        at += 2 + max(2, _number(encoded, at + 2, 2))
+    else:
+        return _SEGMENTS, 0, 0
+    return (0 if height >= 0 else _NEITHER), height, width
+
+
+@released
+def _png(encoded: Any) -> Any:
+    begins = _number(encoded, 0, 4) == 0x89504E47 and _number(encoded, 4, 4) == 0x0D0A1A0A
+    return begins and _number(encoded, 12, 4) == 0x49484452  # IHDR
+
+
+@released
+def _number(encoded: Any, at: Any, size: Any) -> Any:
+    value = 0
+    for n in range(size):
+        value = value << 8 | encoded[at + n]
+    return value
+
+
+@released
+def _alone(marker: Any) -> Any:
+    """Whether no length follows a marker: one that stands alone, or a byte of a scan."""
+    return marker <= 1 or marker == 0xFF or 0xD0 <= marker <= 0xD8
+
+
+@released
+def read(rows: Any, files: Any, starts: Any, out: Any, whole: Any) -> None:
+    """Read samples one after another, and find out which are as the index says.
+
+    Args:
+        rows: (n,) of dataset.INDEX.
+        files: descriptors, by shard.
+        starts: (n + 1,), where each sample begins in `out`, and where the last ends.
+        out: uint8, the encoded images.
+        whole: (n,) bool, becomes whether a sample was read, matches its checksum, and has a header
+            of its size.
+    """
+    for n in range(len(rows)):
+        row, encoded = rows[n], out[starts[n] : starts[n + 1]]
+        at, size = encoded.ctypes.data, row.size
+        whole[n] = False
+        if _pread(files[row.shard], at, size, row.offset) != size:
+            continue
+        if _crc32(0, at, size) != row.crc32:
+            continue
+        problem, height, width = image_size(encoded)
+        within = height * width <= MOST_PIXELS
+        whole[n] = problem == 0 and height == row.height and width == row.width and within
 
 
 @released

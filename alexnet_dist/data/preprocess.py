@@ -17,13 +17,15 @@ from numba import prange
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import Statistics, read_array
+from alexnet_dist.data.dataset import IdArray, Statistics, read_array
 from alexnet_dist.errors import DatasetError, cannot_be_read
 from alexnet_dist.files import sha256
 from alexnet_dist.network import kernels
 from alexnet_dist.network.kernels.numba_loops import bits, parallel, rounding
 
 _LONGEST = 64  # times the shorter side: of what is longer, the centre is cut before it is resized
+
+_WIDTHS = 2**16  # that the index can say
 
 
 class Finish:
@@ -166,6 +168,43 @@ def canvas_in(height: int, width: int, side: int) -> tuple[tuple[int, int], tupl
     scale = side / min(height, width)
     size = max(side, round(height * scale)), max(side, round(width * scale))
     return size, ((size[0] - side) // 2, (size[1] - side) // 2)
+
+
+class Canvases:
+    """Where the canvas of each image of a split lies: `centre_of` and `canvas_in`, of many at once.
+
+    Args:
+        index: the split's.
+        side: of the canvas, pixels.
+
+    Attributes:
+        cuts: whether there is an image of which only the centre is resized.
+        resizes: whether there is one that is not a canvas as it is stored.
+    """
+
+    def __init__(self, index: npt.NDArray[np.void], side: int) -> None:
+        self._index = index
+        self._kinds = np.unique(_kinds(index))
+        table = []
+        for kind in self._kinds.tolist():
+            corner, kept = centre_of(*divmod(kind, _WIDTHS))
+            table.append((corner, kept, *canvas_in(*kept, side)))
+        self._table = np.array(table, np.int64).reshape(-1, 4, 2)
+        stored = np.stack(np.divmod(self._kinds, _WIDTHS), axis=1)  # (kinds, 2)
+        self.cuts = bool((self._table[:, 1] != stored).any())
+        self.resizes = bool((stored != side).any())
+
+    def __call__(self, samples: IdArray) -> IdArray:
+        """(n, 4, 2), pixels: top and left, height and width of what is resized; height and width
+        that it is resized to; top and left of the canvas in that."""
+        found: IdArray = self._table[np.searchsorted(self._kinds, _kinds(self._index[samples]))]
+        return found
+
+
+def _kinds(rows: npt.NDArray[np.void]) -> npt.NDArray[np.uint32]:
+    """Height and width as one number."""
+    kinds: npt.NDArray[np.uint32] = rows["height"].astype(np.uint32) * _WIDTHS + rows["width"]
+    return kinds
 
 
 def _mean(config: Config, statistics: Statistics) -> Tensor:

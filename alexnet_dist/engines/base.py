@@ -109,12 +109,20 @@ def not_zero(scale: float | Tensor) -> float | Tensor:
     return scale.where(scale != 0, 1.0) if isinstance(scale, Tensor) else scale or 1.0
 
 
-def judged(stats: Tensor, scale: float | Tensor) -> Tensor:
+def judged(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tensor:
     """Complete a step's numbers, in place; float32, not 0 where its update must not be made.
 
     Args:
         stats: (6,), the last the squared norm of gradients that are `scale` times too large.
+        fused: by a GPU's kernel.
     """
+    if fused:
+        from alexnet_dist.network.kernels import scores
+
+        if not isinstance(scale, Tensor):
+            scale = stats.new_full((), scale)
+        skip: Tensor = scores.judged(stats, scale)
+        return skip
     stats[5] = stats[5].sqrt() / not_zero(scale)
     stats[3] = (~(stats[0] + stats[5]).isfinite()).to(stats.dtype)
     return stats[3].float()

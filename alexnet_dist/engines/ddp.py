@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import gc
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
@@ -21,7 +22,7 @@ from alexnet_dist.engines.base import (
     squared_norm,
     with_damaged,
 )
-from alexnet_dist.engines.graph import CapturedStep
+from alexnet_dist.engines.graph import CapturedStep, beside, captures
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet, Layer
@@ -31,11 +32,14 @@ from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16, summe
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
 
+_WARM_UP = 2  # steps before one is captured
+_WARM_UP_DDP = 11  # of DDP, which times itself for 10, and waits for the GPU to read that
+
 
 class TorchEngine:
     """Columns here or on ranks, replicas by DDP.
 
-    What another engine may do in its own way is public: `place`, `replicate`, `summing`,
+    What another engine may do in its own way is public: `place`, `replicate`, `summing`, `adds`,
     `for_scoring`, `total`, `split_over`, `whole_sums`.
     """
 
@@ -47,45 +51,66 @@ class TorchEngine:
         narrow = self._narrowed() if self.fused else None
         parameters = self.model.named_parameters()
         self.optimizer = Optimizer(config.optimizer, parameters, self.whole_sums, narrow)
-        replicas = topology.replica_group
-        self.network: nn.Module = self.replicate(replicas) if replicas else self.model
-        alone = topology.world_size == 1 and topology.device.type == "cuda"
         self.gradients: dict[str, Tensor] = {}
-        self.graphs: dict[bool, CapturedStep] | None = (
-            {} if self.fused and alone and config.train.execution == "graph" else None
-        )
+        self.graphs: dict[bool, CapturedStep] = {}
+        graph = self.fused and captures(config.train.execution, topology.device)
+        self.stream = torch.cuda.Stream() if graph else None  # None: nothing is captured
+        self.network = self._connected()
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
     ) -> Tensor:
         self.model.train()
-        if self.graphs is None:
+        if self.stream is not None and keep_gradients not in self.graphs:
+            self._capture(batch, keep_gradients, self.stream)
+        if self.stream is None:
             self.gradients = {}
             return self._step(batch, step, rate, keep_gradients)
-        if keep_gradients not in self.graphs:
-            one = functools.partial(self._step, keep_gradients=keep_gradients)
-            self.graphs[keep_gradients] = CapturedStep(one, self.optimizer.state_tensors)
         return self.graphs[keep_gradients](batch, step, rate)
+
+    def _capture(self, batch: Batch, keep_gradients: bool, stream: torch.cuda.Stream) -> None:
+        """Make a step's graph; where a rank cannot, all go on without. Collective."""
+        one = functools.partial(self._step, keep_gradients=keep_gradients)
+        warm_up = _WARM_UP if self.network is self.model else _WARM_UP_DDP
+        made = CapturedStep(one, self.optimizer.state_tensors(), batch, stream, warm_up)
+        if all(captured for (captured,) in self.topology.each(made.graph is not None)):
+            self.graphs[keep_gradients] = made
+            return
+        self.stream, self.graphs = None, {}
+        # DDP may have been left amid a backward: another takes its place, once its hooks are gone.
+        self.optimizer.optimizer.zero_grad(set_to_none=True)
+        self.network = self.model
+        gc.collect()
+        self.network = self._connected()
+
+    def _connected(self) -> nn.Module:
+        """The network as its replicas compute it together. Collective."""
+        group = self.topology.replica_group
+        if group is None:
+            return self.model
+        with beside(self.stream):  # autograd goes on adding up gradients where DDP was made
+            return self.replicate(group)
 
     def _step(
         self, batch: Batch, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
     ) -> Tensor:
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
-        stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
+        stats: Tensor | None = None
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
             with self.summing(part == parts):
                 with TIMELINE.span("forward"):
                     logits = self.network(windows, slots, step)
                     loss, counts = scored(logits, labels, self.fused)
                 with TIMELINE.span("backward"):
-                    (loss * (scale / self.config.train.batch)).backward()
-            stats = stats + counts
+                    loss.backward(_filled(loss, scale / self.config.train.batch))
+            stats = counts if stats is None else stats + counts
+        assert stats is not None
         if keep_gradients:
             self.gradients = self._copied(scale)
         with TIMELINE.span("optimizer"):
             stats = with_damaged(stats, batch)
             self.total(stats)
-            self.optimizer.step(rate, skip=judged(stats, scale))
+            self.optimizer.step(rate, skip=judged(stats, scale, self.fused))
         return stats
 
     def total(self, stats: Tensor) -> None:
@@ -126,15 +151,19 @@ class TorchEngine:
             layer.fused = True
             if layer.weight.dtype != dtype:
                 copies[f"{layer.name}.weight"] = layer.narrow = layer.weight.detach().to(dtype)
-                if self._takes_narrow_gradients():
+                if self._takes_narrow_gradient(f"{layer.name}.weight"):
                     layer.weight.grad_dtype = dtype
         return copies
 
-    def _takes_narrow_gradients(self) -> bool:
-        """Whether the update can read the gradients as the backward makes them; what is added to
+    def _takes_narrow_gradient(self, name: str) -> bool:
+        """Whether the update can read a gradient as the backward makes it; what is added to
         others', of micro-batches or replicas, is added in float32."""
-        alone = self.topology.world_size == 1 and self.config.train.micro_batches == 1
-        return alone and self.config.optimizer.kind == "sgd"
+        once = self.config.train.micro_batches == 1 and not self.adds(name)
+        return once and self.config.optimizer.kind == "sgd"
+
+    def adds(self, name: str) -> bool:
+        """Whether replicas add up their gradients of a parameter."""
+        return self.topology.replicas > 1
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Windows that this rank decoded, and labels and slots of the samples that it scores."""
@@ -236,3 +265,10 @@ class TorchEngine:
 
     def _rows(self, name: str) -> slice:
         return self._layer(name).rows
+
+
+def _filled(like: Tensor, value: float | Tensor) -> Tensor:
+    """A tensor of this value."""
+    if isinstance(value, Tensor):
+        return value.to(like.dtype)
+    return torch.full_like(like, value)

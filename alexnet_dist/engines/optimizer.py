@@ -48,6 +48,8 @@ class Optimizer:
             self.optimizer = torch.optim.Adam(
                 groups, betas=betas, eps=config.eps, fused=True, capturable=narrow is not None
             )
+            # torch would warn of steps that are not captured: those before the capture are not.
+            self.optimizer._warned_capturable_if_run_uncaptured = True
         else:
             self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
         self.parameters = dict(named)
@@ -61,6 +63,8 @@ class Optimizer:
                 else like.new_zeros((), dtype=torch.float32)
             )
             self.optimizer.state[like][kind] = value
+        self.dtype = next(iter(self.parameters.values())).dtype
+        self.fixed, self.scaled = self._rates()
 
     @property
     def velocity(self) -> bool:
@@ -72,16 +76,18 @@ class Optimizer:
 
     def step(self, rate: float | Tensor, skip: Tensor) -> None:
         """Update the parameters; not at all where `skip` (float32, on the device) is not 0."""
-        self.prepare(rate, skip)
         if self.narrow is None or self.config.kind == "adam":
+            self.prepare(rate, skip)
             self.optimizer.step()
             self.narrow_all()
         else:
-            self._update(skip)
+            self._update(rate, skip)
         self.optimizer.zero_grad(set_to_none=True)
 
     def prepare(self, rate: float | Tensor, skip: Tensor) -> None:
         """All of a step but the update itself."""
+        if self.config.kind == "adam" and self.narrow is not None:
+            rate = self._for_adam(rate)
         for group, biases in zip(self.optimizer.param_groups, (False, True), strict=True):
             decay = self.config.weight_decay * (self.config.bias_decay or not biases)
             bias_rate = self.config.bias_rate if biases else 1.0
@@ -91,31 +97,52 @@ class Optimizer:
         if self.config.kind == "lars":
             self._scale_layers(rate if self.velocity else 1.0)
 
+    def _for_adam(self, rate: float | Tensor) -> float | Tensor:
+        """As torch's Adam takes it on a GPU: a tensor of float32, and the same of a number, so that
+        a captured step is equal to the bit to one that is not."""
+        device = next(iter(self.parameters.values())).device
+        if device.type == "cpu":
+            return rate
+        return rate.float() if isinstance(rate, Tensor) else torch.full((), rate, device=device)
+
     def narrow_all(self) -> None:
         """Bring the narrow copies up to date with the weights."""
         with torch.no_grad():
             for name, copy in (self.narrow or {}).items():
                 copy.copy_(self.parameters[name])
 
+    def _rates(self) -> tuple[Tensor, Tensor]:
+        """(2, 3) each: rate, decay and momentum of weights and of biases: what is fixed of them,
+        and what is to be multiplied by the schedule's rate."""
+        config, device = self.config, next(iter(self.parameters.values())).device
+        of_weights = 0.0 if config.kind == "lars" else config.weight_decay  # it is in the gradient
+        groups = ((1.0, of_weights), (config.bias_rate, config.weight_decay * config.bias_decay))
+        if self.velocity:
+            fixed = [[rate, 0.0, config.momentum] for rate, _ in groups]
+            scaled = [[0.0, decay, 0.0] for _, decay in groups]
+        else:
+            fixed = [[0.0, decay, config.momentum] for _, decay in groups]
+            scaled = [[rate, 0.0, 0.0] for rate, _ in groups]
+        wide = torch.float64
+        return (
+            torch.tensor(fixed, dtype=wide, device=device),
+            torch.tensor(scaled, dtype=wide, device=device),
+        )
+
     @torch.no_grad()
-    def _update(self, skip: Tensor) -> None:
+    def _update(self, rate: float | Tensor, skip: Tensor) -> None:
         """v ← momentum · v + (g + decay · w), w ← w − rate · v, in one pass over each parameter."""
         from alexnet_dist.network.kernels.update import sgd_update
 
         assert self.narrow is not None
-        rates: dict[Tensor, Tensor] = {}
-        for group in self.optimizer.param_groups:
-            numbers = (group["lr"], group["weight_decay"], self.config.momentum)
-            like = group["params"][0]
-            parts = [n if isinstance(n, Tensor) else like.new_full((), n) for n in numbers]
-            of_group = torch.stack([part.to(like.dtype) for part in parts])
-            rates |= dict.fromkeys(group["params"], of_group)
+        if self.config.kind == "lars":
+            self._scale_layers(rate if self.velocity else 1.0)
+        of_weights, of_biases = (self.fixed + self.scaled * rate).to(self.dtype)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
             assert parameter.grad is not None
-            sgd_update(
-                parameter, velocity, parameter.grad, self.narrow.get(name), rates[parameter], skip
-            )
+            rates = of_biases if name.endswith(".bias") else of_weights
+            sgd_update(parameter, velocity, parameter.grad, self.narrow.get(name), rates, skip)
 
     @torch.no_grad()
     def _scale_layers(self, scale: float | Tensor) -> None:
@@ -141,14 +168,11 @@ class Optimizer:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, of this rank's parts of the parameters."""
-        self.optimizer.state.clear()
+        """Take over what `tensors` gave, of this rank's parts of the parameters; where it lies, a
+        captured step goes on reading it."""
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
-            parameter = self.parameters[name]
-            kept = torch.empty_like(parameter) if value.dim() else torch.empty_like(value)
-            kept = kept.to(parameter.device)
-            self.optimizer.state[parameter][kind] = kept.copy_(value)
+            self.optimizer.state[self.parameters[name]][kind].copy_(value)
 
     def state_tensors(self) -> list[Tensor]:
         """All that a step changes: weights, their narrow copies, and the optimiser's state."""

@@ -65,9 +65,14 @@ class ShardedFcEngine(TorchEngine):
 
     def whole_sums(self, sums: Tensor) -> Tensor:
         names = (name for name, _ in self.model.named_parameters() if name.endswith(".weight"))
-        # What is whole on every rank counts once.
-        counted = [bool(self.split_over(name)) or self.shards.rank() == 0 for name in names]
-        return summed(sums * torch.tensor(counted, device=sums.device), self.shards)
+        sums = sums.clone()
+        for place, name in enumerate(names):
+            if self.adds(name) and self.shards.rank() > 0:  # what is whole on all counts once
+                sums[:, place] = 0
+        return summed(sums, self.shards)
+
+    def adds(self, name: str) -> bool:
+        return self.split_over(name) is None
 
     def replicate(self, group: dist.ProcessGroup) -> nn.Module:
         split = [name for name, _ in self.model.named_parameters() if self.split_over(name)]

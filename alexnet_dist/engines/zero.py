@@ -17,11 +17,13 @@ from torch.nn.utils import get_total_norm
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, with_damaged
+from alexnet_dist.engines.graph import capture_forward, captures
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
 from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet, Layer
+from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.columns import merge
 from alexnet_dist.parallel.layouts import ZERO_STAGES
 from alexnet_dist.parallel.replicas import summed
@@ -89,8 +91,9 @@ class ZeroEngine:
         self.config, self.topology, self.group = config, topology, topology.replica_group
         with topology.device:
             self.model = model = AlexNet(config.model, config.seed)
+        fused = kernels.fused(config.train.execution, topology.device)
         for layer in model.layers():
-            layer.fused = kernels.fused(config.train.execution, topology.device)
+            layer.fused = fused
         for parameter in model.parameters():  # it flattens, and broadcasts bytes: no channels_last
             parameter.data = parameter.data.contiguous()
         self.optimizer = Optimizer(config.optimizer, model.named_parameters())
@@ -101,6 +104,19 @@ class ZeroEngine:
             for piece in self._pieces():
                 momentum = {"momentum_buffer": torch.zeros_like(piece)}
                 self.optimizer.optimizer.state[piece].update(momentum)
+        if fused and captures(config.train.execution, topology.device):
+            self._capture()
+
+    def _capture(self) -> None:
+        """Make graphs of all up to DeepSpeed's own step, which reads a flag on the host."""
+        config, device = self.config, self.topology.device
+        n, side = config.train.batch // self.topology.replicas, config.model.crop
+        if config.train.micro_batches > 1:  # it adds them up where the graph puts each
+            return
+        windows = torch.zeros(n, 3, side, side, dtype=DTYPES[config.train.precision], device=device)
+        windows = windows.contiguous(memory_format=torch.channels_last)
+        numbers = torch.zeros(n + 1, dtype=torch.int64, device=device)
+        capture_forward(self.model, windows, numbers[1:].clone(), numbers[0].clone())
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
@@ -110,13 +126,14 @@ class ZeroEngine:
         n, replicas = len(batch.labels), self.topology.replicas
         first = self.topology.replica * n
         slots = torch.arange(first, first + n, device=self.topology.device)
+        now = torch.full((), step, device=self.topology.device)
         # DeepSpeed averages over ranks where the loss's sum asks for a sum.
         scale = self.optimizer.loss_scale(rate) / size * replicas
         stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for part in range(parts):
             rows = slice(part * n // parts, (part + 1) * n // parts)
             with TIMELINE.span("forward"):
-                logits = self.engine(batch.windows[rows], slots[rows], step)
+                logits = self.engine(batch.windows[rows], slots[rows], now)
                 loss, counts = scored(logits, batch.labels[rows])
             with TIMELINE.span("backward"):
                 self.engine.backward(loss * scale, scale_wrt_gas=False)

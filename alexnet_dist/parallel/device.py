@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
@@ -20,6 +21,8 @@ from alexnet_dist.network.precision import FIRST_WITH
 from alexnet_dist.parallel.environment import Place
 
 CGROUP = Path("/sys/fs/cgroup")
+NCCL_SHARES_FROM = (2, 30)  # a GPU between ranks; older ones refuse
+_BESIDE_TENSORS = 10**9  # bytes of a GPU, an estimate: CUDA's context, libraries', NCCL's buffers
 log = logging.getLogger(__name__)
 # bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
 PEAK_FLOPS = {
@@ -41,30 +44,103 @@ def gpus(config: Config) -> int:
     return 0 if config.layout.device == "cpu" else torch.cuda.device_count()
 
 
-def take_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank, made current; raises ConfigError where layout.device=cuda and there
-    are too few, and where it cannot compute in train.precision."""
+def ranks_per_gpu(config: Config, ranks: int) -> int:
+    """How many of this host's ranks a GPU computes for; 0 where they compute on the CPU."""
     found = gpus(config)
-    # Slurm may show a task its own GPU alone (--gpus-per-task): the job then has as many as tasks.
-    own = found == 1 and (place.gpus_on_node or 0) >= place.local_world
-    if config.layout.device == "cuda" and found < place.local_world and not own:
-        raise ConfigError(
-            f"layout.device=cuda: {place.local_world} ranks on this host need a GPU each, "
-            f"and {found} are here; set layout.device=auto or layout.kind=one"
-            f"{'' if found else '; `alexnet-dist doctor` says why there is none'}"
+    if ranks <= found:
+        return 1
+    return -(-ranks // found) if found and config.layout.share_gpu else 0
+
+
+def share_problem(config: Config, ranks: int) -> str:
+    """Why this host's ranks cannot share its GPUs, and what to do; empty where they can, or were
+    not told to."""
+    if not config.layout.share_gpu:
+        return ""
+    if not (found := gpus(config)):
+        return (
+            "layout.share_gpu=true: no GPU is here to share: set layout.share_gpu=false to compute "
+            "on the CPU; `alexnet-dist doctor` says why there is none"
         )
-    if found < place.local_world and not own:
-        if found and place.rank == 0:
-            log.warning(
-                f"{place.local_world} ranks and {found} GPU(s) here: computing on the CPU; to use "
-                "what is there, set layout.kind=one, or layout.ranks to as many"
-            )
-        device = torch.device("cpu")
-    else:
-        device = torch.device("cuda", 0 if own else place.local_rank)
-        torch.cuda.set_device(device)
+    if ranks <= found or (version := nccl_version()) >= NCCL_SHARES_FROM:
+        return ""
+    return (
+        f"layout.share_gpu=true: {ranks} ranks and {found} GPU(s) here, and NCCL "
+        f"{'.'.join(map(str, version)) or 'is missing, which'} gives a GPU to one rank alone: "
+        "install torch 2.14, whose NCCL 2.30 shares it, or set layout.share_gpu=false"
+    )
+
+
+def nccl_version() -> tuple[int, ...]:
+    """Of the NCCL that is loaded, which LD_PRELOAD may have named; () where torch has none."""
+    try:
+        nccl, found = ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOLOAD), ctypes.c_int()
+        nccl.ncclGetVersion(ctypes.byref(found))
+    except OSError:  # it is a part of torch's own library, or there is none
+        return tuple(torch.cuda.nccl.version()) if dist.is_nccl_available() else ()
+    return found.value // 10000, found.value // 100 % 100, found.value % 100
+
+
+def memory_share(total: int, ranks: int) -> int:
+    """Bytes of a GPU's memory that each of the ranks that share it has for tensors."""
+    each = total // ranks
+    return max(each - _BESIDE_TENSORS, each // 2)
+
+
+def free_gpu_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take of its GPU's memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(free, bound - torch.cuda.memory_reserved(device))
+
+
+def take_device(config: Config, place: Place) -> torch.device:
+    """The device of this rank, made current; raises ConfigError where it has none, and where it
+    cannot compute in train.precision."""
+    device = own_device(config, place)
     if problem := precision_problem(config.train.precision, device):
         raise ConfigError(problem)
+    return device
+
+
+def own_device(config: Config, place: Place) -> torch.device:
+    """The device of this rank, made current; raises ConfigError where layout.device=cuda and there
+    are too few GPUs, and where they cannot be shared."""
+    found, ranks = gpus(config), place.local_world
+    if config.layout.share_gpu:  # NCCL reads it as a first group is made, and of all ranks
+        os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
+    # Slurm may show a task its own GPU alone (--gpus-per-task): the job then has as many as tasks.
+    if found == 1 and (place.gpus_on_node or 0) >= ranks:
+        return _current(0)
+    if problem := share_problem(config, ranks):
+        raise ConfigError(problem)
+    match ranks_per_gpu(config, ranks):
+        case 0:
+            if config.layout.device == "cuda":
+                remedy = (", or layout.share_gpu=true" if found
+                          else "; `alexnet-dist doctor` says why there is none")  # fmt: skip
+                raise ConfigError(
+                    f"layout.device=cuda: {ranks} ranks on this host need a GPU each, and {found} "
+                    f"are here; set layout.device=auto or layout.kind=one{remedy}"
+                )
+            if found and place.rank == 0:
+                log.warning(
+                    f"{ranks} ranks and {found} GPU(s) here: computing on the CPU; to use what is "
+                    "there, set layout.kind=one, layout.ranks to as many, or layout.share_gpu=true"
+                )
+            return torch.device("cpu")
+        case 1:
+            return _current(place.local_rank)
+        case each:
+            device = _current(place.local_rank * found // ranks)  # neighbours on one
+            total = torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.set_per_process_memory_fraction(memory_share(total, each) / total, device)
+            return device
+
+
+def _current(index: int) -> torch.device:
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
     return device
 
 
@@ -152,7 +228,7 @@ def cpu_flags() -> set[str]:
 
 def share_python() -> None:
     """Have threads hand Python's lock on after half a millisecond, not five: those that decode and
-    the one that feeds the device want it for microseconds, thousands of times a second."""
+    the one that feeds the device want it for microseconds, many times a second."""
     sys.setswitchinterval(5e-4)
 
 

@@ -44,7 +44,8 @@ def problem(config: Config, ranks: int) -> str:
     return _ranks_problem(config, ranks) or _batch_problem(config, ranks // columns_of(config))
 
 
-def _ranks_problem(config: Config, ranks: int) -> str:
+def misfit(config: Config, ranks: int) -> tuple[str, list[str]] | None:
+    """What number of ranks the layout takes where it is not this one, and which layouts fit."""
     model, kind = config.model, config.layout.kind
     takes, fits = {
         "one": ("1 rank", ranks == 1),
@@ -52,10 +53,18 @@ def _ranks_problem(config: Config, ranks: int) -> str:
         "columns_x_replicas": ("an even number of ranks", ranks % 2 == 0),
         "replicas": ("any number of ranks", True),
     }.get(kind, ("2 or more ranks", ranks >= 2))
-    if not fits:
-        fitting = ["replicas", *(["zero1", "zero2", "sharded_fc"] if ranks > 1 else ["one"])]
-        if model.columns == 2 and ranks % 2 == 0:
-            fitting.append("columns" if ranks == 2 else "columns_x_replicas")
+    if fits:
+        return None
+    fitting = ["replicas", *(["zero1", "zero2", "sharded_fc"] if ranks > 1 else ["one"])]
+    if model.columns == 2 and ranks % 2 == 0:
+        fitting.append("columns" if ranks == 2 else "columns_x_replicas")
+    return takes, fitting
+
+
+def _ranks_problem(config: Config, ranks: int) -> str:
+    model, kind = config.model, config.layout.kind
+    if wrong := misfit(config, ranks):
+        takes, fitting = wrong
         return (
             f"layout.kind={kind} takes {takes}, and the launcher started {ranks} "
             f"(WORLD_SIZE, or layout.ranks): on {ranks} fit {', '.join(fitting)}"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 _OPS = torch.ops.c10d
 # What is sent of each collective: name, place of its tensors and of its group, times t·(g−1)/g.
@@ -47,6 +47,13 @@ class Traffic(TorchDispatchMode):
 
     def total(self) -> int:
         return round(sum(self.sent.values()))
+
+    def again(self) -> None:
+        """It was sent once more, by a CUDA graph: for what is entered around this."""
+        for around in _get_current_dispatch_mode_stack():
+            if isinstance(around, Traffic):
+                around.sent.update(self.sent)
+                around.calls.update(self.calls)
 
     def __torch_dispatch__(
         self,

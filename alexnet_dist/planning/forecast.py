@@ -1,85 +1,172 @@
 """What a plan means on a machine: speed of each layout, the recommended one, hours, decoding, the
 schedule, and what the run has measured since."""
 
+import dataclasses
+import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipelines.auto import SHARE, splits_of
+from alexnet_dist.data.pipelines.resident import gb
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError, DatasetError, printable
-from alexnet_dist.parallel.device import cores, cpu_flags
-from alexnet_dist.planning.cost_model import CORE_DECODES, MACHINES, Cluster, Machine, predict
+from alexnet_dist.parallel.device import cores, cpu_flags, gpus
+from alexnet_dist.planning.cost_model import decoding, predict
+from alexnet_dist.planning.dry_run import needed_of
+from alexnet_dist.planning.machines import CORE_DECODES, MACHINES, Cluster, Machine, known
+from alexnet_dist.planning.measured import correction
+from alexnet_dist.planning.plan import Plan, Prediction, Rank
 from alexnet_dist.training.metrics import read_metrics
 
-_ILSVRC_2012 = 1_281_167  # training images, where the data set is not here
+_ILSVRC_2012 = 1_281_167, 50_000  # training and validation images, where the data is not here
 # Of layouts as fast as one another, the first is recommended.
 _SIMPLEST = ("alone", "replicas", "columns", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
 _AS_FAST = 0.97
 
 
+@dataclass(frozen=True)
+class Appetite:
+    """Who decodes for the recommended layout, and what training takes.
+
+    Attributes:
+        pipeline, how, why: which, by what of the machine, and whether the config or memory says so.
+        images_per_s: that training takes.
+        decoded_images_per_s: that are decoded for all devices; None: they are decoded once.
+        host_cores, gpus: by torchvision's pipeline or by GPUs' decoders, for that; None: no
+            decoder is known.
+        by_threads_images_per_s: that the torch pipeline decodes for all devices.
+        basis: of what is decoded.
+    """
+
+    pipeline: str
+    how: str
+    why: str
+    images_per_s: float
+    decoded_images_per_s: float | None
+    host_cores: float
+    host_cores_there: float
+    gpus: float | None
+    by_threads_images_per_s: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a plan means on a cluster; its JSON is these fields by name."""
+
+    machine: Mapping[str, str | int]
+    images_per_epoch: int
+    images_source: str
+    data_missing: str
+    epochs: float
+    predicted: Mapping[str, Prediction]
+    recommended: str | None
+    decode: Appetite
+    schedule: list[tuple[float, float]]
+    measured: Mapping[str, Any] | None
+
+    def to_json(self) -> dict[str, Any]:
+        predicted = {kind: one.to_json() for kind, one in self.predicted.items()}
+        return dataclasses.asdict(self) | {"predicted": predicted}
+
+
 def here(config: Config, machine: Machine | None) -> Cluster | None:
     """This host: its GPUs, or its cores; None where nothing is known of its GPUs."""
-    if config.layout.device == "cpu" or not torch.cuda.is_available():
+    count = gpus(config)
+    if not count:
         like = "cpu" if "amx_bf16" in cpu_flags() else "cpu-avx512"
         return Cluster(machine or MACHINES[like], cores())
-    name, count = torch.cuda.get_device_name().lower(), torch.cuda.device_count()
-    known = machine or next((MACHINES[kind] for kind in MACHINES if kind in name), None)
-    return Cluster(known, count) if known else None
+    found = machine or known(torch.cuda.get_device_name())
+    return Cluster(found, count) if found else None
 
 
-def forecast(planned: Mapping[str, Any], config: Config, at: Cluster) -> dict[str, Any]:
-    """Of a plan, on a cluster; the keys are those of `--json`.
+def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
+    """Of a plan, on a cluster.
 
     Raises:
         ConfigError: the plan has more ranks than the cluster has GPUs.
     """
-    machine, ranks = at.machine, planned["ranks"]
+    machine, ranks = at.machine, planned.ranks
     if machine.overlap and ranks > at.total:
         raise ConfigError(
             f"{ranks} ranks on {at.total} × {machine.name}: give --gpus as many, or fewer --ranks"
         )
-    places = ({} if ranks == 1 else {"alone": planned["alone"]}) | planned["layouts"]
-    found: dict[str, Any] = {}
-    for kind, place in places.items():
-        if "problem" in place or (kind == "columns_x_replicas" and ranks == 2):
-            continue  # the latter is columns, by another name
-        found[kind] = predict(planned, kind, at)
-        peak = place["memory"]["peak"]
-        if machine.capacity and peak > machine.capacity:
-            found[kind]["too_large"] = f"{peak / 1e9:.1f} GB of {machine.capacity / 1e9:.0f}"
-    images, source, missing = _images(config)
-    for one in found.values():
-        one["hours"] = config.train.epochs * images / one["images_per_s"] / 3600
+    images, kept, source, missing = _images(config)
+    places = {} if ranks == 1 else {"alone": planned.alone}
+    places |= {kind: rank for kind, rank in planned.layouts.items() if isinstance(rank, Rank)}
+    if ranks == 2:  # columns, by another name
+        places.pop("columns_x_replicas", None)
+    needs = {kind: needed_of(rank) if machine.overlap else rank.memory["peak"]
+             for kind, rank in places.items()}  # fmt: skip
+    pipeline, why = assumed(config, machine, kept, max(needs.values(), default=0))
+    found: dict[str, Prediction] = {}
+    for kind in places:
+        factor, basis = correction(planned, kind, machine)
+        one = predict(planned, kind, at, pipeline, factor, basis)
+        large = machine.capacity and needs[kind] > machine.capacity
+        room = f"{needs[kind] / 1e9:.1f} GB of {machine.capacity / 1e9:.0f}"
+        hours = config.train.epochs * images / one.images_per_s / 3600
+        found[kind] = dataclasses.replace(one, hours=hours, too_large=room if large else "")
     best = recommended(found)
-    appetite = found.get(best or planned["layout"], {}).get("training_images_per_s", 0.0)
-    return {
-        "machine": {"name": machine.name, "source": machine.source, "devices": at.devices,
-                    "nodes": at.nodes},
-        "images_per_epoch": images,
-        "images_source": source,
-        "data_missing": missing,
-        "epochs": config.train.epochs,
-        "predicted": found,
-        "recommended": best,
-        "decode": {
-            "images_per_s": appetite,
-            "host_cores": appetite / CORE_DECODES,
-            "host_cores_there": machine.cores * at.total,
-            "gpus": appetite / machine.decode if machine.decode and machine.overlap else None,
-        },
-        "schedule": schedule(config, images),
-        "measured": _measured(config, planned, found),
-    }  # fmt: skip
+    ours = found.get(best or planned.layout)
+    appetite, by = ours.training_images_per_s if ours else 0.0, decoding(planned, at, pipeline)
+    own = decoding(planned, at, "dali") if machine.overlap else None
+    one_gpu = own.images_per_s if own and own.how.startswith("the GPU") else 0.0
+    devices = 1 if machine.overlap and best == "alone" else at.total
+    all_devices = by.images_per_s * devices
+    return Forecast(
+        machine={"name": machine.name, "source": machine.source, "devices": at.devices,
+                 "nodes": at.nodes},
+        images_per_epoch=images,
+        images_source=source,
+        data_missing=missing,
+        epochs=config.train.epochs,
+        predicted=found,
+        recommended=best,
+        decode=Appetite(
+            pipeline=by.pipeline, how=by.how, why=why, images_per_s=appetite,
+            decoded_images_per_s=None if math.isinf(all_devices) else all_devices,
+            host_cores=appetite / CORE_DECODES,
+            host_cores_there=machine.cores * at.total,
+            gpus=appetite / one_gpu if one_gpu else None,
+            by_threads_images_per_s=decoding(planned, at, "torch").images_per_s * devices,
+            basis=by.basis,
+        ),
+        schedule=schedule(config, images),
+        measured=_measured(config, planned, found),
+    )  # fmt: skip
 
 
-def recommended(found: Mapping[str, Mapping[str, Any]]) -> str | None:
+def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[str, str]:
+    """The pipeline that a run would take there, as far as memory decides, and why.
+
+    Args:
+        kept: images of the splits that a run sees.
+        needs: bytes that the network takes of a device.
+    """
+    wanted = config.data.pipeline
+    if wanted != AUTO:
+        return wanted, "set"
+    if not machine.overlap:
+        return "torch", "auto, on a CPU"
+    size, free = 3.0 * config.data.canvas**2 * kept, machine.capacity - needs
+    if not (machine.decode or machine.decode_by_cuda):
+        return "torch", "auto: DALI is not for this GPU"
+    kind = "resident" if size <= SHARE * free else "dali"
+    return kind, f"auto: images decoded once take {gb(size)} a rank, of {gb(free)} free"
+
+
+def recommended(found: Mapping[str, Prediction]) -> str | None:
     """The fastest layout that fits in memory, the simplest of those nearly as fast."""
-    speeds = {k: one["images_per_s"] for k, one in found.items() if "too_large" not in one}
+    speeds = {kind: one.images_per_s for kind, one in found.items() if not one.too_large}
     order = [kind for kind in ("one", *_SIMPLEST) if kind in speeds]
     bound = _AS_FAST * max(speeds.values(), default=0.0)
     return next((kind for kind in order if speeds[kind] >= bound), None)
@@ -97,23 +184,27 @@ def schedule(config: Config, images: int, points: int = 60) -> list[tuple[float,
     return found
 
 
-def _images(config: Config) -> tuple[int, str, str]:
-    """Training images of an epoch, whose number that is, and why it is not the data set's own.
+def _images(config: Config) -> tuple[int, int, str, str]:
+    """Training images of an epoch, images of all splits that a run sees, whose numbers they are,
+    and why they are not the data set's own.
 
     Raises ConfigError where a config and its data do not agree.
     """
     try:
-        return len(open_for(config).splits[config.data.train_split]), config.data.path, ""
+        splits = open_for(config).splits
+        kept = sum(len(splits[name]) for name in splits_of(config) if name in splits)
+        return len(splits[config.data.train_split]), kept, config.data.path, ""
     except DatasetError as error:
-        return _ILSVRC_2012, f"ILSVRC-2012's: {config.data.path} is no data set here", f"{error}"
+        source = f"ILSVRC-2012's: {config.data.path} is no data set here"
+        return _ILSVRC_2012[0], sum(_ILSVRC_2012), source, f"{error}"
 
 
 def _measured(
-    config: Config, planned: Mapping[str, Any], found: Mapping[str, Any]
+    config: Config, planned: Plan, found: Mapping[str, Prediction]
 ) -> dict[str, Any] | None:
     """What the run of this config's folder has measured, beside what was predicted of it."""
     folder, same = config.folder, ("layout.kind", "train.batch", "train.precision")
-    if not (folder / "metrics.jsonl").is_file() or planned["layout"] not in found:
+    if not (folder / "metrics.jsonl").is_file() or planned.layout not in found:
         return None
     ran = load_config([folder / "config.json"])
     if any(_of(ran, key) != _of(config, key) for key in same):
@@ -123,7 +214,7 @@ def _measured(
         return None
     middle = {key: statistics.median(p[key] for p in points)
               for key in ("images_per_s", "data_wait")}  # fmt: skip
-    ratio = found[planned["layout"]]["images_per_s"] / middle["images_per_s"]
+    ratio = found[planned.layout].images_per_s / middle["images_per_s"]
     return {"folder": str(folder), "points": len(points), **middle, "predicted_to_measured": ratio}
 
 
@@ -132,46 +223,50 @@ def _of(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def lines(told: Mapping[str, Any], own: str) -> list[str]:
+def lines(told: Forecast, own: str) -> list[str]:
     """A forecast as text; `own` is the config's layout."""
-    machine, found = told["machine"], told["predicted"]
-    count = machine["devices"] * machine["nodes"]
-    nodes = f" on {machine['nodes']} nodes" if machine["nodes"] > 1 else ""
-    hours = f"{told['epochs']:g} epochs"
-    text = ["", f"predicted, {count} × {machine['name']}{nodes} ({machine['source']}):",
+    machine, found = told.machine, told.predicted
+    devices, nodes = int(machine["devices"]), int(machine["nodes"])
+    on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
+    hours = f"{told.epochs:g} epochs"
+    text = ["", f"predicted, {devices * nodes} × {machine['name']}{on_nodes} "
+            f"({machine['source']}):",
             f"{'':20}{'images/s':>10}{'× one':>8}{hours:>12}{'step, ms':>10}  of it, ms",
             ]  # fmt: skip
-    base = (found.get("alone") or found.get("one") or {}).get("images_per_s")
+    base = found.get("alone") or found.get("one")
     for kind, one in found.items():
-        parts = sorted(one["parts_s"].items(), key=lambda part: -part[1])
-        listed = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in parts if s > 0.01 * one["step_s"])
+        parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
+        listed = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in parts if s > 0.01 * one.step_s)
         name = "one, on one device" if kind == "alone" else kind
+        times = one.images_per_s / base.images_per_s if base else 1.0
         text.append(
-            f"{name:20}{one['images_per_s']:10,.0f}{one['images_per_s'] / base:8.2f}"
-            f"{_hours(one['hours']):>12}{1e3 * one['step_s']:10.4g}  {listed}"
-            + (f"; DOES NOT FIT: {one['too_large']}" if "too_large" in one else "")
+            f"{name:20}{one.images_per_s:10,.0f}{times:8.2f}"
+            f"{_hours(one.hours):>12}{1e3 * one.step_s:10.4g}  {listed}"
+            + (f"; DOES NOT FIT: {one.too_large}" if one.too_large else "")
         )
-    best, decode = told["recommended"], told["decode"]
+    bases: dict[str, list[str]] = {}
+    for kind, one in found.items():
+        bases.setdefault(one.basis, []).append("one" if kind == "alone" else kind)
+    text.append("times of steps: " + "; ".join(
+        f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
+    ))  # fmt: skip
+    best, decode = told.recommended, told.decode
     if best is None:
         text.append("recommended: none fits; a smaller train.batch, or more train.micro_batches")
     else:
         speed = found[best]
         text.append(
             f"recommended: {'one, on one device' if best == 'alone' else best}: "
-            f"{_hours(speed['hours'])} for {told['epochs']:g} epochs of "
-            f"{told['images_per_epoch']:,} images ({told['images_source']}); "
-            f"its bottleneck: {speed['bottleneck']}"
+            f"{_hours(speed.hours)} for {told.epochs:g} epochs of "
+            f"{told.images_per_epoch:,} images ({told.images_source}); "
+            f"its bottleneck: {speed.bottleneck}"
             + (" (yours)" if best == own else f"; yours, {own}, see above")
         )
-    text.append(
-        f"decoding: training takes {decode['images_per_s']:,.0f} images/s: "
-        f"{decode['host_cores']:.1f} host cores of about {decode['host_cores_there']:g}"
-        + (f", or {decode['gpus']:.1f} GPUs' JPEG decoders" if decode["gpus"] else "")
-    )
-    if told["data_missing"]:
-        text.append(f"no data set: {printable(told['data_missing'])}")
-    text += ["", *plot(told["schedule"])]
-    if run := told["measured"]:
+    text.append(f"decoding: training takes {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
+    if told.data_missing:
+        text.append(f"no data set: {printable(told.data_missing)}")
+    text += ["", *plot(told.schedule)]
+    if run := told.measured:
         text += [
             "",
             f"measured in {run['folder']}: {run['images_per_s']:,.0f} images/s, waiting for data "
@@ -179,6 +274,18 @@ def lines(told: Mapping[str, Any], own: str) -> list[str]:
             f"{run['predicted_to_measured']:.2f} of that",
         ]
     return text
+
+
+def _decoded(decode: Appetite) -> str:
+    """Who decodes, how many there are, and what it would take otherwise."""
+    by = f"data.pipeline={decode.pipeline} ({decode.why}), {decode.how}"
+    if decode.decoded_images_per_s is not None:
+        by += f": {decode.decoded_images_per_s:,.0f} images/s ({decode.basis})"
+    if decode.gpus is None:
+        return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
+    if decode.pipeline != "torch":
+        by += f"; threads of data.pipeline=torch give {decode.by_threads_images_per_s:,.0f}"
+    return by
 
 
 def _hours(hours: float) -> str:

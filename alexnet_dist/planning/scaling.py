@@ -9,8 +9,11 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
-from alexnet_dist.planning.cost_model import Cluster, Machine, Measured, bottleneck, fit, predict
-from alexnet_dist.planning.dry_run import KINDS, plan
+from alexnet_dist.planning.cost_model import Measured, bottleneck, fit, predict
+from alexnet_dist.planning.dry_run import KINDS, plan, plan_on
+from alexnet_dist.planning.machines import Cluster, Machine
+from alexnet_dist.planning.measured import correction
+from alexnet_dist.planning.plan import Misfit
 from alexnet_dist.plotting import figure
 
 _MOST = 1024
@@ -29,19 +32,20 @@ def curve(config: Config, at: Cluster, most: int = _MOST) -> list[dict[str, Any]
     rows, base, ranks = [], 0.0, 1
     while ranks <= most:
         size = [f"train.batch={config.train.batch * ranks}", "layout.ranks=0"]
-        planned = plan(load_config([flat(config), *size]), ranks)
+        planned = plan_on(load_config([flat(config), *size]), ranks, at.machine)
         nodes = -(-ranks // at.devices)
         there = Cluster(at.machine, min(at.devices, ranks), nodes)
         for kind in KINDS:
-            if "problem" in planned["layouts"][kind]:
+            if isinstance(planned.layouts[kind], Misfit):
                 continue
-            found = predict(planned, kind, there)
-            speed = found["training_images_per_s"]
+            factor, _ = correction(planned, kind, at.machine)
+            found = predict(planned, kind, there, factor=factor)
+            speed = found.training_images_per_s
             base = base or speed
             rows.append({
                 "layout": kind, "ranks": ranks, "images_per_s": speed,
                 "efficiency": speed / ranks / base,
-                "bottleneck": bottleneck(found["parts_s"] | {"decode": 0.0}, beside=True),
+                "bottleneck": bottleneck({**found.parts_s, "decode": 0.0}, beside=True),
             })  # fmt: skip
         ranks *= 2
     return rows

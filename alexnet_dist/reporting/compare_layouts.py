@@ -33,10 +33,11 @@ from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel import layouts, spawn
-from alexnet_dist.parallel.device import gpus
+from alexnet_dist.parallel.device import gpus, ranks_per_gpu
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.partition import share
+from alexnet_dist.planning import shared_gpus
 from alexnet_dist.tensor_files import Shape
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class Row:
         max_difference: largest difference to the oracle, of any tensor.
         images_per_s: all ranks together, in the config's own precision.
         bytes_per_rank_step: sent by rank 0 in a step of the config's own precision.
+        ranks_per_gpu: 0 on the CPU; where more than 1, images_per_s is of a GPU that they share.
     """
 
     layout: str
@@ -66,6 +68,7 @@ class Row:
     holds: bool
     images_per_s: float
     bytes_per_rank_step: int
+    ranks_per_gpu: int
 
 
 HEADING = (
@@ -129,26 +132,32 @@ def chosen(config: Config, names: str | None) -> list[Config]:
             continue
         if kind != "one":
             found.append(one)
+    for one in found:
+        shared_gpus.check(_bounded(one), one.layout.ranks)
     return on_devices_alike(found)
 
 
 def on_devices_alike(found: Sequence[Config]) -> list[Config]:
-    """All on the CPU, where this host has GPUs for some of them only."""
+    """All on the CPU, where this host has GPUs for some of them only, not to be shared."""
     here, most = gpus(found[0]), max(one.layout.ranks for one in found)
-    if 0 < here < most and found[0].layout.device == "auto":
-        log.warning(f"{here} GPU(s) here, and {most} ranks would need their own: all on the CPU")
+    layout = found[0].layout
+    if 0 < here < most and layout.device == "auto" and not layout.share_gpu:
+        log.warning(
+            f"{here} GPU(s) here, and {most} ranks would need their own: all on the CPU; "
+            "--share-gpu puts all on what is here"
+        )
         return [_with(one, device="cpu") for one in found]
     return list(found)
 
 
 def compare(
-    config: Config, names: str | None, steps: int
+    configs: Sequence[Config], steps: int
 ) -> Iterator[tuple[Row, float | None, float | None]]:
-    """Row by row: what was measured, the drift in float32, and its noise floor (one process: how
-    far four micro-batches drift from one)."""
+    """Row by row, the oracle's first: what was measured, the drift in float32, and its noise floor
+    (one process: how far four micro-batches drift from one)."""
     with tempfile.TemporaryDirectory() as folder:
         oracle = Path(folder) / "oracle"
-        for place, laid_out in enumerate(chosen(config, names)):
+        for place, laid_out in enumerate(configs):
             path = Path(folder) / f"{place}" if place else oracle
             yield _row(laid_out, steps, path, oracle)
 
@@ -157,8 +166,7 @@ def _row(
     config: Config, steps: int, path: Path, oracle: Path
 ) -> tuple[Row, float | None, float | None]:
     zero = config.layout.kind in layouts.ZERO_STAGES
-    bounded = _with(config, precision="fp32" if zero else "fp64")
-    runs = {"bounded": (bounded, steps), "fp32": (_with(config, precision="fp32"), steps)}
+    runs = {"bounded": (_bounded(config), steps), "fp32": (_with(config, precision="fp32"), steps)}
     parts = next((p for p in (4, 3, 2) if config.train.batch % p == 0), 1)
     if path == oracle and parts > 1:
         runs["parts"] = (_with(runs["fp32"][0], micro_batches=parts), steps)
@@ -180,6 +188,7 @@ def _row(
         difference <= bound,
         round(found["own"].images_per_s, 1),
         found["own"].bytes_per_step,
+        ranks_per_gpu(config, config.layout.ranks),
     )
     return row, drift, floor
 
@@ -266,6 +275,12 @@ def _difference(
         mine, other = load_file(ours / name), load_file(theirs / name)
         largest = max([largest, *(relative(mine[key], other[key]) for key in other)])
     return largest
+
+
+def _bounded(config: Config) -> Config:
+    """In the precision whose difference is bounded."""
+    zero = config.layout.kind in layouts.ZERO_STAGES
+    return _with(config, precision="fp32" if zero else "fp64")
 
 
 def _with(config: Config, **values: str | int) -> Config:

@@ -22,12 +22,22 @@ from packaging.requirements import Requirement
 from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.inspect import inspect
-from alexnet_dist.data.pipelines.dali_pipeline import check_dali
+from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
 from alexnet_dist.errors import COMPILER, AlexNetDistError, in_words
 from alexnet_dist.network import kernels
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
-from alexnet_dist.parallel.device import CGROUP, cores, cpu_flags, gpus, precision_problem
+from alexnet_dist.parallel.device import (
+    CGROUP,
+    cores,
+    cpu_flags,
+    gpus,
+    nccl_version,
+    own_device,
+    precision_problem,
+    ranks_per_gpu,
+    share_problem,
+)
 from alexnet_dist.parallel.rendezvous import keep_to_this_host
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -189,34 +199,42 @@ def _layout(config: Config) -> Iterator[Finding]:
     """What would be used, and why."""
     here, may_use = gpus(config), cores()
     count = layouts.ranks_wanted(config, here)
-    own, each = here >= count, " each" if count > 1 else ""
-    if problem := layouts.problem(config, count):
+    per_gpu, each = ranks_per_gpu(config, count), " each" if count > 1 else ""
+    own, shared = per_gpu > 0, per_gpu > 1
+    if problem := layouts.problem(config, count) or share_problem(config, count):
         yield Finding("layout", f"{config.layout.kind} on {count} rank(s)", problem, broken=True)
         return
     threads = config.layout.threads or max(1, may_use // count)
-    on = f"a GPU{each}" if own else f"the CPU, {threads} thread(s){each}"
+    if shared:
+        on, why = f"a GPU for up to {per_gpu} of them", f"{here} GPU(s) here, shared"
+    elif own:
+        on, why = f"a GPU{each}", f"{here} GPU(s) here"
+    else:
+        on, why = f"the CPU, {threads} thread(s){each}", f"{here or 'no'} GPU(s) here"
+        why += ", and a rank needs its own" if here else ""
     by = f", over {'NCCL' if own else 'gloo'}" if count > 1 else ""
-    why = f"{here or 'no'} GPU(s) here" + (", and a rank needs its own" if here and not own else "")
     forced = config.layout.device == "cuda" and not own
     yield Finding(
         "layout",
         f"{config.layout.kind}: {count} process(es) on {on}{by} ({why}); {config.train.precision}; "
         f"images by data.pipeline={config.data.pipeline}",
         "layout.device=cuda asks for more: set it to auto" if forced
-        else "layout.kind=one uses the GPU" if here and not own else "",
+        else "layout.kind=one uses the GPU; so do ranks that share it: layout.share_gpu=true"
+        if here and not own else "",
         broken=forced,
     )  # fmt: skip
     on_cpu = precision_problem(config.train.precision, torch.device("cpu"))
     if on_cpu and not own:
         yield Finding("precision", config.train.precision, on_cpu, broken=True)
     backends = [name for name in ("gloo", "nccl") if dist.is_backend_available(name)]
-    yield Finding("backends", ", ".join(backends))
+    version = ".".join(map(str, nccl_version()))
+    yield Finding("backends", ", ".join(backends) + (version and f" {version}"))
 
 
 def _exchange(config: Config) -> Iterator[Finding]:
     """Two real processes, over what a run would meet by."""
-    for backend in ("gloo", "nccl") if torch.cuda.device_count() > 1 else ("gloo",):
-        found = spawn.call(_meet, 2, backend)
+    for backend in ("gloo", "nccl") if ranks_per_gpu(config, 2) else ("gloo",):
+        found = spawn.call(_meet, 2, backend, config)
         wrong = [word for word in found if isinstance(word, str)]
         if wrong:
             names = {"gloo": "unset GLOO_SOCKET_IFNAME, and see that the loopback is up (ip link)",
@@ -227,13 +245,13 @@ def _exchange(config: Config) -> Iterator[Finding]:
             yield Finding(f"exchange, {backend}", f"2 ranks gathered and summed rightly; {speed}")
 
 
-def _meet(backend: str) -> float | str:
+def _meet(backend: str, config: Config) -> float | str:
     """Seconds of a sum of 8 MiB; or what is wrong. In each of two ranks."""
     try:
         here = environment.place()
         assert here is not None
         keep_to_this_host(here)
-        device = torch.device("cuda", here.local_rank) if backend == "nccl" else torch.device("cpu")
+        device = own_device(config, here) if backend == "nccl" else torch.device("cpu")
         dist.init_process_group(
             backend, timeout=timedelta(seconds=30),
             device_id=device if backend == "nccl" else None,
@@ -257,10 +275,12 @@ def _dali(config: Config) -> Iterator[Finding]:
     """A graph that decodes one image, built and run as a run would."""
     wanted = config.data.pipeline == "dali"
     on_gpu = torch.cuda.is_available() and config.layout.device != "cpu"
-    how = "mixed (nvJPEG) on the GPU" if on_gpu else "on the CPU"
+    how = "on the GPU" if on_gpu else "on the CPU"
     try:
-        check_dali(0 if on_gpu else None)
-        yield Finding("dali", f"decodes {how}")
+        found = check_dali(0 if on_gpu else None)
+        lack = gpu_decoders(0).lack if on_gpu else ""
+        remedy = f"update the GPU's driver: none of its decoders works ({lack})" if lack else ""
+        yield Finding("dali", f"decodes {found}", remedy)
     except Exception as error:
         reason = f"{in_words(error) or ' '.join(str(error).split())[:200]}"
         remedy = "set data.pipeline=torch, or update the GPU's driver"

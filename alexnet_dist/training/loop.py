@@ -19,11 +19,12 @@ from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
-from alexnet_dist.data.pipelines.auto import settled, splits_of
+from alexnet_dist.data.pipelines.auto import decoders, settled, splits_of
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.resident import hold
 from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engines.base import Engine, check_values, on_host
+from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import (
@@ -129,6 +130,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     kept = asked != config.data.pipeline
     config, why = settled(config, topology, dataset)
     decoding = f"data.pipeline={config.data.pipeline} ({'as before' if kept else why})"
+    decoding += decoders(config, topology)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
@@ -143,6 +145,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
         raise said from error
     finally:
         folder.close()
+    release()
     leave()
     return outcome
 
@@ -165,7 +168,7 @@ def _run(
     folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
-        hold(config, topology, dataset, splits_of(config))
+        hold(config, topology, dataset, splits_of(config), signals)
     pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
     telemetry = Telemetry(
         config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,

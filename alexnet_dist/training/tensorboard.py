@@ -190,8 +190,8 @@ def answered(
 
 def image_of(split: Split, sample: int, canvas: int) -> Picture:
     """(canvas, canvas, 3), of a sample or of the one that stands in for it."""
-    _, encoded = split.read_whole(sample)
-    image = decode_image(torch.frombuffer(encoded, dtype=torch.uint8), ImageReadMode.RGB)
+    _, (encoded,) = split.read_whole(np.array([sample]))
+    image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
     picture: Picture = on_canvas(image, canvas).movedim(0, -1).numpy()
     return picture
 

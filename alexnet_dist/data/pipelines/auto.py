@@ -1,5 +1,6 @@
 """`data.pipeline=auto`: which pipeline a run takes here, and why."""
 
+import contextlib
 from dataclasses import replace
 from typing import Literal
 
@@ -37,6 +38,14 @@ def settled(config: Config, topology: Topology, dataset: Dataset) -> tuple[Confi
         else:
             kind = "dali"
     return replace(config, data=replace(config.data, pipeline=kind)), why
+
+
+def decoders(config: Config, topology: Topology) -> str:
+    """By what a GPU's images are decoded, for the log; empty where there is nothing to say."""
+    if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.leads:
+        with contextlib.suppress(Exception):  # the pipeline will say so
+            return f", {check_dali(topology.device.index)}"
+    return ""
 
 
 def _dali_fails(topology: Topology) -> str:

@@ -3,33 +3,42 @@
 The sampler's choices come in by `external_source`, so that DALI draws, shuffles and skips nothing.
 """
 
+import functools
 import io
 import itertools
+import logging
+import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import (
-    Decoded,
-    IdArray,
-    Samples,
-    facts_of,
-    to_device,
-)
-from alexnet_dist.data.dataset import Split, undecodable
-from alexnet_dist.data.preprocess import Finish, canvas_in, centre_of
+from alexnet_dist.data.batch import Decoded, Samples, facts_of, to_device
+from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
+from alexnet_dist.data.preprocess import Canvases, Finish
 from alexnet_dist.errors import MachineError
 
-Bytes = npt.NDArray[np.uint8]
+log = logging.getLogger(__name__)
+_HARDWARE_SHARE = 0.9  # of a batch: 49,000 images/s of an H200, its CUDA cores alone 19,000
+# nvImageCodec's warnings are the same from each graph; the probe of a GPU gives them once.
+_QUIET = ("DALI_NVIMGCODEC_LOG_LEVEL", "1")
+
+
+@dataclass(frozen=True)
+class _Read:
+    """Samples, those that were read for them, and DALI's list of their encoded images."""
+
+    samples: Samples
+    read: IdArray
+    encoded: Any
 
 
 class DaliPipeline:
@@ -45,22 +54,31 @@ class DaliPipeline:
         self.split, self.device, self.finish, self.threads = split, device, finish, threads
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
-        self.resizes = not split.uniform(self.canvas)
-        shapes = np.unique(split.index[["height", "width"]]).tolist()
-        self.cuts = any(centre_of(*shape)[1] != shape for shape in shapes)  # before it resizes
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self.canvases = Canvases(split.index, self.canvas)
+        self._readers = ThreadPoolExecutor(
+            min(threads, self.prefetch + 1), thread_name_prefix="read"
+        )
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
-        """As `Pipeline.batches`; no later batch may be larger than the first."""
-        plan = iter(plan)
-        first = next(plan, None)
-        if first is None:
-            return
-        _, side = first.patch(self.crop, self.canvas)
-        inside: deque[tuple[Samples, IdArray, list[Bytes]]] = deque()  # fed, and not yet out
-        feed = self._feed(itertools.chain([first], plan), inside)
+        """As `Pipeline.batches`. A graph is built for the first, and another where one is larger
+        than any before."""
+        reads, larger = self._reads(iter(plan)), list[_Read]()
+        while (first := larger.pop() if larger else next(reads, None)) is not None:
+            yield from self._by_one_graph(itertools.chain([first], reads), larger)
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=True, cancel_futures=True)
+        self.split.close()
+
+    def _by_one_graph(self, reads: Iterator[_Read], larger: list[_Read]) -> Iterator[Decoded]:
+        """Batches up to one that is larger than the first, which is put aside."""
+        first = next(reads)
+        batch, (_, side) = max(1, len(first.read)), first.samples.patch(self.crop, self.canvas)
+        inside = deque[_Read]()  # fed, and not yet out
+        feed = self._feed(itertools.chain([first], reads), batch, inside, larger)
         try:
-            graph = self._graph(feed, max(1, len(first.ids)), side)
+            graph = self.graph(feed, batch, side)
+            graph.build()
         except RuntimeError as error:
             reason = " ".join(str(error).split())[:300]
             raise MachineError(
@@ -77,37 +95,42 @@ class DaliPipeline:
             except RuntimeError as error:
                 if not re.search("decoders|resize|bad_alloc", str(error)):
                     raise
-                raise undecodable(self.split, inside[0][1].tolist(), error) from error
-            while len(inside[0][1]) == 0:
-                yield self._decoded(*inside.popleft(), empty)
-            yield self._decoded(*inside.popleft(), from_dlpack(patches.as_tensor()))
+                raise undecodable(self.split, inside[0].read.tolist(), error) from error
+            while len(inside[0].read) == 0:
+                yield self._decoded(inside.popleft(), empty)
+            yield self._decoded(inside.popleft(), from_dlpack(patches.as_tensor()))
         while inside:
-            yield self._decoded(*inside.popleft(), empty)
+            yield self._decoded(inside.popleft(), empty)
 
-    def close(self) -> None:
-        self._reader.shutdown(wait=True, cancel_futures=True)
-        self.split.close()
+    def graph(self, feed: Iterator[Any], batch: int, side: int) -> Any:
+        """The graph: encoded images in, patches (batch, side, side, 3) uint8 out, on the device.
 
-    def _graph(self, feed: Iterator[Any], batch: int, side: int) -> Any:
-        """The graph: encoded images in, patches (batch, side, side, 3) uint8 out, on the device."""
+        A CPU decodes the patch alone. A GPU decodes whole images, and cuts then: its hardware knows
+        no parts of them, and nvImageCodec gives parts to the CPU where they are upsampled as
+        libjpeg does, without a word.
+        """
         from nvidia.dali import Pipeline, fn, types
 
+        os.environ.setdefault(*_QUIET)
         graph = Pipeline(
             batch_size=batch,
             num_threads=self.threads,
             device_id=self.device.index,
             prefetch_queue_depth=self.prefetch,
         )
-        how = {
-            "device": "mixed" if self.device.type == "cuda" else "cpu",
+        how: dict[str, Any] = {
+            "device": "cpu",
             "output_type": types.DALIImageType.RGB,
             "adjust_orientation": False,  # prepare has settled it
             "jpeg_fancy_upsampling": True,  # as libjpeg does; nvJPEG's default is cruder
         }
+        if gpu := self.device.type == "cuda":
+            how |= on_a_gpu(self.device)
+        resizes, cuts = self.canvases.resizes, self.canvases.cuts
         with graph:
             dtype = types.DALIDataType
             dtypes = [dtype.UINT8, dtype.INT32, dtype.FLOAT, dtype.INT32, dtype.INT32]
-            inputs = 2 + self.resizes + 2 * self.cuts
+            inputs = 2 + resizes + 2 * cuts
             encoded, start, *canvas = fn.external_source(
                 source=feed,
                 num_outputs=inputs,
@@ -117,71 +140,131 @@ class DaliPipeline:
                 ndim=1,
             )
             where = {"start": start, "shape": (side, side), "axes": (0, 1)}
-            if self.resizes:  # as torchvision does: bilinear, antialiased, the whole of the image
+            if gpu or resizes:
                 image = fn.decoders.image(encoded, **how)
-                if self.cuts:
+                if cuts:
                     image = fn.slice(image, start=canvas[1], shape=canvas[2], axes=(0, 1))
-                image = fn.resize(
-                    image, size=canvas[0], interp_type=types.DALIInterpType.INTERP_LINEAR,
-                    antialias=True, subpixel_scale=False,
-                )  # fmt: skip
+                if resizes:  # as torchvision does: bilinear, antialiased, the whole of the image
+                    image = fn.resize(
+                        image, size=canvas[0], interp_type=types.DALIInterpType.INTERP_LINEAR,
+                        antialias=True, subpixel_scale=False,
+                    )  # fmt: skip
                 patches = fn.slice(image, **where)
             else:
                 patches = fn.decoders.image_slice(encoded, **how, **where)
             graph.set_outputs(patches)
-        graph.build()
         return graph
 
     def _feed(
-        self, plan: Iterator[Samples], inside: deque[tuple[Samples, IdArray, list[Bytes]]]
+        self, reads: Iterator[_Read], batch: int, inside: deque[_Read], larger: list[_Read]
     ) -> Iterator[tuple[Any, ...]]:
-        """Of each entry of the plan: encoded images, corners, and sizes where it resizes."""
-        ahead: deque[Future[tuple[Samples, IdArray, list[Bytes]]]] = deque()
+        """Of each batch: encoded images, corners, and sizes where it resizes."""
+        for read in reads:
+            if len(read.read) > batch:
+                larger.append(read)
+                return
+            inside.append(read)
+            if not len(read.read):  # DALI knows no batch of no samples
+                continue
+            origins, _ = read.samples.patch(self.crop, self.canvas)
+            corner, kept, size, offset = self.canvases(read.read).swapaxes(0, 1)  # (n, 2) each
+            numbers: list[tuple[IdArray, type]] = [(origins + offset, np.int32)]
+            numbers += [(size, np.float32)] * self.canvases.resizes
+            numbers += [(corner, np.int32), (kept, np.int32)] * self.canvases.cuts
+            yield read.encoded, *(np.ascontiguousarray(value, dtype) for value, dtype in numbers)
+
+    def _reads(self, plan: Iterator[Samples]) -> Iterator[_Read]:
+        """What is read for each entry of the plan, ahead."""
+        ahead = deque[Future[_Read]]()
         while True:
             while len(ahead) <= self.prefetch and (samples := next(plan, None)) is not None:
-                ahead.append(self._reader.submit(self._read, samples))
+                ahead.append(self._readers.submit(self._read, samples))
             if not ahead:
                 return
-            samples, read, encoded = ahead.popleft().result()
-            inside.append((samples, read, encoded))
-            if not encoded:  # DALI knows no batch of no samples
-                continue
-            origins, _ = samples.patch(self.crop, self.canvas)
-            if not self.resizes:
-                yield encoded, np.ascontiguousarray(origins, np.int32)
-                continue
-            sizes = self.split.index[["height", "width"]][read].tolist()
-            centres = [centre_of(height, width) for height, width in sizes]
-            canvases = [canvas_in(*shape, self.canvas) for _, shape in centres]
-            size, offset = np.array(canvases).swapaxes(0, 1)  # (n, 2) each
-            start = np.ascontiguousarray(origins + offset, np.int32)
-            cuts = np.array(centres, np.int32).swapaxes(0, 1) if self.cuts else ()
-            resized = np.ascontiguousarray(size, np.float32)
-            yield encoded, start, resized, *map(np.ascontiguousarray, cuts)
+            yield ahead.popleft().result()
 
-    def _read(self, samples: Samples) -> tuple[Samples, IdArray, list[Bytes]]:
-        found = [self.split.read_whole(sample) for sample in samples.ids.tolist()]
-        read = np.array([sample for sample, _ in found], np.int64)
-        return samples, read, [np.frombuffer(encoded, np.uint8) for _, encoded in found]
+    def _read(self, samples: Samples) -> _Read:
+        from nvidia.dali import tensors
 
-    def _decoded(
-        self, samples: Samples, read: IdArray, encoded: list[Bytes], patches: Tensor
-    ) -> Decoded:
-        facts = facts_of(samples, read, self.split)
+        read, encoded = self.split.read_whole(samples.ids)
+        # DALI's own list here, so that the thread that runs the graph need not make it.
+        given = tensors.TensorListCPU([tensors.TensorCPU(one) for one in encoded])
+        return _Read(samples, read, given)
+
+    def _decoded(self, read: _Read, patches: Tensor) -> Decoded:
+        facts = facts_of(read.samples, read.read, self.split)
         return Decoded(patches, to_device(facts, self.device), self.finish)
 
 
-def check_dali(device: int | None) -> None:
-    """Decode one image as a run would: by a GPU of this number, or by the CPU.
+@dataclass(frozen=True)
+class GpuDecoders:
+    """Which of nvImageCodec's decoders take a JPEG as the pipeline has it decoded.
 
-    Raises whatever DALI does where it cannot, MachineError where what it makes is wrong.
+    Attributes:
+        hardware: the GPU's own decoder, which takes baseline JPEG alone.
+        cores: its CUDA cores, beside the CPU.
+        lack: why there is neither.
     """
-    from nvidia.dali import Pipeline, fn
+
+    hardware: bool
+    cores: bool
+    lack: str = ""
+
+    def __str__(self) -> str:
+        by = ["its JPEG decoder"] * self.hardware + ["its CUDA cores"] * self.cores
+        return f"on the GPU, by {' and '.join(by)}" if by else "on the CPU, though for the GPU"
+
+
+def on_a_gpu(device: torch.device) -> dict[str, Any]:
+    """What `fn.decoders.image` takes to decode there."""
+    hardware = gpu_decoders(device.index or 0).hardware
+    return {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE if hardware else 0.0}
+
+
+@functools.cache
+def gpu_decoders(device: int) -> GpuDecoders:
+    """Found out by decoding an image with each; a warning where there is none."""
+    found, lack = list[bool](), ""
+    for kinds in (("HW_GPU_ONLY",), ("HYBRID_CPU_GPU", "GPU_ONLY")):
+        try:
+            from nvidia import nvimgcodec as codec
+
+            backends = [codec.Backend(getattr(codec.BackendKind, kind)) for kind in kinds]
+            how = {"backends": backends, "options": ":fancy_upsampling=1"}
+            decoder = codec.Decoder(device_id=device, **how)
+            found.append(decoder.decode(_encoded().tobytes()) is not None)
+        except (ImportError, AttributeError, RuntimeError) as error:
+            found.append(False)
+            lack = " ".join(str(error).split())[:200]
+    hardware, cores = found
+    if hardware or cores:
+        return GpuDecoders(hardware, cores)
+    lack = lack or "nvImageCodec gives no reason"
+    log.warning(
+        f"data.pipeline=dali: images are decoded on the CPU, for none of the GPU's decoders takes "
+        f"them ({lack}): update the GPU's driver"
+    )
+    return GpuDecoders(hardware, cores, lack)
+
+
+def _encoded() -> Encoded:
+    """A JPEG of 48 × 64 pixels."""
     from PIL import Image
 
     encoded = io.BytesIO()
     Image.new("RGB", (64, 48), (200, 100, 50)).save(encoded, "JPEG")
-    image = np.frombuffer(encoded.getvalue(), np.uint8)
+    return np.frombuffer(encoded.getvalue(), np.uint8)
+
+
+def check_dali(device: int | None) -> str:
+    """Decode one image as a run would: by a GPU of this number, or by the CPU. By what it is.
+
+    Raises whatever DALI does where it cannot, MachineError where what it makes is wrong.
+    """
+    from nvidia.dali import Pipeline, fn
+
+    os.environ.setdefault(*_QUIET)
+    image = _encoded()
     graph = Pipeline(batch_size=1, num_threads=1, device_id=device)
     with graph:
         source = fn.external_source(source=lambda: [image], batch=True, ndim=1)
@@ -190,3 +273,4 @@ def check_dali(device: int | None) -> None:
     shape = tuple(graph.run()[0].shape()[0])
     if shape != (48, 64, 3):
         raise MachineError(f"an image of 48 × 64 pixels came out as {shape}")
+    return "on the CPU" if device is None else f"{gpu_decoders(device)}"

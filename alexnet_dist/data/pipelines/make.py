@@ -21,7 +21,7 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
     threads = config.data.workers or topology.cores
     if config.data.pipeline == "resident":
         return ResidentPipeline(config, topology, dataset, split, finish, threads)
-    own = dataclasses.replace(dataset.splits[split], _files={})  # its own files, to close
+    own = dataclasses.replace(dataset.splits[split])  # with files of its own, to close
     if config.data.pipeline == "dali":
         from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
 

@@ -19,18 +19,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, IdArray, Samples, facts_of, to_device
-from alexnet_dist.data.dataset import Dataset, Split, agree
+from alexnet_dist.data.batch import Decoded, Samples, facts_of, to_device
+from alexnet_dist.data.dataset import Dataset, IdArray, Split, agree
 from alexnet_dist.data.loops import cut
-from alexnet_dist.data.pipelines.torch_pipeline import decoded, fill
+from alexnet_dist.data.pipelines.torch_pipeline import Decoder
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.errors import DatasetError, MachineError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.device import free_host_memory
+from alexnet_dist.parallel.device import free_gpu_memory, free_host_memory
 from alexnet_dist.parallel.environment import Place
+from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology
 
 _CHUNK = 2**27  # bytes that each rank decodes before the ranks meet
@@ -72,7 +73,7 @@ class Room:
         network = _network_takes(config, topology)
         device = host = free_host_memory() / place.local_world
         if topology.device.type == "cuda":
-            device = torch.cuda.mem_get_info(topology.device)[0] - network
+            device = free_gpu_memory(topology.device) - network
         else:
             device = host = host - network
         return cls(*map(min, zip(*topology.each(device, host), strict=True)))
@@ -98,9 +99,14 @@ def takes(config: Config, dataset: Dataset, splits: Iterable[str]) -> int:
     return sum(len(dataset.splits[name]) for name in splits) * 3 * config.data.canvas**2
 
 
-def hold(config: Config, topology: Topology, dataset: Dataset, splits: Sequence[str]) -> None:
+def hold(
+    config: Config, topology: Topology, dataset: Dataset, splits: Sequence[str],
+    signals: StopSignals | None = None,
+) -> None:  # fmt: skip
     """Decode splits of a data set that are not held yet, on every rank: the order of samples is a
     permutation, so that any rank sees each in time. Collective.
+
+    A signal ends it, and what was decoded is lost.
 
     Raises, on every rank, MachineError where they do not fit, DatasetError where an image cannot be
     decoded.
@@ -127,7 +133,9 @@ def hold(config: Config, topology: Topology, dataset: Dataset, splits: Sequence[
         error.on_every_rank = True
         raise error
     for name in left:
-        found = _decode_all(config, topology, dataset.splits[name], device)
+        found = _decode_all(config, topology, dataset.splits[name], device, signals)
+        if found is None:
+            return
         held[_key(config, topology, name)] = found
     where = "the GPU's memory" if device.type == "cuda" else "the host's memory"
     log.info(f"{' and '.join(left)}: {gb(size)} of decoded images a rank, in {where}")
@@ -142,23 +150,24 @@ def gb(size: float) -> str:
     return f"{max(0.0, size) / 1e9:,.2f} GB"
 
 
-def _decode_all(config: Config, topology: Topology, split: Split, device: torch.device) -> Resident:
-    """Every image of a split on the canvas. Ranks meet after each part, so that many images outlast
-    no timeout."""
+def _decode_all(
+    config: Config, topology: Topology, split: Split, device: torch.device,
+    signals: StopSignals | None,
+) -> Resident | None:  # fmt: skip
+    """Every image of a split on the canvas; None where a signal stopped it. Ranks meet after each
+    part, so that many images outlast no timeout."""
     side, threads = config.data.canvas, config.data.workers or topology.cores
-    split = dataclasses.replace(split, _files={})  # its own files, to close
+    split = dataclasses.replace(split)  # with files of its own, to close
     images = torch.empty((len(split), side, side, 3), dtype=torch.uint8, device=device)
     read, damaged = np.arange(len(split)), dict[int, str]()
     size = max(threads, _CHUNK // (3 * side**2))
-    on_device = device.type != "cpu"
+    on_device, decoder = device.type != "cpu", Decoder(split, side)
     buffer = torch.empty((size, side, side, 3), dtype=torch.uint8) if on_device else images[:0]
 
     def decode(samples: range, into: Tensor) -> None:
-        for sample, image in zip(samples, into.numpy(), strict=True):
-            other, encoded, why = split.whole(sample)
-            if why:
-                read[sample], damaged[sample] = other, why
-            fill(image, decoded(split, other, encoded, side))
+        read[samples], encoded, why = split.whole(np.array(samples))
+        damaged.update({samples[place]: words for place, words in why.items()})
+        decoder(read[samples], encoded, np.zeros((len(samples), 2), np.int64), into)
 
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
@@ -169,6 +178,9 @@ def _decode_all(config: Config, topology: Topology, split: Split, device: torch.
         ) as bar,
     ):  # fmt: skip
         for first in range(0, len(split), size):
+            if signals is not None and signals.poll(topology):
+                split.close()
+                return None
             part = range(first, min(first + size, len(split)))
             into = buffer[: len(part)] if on_device else images[first : part.stop]
             shares = [(part[t::threads], into[t::threads]) for t in range(threads)]

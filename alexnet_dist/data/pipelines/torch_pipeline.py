@@ -1,26 +1,28 @@
-"""The torchvision pipeline: decode and cut in threads."""
+"""The torchvision pipeline: decode and cut in threads.
 
+Each thread's share of a batch is one call of TorchScript's interpreter, which holds no lock: image
+by image, a thread that wants Python's lock again waits for it each time.
+"""
+
+import functools
+import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import (
-    Decoded,
-    IdArray,
-    Samples,
-    facts_of,
-    to_device,
-)
-from alexnet_dist.data.dataset import Split, undecodable
-from alexnet_dist.data.preprocess import Finish, on_canvas
-from alexnet_dist.errors import filled_by
+from alexnet_dist.data.batch import Decoded, Samples, facts_of, to_device
+from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
+from alexnet_dist.data.preprocess import Canvases, Finish
+from alexnet_dist.errors import MachineError, filled_by
+
+_Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]
 
 
 class TorchPipeline:
@@ -36,6 +38,7 @@ class TorchPipeline:
         self.split, self.device, self.finish, self.threads = split, device, finish, threads
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
+        self.decoder = Decoder(split, self.canvas)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
@@ -65,33 +68,83 @@ class TorchPipeline:
         read = np.empty_like(samples.ids)
         pinned = self.device.type == "cuda"
         patches = torch.empty((n, side, side, 3), dtype=torch.uint8, pin_memory=pinned)
-        filled = patches.numpy()
 
-        def decode(places: range) -> None:
-            for place in places:
-                read[place], encoded = self.split.read_whole(int(samples.ids[place]))
-                image = decoded(self.split, int(read[place]), encoded, self.canvas)
-                top, left = origins[place].tolist()
-                fill(filled[place], image[:, top : top + side, left : left + side])
+        def decode(start: int) -> None:
+            share = slice(start, n, self.threads)
+            read[share], encoded = self.split.read_whole(samples.ids[share])
+            self.decoder(read[share], encoded, origins[share], patches[share])
 
-        starts = range(min(n, self.threads))
-        parts = [self._pool.submit(decode, range(start, n, self.threads)) for start in starts]
+        parts = [self._pool.submit(decode, start) for start in range(min(n, self.threads))]
         return samples, read, patches, parts
 
 
-def decoded(split: Split, sample: int, encoded: bytearray, canvas: int) -> Tensor:
-    """A sample's image on the canvas: (1 or 3, canvas, canvas) uint8."""
-    try:
-        bytes_of_it = torch.frombuffer(encoded, dtype=torch.uint8)
-        image = decode_image(bytes_of_it, ImageReadMode.UNCHANGED)
-    except RuntimeError as error:
-        raise undecodable(split, [sample], error) from error
-    with filled_by(f"sample {sample} of {split.shards[0].parent}"):
-        return on_canvas(image, canvas)
+class Decoder:
+    """Decodes samples of a split and cuts a square of each one's canvas."""
+
+    def __init__(self, split: Split, canvas: int) -> None:
+        self.split, self.canvases = split, Canvases(split.index, canvas)
+        self._decode = _released()  # now: Python 3.11 parses in one thread at a time
+
+    def __call__(
+        self, samples: IdArray, encoded: list[Encoded], origins: IdArray, out: Tensor
+    ) -> None:
+        """In one call that does not hold Python's lock, if all goes well.
+
+        Args:
+            encoded: of each sample.
+            origins: (n, 2), top and left of each square in its canvas, pixels.
+            out: (n, side, side, 3) uint8.
+
+        Raises DatasetError, which names it, where an image cannot be decoded.
+        """
+        where = self.canvases(samples)  # (n, 4, 2)
+        where[:, 3] += origins
+        places, buffers = where.reshape(-1, 8).tolist(), [*map(torch.from_numpy, encoded)]
+        try:
+            self._decode(buffers, places, out)
+        except RuntimeError:  # of which sample?
+            for n, sample in enumerate(samples.tolist()):
+                try:
+                    with filled_by(f"sample {sample} of {self.split.shards[0].parent}"):
+                        _decode(buffers[n : n + 1], places[n : n + 1], out[n : n + 1])
+                except MachineError:
+                    raise
+                except RuntimeError as error:
+                    raise undecodable(self.split, [sample], error) from error
 
 
-def fill(into: npt.NDArray[np.uint8], image: Tensor) -> None:
-    """Copy an image of 1 or 3 colours (first) into one of 3 (last)."""
-    colours = image.numpy()
-    for colour in range(3):  # one after another: twice as fast; grey fills all three
-        into[..., colour] = colours[colour % len(colours)]
+def _decode(
+    encoded: list[Tensor], places: list[list[int]], out: Tensor,
+    mode: int = ImageReadMode.UNCHANGED.value,
+) -> None:  # fmt: skip
+    """`Decoder`, in the Python that TorchScript knows.
+
+    Args:
+        places: of each image, top and left, height and width of what is resized, height and width
+            that it is resized to, top and left of the square in that.
+    """
+    # Copied in parts so small that torch starts no threads of its own for them.
+    side = out.size(1)
+    rows = max(1, 32_767 // (3 * side))
+    for n in range(len(encoded)):
+        image = torch.ops.image.decode_image(encoded[n], mode)  # (1 or 3, h, w)
+        top, left, height, width, resized_h, resized_w, first, before = places[n]
+        image = image[:, top : top + height, left : left + width]
+        if height != resized_h or width != resized_w:
+            size = [resized_h, resized_w]
+            image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
+        image = image[:, first : first + side, before : before + side].permute(1, 2, 0)
+        for row in range(0, side, rows):
+            out[n, row : row + rows].copy_(image[row : row + rows])  # grey fills all three
+
+
+@functools.cache
+def _released() -> _Decode:
+    """`_decode` by TorchScript; as it is where there is none, and the threads wait for the lock."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, and nothing is in its place
+        try:
+            script: _Decode = torch.jit.script(_decode)
+        except (AttributeError, OSError, RuntimeError):
+            return _decode
+    return script

@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageChops, TiffImagePlugin, UnidentifiedImageE
 from torchvision.io import ImageReadMode, decode_image, encode_png
 
 from alexnet_dist.data.dataset import Dataset
-from alexnet_dist.data.header import PNG, check_png, jpeg_size
+from alexnet_dist.data.header import PNG, check_png, size_of
 from alexnet_dist.data.prepare.sources import Pixels
 from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
 
@@ -61,6 +61,13 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
     """
     if not content:
         raise RefusedImage("the file is empty")
+    try:
+        if content.startswith(b"\xff\xd8"):
+            size_of(content)
+        elif content.startswith(PNG):
+            check_png(content)
+    except ValueError as error:
+        raise RefusedImage(f"{error}") from error
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of broken EXIF, which is of no use to anyone
         try:
@@ -85,13 +92,6 @@ def as_packed(dataset: Dataset) -> tuple[bool, bool]:
 
 def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
     """As it is stored: jpg or png, and the encoded image."""
-    try:
-        if content.startswith(b"\xff\xd8"):
-            jpeg_size(content)
-        elif content.startswith(PNG):
-            check_png(content)
-    except ValueError as error:
-        raise RefusedImage(f"{error}") from error
     opened = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = opened.size
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:

@@ -1,4 +1,5 @@
-"""A batch's loss and counts of its labels' ranks, in two small kernels, and one for the way back.
+"""A batch's loss and counts of its labels' ranks, in two small kernels, and one for the way back;
+and whether what came of a step is finite.
 
 In torch's operators they are some thirty, each of which takes a GPU longer to begin than to do.
 """
@@ -33,6 +34,7 @@ class _Scored(torch.autograd.Function):
         loss, counts, log_sums = scores_forward(logits, labels)
         ctx.save_for_backward(logits, labels, log_sums)
         ctx.mark_non_differentiable(counts)
+        ctx.set_materialize_grads(False)  # zeros for what has none
         return loss, counts
 
     @staticmethod
@@ -66,6 +68,19 @@ def scores_backward(grad: Tensor, logits: Tensor, labels: Tensor, log_sums: Tens
     return out
 
 
+@custom_op("alexnet_dist::judged", mutates_args=("stats",))
+def judged(stats: Tensor, scale: Tensor) -> Tensor:
+    """As `engines.base.judged`; stats and scale are float64."""
+    skip = torch.empty((), dtype=torch.float32, device=stats.device)
+    judged_kernel[(1,)](stats, scale, skip, num_warps=1)
+    return skip
+
+
+@judged.register_fake
+def _(stats: Tensor, scale: Tensor) -> Tensor:
+    return stats.new_empty((), dtype=torch.float32)
+
+
 @scores_forward.register_fake
 def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     of, n = wide(logits.dtype), len(logits)
@@ -95,8 +110,8 @@ def ranks_kernel(logits, labels, losses, ranks, log_sums, classes, block: tl.con
     tl.store(log_sums + row, log_sum)
 
 
-@triton.jit(do_not_specialize=["n"])
-def counts_kernel(losses, ranks, loss, counts, n, rows: tl.constexpr):
+@triton.jit
+def counts_kernel(losses, ranks, loss, counts, n: tl.constexpr, rows: tl.constexpr):
     """Sums over a batch, in a fixed order."""
     total = tl.zeros((rows,), losses.dtype.element_ty)
     first, among = tl.zeros((rows,), tl.int64), tl.zeros((rows,), tl.int64)
@@ -122,3 +137,14 @@ def scores_backward_kernel(grad, logits, labels, log_sums, out, classes, block: 
     share = tl.exp(scores - tl.load(log_sums + row)) - tl.where(index == label, 1.0, 0.0)
     value = share * tl.load(grad)
     tl.store(out + row * classes + index, value.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def judged_kernel(stats, scale, skip):
+    """A handful of numbers, in one launch for fourteen."""
+    by = tl.load(scale)
+    norm = tl.sqrt(tl.load(stats + 5)) / tl.where(by == 0, 1.0, by)
+    bad = (tl.abs(tl.load(stats) + norm) < float("inf")) == 0
+    tl.store(stats + 3, bad.to(tl.float64))
+    tl.store(stats + 5, norm)
+    tl.store(skip, bad.to(tl.float32))

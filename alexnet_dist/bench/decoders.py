@@ -1,0 +1,159 @@
+"""How far the pixels that DALI gives are from torchvision's, by kind of JPEG."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from alexnet_dist.bench import machine
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.dataset import Dataset, open_dataset
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.prepare.prepare import Options, prepare
+from alexnet_dist.data.sampler import evaluation_plan
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.parallel.topology import Topology, connect
+
+# How Pillow is to write each kind; grey is of one colour.
+_KINDS: dict[str, dict[str, Any]] = {
+    "quality 75, 4:2:0": {"quality": 75, "subsampling": 2},
+    "quality 90, 4:2:0": {"quality": 90, "subsampling": 2},
+    "quality 95, 4:2:0": {"quality": 95, "subsampling": 2},
+    "quality 90, 4:2:2": {"quality": 90, "subsampling": 1},
+    "quality 90, 4:4:4": {"quality": 90, "subsampling": 0},
+    "quality 90, 4:2:0, progressive": {"quality": 90, "subsampling": 2, "progressive": True},
+    "quality 90, grey": {"quality": 90},
+}
+_LARGE = (500, 375)  # pixels, of what is resized
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of colours of pixels, grey levels.
+
+    Attributes:
+        counts: (256,), how many lie so far apart.
+        signed: (3,), sums of DALI's less torchvision's, by colour.
+        edge: sum of what lies on the images' edges, and how many that are.
+    """
+
+    counts: npt.NDArray[np.int64]
+    signed: npt.NDArray[np.int64]
+    edge: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> "Difference":
+        """Between images (n, h, w, 3)."""
+        signed = ours.astype(np.int64) - theirs
+        apart = np.abs(signed)
+        inside = apart[:, 1:-1, 1:-1]
+        edge = np.array([apart.sum() - inside.sum(), apart.size - inside.size])
+        return cls(np.bincount(apart.ravel(), minlength=256), signed.sum((0, 1, 2)), edge)
+
+    def __add__(self, other: "Difference") -> "Difference":
+        return Difference(
+            self.counts + other.counts, self.signed + other.signed, self.edge + other.edge
+        )
+
+    def figures(self) -> dict[str, float]:
+        """What is said of it."""
+        total = self.counts.sum()
+        red, green, blue = (3 * self.signed / total).tolist()
+        return {
+            "mean": float(self.counts @ np.arange(256) / total),
+            "99.9th percentile": float(np.searchsorted(self.counts.cumsum() / total, 0.999)),
+            "largest": float(np.flatnonzero(self.counts)[-1]),
+            "mean on edges": float(self.edge[0] / self.edge[1]),
+            "red": red,
+            "green": green,
+            "blue": blue,
+        }
+
+
+def differences(config: Config, topology: Topology, dataset: Dataset) -> dict[str, Difference]:
+    """Between the canvases that both pipelines make of a training split, by class."""
+    found: dict[str, Difference] = {}
+    total, size = len(dataset.splits["train"]), config.evaluate.batch
+    batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
+    configs = [
+        load_config([flat(config), f"data.pipeline={kind}", "evaluate.views=10"])
+        for kind in ("dali", "torch")
+    ]
+    pipelines = [make_pipeline(one, topology, dataset, "train") for one in configs]
+    plans = [p.batches(evaluation_plan(configs[0], batches)) for p in pipelines]
+    for both in zip(*plans, strict=True):
+        ours, theirs = (part.patches.cpu().numpy() for part in both)
+        labels = both[0].facts[:, 0].long().cpu().numpy()
+        for label in np.unique(labels).tolist():
+            here = labels == label
+            one, name = Difference.of(ours[here], theirs[here]), dataset.classes[label]
+            found[name] = found[name] + one if name in found else one
+    for pipeline in pipelines:
+        pipeline.close()
+    return found
+
+
+def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[str, Any]:
+    """DALI beside torchvision on photographs of a folder, written as each kind of JPEG.
+
+    Args:
+        folder: images, at any depth.
+        images: in all, stored at the canvas's size and larger.
+        overrides: key=value of the config.
+
+    Returns:
+        Under "runs" each kind's mean difference, and the worst of all else, of what is stored at
+        the canvas's size and of what is resized; under "differences" all figures of each kind.
+    """
+    names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not names:
+        raise ConfigError(f"{folder}: no .jpg, .jpeg or .png lies there: name a folder of some")
+    config = load_config(["layout.kind=one", *overrides])
+    topology, side = connect(config), config.data.canvas
+    of_each = max(1, images // (2 * len(_KINDS)))
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
+        for stored, size in (("at size", (side, side)), ("resized", _LARGE)):
+            source = Path(scratch) / stored
+            for kind in _KINDS:
+                (source / "train" / kind).mkdir(parents=True)
+            for number, name in enumerate(names[:of_each]):
+                image = ImageOps.fit(Image.open(name).convert("RGB"), size)
+                for kind, how in _KINDS.items():
+                    written = image.convert("L") if "grey" in kind else image
+                    written.save(source / "train" / kind / f"{number}.jpg", **how)
+            out = Path(scratch) / f"{stored}, packed"
+            prepare("folder", source, out, Options(keep=True))
+            parts = differences(config, topology, open_dataset(out))
+            found |= {f"{stored}, {kind}": parts[kind].figures() for kind in _KINDS}
+    worst = {
+        f"{stored}, worst of all kinds: {what}": max(
+            (abs(one[what]) for name, one in found.items() if name.startswith(stored))
+        )
+        for stored in ("at size", "resized")
+        for what in ("99.9th percentile", "largest", "mean on edges", "red", "green", "blue")
+    }
+    return {
+        "ratios": {},
+        "differences": found,
+        "machine": machine(config.data.workers),
+        "unit": "grey levels",
+        "runs": [{name: one["mean"] for name, one in found.items()} | worst],
+    }
+
+
+def lines(found: dict[str, Any]) -> str:
+    """What `bench_differences` found, for a reader."""
+    rows = found["differences"]
+    heads = next(iter(rows.values()))
+    text = [f"DALI less torchvision, grey levels{'':7}" + "".join(f"{h:>18}" for h in heads)]
+    for name, one in rows.items():
+        cells = "".join(f"{value:18,.4g}" for value in one.values())
+        text.append(f"{name:41}{cells}")
+    text += ["red, green and blue are signed means", ""]
+    return "\n".join([*text, ", ".join(f"{k} {v}" for k, v in found["machine"].items())])

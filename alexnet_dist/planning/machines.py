@@ -1,0 +1,233 @@
+"""Machines that steps are predicted for: what a device can do, and the links between devices.
+
+GPUs' figures are their data sheets', but for what one H200 was measured to do, which says so.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.files import read_bytes, write
+from alexnet_dist.parallel.device import PEAK_FLOPS
+
+CORE_DECODES = 2400.0  # images/s: docs/data.md, torchvision's pipeline, 256 × 256 JPEGs, a core
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a device and the links between devices can do.
+
+    Attributes:
+        peak: FLOP/s of a device, by precision.
+        reached: share of it that large layers reach in torch's operators.
+        serial: seconds of a rank's arithmetic that more cores do not help, a second of one core.
+        zero_s: seconds that a step of ZeRO takes more, whatever its size.
+        memory: bytes/s read or written.
+        lrn_passes: times a normalised map is read or written by torch's operators, forward and
+            backward.
+        step_s: seconds a step of torch's operators whatever its size: starting kernels, Python,
+            layers that do not fill the device.
+        link: bytes/s a rank sends inside a node.
+        latency_s: seconds a hop of a collective takes inside a node.
+        node_link: bytes/s a node sends, all its devices together.
+        node_latency_s: seconds a hop between nodes takes.
+        decode: JPEG images/s of 256 × 256 pixels that a CPU's core decodes; of a GPU those that its
+            own decoder does, which is hardware.
+        cores: host cores a device.
+        capacity: bytes of a device's memory; 0: not known.
+        overlap: sums of gradients go on beside the backward, and decoding beside all.
+        source: where the numbers are from.
+        decode_by_cuda: JPEG images/s of 256 × 256 pixels by a GPU's CUDA cores.
+        fused: its steps are of fused kernels, unless train.execution is eager.
+    """
+
+    name: str
+    peak: Mapping[str, float]
+    reached: float
+    memory: float
+    step_s: float
+    link: float
+    latency_s: float
+    node_link: float
+    node_latency_s: float
+    source: str
+    decode: float = 0.0
+    cores: float = 1.0
+    capacity: float = 0.0
+    serial: float = 0.0
+    zero_s: float = 0.0
+    lrn_passes: float = 0.0
+    overlap: bool = True
+    decode_by_cuda: float = 0.0
+    fused: bool = False
+
+
+# Decoders: one H200 gave 49,000 images/s of 224 × 224 by its seven JPEG engines and 19,000 by CUDA
+# cores (docs/performance.md); engines and FLOP/s of others by their data sheets.
+_PIXELS = (224 / 256) ** 2
+_ENGINE, _BY_CUDA, _H200_FP32 = 49_000 * _PIXELS / 7, 19_000 * _PIXELS, 67e12
+_LINK = 0.8  # of the data sheet's, one direction
+# LRN: by `bench lrn` 32 copies on an H100 by torch's operators; loops of those days' own.
+_LRN, _LRN_THEN = 64.0, 8.0
+_PCIE4, _PCIE5 = _LINK * 32e9, _LINK * 64e9
+
+
+def _card(
+    name: str, peak: float, fp32: float, memory: float, capacity: float, link: float, nic: float,
+    cores: float, source: str, engines: int = 0, tf32: float = 0.0,
+) -> Machine:  # fmt: skip
+    """A GPU that runs the fused kernels, of eight in a node.
+
+    Args:
+        peak: of bf16, FLOP/s; 0: it has none.
+        nic: bytes/s of a GPU's share of the network.
+        engines: hardware JPEG decoders.
+        tf32: half of bf16's, if left out.
+    """
+    narrow = {"bf16": peak, "tf32": tf32 or peak / 2} if peak else {}
+    return Machine(
+        name, narrow | {"fp32": fp32}, 0.26, memory, 3.5e-3, link, 3e-6, _LINK * 8 * nic, 6e-6,
+        source, engines * _ENGINE, cores, capacity, lrn_passes=_LRN, fused=True,
+        decode_by_cuda=_BY_CUDA * fp32 / _H200_FP32,
+    )  # fmt: skip
+
+
+MACHINES = {
+    "b200": _card(
+        "B200 180 GB", PEAK_FLOPS["B200"], 75e12, 8e12, 180e9, _LINK * 900e9, 50e9, 14.0,
+        "data sheet, not run; a DGX B200's NVLink 5, 8 × 400 Gb/s and 112 cores", 7,
+    ),
+    "h200": _card(
+        "H200 SXM 141 GB", PEAK_FLOPS["H200"], _H200_FP32, 4.8e12, 141e9, _LINK * 450e9, 50e9, 16.0,
+        "what it reached of its data sheet and its decoders were measured on one; links not run: a "
+        "DGX H200's NVLink 4 and 8 × 400 Gb/s", 7,
+    ),
+    "h100": _card(
+        "H100 SXM 80 GB", PEAK_FLOPS["H100"], 67e12, 3.35e12, 80e9, _LINK * 450e9, 50e9, 14.0,
+        "data sheet, not run; a DGX H100's NVLink 4, 8 × 400 Gb/s and 112 cores", 7,
+    ),
+    "a100": dataclasses.replace(
+        _card(
+            "A100 SXM 80 GB", PEAK_FLOPS["A100"], 19.5e12, 2.04e12, 80e9, _LINK * 300e9, 25e9, 16.0,
+            "data sheet, not run; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; by operators, "
+            "16,487 images/s published of one", 5,
+        ),
+        step_s=1e-3,
+    ),
+    "l40s": _card(
+        "L40S 48 GB", PEAK_FLOPS["L40S"], 91.6e12, 864e9, 48e9, _PCIE4, 25e9, 8.0,
+        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 200 Gb/s, supposed; nothing is "
+        "known here of its JPEG engines", 0,
+    ),
+    "a10": _card(
+        "A10 24 GB", PEAK_FLOPS["A10"], 31.2e12, 600e9, 24e9, _PCIE4, 12.5e9, 8.0,
+        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+    ),
+    "t4": _card(
+        "T4 16 GB", 0.0, 8.1e12, 300e9, 16e9, _LINK * 16e9, 12.5e9, 8.0,
+        "data sheet, not run; it has neither bf16 nor TF32; PCIe 3; a host of 64 cores and "
+        "8 × 100 Gb/s, supposed",
+    ),
+    "rtx4090": _card(
+        "RTX 4090 24 GB", PEAK_FLOPS["4090"], 82.6e12, 1.008e12, 24e9, _PCIE4, 12.5e9, 8.0,
+        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+    ),
+    "v100": Machine(
+        "V100 SXM2 16 GB", {"bf16": 125e12, "fp32": 15.7e12}, 0.378, 0.9e12, 1e-3,
+        _LINK * 150e9, 3e-6, _LINK * 7e9, 6e-6,
+        "data sheet, not run; it has no bf16, its fp16 stands there: a run wants fp32; NVLink 2, "
+        "and between nodes the 56 Gb/s of the published 512; reached: 9,319 images/s published of "
+        "one; 40 cores of 8; no fused kernels",
+        0.0, 5.0, 16e9, lrn_passes=_LRN, decode_by_cuda=_BY_CUDA * 15.7e12 / _H200_FP32,
+    ),
+    "k20": Machine(
+        "K20", {"fp32": 3.52e12}, 0.40, 208e9, 1e-3, 6e9, 2e-5, 12e9, 5e-5,
+        "data sheet; Krizhevsky 2014: PCIe 2 at 6 GB/s between 4 of a socket (a node, here), half "
+        "of it between sockets; reached: its 98 hours on one",
+        0.0, 2.0, 5e9, lrn_passes=_LRN_THEN,
+    ),
+    "gtx580": Machine(
+        "GTX 580 3 GB", {"fp32": 1.58e12}, 0.33, 192e9, 1e-3, 5e9, 2e-5, 0.5e9, 5e-5,
+        "data sheet; PCIe 2 at 5 GB/s; reached: the paper's 5 to 6 days on two",
+        0.0, 2.0, 3e9, lrn_passes=_LRN_THEN,
+    ),
+    "cpu": Machine(
+        "a core of an Intel Xeon with AMX", {"bf16": 5.0e11, "fp32": 1.5e11}, 1.0, 2.56e10, 0.0456,
+        1.17e9, 8.2e-4, 1.25e9, 1e-3,
+        "fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; between "
+        "nodes 10 Gb/s",
+        CORE_DECODES, serial=0.015, zero_s=0.154, overlap=False,
+    ),
+    "cpu-avx512": Machine(
+        "a core of an AMD EPYC with AVX-512 and no AMX", {"bf16": 2.19e11, "fp32": 1.12e11}, 1.0,
+        9.6e9, 0.0, 2.94e9, 3.3e-4, 1.25e9, 1e-3,
+        "fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; between "
+        "nodes 10 Gb/s",
+        CORE_DECODES, zero_s=0.062, overlap=False,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes of as many devices each."""
+
+    machine: Machine
+    devices: int
+    nodes: int = 1
+
+    @classmethod
+    def of(cls, text: str, machine: Machine | None = None) -> "Cluster":
+        """h100:8x4 is 4 nodes of 8, h100 one device, 8xH100 eight; raises ConfigError."""
+        given = re.sub(r"[\s_]|(?<=rtx)-", "", text.lower())
+        if short := re.fullmatch(r"(\d+)x(.+)", given):
+            given = f"{short[2]}:{short[1]}"
+        kind, _, size = given.partition(":")
+        kind = kind.removeprefix("nvidia").replace("geforce", "")
+        devices, by, nodes = (size or "1").partition("x")
+        numbers = [int(n) if n.isdecimal() else 0 for n in (devices, nodes if by else "1")]
+        kind = kind if kind in MACHINES else f"rtx{kind}"
+        if kind not in MACHINES or min(numbers) < 1:
+            raise ConfigError(
+                f"--gpus {text}: write KIND, KIND:DEVICES, DEVICESxKIND or KIND:DEVICESxNODES, as "
+                f"in h100:8x4, with a kind of {', '.join(MACHINES)}"
+            )
+        return cls(machine or MACHINES[kind], *numbers)
+
+    @property
+    def total(self) -> int:
+        return self.devices * self.nodes
+
+
+def kind_of(device: str) -> str | None:
+    """MACHINES' name of a GPU that torch calls so, as NVIDIA H100 80GB HBM3."""
+    name = device.lower().replace("rtx ", "rtx")
+    return next((kind for kind in MACHINES if re.search(rf"\b{kind}\b", name)), None)
+
+
+def known(device: str) -> Machine | None:
+    """Of a GPU that torch calls so; None where it is not known."""
+    kind = kind_of(device)
+    return MACHINES[kind] if kind else None
+
+
+def read_machine(path: Path) -> Machine:
+    """A machine that `write_machine` wrote; raises ConfigError."""
+    try:
+        return Machine(**json.loads(read_bytes(path)))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"--machine {path}: not a machine that plan --fit wrote: {error}"
+        ) from error
+
+
+def write_machine(machine: Machine, path: Path) -> None:
+    """For `read_machine`; raises ConfigError."""
+    try:
+        write(path, (json.dumps(dataclasses.asdict(machine), indent=1) + "\n").encode())
+    except OSError as error:
+        raise ConfigError(f"--machine {path}: cannot be written: {error.strerror}") from error

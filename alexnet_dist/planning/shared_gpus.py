@@ -1,0 +1,52 @@
+"""Ranks that share a GPU (`layout.share_gpu`): whether they fit beside one another, and what such
+ranks cannot show."""
+
+import functools
+
+import torch
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.parallel import device
+from alexnet_dist.planning.machines import kind_of
+
+
+def check(config: Config, ranks: int) -> None:
+    """Raises ConfigError where so many ranks cannot share this host's GPUs, as `layout.share_gpu`
+    asks, or one needs more memory than its share; takes seconds where they share them."""
+    if problem := device.share_problem(config, ranks):
+        raise ConfigError(problem)
+    if not config.layout.share_gpu or (each := device.ranks_per_gpu(config, ranks)) < 2:
+        return
+    found = (torch.cuda.get_device_properties(i) for i in range(device.gpus(config)))
+    least = min(found, key=lambda gpu: gpu.total_memory)
+    share = device.memory_share(least.total_memory, each)
+    need = memory(config, ranks)
+    if need > share:
+        raise ConfigError(
+            f"layout.share_gpu=true: a rank of layout.kind={config.layout.kind} needs about "
+            f"{need / 1e9:.1f} GB in train.precision={config.train.precision}, and {each} ranks on "
+            f"{least.name} ({least.total_memory / 1e9:.0f} GB) have {share / 1e9:.1f} GB each: "
+            "raise train.micro_batches, lower train.batch, or start fewer ranks"
+        )
+
+
+@functools.cache
+def memory(config: Config, ranks: int) -> int:
+    """Bytes of tensors that `plan` says a rank takes at its peak."""
+    from alexnet_dist.planning.dry_run import needed  # takes a second to import
+
+    return needed(config, ranks)
+
+
+def unseen(config: Config, ranks: int) -> str:
+    """What images/s of ranks that share a GPU do not say; empty where each has its own."""
+    if (each := device.ranks_per_gpu(config, ranks)) < 2:
+        return ""
+    name = torch.cuda.get_device_name()
+    kind = kind_of(name) or "KIND"
+    return (
+        f"images/s are of {name}, shared by up to {each} ranks in turn: not those of a GPU each, "
+        "nor do bytes cross a link here; of both `alexnet-dist plan CONFIG --gpus "
+        f"{kind}:{ranks}` has an estimate"
+    )

@@ -1,0 +1,85 @@
+"""Ledgers: what was measured as JSON lines, oldest first, and the part of a page made from them."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Every row, oldest first."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row, dated today."""
+    with path.open("a") as file:
+        file.write(json.dumps({**row, "date": f"{datetime.now(UTC):%Y-%m-%d}"}) + "\n")
+
+
+def between(page: str, first: str, last: str, text: str) -> str:
+    """The page with a text in the place of what stands between two marks."""
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
+    assert begin
+    assert end
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def commit_of(*measured: str) -> str:
+    """The last commit that changed what is measured; with a + where changes are not committed.
+
+    Raises OSError, CalledProcessError where git says of none.
+    """
+    git = ["git", "-C", str(ROOT)]
+
+    def said(*arguments: str) -> str:
+        return subprocess.check_output([*git, *arguments, "--", *measured], text=True).strip()
+
+    commit = said("log", "-1", "--abbrev=9", "--format=%h")
+    return commit + ("+" if said("status", "--porcelain") else "")
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], output: Path, errors: Path, grace: float = 0
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command as it runs, that finds the package; nothing it started is left afterwards.
+
+    Args:
+        grace: seconds to end in that it is given (by SIGTERM) before it is killed.
+    """
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with output.open("w") as out, errors.open("w") as err:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, cwd=ROOT, env=environment, process_group=0
+        )
+        try:
+            yield process
+        finally:
+            if grace and process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
+            with contextlib.suppress(ProcessLookupError):  # where all have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def failed(process: subprocess.Popen[bytes], limit: float) -> str:
+    """How a command failed within so many seconds; empty where it did not."""
+    try:
+        code = process.wait(max(0.0, limit))
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit:.0f} s"
+    return f"exit {code}" if code else ""
