@@ -82,9 +82,11 @@ class Hosts:
             "--local-addr", ADDRESSES[place], "-m", "alexnet_dist",
         )  # fmt: skip
         variables = (
-            f"GLOO_SOCKET_IFNAME={CABLE}", f"NCCL_SOCKET_IFNAME={CABLE}", "NCCL_DEBUG=INFO",
-            f"NCCL_HOSTID={self.names[place]}", # else NCCL takes both for one host
-        )  # fmt: skip
+            f"GLOO_SOCKET_IFNAME={CABLE}",
+            f"NCCL_SOCKET_IFNAME={CABLE}",
+            f"NCCL_HOSTID={self.names[place]}",  # else NCCL takes both for one host
+            "NCCL_DEBUG=INFO",  # so that it says by what it sends
+        )
         within = ("ip", "netns", "exec", self.names[place], "env", *variables)
         return launcher, within
 
@@ -202,5 +204,5 @@ def test_two_hosts_that_share_a_gpu_meet_over_nccls_sockets(
 ) -> None:
     """Each takes the GPU for its own: to NCCL they are two hosts, and what they send leaves it."""
     said = ended(start(f"nccl-{kind}", kind, 1, *SHARED))
-    assert "NET/Socket" in said
+    assert "via NET/Socket" in said
     assert_equal_to(one, runs / f"nccl-{kind}", 1e-9)  # the other is a CPU's

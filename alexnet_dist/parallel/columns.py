@@ -85,6 +85,8 @@ def _count(rows: slice) -> int:
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
     """Rows (dim 0) of every rank, in order, on every rank; `counts` may differ or be 0."""
+    if len({*counts}) == 1:
+        return gathered(rows, group).flatten(0, 1)
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
     parts = gathered(padded, group)
