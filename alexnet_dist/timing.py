@@ -11,15 +11,19 @@ batch, `other` how long it stood still for Python.
 | to_device | bytes on their way to the GPU |
 | windows | windows made of them: mirrored, the mean off, lit, scaled |
 | forward, backward, optimizer | the step's arithmetic |
-| step | all of it, where a GPU is given it as one CUDA graph |
+| step | all of it, where a GPU is given it as one CUDA graph; of ranks, what is no exchange |
 | exchange | between columns, or parts of fully-connected layers; the wait for the others too |
 | all_reduce | sums over ranks, their wait too: what the backward does not hide |
 | log, evaluate, checkpoint | beside training |
 | other | between these |
 
+Inside a graph a span is marked by events that the graph records again at every replay. Only the
+last replay before `take` can be read without waiting for each: others are taken to be like it.
+
 DeepSpeed's collectives are not seen: they count as backward and optimizer.
 """
 
+import itertools
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -35,6 +39,7 @@ SPANS = (
 APART = ("log", "evaluate", "checkpoint")  # no part of a step
 _CLOSED = (*APART, "step")  # spans inside count for these
 _Mark = float | torch.cuda.Event
+GraphMarks = list[tuple[torch.cuda.Event, str]]  # when, and what begins
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ class Timeline:
 
     def _reset(self, spans: list[str], cuda: bool = False) -> None:
         self._open, self._cuda = spans, cuda  # no span: not started
+        self._graph: GraphMarks | None = None  # that of a capture now
+        self._replayed: GraphMarks = []  # the last graph's
         self._marks: deque[tuple[_Mark, str, bool]] = deque()  # when, what begins, ends a step
         self._free: list[torch.cuda.Event] = []
         self._seconds: Counter[str] = Counter()
@@ -107,6 +114,26 @@ class Timeline:
             self._open.append(name)
             self._mark()
 
+    @contextmanager
+    def captured(self, wanted: bool) -> Iterator[GraphMarks]:
+        """Spans inside are a CUDA graph's, marked where they are wanted; what this gives is to be
+        told at each replay."""
+        marks: GraphMarks = []
+        if not wanted or not self._open:
+            yield marks
+            return
+        before, self._open, self._graph = self._open, ["other"], marks
+        try:
+            self._mark()
+            yield marks
+            self._mark()
+        finally:
+            self._open, self._graph = before, None
+
+    def replayed(self, marks: GraphMarks) -> None:
+        """A graph of these marks has been launched."""
+        self._replayed = marks
+
     def step(self) -> None:
         """A step ends."""
         if self._open:
@@ -121,11 +148,29 @@ class Timeline:
         if not isinstance(last, float):
             last.synchronize()
         self._read()
+        self._divide_step()
         took = Took(self._seconds, self._steps)
         self._seconds, self._steps = Counter(), []
         return took
 
+    def _divide_step(self) -> None:
+        """Share out the time of steps that were graphs as the last one's was."""
+        marks, self._replayed = self._replayed, []
+        if not marks:
+            return
+        last: Counter[str] = Counter()
+        for (begin, name), (end, _) in itertools.pairwise(marks):
+            last["step" if name == "other" else name] += begin.elapsed_time(end)
+        whole = self._seconds.pop("step", 0.0)
+        for name, ms in last.items():
+            self._seconds[name] += whole * ms / last.total()  # type: ignore[assignment]
+
     def _mark(self, ends: bool = False) -> None:
+        if self._graph is not None:
+            event = torch.cuda.Event(enable_timing=True, external=True)
+            event.record()
+            self._graph.append((event, self._open[-1]))
+            return
         now: _Mark = time.perf_counter()
         if self._cuda:
             now = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)

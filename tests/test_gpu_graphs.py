@@ -21,6 +21,7 @@ from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.parallel.topology import connect
+from alexnet_dist.training.metrics import read_metrics
 
 SHARE = "layout.share_gpu" in flat(load_config(TINY))
 GPU = ["layout.device=cuda", "train.deterministic=true"]
@@ -117,6 +118,9 @@ def test_a_run_of_graphs_ends_by_itself(tiny: Callable[..., Config], kind: str) 
     assert ended.returncode == 0, ended.stderr
     assert "could not be captured" not in ended.stderr
     assert time.monotonic() - begin < 120
+    last = [point for point in read_metrics(config.folder) if point["kind"] == "speed"][-1]
+    assert 0 < last["time"]["exchange" if kind == "columns" else "all_reduce"] < 1
+    assert last["time"]["forward"] > 0  # by the graph's own events
 
 
 def test_a_rank_that_stops_amid_replays_is_named(tiny: Callable[..., Config]) -> None:

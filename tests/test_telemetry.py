@@ -76,6 +76,56 @@ def test_time_counts_for_the_innermost_span(clock: Callable[[float], None]) -> N
     assert line.take().steps == [3.5]  # what was open when times were taken is not lost
 
 
+def test_a_graphs_time_is_shared_out_as_its_last_replay_was(
+    clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Event:
+        def __init__(self, **kind: bool) -> None:
+            assert kind == {"enable_timing": True, "external": True}
+
+        def record(self) -> None:
+            self.at = timing.time.perf_counter()
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1e3 * (end.at - self.at)
+
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    line = Timeline()
+
+    def spans() -> None:
+        with line.span("forward"), line.span("exchange"):
+            pass
+        with line.span("optimizer"):
+            pass
+
+    with line.captured(wanted=True) as none:
+        spans()
+    assert none == []  # not started
+    line.start(cuda=False)
+    with line.span("step"), line.captured(wanted=True) as marks:
+        spans()
+    assert [name for _, name in marks] == [
+        "other", "forward", "exchange", "forward", "other", "optimizer", "other", "other"
+    ]  # fmt: skip
+
+    def replay(*seconds: float) -> None:
+        with line.span("step"):
+            for (event, _), after in zip(marks, [*seconds, 0], strict=True):
+                event.record()
+                clock(after)
+            line.replayed(marks)
+
+    replay(0, 9, 0, 0, 0, 0, 0)
+    replay(1, 2, 4, 8, 0, 3, 0)
+    assert line.take().seconds == {
+        "step": 27 / 18, "forward": 27 * 10 / 18, "exchange": 27 * 4 / 18, "optimizer": 27 * 3 / 18,
+        "other": 0,
+    }  # fmt: skip
+    with line.span("step"):
+        clock(5)
+    assert line.take().seconds == {"step": 5, "other": 0}  # what was not replayed is not shared out
+
+
 def test_a_span_that_fails_is_closed_and_none_costs_before_the_start(
     clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -302,8 +302,9 @@ class TrainConfig:
     deterministic: Annotated[bool, Key("GPU: only kernels that repeat to the bit", free=True)]
     execution: Annotated[
         Literal["graph", "fused", "eager"],
-        Key("a GPU's steps: graph, one CUDA graph of fused kernels where a rank is alone; fused, "
-            "these kernels one by one; eager, torch's operators", free=True),
+        Key("a GPU's steps: graph, one CUDA graph of fused kernels and of NCCL's exchanges (ZeRO: "
+            "up to DeepSpeed's own step); fused, these one by one; eager, torch's operators",
+            free=True),
     ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
 
 _WARM_UP = 2  # steps before one is captured
-_WARM_UP_DDP = 11  # of DDP, which times itself for 10, and waits for the GPU to read that
+_WARM_UP_DDP = 11  # of DDP, which times its first 10, and waits for the GPU to read that
 
 
 class TorchEngine:
@@ -240,6 +240,7 @@ class TorchEngine:
         network = DistributedDataParallel(
             self.model, process_group=group, init_sync=False, gradient_as_bucket_view=True
         )
+        network._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # each waits for the GPU
         in_bf16 = self.config.layout.compress_gradients
         network.register_comm_hook(group, sum_bucket_in_bf16 if in_bf16 else sum_bucket)
         side, device = self.config.model.crop, self.topology.device

@@ -7,8 +7,8 @@ well, and become part of the graph. What that means for who waits for them:
   does so where it reads a step's numbers, and `training.watchdog` ends it.
 - Graphs and single exchanges may use the same communicators in turn (NCCL_GRAPH_MIXING_SUPPORT).
 - NCCL ends no communicator that a graph holds, and waits for good: `release` comes first.
-- Python does not run again. `Traffic` is told what each replay sends; spans of time inside a step
-  are not seen, and all of it counts for `step`.
+- Python does not run again: `Traffic` is told what each replay sends, and time inside a step is
+  told by events of the graph.
 """
 
 import atexit
@@ -85,6 +85,7 @@ class CapturedStep:
             with (
                 beside(stream),
                 torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                TIMELINE.captured(bool(self.traffic.sent)) as self.marks,
             ):
                 self.numbers = step(*self.given)
             self.graph = graph
@@ -105,6 +106,7 @@ class CapturedStep:
             at.fill_(rate)
             self.graph.replay()
             self.traffic.again()
+            TIMELINE.replayed(self.marks)
             return self.numbers.clone()
 
 
