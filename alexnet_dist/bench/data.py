@@ -89,7 +89,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         runs = in_turn(passes, repeats)
         apart: dict[str, float] = {}
         for stored, dataset in packed.items():
-            parts = differences(config, topology, dataset).values()
+            parts = differences(config, topology, dataset, images).values()
             figures = functools.reduce(operator.add, parts).figures()
             apart |= {f"{stored}: {what}": value for what, value in figures.items()}
 

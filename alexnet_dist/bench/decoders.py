@@ -49,7 +49,7 @@ class Difference:
     @classmethod
     def of(cls, ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> "Difference":
         """Between images (n, h, w, 3)."""
-        signed = ours.astype(np.int64) - theirs
+        signed = ours.astype(np.int16) - theirs
         apart = np.abs(signed)
         inside = apart[:, 1:-1, 1:-1]
         edge = np.array([apart.sum() - inside.sum(), apart.size - inside.size])
@@ -75,10 +75,13 @@ class Difference:
         }
 
 
-def differences(config: Config, topology: Topology, dataset: Dataset) -> dict[str, Difference]:
-    """Between the canvases that both pipelines make of a training split, by class."""
+def differences(
+    config: Config, topology: Topology, dataset: Dataset, most: int
+) -> dict[str, Difference]:
+    """Between the canvases that both pipelines make of a training split, of so many images at
+    most, by class."""
     found: dict[str, Difference] = {}
-    total, size = len(dataset.splits["train"]), config.evaluate.batch
+    total, size = min(most, len(dataset.splits["train"])), config.evaluate.batch
     batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
     configs = [
         load_config([flat(config), f"data.pipeline={kind}", "evaluate.views=10"])
@@ -129,7 +132,7 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
                     written.save(source / "train" / kind / f"{number}.jpg", **how)
             out = Path(scratch) / f"{stored}, packed"
             prepare("folder", source, out, Options(keep=True))
-            parts = differences(config, topology, open_dataset(out))
+            parts = differences(config, topology, open_dataset(out), images)
             found |= {f"{stored}, {kind}": parts[kind].figures() for kind in _KINDS}
     worst = {
         f"{stored}, worst of all kinds: {what}": max(

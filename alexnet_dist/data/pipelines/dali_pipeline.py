@@ -230,8 +230,10 @@ def gpu_decoders(device: int) -> GpuDecoders:
             from nvidia import nvimgcodec as codec
 
             backends = [codec.Backend(getattr(codec.BackendKind, kind)) for kind in kinds]
-            how = {"backends": backends, "options": ":fancy_upsampling=1"}
-            decoder = codec.Decoder(device_id=device, **how)
+            decoder = codec.Decoder(
+                device_id=device, max_num_cpu_threads=1, backends=backends,
+                options=":fancy_upsampling=1",
+            )  # fmt: skip
             found.append(decoder.decode(_encoded().tobytes()) is not None)
         except (ImportError, AttributeError, RuntimeError) as error:
             found.append(False)

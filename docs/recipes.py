@@ -1,0 +1,174 @@
+"""What docs/results.py trains: networks and recipes, seed by seed, and how a recipe is chosen."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+HE = ("model.init=he", "data.divide_by=[8,8,8]")
+RECIPES = {
+    "as printed, rate 0.01": (),
+    "He's, rate 0.01": HE,
+    "He's, rate 0.02": (*HE, "schedule.rate=0.02"),
+}
+
+
+def rates(*values: float) -> dict[str, tuple[str, ...]]:
+    """Candidates that differ in their rate."""
+    return {f"rate {value:g}": (f"schedule.rate={value:g}",) for value in values}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One network and recipe, trained from several seeds.
+
+    Attributes:
+        sources: configs and keys; `last` goes over what was chosen.
+        told: in the table.
+        candidates: recipes to choose from, by name; `brief`: what shortens them.
+        recipe: the variant whose chosen recipe this one has; its own, if left out.
+        by_training: chosen by the epochs to 25 % training error.
+        begins: a row whose network it begins from.
+        speed: images/s that are expected until one is measured.
+        together: rows of a part that run at once, of networks too small to fill a GPU.
+        average: average all seeds too.
+    """
+
+    part: str
+    name: str
+    told: str
+    sources: tuple[str, ...]
+    seeds: int = 3
+    last: tuple[str, ...] = ()
+    candidates: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    brief: tuple[str, ...] = ()
+    recipe: str = ""
+    by_training: bool = False
+    begins: str = ""
+    speed: float = 20_000
+    together: int = 1
+    average: bool = False
+
+
+def _fig1(unit: str, told: str, epochs: int, *values: float) -> Variant:
+    keys = (f"train.epochs={epochs}", "data.eval_split=none", "log.every_steps=39",
+            "checkpoint.every_steps=100000")  # fmt: skip
+    return Variant(
+        "fig1", f"fig1-{unit}", told, (f"paper/fig1-{unit}", *keys),
+        candidates=rates(*values), by_training=True, speed=60_000, together=4,
+    )  # fmt: skip
+
+
+def _four(name: str, told: str, *keys: str) -> Variant:
+    return Variant(
+        "lrn", name, told, ("results/cifar10-four-layers", *keys),
+        candidates=rates(0.003, 0.01, 0.03), brief=("train.epochs=40",), speed=60_000, together=4,
+    )  # fmt: skip
+
+
+def _review(name: str, told: str, config: str) -> Variant:
+    # float32 as there, with TF32 in convolutions, which is torch's default and so the notebook's.
+    own = "data.path=data/cifar10", "data.eval_split=test", "train.precision=tf32"
+    return Variant("review", name, told, (config, *own), speed=6_000)
+
+
+def _ablation(name: str, told: str, *sources: str) -> Variant:
+    given = (*sources[:1], "results/tiny-imagenet", *sources[1:])
+    short, whose = ("train.epochs=12",), "tiny-imagenet"
+    return Variant("ablations", f"ablation-{name}", told, given, last=short, recipe=whose)
+
+
+_STAR = "paper/alexnet-star-pretrain"
+VARIANTS = (
+    Variant("tiny-imagenet", "tiny-imagenet", "the paper's network", ("results/tiny-imagenet",), 5,
+            candidates=RECIPES, brief=("train.epochs=8",), average=True),
+    _fig1("relu", "ReLU", 10, 0.001, 0.003, 0.01, 0.03),
+    _fig1("tanh", "tanh", 40, 0.001, 0.003, 0.01, 0.03),
+    _fig1("sigmoid", "logistic", 40, 0.01, 0.03, 0.1),
+    Variant("cifar10", "cifar10", "the paper's network", ("results/cifar10",),
+            candidates=RECIPES, brief=("train.epochs=10",)),
+    Variant("imagenette", "imagenette", "the paper's network", ("results/imagenette",),
+            candidates=RECIPES, brief=("train.epochs=100",)),
+    Variant("imagenette", "imagenette-pretrain", "sixth convolution, on Tiny ImageNet",
+            (_STAR, "results/tiny-imagenet"), 1, recipe="tiny-imagenet"),
+    Variant("imagenette", "imagenette-star", "sixth convolution, from nothing",
+            (_STAR, "results/imagenette"), recipe="imagenette"),
+    Variant("imagenette", "imagenette-finetuned", "sixth convolution, from Tiny ImageNet's",
+            (_STAR, "results/imagenette"), recipe="tiny-imagenet", begins="imagenette-pretrain-0",
+            last=("schedule.rate=0.002", "train.epochs=60", "train.init_new=[fc9]")),
+    _four("cifar10-four-layers", "four layers, normalisation"),
+    _four("cifar10-four-layers-no-lrn", "four layers without", "model.lrn.layers=[]"),
+    Variant("fashion-mnist", "fashion-mnist", "the paper's network",
+            ("results/fashion-mnist-227", "layout.kind=one", "layout.ranks=0", "data.canvas=240",
+             "train.batch=128", "train.epochs=30", "checkpoint.every_steps=100000"),
+            candidates=rates(0.01, 0.02, 0.04), brief=("train.epochs=6",)),
+    _review("review-mended", "the notebook, mended", "paper/review-cifar10"),
+    _review("review-as-written", "the notebook as written", "paper/review-cifar10-as-written"),
+    _ablation("none", "the paper's network"),
+    _ablation("one-column", "one column of half the width", "paper/one-column"),
+    _ablation("no-lrn", "no normalisation", "paper/no-lrn"),
+    _ablation("no-overlap", "pooling without overlap", "paper/no-overlap"),
+    _ablation("no-exchange", "no exchange before fc8", "paper/no-exchange"),
+    _ablation("no-lighting", "no lighting", "paper/no-lighting"),
+    _ablation("no-dropout", "no dropout", "paper/alexnet-2012", "model.dropout=0"),
+)  # fmt: skip
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+PARTS = tuple(dict.fromkeys(variant.part for variant in VARIANTS))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training, or the average of several networks; its name is its run's.
+
+    Attributes:
+        candidate: of the variant's recipe, which this row is to judge.
+        of: rows whose networks are averaged.
+    """
+
+    name: str
+    variant: Variant
+    seed: int = 0
+    candidate: str = ""
+    of: tuple[str, ...] = ()
+
+
+def planned(parts: Sequence[str], small: bool = False) -> list[Row]:
+    """The rows of parts: seed by seed, so that there is something of each where time is short; what
+    recipes are chosen by before the first."""
+    own = [variant for variant in VARIANTS if variant.part in parts]
+    recipes = {variant.recipe or variant.name for variant in own}
+    rows = [
+        Row(f"{variant.name}-choose-{number}", variant, candidate=candidate)
+        for variant in VARIANTS if variant.name in recipes
+        for number, candidate in enumerate(variant.candidates)
+    ]  # fmt: skip
+    for variant in own:
+        seeds = 1 + variant.average if small else variant.seeds
+        names = tuple(f"{variant.name}-{seed}" for seed in range(seeds))
+        rows += [Row(name, variant, seed) for seed, name in enumerate(names)]
+        if variant.average:
+            rows.append(Row(f"{variant.name}-average", variant, seeds - 1, of=names))
+    return sorted(rows, key=lambda row: (row.seed, PARTS.index(row.variant.part),
+                                         not row.candidate))  # fmt: skip
+
+
+def chosen(variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...] | None:
+    """The keys of the best candidate of a variant's recipe; None where not all are trained."""
+    source = BY_NAME[variant.recipe or variant.name]
+    judged = [done.get(f"{source.name}-choose-{n}") for n in range(len(source.candidates))]
+    if not judged:
+        return ()
+    if any(row is None for row in judged):
+        return None
+    best = max(range(len(judged)), key=lambda n: merit(source, judged[n] or {}))
+    return [*source.candidates.values()][best]
+
+
+def merit(variant: Variant, row: Mapping[str, Any]) -> tuple[float, ...]:
+    """The larger, the better a candidate."""
+    if "diverged" in row:
+        return (-math.inf, -math.inf)
+    if variant.by_training:
+        epochs = row["epochs_to"]["25"]
+        return (-math.inf if epochs is None else -epochs, -row["training_error"])
+    return (row["scores"]["1"]["top1"],)
