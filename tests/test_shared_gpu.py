@@ -172,8 +172,8 @@ def test_a_rank_that_needs_more_than_its_share_is_refused_before_it_starts(tiny:
         with pytest.raises(ConfigError) as refused:
             shared_gpus.check(config, 2)
         said = str(refused.value)
-        assert "a rank of layout.kind=replicas needs about 0.0 GB" in said
-        assert "2 ranks on NVIDIA H100 80GB HBM3 (0 GB) have 0.0 GB each: raise" in said
+        assert f"a rank of layout.kind=replicas needs about {need / 1e9:.1f} GB" in said
+        assert f"2 ranks on NVIDIA H100 80GB HBM3 (0 GB) have {need / 2e9:.1f} GB each: ra" in said
     with with_gpus(2, memory=2 * need):
         shared_gpus.check(config, 2)  # each has its own
 
