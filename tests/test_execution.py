@@ -35,6 +35,7 @@ from alexnet_dist.network.lrn import _LocalResponseNorm
 from alexnet_dist.parallel.layouts import columns_of, ranks_wanted
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.parallel.traffic import Traffic
+from alexnet_dist.timing import TIMELINE
 
 SMALL = [*TINY, "model.conv=[4,6,4,4,4]", "model.fc=[12,12]", "train.batch=2", "layout.kind=one",
          "data.path=none"]  # fmt: skip
@@ -390,6 +391,22 @@ def test_a_captured_step_begins_where_it_was(kind: str) -> None:
     )
     assert graphs == [False, True]
     assert_equal(ours, expected)
+
+
+def test_a_capture_is_all_of_one_span() -> None:
+    """Marks inside would be events of the graph, that the host asks for in vain."""
+    config = load_config([*SMALL, *FP32])
+    with played():
+        engine, batch = (
+            TorchEngine(config, connect(config)),
+            made_batch(config, torch.device("cpu")),
+        )
+        engine.stream = Stream()
+        TIMELINE.start(cuda=False)
+        engine.train_step(batch, 0, 0.01)
+        took = TIMELINE.take()
+        TIMELINE.stop()
+    assert took.seconds.keys() == {"step", "other"}
 
 
 def test_graphs_are_given_up_before_ranks_part() -> None:

@@ -99,7 +99,10 @@ def test_state_goes_out_and_in(kind: str) -> None:
     _, optimizer = run([f"optimizer.kind={kind}"], RATES)
     tensors = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
     fresh = Optimizer(optimizer.config, optimizer.parameters.items())
+    places = {name: tensor.data_ptr() for name, tensor in fresh.tensors().items()}
     fresh.load(tensors)
+    # A captured step reads them there.
+    assert {name: tensor.data_ptr() for name, tensor in fresh.tensors().items()} == places
     assert fresh.tensors().keys() == tensors.keys()
     assert all(torch.equal(fresh.tensors()[name], tensors[name]) for name in tensors)
 

@@ -62,7 +62,8 @@ class TorchEngine:
     ) -> Tensor:
         self.model.train()
         if self.stream is not None and keep_gradients not in self.graphs:
-            self._capture(batch, keep_gradients, self.stream)
+            with TIMELINE.span("step"):
+                self._capture(batch, keep_gradients, self.stream)
         if self.stream is None:
             self.gradients = {}
             return self._step(batch, step, rate, keep_gradients)
