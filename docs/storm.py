@@ -38,6 +38,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from drills import LAYOUTS, RUN, SAVE, Ground, Row, Started, gone, logged, reach
@@ -238,9 +239,9 @@ def _whole(folder: Path) -> None:
     """Every sample of a packed data set that opens is one that was packed, or stands in for it."""
     dataset = open_dataset(folder)
     for split in dataset.splits.values():
-        for sample in range(len(split)):
-            _, encoded = split.read_whole(sample)
-            decode_image(torch.frombuffer(encoded, dtype=torch.uint8))
+        _, encoded = split.read_whole(np.arange(len(split)))
+        for one in encoded:
+            decode_image(torch.from_numpy(one))
         split.close()
 
 

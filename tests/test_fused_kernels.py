@@ -2,7 +2,6 @@
 else by Triton's interpreter, which cuts bfloat16 off where a GPU rounds."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,11 +25,21 @@ LAST = torch.channels_last
 EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
-@pytest.fixture(autouse=True)
-def interpreted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What each function here that launches kernels finds, by its name: all of them in one new
+    process, for only there the interpreter can be asked for, and it imports for seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        (each,) = on_ranks(1, all_of_them, fresh=True)
+    return dict(each)
+
+
+def all_of_them() -> dict[str, Any]:
+    functions = (all_maps, same_places, all_units, updated, judgements, folded)
+    return {function.__name__: function() for function in functions}
 
 
 def plain_maps(
@@ -128,11 +137,11 @@ def all_maps() -> list[tuple[int, torch.dtype, list[float]]]:
     return found
 
 
-def test_maps_are_the_formula() -> None:
-    (found,) = on_ranks(1, all_maps, fresh=True)
-    assert len(found) == 3 * len(MAPS) + 3 + 4
+def test_maps_are_the_formula(found: dict[str, Any]) -> None:
+    of_maps = found["all_maps"]
+    assert len(of_maps) == 3 * len(MAPS) + 3 + 4
     # Where the activation is last there are two roundings, and a slope from a rounded value.
-    far = [(MAPS[case], dtype, of) for case, dtype, of in found
+    far = [(MAPS[case], dtype, of) for case, dtype, of in of_maps
            if max(of) > (3 if case == len(MAPS) - 1 else 1)]  # fmt: skip
     assert not far
 
@@ -144,7 +153,7 @@ def same_places() -> list[tuple[str, torch.dtype, bool]]:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         for activation in (None, "relu"):
             for pool in ((3, 2, False), (3, 1, True), (2, 2, True)):
-                x = torch.randint(-2, 3, (2, 8, 7, 8)).to(dtype).to(memory_format=LAST)
+                x = torch.randint(-2, 3, (1, 8, 7, 8)).to(dtype).to(memory_format=LAST)
                 ours, plain = leaves(x)
                 y = maps(ours, None, activation, None, pool)
                 wanted = plain_maps(plain, None, activation, None, pool)
@@ -166,10 +175,9 @@ def same_places() -> list[tuple[str, torch.dtype, bool]]:
     return found
 
 
-def test_pooling_takes_the_first_of_equals_and_keeps_nan() -> None:
-    (found,) = on_ranks(1, same_places, fresh=True)
-    assert len(found) == 4 * 8
-    assert [case for case in found if not case[2]] == []
+def test_pooling_takes_the_first_of_equals_and_keeps_nan(found: dict[str, Any]) -> None:
+    assert len(found["same_places"]) == 4 * 8
+    assert [case for case in found["same_places"] if not case[2]] == []
 
 
 UNITS = [  # n, units, activation, first unit, drop, at_test
@@ -213,14 +221,14 @@ def all_units() -> list[tuple[int, torch.dtype, list[float]]]:
     return found
 
 
-def test_units_are_the_formula_with_the_bits_of_philox() -> None:
+def test_units_are_the_formula_with_the_bits_of_philox(found: dict[str, Any]) -> None:
     assert units_module._PURPOSE.value == philox.Purpose.DROPOUT
-    (found,) = on_ranks(1, all_units, fresh=True)
-    assert len(found) == 4 * len(UNITS)
+    of_units = found["all_units"]
+    assert len(of_units) == 4 * len(UNITS)
     # Slopes of tanh and sigmoid are those of the rounded y, as torch's are.
     far = [
         (UNITS[case], dtype, of)
-        for case, dtype, of in found
+        for case, dtype, of in of_units
         if max(of[:2]) > 3 or (dtype in (torch.float32, torch.float64) and max(of) > 1)
     ]
     assert not far
@@ -276,16 +284,15 @@ def judgements() -> list[tuple[list[float], list[float]]]:
     return found
 
 
-def test_what_is_not_finite_is_judged_by_a_kernel_as_by_operators() -> None:
-    (found,) = on_ranks(1, judgements, fresh=True)
-    assert [ours[-1] for ours, _ in found] == [0, 1, 1, 1, 1, 0, 1]
-    for ours, theirs in found:
+def test_what_is_not_finite_is_judged_by_a_kernel_as_by_operators(found: dict[str, Any]) -> None:
+    judged_so = found["judgements"]
+    assert [ours[-1] for ours, _ in judged_so] == [0, 1, 1, 1, 1, 0, 1]
+    for ours, theirs in judged_so:
         assert ours == pytest.approx(theirs, rel=1e-15)
 
 
-def test_the_update_is_torchs_and_none_where_skipped() -> None:
-    (found,) = on_ranks(1, updated, fresh=True)
-    assert found == [True] * 14
+def test_the_update_is_torchs_and_none_where_skipped(found: dict[str, Any]) -> None:
+    assert found["updated"] == [True] * 14
 
 
 def folded() -> list[bool]:
@@ -309,9 +316,8 @@ def folded() -> list[bool]:
     return found
 
 
-def test_folded_images_are_cells_of_pixels() -> None:
-    (found,) = on_ranks(1, folded, fresh=True)
-    assert found == [True] * 8
+def test_folded_images_are_cells_of_pixels(found: dict[str, Any]) -> None:
+    assert found["folded"] == [True] * 8
 
 
 def test_kernels_are_traced_without_values() -> None:
