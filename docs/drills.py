@@ -69,9 +69,12 @@ class Started:
         )  # fmt: skip
 
     def all(self) -> list[psutil.Process]:
-        """The launcher and its ranks."""
-        launcher = psutil.Process(self.process.pid)
-        return [launcher, *launcher.children(recursive=True)]
+        """The launcher and its ranks; none where it has just ended."""
+        try:
+            launcher = psutil.Process(self.process.pid)
+            return [launcher, *launcher.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
 
     def end(self) -> tuple[int, str]:
         """Its exit code and output."""
