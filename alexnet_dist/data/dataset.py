@@ -398,8 +398,8 @@ def _held_out(split: Split, share: float) -> tuple[Split, Split]:
     and among any others, and images that are equal together."""
     held = split.index["crc32"] < share * 2**32
     return (
-        dataclasses.replace(split, index=split.index[~held], _files={}),
-        dataclasses.replace(split, index=split.index[held], name=HELD_OUT, _files={}),
+        dataclasses.replace(split, index=split.index[~held]),
+        dataclasses.replace(split, index=split.index[held], name=HELD_OUT),
     )
 
 

@@ -1,5 +1,6 @@
 """Verify a packed data set: every hash, every record, every image; and show what is in it."""
 
+import contextlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,7 +31,14 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
     Raises DatasetError, naming the first thing that is wrong.
     """
     dataset = open_dataset(folder, verify_hashes=sheet is not None)
-    found: dict[str, Any] = {"folder": str(folder), "source": dataset.source["kind"]}
+    with contextlib.ExitStack() as left:
+        for split in dataset.splits.values():
+            left.callback(split.close)
+        return {"folder": str(folder), **_inspected(dataset, sheet)}
+
+
+def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
+    found: dict[str, Any] = {"source": dataset.source["kind"]}
     found["classes"] = len(dataset.classes)
     for name, split in dataset.splits.items():
         step = 1 if sheet else max(1, len(split) // QUICK)

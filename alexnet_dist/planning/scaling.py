@@ -79,7 +79,9 @@ def draw(rows: Sequence[dict[str, Any]], at: Cluster, path: Path) -> None:
         speeds.loglog([1, _MOST], [one, one * _MOST], ":", color="grey", label="ideal")
         title = f"{at.machine.name}, {at.devices} a node"
         speeds.set(xlabel="devices", ylabel="images/s", title=title)
-        shares.set(xlabel="devices", ylabel="efficiency, %", title="÷ devices × one", ylim=(0, 105))
+        shares.set(
+            xlabel="devices", ylabel="efficiency, %", title="÷ devices × one", ylim=(0, None)
+        )
         for axis in (speeds, shares):
             axis.set_xscale("log", base=2)
             axis.legend(fontsize=8)
