@@ -105,10 +105,10 @@ def _pytest(*which: str) -> list[str]:
 
 
 # Tests of several ranks, which are parts of their own; the last are drills too.
-_LAYOUTS, _RUNS, _HOSTS = (
-    f"tests/test_{name}.py" for name in ("gpu_layouts", "gpu_runs", "two_hosts")
+_LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
+    f"tests/test_{name}.py" for name in ("gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
 )
-_ONE_RANK = ["-m", "gpu and not drill", f"--ignore={_LAYOUTS}", f"--ignore={_RUNS}"]
+_ONE_RANK = ["-m", "gpu and not drill", *(f"--ignore={it}" for it in (_LAYOUTS, _GRAPHS, _RUNS))]
 _DEMO = ["prepare", "fashion_mnist", "configs/fashion-mnist-sample", "data/demo"]
 PARTS = {
     "tests": Part([_pytest(*_ONE_RANK, "--continue-on-collection-errors")], 170, of_pytest),
@@ -127,6 +127,7 @@ PARTS = {
         of_compare,
     ),
     "tests-layouts": Part([_pytest("-m", "gpu", _LAYOUTS)], 280, of_pytest),
+    "tests-graphs": Part([_pytest("-m", "gpu", _GRAPHS)], 280, of_pytest),
     "tests-runs": Part([_pytest("-m", "gpu", _RUNS, _HOSTS)], 280, of_pytest),
     "layouts-shared": Part([_bench("layouts", "--share-gpu", "--repeats", "1")], 400),
 }

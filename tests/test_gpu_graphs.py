@@ -1,5 +1,4 @@
-"""Steps of several ranks as CUDA graphs with NCCL's exchanges in them: on two GPUs, or on one that
-ranks share where layout.share_gpu is there."""
+"""Steps of ranks as CUDA graphs with NCCL's exchanges in them, on as few GPUs as there are."""
 
 import os
 import time
@@ -8,8 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import shared
 import torch
-from conftest import TINY, alexnet_dist, as_overrides, on_ranks
+from conftest import alexnet_dist, as_overrides, on_ranks
+from shared import SHARED
 from test_execution import SMALL, after, assert_equal
 from test_run import RUN
 from test_watchdog import FOREVER, started
@@ -23,15 +24,9 @@ from alexnet_dist.engines.make import make_engine
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.training.metrics import read_metrics
 
-SHARE = "layout.share_gpu" in flat(load_config(TINY))
-GPU = ["layout.device=cuda", "train.deterministic=true"]
-GPU += ["layout.share_gpu=true"] if SHARE and torch.cuda.device_count() < 2 else []
-
 pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        torch.cuda.device_count() < (1 if SHARE else 2), reason="needs two CUDA devices"
-    ),
+    *shared.marks,
+    pytest.mark.skipif(shared.REHEARSED, reason="a CPU has no graphs"),
 ]
 
 LAYOUTS = {
@@ -46,7 +41,7 @@ LAYOUTS = {
 
 def config_for(way: str, *more: str) -> Config:
     kind = way.partition(",")[0]
-    return load_config(["train.batch=32", *GPU, f"layout.kind={kind}", "layout.ranks=2",
+    return load_config(["train.batch=32", *SHARED, f"layout.kind={kind}", "layout.ranks=2",
                         *LAYOUTS[way], *more])  # fmt: skip
 
 
@@ -112,7 +107,7 @@ def test_a_replay_waits_for_nothing(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["columns", "replicas"])
 def test_a_run_of_graphs_ends_by_itself(tiny: Callable[..., Config], kind: str) -> None:
     """NCCL ends no communicator that a graph holds."""
-    config = tiny(*RUN, *GPU, f"layout.kind={kind}", "layout.ranks=2", "name=ends")
+    config = tiny(*RUN, *SHARED, f"layout.kind={kind}", "layout.ranks=2", "name=ends")
     begin = time.monotonic()
     ended = alexnet_dist("train", *as_overrides(config))
     assert ended.returncode == 0, ended.stderr
@@ -125,7 +120,7 @@ def test_a_run_of_graphs_ends_by_itself(tiny: Callable[..., Config], kind: str) 
 
 def test_a_rank_that_stops_amid_replays_is_named(tiny: Callable[..., Config]) -> None:
     """torch looks after no exchange of a graph: our own watchdog does."""
-    config = tiny(*RUN, *GPU, *FOREVER, "name=frozen")
+    config = tiny(*RUN, *SHARED, *FOREVER, "name=frozen")
     run = started(config)
     run.wait_for_step(config.folder, 6)
     ranks = {int(p.environ()["RANK"]): p for p in run.all() if "RANK" in p.environ()}
@@ -145,6 +140,7 @@ def sums_of_small(config: Config) -> Any:
 
 def test_graphs_of_several_engines_share_their_ranks() -> None:
     """As `compare` makes one after another."""
-    config = load_config([*SMALL, *GPU, "layout.kind=columns", "layout.ranks=2", "train.batch=4"])
+    two = ["layout.kind=columns", "layout.ranks=2", "train.batch=4"]
+    config = load_config([*SMALL, *SHARED, *two])
     first, *_, last = on_ranks(2, sums_of_small, config)[0]
     assert first == last
