@@ -46,8 +46,8 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     assert both.confusion().sum(1).tolist() == torch.bincount(both.labels, minlength=10).tolist()
 
     read: list[int] = []
-    whole = Split.read
-    monkeypatch.setattr(Split, "read", lambda split, i: (read.append(i), whole(split, i))[1])
+    whole = Split.whole
+    monkeypatch.setattr(Split, "whole", lambda split, i: (read.extend(i), whole(split, i))[1])
     ten = evaluate_checkpoints(two_runs[:1], ["evaluate.views=10"])
     assert sorted(read) == list(range(23)), "ten views, and an image is decoded once"
     assert not torch.equal(ten.probabilities, alone[0].probabilities)

@@ -307,7 +307,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
     begin = time.monotonic()
     target.send_signal(number)
     found, output = run.end()
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 10, output
     assert found == code, output
     assert "stopped at step" in output
     assert "Traceback" not in output
@@ -365,7 +365,7 @@ def test_a_signal_is_heard_while_the_program_starts(
     run.process.send_signal(signal.SIGUSR1)
     code, output = run.end()
     assert code == 75, output
-    assert "stopped" in output
+    assert "stopped" in output or "interrupted" in output  # before there were ranks
     assert not checkpoints.steps(runs / "early" / "checkpoints")
 
 

@@ -55,6 +55,7 @@ def test_the_wheel_holds_modules_configs_and_licences(wheel: Path) -> None:
             if path.is_file() and path.suffix not in (".py", ".sh", ".pyc")  # programs for a clone
         ),
         Path("alexnet_dist/py.typed"),
+        Path("alexnet_dist/planning/measured.jsonl"),
     }
     assert Path("alexnet_dist/configs/paper/alexnet-2012.yaml") in shipped
     assert {str(path) for path in shipped} == {n for n in names if not n.startswith(information)}
