@@ -468,6 +468,11 @@ def wrong(rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
     return found
 
 
+def _sound(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many trials of one kind were as they should be, at last."""
+    return sum(sum(row["ended"].values()) for row in rows) - len(wrong(rows))
+
+
 def _spread(numbers: Sequence[Sequence[int]]) -> Iterator[int]:
     for first, last in numbers:
         yield from range(first, last + 1)
@@ -563,10 +568,10 @@ def storm(ground: Ground, options: argparse.Namespace, until: float) -> bool:
     sound = True
     while time.monotonic() < until:
         rows = read_rows(path)
-        tried = {what: sum(sum(r["ended"].values()) for r in rows if r["what"] == what)
-                 for what in only or targets}  # fmt: skip
-        what = min(tried, key=lambda what: tried[what] / targets[what])
-        left = targets[what] - tried[what]
+        had = {what: _sound([row for row in rows if row["what"] == what])
+               for what in only or targets}  # fmt: skip
+        what = min(had, key=lambda what: had[what] / targets[what])
+        left = targets[what] - had[what]
         if left <= 0 and number is None:
             break
         numbers = iter([number]) if number is not None else numbers_left(rows, what)
