@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def _begin(
     function: Callable[..., Any], args: tuple[Any, ...],
 ) -> None:  # fmt: skip
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
     files = {path: os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in prints}
     for number, path in enumerate(prints, start=1):
         os.dup2(files[path], number)
