@@ -15,6 +15,7 @@ from typing import Any
 import forks
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from forks import Fork
 from torch.distributed import distributed_c10d
@@ -122,6 +123,21 @@ def on_ranks(
                 rank.kill()
         assert codes == [0] * count, f"ranks ended with {codes}:\n{said.read_text()}"
         return [pickle.loads(path.read_bytes()) for path in returned]
+
+
+def by_kernels(function: Callable[[], dict[str, Any]], cache: Path) -> dict[str, Any]:
+    """What a function that launches kernels returns, on a GPU or by Triton's interpreter, which can
+    be asked for only in a new process, and imports for seconds.
+
+    Args:
+        cache: where Triton keeps what it compiles.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(cache))
+        if not torch.cuda.is_available():
+            patch.setenv("TRITON_INTERPRET", "1")
+        (found,) = on_ranks(1, function, fresh=True)
+    return dict(found)
 
 
 def _on_rank(call: bytes, returned: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_ranks
+from conftest import by_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -27,14 +27,8 @@ EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.f
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each function here that launches kernels finds, by its name: all of them in one new
-    process, for only there the interpreter can be asked for, and it imports for seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        (each,) = on_ranks(1, all_of_them, fresh=True)
-    return dict(each)
+    """What each function here that launches kernels finds, by its name."""
+    return by_kernels(all_of_them, tmp_path_factory.mktemp("triton"))
 
 
 def all_of_them() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, on_ranks
+from conftest import TINY, by_kernels
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import Statistics
@@ -22,14 +22,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each function here that launches kernels finds, by its name: all of them in one new
-    process, for only there the interpreter can be asked for, and it imports for seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        (each,) = on_ranks(1, all_of_them, fresh=True)
-    return dict(each)
+    """What each function here that launches kernels finds, by its name."""
+    return by_kernels(all_of_them, tmp_path_factory.mktemp("triton"))
 
 
 def all_of_them() -> dict[str, Any]:
