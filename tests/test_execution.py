@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Finish
 from alexnet_dist.engines import ddp
@@ -393,15 +394,18 @@ def test_a_captured_step_begins_where_it_was(kind: str) -> None:
     assert_equal(ours, expected)
 
 
+def capturing(config: Config) -> tuple[TorchEngine, Batch]:
+    """An engine on this process that captures its steps, and a batch for it."""
+    engine = TorchEngine(config, connect(config))
+    engine.stream = Stream()
+    return engine, made_batch(config, torch.device("cpu"))
+
+
 def test_a_capture_is_all_of_one_span() -> None:
     """Marks inside would be events of the graph, that the host asks for in vain."""
     config = load_config([*SMALL, *FP32])
     with played():
-        engine, batch = (
-            TorchEngine(config, connect(config)),
-            made_batch(config, torch.device("cpu")),
-        )
-        engine.stream = Stream()
+        engine, batch = capturing(config)
         TIMELINE.start(cuda=False)
         engine.train_step(batch, 0, 0.01)
         took = TIMELINE.take()
@@ -413,11 +417,7 @@ def test_graphs_are_given_up_before_ranks_part() -> None:
     """While one that exchanges is there, NCCL waits for it."""
     config = load_config([*SMALL, *FP32])
     with played():
-        engine, batch = (
-            TorchEngine(config, connect(config)),
-            made_batch(config, torch.device("cpu")),
-        )
-        engine.stream = Stream()
+        engine, batch = capturing(config)
         engine.train_step(batch, 0, 0.01)
         (graph,) = [step.graph for step in engine.graphs.values()]
         assert graph.tape
