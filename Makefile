@@ -1,4 +1,4 @@
-# Everything a user or a developer types. The virtual environment makes itself.
+# Commands for users and developers. The virtual environment is created when it is needed.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,10 +9,10 @@ READY := $(VENV)/.ready
 
 .PHONY: help venv demo report results test gpu test-slurm drill check format sample docs clean
 
-help:           ## what there is
+help:           ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
 
-venv: $(READY)  ## .venv with everything, kept up to date
+venv: $(READY)  ## create or update .venv with all dependencies
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -28,34 +28,34 @@ demo: $(READY)  ## train the two-column network on bundled images: minutes on tw
 	$(BIN)/alexnet-dist prepare fashion_mnist configs/fashion-mnist-sample data/demo
 	$(BIN)/alexnet-dist train configs/demo.yaml
 
-report: $(READY) ## runs/report.html: the paper's results, and those of the runs in runs/
+report: $(READY) ## write runs/report.html: the paper's results, and those of the runs in runs/
 	$(BIN)/alexnet-dist report $(wildcard runs/*) --out runs/report.html
 
-results: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## train what docs/results.md has, into docs/results.jsonl: hours; goes on where it was; PARTS=… WITHIN=seconds
+results: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## train the networks of docs/results.md, into docs/results.jsonl: hours; continues where it stopped; PARTS=… WITHIN=seconds
 	$(GPU_PYTHON) docs/results.py $(PARTS) $(if $(WITHIN),--within $(WITHIN)) $(if $(COMMIT),--commit $(COMMIT))
 
-test: $(READY)  ## the tests
+test: $(READY)  ## run the tests
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not drill and not slurm"
 
-gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## what this GPU says, into docs/gpu.jsonl: minutes; goes on where it was; PARTS=…
+gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## test and measure this GPU, into docs/gpu.jsonl: minutes; continues where it stopped; PARTS=…
 	$(GPU_PYTHON) docs/gpu.py $(PARTS) $(if $(COMMIT),--commit $(COMMIT))
 
-test-slurm: $(READY) ## runs on a real Slurm of their own: minutes; root; apt-get install slurm-wlm munge
+test-slurm: $(READY) ## run the tests that start a real Slurm: minutes; as root; apt-get install slurm-wlm munge
 	$(BIN)/python -m pytest -m slurm -s tests/test_slurm.py
 
-drill: $(READY) ## fault drills: minutes; DRILLS=full: hours, into docs/drills.jsonl; goes on where it was
+drill: $(READY) ## run fault drills: minutes; DRILLS=full: hours, into docs/drills.jsonl; continues where it stopped
 	$(BIN)/python -m pytest -m drill
 	FUZZ=20 $(BIN)/python -m pytest tests/test_hostile_sources.py
 	$(BIN)/python docs/drills.py $(if $(filter full,$(DRILLS)),--full)
 	$(if $(filter full,$(DRILLS)),$(BIN)/python docs/storm.py $(if $(WITHIN),--within $(WITHIN)))
 
-check: $(READY) ## style, types, layers
+check: $(READY) ## check style, types and package layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(READY) ## mend style where it can be
+format: $(READY) ## fix style where possible
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -63,7 +63,7 @@ sample: $(READY) ## cut the bundled images again, from Debian's dataset-fashion-
 	$(BIN)/python configs/fashion-mnist-sample/cut.py \
 		/usr/share/datasets/fashion-mnist configs/fashion-mnist-sample
 
-docs: $(READY)  ## docs/configuration.md again, from the dataclasses; the tables made from docs/*.jsonl
+docs: $(READY)  ## regenerate docs/configuration.md from the dataclasses, and the tables from docs/*.jsonl
 	$(BIN)/python docs/document_config.py
 	$(BIN)/python docs/gpu.py --document
 	$(BIN)/python docs/storm.py --document
