@@ -34,7 +34,7 @@ from alexnet_dist.config.load import configs_folder
 from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import read_run
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"

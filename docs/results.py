@@ -80,7 +80,7 @@ def trained(row: Row, given: Sequence[str], bench: "Bench") -> dict[str, Any]:
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
     from alexnet_dist.reporting import figures
     from alexnet_dist.training.loop import train
-    from alexnet_dist.training.metrics import read_metrics
+    from alexnet_dist.training.metrics_file import read_metrics
 
     config = load_config([*given])
     every = config.train.epochs / (1 if row.candidate else CURVE)

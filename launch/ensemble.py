@@ -175,7 +175,7 @@ def table(members: Sequence[Member]) -> str:
 
 
 def _errors(folder: Path) -> tuple[str, str]:
-    from alexnet_dist.training.metrics import read_metrics
+    from alexnet_dist.training.metrics_file import read_metrics
 
     errors = [1 - point["top1"] for point in read_metrics(folder) if point["kind"] == "eval"]
     return (f"{min(errors):.2%}", f"{errors[-1]:.2%}") if errors else ("-", "-")

@@ -17,7 +17,7 @@ from alexnet_dist.plotting import chroma, confusion_picture, distinct
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.report import PUBLISHED, report
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 
 def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:

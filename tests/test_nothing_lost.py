@@ -25,8 +25,8 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, NotFinite, RunFolderError
 from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.reporting.report import report
-from alexnet_dist.training import metrics
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training import metrics, metrics_file
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder, read_run
 from alexnet_dist.training.state import Progress
 from launch import status
@@ -102,7 +102,7 @@ def test_outputs_that_are_not_finite_are_no_score(
 
 def test_metrics_are_json_whatever_was_measured(tmp_path: Path) -> None:
     point = {"kind": "speed", "step": 3, "images_per_s": float("inf"), "time": {"own": [1.0, NAN]}}
-    line = metrics._line(point)
+    line = metrics_file.line(point)
     strict = json.loads(line, parse_constant=pytest.fail)
     assert strict == point | {"images_per_s": None, "time": {"own": [1.0, None]}}
     (tmp_path / "metrics.jsonl").write_bytes(line)

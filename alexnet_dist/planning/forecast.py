@@ -24,7 +24,7 @@ from alexnet_dist.planning.dry_run import needed_of
 from alexnet_dist.planning.machines import CORE_DECODES, MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import correction
 from alexnet_dist.planning.plan import Plan, Prediction, Rank
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 _ILSVRC_2012 = 1_281_167, 50_000  # training and validation images, where the data is not here
 # Of layouts as fast as one another, the first is recommended.

@@ -26,7 +26,7 @@ from alexnet_dist.evaluation.evaluate import seen
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.tensorboard import ANSWERED, answered, evenly, image_of
 
 _QUERIES, _NEIGHBOURS = 5, 6  # of Fig. 4, right

@@ -18,7 +18,7 @@ from alexnet_dist.errors import AlexNetDistError
 from alexnet_dist.evaluation.evaluate import Score
 from alexnet_dist.evaluation.scores import kept
 from alexnet_dist.files import json_object, read_bytes, read_run
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 _NAMING = ("name", "output_dir")
 
