@@ -24,6 +24,7 @@ from alexnet_dist.cli import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, NotFinite, RunFolderError
 from alexnet_dist.formats.convert import export_weights, import_weights
+from alexnet_dist.reporting import page as pages
 from alexnet_dist.reporting.report import report
 from alexnet_dist.training import metrics, metrics_file
 from alexnet_dist.training.metrics_file import read_metrics
@@ -247,7 +248,8 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(
     arguments: list[str], name: str, made: Callable[..., Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    (tmp_path / name).write_text("as it was")
+    before = f"{pages.BEGINNING}as it was"
+    (tmp_path / name).write_text(before)
     places = {"RUN": str(made()), "OUT": str(tmp_path / name)}
     from alexnet_dist.reporting import figures
 
@@ -258,7 +260,7 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(
     assert code == 1
     assert "Traceback" not in err
     assert "ulimit -f unlimited" in err
-    assert (tmp_path / name).read_text() == "as it was"
+    assert (tmp_path / name).read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 
