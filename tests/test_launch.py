@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, as_overrides, on_ranks
-from submitit.core.utils import FailedJobError, JobPaths
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
 from alexnet_dist.cli import main
 from alexnet_dist.config.load import configs_folder
@@ -493,7 +493,7 @@ def test_a_refused_submission_leaves_nothing_behind(
             submit.main(one)
         assert {*tmp_path.rglob("*")} == before
         sbatch.write_text("#!/bin/sh\necho submitted, but in words that Submitit does not know\n")
-        with pytest.raises(FailedJobError):
+        with pytest.raises(FailedSubmissionError):
             submit.main(one)
         assert len({*tmp_path.rglob("*")} - before) == 2, "a job may be there to read them"
     finally:

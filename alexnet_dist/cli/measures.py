@@ -4,11 +4,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, path, picture
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, looked_in, printable
+
+if TYPE_CHECKING:
+    from alexnet_dist.bench import Found
 
 
 def add(command: AddCommand) -> None:
@@ -128,8 +131,8 @@ def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.bench import data, decoders
 
     if options.differences:
-        found = decoders.bench_differences(options.folder, options.images, options.overrides)
-        print(json.dumps(found) if options.json else decoders.lines(found))
+        apart = decoders.bench_differences(options.folder, options.images, options.overrides)
+        print(json.dumps(apart) if options.json else decoders.lines(apart))
         return 0
     found = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
     return _bench(found, options)
@@ -141,11 +144,11 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = load_config(["layout.kind=one", *options.config, *shared])
     match options.part:
         case "step":
-            from alexnet_dist.bench import step
+            from alexnet_dist.bench import kernel_times, step
 
             if options.kernels:
-                found = step.bench_kernels(config, options.repeats)
-                print(json.dumps(found) if options.json else step.kernel_lines(found))
+                times = kernel_times.bench_kernels(config, options.repeats)
+                print(json.dumps(times) if options.json else kernel_times.kernel_lines(times))
                 return 0
             return _bench(step.bench_step(config, options.repeats, options.batch), options)
         case "maps":
@@ -163,7 +166,7 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return _bench(bench(config, options.repeats), options)
 
 
-def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
+def _bench(found: "Found", options: argparse.Namespace) -> int:
     """Print what a benchmark measured, as JSON or as a table."""
     from alexnet_dist import bench
 
