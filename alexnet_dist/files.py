@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypedDict, cast
 
 from alexnet_dist.errors import (
     CheckpointError,
@@ -130,7 +130,32 @@ def sync(path: Path) -> None:
         os.close(opened)
 
 
-def read_run(folder: Path) -> dict[str, Any]:
+class RunState(TypedDict, total=False):
+    """The content of run.json; `training.run_folder.RunFolder` says what each key means."""
+
+    state: str
+    exit: int
+    reason: str
+    known: bool
+    attempt: int
+    restarts: int
+    idle_restarts: int
+    rested_s: float
+    host: str
+    pid: int
+    job: str | None
+    restart: int
+    first_started: float
+    started: float
+    updated: float
+    resumed_at: int
+    newest_step: int
+    step: int
+    last_step: int
+    kept_s: float
+
+
+def read_run(folder: Path) -> RunState:
     """What a run folder's run.json says; empty where there is none, or one that is no run.json.
     (Here, it needs no torch.) Raises RunFolderError where it cannot be read."""
     path = folder / "run.json"
@@ -141,7 +166,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise RunFolderError(cannot_be_read(path, error)) from error
     sound = {key: value for key, value in found.items() if key not in _COUNTS or is_count(value)}
-    return {k: v for k, v in sound.items() if k not in _WORDS or isinstance(v, str)}
+    known = {k: v for k, v in sound.items() if k not in _WORDS or isinstance(v, str)}
+    return cast(RunState, known)
 
 
 def check_trained(path: Path) -> None:

@@ -252,7 +252,7 @@ def _fitted(name: str, width: int) -> str:
 @contextmanager
 def figure(
     path: Path, rows: int, columns: int, size: tuple[float, float],
-    width_ratios: Sequence[float] | None = None,
+    width_ratios: Sequence[float] | None = None, software: str = "alexnet-dist",
 ) -> Iterator[Any]:  # fmt: skip
     """(rows, columns) axes; written to the path in the end."""
     import matplotlib
@@ -267,5 +267,5 @@ def figure(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of letters that the font lacks
         with written_aside(path) as aside:
-            figure.savefig(aside, dpi=120)
+            figure.savefig(aside, dpi=120, metadata={"Software": software})
     pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the dataclasses of config.py and the values of base.yaml."""
+"""Writes docs/configuration.md from the config's dataclasses and the values in base.yaml."""
 
 import dataclasses
 import inspect
@@ -33,13 +33,14 @@ and ~ is the home folder in every path. `alexnet-dist configs` lists what is shi
 
 
 def reference() -> str:
-    """The text of docs/configuration.md."""
+    """Return the text of docs/configuration.md."""
     asked = {f"cluster.{key}": value for key, value in vars(Cluster()).items()}
     values = flat(load_config([])) | LEAVES
     return HEAD + "".join((*_section(Config, "", values), *_section(Cluster, "cluster.", asked)))
 
 
 def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
+    """Yield the rows of a dataclass's keys, and below them those of its nested dataclasses."""
     hints = get_type_hints(of, include_extras=True)
     own = [f.name for f in dataclasses.fields(of) if not dataclasses.is_dataclass(hints[f.name])]
     yield f"\n## {prefix.rstrip('.') or 'The run'}\n\n{inspect.cleandoc(of.__doc__ or '')}\n\n"
@@ -54,7 +55,7 @@ def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
 
 
 def _value(kind: Any, key: Key) -> str:
-    """A key's type and bounds, in words."""
+    """Return a key's type and bounds in words."""
     if get_origin(kind) is tuple:
         item = _value(get_args(kind)[0], key)
         return f"list: {item}" + ("; or one for all" if key.spread else "")
@@ -72,12 +73,14 @@ def _value(kind: Any, key: Key) -> str:
 
 
 def _shown(value: Any) -> str:
+    """Return a value as it is typed on a command line."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_shown, value))}]"
     return str(value).lower() if isinstance(value, bool) else f"{value}".removesuffix(".0")
 
 
 def _cell(text: str) -> str:
+    """Return a text that may stand in a cell of a Markdown table."""
     return text.replace("|", "\\|")
 
 

@@ -1,11 +1,11 @@
-"""Fault drills: kill, stop, signal, damage and fill, again and again, and look what is left.
+"""Fault drills: kill, stop, signal, damage and fill up, again and again, and check what is left.
 
     python docs/drills.py [--full] [--only NAME] [--seed N]
 
-A table of trials, recoveries, steps lost, seconds until every process of a broken run was gone,
-processes left, and whether the end state (weights, optimiser, metrics, best) is bit-identical to a
-run that nothing happened to. At most two intervals between saves may be lost: the one that was
-trained in, and the one whose checkpoint was still being written. Ends with 1 unless all of it is as
+Prints a table of trials, recoveries, steps lost, seconds until every process of a broken run was
+gone, processes left, and whether the final state (weights, optimiser, metrics, best) is bit-
+identical to that of an undisturbed run. At most two intervals between saves may be lost: the one in
+progress, and the one whose checkpoint was still being written. Exits with 1 unless all of it is as
 it should be.
 """
 
@@ -34,12 +34,12 @@ from alexnet_dist.config.load import configs_folder
 from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import read_run
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"
 COMMAND = [sys.executable, "-m", "alexnet_dist"]
-SAVE = 4  # steps from save to save
+SAVE = 4  # steps between two saves
 LAYOUTS = {"one": 1, "columns": 2, "replicas": 3, "columns_x_replicas": 4, "zero1": 2}
 RUN = [
     "model.classes=10", "model.crop=67", "model.conv=[8,12,16,16,8]", "model.fc=[256,128]",
@@ -53,7 +53,7 @@ RUN = [
 
 
 def done(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """A command that has ended."""
+    """Run a command to its end."""
     return subprocess.run(
         [*COMMAND, *arguments], check=False, capture_output=True, text=True, timeout=300
     )
@@ -69,7 +69,7 @@ class Started:
         )  # fmt: skip
 
     def all(self) -> list[psutil.Process]:
-        """The launcher and its ranks; none where it has just ended."""
+        """Return the launcher and its ranks; nothing if it has just ended."""
         try:
             launcher = psutil.Process(self.process.pid)
             return [launcher, *launcher.children(recursive=True)]
@@ -77,19 +77,19 @@ class Started:
             return []
 
     def end(self) -> tuple[int, str]:
-        """Its exit code and output."""
+        """Wait for the run to end; return its exit code and output."""
         output, _ = self.process.communicate(timeout=120)
         return self.process.returncode, output
 
 
 def logged(folder: Path) -> int:
-    """The newest step in a run's metrics.jsonl."""
+    """Return the newest step in a run's metrics.jsonl."""
     points = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
     return max((point["step"] for point in points), default=0)
 
 
 def ended_state(folder: Path) -> dict[str, Any]:
-    """All that must be the same to the bit: tensors' hashes, progress, metrics less times."""
+    """Return what must be bit-identical: tensors' hashes, progress, metrics other than times."""
     last = checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1])
     best = checkpoints.best(folder / "checkpoints")
     return {
@@ -101,7 +101,7 @@ def ended_state(folder: Path) -> dict[str, Any]:
 
 
 def few_images(folder: Path) -> Path:
-    """The first 60 training and 23 test images of the sample, in its own format."""
+    """Write the first 60 training and 23 test images of the sample, in the sample's format."""
     folder.mkdir()
     for stem, count in (("train", 60), ("t10k", 23)):
         for name, dims in (("images-idx3", 3), ("labels-idx1", 1)):
@@ -114,7 +114,7 @@ def few_images(folder: Path) -> Path:
 
 @dataclass
 class Row:
-    """What a drill found."""
+    """What a drill measured."""
 
     drill: str
     layout: str = ""
@@ -128,6 +128,7 @@ class Row:
     note: str = ""
 
     def line(self) -> str:
+        """Return the row as it is printed."""
         lost = f"{max(self.lost)}" if self.lost else "-"
         gone = f"{max(self.gone_s):.1f}" if self.gone_s else "-"
         same = {None: "-", True: "yes", False: "NO"}[self.identical]
@@ -138,6 +139,7 @@ class Row:
 
     @property
     def sound(self) -> bool:
+        """Return whether everything is as it should be."""
         within = max(self.lost, default=0) <= 2 * SAVE and max(self.gone_s, default=0) <= 10
         whole = self.recovered == self.trials > 0 and self.left == 0
         return self.holds and within and whole and self.identical is not False
@@ -150,10 +152,10 @@ HEADING = (
 
 
 class Ground:
-    """A data set, run folders, and the runs that nothing happens to.
+    """A data set, run folders, and the undisturbed runs that others are compared with.
 
     Args:
-        settings: of every run, beside RUN's.
+        settings: key=value arguments of every run, besides RUN's.
     """
 
     def __init__(self, root: Path, *settings: str) -> None:
@@ -161,6 +163,7 @@ class Ground:
         prepare("fashion_mnist", few_images(root / "idx"), root / "data", Options(workers=1))
 
     def arguments(self, layout: str, name: str, *more: str) -> list[str]:
+        """Return the arguments that train a run."""
         places = [f"data.path={self.root / 'data'}", f"output_dir={self.root / 'runs'}"]
         kind = [f"layout.kind={layout}", f"layout.ranks={LAYOUTS[layout]}", f"name={name}"]
         return ["train", *RUN, *self._settings, *places, *kind, *more]
@@ -169,7 +172,7 @@ class Ground:
         return self.root / "runs" / name
 
     def whole(self, layout: str) -> dict[str, Any]:
-        """The end state of an uninterrupted run."""
+        """Return the final state of an undisturbed run."""
         if layout not in self._whole:
             name = f"whole-{layout}"
             whole = done(self.arguments(layout, name))
@@ -178,17 +181,18 @@ class Ground:
         return self._whole[layout]
 
     def finish(self, layout: str, name: str) -> bool:
-        """Let a run end undisturbed; whether it ends as the one that nothing happened to."""
+        """Let a run end undisturbed; return whether its final state is the undisturbed run's."""
         last = done(self.arguments(layout, name))
         return last.returncode == 0 and ended_state(self.folder(name)) == self.whole(layout)
 
     def saved(self, name: str) -> int:
+        """Return the step of a run's newest good checkpoint."""
         found = checkpoints.newest_good(self.folder(name) / "checkpoints")[0]
         return found.step if found else 0
 
 
 def gone(run: Started, processes: Sequence[psutil.Process], row: Row) -> None:
-    """Wait until every process of a broken run is gone; count those that are not."""
+    """Wait until every process of a broken run is gone; count and kill those that are not."""
     begin = time.monotonic()
     _, alive = psutil.wait_procs(processes, timeout=20)
     row.gone_s.append(time.monotonic() - begin)
@@ -199,7 +203,7 @@ def gone(run: Started, processes: Sequence[psutil.Process], row: Row) -> None:
 
 
 def kills(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """SIGKILL of one rank, of all, of the launcher; as it starts, trains, evaluates and saves."""
+    """SIGKILL one rank, all, or the launcher, while the run starts, trains, evaluates or saves."""
     for layout in LAYOUTS:
         row, name = Row("kill", layout), f"killed-{layout}"
         ground.whole(layout)
@@ -207,7 +211,7 @@ def kills(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
             run = Started(ground.arguments(layout, name))
             moment = dice.choice(["starting", "step", "step", "saving"])
             reach(run, ground.folder(name), moment, ground.saved(name) + dice.randint(1, 7), dice)
-            if run.process.poll() is not None:  # it reached its end
+            if run.process.poll() is not None:  # it reached its last step
                 run.end()
                 break
             processes = run.all()
@@ -238,7 +242,7 @@ def reach(run: Started, folder: Path, moment: str, step: int, dice: random.Rando
 
 
 def signals(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """Every signal, to the launcher or to one rank, at any moment from the start on."""
+    """Send each signal to the launcher or a rank, at any moment from the start on."""
     codes = {signal.SIGUSR1: 75, signal.SIGUSR2: 75, signal.SIGTERM: 143, signal.SIGINT: 130}
     for layout in ("one", "columns", "columns_x_replicas"):
         row, name = Row("signal", layout), f"signalled-{layout}"
@@ -250,7 +254,7 @@ def signals(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
                 run.end()
                 break
             processes, number = run.all(), dice.choice(list(codes))
-            # A rank that is still being started has no handler yet; its launcher has.
+            # A rank that is still starting has no handler yet, but its launcher has.
             ranks = read_run(ground.folder(name)).get("pid") in [p.pid for p in processes]
             target = dice.choice(processes) if ranks else processes[0]
             target.send_signal(number)
@@ -258,27 +262,27 @@ def signals(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
             code, _ = run.end()
             row.gone_s.append(time.monotonic() - begin)
             row.left += len([p for p in processes if p.is_running()])
-            row.recovered += code in (codes[number], 0)  # 0: it was at its end
+            row.recovered += code in (codes[number], 0)  # 0: it had reached its end
         row.identical = ground.finish(layout, name)
         yield row
 
 
 def freezes(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """SIGSTOP of a rank: it is named, and the run ends."""
+    """SIGSTOP a rank: it is named, and the run ends."""
     for layout in ("columns", "columns_x_replicas"):
         row, name = Row("stop a rank", layout), f"frozen-{layout}"
         ground.whole(layout)
         for _ in range(count):
             run = Started(ground.arguments(layout, name))
             reach(run, ground.folder(name), "step", ground.saved(name) + 2, dice)
-            if len(processes := run.all()) == 1:  # it is at its end
+            if len(processes := run.all()) == 1:  # it has reached its end
                 run.end()
                 break
             frozen = dice.choice(processes[1:])
             frozen.suspend()
             begin, row.trials = time.monotonic(), row.trials + 1
             output, _ = run.process.communicate(timeout=60)
-            row.gone_s.append(time.monotonic() - begin - 4)  # the watchdog's patience
+            row.gone_s.append(time.monotonic() - begin - 4)  # less the watchdog's patience
             row.left += len([p for p in processes if p.is_running()])
             row.recovered += f"process {frozen.pid} on" in output and "does not answer" in output
         row.identical = ground.finish(layout, name)
@@ -286,7 +290,7 @@ def freezes(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
 
 
 def corruptions(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """Bytes flipped, zeroed, cut off and added anywhere in a checkpoint: none is loaded."""
+    """Flip, zero, cut off and add bytes anywhere in a checkpoint: none is loaded."""
     ground.whole("columns")
     row = Row("damaged checkpoint", "columns")
     folder = ground.folder("whole-columns") / "checkpoints"
@@ -317,6 +321,7 @@ def corruptions(ground: Ground, count: int, dice: random.Random) -> Iterator[Row
 
 
 def damaged(sound: bytes, dice: random.Random) -> bytes:
+    """Return bytes that differ from `sound`."""
     at = dice.randrange(len(sound))
     match dice.choice(["flip", "zero", "cut", "add"]):
         case "flip":
@@ -330,7 +335,7 @@ def damaged(sound: bytes, dice: random.Random) -> bytes:
 
 
 def full_disk(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """A disk that fills under a run, and is emptied again; needs root, for a small tmpfs."""
+    """Let the disk fill up under a run, and free it again; needs root, for a small tmpfs."""
     row, name = Row("full disk", "columns"), "full"
     ground.whole("columns")
     with tmpfs(ground.root / "small", "12m") as small:
@@ -343,7 +348,7 @@ def full_disk(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
                 while True:
                     file.write(bytes(4096))
             newest = checkpoints.newest_good(small / name / "checkpoints")[0]
-            time.sleep(1.5)  # saves and metrics fail meanwhile
+            time.sleep(1.5)  # meanwhile saves and metrics fail
             kept = checkpoints.newest_good(small / name / "checkpoints")[0]
             fill.unlink()
             code, output = run.end()
@@ -356,6 +361,7 @@ def full_disk(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def tmpfs(at: Path, size: str) -> Iterator[Path]:
+    """Mount a tmpfs of this size."""
     at.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(at)], check=True)
     try:
@@ -365,7 +371,7 @@ def tmpfs(at: Path, size: str) -> Iterator[Path]:
 
 
 def two_writers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """A second job on a run folder is refused; a third takes over from a dead one."""
+    """A second job on a run folder is refused; a third takes over from one that is dead."""
     row, name = Row("two writers", "columns"), "shared"
     ground.whole("columns")
     for _ in range(count):
@@ -373,7 +379,7 @@ def two_writers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row
         reach(first, ground.folder(name), "step", ground.saved(name) + 2, dice)
         processes = first.all()
         for process in processes:
-            process.suspend()  # it would end before the second has loaded torch
+            process.suspend()  # or it would end before the second has imported torch
         second = done(ground.arguments("columns", name))
         for process in processes:
             process.kill()
@@ -413,7 +419,7 @@ sys.exit(main.main())
 
 
 def patched(ground: Ground, layout: str, name: str, what: str, at: int, *more: str) -> Any:
-    """A run that something is done to at a step, as ranks of torchrun."""
+    """Start a run whose ranks (torchrun's) are patched to do something at a step."""
     script = ground.root / "patched.py"
     script.write_text(PATCHED)
     ranks = ("-m", "torch.distributed.run", "--nproc-per-node", str(LAYOUTS[layout]))
@@ -424,7 +430,7 @@ def patched(ground: Ground, layout: str, name: str, what: str, at: int, *more: s
 
 
 def wrong_numbers(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """A batch of NaN on one rank: no rank applies it, nothing of it is saved."""
+    """A batch of NaN on one rank: no rank applies it, and nothing of it is saved."""
     for layout in LAYOUTS:
         row, name = Row("poisoned batch", layout), f"poisoned-{layout}"
         ground.whole(layout)
@@ -454,7 +460,7 @@ def flipped_bits(ground: Ground, count: int, dice: random.Random) -> Iterator[Ro
 
 
 def crash_loop(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """A run that always fails at one step is refused after three starts that saved nothing new."""
+    """A run that always fails at the same step is refused after three starts that saved nothing."""
     row, name = Row("crash loop", "columns"), "looping"
     ground.whole("columns")
     starts, said = 0, ""
@@ -463,14 +469,14 @@ def crash_loop(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]
         said = patched(ground, "columns", name, "raise", 6, more).stderr
         starts += 1
     run = read_run(ground.folder(name))
-    row.trials, row.holds = 1, starts == 6  # one saved step 4, four did not, one was refused
+    row.trials, row.holds = 1, starts == 6  # one saved step 4, four saved nothing, one was refused
     row.recovered = int((run["state"], run["exit"]) == ("failed", 2))
     row.identical = ground.finish("columns", name)
     yield row
 
 
 def goodput(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
-    """The demo, killed every two minutes: how much of the time went into steps that were kept."""
+    """Kill the demo every two minutes: what share of the time went into steps that were kept."""
     if count == 0:
         return
     row, data = Row("kill every 2 minutes", "columns"), ground.root / "demo"
@@ -510,6 +516,7 @@ DRILLS: dict[str, tuple[Callable[[Ground, int, random.Random], Iterator[Row]], i
 
 
 def main() -> int:
+    """Run the drills; return 1 unless all of it is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="as often as docs/reliability.md says")
     parser.add_argument("--only", action="append", choices=DRILLS, help="one drill, or several")

@@ -1,4 +1,4 @@
-"""Ledgers: what was measured as JSON lines, oldest first, and the part of a page made from them."""
+"""Ledgers of measurements, a JSON line each, oldest first; and the parts of pages they make."""
 
 import contextlib
 import json
@@ -14,18 +14,18 @@ ROOT = Path(__file__).parent.parent
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Every row, oldest first."""
+    """Return every row, the oldest first."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row, dated today."""
+    """Append a row with today's date."""
     with path.open("a") as file:
         file.write(json.dumps({**row, "date": f"{datetime.now(UTC):%Y-%m-%d}"}) + "\n")
 
 
 def between(page: str, first: str, last: str, text: str) -> str:
-    """The page with a text in the place of what stands between two marks."""
+    """Return the page with the text between two marks replaced."""
     before, begin, rest = page.partition(first)
     _, end, after = rest.partition(last)
     assert begin
@@ -34,9 +34,10 @@ def between(page: str, first: str, last: str, text: str) -> str:
 
 
 def commit_of(*measured: str) -> str:
-    """The last commit that changed what is measured; with a + where changes are not committed.
+    """Return the last commit that changed what is measured, with a + if there are uncommitted
+    changes.
 
-    Raises OSError, CalledProcessError where git says of none.
+    Raises OSError or CalledProcessError if there is no git or no such commit.
     """
     git = ["git", "-C", str(ROOT)]
 
@@ -51,10 +52,10 @@ def commit_of(*measured: str) -> str:
 def started(
     command: Sequence[str], output: Path, errors: Path, grace: float = 0
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A command as it runs, that finds the package; nothing it started is left afterwards.
+    """Run a command that can import the package; at the end, nothing that it started is left.
 
     Args:
-        grace: seconds to end in that it is given (by SIGTERM) before it is killed.
+        grace: seconds from SIGTERM to SIGKILL.
     """
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -71,13 +72,13 @@ def started(
                 process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(grace)
-            with contextlib.suppress(ProcessLookupError):  # where all have ended
+            with contextlib.suppress(ProcessLookupError):  # all of them have ended
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
 def failed(process: subprocess.Popen[bytes], limit: float) -> str:
-    """How a command failed within so many seconds; empty where it did not."""
+    """Wait at most `limit` seconds; return how a command failed, "" if it did not."""
     try:
         code = process.wait(max(0.0, limit))
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""What docs/results.py trains: networks and recipes, seed by seed, and how a recipe is chosen."""
+"""What docs/results.py trains: networks and recipes, seed by seed; and how recipes are chosen."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,24 +14,24 @@ RECIPES = {
 
 
 def rates(*values: float) -> dict[str, tuple[str, ...]]:
-    """Candidates that differ in their rate."""
+    """Return candidates that differ in their learning rate."""
     return {f"rate {value:g}": (f"schedule.rate={value:g}",) for value in values}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One network and recipe, trained from several seeds.
+    """One network and recipe, trained with several seeds.
 
     Attributes:
-        sources: configs and keys; `last` goes over what was chosen.
-        told: in the table.
-        candidates: recipes to choose from, by name; `brief`: what shortens them.
-        recipe: the variant whose chosen recipe this one has; its own, if left out.
-        by_training: chosen by the epochs to 25 % training error.
-        begins: a row whose network it begins from.
-        speed: images/s that are expected until one is measured.
-        together: rows of a part that run at once, of networks too small to fill a GPU.
-        average: average all seeds too.
+        sources: configs and keys; those in `last` override what was chosen.
+        told: its description in the table.
+        candidates: recipes to choose from, by name; `brief` has the keys that shorten them.
+        recipe: the variant whose chosen recipe this one uses; by default its own.
+        by_training: whether recipes are judged by the epochs to 25 % training error.
+        begins: the row whose network it starts from.
+        speed: expected images/s, until one is measured.
+        together: number of rows of a part that run at once, if networks are too small for a GPU.
+        average: whether to average all seeds as well.
     """
 
     part: str
@@ -51,6 +51,7 @@ class Variant:
 
 
 def _fig1(unit: str, told: str, epochs: int, *values: float) -> Variant:
+    """Return a variant of figure 1."""
     keys = (f"train.epochs={epochs}", "data.eval_split=none", "log.every_steps=39",
             "checkpoint.every_steps=100000")  # fmt: skip
     return Variant(
@@ -60,6 +61,7 @@ def _fig1(unit: str, told: str, epochs: int, *values: float) -> Variant:
 
 
 def _four(name: str, told: str, *keys: str) -> Variant:
+    """Return a variant of the four-layer CIFAR-10 network."""
     return Variant(
         "lrn", name, told, ("results/cifar10-four-layers", *keys),
         candidates=rates(0.003, 0.01, 0.03), brief=("train.epochs=40",), speed=60_000, together=4,
@@ -67,12 +69,14 @@ def _four(name: str, told: str, *keys: str) -> Variant:
 
 
 def _review(name: str, told: str, config: str) -> Variant:
-    # float32 as there, with TF32 in convolutions, which is torch's default and so the notebook's.
+    """Return a variant that repeats another program's recipe."""
+    # float32 as there, with TF32 in convolutions: torch's default, and therefore the notebook's.
     own = "data.path=data/cifar10", "data.eval_split=test", "train.precision=tf32"
     return Variant("review", name, told, (config, *own), speed=6_000)
 
 
 def _ablation(name: str, told: str, *sources: str) -> Variant:
+    """Return a variant that leaves one part of the network out."""
     given = (*sources[:1], "results/tiny-imagenet", *sources[1:])
     short, whose = ("train.epochs=12",), "tiny-imagenet"
     return Variant("ablations", f"ablation-{name}", told, given, last=short, recipe=whose)
@@ -118,10 +122,10 @@ PARTS = tuple(dict.fromkeys(variant.part for variant in VARIANTS))
 
 @dataclass(frozen=True)
 class Row:
-    """One training, or the average of several networks; its name is its run's.
+    """One training run, or the average of several networks; its name is the run's.
 
     Attributes:
-        candidate: of the variant's recipe, which this row is to judge.
+        candidate: the candidate of the variant's recipe that this row judges.
         of: rows whose networks are averaged.
     """
 
@@ -133,8 +137,8 @@ class Row:
 
 
 def planned(parts: Sequence[str], small: bool = False) -> list[Row]:
-    """The rows of parts: seed by seed, so that there is something of each where time is short; what
-    recipes are chosen by before the first."""
+    """Return the rows of some parts: those by which recipes are chosen first, then seed by seed, so
+    that there is something of each part if time runs out."""
     own = [variant for variant in VARIANTS if variant.part in parts]
     recipes = {variant.recipe or variant.name for variant in own}
     rows = [
@@ -153,7 +157,7 @@ def planned(parts: Sequence[str], small: bool = False) -> list[Row]:
 
 
 def chosen(variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...] | None:
-    """The keys of the best candidate of a variant's recipe; None where not all are trained."""
+    """Return the keys of a variant's best candidate; None until all candidates are trained."""
     source = BY_NAME[variant.recipe or variant.name]
     judged = [done.get(f"{source.name}-choose-{n}") for n in range(len(source.candidates))]
     if not judged:
@@ -165,7 +169,7 @@ def chosen(variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> tuple[str
 
 
 def merit(variant: Variant, row: Mapping[str, Any]) -> tuple[float, ...]:
-    """The larger, the better a candidate."""
+    """Return a candidate's merit; larger is better."""
     if "diverged" in row:
         return (-math.inf, -math.inf)
     if variant.by_training:

@@ -1,14 +1,14 @@
-"""The paper on data that anyone can have: trainings, a row each in docs/results.jsonl; and
-docs/results.md's tables.
+"""The paper on data that anyone can have: runs, with a row each in docs/results.jsonl; and the
+tables in docs/results.md.
 
     python docs/results.py [PART ...] [--within SECONDS]    (make results)
     python docs/results.py --document                       (make docs)
 
-A row that is in the ledger is passed over; one that was stopped goes on, one that failed is tried
-again. Rows whose data is not there are left. A recipe with candidates is chosen first: each is
-trained on nine tenths of the training images and scored on the tenth held out; figure 1's rates
-are chosen by training error. Then seed by seed, the last checkpoint is scored on the published
-split, once with one view and once with ten. Runs are in runs/results.
+A row that is in the ledger is skipped; one that was stopped goes on, one that failed is tried
+again. Rows whose data set is not here are left out. A recipe with candidates is chosen first: each
+candidate is trained on nine tenths of the training images and scored on the tenth held out; figure
+1's learning rates are chosen by training error. Then, seed by seed, the last checkpoint is scored
+on the published split, with one view and with ten. Runs are in runs/results.
 """
 
 import argparse
@@ -37,10 +37,10 @@ PICTURES, README = ROOT / "docs/images", ROOT / "README.md"
 FRONT = "<!-- made by make docs from docs/results.jsonl -->\n"
 MEASURED = ("alexnet_dist", "configs", "docs/recipes.py", "docs/results.py")
 BEGIN, END = "<!-- made by make docs from results.jsonl -->\n", "<!-- to here -->\n"
-START_S = 45  # of a row, beside its training: imports, hashes, decoding, kernels, ten views
-GRACE_S = 60  # to save and end in
-CURVE = 8  # evaluations on the way, for the curves alone
-ERRORS = (50, 25, 15)  # %, of figure 1
+START_S = 45  # a row's time besides training: imports, hashes, decoding, kernels, ten views
+GRACE_S = 60  # in which to save and end
+CURVE = 8  # evaluations during a run, only for the curves
+ERRORS = (50, 25, 15)  # %, in figure 1
 HELD_OUT, CHOICE_SEED = 0.1, 100
 SMALL = (
     "train.batch=8", "train.epochs=0.4", "schedule.warmup_epochs=0", "log.every_steps=1",
@@ -48,7 +48,7 @@ SMALL = (
 
 
 def sources(row: Row, done: Mapping[str, Any], bench: "Bench") -> list[str] | None:
-    """What `train` is given for a row; None where another row is to come first."""
+    """Return the arguments of `train` for a row; None if another row must come first."""
     variant = row.variant
     keys = variant.candidates[row.candidate] if row.candidate else chosen(variant, done)
     needed = [*row.of, *([variant.begins] if variant.begins else [])]
@@ -73,14 +73,14 @@ def sources(row: Row, done: Mapping[str, Any], bench: "Bench") -> list[str] | No
 
 
 def trained(row: Row, given: Sequence[str], bench: "Bench") -> dict[str, Any]:
-    """Train a row, or go on with it, and score it; its figures. Ends the program where it is
-    stopped: the same again goes on."""
+    """Train a row, or resume it, score it, and return its figures. Exits if it is stopped; the same
+    call resumes."""
     from alexnet_dist.config.load import load_config
     from alexnet_dist.errors import NotFinite
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
     from alexnet_dist.reporting import figures
     from alexnet_dist.training.loop import train
-    from alexnet_dist.training.metrics import read_metrics
+    from alexnet_dist.training.metrics_file import read_metrics
 
     config = load_config([*given])
     every = config.train.epochs / (1 if row.candidate else CURVE)
@@ -118,14 +118,14 @@ def trained(row: Row, given: Sequence[str], bench: "Bench") -> dict[str, Any]:
 
 
 def _last(folder: Path) -> Path:
-    """A run's last checkpoint: the best one is chosen by what it is scored on."""
+    """Return a run's last checkpoint; the best was chosen on the split that scores it."""
     from alexnet_dist.checkpoint import store
 
     return max(store.steps(folder / "checkpoints"), key=store.step_of)
 
 
 def averaged(row: Row, bench: "Bench") -> dict[str, Any]:
-    """The average of the last networks of other rows."""
+    """Score the average of other rows' last networks."""
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     last = [_last(bench.runs / name) for name in row.of]
@@ -134,12 +134,14 @@ def averaged(row: Row, bench: "Bench") -> dict[str, Any]:
 
 
 def _score(score: Any) -> dict[str, float]:
+    """Return a score in %."""
     return {"top1": round(100 * score.top1, 3), "top5": round(100 * score.top5, 3),
             "samples": score.samples}  # fmt: skip
 
 
 def _curves(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Training error by whole epoch (at most 40 points), errors and colour by evaluation, speed."""
+    """Return training error by epoch (at most 40 points), errors and colour by evaluation,
+    and speed."""
     train = [point for point in points if point["kind"] == "train"]
     by_epoch: dict[int, list[float]] = {}
     for point in train:
@@ -165,10 +167,11 @@ def _curves(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where rows are trained and kept, and how long there is.
+    """Where rows are trained and recorded, and how much time there is.
 
     Attributes:
-        small: of data sets that stand for those of these names: an eighth of the maps, some steps.
+        small: folder of small stand-ins for the data sets; networks then have an eighth of the
+            maps, and runs a few steps.
     """
 
     rows: Path = ROWS
@@ -180,18 +183,18 @@ class Bench:
 
     @classmethod
     def of(cls, small: Path | None, **more: Any) -> "Bench":
-        """For results, or for a look at whether all rows run, in the folder of small data sets."""
+        """Return where results go, or, for a check that all rows run, the folder `small`."""
         if small is None:
             return cls(**more)
         return cls(small / "results.jsonl", small / "runs", small, small=small, **more)
 
     def shown(self, run: str) -> str:
-        """A run's folder as a command has it."""
+        """Return a run's folder as a command line names it."""
         return os.path.relpath(self.runs / run, ROOT)
 
 
 def measure(parts: Sequence[str], bench: Bench) -> bool:
-    """Train and score what is not in the ledger and fits into the time; whether none failed."""
+    """Train and score the missing rows that fit into the time; return whether none failed."""
     end, sound, machine = time.monotonic() + bench.within - GRACE_S, True, _machine()
     left, tried = planned(parts, bench.small is not None), set[str]()
     while True:
@@ -222,17 +225,19 @@ def measure(parts: Sequence[str], bench: Bench) -> bool:
 
 
 def _at_once(variant: Variant) -> int:
-    """How many rows of a variant's part are run together: each wants two cores."""
+    """Return how many rows of a variant's part run together: each uses two cores."""
     from alexnet_dist.parallel.device import cores
 
     return max(1, min(variant.together, cores() // 2))
 
 
 def _done(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the rows that succeeded, by name."""
     return {row["row"]: row for row in rows if "failed" not in row}
 
 
 def _machine() -> str:
+    """Return the name of what trains here."""
     from alexnet_dist.parallel.device import machine
 
     found = machine()
@@ -240,7 +245,7 @@ def _machine() -> str:
 
 
 def _hindered(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
-    """Why a row cannot be trained yet; empty where it can."""
+    """Return why a row cannot be trained yet; "" if it can."""
     given = sources(row, done, bench)
     needed = [*row.of, *([row.variant.begins] if row.variant.begins else [])]
     if given is None:
@@ -253,6 +258,7 @@ def _hindered(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
 
 
 def _config(given: Sequence[str]) -> Any:
+    """Return the config of a row's arguments."""
     return _loaded(tuple(given))
 
 
@@ -264,7 +270,8 @@ def _loaded(given: tuple[str, ...]) -> Any:
 
 
 def _expected(row: Row, rows: Sequence[Mapping[str, Any]], machine: str, bench: Bench) -> float:
-    """Seconds that a row may take: by the speed of the last row of its part on this machine."""
+    """Return the seconds that a row may take, by the speed of its part's last row on this
+    machine."""
     given = sources(row, _done(rows), bench)
     if row.of or given is None:
         return START_S
@@ -277,10 +284,12 @@ def _expected(row: Row, rows: Sequence[Mapping[str, Any]], machine: str, bench: 
 
 
 def _log(row: Row, kind: str, bench: Bench) -> Path:
+    """Return the path of a row's output."""
     return bench.runs / "logs" / f"{row.name}.{kind}"
 
 
 def _started(row: Row, bench: Bench) -> contextlib.AbstractContextManager[Any]:
+    """Start a row in a process of its own."""
     print(f"{row.name}: begins", flush=True)
     _log(row, "out", bench).parent.mkdir(parents=True, exist_ok=True)
     small = ["--small", str(bench.small)] if bench.small else []
@@ -304,7 +313,7 @@ def one_row(name: str, bench: Bench) -> None:
 
 
 def _kept(row: Row, failed: str, done: Mapping[str, Any], machine: str, bench: Bench) -> bool:
-    """Append a row that has ended; False where it failed."""
+    """Record a row that has ended; return False if it failed."""
     if failed.startswith("not done"):
         print(f"{row.name}: stopped; the same command goes on", flush=True)
         return True
@@ -324,7 +333,7 @@ def _kept(row: Row, failed: str, done: Mapping[str, Any], machine: str, bench: B
         return False
     append_row(bench.rows, about | found)
     print(f"{row.name}: {found['seconds']:.0f} s; {_told(found)}", flush=True)
-    if row.variant.average and not row.candidate and not row.of:  # its colour is told
+    if row.variant.average and not row.candidate and not row.of:  # the page shows its kernels
         kernels = bench.runs / row.name / "figures/kernels.png"
         shutil.copy(kernels, bench.pictures / f"results-{row.name}-kernels.png")
     if not _needed_later(row):
@@ -333,12 +342,13 @@ def _kept(row: Row, failed: str, done: Mapping[str, Any], machine: str, bench: B
 
 
 def _needed_later(row: Row) -> bool:
-    """Whether another row wants its network: half a gigabyte a checkpoint."""
+    """Return whether another row needs this one's network; a checkpoint takes half a gigabyte."""
     begun_from = {variant.begins for variant in VARIANTS}
     return (row.variant.average and not row.candidate) or row.name in begun_from
 
 
 def _told(found: Mapping[str, Any]) -> str:
+    """Return a row's figures in words."""
     if "diverged" in found:
         return f"diverged: {found['diverged']}"
     told = [f"{score['top1']:.2f} % with {'one view' if views == '1' else f'{views} views'}"
@@ -350,7 +360,7 @@ def _told(found: Mapping[str, Any]) -> str:
 
 
 def _draw_fig1(bench: Bench) -> None:
-    """Figure 1, of the runs that are here."""
+    """Draw figure 1 from the runs that are here."""
     from alexnet_dist.reporting.figures import draw_fig1
 
     there: dict[str, list[Path]] = {}
@@ -382,12 +392,13 @@ TITLES = {
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A section for each part."""
+    """Return the page's section for each part."""
     done = _done(rows)
     return "\n".join(line for part in PARTS for line in _section(part, [*done.values()]))
 
 
 def _section(part: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a part's section."""
     title, aim = TITLES[part]
     own = [row for row in rows if row["part"] == part]
     yield f"\n### {title}\n\n`make results PARTS={part}`. {aim}\n"
@@ -415,20 +426,23 @@ def _section(part: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _head(*cells: object) -> str:
+    """Return a table's heading."""
     return f"{_line(*cells)}\n{_line(*('---' for _ in cells))}"
 
 
 def _line(*cells: object) -> str:
+    """Return a table's row."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and deviation over seeds."""
+    """Return the mean, and the standard deviation over seeds."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _scores(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of errors."""
     for views in ("1", "10"):
         for top in ("top1", "top5"):
             found = [row["scores"][views][top] for row in rows if views in row.get("scores", {})]
@@ -436,17 +450,20 @@ def _scores(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _epochs(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the table of epochs to some training errors."""
     for error in ERRORS:
         every = [row.get("epochs_to", {}).get(f"{error}") for row in rows]
         yield "never" if None in every else _spread(every, 1)
 
 
 def _where(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say when and on what rows were measured."""
     return "; ".join(dict.fromkeys(f"{row['machine']}, {row['commit']}, {row['date']}"
                                    for row in rows))  # fmt: skip
 
 
 def _choices(part: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what was chosen among the candidates."""
     for variant in (variant for variant in VARIANTS if variant.part == part):
         found = [row for row in rows if row["candidate"] and row["variant"] == variant.name]
         if not found:
@@ -464,7 +481,7 @@ def _choices(part: str, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _colours(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Colour of conv1's kernels by column, of the networks whose kernels are kept."""
+    """Yield the colour of each column's conv1 kernels, for networks whose kernels are shown."""
     found = [row for row in rows if row.get("colour") and BY_NAME[row["variant"]].average]
     if found:
         yield "\nColour, a share of the energy of each column's first kernels (of noise 2/3):\n"
@@ -476,6 +493,7 @@ def _colours(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def _commands(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the commands of the rows."""
     first = {row["variant"]: row for row in reversed(rows) if row["command"].split()[1] == "train"}
     if first:
         yield "\n```bash"
@@ -485,7 +503,7 @@ def _commands(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def front(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table: of each data set that was trained on, the paper's network."""
+    """Return the README's table: the paper's network on each data set."""
     lines = [_head("the paper's network, right with ten views, on", "%", "n", "where")]
     for variant in (variant for variant in VARIANTS if variant.name == variant.part):
         found = [row for row in _done(rows).values() if row["variant"] == variant.name
@@ -504,17 +522,17 @@ def front(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page with its tables as the rows have them."""
+    """Return the page with its tables made from the rows."""
     return between(page, BEGIN, END, tables(rows))
 
 
 def introduced(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README with its table as the rows have it."""
+    """Return the README with its table made from the rows."""
     return between(page, FRONT, END, front(rows))
 
 
 def main() -> int:
-    """As the module says."""
+    """Train, or write the page; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -538,7 +556,7 @@ def main() -> int:
     if options.row:
         one_row(options.row, Bench.of(small))
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which also ends what was started
     try:
         commit = options.commit or commit_of(*MEASURED)
     except (OSError, subprocess.CalledProcessError):

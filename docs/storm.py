@@ -1,14 +1,14 @@
-"""A storm, hours long: kills of everything at any moment, and changed bytes for every reader.
+"""A storm of hours: kills of everything at any moment, and changed bytes for every reader.
 
     python docs/storm.py [--within SECONDS] [--only WHAT] [--number N]    (make drill DRILLS=full)
     python docs/storm.py --document                                       (make docs)
 
-Each trial has a number, from which all of its draws come. It goes on where docs/drills.jsonl says
-that it was, until each kind of trial has had its 1,000 inputs, or all layouts together their 1,000
-kills; what went wrong last time is tried first. A row a few minutes: kind, numbers, how they ended.
-Changed bytes are read by a fork of this process, whose memory and time are measured. Ends with 1
-where a trial was not as it should be: an input that is refused with more than one line, or not
-within its bounds; a process that is left; a run that ends otherwise than one nothing happened to.
+Each trial has a number, which seeds all its random choices. It continues where docs/drills.jsonl
+left off, until each reader has had its 1,000 inputs, and all layouts together their 1,000 kills;
+trials that went wrong last time come first. A row every few minutes records kind, numbers, and how
+trials ended. Changed bytes are read in a fork of this process, whose memory and time are measured.
+Exits with 1 if a trial was not as it should be: an input refused with more than one line, or beyond
+its bounds; a process left behind; a run that ends differently from an undisturbed one.
 """
 
 import argparse
@@ -66,18 +66,18 @@ from launch.status import status
 ROOT = Path(__file__).parent.parent
 made = SimpleNamespace(**runpy.run_path(str(ROOT / "tests/made.py")))
 sys.path.append(str(ROOT / "tests"))
-forks = importlib.import_module("forks")  # under its own name, by which its processes know it
+forks = importlib.import_module("forks")  # by the name that its processes import it by
 ROWS, PAGE = ROOT / "docs/drills.jsonl", ROOT / "docs/reliability.md"
 BEGIN, END = "<!-- made by make docs from drills.jsonl -->\n", "<!-- to here -->\n"
-KILLS, INPUTS = 1000, 1000  # in all; of each reader
-# One input may take what the program promises of an image or header, and what its process is.
-LONGEST_S, LARGEST_MB = 30, 1500  # of processor time, of memory
-PATIENCE = 4  # times as long by the clock: others may be at work here
+KILLS, INPUTS = 1000, 1000  # kills in all; inputs of each reader
+# One input may take what the program promises for an image or header, and what a process takes.
+LONGEST_S, LARGEST_MB = 30, 1500  # processor time, memory
+PATIENCE = 4  # wall-clock time is bounded by this multiple: others may use the machine
 
 
 @dataclass
 class Tally:
-    """What the trials of a row came to."""
+    """The outcomes of a row's trials."""
 
     numbers: list[int] = field(default_factory=list)
     ended: Counter[str] = field(default_factory=Counter)
@@ -85,7 +85,7 @@ class Tally:
     most: dict[str, float] = field(default_factory=dict)
 
     def add(self, number: int, ended: str, why: str = "", **most: float) -> None:
-        """A trial, and what is to be known of the largest."""
+        """Add a trial's outcome; of each figure in `most` the largest is kept."""
         self.numbers.append(number)
         self.ended[ended] += 1
         if why:
@@ -99,10 +99,10 @@ class Tally:
 
 
 def mutated(sound: bytes, dice: random.Random) -> bytes:
-    """Bytes that are not as they were: flipped, overwritten, lost, repeated, moved, cut off."""
+    """Return changed bytes: some flipped, overwritten, lost, repeated, moved or cut off."""
     found = bytearray(sound)
     for _ in range(dice.choice((1, 1, 1, 2, 4, 16))):
-        # Headers, which say most, lie at the ends.
+        # Headers, which matter most, are at the ends.
         at = dice.choice((dice.randrange, lambda n: min(n - 1, int(dice.expovariate(0.02)))))(
             max(1, len(found))
         )
@@ -132,11 +132,11 @@ def mutated(sound: bytes, dice: random.Random) -> bytes:
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads files that may hold anything.
+    """A reader of files that may hold anything.
 
     Attributes:
-        files: one of which is changed in place, and put right again.
-        read: raises AlexNetDistError or RefusedImage, or has looked at what it made of them.
+        files: files of which one at a time is changed in place, and then restored.
+        read: raises AlexNetDistError or RefusedImage, or has checked what it read.
     """
 
     files: Sequence[Path]
@@ -144,7 +144,7 @@ class Reader:
 
 
 def readers(ground: Ground) -> dict[str, Reader]:
-    """Each with sound files of its own, below the ground's folder."""
+    """Return all readers, each with intact files of its own below the ground's folder."""
     root, whole = ground.root, ground.folder("whole-one")
     last = checkpoints.steps(whole / "checkpoints")[-1]
     forgeries = root / "forged" / last.name
@@ -154,7 +154,7 @@ def readers(ground: Ground) -> dict[str, Reader]:
     made.cifar10(root / "cifar10", 2, 2)
     images = list(_images(root / "images"))
     weights = _weights(root / "weights")
-    archives.read_synsets = functools.cache(read_synsets)  # else a process for each
+    archives.read_synsets = functools.cache(read_synsets)  # or each trial would start a process
     imagenet = _prepares("imagenet", root / "imagenet")
     return {
         "checkpoint": Reader(_files(last), _verifies),
@@ -177,12 +177,13 @@ def readers(ground: Ground) -> dict[str, Reader]:
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:
+    """Return the files that match patterns."""
     found = [path for one in patterns or ("**/*",) for path in sorted(folder.glob(one))]
     return [path for path in found if path.is_file()]
 
 
 def _images(folder: Path) -> Iterator[Path]:
-    """One of each kind that is read, and of what is odd about them."""
+    """Yield an image of each kind that is read, and of each oddity."""
     folder.mkdir()
     picture = made.photograph(1)
     for name, kind, mode, how in (
@@ -198,7 +199,7 @@ def _images(folder: Path) -> Iterator[Path]:
 
 
 def _weights(folder: Path) -> Path:
-    """A small network's, in every format that is imported."""
+    """Export a small network's weights in every format that can be imported."""
     config = load_config(RUN)
     named = AlexNet(config.model, seed=3).named_parameters()
     tensors = {name: value.detach().contiguous() for name, value in named}
@@ -212,13 +213,14 @@ def _weights(folder: Path) -> Path:
 
 
 def _verifies(path: Path, dice: random.Random) -> None:
+    """Check that a changed checkpoint is not taken for an intact one."""
     checkpoints.verify(path.parent)
-    if path.name != "manifest.json":  # whose hash is of what it says, not of its blanks
+    if path.name != "manifest.json":  # its hash covers its content, not its whitespace
         raise AssertionError("bytes that are not as they were written were taken for good")
 
 
 def _answers(path: Path, dice: random.Random) -> None:
-    """With hashes that fit, it is another network's weights, or an error."""
+    """Check that a checkpoint whose hashes fit is another network's weights, or an error."""
     manifest = json.loads((path.parent / "manifest.json").read_bytes())
     data = path.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
@@ -232,12 +234,12 @@ def _answers(path: Path, dice: random.Random) -> None:
     check_values(found.parameters(), states)
     try:
         Progress.of(found.progress)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # one line, of the loop
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # one line in the loop
         raise CheckpointError(f"{error!r}") from error
 
 
 def _whole(folder: Path) -> None:
-    """Every sample of a packed data set that opens is one that was packed, or stands in for it."""
+    """Check that every sample of a packed data set is one that was packed, or a stand-in."""
     dataset = open_dataset(folder)
     for split in dataset.splits.values():
         _, encoded = split.read_whole(np.arange(len(split)))
@@ -247,6 +249,8 @@ def _whole(folder: Path) -> None:
 
 
 def _prepares(kind: str, source: Path) -> Callable[[Path, random.Random], object]:
+    """Return a reader that prepares a source."""
+
     def read(path: Path, dice: random.Random) -> None:
         with tempfile.TemporaryDirectory(dir=source.parent) as aside:
             prepare(kind, source, Path(aside) / "out", Options(workers=1, max_bad=1.0))
@@ -256,6 +260,8 @@ def _prepares(kind: str, source: Path) -> Callable[[Path, random.Random], object
 
 
 def _imports(kind: str) -> Callable[[Path, random.Random], object]:
+    """Return a reader that imports weights."""
+
     def read(path: Path, dice: random.Random) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as aside:
             checkpoints.verify(import_weights(kind, path, Path(aside) / "out", RUN))
@@ -264,6 +270,7 @@ def _imports(kind: str) -> Callable[[Path, random.Random], object]:
 
 
 def _converts(path: Path, dice: random.Random) -> None:
+    """Convert an image as `prepare` does."""
     image = convert(path.read_bytes(), keep=dice.random() < 0.5).image
     assert image.dtype == torch.uint8
     assert image.shape[0] in (1, 3)
@@ -271,7 +278,7 @@ def _converts(path: Path, dice: random.Random) -> None:
 
 
 def _reports(path: Path, dice: random.Random) -> None:
-    """`report`, `status` and `train` on a run folder: one error does not keep the others away."""
+    """Run `report`, `status` and `train` on a run folder: an error in one must not hide others."""
     run, errors = path.parent, []
     for read in (
         lambda: report([run], run / "report.html"), lambda: status(run, None),
@@ -286,7 +293,7 @@ def _reports(path: Path, dice: random.Random) -> None:
 
 
 def inputs(reader: Reader, name: str, numbers: Iterator[int], until: float) -> Tally:
-    """Changed bytes, one file after another, until a moment."""
+    """Read changed bytes, of one file after another, until a moment."""
     tally = Tally()
     for number in numbers:
         dice = random.Random(f"{name} {number}")
@@ -305,7 +312,7 @@ def inputs(reader: Reader, name: str, numbers: Iterator[int], until: float) -> T
 
 
 def tried(read: Callable[[], object]) -> dict[str, Any]:
-    """How a fork of this process ends that reads: `Tally.add`'s arguments."""
+    """Read in a fork of this process; return how it ended, as arguments of `Tally.add`."""
     ours, its = os.pipe()
     begin, child = time.monotonic(), os.fork()
     if not child:
@@ -335,7 +342,7 @@ def tried(read: Callable[[], object]) -> dict[str, Any]:
 
 
 def _read_in_child(read: Callable[[], object], to: int) -> None:
-    """Of a fork: it says how reading ended, why that is wrong if it is, and the MB it took."""
+    """Read in the fork, and report how it ended, why that is wrong if it is, and the MB it took."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
@@ -346,7 +353,7 @@ def _read_in_child(read: Callable[[], object], to: int) -> None:
         ended, why = "refused", "" if str(error).count("\n") == 0 else f"several lines: {error}"
     except BaseException:
         ended, why = "traceback", " ".join(traceback.format_exc().split())[-300:]
-    # A process that it started counts as large as this one was, until it is another program.
+    # A child counts with this process's size until it executes another program.
     peaks = (
         resource.getrusage(who).ru_maxrss
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -360,25 +367,25 @@ def _read_in_child(read: Callable[[], object], to: int) -> None:
 
 
 class Forked(Started):
-    """A run of which each process begins with everything imported: seconds of a core less each."""
+    """A run whose processes are forked with everything imported, which saves each seconds."""
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self.process = forks.command(arguments, prints=(Path(os.devnull), Path(os.devnull)))
 
     def end(self) -> tuple[int, str]:
-        """Its exit code, and nothing of what it said."""
+        """Wait for the run to end; return its exit code, and no output."""
         return self.process.wait(timeout=120), ""
 
 
 def kills(ground: Ground, layout: str, numbers: Iterator[int], until: float) -> Tally:
-    """SIGKILL of a rank, the launcher or all, in a run that is killed until a moment, then ends."""
+    """SIGKILL a rank, the launcher or all, again and again until a moment; then let the run end."""
     tally, name = Tally(), f"killed-{layout}-{time.monotonic_ns()}"
     row = Row("kill", layout)
     ground.whole(layout)
     for number in numbers:
         dice = random.Random(f"kill {layout} {number}")
         moment = dice.choice(("starting", "step", "step", "evaluating", "saving"))
-        # A start is to be killed in its imports too.
+        # Starts are killed during their imports too.
         begins = Started if moment == "starting" else Forked
         run, saved = begins(ground.arguments(layout, name)), ground.saved(name)
         step = saved + dice.randint(1, 7)
@@ -386,7 +393,7 @@ def kills(ground: Ground, layout: str, numbers: Iterator[int], until: float) -> 
             step = (saved // 15 + 1) * 15
         reach(run, ground.folder(name), moment.replace("evaluating", "step"), step, dice)
         processes = run.all() if run.process.poll() is None else []
-        if not processes:  # it reached its end
+        if not processes:  # it reached its last step
             run.end()
             name += "x"
             continue
@@ -408,7 +415,7 @@ def kills(ground: Ground, layout: str, numbers: Iterator[int], until: float) -> 
 
 
 def kills_of_prepare(ground: Ground, numbers: Iterator[int], until: float) -> Tally:
-    """SIGKILL of `prepare` and what it started, or of it alone; the same command then ends it."""
+    """SIGKILL `prepare` with or without what it started; the same command then finishes it."""
     tally, identical = Tally(), True
     for number in numbers:
         dice, out = random.Random(f"kill prepare {number}"), ground.root / f"prepared-{number}"
@@ -436,10 +443,12 @@ def kills_of_prepare(ground: Ground, numbers: Iterator[int], until: float) -> Ta
 
 
 def _hashes(folder: Path) -> dict[str, str]:
+    """Return the hashes of a folder's files."""
     return {str(path.relative_to(folder)): sha256(path) for path in _files(folder)}
 
 
 def _finished(tally: Tally, identical: bool) -> Tally:
+    """Add whether the final state was identical to a tally."""
     if not identical and tally.numbers:
         tally.failed.setdefault(tally.numbers[-1], "the run did not end as one left alone")
         print(f"{tally.numbers}: the run did not end as one that nothing happened to", flush=True)
@@ -450,7 +459,7 @@ def _finished(tally: Tally, identical: bool) -> Tally:
 
 
 def numbers_left(rows: Sequence[Mapping[str, Any]], what: str) -> Iterator[int]:
-    """Numbers of a kind's next trials: those that last went wrong, then new ones."""
+    """Yield the numbers of a kind's next trials: those that went wrong last time, then new ones."""
     of = [row for row in rows if row["what"] == what]
     yield from sorted(wrong(of))
     new = max((n for row in of for n in _spread(row["numbers"])), default=-1) + 1
@@ -460,7 +469,7 @@ def numbers_left(rows: Sequence[Mapping[str, Any]], what: str) -> Iterator[int]:
 
 
 def wrong(rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
-    """Of rows of one kind, the trials that were not as they should be when they were last tried."""
+    """Return the trials of one kind that were wrong when they were last tried, with the reasons."""
     found: dict[int, str] = {}
     for row in rows:
         for number in _spread(row["numbers"]):
@@ -470,17 +479,18 @@ def wrong(rows: Sequence[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def _left(rows: Sequence[Mapping[str, Any]], target: int) -> int:
-    """How many trials of one kind are to come, those that were wrong again."""
+    """Return how many trials of one kind are left, those that were wrong included."""
     return max(0, target - sum(sum(row["ended"].values()) for row in rows)) + len(wrong(rows))
 
 
 def _spread(numbers: Sequence[Sequence[int]]) -> Iterator[int]:
+    """Yield the numbers in a list of ranges."""
     for first, last in numbers:
         yield from range(first, last + 1)
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:
-    """Numbers as [first, last] of those that follow each other."""
+    """Return numbers as a list of ranges, [first, last]."""
     found: list[list[int]] = []
     for number in numbers:
         if found and found[-1][1] == number - 1:
@@ -491,7 +501,7 @@ def _runs(numbers: Sequence[int]) -> list[list[int]]:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What all sessions came to."""
+    """Return the tables of all sessions' outcomes."""
     if not rows:
         return "No storm has been yet.\n"
     kinds = dict.fromkeys(row["what"] for row in rows)
@@ -541,12 +551,12 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page with its tables as the rows have them."""
+    """Return the page with its tables made from the rows."""
     return between(page, BEGIN, END, tables(rows))
 
 
 def about() -> dict[str, Any]:
-    """What a row says of the code and the machine."""
+    """Return what a row says of the code and the machine."""
     git = ["git", "-C", str(ROOT), "log", "-1", "--abbrev=9", "--format=%h"]
     commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
     name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -556,7 +566,7 @@ def about() -> dict[str, Any]:
 
 
 def storm(ground: Ground, options: argparse.Namespace, until: float) -> bool:
-    """Slices of each kind in turn, that which has had least first; whether all was as it should."""
+    """Run slices of each kind, the least tried first; return whether all was as it should be."""
     only, number, path = options.only, options.number, options.rows
     ground.whole("one")
     known = readers(ground)
@@ -597,7 +607,7 @@ def storm(ground: Ground, options: argparse.Namespace, until: float) -> bool:
 
 
 def main() -> int:
-    """As the module says."""
+    """Run the storm, or write the page; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -611,10 +621,10 @@ def main() -> int:
     if options.document:
         PAGE.write_text(documented(PAGE.read_text(), read_rows(ROWS)))
         return 0
-    torch.set_num_threads(1)  # a fork of a process whose threads wait for each other would hang
+    torch.set_num_threads(1)  # threads that wait for each other would hang in a fork
     until = time.monotonic() + options.within
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-storm-") as scratch:
-        ground = Ground(Path(scratch), "layout.timeout_s=15")  # others may be at work here
+        ground = Ground(Path(scratch), "layout.timeout_s=15")  # others may use the machine
         sound = storm(ground, options, until)
     return 0 if sound else 1
 

@@ -1,4 +1,4 @@
-"""Runs as Slurm jobs: submitted, resumed through whatever Slurm does, watched.
+"""Runs as Slurm jobs: submitted, resumed whatever Slurm does to them, watched.
 
-Beside the package, which knows nothing of it.
+It uses the package, which does not know of it.
 """

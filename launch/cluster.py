@@ -1,4 +1,4 @@
-"""What a job asks Slurm for: `cluster=FILE` and `cluster.KEY=VALUE`."""
+"""The resources that a job asks Slurm for: `cluster=FILE` and `cluster.KEY=VALUE`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from alexnet_dist.config.load import bounded_yaml, configs_folder, flatten, one_
 from alexnet_dist.config.schema import Key
 from alexnet_dist.errors import ConfigError
 
-# Of Slurm's refusals, what the words of one are about.
+# Words in a refusal by Slurm, and the keys that it is about.
 _ABOUT = {
     "partition": "partition", "account": "account", "time limit": "time_min",
     "memory": "memory_gb", "qos": "sbatch={qos: …}", "feature": "sbatch={constraint: …}",
@@ -23,10 +23,10 @@ _ABOUT = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Not of the run, but of its job: what `python -m launch.submit` and `launch.ensemble` ask
-    Slurm for. `cluster=FILE` names a YAML file of these keys, written there without `cluster.`, or
-    one in configs/cluster; `cluster.KEY=VALUE` wins over it. `signal_s` is shorter than
-    `time_min`."""
+    """The resources of a run's job, which are not part of its config: what `python -m
+    launch.submit` and `launch.ensemble` ask Slurm for. `cluster=FILE` names a YAML file of these
+    keys, written without `cluster.`, or one in configs/cluster; `cluster.KEY=VALUE` overrides it.
+    `signal_s` is shorter than `time_min`."""
 
     nodes: Annotated[int, Key("nodes of the job", ge=1)] = 1
     tasks_per_node: Annotated[
@@ -55,9 +55,10 @@ class Cluster:
 
 
 def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
-    """The cluster that `cluster=` and `cluster.KEY=` name, and the arguments of the run.
+    """Split arguments into the cluster that `cluster=` and `cluster.KEY=` describe, and those of
+    the run.
 
-    Raises ConfigError on what is wrong with the former.
+    Raises ConfigError if one of the former is wrong.
     """
     values: dict[str, Any] = {}
     rest = []
@@ -80,11 +81,13 @@ def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
 
 
 def _checked(layer: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the keys of a mapping without `cluster.`, checked as a config's keys are."""
     found = flatten(layer, source, Cluster, "cluster.")
     return {dotted.removeprefix("cluster."): value for dotted, value in found}
 
 
 def _find(name: str) -> Path:
+    """Return the path of a cluster file, given as a path or as the name of a shipped one."""
     folder = configs_folder() / "cluster"
     candidates = (Path(name).expanduser(), folder / f"{name}.yaml")
     path = next((path for path in candidates if path.is_file()), None)
@@ -95,6 +98,7 @@ def _find(name: str) -> Path:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Return a cluster file's content; raises ConfigError if it is no mapping."""
     try:
         found = yaml.safe_load(bounded_yaml(path))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
@@ -107,6 +111,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def keys_of_refusal(words: str) -> str:
-    """The keys that Slurm's words about a job are about; empty where that is not known."""
+    """Return the keys that a refusal by Slurm is about; empty if they are not known."""
     found = next((keys for about, keys in _ABOUT.items() if about in words.lower()), "")
     return ", ".join(f"cluster.{key}" for key in found.split(", ") if found)

@@ -1,4 +1,4 @@
-"""Runs that differ in some keys: `python -m launch.ensemble --help`."""
+"""Train runs that differ in some keys, and average them: `python -m launch.ensemble --help`."""
 
 import argparse
 import itertools
@@ -17,15 +17,26 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError, RunFolderError
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.stop_signals import EXITS
+from alexnet_dist.training.metrics_file import read_metrics, telling
 from launch.cluster import Cluster, split
 from launch.job import TrainJob, guarded, slurm
 from launch.status import laid_out, queued, status
-from launch.submit import WORDS, add_where, checked, executor, run_here, script, train_command
+from launch.submit import (
+    WORDS,
+    add_where,
+    checked,
+    executor,
+    run_here,
+    script,
+    swept_if_refused,
+    train_command,
+)
 
 _AT_ONCE = 256
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.ensemble",
         description="Train one run for each value of a key, or for each combination of several, as "
@@ -52,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def values_of(over: str) -> tuple[str, list[str]]:
-    """The key and the values of an --over; raises ConfigError."""
+    """Return the key and the values of an --over option; raises ConfigError."""
     key, _, text = over.partition("=")
     if found := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
         values = [str(value) for value in range(int(found[1]), int(found[2]) + 1)]
@@ -65,7 +76,7 @@ def values_of(over: str) -> tuple[str, list[str]]:
 
 @dataclass(frozen=True)
 class Member:
-    """A run among several: its values by key, its arguments, its config."""
+    """One run of the ensemble: its values by key, its arguments, its config."""
 
     keys: Mapping[str, str]
     arguments: list[str]
@@ -73,11 +84,12 @@ class Member:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has reached its last step."""
         return read_run(self.config.folder).get("state") == "finished"
 
 
 def members_of(run: Sequence[str], over: Sequence[str], cluster: Cluster | None) -> list[Member]:
-    """A member for every combination of values, each checked; raises ConfigError."""
+    """Return a member for each combination of values, each checked; raises ConfigError."""
     axes = dict(found := [values_of(text) for text in over])
     if len(axes) < len(found):
         raise ConfigError(f"--over: {', '.join(key for key, _ in found)}: each key once")
@@ -96,6 +108,7 @@ def members_of(run: Sequence[str], over: Sequence[str], cluster: Cluster | None)
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Start what is unfinished, print how the members stand, and score them when all are done."""
     options = parser().parse_args(arguments)
     if options.local and (options.parallel or options.wait):
         raise ConfigError("--local: trains one run after another: leave out --parallel and --wait")
@@ -122,7 +135,8 @@ def _start(
     options: argparse.Namespace, cluster: Cluster, run: Sequence[str], members: list[Member],
     left: list[Member],
 ) -> int:  # fmt: skip
-    """Start what is left, or say how; the code to leave with at once, else 0."""
+    """Start the members in `left`, or print how they would be started; return the exit code if the
+    program must end now, else 0."""
     base = load_config(run)
     name = "-".join([base.name, "over", *members[0].keys])
     folder = Path(base.output_dir) / name / "launch"
@@ -142,9 +156,10 @@ def _start(
                 print("stopped; the same command goes on", file=sys.stderr)
                 return code
     elif not waiting(name):
-        made = executor(cluster, name, folder, parallel)
-        with made.batch():
-            jobs = [made.submit(TrainJob(member.arguments)) for member in left]
+        with swept_if_refused(folder):
+            made = executor(cluster, name, folder, parallel)
+            with made.batch():
+                jobs = [made.submit(TrainJob(member.arguments)) for member in left]
         job = jobs[0].job_id.partition("_")[0]
         print(f"job {job}: {len(left)} of {len(members)} runs, {parallel} at a time; in {folder}")
         print(f"stop: scancel {job}    (they save first)", flush=True)
@@ -155,11 +170,12 @@ def _start(
 
 
 def _words(member: Member) -> str:
+    """Return a member's folder and its values, as printed."""
     return f"{member.config.folder}, {' '.join(f'{k}={v}' for k, v in member.keys.items())}"
 
 
 def table(members: Sequence[Member]) -> str:
-    """How members stand, and the lowest and the last top-1 error of each."""
+    """Return a table of the members' states with their lowest and their last top-1 error."""
     queue = queued()
     keys = [key.rpartition(".")[2] for key in members[0].keys]
     lines: list[tuple[str, ...]] = [("run", *keys, "state", "step", "best top-1 error", "last")]
@@ -175,14 +191,14 @@ def table(members: Sequence[Member]) -> str:
 
 
 def _errors(folder: Path) -> tuple[str, str]:
-    from alexnet_dist.training.metrics import read_metrics
-
+    """Return a run's lowest and its last top-1 error, as text."""
     errors = [1 - point["top1"] for point in read_metrics(folder) if point["kind"] == "eval"]
     return (f"{min(errors):.2%}", f"{errors[-1]:.2%}") if errors else ("-", "-")
 
 
 def waiting(name: str) -> bool:
-    """Whether jobs of this name are in the queue; raises RunFolderError where it is not told."""
+    """Return whether jobs of this name are in the queue; raises RunFolderError if Slurm does not
+    answer."""
     for _ in range(10):
         told = slurm("squeue", "--me", "--noheader", f"--name={name}")
         if told is not None or shutil.which("squeue") is None:
@@ -192,17 +208,19 @@ def waiting(name: str) -> bool:
 
 
 def score(configs: Sequence[Config], of: int) -> int:
-    """Print the score of the average of these runs; 0 where they are all there should be."""
+    """Print the score of these runs' average; return 0 if they are all `of` members."""
     if not configs:
         raise ConfigError("launch.ensemble: no run has finished yet")
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     try:
         found = evaluate_checkpoints([config.folder for config in configs]).score
-    except ConfigError as error:  # runs over data.path, or views
+    except ConfigError as error:  # the members differ in data.path, or in views
         print(f"no average: {error}")
     else:
-        said = f"top-1 error {1 - found.top1:.2%}, top-5 error {1 - found.top5:.2%}"
+        errors = {"top1": 1 - found.top1, "top5": 1 - found.top5}
+        names = telling(configs[0].model.classes).items()
+        said = ", ".join(f"{name} error {errors[top]:.2%}" for top, name in names)
         print(f"the average of {len(configs)} of {of}: {said}")
     return 0 if len(configs) == of else 1
 

@@ -1,8 +1,8 @@
-"""A run as a Slurm job: what is looked at before its ranks start, and what follows when they end.
+"""A run as a Slurm job: what is checked before its ranks start, and what follows when they end.
 
-`python -m launch.job --help`: `before` runs in the batch script before srun, `after` when it ends.
-`run.json` decides, not the exit code: srun gives the highest of its tasks', or that of a task it
-ended itself. See docs/slurm.md for the table.
+`python -m launch.job --help`: the batch script runs `before` ahead of srun, and `after` when srun
+has ended. `run.json` decides, not srun's exit code, which is the highest of all tasks' or that of a
+task that srun itself ended. docs/slurm.md has the table.
 """
 
 import argparse
@@ -26,13 +26,13 @@ from alexnet_dist.files import read_run
 from alexnet_dist.parallel import environment, layouts
 from launch.cluster import keys_of_refusal
 
-PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and pickles are code
+PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and loading a pickle runs code
 
 
 class TrainJob:
-    """What Submitit pickles, by reference: the arguments of one run.
+    """The callable that Submitit pickles, by reference: the arguments of one run.
 
-    A rank that stops leaves without a result, which Submitit would take for the job's; what
+    A rank that is stopped exits without a result: Submitit would take it for the job's. What
     follows is decided in the batch script, once for all ranks.
     """
 
@@ -42,7 +42,7 @@ class TrainJob:
     def __call__(self) -> int:
         os.umask(PRIVATE)
         forget_results(JobEnvironment().paths)
-        from alexnet_dist.cli.main import main  # its handlers take the place of Submitit's
+        from alexnet_dist.cli.main import main  # its signal handlers replace Submitit's
 
         code = main(["train", *self.arguments])
         if code:
@@ -50,14 +50,14 @@ class TrainJob:
         return code
 
     def checkpoint(self) -> DelayedSubmission:
-        """For a signal that comes before the run's own handlers: nothing is there to save."""
+        """Resubmit the job after a signal before the run's own handlers: nothing is lost."""
         return DelayedSubmission(self)
 
 
 def forget_results(paths: JobPaths) -> None:
-    """Remove what an earlier start of this rank left: a result, or half of one.
+    """Remove a result that an earlier start of this rank left, complete or not.
 
-    Submitit refuses to write where a half is, and would read an old result as the job's.
+    Submitit refuses to write beside an incomplete one, and would take an old one for the job's.
     """
     for file in (paths.result_pickle, paths.submitted_pickle):
         file.with_suffix(file.suffix + ".save_tmp").unlink(missing_ok=True)
@@ -65,7 +65,7 @@ def forget_results(paths: JobPaths) -> None:
 
 
 def check_private(folder: Path) -> None:
-    """Raises RunFolderError where others may write in a folder: its pickles would be their code."""
+    """Raise RunFolderError if others may write in a folder whose pickles will be loaded."""
     about = folder.stat()
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise RunFolderError(
@@ -75,7 +75,7 @@ def check_private(folder: Path) -> None:
 
 
 def before(arguments: Sequence[str]) -> Config:
-    """The config of a job that is about to start its ranks; raises what they would all raise."""
+    """Check a job that is about to start its ranks; raises what all of them would raise."""
     config = load_config(arguments)
     tasks = environment.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
     if sum(tasks) != int(os.environ.get("SLURM_NTASKS", sum(tasks))):
@@ -86,10 +86,10 @@ def before(arguments: Sequence[str]) -> Config:
 
 
 def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
-    """Raises ConfigError where a config's ranks cannot lie on nodes with so many tasks each."""
+    """Raise ConfigError if a config's ranks do not fit on nodes with these numbers of tasks."""
     ranks = sum(tasks)
     if ranks == 1:
-        return  # a task alone starts its own ranks
+        return  # a single task starts the run's ranks itself
     environment.check_even(tasks)
     layouts.check(config, ranks)
     columns = layouts.columns_of(config)
@@ -102,16 +102,21 @@ def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
 
 
 def after(code: int, config: Config) -> int:
-    """What follows when the ranks have left: the job is requeued, or ends with this code."""
-    if code == 0:  # every rank reached the end; by now another job may have the folder
+    """Decide what follows when the ranks have left: requeue the job, or return its exit code.
+
+    Args:
+        code: srun's exit code.
+    """
+    if code == 0:  # every rank reached the end; another job may hold the folder by now
         return code
     run = read_run(config.folder)
     if (run.get("job"), run.get("restart")) != environment.job():
         if code == 2:
-            return code  # a mistake, and the ranks have said which
+            return code  # the config was refused, and the ranks have said why
         from alexnet_dist.training.run_folder import RunFolder
 
-        folder = RunFolder(config)  # raises where another job has it, or this began in vain before
+        # Raises if another job holds the folder, or if too many starts have failed before.
+        folder = RunFolder(config)
         folder.take()
         folder.report("failed", exit=1, reason=f"its ranks left with {code} before it began")
         run = read_run(config.folder)
@@ -123,11 +128,11 @@ def after(code: int, config: Config) -> int:
 
 
 def verdict(run: Mapping[str, object], job: str) -> tuple[bool, str]:
-    """Whether a job should start again, and why.
+    """Return whether a job should start again, and why.
 
     Args:
-        run: run.json, written by this start of this job.
-        job: Slurm's state of the job; PREEMPTED from when Slurm wants it away.
+        run: content of run.json, written by this start of this job.
+        job: Slurm's state of the job; PREEMPTED once Slurm has asked it to leave.
     """
     state, exit_code, step = run["state"], run.get("exit"), run.get("step")
     if job == "CANCELLED":
@@ -148,16 +153,17 @@ def verdict(run: Mapping[str, object], job: str) -> tuple[bool, str]:
 
 
 def own_name() -> str:
-    """This job as Slurm's commands take it.
+    """Return this job's name for Slurm's commands.
 
-    The last element of an array has the array's own number, which would mean all of it.
+    For an element of an array that is ARRAY_TASK: the number alone, of the last element, is that of
+    the whole array.
     """
     array, task = (os.environ.get(f"SLURM_ARRAY_{what}_ID") for what in ("JOB", "TASK"))
     return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def job_state() -> str:
-    """Slurm's word for this job: RUNNING, CANCELLED, …, or PREEMPTED if it is about to be."""
+    """Return Slurm's state of this job (RUNNING, CANCELLED, …); PREEMPTED if it is about to be."""
     told = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
     if re.search(r"\bPreemptTime=\d", told):
         return "PREEMPTED"
@@ -166,12 +172,12 @@ def job_state() -> str:
 
 
 def requeue() -> None:
-    """Put this job, or this element of an array, back in the queue; raises RunFolderError."""
+    """Put this job, or this element of an array, back into the queue; raises RunFolderError."""
     command = ["scontrol", "requeue", own_name()]
     try:
         asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
         refused = (asked.stderr or asked.stdout).strip() if asked.returncode else ""
-    except OSError as error:  # in a container, whose host's it is
+    except OSError as error:  # in a container, scontrol is the host's
         refused = str(error)
     if refused:
         raise RunFolderError(
@@ -182,7 +188,7 @@ def requeue() -> None:
 
 
 def slurm(*command: str) -> str | None:
-    """What a command of Slurm prints; None where it fails or is not installed."""
+    """Return the output of a Slurm command; None if it fails or is not installed."""
     try:
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -191,7 +197,7 @@ def slurm(*command: str) -> str | None:
 
 
 def submitted(folder: Path) -> TrainJob:
-    """The job that Submitit pickled for this batch script."""
+    """Return the callable that Submitit pickled for this job."""
     check_private(folder)
     function = DelayedSubmission.load(JobPaths(folder, own_name()).submitted_pickle).function
     assert isinstance(function, TrainJob)
@@ -199,6 +205,7 @@ def submitted(folder: Path) -> TrainJob:
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.job",
         description="What a batch script runs before the ranks of a run start, and when they have "
@@ -230,7 +237,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def guarded(main: Callable[[Sequence[str]], int]) -> int:
-    """Run a program of this package: an error that has a name is one line."""
+    """Run a program of this package; an error of a known kind is printed in one line."""
     return with_usable(lambda: _guarded(main))
 
 
@@ -240,7 +247,7 @@ def _guarded(main: Callable[[Sequence[str]], int]) -> int:
     except KeyboardInterrupt:
         print("launch: interrupted; jobs go on", file=sys.stderr)
         return 130
-    except FailedJobError as error:  # sbatch's own words
+    except FailedJobError as error:  # its text is sbatch's
         keys = keys_of_refusal(str(error))
         about = f" (see {keys}, and `python -m launch.submit --dry-run`)" if keys else ""
         words = printable(str(error)).strip()
@@ -257,6 +264,6 @@ def _guarded(main: Callable[[Sequence[str]], int]) -> int:
 
 
 if __name__ == "__main__":
-    from launch import job  # noqa: PLW0406 (pickles know TrainJob as launch.job's)
+    from launch import job  # noqa: PLW0406 (pickles name TrainJob as launch.job's, not __main__'s)
 
     sys.exit(job.guarded(job.main))

@@ -1,6 +1,6 @@
-"""How runs stand: `python -m launch.status --help`.
+"""Print how runs stand: `python -m launch.status --help`.
 
-Read from run.json and, where Slurm is, its queue; no accounting is needed.
+Read from run.json and, if there is a Slurm, from its queue; no accounting is needed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from launch.job import guarded, slurm
 
 
 class NoRun(RunFolderError):
-    """A path is not that of a run folder."""
+    """A path is not a run folder."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(f"{path}: no run.json here: name run folders, as in runs/demo")
@@ -29,20 +29,20 @@ COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")
 
 
 def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
-    """How a run stands.
+    """Return how a run stands.
 
     | key | |
     |---|---|
-    | state | as in run.json; killed where its process is gone, queued where its job waits |
-    | step, last_step | the newest checkpoint's, and the last of the run |
-    | eta_s | seconds of training left, at the pace of what was kept so far; null if unknown |
-    | goodput | seconds whose steps a checkpoint holds, of all since the first start |
+    | state | as in run.json; "killed" if its process is gone, "queued" if its job waits |
+    | step, last_step | step of the newest checkpoint, last step of the run |
+    | eta_s | seconds of training left, at the average pace so far; null if unknown |
+    | goodput | share of the time since the first start whose steps a checkpoint holds |
 
     Args:
-        queue: Slurm's state of each of its jobs that is not over; None where no Slurm answers.
+        queue: Slurm's state of every queued or running job; None if no Slurm answers.
 
     Raises:
-        NoRun: it is no run folder.
+        NoRun: the folder is not a run folder.
     """
     run = read_run(folder)
     if not run:
@@ -70,27 +70,30 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         "last_step": last,
         "eta_s": eta_s,
         "restarts": int(run.get("restarts", max(0, int(run.get("attempt", 1)) - 1))),
-        # At most all of it: a clock may have been set back.
+        # At most 1, even if a clock was set back.
         "goodput": kept_s / max(until - run.get("first_started", until) - rested_s, kept_s, 1e-9),
         "why": run.get("reason", "").partition("\n")[0],
     }
 
 
 def _lives(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
+    """Return whether the process of a run that has not ended still exists, as far as can be
+    told."""
     if run.get("job") and queue is not None:
         return run["job"] in queue
     if run.get("host") != socket.gethostname():
-        return True  # as far as can be seen from here
+        return True  # it cannot be seen from this host
     return Path(f"/proc/{run.get('pid')}").exists()
 
 
 def queued() -> dict[str, str] | None:
-    """Slurm's state of each of this user's jobs that is not over; None where no Slurm answers."""
+    """Return Slurm's state of each of this user's jobs in the queue; None if no Slurm answers."""
     told = slurm("squeue", "--me", "--noheader", "--format=%A %T")
     return None if told is None else dict(line.split() for line in told.splitlines())
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.status",
         description="How runs stand, by run.json and, where Slurm is, its queue.",
@@ -104,6 +107,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Print a table or JSON of the runs; return 1 if one of them cannot be read."""
     options = parser().parse_args(arguments)
     queue, rows, others, wrong = queued(), [], [], 0
     for folder in options.run_folder:
@@ -126,11 +130,14 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _said(error: RunFolderError) -> int:
+    """Print an error, and return 1."""
     print(f"launch: {printable(str(error))}", file=sys.stderr)
     return 1
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the rows as a text table."""
+
     def line(row: Mapping[str, Any]) -> tuple[str, ...]:
         eta = "?" if row["eta_s"] is None else _clock(row["eta_s"])
         job, why = row["job"] or "-", row["why"][:80]
@@ -142,7 +149,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def laid_out(lines: Sequence[Sequence[str]]) -> str:
-    """Cells in columns; none of them steers a terminal."""
+    """Return aligned columns; control characters are escaped."""
     lines = [[printable(cell).replace("\n", " ") for cell in cells] for cells in lines]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     return "\n".join(
@@ -152,6 +159,7 @@ def laid_out(lines: Sequence[Sequence[str]]) -> str:
 
 
 def _clock(seconds: float) -> str:
+    """Format seconds as h:mm:ss."""
     minutes, s = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
 

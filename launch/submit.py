@@ -1,17 +1,21 @@
-"""Submit a run to Slurm through Submitit: `python -m launch.submit --help`."""
+"""Submit a run to Slurm through Submitit, or train it here: `python -m launch.submit --help`."""
 
 import argparse
 import os
+import re
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import CalledProcessError
 from types import FrameType
 from typing import Any
 
 import submitit
+from submitit.core.utils import FailedJobError
 from submitit.slurm.slurm import _make_sbatch_string
 
 from alexnet_dist.cli.parser import Parser
@@ -23,11 +27,14 @@ from alexnet_dist.parallel.stop_signals import FLAGS, handlers_restored
 from launch.cluster import Cluster, split
 from launch.job import PRIVATE, TrainJob, check_placement, check_private, guarded
 
-_NEVER = 1_000_000  # timeouts before Submitit gives up: the run counts its own vain starts
+_NEVER = 1_000_000  # time-outs before Submitit gives up: the run limits its own idle restarts
+# What Submitit writes before it knows the number of the job, which then takes the place of the hex.
+_NOT_YET_A_JOB = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
 WORDS = "as for `alexnet-dist train`, and cluster=FILE, cluster.KEY=VALUE (docs/configuration.md)"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.submit",
         description="Submit a run to Slurm, or train it on this machine in the same words.",
@@ -43,13 +50,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_where(to: argparse.ArgumentParser) -> None:
-    """Options that say where runs go."""
+    """Add the options that say where runs go."""
     to.add_argument("--local", action="store_true", help="train here and now, without Slurm")
     to.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
 
 
 def checked(arguments: Sequence[str], cluster: Cluster | None) -> Config:
-    """The config of a run; raises what its ranks would, on a cluster or (None) here."""
+    """Load and check a run's config; raises what its ranks would, on a cluster or (None) here."""
     config = load_config(arguments)
     if cluster is not None:
         try:
@@ -64,10 +71,10 @@ def checked(arguments: Sequence[str], cluster: Cluster | None) -> Config:
 
 
 def asked(cluster: Cluster, name: str, folder: Path, parallel: int) -> dict[str, Any]:
-    """What a job asks of Submitit.
+    """Return the parameters of a job for Submitit's executor.
 
     Args:
-        parallel: elements of an array that may run at once.
+        parallel: elements of a job array that may run at once.
     """
     words = {key: getattr(cluster, key) for key in ("partition", "account", "comment")}
     after = [sys.executable, "-m", "launch.job", "after"]
@@ -84,13 +91,13 @@ def asked(cluster: Cluster, name: str, folder: Path, parallel: int) -> dict[str,
         "stderr_to_stdout": True,
         "additional_parameters": {"requeue": True, **cluster.sbatch},
         "setup": list(cluster.setup) or None,
-        # srun no longer takes the job's cores a task by itself (Slurm 22.05).
+        # Since Slurm 22.05 srun no longer inherits the job's cores per task.
         "srun_args": [
             "--kill-on-bad-exit=1",
             "--wait=120",
             f"--cpus-per-task={cluster.cpus_per_task}",
         ],
-        # Submitit's own requeueing knows neither a dead rank nor an array's last element.
+        # Submitit's own requeueing handles neither a dead rank nor the last element of an array.
         "teardown": [
             f"exec {shlex.join(after)} $? --submitted {shlex.quote(str(folder.absolute()))}"
         ],
@@ -98,7 +105,7 @@ def asked(cluster: Cluster, name: str, folder: Path, parallel: int) -> dict[str,
 
 
 def script(cluster: Cluster, name: str, folder: Path, parallel: int, jobs: int) -> str:
-    """The batch script that so many jobs would be submitted by, as Submitit makes it."""
+    """Return the batch script with which `jobs` jobs would be submitted, as Submitit makes it."""
     folder = folder.absolute()
     command = shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(folder)])
     count = jobs if jobs > 1 else None
@@ -107,7 +114,8 @@ def script(cluster: Cluster, name: str, folder: Path, parallel: int, jobs: int) 
 
 
 def executor(cluster: Cluster, name: str, folder: Path, parallel: int) -> submitit.SlurmExecutor:
-    """Submitit's, that keeps its pickles and logs in a folder none but its owner can open.
+    """Return Submitit's executor; its pickles and logs are in a folder that only its owner can
+    open.
 
     Raises:
         ConfigError: there is no Slurm here.
@@ -124,11 +132,35 @@ def executor(cluster: Cluster, name: str, folder: Path, parallel: int) -> submit
     return made
 
 
+@contextmanager
+def swept_if_refused(folder: Path) -> Iterator[None]:
+    """Remove what a submission leaves in `folder` (RUN/launch) if Slurm refuses it, and those of
+    the folders up to output_dir that it created.
+
+    Nothing is removed after another failure, as of reading sbatch's answer: a job may be queued.
+    """
+    created = [path for path in (folder, *folder.parents[:2]) if not path.exists()]
+    before = {*folder.glob("*")}
+    try:
+        yield
+    except (ConfigError, FailedJobError) as error:
+        if isinstance(error, ConfigError) or isinstance(error.__cause__, CalledProcessError):
+            for left in {*folder.glob("*")} - before:
+                if _NOT_YET_A_JOB.fullmatch(left.name):
+                    left.unlink()
+            with suppress(OSError):  # something else is in it
+                for path in created:
+                    path.rmdir()
+        raise
+
+
 def train_command(run: Sequence[str]) -> list[str]:
+    """Return the command that trains a run in this Python."""
     return [sys.executable, "-m", "alexnet_dist", "train", *run]
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Submit a run, train it here, or print its batch script."""
     options = parser().parse_args(arguments)
     cluster, run = split(options.config)
     config = checked(run, None if options.local else cluster)
@@ -139,7 +171,8 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.local:
         return run_here(run)
-    job = executor(cluster, config.name, folder, parallel=1).submit(TrainJob(run))
+    with swept_if_refused(folder):
+        job = executor(cluster, config.name, folder, parallel=1).submit(TrainJob(run))
     again = shlex.join(["python", "-m", "launch.submit", *arguments])
     print(
         f"job {job.job_id}, run folder {config.folder}\n"
@@ -152,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def run_here(run: Sequence[str]) -> int:
-    """Train on this machine, to be seen as it goes; its exit code. Signals are passed on."""
+    """Train on this machine with output on the terminal; pass signals on; return the exit code."""
     training = subprocess.Popen(train_command(run), start_new_session=True)
 
     def pass_on(number: int, frame: FrameType | None) -> None:

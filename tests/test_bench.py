@@ -15,10 +15,11 @@ from conftest import TINY, alexnet_dist, assert_close
 
 from alexnet_dist import bench
 from alexnet_dist.bench import decoders, end_to_end, step
-from alexnet_dist.bench.data import index_cost
+from alexnet_dist.bench.index import index_cost
+from alexnet_dist.bench.kernel_times import grouped, kernel_lines
 from alexnet_dist.bench.layouts import OnRank, bench_layouts
-from alexnet_dist.bench.step import Eager, graphed, grouped, kernel_lines, plain
 from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.bench.trainers import Eager, graphed, plain
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
@@ -214,7 +215,7 @@ def test_a_gpus_ratios_are_of_what_they_name(
             pass
 
     monkeypatch.setattr(step, "_made", Took)
-    monkeypatch.setattr(step, "_device", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(step, "device_of", lambda config: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     config = load_config([*TINY, "layout.kind=one"])
     found = step.bench_step(config, 2, [128, 1024])

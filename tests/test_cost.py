@@ -13,8 +13,9 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.planning import machines, scaling
-from alexnet_dist.planning.cost_model import Measured, decoding, fit, predict, transfer_s
+from alexnet_dist.planning.cost_model import decoding, predict, transfer_s
 from alexnet_dist.planning.dry_run import plan, plan_on
+from alexnet_dist.planning.fitting import Measured, fit, read_bench
 from alexnet_dist.planning.forecast import assumed, forecast, plot, recommended, schedule
 from alexnet_dist.planning.machines import MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import STEPS, Step, correction, read_steps
@@ -216,7 +217,7 @@ def measured(cpu: str, tmp_path_factory: pytest.TempPathFactory) -> list[Measure
             continue
         path = tmp_path_factory.mktemp("bench") / "layouts.json"
         path.write_text(json.dumps(one))
-        found += scaling.read_bench(path)
+        found += read_bench(path)
     return found
 
 
@@ -516,7 +517,7 @@ def test_what_cannot_be_foretold_is_one_line() -> None:
     with pytest.raises(ConfigError, match="2 ranks on 1 × H100"):
         forecast(planned, config, Cluster.of("h100"))
     with pytest.raises(ConfigError, match=r"--fit .*: not what `bench layouts --json` prints"):
-        scaling.read_bench(Path(__file__))
+        read_bench(Path(__file__))
     with pytest.raises(ConfigError, match=r"--machine .*: not a machine that plan --fit wrote"):
         machines.read_machine(Path(__file__))
 

@@ -20,8 +20,8 @@ from alexnet_dist.data import inspect
 from alexnet_dist.network import kernels
 from alexnet_dist.parallel import device, spawn
 from alexnet_dist.parallel.stop_signals import handlers_restored
-from alexnet_dist.reporting import doctor
-from alexnet_dist.reporting.doctor import Finding
+from alexnet_dist.reporting import doctor, machine
+from alexnet_dist.reporting.machine import Finding
 
 Usage = namedtuple("Usage", "total used free")
 Patch = pytest.MonkeyPatch
@@ -56,7 +56,7 @@ def test_what_is_amiss_is_a_line_with_a_remedy_and_the_exit_code(
     tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(spawn, "call", lambda *_: [0.002, 0.001])
-    monkeypatch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(machine.torch.cuda, "device_count", lambda: 0)
     gone = f"data.path={tmp_path / 'gone'}"
     with handlers_restored():
         assert main(["doctor", gone, "layout.device=cuda"]) == 1
@@ -80,8 +80,8 @@ def no_locks(patch: Patch, tmp_path: Path) -> None:
 
 def driver_that_torch_cannot_use(patch: Patch, tmp_path: Path) -> None:
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82\n")
-    patch.setattr(doctor, "DRIVER", tmp_path / "version")
-    patch.setattr(doctor.torch.cuda, "device_count", lambda: 0)
+    patch.setattr(machine, "DRIVER", tmp_path / "version")
+    patch.setattr(machine.torch.cuda, "device_count", lambda: 0)
 
 
 def wrong_sums(patch: Patch, tmp_path: Path) -> None:
@@ -102,16 +102,16 @@ def old_package(patch: Patch, tmp_path: Path) -> None:
 
 def half_a_core(patch: Patch, tmp_path: Path) -> None:
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    patch.setattr(doctor, "CGROUP", tmp_path)
+    patch.setattr(machine, "CGROUP", tmp_path)
 
 
 def no_bf16(patch: Patch, tmp_path: Path) -> None:
-    patch.setattr(doctor, "cpu_flags", lambda: {"avx2"})
-    patch.setattr(doctor, "gpus", lambda config: 0)
+    patch.setattr(machine, "cpu_flags", lambda: {"avx2"})
+    patch.setattr(machine, "gpus", lambda config: 0)
 
 
 def one_gpu(patch: Patch, tmp_path: Path) -> None:
-    for module in (doctor, device):
+    for module in (doctor, machine, device):
         patch.setattr(module, "gpus", lambda config: 1)
 
 
@@ -150,15 +150,15 @@ def test_what_is_amiss_is_named(
 def test_what_builds_a_gpus_kernels_is_named(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)
-    found = doctor.compiler()
+    found = machine.compiler()
     assert not found.broken  # by torch's operators a run is slower, and the same
     assert "no C compiler" in found.found
     assert "gcc python3-dev" in found.remedy
     monkeypatch.setenv("CC", "gcc-12")
     monkeypatch.setattr(kernels.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
-    assert "Python.h" in doctor.compiler().found
+    assert "Python.h" in machine.compiler().found
     (tmp_path / "Python.h").touch()
-    assert doctor.compiler() == Finding("kernels", "built by Triton with gcc-12")
+    assert machine.compiler() == Finding("kernels", "built by Triton with gcc-12")
 
 
 def test_what_a_run_does_not_use_need_not_work(
@@ -168,7 +168,7 @@ def test_what_a_run_does_not_use_need_not_work(
     assert not examined("data.pipeline=torch")["dali"].broken
     assert examined("data.pipeline=dali")["dali"].broken
     assert "set train.precision=fp32" in examined("train.precision=tf32")["precision"].remedy
-    for module in (doctor, device):
+    for module in (doctor, machine, device):
         monkeypatch.setattr(module, "gpus", lambda config: 4)
     found = examined("layout.kind=columns_x_replicas", "layout.device=auto")["layout"].found
     assert found.startswith("columns_x_replicas: 4 process(es) on a GPU each, over NCCL")

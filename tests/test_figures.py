@@ -9,15 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import alexnet_dist
+from conftest import alexnet_dist, as_overrides
+from made import image_folder
 
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.plotting import chroma, confusion_picture, distinct
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.report import PUBLISHED, report
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 
 def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:
@@ -88,6 +90,12 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     out = tmp_path / "report.html"
     said = report([*folders, hostile, damaged, several, out], out)
     assert said.endswith("5 runs; 1 hold no evaluated run")
+    mine = tmp_path / "mine.html"
+    mine.write_text("<title>Report</title> of my own")
+    result = alexnet_dist("report", str(folders[0]), "--out", str(mine))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "mine.html: there is such a file, and it is no report" in result.stderr
+    assert mine.read_text() == "<title>Report</title> of my own"
     result = alexnet_dist("report", *map(str, folders), str(tmp_path / "typo"))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "typo: there is no such run folder" in result.stderr
@@ -98,13 +106,13 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert "n = 2: " in page
     assert "50.00 [" in page
     assert page.index("<h2>tiny-fig1-relu</h2>") < page.index("<h2>Published</h2>")
-    mine = page[page.index("<h2>tiny-alexnet-2012-0</h2>") :].partition("<h2>")[2]
-    mine = mine.partition("<h2>")[0]
-    assert "shipped config nearest to it is" in mine
-    assert "<td>model.fc</td><td>[36, 28]</td>" in mine
-    assert "Classes: best and last, test, 10 views" in mine
-    assert mine.count('alt="confusion"') == 1
-    assert re.search(r"<td>Ankle boot</td><td>\d+\.\d</td><td>\d+ of \d+</td>", mine)
+    first = page[page.index("<h2>tiny-alexnet-2012-0</h2>") :].partition("<h2>")[2]
+    first = first.partition("<h2>")[0]
+    assert "shipped config nearest to it is" in first
+    assert "<td>model.fc</td><td>[36, 28]</td>" in first
+    assert "Classes: best and last, test, 10 views" in first
+    assert first.count('alt="confusion"') == 1
+    assert re.search(r"<td>Ankle boot</td><td>\d+\.\d</td><td>\d+ of \d+</td>", first)
     assert f"evaluate {folders[1]} --views 10" in page  # its classes are not known
     assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
     error = 100 * (1 - json.loads(scored.stdout)["top1"])
@@ -168,10 +176,39 @@ def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_pa
     found = json.loads(result.stdout)
     assert found["differ"] == {"seed": [0, 7], "model.dropout": [0.5, 0.25]}
     assert [len(scores) for scores in found["scores"]] == [1, 2]
+    mine = str(tmp_path / "mine.png")
+    Path(mine).write_bytes(out.read_bytes().replace(b"alexnet-dist", b"an own image"))
     for arguments, said in (
+        ([*folders, "--out", mine], f"{mine}: there is such a file, and it is no comparison"),
         (folders[:1], "name another run folder"),
         ([folders[0], "demo"], "compare demo: not a run folder in "),
     ):
         result = alexnet_dist("compare", *arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1)
         assert said in result.stderr
+
+
+def test_top_5_is_not_shown_of_five_classes_or_fewer(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    prepare("folder", image_folder(tmp_path / "three", 8, 4), tmp_path / "packed", Options())
+    config = tiny(
+        "layout.kind=one", "train.epochs=1", "log.every_steps=1", "model.classes=3",
+        f"data.path={tmp_path / 'packed'}", "data.eval_split=val",
+    )  # fmt: skip
+    folder, page = str(config.folder), tmp_path / "report.html"
+    said = ""
+    for command in (
+        ["train", *as_overrides(config)], ["evaluate", folder],
+        ["compare", folder, folder, "--out", str(tmp_path / "both.png")],
+        ["report", folder, "--out", str(page)],
+    ):  # fmt: skip
+        result = alexnet_dist(*command)
+        assert result.returncode == 0, result.stderr
+        said += result.stdout + result.stderr
+    assert said.count("top-1 ") == 3 + 2 + 2 + 1  # steps; evaluation, end; score, error; a heading
+    assert "top-5" not in said
+    runs, published = page.read_text().split("<h2>Published</h2>")
+    assert "top-5" not in runs
+    assert "top-5" in published
+    assert all("top5" in point for point in read_metrics(config.folder) if point["kind"] != "speed")

@@ -27,7 +27,7 @@ from alexnet_dist.engines.make import make_engine
 from alexnet_dist.network import philox
 from alexnet_dist.network.lrn import local_response_norm
 from alexnet_dist.parallel.topology import Topology, connect
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 __all__ = ["start"]  # a fixture
 

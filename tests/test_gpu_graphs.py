@@ -22,7 +22,7 @@ from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.parallel.topology import connect
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 pytestmark = [
     *shared.marks,

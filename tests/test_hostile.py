@@ -45,8 +45,8 @@ from alexnet_dist.files import within_memory
 from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
+from alexnet_dist.training.logs import configure_logging, log
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics import configure_logging, log
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

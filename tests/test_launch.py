@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, as_overrides, on_ranks
-from submitit.core.utils import FailedJobError, JobPaths
+from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
 from alexnet_dist.cli import main
 from alexnet_dist.config.load import configs_folder
@@ -464,6 +464,40 @@ def test_what_slurm_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert refused(KeyboardInterrupt())[0] == 130
     code, said = refused(PermissionError(13, "Permission denied", "/runs"))
     assert (code, said.count("\n")) == (1, 1)
+
+
+def test_a_refused_submission_leaves_nothing_behind(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.touch(0o755)
+    sbatch.write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
+    for name in ("srun", "squeue"):
+        (tmp_path / "bin" / name).touch(0o755)
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    before = {*tmp_path.rglob("*")}
+    one = [*run, "name=one"]
+    old = os.umask(0o022)
+    try:
+        for program, arguments in ((submit, one), (ensemble, [*one, "--over", "seed=0..1"])):
+            with pytest.raises(FailedJobError, match="invalid partition"):
+                program.main(arguments)
+            assert {*tmp_path.rglob("*")} == before
+        kept = tmp_path / "runs" / "one" / "launch" / "7_submitted.pkl"  # of a job that waits
+        kept.parent.mkdir(parents=True)
+        kept.touch()
+        before = {*tmp_path.rglob("*")}
+        with pytest.raises(FailedJobError, match="invalid partition"):
+            submit.main(one)
+        assert {*tmp_path.rglob("*")} == before
+        sbatch.write_text("#!/bin/sh\necho submitted, but in words that Submitit does not know\n")
+        with pytest.raises(FailedSubmissionError):
+            submit.main(one)
+        assert len({*tmp_path.rglob("*")} - before) == 2, "a job may be there to read them"
+    finally:
+        os.umask(old)
 
 
 def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from alexnet_dist.data.dataset import Dataset, open_for
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.training import loggers, loop, tensorboard
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 SHORT = ["layout.kind=one", "train.precision=fp32", "checkpoint.every_steps=4", "name=logged",
          "log.every_steps=2", "schedule.kind=steps", "train.epochs=1"]  # fmt: skip

@@ -24,9 +24,10 @@ from alexnet_dist.cli import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, NotFinite, RunFolderError
 from alexnet_dist.formats.convert import export_weights, import_weights
+from alexnet_dist.reporting import page as pages
 from alexnet_dist.reporting.report import report
-from alexnet_dist.training import metrics
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training import metrics, metrics_file
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder, read_run
 from alexnet_dist.training.state import Progress
 from launch import status
@@ -102,7 +103,7 @@ def test_outputs_that_are_not_finite_are_no_score(
 
 def test_metrics_are_json_whatever_was_measured(tmp_path: Path) -> None:
     point = {"kind": "speed", "step": 3, "images_per_s": float("inf"), "time": {"own": [1.0, NAN]}}
-    line = metrics._line(point)
+    line = metrics_file.line(point)
     strict = json.loads(line, parse_constant=pytest.fail)
     assert strict == point | {"images_per_s": None, "time": {"own": [1.0, None]}}
     (tmp_path / "metrics.jsonl").write_bytes(line)
@@ -247,7 +248,8 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(
     arguments: list[str], name: str, made: Callable[..., Path], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    (tmp_path / name).write_text("as it was")
+    before = f"{pages.BEGINNING}as it was"
+    (tmp_path / name).write_text(before)
     places = {"RUN": str(made()), "OUT": str(tmp_path / name)}
     from alexnet_dist.reporting import figures
 
@@ -258,7 +260,7 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(
     assert code == 1
     assert "Traceback" not in err
     assert "ulimit -f unlimited" in err
-    assert (tmp_path / name).read_text() == "as it was"
+    assert (tmp_path / name).read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]
 
 

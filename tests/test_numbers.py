@@ -23,7 +23,7 @@ from alexnet_dist.parallel import replicas
 from alexnet_dist.parallel.replicas import check_replicas
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import read_run
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
 OLD = Path(__file__).parent / "before_the_move"
 

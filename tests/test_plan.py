@@ -29,9 +29,9 @@ from alexnet_dist.network.model import final_side, map_sides
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.parallel.traffic import Traffic
-from alexnet_dist.planning import dry_run
-from alexnet_dist.planning.dry_run import lines, needed, plan
-from alexnet_dist.planning.plan import Misfit
+from alexnet_dist.planning import fake
+from alexnet_dist.planning.dry_run import needed, plan
+from alexnet_dist.planning.plan import Misfit, lines
 
 SIZES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -312,11 +312,11 @@ def kept_for_backward(configs: list[list[str]]) -> tuple[list[list[tuple[str, in
 
 def planned_at_kernels(config: Config) -> list[tuple[str, int]]:
     """What `plan` finds after each kernel, of shapes alone."""
-    with dry_run._pretended(1), FakeTensorMode(allow_non_fake_inputs=True):
-        topology = dry_run._topology(config, 1)
-        engine = dry_run._PlannedEngine(config, topology, drawn=False)
+    with fake.pretended(1), FakeTensorMode(allow_non_fake_inputs=True):
+        topology = fake.fake_topology(config, 1)
+        engine = fake.PlannedEngine(config, topology, drawn=False)
         engine.fuse(narrows=True)
-        part, counts = dry_run._decoded(config, topology)
+        part, counts = fake.fake_decoded(config, topology)
         return stepped(engine, part.joined(counts, None))
 
 

@@ -28,7 +28,7 @@ from alexnet_dist.parallel.stop_signals import StopSignals, handlers_restored
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import read_run
 
 KINDS = ("torch", "resident")

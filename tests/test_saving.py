@@ -32,7 +32,8 @@ from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
 from alexnet_dist.timing import TIMELINE
-from alexnet_dist.training.metrics import Telemetry, read_metrics
+from alexnet_dist.training.metrics import Telemetry
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder, read_run
 
 

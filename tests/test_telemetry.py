@@ -28,7 +28,7 @@ from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"

@@ -1,26 +1,54 @@
-"""How fast it is, against references timed in the same run: medians of passes taken in turn.
+"""`bench`: how fast parts of the program are, against references timed in the same run.
 
-A lone time says as much of the machine as of the program; only the ratios are claims. Every part
-gives {"ratios", "ceilings", "machine", "unit", "runs"}, and what else it found.
+References and ours take turns, and medians of the passes are compared: a single time says as much
+about the machine as about the program, so only the ratios are claims. Every part returns a `Found`.
 """
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from alexnet_dist.parallel import device
 
-Pass = Callable[[], float]  # what is measured, in the part's unit, of one pass
+
+class Found(TypedDict, total=False):
+    """What a part measured: the keys of its JSON.
+
+    Attributes:
+        ratios: the claims, each by what is divided by what.
+        ceilings: figures that bound or explain them.
+        machine: what it ran on.
+        unit: of `runs`.
+        runs: of each repeat, every pass's figure by name.
+        recipe: the config's keys, where `plan --fit` reads them.
+        losses: nats a sample, where equal work has equal losses.
+        differences: grey levels between the pipelines' pixels.
+        unseen: what the figures do not tell.
+    """
+
+    ratios: Required[dict[str, float]]
+    ceilings: Required[dict[str, float]]
+    machine: Required[dict[str, Any]]
+    unit: Required[str]
+    runs: Required[list[dict[str, float]]]
+    recipe: dict[str, Any]
+    losses: dict[str, float]
+    differences: dict[str, float]
+    unseen: str
+
+
+Pass = Callable[[], float]  # runs one pass, and returns what it measured in the part's unit
 
 
 def in_turn(passes: dict[str, Pass], repeats: int) -> list[dict[str, float]]:
-    """Every pass `repeats` times, one after another, so that a slow minute is everyone's."""
+    """Run every pass `repeats` times in turn, so that a slow minute affects all of them."""
     for run in passes.values():
-        run()  # warm: caches, workers, imports
+        run()  # warm-up: caches, workers, imports
     return [{name: run() for name, run in passes.items()} for _ in range(repeats)]
 
 
 def machine(workers: int) -> dict[str, Any]:
+    """Return what the machine is, with the number of workers."""
     return {**device.machine(), "workers": workers}
 
 
@@ -29,12 +57,12 @@ def median(values: Iterable[float]) -> float:
 
 
 def ratio(runs: Iterable[Mapping[str, float]], a: str, b: str) -> float:
-    """The median over passes of what one gave, divided by what another did."""
+    """Return the median over the repeats of one pass's figure divided by another's."""
     return median(run[a] / run[b] for run in runs)
 
 
-def table(found: dict[str, Any]) -> str:
-    """What `bench` found, for a reader."""
+def table(found: Found) -> str:
+    """Return what a part measured as a text table."""
     names = found["runs"][0].keys()
     heading = f"{found['unit']}, median of {len(found['runs'])}"
     lines = [f"{heading:44}{'least':>10}{'most':>10}"]

@@ -1,12 +1,11 @@
-"""What a save costs the loop: steps with one checkpoint begun among them, beside steps without."""
+"""`bench checkpoint`: the time that a save costs the training loop."""
 
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from alexnet_dist.bench import machine, median
+from alexnet_dist.bench import Found, machine, median
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.writer import Saver
@@ -16,23 +15,24 @@ from alexnet_dist.engines.base import Engine, on_host
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.parallel.topology import connect
 
-_STEPS = 5  # without a save, and at least so many with one
-_BETWEEN = 100  # steps from save to save that the ratio is quoted for
+_STEPS = 5  # steps without a save, and the least number with one
+_BETWEEN = 100  # the ratio is given for one save in so many steps
 
 
-def bench_checkpoint(config: Config, repeats: int) -> dict[str, Any]:
-    """Steps on made images, on one process, saving to a temporary folder.
+def bench_checkpoint(config: Config, repeats: int) -> Found:
+    """Time steps on synthetic images in one process, with and without a save to a temporary
+    folder.
 
     Returns:
-        ratios: time lost to a save ÷ time of 100 steps (median of pairs); ceilings; machine; and
-        every pass's seconds.
+        ratios: time lost to a save divided by the time of 100 steps (median of pairs); ceilings:
+        a checkpoint's size; and every pass's seconds.
     """
     topology = connect(config)
     engine, batch = make_engine(config, topology), made_batch(config, topology.device)
     runs = []
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
         folder = Path(scratch)
-        for pair in range(repeats + 1):  # the first warms caches and memory
+        for pair in range(repeats + 1):  # the first is warm-up
             plain = [_step(engine, batch) for _ in range(_STEPS)]
             run = {"step": statistics.median(plain)} | _saving(config, engine, batch, folder, pair)
             run["lost to a save"] = run.pop("steps with it") - run.pop("steps") * run["step"]
@@ -52,7 +52,7 @@ def bench_checkpoint(config: Config, repeats: int) -> dict[str, Any]:
 def _saving(
     config: Config, engine: Engine, batch: Batch, folder: Path, number: int
 ) -> dict[str, float]:
-    """Begin a save, and step until it is on the disk."""
+    """Start a save, make steps until it is on the disk, and return the times."""
     saver, written = Saver(lambda: True), []
     begin = time.perf_counter()
     parameters, optimizer = engine.whole_tensors()
@@ -74,6 +74,7 @@ def _saving(
 
 
 def _step(engine: Engine, batch: Batch) -> float:
+    """Make one step, and return its seconds."""
     begin = time.perf_counter()
     on_host(engine.train_step(batch, 0, 1e-4))()
     return time.perf_counter() - begin

@@ -1,5 +1,6 @@
-"""Contestants: each lives in a process of its own, with the memory and threads it would have by
-itself, and works when it is its turn; so what one sets (an allocator, say) is not another's.
+"""Contestants: what is timed, each in a process of its own, with the memory and threads that it
+would have alone, and working only when it is its turn. What one of them sets (an allocator, say)
+does not affect the others.
 """
 
 import importlib
@@ -19,24 +20,25 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 
-# A training step, say; what it gives is kept beside its seconds, and may be under way on a GPU.
+# One piece of work, such as a training step; its result is kept beside its seconds. A result on a
+# GPU may still be being computed.
 Work = Callable[[], float | Tensor]
 
 
 class Contestant:
-    """A pass of a benchmark: seconds of one piece of work.
+    """A pass that runs some work in another process, and returns the seconds of one piece of it.
 
     Args:
-        module: of alexnet_dist.bench; its `contestant(name, config)` makes the Work.
-        pieces: of work in a pass.
-        plain: with the environment that a user of plain PyTorch has.
+        module: module of alexnet_dist.bench whose `contestant(name, config)` makes the work.
+        pieces: pieces of work in a pass.
+        plain: whether to run in the environment of a user of plain PyTorch.
     """
 
     def __init__(
         self, module: str, name: str, config: Config, pieces: int = 2, plain: bool = False
     ) -> None:
         self.name, self.pieces, self.given = name, pieces, list[float]()
-        self.peak = 0  # bytes of a GPU's memory
+        self.peak = 0  # bytes of GPU memory allocated at the peak
         code = (
             f"from alexnet_dist.bench import contestants as c; c.serve{module, name, flat(config)}"
         )
@@ -49,7 +51,7 @@ class Contestant:
         )  # fmt: skip
 
     def __call__(self) -> float:
-        """Seconds a piece of work."""
+        """Run a pass, and return the seconds of a piece of work."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(self.pieces, file=self._process.stdin, flush=True)
@@ -61,18 +63,20 @@ class Contestant:
         return float(seconds)
 
     def memory(self) -> int:
-        """Bytes resident now."""
+        """Return the process's resident memory in bytes."""
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def close(self) -> None:
+        """End the process."""
         self._process.kill()
         self._process.communicate()
 
 
 def serve(module: str, name: str, config: dict[str, Any]) -> None:
-    """A contestant's process: a line in, so much work, its seconds and what the first gave out."""
+    """Run in a contestant's process: for each line with a number of pieces, do the work, and answer
+    with its seconds, the first piece's result, and the peak of GPU memory."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that libraries do not print answers
     make = importlib.import_module(f"alexnet_dist.bench.{module}").contestant
     work: Work = make(name, load_config([config]))
     for line in sys.stdin:

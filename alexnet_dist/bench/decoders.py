@@ -1,4 +1,4 @@
-"""How far the pixels that DALI gives are from torchvision's, by kind of JPEG."""
+"""How far DALI's pixels are from torchvision's, by kind of JPEG (`bench data --differences`)."""
 
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel.topology import Topology, connect
 
-# How Pillow is to write each kind; grey is of one colour.
+# Pillow's options for each kind; a grey JPEG has a single colour channel.
 _KINDS: dict[str, dict[str, Any]] = {
     "quality 75, 4:2:0": {"quality": 75, "subsampling": 2},
     "quality 90, 4:2:0": {"quality": 90, "subsampling": 2},
@@ -30,17 +30,17 @@ _KINDS: dict[str, dict[str, Any]] = {
     "quality 90, 4:2:0, progressive": {"quality": 90, "subsampling": 2, "progressive": True},
     "quality 90, grey": {"quality": 90},
 }
-_LARGE = (500, 375)  # pixels, of what is resized
+_LARGE = (500, 375)  # pixels of the images that are resized when decoded
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of colours of pixels, grey levels.
+    """Differences of pixels' colour values, in grey levels.
 
     Attributes:
-        counts: (256,), how many lie so far apart.
-        signed: (3,), sums of DALI's less torchvision's, by colour.
-        edge: sum of what lies on the images' edges, and how many that are.
+        counts: (256,) number of values that differ by each amount.
+        signed: (3,) sum of DALI's minus torchvision's values, for each colour.
+        edge: sum of the differences on the images' edges, and the number of values there.
     """
 
     counts: npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ class Difference:
 
     @classmethod
     def of(cls, ours: npt.NDArray[np.uint8], theirs: npt.NDArray[np.uint8]) -> "Difference":
-        """Between images (n, h, w, 3)."""
+        """Return the differences between images, both (n, h, w, 3)."""
         signed = ours.astype(np.int16) - theirs
         apart = np.abs(signed)
         inside = apart[:, 1:-1, 1:-1]
@@ -62,7 +62,7 @@ class Difference:
         )
 
     def figures(self) -> dict[str, float]:
-        """What is said of it."""
+        """Return the figures that are reported."""
         total = self.counts.sum()
         red, green, blue = (3 * self.signed / total).tolist()
         return {
@@ -79,8 +79,8 @@ class Difference:
 def differences(
     config: Config, topology: Topology, dataset: Dataset, most: int
 ) -> dict[str, Difference]:
-    """Between the canvases that both pipelines make of a training split, of so many images at
-    most, by class."""
+    """Return the differences by class between the canvases that both pipelines decode from a
+    training split, of at most so many images."""
     found: dict[str, Difference] = {}
     total, size = min(most, len(dataset.splits["train"])), config.evaluate.batch
     batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
@@ -103,16 +103,16 @@ def differences(
 
 
 def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[str, Any]:
-    """DALI beside torchvision on photographs of a folder, written as each kind of JPEG.
+    """Compare DALI with torchvision on a folder's photographs, saved as each kind of JPEG.
 
     Args:
         folder: images, at any depth.
-        images: in all, stored at the canvas's size and larger.
-        overrides: key=value of the config.
+        images: number of images in all, at canvas size and larger.
+        overrides: key=value arguments of the config.
 
     Returns:
-        Under "runs" each kind's mean difference, and the worst of all else, of what is stored at
-        the canvas's size and of what is resized; under "differences" all figures of each kind.
+        Under "runs" each kind's mean difference and the worst of the other figures, for images at
+        canvas size and for those that are resized; under "differences" all figures of each kind.
     """
     names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not names:
@@ -152,7 +152,7 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
 
 
 def lines(found: dict[str, Any]) -> str:
-    """What `bench_differences` found, for a reader."""
+    """Return what `bench_differences` found as text."""
     rows = found["differences"]
     heads = next(iter(rows.values()))
     text = [f"DALI less torchvision, grey levels{'':7}" + "".join(f"{h:>18}" for h in heads)]

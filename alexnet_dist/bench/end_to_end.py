@@ -1,5 +1,5 @@
-"""Training from a packed data set beside training on a batch that is there already; evaluation
-beside its forward passes; the time to the first step; memory over many steps."""
+"""`bench end-to-end`: training from a packed data set beside training on a batch that is ready;
+evaluation beside its forward passes; the time to the first step; memory over many steps."""
 
 import itertools
 import json
@@ -9,9 +9,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
-from alexnet_dist.bench import in_turn, machine, median, ratio
+from alexnet_dist.bench import Found, in_turn, machine, median, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.from_data import NO_SPLIT
@@ -27,11 +26,12 @@ from alexnet_dist.parallel.topology import connect
 from alexnet_dist.planning.dry_run import plan
 
 _VIEWS, _IMAGES = 10, 32  # of a piece of evaluation
-_NEVER = 10**9  # steps
+_NEVER = 10**9  # steps: more than are made
 
 
 def contestant(name: str, config: Config) -> Work:
-    """A step, its windows alone, or the ten views of some images; it gives their number."""
+    """Return the work of a contestant, whose result is a number of images: a training step, the
+    windows of a step alone, or the evaluation of ten views of some images."""
     topology, dataset = connect(config), open_for(config)
     if name == _LIBRARIES:
         return lambda: 0.0
@@ -75,19 +75,19 @@ _CONTESTANTS = (
 )  # fmt: skip
 
 
-def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]:
-    """On one process, from the packed data set that the config names.
+def bench_end_to_end(config: Config, repeats: int, steps: int) -> Found:
+    """Time contestants in a process each, on the packed data set that the config names.
 
     Args:
-        steps: over which memory is watched; 0: it is not.
+        steps: number of steps over which memory is watched; 0 for none.
 
     Returns:
-        ratios (medians of pairs; of memory), under "ceilings" the seconds to the first step and the
-        memory, machine, and every pass's images/s.
+        ratios (medians of pairs; of memory), ceilings (seconds to the first step, memory), machine,
+        and every pass's images/s.
     """
     config = load_config([flat(config), *ALONE])
     ten = load_config([flat(config), f"evaluate.views={_VIEWS}"])
-    # Many more steps than batches that are decoded ahead, while it is another's turn.
+    # Many more steps than the batches that are decoded ahead while others have their turn.
     many = (16 if gpus(config) else 4) * config.data.prefetch
     pieces = {n: 4 if n.startswith("ten") else many for n in _CONTESTANTS}
     contestants = {n: Contestant("end_to_end", n, ten, pieces[n]) for n in _CONTESTANTS}
@@ -127,7 +127,8 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> dict[str, Any]
 
 
 def _memory(one: Contestant, config: Config, steps: int) -> dict[str, float]:
-    """Resident memory after a tenth of these steps and after all, MB, and beside the plan's."""
+    """Return resident memory after a tenth of the steps and after all, in MB, and as a ratio to the
+    plan's."""
     libraries = Contestant("end_to_end", _LIBRARIES, config)
     libraries()
     beside = libraries.memory()
@@ -150,10 +151,10 @@ def _memory(one: Contestant, config: Config, steps: int) -> dict[str, float]:
 
 
 def _first_step(config: Config, cold: bool = False) -> float:
-    """Seconds from typing `alexnet-dist train` to the end of the first step.
+    """Return the seconds from typing `alexnet-dist train` to the end of the first step.
 
     Args:
-        cold: without the kernels that Triton and torch.compile have kept from earlier.
+        cold: whether to start without kernels that Triton and torch.compile have cached.
     """
     with tempfile.TemporaryDirectory() as folder:
         own = {"output_dir": folder, "log.every_steps": 1, "log.embedding": 0}

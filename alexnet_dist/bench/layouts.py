@@ -1,11 +1,10 @@
-"""Layouts beside one another: the same global batch, ranks of one host, steps in turn."""
+"""`bench layouts`: every layout on this host's ranks, with the same global batch."""
 
 import time
 from dataclasses import dataclass
-from typing import Any
 
-from alexnet_dist.bench import machine, median, ratio
-from alexnet_dist.bench.step import profiled
+from alexnet_dist.bench import Found, machine, median, ratio
+from alexnet_dist.bench.kernel_times import profiled
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
@@ -21,7 +20,7 @@ from alexnet_dist.planning.dry_run import KINDS
 from alexnet_dist.reporting.compare_layouts import on_devices_alike
 from alexnet_dist.timing import TIMELINE
 
-_STEPS = 3  # of a pass; one before it warms up
+_STEPS = 3  # steps of a pass; one before them is warm-up
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class OnRank:
     """What one rank measured.
 
     Attributes:
-        seconds: a step.
-        sent: bytes a step.
-        kernels: of a GPU, a step; 0 on a CPU.
-        exchange: share of the step that collectives take, their wait for other ranks too: of a
-            CPU's time, or of the time of a GPU's kernels.
+        seconds: time of a step.
+        sent: bytes that it sends in a step.
+        kernels: GPU kernels launched in a step; 0 on a CPU.
+        exchange: share of a step spent in collectives, waiting for other ranks included: of the
+            time on a CPU, of the kernels' time on a GPU.
     """
 
     seconds: float
@@ -42,34 +41,22 @@ class OnRank:
     exchange: float
 
 
-def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
-    """Training steps of every layout that fits on so many ranks, and of one process.
-
-    One process has the threads of all ranks. A pass starts its ranks anew, and is timed within.
+def bench_layouts(config: Config, count: int, repeats: int) -> Found:
+    """Time the training steps of every layout that can have so many ranks, and of one process with
+    the threads of all ranks. Each pass starts its ranks anew; only steps are timed.
 
     Returns:
-        ratios of images/s (medians of pairs), ceilings (of rank 0: what it sends but windows, a
-        GPU's kernels, and its collectives' share of the step), machine, recipe, every pass's
-        images/s, and what GPUs that are shared cannot show.
+        ratios of images/s (medians of pairs), ceilings (of rank 0: bytes sent other than windows,
+        GPU kernels, and the collectives' share of a step), machine, recipe, every pass's images/s,
+        and what speeds of shared GPUs do not tell.
     """
-    configs = {"one": load_config([flat(config), "layout.kind=one"])}
-    for kind in KINDS:
-        try:
-            other = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={count}"])
-        except ConfigError:
-            continue  # a layout that this config cannot have
-        if kind != "one" and not layouts.problem(other, count):
-            shared_gpus.check(other, count)
-            configs[kind] = other
-    configs = dict(zip(configs, on_devices_alike(list(configs.values())), strict=True))
-    if len(configs) == 1:
-        raise ConfigError(f"--ranks {count}: no layout fits on them with this config")
+    configs = _fitting(config, count)
     passes: list[dict[str, list[OnRank]]] = [
         {kind: spawn.call(_steps, 1 if kind == "one" else count, one)
          for kind, one in configs.items()}
         for _ in range(repeats)
     ]  # fmt: skip
-    runs = [  # of the slowest rank
+    runs = [  # by the slowest rank
         {kind: config.train.batch / max(rank.seconds for rank in ranks)
          for kind, ranks in one.items()}
         for one in passes
@@ -86,7 +73,7 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
         if kind != "one":
             ceilings[f"{kind}, MB sent a step"] = first[0].sent / 1e6
         share = median(rank.exchange for rank in first)
-        if share and (kernels or kind not in layouts.ZERO_STAGES):  # unseen of DeepSpeed on a CPU
+        if share and (kernels or kind not in layouts.ZERO_STAGES):  # on a CPU, ZeRO's are unseen
             ceilings[f"{kind}, collectives, % of a step"] = 100 * share
     return {
         "ratios": {f"{a} / {b}": ratio(runs, a, b) for a, b in pairs},
@@ -99,8 +86,26 @@ def bench_layouts(config: Config, count: int, repeats: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _fitting(config: Config, count: int) -> dict[str, Config]:
+    """Return a config for one process, and one for each layout that can have `count` ranks; raises
+    ConfigError if none can."""
+    configs = {"one": load_config([flat(config), "layout.kind=one"])}
+    for kind in KINDS:
+        try:
+            other = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={count}"])
+        except ConfigError:
+            continue  # this config cannot have that layout
+        if kind != "one" and not layouts.problem(other, count):
+            shared_gpus.check(other, count)
+            configs[kind] = other
+    configs = dict(zip(configs, on_devices_alike(list(configs.values())), strict=True))
+    if len(configs) == 1:
+        raise ConfigError(f"--ranks {count}: no layout fits on them with this config")
+    return configs
+
+
 def _steps(config: Config) -> OnRank:
-    """What this rank measures."""
+    """Time steps on this rank."""
     topology = connect(config)
     sent, of_a_cpu = _counted(config, topology)
     engine, batch = make_engine(config, topology), _batch(config, topology)
@@ -120,13 +125,14 @@ def _steps(config: Config) -> OnRank:
 
 
 def _counted(config: Config, topology: Topology) -> tuple[int, float]:
-    """Bytes that this rank sends in a step, and collectives' share of a CPU's time."""
+    """Return the bytes that this rank sends in a step, and the collectives' share of a CPU's
+    time."""
     if topology.world_size == 1:
         return 0, 0.0
-    if config.train.execution == "graph":  # whose collectives nobody dispatches any more
+    if config.train.execution == "graph":  # a replayed graph dispatches no collectives to count
         config = load_config([flat(config), "train.execution=fused"])
     engine, batch, traffic = make_engine(config, topology), _batch(config, topology), Traffic()
-    on_host(engine.train_step(batch, 0, 1e-4))()  # warms up
+    on_host(engine.train_step(batch, 0, 1e-4))()  # warm-up
     TIMELINE.start(cuda=False)
     with traffic:
         on_host(engine.train_step(batch, 0, 1e-4))()

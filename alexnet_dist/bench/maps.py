@@ -1,31 +1,30 @@
-"""What is done with conv1's maps, bias, ReLU, normalisation and pooling, forward and backward,
-beside plain PyTorch and beside a copy of them; and normalisation alone."""
+"""`bench maps`: bias, ReLU, normalisation and pooling of conv1's maps, forward and backward, beside
+plain PyTorch and beside a copy of the maps; and normalisation alone."""
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_dist.bench import Pass, in_turn, machine, ratio
+from alexnet_dist.bench import Found, Pass, in_turn, machine, ratio
 from alexnet_dist.config.schema import Config
 from alexnet_dist.network import kernels
 from alexnet_dist.network.lrn import alpha_of, local_response_norm
 from alexnet_dist.network.model import Column
 from alexnet_dist.parallel.topology import connect
 
-_Made = Callable[[Tensor, Tensor], Tensor]  # of a column's maps and biases
+_Made = Callable[[Tensor, Tensor], Tensor]  # makes maps from a column's maps and its biases
 
 
-def bench_maps(config: Config, repeats: int) -> dict[str, Any]:
-    """On what conv1 made for a batch, each column's a tensor of its own, (batch, 48, 55, 55) for
-    the paper's network: ours in bf16 and fp32, torch's modules in fp32, and a copy of the maps.
+def bench_maps(config: Config, repeats: int) -> Found:
+    """Time ours in bf16 and fp32, torch's modules in fp32, and a copy of the maps, on a batch of
+    maps as conv1 makes them, a tensor for each column: (batch, 48, 55, 55) in the paper's network.
 
     Returns:
-        ratios of times (medians of pairs), the largest differences between fp32's gradients
-        relative to the largest, machine, and every pass's seconds.
+        ratios of times (medians of pairs), ceilings (largest differences of gradients in fp32,
+        relative to the largest gradient), machine, and every pass's seconds.
     """
     device, model = connect(config).device, config.model
     side = (model.crop + 2 * model.padding[0] - model.kernel[0]) // model.stride[0] + 1
@@ -33,34 +32,7 @@ def bench_maps(config: Config, repeats: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     made = [(torch.randn(shape, generator=generator) * 30).to(device) for _ in range(model.columns)]
     biases = torch.randn(shape[1], generator=generator).to(device)
-    column, lrn = Column(model, 0, model.columns), model.lrn
-    alpha = alpha_of(lrn, "conv1") if "conv1" in lrn.layers else 1e-4
-    torchs = nn.LocalResponseNorm(lrn.size, alpha * lrn.size, lrn.beta, lrn.k)
-    normal = torchs if "conv1" in lrn.layers else nn.Identity()
-    pool = nn.MaxPool2d(model.pool[0], model.pool[1])
-
-    fused = kernels.fused(config.train.execution, device)
-
-    def ours(x: Tensor, bias: Tensor) -> Tensor:
-        if fused:
-            return column.maps("conv1", x, bias)
-        return column.maps("conv1", x + bias[:, None, None].to(x.dtype))
-
-    def plain(x: Tensor, bias: Tensor) -> Tensor:
-        pooled: Tensor = pool(normal(F.relu(x + bias[:, None, None])))
-        return pooled
-
-    def our_lrn(x: Tensor, bias: Tensor) -> Tensor:
-        if fused:
-            from alexnet_dist.network.kernels.maps import maps
-
-            return maps(x, None, None, (lrn.size, alpha, lrn.beta, lrn.k))
-        return local_response_norm(x, lrn.size, alpha, lrn.beta, lrn.k)
-
-    def plain_lrn(x: Tensor, bias: Tensor) -> Tensor:
-        normalised: Tensor = torchs(x)
-        return normalised
-
+    ours, plain, our_lrn, plain_lrn = _makers(config, device)
     passes: dict[str, Pass] = {
         "plain, fp32": _timed(plain, made, biases),
         "LRN, plain, fp32": _timed(plain_lrn, made, biases),
@@ -96,10 +68,45 @@ def bench_maps(config: Config, repeats: int) -> dict[str, Any]:
     }
 
 
+def _makers(config: Config, device: torch.device) -> tuple[_Made, _Made, _Made, _Made]:
+    """Return what makes maps from those of conv1: ours and torch's, and either LRN alone."""
+    model = config.model
+    column, lrn = Column(model, 0, model.columns), model.lrn
+    alpha = alpha_of(lrn, "conv1") if "conv1" in lrn.layers else 1e-4
+    torchs = nn.LocalResponseNorm(lrn.size, alpha * lrn.size, lrn.beta, lrn.k)
+    normal = torchs if "conv1" in lrn.layers else nn.Identity()
+    pool = nn.MaxPool2d(model.pool[0], model.pool[1])
+
+    fused = kernels.fused(config.train.execution, device)
+
+    def ours(x: Tensor, bias: Tensor) -> Tensor:
+        if fused:
+            return column.maps("conv1", x, bias)
+        return column.maps("conv1", x + bias[:, None, None].to(x.dtype))
+
+    def plain(x: Tensor, bias: Tensor) -> Tensor:
+        pooled: Tensor = pool(normal(F.relu(x + bias[:, None, None])))
+        return pooled
+
+    def our_lrn(x: Tensor, bias: Tensor) -> Tensor:
+        if fused:
+            from alexnet_dist.network.kernels.maps import maps
+
+            return maps(x, None, None, (lrn.size, alpha, lrn.beta, lrn.k))
+        return local_response_norm(x, lrn.size, alpha, lrn.beta, lrn.k)
+
+    def plain_lrn(x: Tensor, bias: Tensor) -> Tensor:
+        normalised: Tensor = torchs(x)
+        return normalised
+
+    return ours, plain, our_lrn, plain_lrn
+
+
 def _gradients(
     make: _Made, maps: Tensor, biases: Tensor, upper: Tensor | None = None
 ) -> list[Tensor]:
-    """Of the maps, and of the biases where they count, given the one of what is made of them."""
+    """Return the gradients of the maps, and of the biases if they are used, given the gradient of
+    the result (by default noise)."""
     leaves = [maps.detach().requires_grad_(), biases.detach().requires_grad_()]
     out = make(*leaves)
     out.backward(_upper(out) if upper is None else upper)
@@ -107,12 +114,13 @@ def _gradients(
 
 
 def _upper(out: Tensor) -> Tensor:
+    """Return noise of a tensor's shape, the same each time."""
     generator = torch.Generator().manual_seed(1)
     return torch.randn(out.shape, generator=generator).to(out.device, out.dtype)
 
 
 def _timed(make: _Made, maps: list[Tensor], biases: Tensor) -> Pass:
-    """Every column's maps, and their way back."""
+    """Return a pass over every column's maps, forward and backward."""
     with torch.no_grad():
         out = make(maps[0], biases)
     upper = torch.empty_like(out).copy_(_upper(out))
@@ -125,6 +133,7 @@ def _timed(make: _Made, maps: list[Tensor], biases: Tensor) -> Pass:
 
 
 def _copied(maps: list[Tensor]) -> Pass:
+    """Return a pass that copies the maps."""
     outs = [torch.empty_like(x) for x in maps]
 
     def work() -> None:
@@ -135,6 +144,7 @@ def _copied(maps: list[Tensor]) -> Pass:
 
 
 def _pass(work: Callable[[], None], maps: list[Tensor]) -> Pass:
+    """Return a pass that times some work; on a GPU many times over."""
     pieces = 50 if maps[0].is_cuda else 1
 
     def run() -> float:

@@ -1,4 +1,4 @@
-"""Batches of noise: arithmetic takes as long on them as on images."""
+"""Batches of noise; they take as long to compute as images."""
 
 import torch
 
@@ -10,7 +10,7 @@ from alexnet_dist.network.precision import DTYPES
 def made_batch(
     config: Config, device: torch.device, dtype: torch.dtype | None = None, samples: int = 0
 ) -> Batch:
-    """A batch of the config's size, or of so many samples; the same in every process."""
+    """Return a batch of the config's size, or of `samples`; the same noise in every process."""
     n, side = samples or config.train.batch, config.model.crop
     noise = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0)) * 50
     windows = noise.to(device, dtype or DTYPES[config.train.precision])

@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line: `main` and one module for each family of commands."""

@@ -1,4 +1,4 @@
-"""predict: what a trained network says of image files."""
+"""The command `predict`: classify image files with a trained network."""
 
 import argparse
 import contextlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def add(command: AddCommand) -> None:
-    """Add these commands."""
+    """Add `predict` to the parser."""
     examples = (
         "alexnet-dist predict runs/demo boot.png",
         "alexnet-dist predict runs/demo holiday/ --views 10 --out holiday.csv",
@@ -50,14 +50,14 @@ def add(command: AddCommand) -> None:
 
 
 def table(text: str) -> Path:
-    """A CSV or JSON that can be made."""
+    """Parse the path of a CSV or JSON file that can be written (an argparse type)."""
     if not text.endswith((".csv", ".json")):
         raise argparse.ArgumentTypeError(f"{text!r}: a table to write, NAME.csv or NAME.json")
     return out(text)
 
 
 def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Say what a trained network makes of image files; 1 where some could not be read."""
+    """Print or write the likeliest classes of image files; return 1 if some could not be read."""
     from tqdm import tqdm
 
     from alexnet_dist.evaluation import predict as answers
@@ -77,8 +77,8 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     quiet = options.csv or options.json or options.out
     refused = []
 
-    def told() -> Iterator["Prediction"]:
-        """Predictions as they come; those of images that were refused are also said at once."""
+    def checked() -> Iterator["Prediction"]:
+        """Yield predictions as they are made; images that cannot be read are reported at once."""
         with tqdm(
             total=len(paths), unit=" images", desc="predicting", leave=False,
             disable=len(paths) <= trained.config.evaluate.batch
@@ -94,7 +94,7 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                         print(f"alexnet-dist: {why}", file=sys.stderr)
                 yield prediction
 
-    kept = list(told()) if options.picture else told()
+    kept = list(checked()) if options.picture else checked()
     views = options.views or trained.config.evaluate.views
     with _file(options.out) as file:
         if not quiet:
@@ -116,7 +116,8 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _take_device(trained: "Trained") -> None:
-    """A GPU where there is one, and all cores: where it was trained says nothing of here."""
+    """Move the network to a GPU if this machine has one: its config says where it was trained, not
+    where it is used."""
     from alexnet_dist.config.load import load_config
     from alexnet_dist.config.schema import flat
     from alexnet_dist.parallel.topology import connect
@@ -128,15 +129,15 @@ def _take_device(trained: "Trained") -> None:
 
 @contextlib.contextmanager
 def _file(out: Path | None) -> Iterator[IO[str]]:
-    """What is written to: a file that takes the place of `out` when it is whole, or standard
-    output; either takes names of any bytes."""
+    """Open what is written to: standard output, or a file that replaces `out` once it is complete.
+    Either escapes bytes of file names that are not valid text."""
     if out is None:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             yield sys.stdout
             sys.stdout.flush()
-        except BrokenPipeError:  # whoever read it has enough, as `head` does
+        except BrokenPipeError:  # the reader has closed the pipe, as `head` does
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(128 + signal.SIGPIPE) from None
         return
@@ -148,6 +149,7 @@ def _file(out: Path | None) -> Iterator[IO[str]]:
 
 
 def _as_text(predictions: Iterable["Prediction"], top: int, file: IO[str]) -> None:
+    """Write each image's name and its `top` likeliest classes, one a line."""
     for prediction in predictions:
         if not prediction.refused:
             print(printable(str(prediction.path)), file=file)
@@ -156,6 +158,7 @@ def _as_text(predictions: Iterable["Prediction"], top: int, file: IO[str]) -> No
 
 
 def _as_csv(predictions: Iterable["Prediction"], top: int, file: IO[str]) -> None:
+    """Write a row for each image: its name, `top` pairs of class and probability, why refused."""
     rows = csv.writer(file, lineterminator="\n")
     heads = [f"{what}_{place}" for place in range(1, top + 1) for what in ("class", "probability")]
     rows.writerow(["image", *heads, "refused"])
@@ -171,6 +174,7 @@ def _as_json(
     predictions: Iterable["Prediction"], top: int, checkpoint: "Checkpoint", views: int,
     file: IO[str],
 ) -> None:  # fmt: skip
+    """Write one JSON object with all images."""
     images = [
         {"image": str(prediction.path), "refused": prediction.refused}
         if prediction.refused

@@ -1,4 +1,4 @@
-"""prepare and inspect."""
+"""The commands `prepare` and `inspect`: make a packed data set, and look into it."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ _SOURCES = ("imagenet", "folder", "tiny_imagenet", "imagenette", "cifar10", "fas
 
 
 def add(command: AddCommand) -> None:
-    """Add these commands."""
+    """Add `prepare` and `inspect` to the parser."""
     sub = command(
         "prepare", prepare, "turn a source of images into a packed data set",
         (
@@ -67,11 +67,11 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Verify a packed data set, and show what is in it."""
+    """Verify a packed data set, print a summary, and draw samples of it."""
     from alexnet_dist.data.dataset import open_dataset
 
     if not (options.data / "dataset.json").exists():
-        open_dataset(options.data)  # says so, before torch is loaded
+        open_dataset(options.data)  # raises a clear error, before seconds of importing torch
     from alexnet_dist.data import inspect as data
 
     sheet = options.sheet or options.data / "contact-sheet.png"

@@ -1,4 +1,4 @@
-"""The command line: parse, call, print."""
+"""The command line's entry point: parse the arguments, run the command, report errors."""
 
 import argparse
 import os
@@ -18,17 +18,17 @@ from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, heard
 try:
     from alexnet_dist.cli import answers, datasets, measures, results, runs
     from alexnet_dist.cli.parser import Parser, commands_of
-except ImportError as error:  # a Python in which nothing was installed
+except ImportError as error:  # dependencies are missing from this Python
     sys.exit(f"alexnet-dist: {in_words(error) or error}")
 
-# How long one of torch's threads spins for the others before it sleeps. By default milliseconds, in
-# which, where cores are shared, it keeps from its core the one it waits for. OpenMP reads it as it
-# loads.
+# How often a thread of OpenMP checks for work before it sleeps. With the default it spins for
+# milliseconds, which, where cores are shared, takes the core from the thread it waits for. OpenMP
+# reads the variable as it is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit code."""
+    """Run one command and return its exit code."""
     if sys.platform != "linux":
         sys.exit(f"alexnet-dist: this is {sys.platform}, and it runs on Linux: use a container")
     typed = list(sys.argv[1:] if arguments is None else arguments)
@@ -36,14 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    """Parse and run a command; turn signals and errors into a message and an exit code."""
     options = build_parser().parse_args(arguments)
     here, own = None, os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        if os.getpid() == own:  # not in a forked child
+        if os.getpid() == own:  # a forked child must not handle it
             raise _Stopped(signal.Signals(number))
 
-    for number in {*heard()} - {signal.SIGINT}:  # outside a run, which has its own handlers
+    # While training, `train` replaces these handlers by its own.
+    for number in {*heard()} - {signal.SIGINT}:
         signal.signal(number, stop)
     try:
         here = environment.place()
@@ -57,18 +59,19 @@ def _run(arguments: Sequence[str]) -> int:
             raise
         code = _say(error, here.rank if here else 0)
     if here:
-        os._exit(code)  # leave fast: peers and their threads may never answer again
+        os._exit(code)  # skip clean-up: it might wait for ranks and threads that never answer
     return code
 
 
 def _say(error: Exception, rank: int) -> int:
-    """In a line where it is known what to do, else with its traceback; the exit code."""
+    """Print an error, in one line if it is a known kind and else with its traceback; return the
+    exit code."""
     said = in_words(error)
     if said is None:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
     if said.on_every_rank and rank:
-        time.sleep(1)  # rank 0 says it, and is ended as soon as another has left
+        time.sleep(1)  # time for rank 0 to print it, before the launcher sees that a rank has ended
     else:
         which = f"alexnet-dist [r{rank}]" if rank else "alexnet-dist"
         print(f"{which}: {printable(str(said))}", file=sys.stderr, flush=True)
@@ -76,14 +79,14 @@ def _say(error: Exception, rank: int) -> int:
 
 
 class _Stopped(KeyboardInterrupt):
-    """A signal that asks a command to stop."""
+    """Raised in the main thread when a signal asks the command to stop."""
 
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands: each sets `run`, the function that takes its options."""
+    """Return the parser of all commands; each sets `run`, the function that executes it."""
     parser = Parser(
         prog="alexnet-dist",
         description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",

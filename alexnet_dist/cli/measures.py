@@ -1,18 +1,21 @@
-"""bench, compare, plan and doctor."""
+"""The commands `bench`, `compare`, `plan` and `doctor`: measure, predict and check."""
 
 import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, path, picture
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, looked_in, printable
 
+if TYPE_CHECKING:
+    from alexnet_dist.bench import Found
+
 
 def add(command: AddCommand) -> None:
-    """Add these commands."""
+    """Add these four commands to the parser."""
     _add_bench(command)
 
     sub = command(
@@ -65,6 +68,7 @@ def add(command: AddCommand) -> None:
 
 
 def _add_bench(command: AddCommand) -> None:
+    """Add `bench` with its parts, each a command of its own."""
     bench = command(
         "bench", None, "time a part of it against references, in one run",
         ("alexnet-dist bench step demo", "alexnet-dist bench layouts demo --ranks 2 --json"),
@@ -72,6 +76,7 @@ def _add_bench(command: AddCommand) -> None:
     parts = commands_of(bench, "PART")
 
     def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+        """Add a part with the options that all parts have."""
         sub = parts(name, run, help)
         sub.add_argument("--repeats", type=count, default=5, help="passes of each")
         add_json(sub)
@@ -114,6 +119,7 @@ def _add_bench(command: AddCommand) -> None:
 
 
 def _add_share_gpu(sub: argparse.ArgumentParser) -> None:
+    """Add the option --share-gpu."""
     sub.add_argument(
         "--share-gpu", dest="shared", action="append_const", const="layout.share_gpu=true",
         default=[], help="layout.share_gpu=true: ranks share the GPUs that are here",
@@ -121,28 +127,28 @@ def _add_share_gpu(sub: argparse.ArgumentParser) -> None:
 
 
 def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Time decoding."""
+    """Time decoding, or compare decoders' pixels (`bench data`)."""
     from alexnet_dist.bench import data, decoders
 
     if options.differences:
-        found = decoders.bench_differences(options.folder, options.images, options.overrides)
-        print(json.dumps(found) if options.json else decoders.lines(found))
+        apart = decoders.bench_differences(options.folder, options.images, options.overrides)
+        print(json.dumps(apart) if options.json else decoders.lines(apart))
         return 0
     found = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
     return _bench(found, options)
 
 
 def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Time the part that options.part names."""
+    """Time the part that options.part names (`bench step`, `bench layouts`, …)."""
     shared = getattr(options, "shared", [])
     config = load_config(["layout.kind=one", *options.config, *shared])
     match options.part:
         case "step":
-            from alexnet_dist.bench import step
+            from alexnet_dist.bench import kernel_times, step
 
             if options.kernels:
-                found = step.bench_kernels(config, options.repeats)
-                print(json.dumps(found) if options.json else step.kernel_lines(found))
+                times = kernel_times.bench_kernels(config, options.repeats)
+                print(json.dumps(times) if options.json else kernel_times.kernel_lines(times))
                 return 0
             return _bench(step.bench_step(config, options.repeats, options.batch), options)
         case "maps":
@@ -160,7 +166,8 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return _bench(bench(config, options.repeats), options)
 
 
-def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
+def _bench(found: "Found", options: argparse.Namespace) -> int:
+    """Print what a benchmark measured, as JSON or as a table."""
     from alexnet_dist import bench
 
     print(json.dumps(found) if options.json else bench.table(found))
@@ -168,7 +175,8 @@ def _bench(found: dict[str, Any], options: argparse.Namespace) -> int:
 
 
 def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Hold layouts against one process, or put runs side by side."""
+    """Compare a config's layouts with one process, or several runs with each other; return 1 if a
+    layout's numbers differ by more than they may."""
     if (folders := _runs_named(options.config)) is not None:
         from alexnet_dist.reporting.compare_runs import compare_runs
 
@@ -180,7 +188,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     config = load_config([*options.config, *options.shared])
     from alexnet_dist.data.dataset import open_for
 
-    open_for(config)  # or one clear error
+    open_for(config)  # raises a clear error if the data set cannot be used
     from alexnet_dist.planning import shared_gpus
     from alexnet_dist.reporting import compare_layouts
 
@@ -199,8 +207,11 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _runs_named(texts: Sequence[str]) -> list[Path] | None:
-    """The run folders that arguments name; None where none of them is one: then a config's layouts
-    are compared. Raises ConfigError for a run folder alone, or beside anything else."""
+    """Return the run folders that the arguments name; None if none is a run folder, since the
+    arguments are then a config whose layouts are compared.
+
+    Raises ConfigError for a single run folder, or one beside anything else.
+    """
     folders = [path(text) for text in texts]
     are = [(folder / "config.json").is_file() for folder in folders]
     if not any(are):
@@ -217,12 +228,13 @@ def _runs_named(texts: Sequence[str]) -> list[Path] | None:
 
 
 def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Say what a run would take."""
+    """Print what a run would need, and the time it would take."""
     config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
-    from alexnet_dist.planning import dry_run, forecast, machines, scaling
+    from alexnet_dist.planning import dry_run, fitting, forecast, machines, scaling
+    from alexnet_dist.planning.plan import lines
 
-    machine = scaling.fitted(options.fit) if options.fit else None
+    machine = fitting.fitted(options.fit) if options.fit else None
     if machine and options.machine:
         machines.write_machine(machine, options.machine)
     elif options.machine:
@@ -251,20 +263,20 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(planned.to_json() | (told.to_json() if told else {})))
         return 0
-    text = dry_run.lines(planned)
+    text = lines(planned)
     text += forecast.lines(told, config.layout.kind) if told else ["", f"no prediction: {why}"]
     print("\n".join(text))
     return 0
 
 
 def _config_of(text: str) -> str:
-    """Where a run folder is named, its config."""
+    """Return the config of a run folder; other arguments as they are."""
     saved = path(text) / "config.json"
     return str(saved) if saved.is_file() else text
 
 
 def doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Say what is here, and what stands in a run's way."""
+    """Print what this machine has and what would prevent a run; return 1 if something would."""
     config = load_config(options.config)
     from alexnet_dist.reporting.doctor import examine
 

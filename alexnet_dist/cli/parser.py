@@ -1,4 +1,4 @@
-"""What every command's arguments are made of."""
+"""The argument parser that all commands share, and the types of their arguments."""
 
 import argparse
 import os
@@ -14,8 +14,8 @@ Run = Callable[[argparse.Namespace, Sequence[str]], int]
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, that takes options and key=value in any order, and knows what somebody who
-    writes --batch=64 means.
+    """An ArgumentParser that takes options and key=value arguments in any order, and whose error
+    for --batch=64 suggests train.batch=….
 
     Args:
         examples: command lines, shown at the end of the help.
@@ -31,12 +31,12 @@ class Parser(argparse.ArgumentParser):
         self._in_order = False
 
     def add_subparsers(self, **options: Any) -> Any:
-        self._in_order = True  # what follows a command's name is the command's
+        self._in_order = True  # arguments after a command's name belong to the command
         return super().add_subparsers(**options)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's parse_known_intermixed_args, which calls this; a parser of commands calls
-        those of its commands by this."""
+        """Parse intermixed arguments, unless this parser has commands: then the commands' own
+        parsers, which argparse calls through this method, do so."""
         if self._in_order:
             return super().parse_known_args(args, namespace)
         self._in_order = True
@@ -53,7 +53,8 @@ class Parser(argparse.ArgumentParser):
 
 
 class AddCommand(Protocol):
-    """Adds a command: its name, the function that runs it, a line of help, examples."""
+    """A function that adds a command, given its name, the function that runs it (None if it only
+    has commands of its own), a line of help, and example command lines."""
 
     def __call__(
         self, name: str, run: Run | None, help: str, examples: Sequence[str] = ()
@@ -61,7 +62,7 @@ class AddCommand(Protocol):
 
 
 def commands_of(parser: argparse.ArgumentParser, metavar: str) -> AddCommand:
-    """A function that adds a command to a parser."""
+    """Return a function that adds commands to `parser`."""
     commands = parser.add_subparsers(required=True, metavar=metavar)
 
     def add(
@@ -75,24 +76,24 @@ def commands_of(parser: argparse.ArgumentParser, metavar: str) -> AddCommand:
 
 
 def add_json(sub: argparse.ArgumentParser, what: str = "object") -> None:
-    """The option of a command whose answer a program may read."""
+    """Add --json, for a command whose output a program may read."""
     sub.add_argument("--json", action="store_true", help=f"print one JSON {what}")
 
 
 def count(text: str) -> int:
-    """A whole number of 1 or more."""
+    """Parse a whole number of 1 or more (an argparse type, like those below)."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: a whole number, 1 or more")
     return int(text)
 
 
 def path(text: str) -> Path:
-    """A file or folder; ~ is the home folder, also where a shell left it as it is."""
+    """Parse a file or folder; ~ is expanded here too, because in key=~/x a shell leaves it."""
     return Path(os.path.expanduser(text))
 
 
 def out(text: str) -> Path:
-    """A file that can be made: known before the work that ends in it."""
+    """Parse the path of a file to write; refused now, if it cannot be created after the work."""
     path = Path(os.path.expanduser(text))
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
         why = "is a folder" if path.is_dir() else f"no folder {path.parent} that you may write in"
@@ -101,14 +102,14 @@ def out(text: str) -> Path:
 
 
 def picture(text: str) -> Path:
-    """A PNG that can be made."""
+    """Parse the path of a PNG to write."""
     if not text.endswith(".png"):
         raise argparse.ArgumentTypeError(f"{text!r}: a picture to write, NAME.png")
     return out(text)
 
 
 def part(text: str) -> tuple[int, int]:
-    """i/n, as in --part 2/8."""
+    """Parse I/N, as in --part 2/8."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: write I/N, as in 2/8, the second of eight")

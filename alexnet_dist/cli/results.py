@@ -1,4 +1,4 @@
-"""figures, report, export and import."""
+"""The commands `figures`, `report`, `export` and `import`: what is made of a trained run."""
 
 import argparse
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from alexnet_dist.files import check_trained, is_there
 
 
 def add(command: AddCommand) -> None:
-    """Add these commands."""
+    """Add these four commands to the parser."""
     sub = command("figures", figures, "draw a run's kernels and curves",
                   ("alexnet-dist figures runs/demo --fig4",))  # fmt: skip
     sub.add_argument("run_folder", type=path)
@@ -55,7 +55,7 @@ def add(command: AddCommand) -> None:
 
 
 def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Draw a run's kernels and curves."""
+    """Draw a run's kernels and curves, and with --fig4 the paper's Fig. 4."""
     check_trained(options.run_folder)
     from alexnet_dist.reporting import figures as draws
 
@@ -69,7 +69,7 @@ def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Write one page of all results."""
+    """Write one HTML page of the results of several runs."""
     from alexnet_dist.reporting.report import report as write
 
     for folder in options.run_folder:
@@ -80,7 +80,7 @@ def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Write weights as another program reads them."""
+    """Write a run's weights in another program's format."""
     check_trained(options.checkpoint)
     from alexnet_dist.formats.convert import export_weights
 
@@ -89,7 +89,7 @@ def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def import_(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Make a checkpoint of another program's weights."""
+    """Make a checkpoint from another program's weights."""
     from alexnet_dist.formats.convert import import_weights
 
     how = options.file, options.out, options.config, options.mean

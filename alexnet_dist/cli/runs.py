@@ -1,4 +1,4 @@
-"""train, evaluate and configs."""
+"""The commands `train`, `evaluate` and `configs`."""
 
 import argparse
 import json
@@ -14,15 +14,16 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, printable
 from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
+from alexnet_dist.training.metrics_file import telling
 
 if TYPE_CHECKING:
     from alexnet_dist.evaluation.evaluate import Score
 
-_CLASSES = 10  # of most errors, and mistakes, that are printed
+_CLASSES = 10  # classes with the highest error, and pairs most often confused, that are printed
 
 
 def add(command: AddCommand) -> None:
-    """Add these commands."""
+    """Add these three commands to the parser."""
     sub = command(
         "train", train, "train, or continue, a run",
         (
@@ -51,10 +52,10 @@ def add(command: AddCommand) -> None:
 
 
 def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Train, or continue, a run; the code that its ranks left with."""
+    """Train a run, or resume it; return the exit code of its ranks."""
     from alexnet_dist.parallel.stop_signals import StopSignals
 
-    signals, parent = StopSignals(), os.getppid()  # before seconds of imports
+    signals, parent = StopSignals(), os.getppid()  # handlers first: the imports take seconds
     config = load_config(options.config)
     if not environment.place():
         _check_sources(config)
@@ -63,7 +64,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     wanted = layouts.ranks_wanted(config, device.gpus(config))
     if environment.place():
         spawn.leave_with_parent(parent)
-        signals.last_words = ""  # ranks that wait for one another never poll
+        signals.last_words = ""  # a signal ends this rank until it polls: others may wait for it
         if signals.exit_code is not None:
             return signals.exit_code
     elif wanted > 1:
@@ -93,7 +94,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         return outcome.exit
     best = store.best(config.folder / "checkpoints")
     score = outcome.score
-    words = _words(score) if score else "not scored"
+    words = _words(score, config.model.classes) if score else "not scored"
     print(f"{config.folder}: done, {outcome.step} steps; {words}")
     print(f"{'best' if score else 'last'} checkpoint: {best.path}")
     with Unharmed("drawing"):
@@ -105,13 +106,13 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _check_sources(config: Config) -> None:
-    """What is wrong with a run's data or the weights it begins from: said before ranks start, and
-    before torch is loaded, which takes seconds."""
+    """Raise what is wrong with the data set or with train.init_from, before ranks are started and
+    torch is imported, which takes seconds."""
     from alexnet_dist.data.dataset import open_for
 
     open_for(config)
     init_from = config.train.init_from
-    if init_from != "none" and not read_run(config.folder):  # one that began needs it no more
+    if init_from != "none" and not read_run(config.folder):  # only a run's first start reads it
         try:
             check_trained(Path(init_from))
         except CheckpointError as error:
@@ -119,7 +120,7 @@ def _check_sources(config: Config) -> None:
 
 
 def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Score checkpoints; several are averaged."""
+    """Evaluate one checkpoint, or the average prediction of several."""
 
     overrides = [text for text in options.path if "=" in text]
     paths = [path(text) for text in options.path if "=" not in text]
@@ -143,12 +144,12 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(found.report()))
         return 0
-    names = " + ".join(str(checkpoint.path) for checkpoint in found.checkpoints)
-    print(f"{names}: {_words(found.score)}")
-    report = found.report()
-    for top in ("top1", "top5"):
+    names, report = " + ".join(str(one.path) for one in found.checkpoints), found.report()
+    classes = len(report["classes"])
+    print(f"{names}: {_words(found.score, classes)}")
+    for top, name in telling(classes).items():
         low, high = report[f"{top}_interval"]
-        print(f"{top.replace('top', 'top-')} error {1 - report[top]:.2%}, "
+        print(f"{name} error {1 - report[top]:.2%}, "
               f"95 % of resamples between {1 - high:.2%} and {1 - low:.2%}")  # fmt: skip
     rows = [row for row in report["classes"] if row["samples"]]
     rows.sort(key=lambda row: row["right"] / row["samples"])
@@ -164,7 +165,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """List the shipped configs, each with the first sentence of its file."""
+    """Print the shipped configs, each with the first sentence of its file."""
     found = shipped()
     if options.json:
         print(json.dumps(found))
@@ -174,8 +175,7 @@ def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _words(score: "Score") -> str:
-    return (
-        f"top-1 {score.top1:.2%} ({score.correct1} of {score.samples} right), "
-        f"top-5 {score.top5:.2%} ({score.correct5}), loss {score.loss:.4f}"
-    )
+def _words(score: "Score", classes: int) -> str:
+    top5 = f"top-5 {score.top5:.2%} ({score.correct5}), " if "top5" in telling(classes) else ""
+    top1 = f"top-1 {score.top1:.2%} ({score.correct1} of {score.samples} right)"
+    return f"{top1}, {top5}loss {score.loss:.4f}"

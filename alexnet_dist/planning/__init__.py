@@ -1,1 +1,1 @@
-"""What a run would take, before it is started."""
+"""What a run would need and how long it would take, before it is started."""

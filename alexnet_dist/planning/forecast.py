@@ -1,5 +1,5 @@
-"""What a plan means on a machine: speed of each layout, the recommended one, hours, decoding, the
-schedule, and what the run has measured since."""
+"""What a plan means on a machine: each layout's speed, the recommended one, hours, decoding, the
+learning-rate schedule, and what the run has measured so far."""
 
 import dataclasses
 import math
@@ -24,26 +24,28 @@ from alexnet_dist.planning.dry_run import needed_of
 from alexnet_dist.planning.machines import CORE_DECODES, MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import correction
 from alexnet_dist.planning.plan import Plan, Prediction, Rank
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 
-_ILSVRC_2012 = 1_281_167, 50_000  # training and validation images, where the data is not here
-# Of layouts as fast as one another, the first is recommended.
+_ILSVRC_2012 = 1_281_167, 50_000  # training, validation images; used if the data set is not here
+# Of layouts that are about equally fast, the first is recommended.
 _SIMPLEST = ("alone", "replicas", "columns", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
 _AS_FAST = 0.97
 
 
 @dataclass(frozen=True)
 class Appetite:
-    """Who decodes for the recommended layout, and what training takes.
+    """How images are decoded for the recommended layout, and how many training needs.
 
     Attributes:
-        pipeline, how, why: which, by what of the machine, and whether the config or memory says so.
-        images_per_s: that training takes.
-        decoded_images_per_s: that are decoded for all devices; None: they are decoded once.
-        host_cores, gpus: by torchvision's pipeline or by GPUs' decoders, for that; None: no
-            decoder is known.
-        by_threads_images_per_s: that the torch pipeline decodes for all devices.
-        basis: of what is decoded.
+        pipeline: the pipeline.
+        how: what decodes: cores, hardware decoders, CUDA cores.
+        why: whether the config set it, or how it was chosen.
+        images_per_s: images that training needs.
+        decoded_images_per_s: images decoded for all devices; None: they are decoded only once.
+        host_cores: cores that torchvision's pipeline would need for that.
+        gpus: GPUs whose decoders would suffice for that; None: no decoder is known.
+        by_threads_images_per_s: images that the torch pipeline would decode for all devices.
+        basis: where the decoding speed comes from.
     """
 
     pipeline: str
@@ -60,7 +62,7 @@ class Appetite:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan means on a cluster; its JSON is these fields by name."""
+    """What a plan means on a cluster; the fields are the keys of its JSON."""
 
     machine: Mapping[str, str | int]
     images_per_epoch: int
@@ -79,7 +81,7 @@ class Forecast:
 
 
 def here(config: Config, machine: Machine | None) -> Cluster | None:
-    """This host: its GPUs, or its cores; None where nothing is known of its GPUs."""
+    """Return this host's GPUs or cores as a cluster; None if its GPUs are not a known kind."""
     count = gpus(config)
     if not count:
         like = "cpu" if "amx_bf16" in cpu_flags() else "cpu-avx512"
@@ -89,7 +91,7 @@ def here(config: Config, machine: Machine | None) -> Cluster | None:
 
 
 def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
-    """Of a plan, on a cluster.
+    """Predict what a plan means on a cluster.
 
     Raises:
         ConfigError: the plan has more ranks than the cluster has GPUs.
@@ -102,7 +104,7 @@ def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
     images, kept, source, missing = _images(config)
     places = {} if ranks == 1 else {"alone": planned.alone}
     places |= {kind: rank for kind, rank in planned.layouts.items() if isinstance(rank, Rank)}
-    if ranks == 2:  # columns, by another name
+    if ranks == 2:  # then it is the same as columns
         places.pop("columns_x_replicas", None)
     needs = {kind: needed_of(rank) if machine.overlap else rank.memory["peak"]
              for kind, rank in places.items()}  # fmt: skip
@@ -146,11 +148,11 @@ def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
 
 
 def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[str, str]:
-    """The pipeline that a run would take there, as far as memory decides, and why.
+    """Return the pipeline that a run would choose there, as far as memory decides, and why.
 
     Args:
-        kept: images of the splits that a run sees.
-        needs: bytes that the network takes of a device.
+        kept: number of images in the splits that a run uses.
+        needs: bytes of a device's memory that the network needs.
     """
     wanted = config.data.pipeline
     if wanted != AUTO:
@@ -165,7 +167,7 @@ def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[
 
 
 def recommended(found: Mapping[str, Prediction]) -> str | None:
-    """The fastest layout that fits in memory, the simplest of those nearly as fast."""
+    """Return the fastest layout that fits in memory, or a simpler one that is nearly as fast."""
     speeds = {kind: one.images_per_s for kind, one in found.items() if not one.too_large}
     order = [kind for kind in ("one", *_SIMPLEST) if kind in speeds]
     bound = _AS_FAST * max(speeds.values(), default=0.0)
@@ -173,8 +175,8 @@ def recommended(found: Mapping[str, Prediction]) -> str | None:
 
 
 def schedule(config: Config, images: int, points: int = 60) -> list[tuple[float, float]]:
-    """(epoch, rate) of evenly spaced steps. Where plateau will fall is not known: it is given as
-    if its falls came at even intervals."""
+    """Return (epoch, learning rate) of evenly spaced steps. When `plateau` will lower the rate
+    cannot be known: evenly spaced drops are assumed."""
     found = []
     plan = Schedule.of(config, images)
     for point in range(points):
@@ -185,10 +187,10 @@ def schedule(config: Config, images: int, points: int = 60) -> list[tuple[float,
 
 
 def _images(config: Config) -> tuple[int, int, str, str]:
-    """Training images of an epoch, images of all splits that a run sees, whose numbers they are,
-    and why they are not the data set's own.
+    """Return the number of training images, the number in all splits that a run uses, whose numbers
+    these are, and why they are not the data set's own.
 
-    Raises ConfigError where a config and its data do not agree.
+    Raises ConfigError if the config and its data set do not agree.
     """
     try:
         splits = open_for(config).splits
@@ -202,14 +204,15 @@ def _images(config: Config) -> tuple[int, int, str, str]:
 def _measured(
     config: Config, planned: Plan, found: Mapping[str, Prediction]
 ) -> dict[str, Any] | None:
-    """What the run of this config's folder has measured, beside what was predicted of it."""
+    """Return what a run in this config's folder has measured, beside the prediction; None if there
+    is none like it."""
     folder, same = config.folder, ("layout.kind", "train.batch", "train.precision")
     if not (folder / "metrics.jsonl").is_file() or planned.layout not in found:
         return None
     ran = load_config([folder / "config.json"])
     if any(_of(ran, key) != _of(config, key) for key in same):
         return None
-    points = [p for p in read_metrics(folder) if p["kind"] == "speed"][1:]  # the first warms up
+    points = [p for p in read_metrics(folder) if p["kind"] == "speed"][1:]  # the first is warm-up
     if not points:
         return None
     middle = {key: statistics.median(p[key] for p in points)
@@ -219,12 +222,13 @@ def _measured(
 
 
 def _of(config: Config, key: str) -> Any:
+    """Return the value of a key, as in train.batch."""
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)
 
 
 def lines(told: Forecast, own: str) -> list[str]:
-    """A forecast as text; `own` is the config's layout."""
+    """Return a forecast as lines of text; `own` is the config's layout."""
     machine, found = told.machine, told.predicted
     devices, nodes = int(machine["devices"]), int(machine["nodes"])
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
@@ -277,7 +281,7 @@ def lines(told: Forecast, own: str) -> list[str]:
 
 
 def _decoded(decode: Appetite) -> str:
-    """Who decodes, how many there are, and what it would take otherwise."""
+    """Say how images are decoded, how many there are, and what the alternative would give."""
     by = f"data.pipeline={decode.pipeline} ({decode.why}), {decode.how}"
     if decode.decoded_images_per_s is not None:
         by += f": {decode.decoded_images_per_s:,.0f} images/s ({decode.basis})"
@@ -295,7 +299,7 @@ def _hours(hours: float) -> str:
 
 
 def plot(points: list[tuple[float, float]], height: int = 7) -> list[str]:
-    """Rates over epochs, a column a point."""
+    """Plot learning rates over epochs as text, a column for each point."""
     rates = [rate for _, rate in points]
     top = max(rates) or 1.0
     rows = [round(rate / top * (height - 1)) for rate in rates]

@@ -1,6 +1,6 @@
-"""Machines that steps are predicted for: what a device can do, and the links between devices.
+"""The machines that steps are predicted for: what a device, and the links between devices, can do.
 
-GPUs' figures are their data sheets', but for what one H200 was measured to do, which says so.
+A GPU's figures are from its data sheet, other than those measured on an H200, which say so.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes, write
 from alexnet_dist.parallel.device import PEAK_FLOPS
 
-CORE_DECODES = 2400.0  # images/s: docs/data.md, torchvision's pipeline, 256 × 256 JPEGs, a core
+CORE_DECODES = 2400.0  # images/s of a core: torchvision, JPEGs of 256 × 256 pixels (docs/data.md)
 
 
 @dataclass(frozen=True)
@@ -23,26 +23,27 @@ class Machine:
 
     Attributes:
         peak: FLOP/s of a device, by precision.
-        reached: share of it that large layers reach in torch's operators.
-        serial: seconds of a rank's arithmetic that more cores do not help, a second of one core.
-        zero_s: seconds that a step of ZeRO takes more, whatever its size.
+        reached: share of the peak that large layers reach with torch's operators.
+        serial: seconds of a rank's arithmetic that more cores do not speed up, per second of one
+            core.
+        zero_s: additional seconds of a step with ZeRO, whatever its size.
         memory: bytes/s read or written.
-        lrn_passes: times a normalised map is read or written by torch's operators, forward and
+        lrn_passes: how often torch's operators read or write a normalised map, forward and
             backward.
-        step_s: seconds a step of torch's operators whatever its size: starting kernels, Python,
+        step_s: seconds of a step with torch's operators whatever its size: kernel launches, Python,
             layers that do not fill the device.
-        link: bytes/s a rank sends inside a node.
-        latency_s: seconds a hop of a collective takes inside a node.
-        node_link: bytes/s a node sends, all its devices together.
-        node_latency_s: seconds a hop between nodes takes.
-        decode: JPEG images/s of 256 × 256 pixels that a CPU's core decodes; of a GPU those that its
-            own decoder does, which is hardware.
-        cores: host cores a device.
-        capacity: bytes of a device's memory; 0: not known.
-        overlap: sums of gradients go on beside the backward, and decoding beside all.
-        source: where the numbers are from.
-        decode_by_cuda: JPEG images/s of 256 × 256 pixels by a GPU's CUDA cores.
-        fused: its steps are of fused kernels, unless train.execution is eager.
+        link: bytes/s that a rank sends inside a node.
+        latency_s: seconds for a hop of a collective inside a node.
+        node_link: bytes/s that a node sends, all its devices together.
+        node_latency_s: seconds for a hop between nodes.
+        decode: JPEG images/s of 256 × 256 pixels that a CPU core, or a GPU's hardware decoder,
+            decodes.
+        cores: host cores per device.
+        capacity: bytes of a device's memory; 0 if not known.
+        overlap: whether gradients' all-reduces overlap the backward, and decoding everything.
+        source: where the figures come from.
+        decode_by_cuda: JPEG images/s of 256 × 256 pixels on a GPU's CUDA cores.
+        fused: whether steps use fused kernels, unless train.execution is eager.
     """
 
     name: str
@@ -66,12 +67,12 @@ class Machine:
     fused: bool = False
 
 
-# Decoders: one H200 gave 49,000 images/s of 224 × 224 by its seven JPEG engines and 19,000 by CUDA
-# cores (docs/performance.md); engines and FLOP/s of others by their data sheets.
+# Decoders: an H200 decoded 49,000 images/s of 224 × 224 pixels with its seven JPEG engines and
+# 19,000 on CUDA cores (docs/performance.md); other GPUs are scaled by their data sheets.
 _PIXELS = (224 / 256) ** 2
 _ENGINE, _BY_CUDA, _H200_FP32 = 49_000 * _PIXELS / 7, 19_000 * _PIXELS, 67e12
-_LINK = 0.8  # of the data sheet's, one direction
-# LRN: by `bench lrn` 32 copies on an H100 by torch's operators; loops of those days' own.
+_LINK = 0.8  # share of the data sheet's figure for one direction that is reached
+# LRN by torch's operators: 32 copies on an H100 in `bench lrn`; that benchmark is no more.
 _LRN, _LRN_THEN = 64.0, 8.0
 _PCIE4, _PCIE5 = _LINK * 32e9, _LINK * 64e9
 
@@ -80,13 +81,13 @@ def _card(
     name: str, peak: float, fp32: float, memory: float, capacity: float, link: float, nic: float,
     cores: float, source: str, engines: int = 0, tf32: float = 0.0,
 ) -> Machine:  # fmt: skip
-    """A GPU that runs the fused kernels, of eight in a node.
+    """Return a GPU that can run the fused kernels, one of eight in a node.
 
     Args:
-        peak: of bf16, FLOP/s; 0: it has none.
+        peak: FLOP/s in bf16; 0 if it has no bf16.
         nic: bytes/s of a GPU's share of the network.
-        engines: hardware JPEG decoders.
-        tf32: half of bf16's, if left out.
+        engines: number of hardware JPEG decoders.
+        tf32: FLOP/s in TF32; half of bf16's by default.
     """
     narrow = {"bf16": peak, "tf32": tf32 or peak / 2} if peak else {}
     return Machine(
@@ -174,7 +175,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of as many devices each."""
+    """Nodes with the same number of devices each."""
 
     machine: Machine
     devices: int
@@ -182,7 +183,7 @@ class Cluster:
 
     @classmethod
     def of(cls, text: str, machine: Machine | None = None) -> "Cluster":
-        """h100:8x4 is 4 nodes of 8, h100 one device, 8xH100 eight; raises ConfigError."""
+        """Parse h100:8x4 (4 nodes of 8), h100 (one device) or 8xH100; raises ConfigError."""
         given = re.sub(r"[\s_]|(?<=rtx)-", "", text.lower())
         if short := re.fullmatch(r"(\d+)x(.+)", given):
             given = f"{short[2]}:{short[1]}"
@@ -200,23 +201,24 @@ class Cluster:
 
     @property
     def total(self) -> int:
+        """All devices of all nodes."""
         return self.devices * self.nodes
 
 
 def kind_of(device: str) -> str | None:
-    """MACHINES' name of a GPU that torch calls so, as NVIDIA H100 80GB HBM3."""
+    """Return the name in MACHINES of a GPU by torch's name for it, as NVIDIA H100 80GB HBM3."""
     name = device.lower().replace("rtx ", "rtx")
     return next((kind for kind in MACHINES if re.search(rf"\b{kind}\b", name)), None)
 
 
 def known(device: str) -> Machine | None:
-    """Of a GPU that torch calls so; None where it is not known."""
+    """Return the machine of a GPU by torch's name for it; None if it is not known."""
     kind = kind_of(device)
     return MACHINES[kind] if kind else None
 
 
 def read_machine(path: Path) -> Machine:
-    """A machine that `write_machine` wrote; raises ConfigError."""
+    """Read a machine that `write_machine` wrote; raises ConfigError."""
     try:
         return Machine(**json.loads(read_bytes(path)))
     except (OSError, ValueError, TypeError) as error:
@@ -226,7 +228,7 @@ def read_machine(path: Path) -> Machine:
 
 
 def write_machine(machine: Machine, path: Path) -> None:
-    """For `read_machine`; raises ConfigError."""
+    """Write a machine as JSON; raises ConfigError."""
     try:
         write(path, (json.dumps(dataclasses.asdict(machine), indent=1) + "\n").encode())
     except OSError as error:

@@ -1,6 +1,6 @@
-"""Steps that were measured on GPUs, and by what they correct the cost model.
+"""Steps measured on GPUs, and how they correct the cost model.
 
-`measured.jsonl` has them; `make docs` adds those of docs/gpu.jsonl, which `make gpu` writes.
+They are in `measured.jsonl`; `make docs` adds those of docs/gpu.jsonl, which `make gpu` writes.
 """
 
 import functools
@@ -16,18 +16,19 @@ from alexnet_dist.planning.machines import Cluster, Machine, known
 from alexnet_dist.planning.plan import Plan
 
 STEPS = Path(__file__).with_name("measured.jsonl")
-_NETWORK = "paper/alexnet-2012"  # of which all are
+_NETWORK = "paper/alexnet-2012"  # the config of every measured step
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of the paper's network on one GPU, its batch ready.
+    """A measured training step of the paper's network on one GPU, without waiting for data.
 
     Attributes:
-        card: as torch calls it.
-        execution: graph, fused or eager; `before`: by kernels of before these three, launched one
-            by one, which corrects nothing.
-        source: where this is from.
+        card: the GPU by torch's name for it.
+        execution: graph, fused or eager; "before": with older kernels, launched one by one; it
+            corrects nothing.
+        ms: milliseconds.
+        source: where the figure comes from.
     """
 
     card: str
@@ -40,18 +41,18 @@ class Step:
 
 
 def read_steps(path: Path = STEPS) -> list[Step]:
-    """All that were measured, oldest first."""
+    """Read all measured steps, the oldest first."""
     return [Step(**json.loads(line)) for line in path.read_text().splitlines()]
 
 
 def correction(
     planned: Plan, kind: str, machine: Machine, steps: tuple[Step, ...] | None = None
 ) -> tuple[float, str]:
-    """What computing a step takes ÷ what the model says, and where that is from; 1 where nothing
-    like it was measured.
+    """Return measured computing time divided by the model's, and where that comes from; 1 if
+    nothing comparable was measured.
 
-    Of a card's batches the two nearest count, by the logarithm of the batch; of a card that was not
-    measured, those of one that was.
+    Interpolates between the card's two nearest batches, by the logarithm of the batch; for a card
+    that was not measured, takes another card's steps.
     """
     rank, precision = planned.of(kind), planned.recipe["train.precision"]
     ranks = 1 if kind == "alone" else planned.ranks
@@ -62,7 +63,7 @@ def correction(
     if not machine.fused or not found:
         return 1.0, ""
     own = [step for step in found if known(step.card) == machine]
-    taken = {step.batch: step for step in own or found[-1:]}  # the last of a batch counts
+    taken = {step.batch: step for step in own or found[-1:]}  # of each batch, the newest
     batch = planned.batch / ranks
     below = max((b for b in taken if b <= batch), default=min(taken))
     above = min((b for b in taken if b >= batch), default=max(taken))
@@ -80,12 +81,14 @@ def _listed(batches: dict[int, Step]) -> str:
 
 
 def _is_papers(planned: Plan) -> bool:
+    """Return whether a plan is of the paper's network, as the measured steps are."""
     recipe = _planned(planned.batch, planned.recipe["train.precision"], "graph").recipe
     keys = [key for key in recipe if key.startswith("model.") or key == "train.micro_batches"]
     return all(planned.recipe[key] == recipe[key] for key in keys)
 
 
 def _ratio(step: Step) -> float:
+    """Return a step's measured time divided by the model's."""
     machine = known(step.card)
     assert machine is not None, step.card
     planned = _planned(step.batch, step.precision, step.execution)
@@ -95,6 +98,7 @@ def _ratio(step: Step) -> float:
 
 @functools.cache
 def _planned(batch: int, precision: str, execution: str) -> Plan:
+    """Plan the paper's network on one GPU."""
     own = [f"train.batch={batch}", f"train.precision={precision}", f"train.execution={execution}"]
     config = load_config([_NETWORK, "model.classes=1000", "layout.kind=one", *own])
     return plan(config, 1, gpu=True)

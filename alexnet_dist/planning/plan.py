@@ -1,4 +1,4 @@
-"""What `plan` found of a run; its JSON is these fields by name."""
+"""What `plan` finds out about a run: types, whose fields are the keys of its JSON, and its text."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Passes:
-    """What a rank's step on a GPU does besides convolutions and products.
+    """The work of a rank's step on a GPU besides convolutions and matrix products.
 
     Attributes:
-        maps: bytes read and written over maps and units.
-        parameters: bytes read and written by the update and the norm of the gradient.
-        kernels: how many are launched in all, convolutions and products among them.
+        maps: bytes read and written of maps and units.
+        parameters: bytes read and written by the update and by the gradient norm.
+        kernels: number of kernels launched in all, convolutions and products included.
     """
 
     maps: int
@@ -23,16 +23,16 @@ class Passes:
 
 @dataclass(frozen=True)
 class Rank:
-    """What one layout asks of a rank, a step.
+    """What a step in one layout requires of a rank.
 
     Attributes:
-        batch_per_replica: samples.
-        parameters: of this rank.
-        memory: bytes by part at the peak, and `peak`, their sum.
-        bytes: sent, by collective, and `total`.
-        calls: by collective.
-        execution: how a GPU is given the step: graph, fused or eager; on a CPU eager.
-        passes: of fused kernels; None where they were not counted.
+        batch_per_replica: samples in a replica's share of the batch.
+        parameters: number of parameters that this rank holds.
+        memory: bytes at the peak by part, and "peak", their sum.
+        bytes: bytes sent by collective, and "total".
+        calls: number of calls by collective.
+        execution: how a GPU executes the step: graph, fused or eager; eager on a CPU.
+        passes: memory traffic of fused kernels; None if it was not counted.
     """
 
     batch_per_replica: int
@@ -46,7 +46,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Misfit:
-    """Why a layout does not lie on so many ranks, and what would."""
+    """Why a layout cannot have a number of ranks, and which layouts can."""
 
     problem: str
 
@@ -56,13 +56,13 @@ class Plan:
     """A config on a number of ranks.
 
     Attributes:
-        recipe: every key of the config.
-        layout: the config's own.
-        batch: of all replicas.
+        recipe: every key of the config with its value.
+        layout: the config's own layout.
+        batch: the global batch.
         parameters, forward_flops_per_image: by layer.
-        map_values_per_image: of all layers, and of those that are normalised.
+        map_values_per_image: values in the maps of all layers, and of those that are normalised.
         layouts: by kind, the config's own among them.
-        alone: all of the batch on one device.
+        alone: the whole batch on one device.
     """
 
     recipe: Mapping[str, Any]
@@ -77,7 +77,7 @@ class Plan:
     alone: Rank
 
     def of(self, kind: str) -> Rank:
-        """A layout that fits, or `alone`."""
+        """Return a layout that fits, or `alone`."""
         found = self.alone if kind == "alone" else self.layouts[kind]
         assert isinstance(found, Rank), kind
         return found
@@ -88,16 +88,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A layout's step on a machine.
+    """A layout's predicted step on a machine.
 
     Attributes:
-        images_per_s: of training with its images decoded.
-        training_images_per_s: without decoding.
-        parts_s: seconds of the step, and of decoding.
+        images_per_s: throughput of training, decoding included.
+        training_images_per_s: throughput if decoding took no time.
+        parts_s: seconds of the step by part, and of decoding.
         bottleneck: the largest part.
-        basis: what the step's time is from.
-        hours: of all epochs.
-        too_large: what it needs of a device's memory, where that is more than there is.
+        basis: where the step's time comes from.
+        hours: time for all epochs.
+        too_large: memory needed and available, as text, if a device has too little.
     """
 
     ranks: int
@@ -113,3 +113,34 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
         return found if self.too_large else {k: v for k, v in found.items() if k != "too_large"}
+
+
+def lines(planned: Plan) -> list[str]:
+    """Return a plan as lines of text."""
+    layers, flops = planned.parameters, planned.forward_flops_per_image
+    text = [f"{'layer':8}{'parameters':>12}{'forward MFLOP/image':>21}"]
+    text += [f"{name:8}{layers[name]:12,}{flops[name] / 1e6:21,.1f}" for name in layers]
+    text += [
+        f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
+        f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP an image, "
+        f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP a step",
+        "",
+        f"on {planned.ranks} rank(s), a batch of {planned.batch} in all; of a rank, a step:",
+        f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
+    ]
+    for kind, found in planned.layouts.items():
+        if isinstance(found, Misfit):
+            text.append(f"{kind:20}{found.problem}")
+            continue
+        sent = [f"{name} {size / 1e6:,.1f}" for name, size in found.bytes.items()]
+        text.append(
+            f"{kind:20}{found.batch_per_replica:6}{found.parameters:12,}"
+            f"{found.memory['peak'] / 1e6:11,.0f} MB"
+            f"{found.bytes.get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
+        )
+    own = planned.layouts[planned.layout]
+    if isinstance(own, Misfit):
+        return text
+    text += ["", f"memory of a rank of {planned.layout}, MB at its peak:"]
+    text += [f"  {name:18}{size / 1e6:10,.1f}" for name, size in own.memory.items()]
+    return text

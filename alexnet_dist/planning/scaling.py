@@ -1,17 +1,14 @@
-"""Speed from 1 to 1,024 devices, every layout; and a CPU's numbers from measured layouts."""
+"""Speed of every layout on 1 to 1,024 devices: a table and a figure."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.errors import ConfigError
-from alexnet_dist.files import read_bytes
-from alexnet_dist.planning.cost_model import Measured, bottleneck, fit, predict
-from alexnet_dist.planning.dry_run import KINDS, plan, plan_on
-from alexnet_dist.planning.machines import Cluster, Machine
+from alexnet_dist.planning.cost_model import bottleneck, predict
+from alexnet_dist.planning.dry_run import KINDS, plan_on
+from alexnet_dist.planning.machines import Cluster
 from alexnet_dist.planning.measured import correction
 from alexnet_dist.planning.plan import Misfit
 from alexnet_dist.plotting import figure
@@ -20,14 +17,14 @@ _MOST = 1024
 
 
 def curve(config: Config, at: Cluster, most: int = _MOST) -> list[dict[str, Any]]:
-    """Each layout on 1, 2, 4 … devices, train.batch images on each device.
+    """Predict each layout on 1, 2, 4 … devices with train.batch images on each.
 
     Args:
-        at: its nodes' size; how many there are is of no account.
+        at: the kind of devices, and how many a node has; its number of nodes does not matter.
 
     Returns:
-        layout, ranks, images_per_s of training without decoding, efficiency (÷ ranks × one
-        device's), and the bottleneck.
+        Rows of layout, ranks, images_per_s of training without decoding, efficiency (images/s
+        divided by ranks times one device's), and the bottleneck.
     """
     rows, base, ranks = [], 0.0, 1
     while ranks <= most:
@@ -52,7 +49,7 @@ def curve(config: Config, at: Cluster, most: int = _MOST) -> list[dict[str, Any]
 
 
 def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The curves as a table of Markdown: images/s, and efficiency, a column a layout."""
+    """Return the curves as a Markdown table: images/s and efficiency, a column for each layout."""
     kinds = [kind for kind in KINDS if kind != "one" and any(r["layout"] == kind for r in rows)]
     text = [f"| devices | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
     for ranks in sorted({row["ranks"] for row in rows}):
@@ -66,6 +63,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def draw(rows: Sequence[dict[str, Any]], at: Cluster, path: Path) -> None:
+    """Draw the curves."""
     with figure(path, 1, 2, (12, 4.5)) as axes:
         speeds, shares = axes[0]
         for kind in KINDS:
@@ -85,31 +83,3 @@ def draw(rows: Sequence[dict[str, Any]], at: Cluster, path: Path) -> None:
         for axis in (speeds, shares):
             axis.set_xscale("log", base=2)
             axis.legend(fontsize=8)
-
-
-def fitted(paths: Sequence[Path]) -> Machine:
-    """This CPU's numbers, from what `bench layouts --json` printed; raises ConfigError."""
-    return fit([one for path in paths for one in read_bench(path)])
-
-
-def read_bench(path: Path) -> list[Measured]:
-    """The layouts that a file of `bench layouts --json` holds, by the fastest of their passes: what
-    other programs took from a pass is not the machine's."""
-    try:
-        found = json.loads(read_bytes(path))
-        config, cores = load_config([found["recipe"]]), int(found["machine"]["cores"])
-        runs, ranks = found["runs"], int(found["ceilings"]["ranks"])
-        gpu = found["machine"]["gpu"]
-        speeds = {kind: max(run[kind] for run in runs) for kind in runs[0]}
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(
-            f"--fit {path}: not what `bench layouts --json` prints: {error!r}"
-        ) from error
-    if gpu:
-        raise ConfigError(f"--fit {path}: measured on {gpu}; only CPUs are fitted")
-    planned = plan(config, ranks)
-    return [
-        Measured(planned, "alone" if kind == "one" else kind, cores, config.train.batch / speed)
-        for kind, speed in speeds.items()
-        if not (kind == "columns_x_replicas" and ranks == 2)  # columns, by another name
-    ]

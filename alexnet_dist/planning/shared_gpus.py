@@ -1,5 +1,5 @@
-"""Ranks that share a GPU (`layout.share_gpu`): whether they fit beside one another, and what such
-ranks cannot show."""
+"""Ranks that share a GPU (`layout.share_gpu`): whether they fit on it together, and what cannot be
+concluded from their speed."""
 
 import functools
 
@@ -12,8 +12,8 @@ from alexnet_dist.planning.machines import kind_of
 
 
 def check(config: Config, ranks: int) -> None:
-    """Raises ConfigError where so many ranks cannot share this host's GPUs, as `layout.share_gpu`
-    asks, or one needs more memory than its share; takes seconds where they share them."""
+    """Raise ConfigError if so many ranks cannot share this host's GPUs, as `layout.share_gpu` asks,
+    or if one needs more memory than its share. Takes seconds if they share GPUs."""
     if problem := device.share_problem(config, ranks):
         raise ConfigError(problem)
     if not config.layout.share_gpu or (each := device.ranks_per_gpu(config, ranks)) < 2:
@@ -33,14 +33,14 @@ def check(config: Config, ranks: int) -> None:
 
 @functools.cache
 def memory(config: Config, ranks: int) -> int:
-    """Bytes of tensors that `plan` says a rank takes at its peak."""
+    """Return the bytes of tensors that `plan` predicts for a rank at its peak."""
     from alexnet_dist.planning.dry_run import needed  # takes a second to import
 
     return needed(config, ranks)
 
 
 def unseen(config: Config, ranks: int) -> str:
-    """What images/s of ranks that share a GPU do not say; empty where each has its own."""
+    """Return what the images/s of ranks that share a GPU do not tell; "" if each has its own."""
     if (each := device.ranks_per_gpu(config, ranks)) < 2:
         return ""
     name = torch.cuda.get_device_name()

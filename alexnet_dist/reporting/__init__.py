@@ -1,1 +1,1 @@
-"""What can be said of runs that are over, and of the machine before one."""
+"""What is shown of runs that have ended, and of the machine before a run starts."""

@@ -1,13 +1,14 @@
-"""Every layout beside the grouped network on one process, on this machine, in real processes.
+"""`compare`: every layout against the plain grouped network in one process (the oracle), trained
+for some steps on this machine's real ranks.
 
 | row | what must hold |
 |---|---|
 | all but ZeRO | in float64, after all steps: parameters and optimiser tensors within 1e-12 |
 | zero1, zero2 | in float32, from the oracle's state at each step: one update within 1e-5 |
 
-Differences are of each tensor, relative to its largest value. In float32 trajectories drift apart
-by rounding alone: how far parameters do is shown beside the drift between one and four
-micro-batches on one process.
+A difference is a tensor's largest absolute difference divided by the oracle's largest value. In
+float32, trajectories drift apart by rounding alone; how far the parameters do is shown next to the
+drift between one and four micro-batches in one process.
 """
 
 import contextlib
@@ -44,19 +45,19 @@ log = logging.getLogger(__name__)
 BOUND, ZERO_BOUND = 1e-12, 1e-5
 _DEFAULTS = ("one:1", "columns:2", "replicas:2", "columns_x_replicas:4", "sharded_fc:2",
              "zero1:2", "zero2:2")  # fmt: skip
-_SPEED_STEPS = 8  # two warm up
+_SPEED_STEPS = 8  # of which the first two are warm-up
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layout's outcome; the fields are the keys of `--json`.
+    """What was measured of one layout; the fields are the keys of `--json`.
 
     Attributes:
-        final_loss: of the run that is bounded, nats a sample.
-        max_difference: largest difference to the oracle, of any tensor.
-        images_per_s: all ranks together, in the config's own precision.
-        bytes_per_rank_step: sent by rank 0 in a step of the config's own precision.
-        ranks_per_gpu: 0 on the CPU; where more than 1, images_per_s is of a GPU that they share.
+        final_loss: loss of the last step of the compared run, nats a sample.
+        max_difference: largest relative difference from the oracle, over all tensors.
+        images_per_s: throughput of all ranks together, in the config's own precision.
+        bytes_per_rank_step: bytes that rank 0 sends in a step, in the config's own precision.
+        ranks_per_gpu: 0 on a CPU; if more than 1, images_per_s is that of a GPU that they share.
     """
 
     layout: str
@@ -77,7 +78,7 @@ HEADING = (
 
 
 def line(row: Row, drift: float | None, floor: float | None) -> str:
-    """A row of the table under HEADING."""
+    """Return a row of the table under HEADING."""
     beside = f"noise floor {floor:.1e}" if floor is not None else "" if drift is None else drift
     return (
         f"{row.layout:18}  {row.ranks:5}  {row.final_loss:10.6f}  {row.max_difference:10.1e}  "
@@ -88,7 +89,7 @@ def line(row: Row, drift: float | None, floor: float | None) -> str:
 
 @dataclass(frozen=True)
 class Run:
-    """What one set of ranks measured."""
+    """What one set of ranks measured: the loss of each step, throughput, bytes that rank 0 sent."""
 
     losses: list[float]
     images_per_s: float
@@ -96,7 +97,7 @@ class Run:
 
 
 class InMemory:
-    """Whole tensors in memory, as an engine loads them."""
+    """Whole tensors in memory, in the form in which an engine loads a checkpoint's."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -110,10 +111,11 @@ class InMemory:
 
 
 def chosen(config: Config, names: str | None) -> list[Config]:
-    """A config for each of `LAYOUT[:RANKS],…`, the oracle first; None: all that can be here.
+    """Return a config for each layout of `LAYOUT[:RANKS],…`, the oracle's first; of all layouts
+    that this config can have, if `names` is None.
 
     Raises:
-        ConfigError: a layout is unknown, or cannot be.
+        ConfigError: a layout is unknown, or the config cannot have it.
     """
     found = [_with(config, kind="one", ranks=1)]
     for name in names.split(",") if names else _DEFAULTS:
@@ -137,7 +139,8 @@ def chosen(config: Config, names: str | None) -> list[Config]:
 
 
 def on_devices_alike(found: Sequence[Config]) -> list[Config]:
-    """All on the CPU, where this host has GPUs for some of them only, not to be shared."""
+    """Move all layouts to the CPU if this host has enough GPUs for some of them only, and they may
+    not be shared: otherwise their numbers could not be compared."""
     here, most = gpus(found[0]), max(one.layout.ranks for one in found)
     layout = found[0].layout
     if 0 < here < most and layout.device == "auto" and not layout.share_gpu:
@@ -152,8 +155,8 @@ def on_devices_alike(found: Sequence[Config]) -> list[Config]:
 def compare(
     configs: Sequence[Config], steps: int
 ) -> Iterator[tuple[Row, float | None, float | None]]:
-    """Row by row, the oracle's first: what was measured, the drift in float32, and its noise floor
-    (one process: how far four micro-batches drift from one)."""
+    """Yield each layout's row, the oracle's first, with its float32 drift from the oracle, and, in
+    the oracle's row, the noise floor: how far four micro-batches drift from one."""
     with tempfile.TemporaryDirectory() as folder:
         oracle = Path(folder) / "oracle"
         for place, laid_out in enumerate(configs):
@@ -164,6 +167,7 @@ def compare(
 def _row(
     config: Config, steps: int, path: Path, oracle: Path
 ) -> tuple[Row, float | None, float | None]:
+    """Start a layout's ranks, and compare what they computed with the oracle's tensors."""
     zero = config.layout.kind in layouts.ZERO_STAGES
     runs = {"bounded": (_bounded(config), steps), "fp32": (_with(config, precision="fp32"), steps)}
     parts = next((p for p in (4, 3, 2) if config.train.batch % p == 0), 1)
@@ -195,19 +199,20 @@ def _row(
 def measure(
     runs: Mapping[str, tuple[Config, int]], path: Path, zero: bool
 ) -> tuple[dict[str, Run], float]:
-    """On each rank: run each config for its steps; rank 0 leaves whole tensors in `path`/NAME.
-    With `zero`, also the largest difference of an update."""
+    """Run each config for its number of steps, on each rank; rank 0 saves the whole tensors in
+    `path`/NAME. With `zero`, also measure the largest difference of a single update."""
     found = {name: _run(config, steps, path / name) for name, (config, steps) in runs.items()}
     return found, _updates(*runs["fp32"]) if zero else 0.0
 
 
 def _run(config: Config, steps: int, path: Path) -> Run:
+    """Train for some steps; save the result, and measure losses, throughput and traffic."""
     topology = connect(config)
     engine = make_engine(config, topology)
     losses, traffic, begin = [], Traffic(), time.perf_counter()
     batches = _batches(config, topology, steps)
     for step in range(steps):
-        with traffic if step == 1 else contextlib.nullcontext():  # the first warms up
+        with traffic if step == 1 else contextlib.nullcontext():  # step 0 is warm-up
             batch, rate = next(batches)
             stats = engine.train_step(batch, step, rate)
         losses.append(stats[AT.loss].item() / config.train.batch)
@@ -223,10 +228,8 @@ def _run(config: Config, steps: int, path: Path) -> Run:
 
 
 def _updates(config: Config, steps: int) -> float:
-    """The largest difference one update makes, from the oracle's state at each step.
-
-    Every rank computes the oracle too.
-    """
+    """Return the largest relative difference of a single update, starting at each step from the
+    oracle's state. Every rank computes the oracle as well."""
     topology = connect(config)
     alone = Topology(device=topology.device)
     engine: Engine = make_engine(config, topology)
@@ -244,13 +247,13 @@ def _updates(config: Config, steps: int) -> float:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """‖ours − theirs‖∞ ÷ ‖theirs‖∞."""
+    """Return ‖ours − theirs‖∞ ÷ ‖theirs‖∞."""
     difference = (ours.double() - theirs.double()).abs().max().item()
     return difference and difference / theirs.double().abs().max().item()
 
 
 def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[Batch, float]]:
-    """This rank's part of each step, as the training loop makes it, and the rate."""
+    """Yield this rank's part of each batch, as in the training loop, and the learning rate."""
     dataset = open_for(config)
     schedule = Schedule.of(config, len(dataset.splits[config.data.train_split]))
     with contextlib.closing(train_batches(once(config), topology, dataset, 0, steps)) as batches:
@@ -261,6 +264,7 @@ def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[
 def _difference(
     ours: Path, theirs: Path, names: Sequence[str] = ("parameters", "optimizer")
 ) -> float:
+    """Return the largest relative difference between two saved runs."""
     largest = 0.0
     for name in names:
         mine, other = load_file(ours / name), load_file(theirs / name)
@@ -269,13 +273,13 @@ def _difference(
 
 
 def _bounded(config: Config) -> Config:
-    """In the precision whose difference is bounded."""
+    """Return the config in the precision in which differences are bounded."""
     zero = config.layout.kind in layouts.ZERO_STAGES
     return _with(config, precision="fp32" if zero else "fp64")
 
 
 def _with(config: Config, **values: str | int) -> Config:
-    """The config with other values of some keys, checked."""
+    """Return the config with other values of some keys of `train` or `layout`, checked."""
     of_train = ("precision", "micro_batches")
     overrides = [
         f"{'train' if key in of_train else 'layout'}.{key}={value}" for key, value in values.items()

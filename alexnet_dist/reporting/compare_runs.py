@@ -1,4 +1,4 @@
-"""Runs side by side: the keys that differ, their scores, their curves over one another."""
+"""`compare RUN RUN`: the keys in which runs differ, their scores, and their curves in one plot."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,14 +7,18 @@ from typing import Any
 
 from alexnet_dist.errors import ConfigError, printable
 from alexnet_dist.plotting import figure
-from alexnet_dist.reporting.runs import RunRead, differing, read_run_folder
+from alexnet_dist.reporting.runs import RunRead, check_replaces, differing, read_run_folder
+from alexnet_dist.training.metrics_file import telling
+
+_MARK = "alexnet-dist compare"  # in the PNG's text, by which a comparison is known
 
 
 def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any], str]:
-    """Draw the curves of runs; what is told of them to a program, and to a reader.
+    """Draw the runs' curves in `picture`, and return the comparison as data and as text.
 
-    Raises ConfigError where one cannot be read.
+    Raises ConfigError if a run cannot be read, or if `picture` exists and is not a comparison.
     """
+    check_replaces(picture, _MARK.encode(), "comparison")
     runs = []
     for folder in folders:
         if (run := read_run_folder(folder)) is None:
@@ -35,24 +39,31 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
     }  # fmt: skip
     rows = [[key, *map(str, values)] for key, values in differ.items()]
     text = _table(["key", *names], rows) if rows else "their configs are equal"
-    scores = [
-        [name, one.which or f"step {one.step}", str(one.step), one.split, str(one.views),
-         f"{100 * (1 - one.score.top1):.2f}", f"{100 * (1 - one.score.top5):.2f}",
-         f"{one.score.loss:.4f}", one.told]
-        for run, name in zip(runs, names, strict=True) for one in run.scores
-    ]  # fmt: skip
-    heading = ["run", "network", "step", "split", "views", "top-1 error", "top-5", "loss", "when"]
+    with_top5 = ["top5" in telling(run.config.model.classes) for run in runs]
+    scores = []
+    for run, name, top5 in zip(runs, names, with_top5, strict=True):
+        for one in run.scores:
+            errors = [f"{100 * (1 - one.score.top1):.2f}"]
+            if any(with_top5):
+                errors.append(f"{100 * (1 - one.score.top5):.2f}" if top5 else "–")
+            scores.append([
+                name, one.which or f"step {one.step}", str(one.step), one.split, str(one.views),
+                *errors, f"{one.score.loss:.4f}", one.told,
+            ])  # fmt: skip
+    tops = ["top-1 error", *(["top-5"] if any(with_top5) else [])]
+    heading = ["run", "network", "step", "split", "views", *tops, "loss", "when"]
     text += "\n\n" + (_table(heading, scores) if scores else "none of them was evaluated")
     return told, f"{text}\n\ncurves: {picture}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """Of each run; with the folders that it is in, where names alone are not different."""
+    """Return a name for each run: its folder's, or the whole path if two have the same."""
     short = [folder.resolve().name for folder in folders]
     return short if len({*short}) == len(short) else [str(folder) for folder in folders]
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a text table with aligned columns."""
     lines = [[printable(cell) for cell in row] for row in (heading, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
@@ -62,8 +73,8 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _draw(runs: Sequence[RunRead], names: Sequence[str], path: Path) -> None:
-    """Loss and top-1 error by epoch; a colour a run, training thin, evaluations with dots."""
-    with figure(path, 1, 2, (13, 5)) as axes:
+    """Draw loss and top-1 error by epoch: a colour for each run, training thin, evaluation dots."""
+    with figure(path, 1, 2, (13, 5), software=_MARK) as axes:
         for place, (run, name) in enumerate(zip(runs, names, strict=True)):
             for kind, style in (("train", {"alpha": 0.5, "lw": 1}), ("eval", {"marker": "o"})):
                 points = [point for point in run.points if point["kind"] == kind]

@@ -1,5 +1,5 @@
-"""Pictures of runs, after the paper's: Fig. 1 (curves), Fig. 3 (kernels), Fig. 4 (answers and
-neighbours), and bars for ablations."""
+"""Pictures of runs after the paper's figures: Fig. 1 (curves), Fig. 3 (kernels), Fig. 4
+(predictions and nearest neighbours), and bars for ablations."""
 
 import math
 import statistics
@@ -26,22 +26,22 @@ from alexnet_dist.evaluation.evaluate import seen
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.training.metrics_file import read_metrics, telling
 from alexnet_dist.training.tensorboard import ANSWERED, answered, evenly, image_of
 
-_QUERIES, _NEIGHBOURS = 5, 6  # of Fig. 4, right
-CHUNK = 4096  # rows of the memory map compared at a time
+_QUERIES, _NEIGHBOURS = 5, 6  # rows and neighbours of Fig. 4, right
+CHUNK = 4096  # rows of the memory map that are compared at a time
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw kernels and curves of a run folder into its `figures/`; their paths."""
+    """Draw kernels and curves of a run into its `figures/`; return the files' paths."""
     newest = _newest(folder)
     out = _folder(folder)
     conv1 = newest.parameters().rows("conv1.weight", slice(None))
     _write(kernel_picture(conv1, newest.config.model.columns), out / "kernels.png")
     drawn = [out / "kernels.png"]
-    if (folder / "metrics.jsonl").is_file():  # an imported run has none
-        _curves(folder, out / "curves.png")
+    if (folder / "metrics.jsonl").is_file():  # an imported run has no metrics
+        _curves(folder, newest.config.model.classes, out / "curves.png")
         drawn.append(out / "curves.png")
     return drawn
 
@@ -54,17 +54,18 @@ def _newest(folder: Path) -> Checkpoint:
 
 
 def colour(folder: Path) -> list[float]:
-    """Fig. 3 in numbers: the chroma of each column's kernels in a run's newest checkpoint."""
+    """Return the chroma of each column's conv1 kernels in a run's newest checkpoint: Fig. 3 in
+    numbers."""
     newest = _newest(folder)
     conv1 = newest.parameters().rows("conv1.weight", slice(None))
     return chroma(conv1, newest.config.model.columns)
 
 
 def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
-    """Fig. 4: the five likeliest labels of eight test images, and the six training images nearest
-    to five test images by the distance of what the last layer sees (fc7).
+    """Draw Fig. 4: the five likeliest classes of eight evaluation images, and, for five of them,
+    the six training images whose features before the last layer (fc7) are nearest.
 
-    Those features of the training split lie in `figures/features.npy` as long as they are compared.
+    The training split's features are kept in `figures/features.npy` while they are compared.
     """
     found = checkpoints.at(folder)
     config = load_config([flat(once(found.config)), *ALONE, *overrides])
@@ -74,6 +75,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     engine.load(found.parameters(), None)
 
     def see(split: str, samples: range) -> tuple[Tensor, Tensor]:
+        """Return features and logits of some samples of a split."""
         return seen(engine, config, topology, dataset, split, samples)
 
     shown = evaluation_split(config, dataset)
@@ -97,14 +99,14 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
 
 
 def nearest(queries: Tensor, rows: npt.NDArray[np.float32], count: int) -> tuple[Tensor, Tensor]:
-    """The rows nearest to each query by Euclidean distance, the nearest first.
+    """Return the rows nearest to each query by Euclidean distance, the nearest first.
 
     Args:
-        queries: (q, d).
-        rows: (n, d), a memory map of any length: a chunk of it is read at a time.
+        queries: (q, d) float32.
+        rows: (n, d) memory map of any length; CHUNK rows of it are read at a time.
 
     Returns:
-        (q, count) int64 places, ties to the lower, and (q, count) distances.
+        (q, count) int64 row numbers, ties to the lower one, and (q, count) distances.
     """
     best = torch.empty(len(queries), 0)
     places = torch.empty(len(queries), 0, dtype=torch.int64)
@@ -120,7 +122,7 @@ def nearest(queries: Tensor, rows: npt.NDArray[np.float32], count: int) -> tuple
 
 
 def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
-    """Fig. 1: training error by epoch of runs by name."""
+    """Draw Fig. 1: training error by epoch, for runs grouped by name."""
     with _axes(path, (6, 4)) as axes:
         for place, (name, folders) in enumerate(runs.items()):
             for number, run in enumerate(folders):
@@ -134,8 +136,8 @@ def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
 
 
 def epochs_to(error: float, folders: Sequence[Path]) -> float:
-    """The median of the epochs at which runs' training errors (shares) were first as low; infinite
-    where half of them never were."""
+    """Return the median over runs of the epoch at which the training error (a share) first fell to
+    `error`; infinity if at least half of the runs never reached it."""
 
     def first(run: Path) -> float:
         points = [p for p in read_metrics(run) if p["kind"] == "train"]
@@ -145,7 +147,7 @@ def epochs_to(error: float, folders: Sequence[Path]) -> float:
 
 
 def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:
-    """Bars of mean top-1 errors (shares) of runs by name, with the deviation and each run."""
+    """Draw bars of mean top-1 errors (shares) by name, with standard deviation and single runs."""
     with _axes(path, (7, 0.5 * len(errors) + 1.2)) as axes:
         for place, values in enumerate(errors.values()):
             percent = [100 * value for value in values]
@@ -163,6 +165,7 @@ def _write(picture: Picture, path: Path) -> None:
 
 
 def _folder(run: Path) -> Path:
+    """Return the run's `figures/`, created if need be."""
     out = run / "figures"
     out.mkdir(exist_ok=True)
     return out
@@ -170,7 +173,7 @@ def _folder(run: Path) -> Path:
 
 @contextmanager
 def _axes(path: Path, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes to draw on; written to the path in the end."""
+    """Yield a single pair of axes, which is written to `path` at the end."""
     with figure(path, 1, 1, size) as axes:
         axes[0, 0].grid(alpha=0.3)
         yield axes[0, 0]
@@ -179,7 +182,7 @@ def _axes(path: Path, size: tuple[float, float]) -> Iterator[Any]:
 def _neighbours(
     shown: Split, samples: range, known: Split, places: Tensor, canvas: int, path: Path
 ) -> None:
-    """Fig. 4, right: a test image in the first column, then its training neighbours."""
+    """Draw Fig. 4, right: evaluation images in the first column, their neighbours to the right."""
     with figure(path, len(places), 1 + places.shape[1], (10, 1.6 * len(places))) as axes:
         for row, (sample, near) in enumerate(zip(samples, places.tolist(), strict=False)):
             _show(axes[row, 0], shown, sample, canvas)
@@ -194,7 +197,8 @@ def _show(axes: Any, split: Split, sample: int, canvas: int) -> None:
     axes.axis("off")
 
 
-def _curves(folder: Path, path: Path) -> None:
+def _curves(folder: Path, classes: int, path: Path) -> None:
+    """Draw loss, errors, and the colour in conv1's kernels of each column, by epoch."""
     points = read_metrics(folder)
     with figure(path, 1, 3, (15, 4)) as axes:
         left, right, colours = axes[0]
@@ -202,9 +206,9 @@ def _curves(folder: Path, path: Path) -> None:
             chosen = [point for point in points if point["kind"] == kind]
             epochs = [point["epoch"] for point in chosen]
             left.plot(epochs, [point["loss"] for point in chosen], style, label=kind)
-            for name in ("top1", "top5"):
-                errors = [100 * (1 - point[name]) for point in chosen]
-                right.plot(epochs, errors, style, label=f"{kind}, {name.replace('top', 'top-')}")
+            for top, name in telling(classes).items():
+                errors = [100 * (1 - point[top]) for point in chosen]
+                right.plot(epochs, errors, style, label=f"{kind}, {name}")
         for column in (1, 2):
             chosen = [point for point in points if f"chroma_{column}" in point]
             values = [point[f"chroma_{column}"] for point in chosen]

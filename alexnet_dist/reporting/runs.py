@@ -1,4 +1,4 @@
-"""A run folder as it is read to be shown: its config, its curves, its scores."""
+"""A run folder, read in order to be shown: its config, its curves, its scores."""
 
 import contextlib
 import json
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
-from alexnet_dist.errors import AlexNetDistError
+from alexnet_dist.errors import AlexNetDistError, ConfigError
 from alexnet_dist.evaluation.evaluate import Score
 from alexnet_dist.evaluation.scores import kept
-from alexnet_dist.files import json_object, read_bytes, read_run
-from alexnet_dist.training.metrics import read_metrics
+from alexnet_dist.files import json_object, opened, read_bytes, read_run
+from alexnet_dist.training.metrics_file import read_metrics
 
 _NAMING = ("name", "output_dir")
 
@@ -28,9 +28,10 @@ class Scored:
     """One evaluation of one network.
 
     Attributes:
-        which: checkpoint, "best", "last" or "".
-        where: date, machine and versions, as they are shown.
-        kept: what `evaluate` wrote; None of an evaluation while it trained.
+        which: checkpoint: "best", "last", both, or "" for any other.
+        where: date, machine and versions, as shown.
+        changed: keys that differed from training, with their values.
+        kept: the full result that `evaluate` saved; None for an evaluation during training.
     """
 
     which: str
@@ -45,17 +46,17 @@ class Scored:
 
     @property
     def told(self) -> str:
-        """Where, and what was otherwise than in training."""
+        """Where and when, and what differed from training, in words."""
         changed = ", ".join(f"{key}={value}" for key, value in self.changed.items())
         return f"{self.where}; with {changed}" if changed else self.where
 
 
 @dataclass(frozen=True)
 class RunRead:
-    """A run folder: its points of metrics.jsonl and its scores, those of training first.
+    """The content of a run folder: points of metrics.jsonl, and scores, those of training first.
 
     Attributes:
-        averages: what `evaluate` kept of this network together with others.
+        averages: results that `evaluate` saved of this network averaged with others.
     """
 
     folder: Path
@@ -67,14 +68,13 @@ class RunRead:
 
     @property
     def views(self) -> Mapping[int, Score]:
-        """Of each number of views that the best network was scored with on its own data, the
-        newest score."""
+        """The newest score of the best network on its own data, for each number of views."""
         return {one.views: one.score for one in self.scores
                 if one.which.startswith("best") and not one.changed}  # fmt: skip
 
     @property
     def detailed(self) -> Scored | None:
-        """Of the kept scores, that of the best network with most views, the newest of equals."""
+        """The saved score of the best network with the most views; the newest of equals."""
         own = [one for one in self.scores if one.kept is not None and not one.changed]
         return max(
             own, key=lambda one: (one.which.startswith("best"), one.step, one.views), default=None
@@ -82,7 +82,7 @@ class RunRead:
 
 
 def read_run_folder(folder: Path) -> RunRead | None:
-    """A run folder's content; None where it holds no config, or one that cannot be read."""
+    """Read a run folder; None if it has no config, or one that cannot be read."""
     try:
         config = load_config([json_object(read_bytes(folder / "config.json"))])
         points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
@@ -114,7 +114,7 @@ def read_run_folder(folder: Path) -> RunRead | None:
 
 
 def _of_a_file(path: Path, split: str, data: str) -> Scored:
-    """Of the best network, as `evaluate --json` printed it before scores were kept."""
+    """Read what `evaluate --json` printed of the best network, before `evaluate` saved scores."""
     found = json.loads(read_bytes(path))
     views = int(path.stem.rpartition("-")[2])
     where = f"{_date(path.stat().st_mtime)}, in {path.name}"
@@ -123,7 +123,7 @@ def _of_a_file(path: Path, split: str, data: str) -> Scored:
 
 
 def _score(found: Mapping[str, Any]) -> Score:
-    """Raises KeyError, TypeError, ValueError."""
+    """Return a score from JSON; raises KeyError, TypeError or ValueError if it is not one."""
     samples, right, among = (int(found[key]) for key in ("samples", "correct1", "correct5"))
     if samples < 1:
         raise ValueError("no samples")
@@ -131,6 +131,7 @@ def _score(found: Mapping[str, Any]) -> Score:
 
 
 def _scored(one: Mapping[str, Any], which: str) -> Scored:
+    """Return a score that `evaluate` saved, with where and how it was made."""
     machine = one["machine"]
     device = machine.get("gpu") or f"{machine.get('cores')} × {machine.get('cpu')}"
     where = (
@@ -146,7 +147,7 @@ def _date(seconds: Any) -> str:
 
 
 def confusion_of(kept: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
-    """(classes, classes) int64 counts of a kept score, and the names of classes."""
+    """Return a saved score's confusion, (classes, classes) int64 counts, and the class names."""
     names = [str(row.get("name")) for row in kept["classes"]]
     counts = torch.zeros(len(names), len(names), dtype=torch.int64)
     for row, column, count in kept["confusion"]:
@@ -155,7 +156,7 @@ def confusion_of(kept: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
 
 
 def differing(configs: Sequence[Config]) -> dict[str, list[Any]]:
-    """Of keys whose values differ, each config's value; the run's name is none."""
+    """Return each config's value of every key in which they differ, other than the run's name."""
     each = [flat(config) for config in configs]
     return {
         key: [values[key] for values in each]
@@ -166,10 +167,10 @@ def differing(configs: Sequence[Config]) -> dict[str, list[Any]]:
 
 @cache
 def _shipped() -> dict[str, dict[str, Any]]:
-    """What defines a run in each config that is shipped, by name."""
+    """Return the keys that define a run, for every shipped config by name."""
     found = {}
     for path in sorted(configs_folder().rglob("*.yaml")):
-        if path.parent.name != "cluster":  # launch's
+        if path.parent.name != "cluster":  # those are of launch, not of runs
             name = path.relative_to(configs_folder()).with_suffix("").as_posix()
             found[name] = _defining(load_config([path]))
     return found
@@ -180,8 +181,8 @@ def _defining(config: Config) -> dict[str, Any]:
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
-    """The shipped config that this one differs least from, by keys that define a run; its name,
-    and of each key that differs (this one's value, the shipped one's)."""
+    """Return the name of the shipped config that differs least in keys that define a run, and for
+    each of those keys (this config's value, the shipped one's)."""
     own, each = _defining(config), {}
     for name, values in _shipped().items():
         keys = sorted({*own, *values})
@@ -189,3 +190,20 @@ def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
         each[name] = differ
     name = min(each, key=lambda name: (len(each[name]), name))
     return name, each[name]
+
+
+def check_replaces(path: Path, mark: bytes, what: str) -> None:
+    """Raise ConfigError if `path` is an existing file that this program did not make.
+
+    Args:
+        mark: bytes in the first 4 KB of every file of ours.
+        what: the kind of file that the command makes, for the message.
+    """
+    if path.exists():
+        with opened(path) as file:
+            ours = mark in file.read(4096)
+        if not ours:
+            raise ConfigError(
+                f"{path}: there is such a file, and it is no {what} that this program made: name "
+                "another by --out, or move it away"
+            )

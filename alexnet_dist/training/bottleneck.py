@@ -1,31 +1,32 @@
-"""What holds a run up, in a sentence, and what to do about it."""
+"""What holds a run up, in a sentence, and what would help."""
 
 from collections.abc import Mapping
 
 from alexnet_dist.config.schema import Config
 
-STRAGGLES = 1.3  # times the median rank's own work
-STARVED = 0.02  # of a GPU's peak in bf16
+STRAGGLES = 1.3  # a slow rank: its own work takes this many times the median rank's
+STARVED = 0.02  # of a GPU's bf16 peak; below it, the GPU mostly waits
 
 
 def verdict(
     shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
     stored_at_canvas: bool, cuda: bool, mfu: float | None = None,
 ) -> str:  # fmt: skip
-    """A slow rank; else the span that is furthest past what it may take; else a GPU that does
-    little; with advice.
+    """Return what limits the speed of training, with advice: a slow rank; else the span that
+    exceeds its acceptable share most; else a GPU that is hardly used; else nothing.
 
     Args:
-        shares: of the time, by span of `timeline.SPANS`.
-        slowest: the longest own work of a rank ÷ the median's, and whose.
-        cores: for each rank of this host.
-        stored_at_canvas: whether no training image has to be resized.
-        mfu: share of a GPU's peak; None where it is not known.
+        shares: share of the time by span, the names of `timing.SPANS`.
+        slowest: the longest own work of a rank divided by the median rank's, and that rank.
+        cores: CPU cores for each rank of this host.
+        stored_at_canvas: whether every training image is stored at canvas size.
+        cuda: whether the run is on GPUs.
+        mfu: share of the GPUs' peak that is used; None if it is not known.
     """
     data, save, keys = config.data, config.checkpoint, config.evaluate
     if 0 < data.workers < cores:
         faster = f"data.workers={cores}"
-    elif data.pipeline == "resident":  # it cuts, and no more
+    elif data.pipeline == "resident":  # it only crops
         faster = "more cores for each rank"
     elif not stored_at_canvas:
         faster = "prepare the images without --keep, so that they are not resized at each step"
@@ -44,7 +45,7 @@ def verdict(
         fewer = "train.execution=graph, or a larger train.batch"
     else:
         fewer = "a larger train.batch"
-    rules = (  # span, what it may take, what is said, what helps
+    rules = (  # span, acceptable share of the time, in words, what helps
         ("data", 0.1, "waiting for data", faster),
         ("exchange", 0.3, "exchanging between columns", "see what `plan` says of other layouts"),
         ("all_reduce", 0.25, "summing over ranks", narrower),

@@ -1,7 +1,7 @@
-"""Where a run's numbers and pictures go beside metrics.jsonl and TensorBoard: the rest of `log.to`.
+"""The loggers of `log.to` other than TensorBoard: CSV, Weights & Biases, MLflow.
 
-Each logger works in a thread of its own, on rank 0: neither a server that does not answer nor a
-full disk holds a run up, or ends it.
+Each works in a thread of its own on rank 0: neither a server that does not answer nor a full disk
+delays a run or ends it.
 """
 
 import csv
@@ -24,17 +24,17 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.plotting import Picture
 from alexnet_dist.training.run_folder import Unharmed, log
 
-PROJECT = (
-    "alexnet-dist"  # wandb's project, MLflow's experiment, where their variables name no other
-)
+PROJECT = "alexnet-dist"  # wandb's project, MLflow's experiment, if the environment names no other
 _PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
-_WAIT_S = 20  # at the end, for what was not sent yet: a stopped job has not long to live
-_WAITING = 10_000  # calls
-_PARAMS = 100  # that MLflow takes at once
-Row = Mapping[str, float]  # "step", and numbers by their tags
+_WAIT_S = 20  # at the end, for calls that are still queued: a stopped job is soon killed
+_WAITING = 10_000  # calls queued at most
+_PARAMS = 100  # parameters that MLflow takes in one call
+Row = Mapping[str, float]  # "step", and numbers by tag
 
 
 class Logger(Protocol):
+    """A place that scalars and pictures are sent to."""
+
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
 
     def picture(self, step: int, tag: str, picture: Picture) -> None: ...
@@ -43,7 +43,7 @@ class Logger(Protocol):
 
 
 def check_installed(config: Config) -> None:
-    """Raises ConfigError where log.to names what is not installed, or has no key."""
+    """Raise ConfigError if log.to names a logger that is not installed, or that has no key."""
     for name in config.log.to:
         module, package = _PACKAGES.get(name, ("csv", ""))
         if importlib.util.find_spec(module) is None:
@@ -63,15 +63,15 @@ def check_installed(config: Config) -> None:
 
 
 def pictured(config: Config) -> bool:
-    """Whether anything that log.to names shows pictures."""
+    """Return whether any logger of log.to can show pictures."""
     return any(name != "csv" for name in config.log.to)
 
 
 def start(config: Config, before: Sequence[Row]) -> "list[InThread]":
-    """The loggers of log.to but TensorBoard, which go on where this run's have stopped.
+    """Start the loggers of log.to other than TensorBoard; each continues its own record of the run.
 
     Args:
-        before: what metrics.jsonl holds of earlier starts.
+        before: rows of metrics.jsonl from earlier starts.
     """
     makes: dict[str, Callable[[], Logger]] = {
         "csv": lambda: _Csv(config.folder / "metrics.csv", before),
@@ -82,7 +82,7 @@ def start(config: Config, before: Sequence[Row]) -> "list[InThread]":
 
 
 class InThread:
-    """A logger's calls, in turn, in a thread; one that fails is said once."""
+    """Runs a logger's calls in order in a thread; only its first failure is logged."""
 
     def __init__(self, name: str, make: Callable[[], Logger]) -> None:
         self._name, self._guard = name, Unharmed(f"log.to={name}")
@@ -112,20 +112,20 @@ class InThread:
                 self._calls.put_nowait(call)
 
     def finish(self, finished: bool) -> None:
-        """Nothing comes after this."""
+        """Close the logger after the calls that are queued; no call may follow."""
         self._later(lambda to: to.close(finished))
         with self._guard:
             self._calls.put_nowait(None)
 
     def wait(self, until: float) -> None:
-        """Until all of it is sent, or that time.monotonic()."""
+        """Wait for the queued calls, until time.monotonic() reaches `until`."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             log.warning(f"log.to={self._name} did not take all of it within {_WAIT_S} s")
 
 
 def close(all_of_them: Sequence[InThread], finished: bool) -> None:
-    """End loggers, together within _WAIT_S."""
+    """Close all loggers, within _WAIT_S in all."""
     until = time.monotonic() + _WAIT_S
     for logger in all_of_them:
         logger.finish(finished)
@@ -138,13 +138,14 @@ def _picture(to: Logger, step: int, tag: str, picture: Picture) -> None:
 
 
 class _Csv:
-    """metrics.csv: a row a point, a column a tag."""
+    """metrics.csv: a row for each point, a column for each tag."""
 
     def __init__(self, path: Path, before: Sequence[Row]) -> None:
         self._path = path
         self._begin(before)
 
     def _begin(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write the file anew, with a column for every key of `rows`."""
         self._columns = list(dict.fromkeys(key for row in rows for key in row))
         with (
             files.written_aside(self._path, durably=False) as aside,
@@ -159,7 +160,7 @@ class _Csv:
         if row.keys() <= {*self._columns}:
             with io.TextIOWrapper(files.appended(self._path), newline="") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
-        else:  # a tag that is new
+        else:  # a new tag needs a new header
             with io.TextIOWrapper(files.opened(self._path), newline="") as file:
                 known = list(csv.DictReader(file))
             self._begin([*known, row])
@@ -172,8 +173,8 @@ class _Csv:
 
 
 class _Wandb:
-    """Weights & Biases. WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, … are its own; `wandb/` and
-    `wandb.id` lie in the run folder."""
+    """Weights & Biases. It reads WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY, … itself; `wandb/` and
+    `wandb.id` are in the run folder."""
 
     def __init__(self, config: Config) -> None:
         import wandb
@@ -186,7 +187,7 @@ class _Wandb:
             allow_val_change=True,
             settings=wandb.Settings(silent=True, console="off", finish_timeout=_WAIT_S - 5.0),
         )  # fmt: skip
-        # Not wandb's own steps, which only rise: a run that was killed makes some of its again.
+        # wandb's own step may only rise, but a run that was killed repeats some of its steps.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
         offline = f"wandb sync {self._run.settings.sync_dir}"
@@ -203,13 +204,13 @@ class _Wandb:
 
 
 class _Mlflow:
-    """MLflow. MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME are its own; without the former it is
-    the folder `mlruns` under output_dir. `mlflow.id` lies in the run folder."""
+    """MLflow. It reads MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME itself; without the former it
+    writes to the folder `mlruns` in output_dir. `mlflow.id` is in the run folder."""
 
     def __init__(self, config: Config) -> None:
         folder = (Path(config.output_dir) / "mlruns").absolute()
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder needs no data base
-        logging.getLogger("urllib3").setLevel(logging.ERROR)  # each of its retries is a warning
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder needs no database
+        logging.getLogger("urllib3").setLevel(logging.ERROR)  # it warns at every retry
         from mlflow.entities import Metric, Param
         from mlflow.tracking import MlflowClient
 
@@ -244,7 +245,7 @@ class _Mlflow:
 
 
 def _kept(path: Path, make: Callable[[], str]) -> str:
-    """The id that the first start wrote; made and written where there is none."""
+    """Return the id in a file; if there is none, make one and write it there."""
     known = files.read_bytes(path).decode().strip() if path.exists() else ""
     if not known:
         known = make()

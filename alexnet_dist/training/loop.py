@@ -1,13 +1,15 @@
-"""A training run, top to bottom. The only loop."""
+"""A training run from top to bottom: the project's only training loop.
+
+`train` starts the ranks where no launcher has, `_train` connects them and takes the run folder, and
+`_run` is the run itself: evaluate, save, one step of gradient descent, until the last step.
+"""
 
 import contextlib
-import dataclasses
 import json
 import math
 import tempfile
 from collections import deque
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,13 +24,11 @@ from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
 from alexnet_dist.data.pipelines.auto import decoders, settled, splits_of
 from alexnet_dist.data.pipelines.make import train_batches
 from alexnet_dist.data.pipelines.resident import hold
-from alexnet_dist.engines.base import Engine, check_values, on_host
+from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import (
-    CheckpointError,
-    ConfigError,
     NotFinite,
     RanksFailed,
     in_words,
@@ -43,8 +43,10 @@ from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, 
 from alexnet_dist.parallel.topology import Topology, connect, leave
 from alexnet_dist.plotting import MOST_CLASSES
 from alexnet_dist.timing import TIMELINE
+from alexnet_dist.training.checkpointing import resume, save
 from alexnet_dist.training.loggers import check_installed, pictured
-from alexnet_dist.training.metrics import Telemetry, configure_logging, log
+from alexnet_dist.training.logs import configure_logging, log
+from alexnet_dist.training.metrics import Telemetry
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.state import Pending, Progress
 from alexnet_dist.training.watchdog import Watchdog
@@ -55,10 +57,10 @@ class Outcome:
     """How a run ended.
 
     Attributes:
-        exit: 0 when it reached its end, else the code of the signal that stopped it.
+        exit: 0 if the run reached its last step, else the exit code of the signal that stopped it.
         step: optimiser steps done.
-        score: of the evaluation at the end; None where the run was stopped, or evaluates nothing.
-        leads: whether this process is the one that prints.
+        score: result of the final evaluation; None if the run was stopped or has no evaluation.
+        leads: whether this process is rank 0, which prints.
     """
 
     exit: int
@@ -68,21 +70,23 @@ class Outcome:
 
 
 def train(config: Config, signals: StopSignals | None = None) -> Outcome:
-    """Train to the end or until a signal, from the run folder's newest good checkpoint.
+    """Train to the last step or until a signal, resuming from the run folder's newest good
+    checkpoint.
 
-    Where no launcher did, the ranks of a layout that has several are started here.
+    If the layout has several ranks and no launcher started them, they are started here.
 
     Args:
-        signals: handlers that are in place already; if left out, those of the calling program,
-            which calls from its main thread, are back when this returns.
+        signals: signal handlers that are already installed. If None, handlers are installed for the
+            duration of the call, which must come from the main thread, and the caller's own are
+            restored on return.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
-        NotFinite: a loss, or more gradients than train.max_skipped, were not.
-        ReplicasDiffer: copies of the network were no longer equal.
-        MachineError: memory, a GPU or a disk was full, or what is installed does not fit.
-        SaidByRank0: on the other ranks, where one of these is rank 0's.
-        RanksFailed: ranks that were started here did, and have said why.
+        NotFinite: an evaluation loss, or more than train.max_skipped training steps, were not.
+        ReplicasDiffer: the replicas' weights were no longer equal.
+        MachineError: memory, a GPU or a disk was full, or the installed packages do not fit.
+        SaidByRank0: on the other ranks, if rank 0 raised one of these.
+        RanksFailed: ranks that were started here failed, and have reported why.
     """
     if signals is not None:
         return _train(config, signals)
@@ -94,8 +98,8 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
 
 
 def _on_own_ranks(config: Config, count: int) -> Outcome:
-    """`alexnet-dist train` of this config, in this many processes."""
-    from alexnet_dist.parallel import spawn  # torchrun's, which ranks themselves do without
+    """Run `alexnet-dist train` with this config in `count` processes, and wait for them."""
+    from alexnet_dist.parallel import spawn  # loads torchrun, which a rank itself does not need
 
     check(config, count)
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
@@ -112,36 +116,40 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
 
 
 def _train(config: Config, signals: StopSignals) -> Outcome:
-    """As one of the run's ranks, or alone."""
+    """Train as one rank of the run, or as its only process.
+
+    What rank 0 decides here and the others take over: the config with everything resolved that
+    another run or the data set gives, the data set's digest, and whether the folder can be taken.
+    """
     topology = connect(config)
-    signals.last_words = None
+    signals.last_words = None  # from here on, the loop polls for signals
     configure_logging(topology)
     topology.decided_by_rank_0(lambda: check_installed(config))
     asked = config.data.pipeline
-    begun = topology.decided_by_rank_0(
+    resolved = topology.decided_by_rank_0(
         lambda: flat(warm_start.with_its_pipeline(warm_start.resolved(config)))
     )
-    config = load_config([begun])
+    config = load_config([resolved])
     digest = topology.decided_by_rank_0(lambda: open_for(config).digest)
     dataset = open_for(config)
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
-    kept = asked != config.data.pipeline
+    as_before = asked != config.data.pipeline  # the run began with another one, and keeps it
     config, why = settled(config, topology, dataset)
-    decoding = f"data.pipeline={config.data.pipeline} ({'as before' if kept else why})"
+    decoding = f"data.pipeline={config.data.pipeline} ({'as before' if as_before else why})"
     decoding += decoders(config, topology)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
         outcome = _run(config, signals, topology, dataset, digest, folder, decoding)
     except Exception as error:
-        said = in_words(error)
+        explained = in_words(error)
         with contextlib.suppress(OSError):  # the disk may be what failed
-            known, code = said is error, getattr(error, "exit_code", 1)
-            folder.failed(code, f"{said or error}", known)
-        if said is None or known:
+            known, code = explained is error, getattr(error, "exit_code", 1)
+            folder.failed(code, f"{explained or error}", known)
+        if explained is None or known:
             raise
-        raise said from error
+        raise explained from error
     finally:
         folder.close()
     release()
@@ -153,17 +161,18 @@ def _run(
     config: Config, signals: StopSignals, topology: Topology, dataset: Dataset, digest: str,
     folder: RunFolder, decoding: str,
 ) -> Outcome:  # fmt: skip
-    """The run itself, of ranks that are connected and a folder that is held.
+    """Run the training loop. The ranks are connected and the run folder is held.
 
     Args:
-        decoding: by which pipeline, and why, for the log.
+        digest: SHA-256 that identifies the data set.
+        decoding: which pipeline decodes images and why, for the log.
     """
-    # The network, its optimiser and its place in the schedule: new, or as the newest checkpoint has
-    # them.
+    # The network, its optimiser and its position in the schedule: new, or restored from the newest
+    # checkpoint. The data need no state: the sampler computes the batch of any step.
     split = dataset.splits[config.data.train_split]
     schedule = Schedule.of(config, len(split))
     engine = make_engine(config, topology)
-    progress = _resume(folder, engine, schedule, config, digest, topology)
+    progress = resume(folder, engine, schedule, config, digest, topology)
     folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
@@ -174,44 +183,47 @@ def _run(
         training_flops(config),
     )  # fmt: skip
 
-    # What goes on beside the steps: saving, looking out for ranks that hang, numbers on their way
-    # from the device.
+    # What runs beside the steps: a thread that writes checkpoints, a watchdog for ranks that hang,
+    # and statistics on their way from the device.
     saver = Saver(lambda: bool(checkpoints.steps(folder.checkpoints)))
     pending: deque[Pending] = deque()
-    saved = progress.step, progress.evaluated_step  # what the newest checkpoint holds
+    saved = progress.step, progress.evaluated_step  # the state in the newest checkpoint
     watchdog = Watchdog(
         topology, lambda: signals.polls, config.layout.timeout_s,
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
-    every, classes = config.train.compare_replicas_every, config.model.classes
-    drawn = config.log.pictures and pictured(config) and classes <= MOST_CLASSES
-    confusion: Tensor | None = None
-    to_draw = False
+    compare_every, classes = config.train.compare_replicas_every, config.model.classes
+    draw_confusion = config.log.pictures and pictured(config) and classes <= MOST_CLASSES
+    confusion: Tensor | None = None  # (classes, classes) counts of the last evaluation
+    pictures_due = False
 
-    def settle(but: int) -> None:
-        """Account for the steps that were begun, all `but` the newest."""
-        while len(pending) > but:
+    def settle(all_but: int) -> None:
+        """Account for pending steps, oldest first, until `all_but` of them are left."""
+        while len(pending) > all_but:
             progress.settle(pending.popleft(), config, split, folder, topology)
 
     try:
         while True:
             step, epoch = progress.step, progress.step / schedule.steps_per_epoch
 
-            # Is the run to stop, or a save to be tried again? All ranks hear it at the same step.
+            # Has a signal asked the run to stop, or has a save failed? All ranks learn it at the
+            # same step.
             signals.cannot_save = saver.failed
             stop = signals.poll(topology)
             if stop == CANNOT_SAVE:
-                topology.decided_by_rank_0(saver.finish)  # raises, unless it now can
+                topology.decided_by_rank_0(saver.finish)  # tries again, and raises if that fails
                 continue
 
-            # Evaluate. The rate falls where the validation error no longer does (section 5).
+            # Evaluate. With schedule.kind=plateau the learning rate is divided when the validation
+            # error stops improving, as in the paper's section 5.
             if not stop and progress.evaluation_due(config, schedule):
                 settle(0)
                 with TIMELINE.span("evaluate"):
-                    confusion = torch.zeros(classes, classes, dtype=torch.int64) if drawn else None
+                    shape = (classes, classes)
+                    confusion = torch.zeros(shape, dtype=torch.int64) if draw_confusion else None
                     score = evaluate_engine(engine, config, topology, dataset, signals, confusion)
                     if score is None:
-                        continue  # a signal: the poll above says so now
+                        continue  # interrupted by a signal, which the poll above now returns
                     if not math.isfinite(score.loss):
                         raise NotFinite(
                             f"the evaluation after step {step} gave a loss of {score.loss}: "
@@ -219,9 +231,10 @@ def _run(
                         )
                     progress.observe(score, schedule)
                     telemetry.evaluation(step, epoch, score, engine)
-                    to_draw = True
+                    pictures_due = True
 
-            # Save what is due, the best so far, and where the run stops or ends.
+            # Save a checkpoint: at its interval, after the best evaluation so far, and before the
+            # run stops or ends. Replicas must be equal, since only the first is saved.
             finished = progress.finished(config, schedule)
             due = step > 0 and step % config.checkpoint.every_steps == 0
             new_best = progress.best_step == step
@@ -230,29 +243,31 @@ def _run(
                 with TIMELINE.span("checkpoint"):
                     check_replicas(engine.replicated(), topology, step)
                     telemetry.flush()
-                    _save(saver, folder, engine, config, digest, progress, schedule)
+                    save(saver, folder, engine, config, digest, progress, schedule)
                 saved = step, progress.evaluated_step
-            elif every and step and step % every == 0:
+            elif compare_every and step and step % compare_every == 0:
                 check_replicas(engine.replicated(), topology, step)
 
             if stop or finished:
-                topology.decided_by_rank_0(saver.finish)
-            if to_draw:  # when what it may cost is saved
+                topology.decided_by_rank_0(saver.finish)  # until the checkpoint is on the disk
+            if pictures_due:  # only now: if drawing is killed, the evaluation is saved
                 with TIMELINE.span("evaluate"):
                     telemetry.pictures(step, engine, confusion)
-                to_draw, confusion = False, None
+                pictures_due, confusion = False, None
             if stop or finished:
                 break
 
-            # One step: windows cut, mirrored and lit; forward, backward, update.
+            # One step of stochastic gradient descent: a batch of random crops, mirrored and lit
+            # (section 4.1); forward, backward, and the update with momentum and weight decay
+            # (section 5).
             batch = next(batches)
             rate, keep_gradients = schedule.rate(step), telemetry.histograms_due(step + 1)
             stats = engine.train_step(batch, step, rate, keep_gradients)
             pending.append(Pending(step + 1, batch, on_host(stats)))
             progress.step = step + 1
 
-            # Account for the step before it: a device asked for this one's numbers now would have
-            # nothing to do until the next is begun.
+            # Account for the step before it. Reading this step's statistics now would make the
+            # device idle until the next step is launched; at a log point all are read.
             log_now = progress.step % config.log.every_steps == 0
             settle(0 if log_now else 1)
             telemetry.stepped(progress.step, engine)
@@ -263,6 +278,7 @@ def _run(
                 means |= {"skipped": float(progress.skipped)}
                 telemetry.train(progress.step, epoch, means)
 
+        # All ranks leave together, so that none ends while another still needs it.
         exit_code = 0 if finished else EXITS[stop]
         state = "stopped" if exit_code else "finished"
         folder.report(state, exit=exit_code, step=progress.step, reason="signal" if stop else "")
@@ -276,87 +292,15 @@ def _run(
     return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
 
 
-def _resume(
-    folder: RunFolder, engine: Engine, schedule: Schedule, config: Config, digest: str,
-    topology: Topology,
-) -> Progress:  # fmt: skip
-    """Where to begin. In this order:
-
-    1. the newest checkpoint in the run folder that verifies; newer, damaged ones are named;
-    2. the weights that train.init_from names, where no checkpoint was ever made;
-    3. the initial weights, where none are named.
-
-    An error that changes nothing: checkpoints that are all damaged or gone, unless
-    checkpoint.begin_anew=true; one of another run, one that cannot be read, one that is misnamed.
-    """
-
-    def choose() -> str | None:
-        found, wrong = checkpoints.newest(folder.checkpoints)
-        for error in wrong:
-            log.warning(f"not used: {error}")
-        if found is None:
-            folder.check_begins()
-        else:
-            checkpoints.check_same_run(found, config, digest)
-            if found.step > schedule.last_step:
-                raise ConfigError(
-                    f"train.epochs={config.train.epochs:g}: ends at step {schedule.last_step}, and "
-                    f"the run in {folder.path} is at step {found.step}: raise it, or give another "
-                    "name="
-                )
-            check_values(found.parameters(), found.optimizer())
-        path = checkpoints.settle(folder.checkpoints, found, wrong)
-        folder.begins_at(0 if found is None else found.step)
-        folder.save_config()
-        return None if path is None else str(path)
-
-    path = topology.decided_by_rank_0(choose)
-    if path is None:
-        if config.train.init_from != "none":
-            engine.load(warm_start.InitialWeights(config), None)
-        return Progress()
-    found = checkpoints.read(Path(path))
-    engine.load(found.parameters(), found.optimizer())
-    try:
-        schedule.load(found.progress["schedule"])
-        return Progress.of(found.progress)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}/progress.json: not what a run writes ({error!r}): move that checkpoint out of "
-            "the run folder to go on from the one before"
-        ) from error
-
-
-def _save(
-    saver: Saver, folder: RunFolder, engine: Engine, config: Config, digest: str,
-    progress: Progress, schedule: Schedule,
-) -> None:  # fmt: skip
-    """Begin a checkpoint, and the removal of those no longer kept. Collective."""
-    parameters, optimizer = engine.whole_tensors()
-    state = dataclasses.asdict(progress) | {"schedule": schedule.state()}
-    evaluated = progress.score if progress.evaluated_step == progress.step else None
-    error = None if evaluated is None else 1 - evaluated.top1
-
-    def write() -> None:
-        folder.still_held()
-        at, keep, best = folder.checkpoints, config.checkpoint, state["best_step"]
-        checkpoints.save(at, config, digest, parameters, optimizer, state, error)
-        checkpoints.prune(at, keep.keep_last, keep.keep_every_steps, best)
-        folder.saved(state["step"])
-
-    if parameters:  # on rank 0
-        saver.begin(write)
-
-
 def _opening(
     config: Config, topology: Topology, folder: RunFolder, progress: Progress,
     schedule: Schedule, samples: int, decoding: str,
 ) -> str:  # fmt: skip
-    """What is about to happen, for the log."""
+    """Return what the log says before the first step."""
     last = schedule.last_step
     begins = f"continues at step {progress.step} of {last}" if progress.step else "begins"
     parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
-    rank = max(map(len, topology.shares(range(config.train.batch))))
+    decoded = max(map(len, topology.shares(range(config.train.batch))))
     unscored = ""
     if config.data.eval_split == NO_SPLIT:
         unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept\n"
@@ -366,7 +310,7 @@ def _opening(
         f"{folder.path} {begins}: {last} steps, {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
         f"threads each), {config.train.precision}\n"
-        f"batch {config.train.batch} global, {replica} a replica, {rank} decoded a rank; "
+        f"batch {config.train.batch} global, {replica} a replica, {decoded} decoded a rank; "
         f"{parts} micro-batch(es) of {replica // parts}; "
         f"{samples} training images of {config.data.path}, by {decoding}\n"
         f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"

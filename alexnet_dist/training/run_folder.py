@@ -1,4 +1,4 @@
-"""A run's folder: who may write it, what it was made with, how it went."""
+"""A run's folder: which process holds it, the config it was made with, and how the run went."""
 
 import dataclasses
 import errno
@@ -9,11 +9,11 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from safetensors import SafetensorError
 
@@ -21,7 +21,7 @@ from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
-from alexnet_dist.files import appended, sweep_writing, written_aside
+from alexnet_dist.files import RunState, appended, sweep_writing, written_aside
 from alexnet_dist.files import read_run as read_run
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
@@ -30,36 +30,36 @@ log = logging.getLogger(__name__)
 
 
 class RunFolder:
-    """`runs/NAME`, held by one process until it ends.
+    """The folder `runs/NAME`, held by one process while it trains.
 
-    A kernel lock keeps it to one job, and frees itself when its holder dies. `run.json` tells
-    launchers how the run stands:
+    A kernel lock (flock) on the file `lock` keeps two jobs from training one run; the kernel
+    releases it when its holder dies. `run.json` tells launchers how the run stands:
 
     | key | |
     |---|---|
-    | state | starting, running, finished, stopped, failed; one whose process died keeps its last |
-    | exit, reason | of a run that ended: the code its ranks left with, and why |
-    | known | of a failed one: what failed has a name, and would fail again |
-    | attempt, host, pid | which start this is, and where |
+    | state | starting, running, finished, stopped or failed; unchanged if the process is killed |
+    | exit, reason | of a run that ended: the exit code of its ranks, and why |
+    | known | of a failed run: whether the failure has a name, and would recur |
+    | attempt, host, pid | number of this start, counting from 1, and where it runs |
     | restarts, rested_s | starts after one that had not finished; seconds the run lay finished |
-    | job, restart | Slurm's number of the job, or null, and how often Slurm started it before |
-    | idle_restarts | starts in a row, this one too, after others that had saved nothing new |
+    | job, restart | Slurm's job number, or null, and how often Slurm restarted it before |
+    | idle_restarts | starts in a row, this one included, after others that saved nothing new |
     | step, last_step | steps done when the state was written, steps in all |
     | resumed_at, newest_step | the newest checkpoint's step when this attempt began, and now |
-    | first_started, started, updated | seconds since 1970: the first attempt, this one, this file |
-    | kept_s | seconds of all attempts whose steps a checkpoint holds |
+    | first_started, started, updated | Unix times of the first attempt, this one, and this file |
+    | kept_s | seconds of training, over all attempts, whose result a checkpoint holds |
     """
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, config.folder
         self.checkpoints = self.path / "checkpoints"
-        self._run: dict[str, Any] = {}
-        self._before: dict[str, Any] = {}  # what run.json said
-        self._since = 0.0  # by a clock that nobody sets
+        self._run: RunState = {}
+        self._before: RunState = {}  # run.json of the previous attempt
+        self._since = 0.0  # time.monotonic() of the last checkpoint, or of the first step
         self._lock: FileIO | None = None
 
     def take(self) -> None:
-        """Make the folder and hold it; raises RunFolderError where another process does."""
+        """Create the folder and hold it; raises RunFolderError if another process holds it."""
         self._hold()
         try:
             self._begin_attempt()
@@ -70,21 +70,26 @@ class RunFolder:
         self.report("starting")
 
     def _begin_attempt(self) -> None:
-        """What run.json is to say; raises CrashLoop, and CheckpointError or RunFolderError where
-        the folder cannot be read."""
+        """Set what run.json says of this attempt.
+
+        Raises CrashLoop after too many starts that saved nothing, and CheckpointError or
+        RunFolderError if the folder cannot be read.
+        """
         before, now = read_run(self.path), time.time()
         self._before = before
         newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
-        # A stop that asks to be resumed counts too: a time limit may be shorter than a start.
+        # A stop that asks to be resumed (exit code 75) counts as well: the time limit of a job may
+        # be shorter than its start-up.
         failed = before.get("state") in ("starting", "running", "failed") or (
             before.get("state") == "stopped" and before.get("exit") == 75
         )
-        refused = before.get("exit") == 2  # it ran nothing
+        refused = before.get("exit") == 2  # it was rejected before it ran anything
         idle = failed and newest <= before.get("resumed_at", 0)
         job, restart = environment.job()
         attempts, finished = int(before.get("attempt", 0)), before.get("state") == "finished"
         restarts = int(before.get("restarts", max(0, attempts - 1)))
-        rested_s = now - before.get("updated", now) if finished else 0  # of clocks that may be set
+        # Wall clocks may have been set back between attempts, so the difference may be negative.
+        rested_s = now - before.get("updated", now) if finished else 0
         self._run = {
             "attempt": attempts + 1,
             "restarts": restarts + (attempts > 0 and not finished),
@@ -103,8 +108,10 @@ class RunFolder:
         self._check_crash_loop(str(before.get("reason") or "it was killed"))
 
     def check_begins(self) -> None:
-        """Raises CheckpointError where no checkpoint is good, and there once was one; unless
-        checkpoint.begin_anew."""
+        """Check that a run without a good checkpoint may start at step 0.
+
+        Raises CheckpointError if there once was a checkpoint, unless checkpoint.begin_anew=true.
+        """
         left, newest = traces(self.checkpoints), self._run["newest_step"]
         if (left or newest) and not self.config.checkpoint.begin_anew:
             tells = ", ".join(left[:3]) or f"run.json tells of step {newest}"
@@ -115,10 +122,11 @@ class RunFolder:
             )
 
     def begins_at(self, step: int) -> None:
-        """The checkpoint that this attempt goes on from; 0: none."""
+        """Note the step of the checkpoint that this attempt resumes from; 0 if there is none."""
         self._run |= {"resumed_at": step, "newest_step": step}
 
     def _hold(self) -> None:
+        """Create the folder and take its lock."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = appended(self.path / "lock")
@@ -142,13 +150,13 @@ class RunFolder:
             ) from error
 
     def close(self) -> None:
-        """Let another process, or another run in this one, have the folder."""
+        """Release the folder, for another process or another run in this one."""
         if self._lock is not None:
             self._lock.close()
 
     def still_held(self) -> None:
-        """Make the folder again where it has vanished; raises RunFolderError if it is another's, or
-        has been moved."""
+        """Check that the folder is still this process's before writing to it. If it has vanished,
+        create it again; raises RunFolderError if it was moved, or another process holds it."""
         assert self._lock is not None
         if (at := self._lies_at()) is None:
             log.warning(f"{self.path} has vanished, with all that was saved in it: made again")
@@ -164,7 +172,7 @@ class RunFolder:
             )
 
     def _lies_at(self) -> Path | None:
-        """Where the folder that this process holds is now; None where it has vanished."""
+        """Return where the folder that this process holds lies now; None if it was deleted."""
         assert self._lock is not None
         held, path = os.fstat(self._lock.fileno()), self.path / "lock"
         with suppress(OSError):
@@ -175,7 +183,11 @@ class RunFolder:
         return Path(os.readlink(f"/proc/self/fd/{self._lock.fileno()}")).parent
 
     def _check_crash_loop(self, last: str) -> None:
-        """Raises CrashLoop where starting again has not helped often enough."""
+        """Raise CrashLoop if more starts in a row than checkpoint.max_idle_restarts saved nothing.
+
+        Args:
+            last: why the previous attempt ended.
+        """
         idle, most = self._run["idle_restarts"], self.config.checkpoint.max_idle_restarts
         if idle > most:
             loop = CrashLoop(
@@ -186,28 +198,38 @@ class RunFolder:
             self.report("failed", exit=loop.exit_code, reason=last, known=True)
             raise loop
 
-    def report(self, state: str, **more: Any) -> None:
-        """Replace run.json; nothing where this process does not hold the folder."""
+    def report(self, state: str, /, **more: Unpack[RunState]) -> None:
+        """Rewrite run.json with a new state; does nothing unless this process holds the folder (it
+        is rank 0)."""
         if self._run:
-            self._run |= {"state": state, "updated": time.time(), **more}
+            self._run.update({"state": state, "updated": time.time()})
+            self._run.update(more)
             held = self._lock is not None and not self._lock.closed
             path = ((self._lies_at() if held else None) or self.path) / "run.json"
             with warn_if_unwritable(path):
                 write_json(path, self._run)
 
     def failed(self, code: int, reason: str, known: bool) -> None:
-        """This attempt has failed. A finished run that was asked for the impossible stays so."""
+        """Note that this attempt failed. A finished run that was asked for something impossible
+        before its first step stays finished."""
         if self._run.get("state") == "starting" and self._before.get("state") == "finished":
             write_json(self.path / "run.json", self._before)
         else:
             self.report("failed", exit=code, reason=reason, known=known)
 
     def killed(self, reason: str, attempts_before: int) -> bool:
-        """What a launcher knows of ranks that were killed, for run.json; whether that told less:
-        that it still runs, or that another rank was lost."""
+        """Note in run.json that ranks were killed, as seen by the launcher.
+
+        Returns whether `reason` says more than run.json does: that the run still goes on, or only
+        that another rank was lost.
+
+        Args:
+            attempts_before: number of attempts before the launcher started the ranks.
+        """
         try:
             with (self.path / "lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # or another has it by now
+                # Fails if another process has taken the folder in the meantime.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 run = read_run(self.path)
                 ended = run.get("state") not in ("starting", "running")
                 if ended and not str(run.get("reason")).startswith(RANK_LOST):
@@ -220,27 +242,29 @@ class RunFolder:
         return True
 
     def running(self, step: int, last_step: int) -> None:
-        """The first step of this attempt begins."""
+        """Note that the first step of this attempt begins."""
         self._since = time.monotonic()
         self.report("running", step=step, last_step=last_step)
 
     def saved(self, step: int) -> None:
-        """A checkpoint is on the disk; what was computed since the last one is kept time."""
+        """Note that a checkpoint is on the disk; the time since the last one counts as kept."""
         now = time.monotonic()
         kept_s, self._since = self._run["kept_s"] + now - self._since, now
         self.report("running", newest_step=step, kept_s=round(kept_s, 3))
 
     def goodput(self) -> float:
-        """Of the time since the first attempt began, the share whose steps still count: those that
-        a checkpoint holds, and those since. NaN where this process does not hold the folder."""
+        """Return the share of the time since the first attempt that went into steps that still
+        count: those in a checkpoint, and those since. NaN unless this process holds the folder."""
         if not self._run:
             return math.nan
         counts_s = self._run["kept_s"] + time.monotonic() - self._since
         asked_for = time.time() - self._run["first_started"] - self._run["rested_s"]
-        return float(counts_s / max(asked_for, counts_s, 1e-9))  # a clock may have been set back
+        # A clock that was set back must not give more than 1.
+        return float(counts_s / max(asked_for, counts_s, 1e-9))
 
     def keep_batch(self, batch: Batch, step: int, rank: int) -> Path:
-        """Write a rank's part of a batch as its first layer saw it, to be looked at; the file."""
+        """Write this rank's part of a batch, as the first layer saw it, for the user to look at;
+        return the file."""
         path = self.path / "not_finite" / f"step-{step:08d}-rank-{rank}.safetensors"
         tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         with warn_if_unwritable(path):
@@ -249,12 +273,13 @@ class RunFolder:
         return path
 
     def save_config(self) -> None:
+        """Write config.json, the config that `evaluate` and other commands read."""
         write_json(self.path / "config.json", dataclasses.asdict(self.config))
 
 
 class Unharmed:
-    """A context of what only draws or logs, whose failures must not end a run: the first is said,
-    and the run goes on."""
+    """Context for drawing and logging, whose failures must not end a run: the first is logged as a
+    warning, and the run goes on."""
 
     def __init__(self, what: str) -> None:
         self._what, self._said = what, False
@@ -276,14 +301,14 @@ class Unharmed:
 
 @contextmanager
 def warn_if_unwritable(path: Path) -> Iterator[None]:
-    """What a run can do without must not end it: a full disk is a warning."""
+    """Turn a failure to write what a run can do without, as on a full disk, into a warning."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a file: whoever reads it finds the old or the new one, whole."""
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file atomically: a reader finds the old or the new one, whole."""
     with written_aside(path, durably=False) as aside:
         aside.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Where a run stands, and how it moves on: steps accounted for, evaluations kept."""
+"""Where a run stands (`Progress`), and how it moves on: steps accounted for, evaluations kept."""
 
 import dataclasses
 import math
@@ -15,13 +15,14 @@ from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import NotFinite
 from alexnet_dist.evaluation.evaluate import Score
 from alexnet_dist.parallel.topology import Topology
-from alexnet_dist.training.metrics import log
+from alexnet_dist.training.logs import log
 from alexnet_dist.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
 class Pending:
-    """A step that was begun, its batch, and its `stats` when they have reached the host."""
+    """A step that was launched: its number (from 1), its batch, and `stats`, which waits until the
+    statistics have reached the host and returns them."""
 
     step: int
     batch: Batch
@@ -30,39 +31,41 @@ class Pending:
 
 @dataclass
 class Progress:
-    """Where a run stands: what a checkpoint holds beside tensors.
+    """Where a run stands: what a checkpoint holds besides tensors.
 
     Attributes:
         step: optimiser steps done.
         evaluated_step: the last step after which the network was evaluated.
-        score: of that evaluation.
-        best_step: where the validation error was lowest.
-        best_error: how low.
-        interval: sums over samples since the last log point: losses, top-1 and top-5 counts, the
-            step's gradient's norm, 1.
-        damaged: samples of this epoch that others stood in for.
-        skipped: updates left out because their loss or gradient was not finite.
+        score: result of that evaluation.
+        best_step: step with the lowest validation error so far.
+        best_error: that error, 1 − top-1.
+        interval: sums over samples since the last log point: loss, top-1 and top-5 counts, gradient
+            norm, number of samples.
+        damaged: damaged samples of this epoch, which other samples stood in for.
+        skipped: updates skipped because the loss or the gradient was not finite.
     """
 
     step: int = 0
     evaluated_step: int = 0
     score: Score | None = None
     best_step: int | None = None
-    best_error: float = 2.0  # above any
+    best_error: float = 2.0  # above any error
     interval: list[float] = field(default_factory=lambda: [0.0] * 5)
     damaged: int = 0
     skipped: int = 0
 
     def take_interval(self) -> dict[str, float]:
-        """Means since the last log point; begins a new interval."""
+        """Return the means since the last log point by tag, and start a new interval."""
         loss, top1, top5, norm, images = self.interval
         self.interval = [0.0] * 5
-        of = images or math.nan  # every update was left out
+        of = images or math.nan  # NaN: every update was skipped
         means = {"loss": loss / of, "top1": top1 / of, "top5": top5 / of}
         return means | {"gradient_norm": norm / of}
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
+        """Restore the progress that a checkpoint holds; raises KeyError, TypeError or ValueError if
+        it is not one."""
         score = state["score"] and Score(**state["score"])
         known = {f.name: state[f.name] for f in dataclasses.fields(cls) if f.name in state}
         made = cls(**known | {"score": score})
@@ -75,8 +78,8 @@ class Progress:
         return made
 
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
-        """Whether the step just made is followed by an evaluation: every so often, and at the end;
-        not shortly before the end too, which would score the same network twice."""
+        """Return whether an evaluation follows the step just made: every `evaluate.every_epochs`,
+        and after the last step. One that would come shortly before the last is left out."""
         if config.data.eval_split == NO_SPLIT:
             return False
         step, every = self.step, config.evaluate.every_epochs * schedule.steps_per_epoch
@@ -85,11 +88,12 @@ class Progress:
         return self.evaluated_step < step and (at_end or (crossed and not near_end))
 
     def finished(self, config: Config, schedule: Schedule) -> bool:
-        """Whether all steps are done, and the evaluation after them."""
+        """Return whether all steps are done, and the evaluation after them."""
         done = self.step == schedule.last_step
         return done and not self.evaluation_due(config, schedule)
 
     def observe(self, score: Score, schedule: Schedule) -> None:
+        """Take in an evaluation: the schedule sees its error, and it may be the best so far."""
         self.evaluated_step, self.score = self.step, score
         schedule.observe(1 - score.top1)
         if 1 - score.top1 < self.best_error:
@@ -98,10 +102,16 @@ class Progress:
     def settle(
         self, one: Pending, config: Config, split: Split, folder: RunFolder, topology: Topology
     ) -> None:
-        """Account for a step."""
+        """Account for a step: count damaged samples, add its statistics to the interval, or, if its
+        loss or gradient was not finite, keep its batch in the run folder.
+
+        Raises:
+            DatasetError: more samples of this epoch were damaged than the config allows.
+            NotFinite: more than train.max_skipped updates were skipped.
+        """
         size, step = config.train.batch, one.step
         stats = one.stats()
-        if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # an epoch begins
+        if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # a new epoch began
             self.damaged = 0
         self.damaged += int(stats.damaged)
         check_damaged(config, split, self.damaged)

@@ -1,4 +1,4 @@
-"""TensorBoard of a run: what is drawn there beside numbers. docs/tensorboard.md is a tour of it."""
+"""What a run draws in TensorBoard besides numbers. docs/tensorboard.md is a tour of it."""
 
 import dataclasses
 import os
@@ -35,9 +35,9 @@ from alexnet_dist.plotting import (
 from alexnet_dist.timing import SPANS
 from alexnet_dist.training.run_folder import Unharmed
 
-ANSWERED = 8  # test images whose answers are drawn
-_VALUES = 65_536  # of a tensor, evenly spaced, in a histogram
-# By which runs are compared: TensorBoard shows the first five in order of the alphabet.
+ANSWERED = 8  # evaluation images whose predictions are drawn
+_VALUES = 65_536  # values of a tensor, evenly spaced, that go into a histogram
+# Keys by which runs are compared: TensorBoard shows the first five in alphabetical order.
 _KEYS = ("layout.kind", "model.dropout", "optimizer.kind", "schedule.rate", "seed", "train.batch",
          "train.epochs")  # fmt: skip
 _COMPARED = ("eval/top1", "eval/top5", "eval/loss", "train/loss", "speed/images_per_s")
@@ -45,10 +45,11 @@ _FIRST = {"loss": "Loss/{}", "top1": "Error/{}_top1", "top5": "Error/{}_top5"}
 
 
 class Board:
-    """TensorBoard's file in a run folder. Rank 0 writes; what is collective, all ranks call.
+    """TensorBoard's event file in a run folder. Only rank 0 writes; collective methods are called
+    by all ranks.
 
     Args:
-        step: where the run continues; later points of an earlier attempt are purged.
+        step: step at which the run continues; later points of an earlier attempt are purged.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Board:
         dataset: Dataset, step: int,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._topology = folder, config, topology
-        shown = config.data.eval_split  # where there is none, nothing is shown
+        shown = config.data.eval_split  # without one, the training split, of which nothing is shown
         self._dataset = dataset
         self._split = dataset.splits.get(shown, dataset.splits[config.data.train_split])
         self._names = split_names(config)
@@ -66,21 +67,23 @@ class Board:
         self._opened: int | None = None
         if topology.leads and "tensorboard" in config.log.to:
             with self._guard:
-                # The folder itself, wherever it is moved: the writer opens its file by name each
-                # time.
+                # Opened by file descriptor: the writer opens its file by name at every flush, and
+                # the folder may have been moved.
                 self._opened = os.open(folder, os.O_PATH)
                 own = f"/proc/self/fd/{self._opened}"
                 self._writer = SummaryWriter(own, purge_step=step + 1)
             self.draw(lambda to: _begin(to, config, schedule, step))
 
     def draw(self, draw: Callable[[SummaryWriter], None]) -> None:
-        """On rank 0. TensorBoard's writer never comes back from a full disk: each call fails."""
+        """Call `draw` with the writer, on rank 0. After a full disk TensorBoard's writer fails at
+        every call; the first failure is logged."""
         if self._writer is not None:
             with self._guard:
                 draw(self._writer)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Numbers by their tags; loss and error once more, by tags that stand before all others."""
+        """Write numbers by tag; losses and errors also under the tags that TensorBoard shows
+        first."""
 
         def draw(to: SummaryWriter) -> None:
             for tag, value in values.items():
@@ -93,8 +96,8 @@ class Board:
         self.draw(draw)
 
     def histograms(self, engine: Engine, step: int) -> None:
-        """Of every parameter and of its gradient, whole on any layout; and the gradient's norm.
-        Collective."""
+        """Write histograms of every parameter and its gradient, merged from all ranks, and each
+        gradient's norm. Collective."""
         for name, _ in engine.model.named_parameters():
             whole = engine.parameter(name), engine.gradient(name)
             self.draw(partial(_histograms, name=name, whole=whole, step=step))
@@ -102,8 +105,8 @@ class Board:
     def evaluation(
         self, engine: Engine, step: int, kernels: Tensor | None, confusion: Tensor | None
     ) -> dict[str, Picture]:
-        """conv1's kernels, answers to a few test images, and what is taken for what; on rank 0 the
-        pictures by their tags. Collective."""
+        """Draw conv1's kernels, the predictions for a few evaluation images, and the confusion
+        matrix; return the pictures by tag, on rank 0. Collective."""
         config, logits = self._config, torch.empty(0)
         samples = evenly(len(self._split), ANSWERED)
         pictures: dict[str, Picture] = {}
@@ -129,8 +132,8 @@ class Board:
         return pictures
 
     def end(self, engine: Engine, step: int) -> None:
-        """For the projector, what the last layer sees of test images (fc7); and for the comparison
-        of runs that this one is over. Collective."""
+        """Write the features of evaluation images before the last layer (fc7's) for the projector,
+        and mark the run as ended for the comparison of runs. Collective."""
         name = f"seen_by_{engine.model.layers()[-1].name}"
         wanted = self._config.log.embedding if "tensorboard" in self._config.log.to else 0
         if samples := evenly(len(self._split), wanted):
@@ -145,38 +148,41 @@ class Board:
         self._split.close()
 
     def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
+        """Return features and logits of some evaluation samples. Collective."""
         split = self._config.data.eval_split
         return seen(engine, self._config, self._topology, self._dataset, split, samples)
 
     def _embed(
         self, to: SummaryWriter, name: str, features: Tensor, samples: range, step: int
     ) -> None:
+        """Write features, labels and thumbnails for the projector."""
         shutil.rmtree(self._folder / f"{step:05d}" / name, ignore_errors=True)
         labels = [self._classes[y] for y in self._split.labels(np.array(samples))]
         images = torch.cat([self._small(sample) for sample in samples])
         to.add_embedding(features, labels, images, step, name)
 
     def _small(self, sample: int) -> Tensor:
+        """Return a sample as a thumbnail, (1, 3, 32, 32) float in [0, 1]."""
         image = image_of(self._split, sample, self._config.data.canvas)
         whole = torch.from_numpy(image).movedim(-1, 0)[None] / 255
         return interpolate(whole, (32, 32), mode="bilinear", antialias=True)
 
 
 def split_names(config: Config) -> dict[str, str]:
-    """What the curves of each kind of point are named by: the split they are of."""
+    """Return the name that curves of "train" and "eval" points carry: their split."""
     own = config.data.eval_split
     return {"train": "train", "eval": "eval" if own == "train" else own}
 
 
 def evenly(size: int, count: int) -> range:
-    """At most `count` samples, evenly over a split of this size."""
+    """Return at most `count` sample numbers, evenly spaced over a split of `size` samples."""
     return range(0, size, max(1, size // count))[:count] if count else range(0)
 
 
 def answered(
     split: Split, samples: range, classes: Sequence[str], logits: Tensor, config: Config
 ) -> Picture:
-    """Samples of a split with the five likeliest labels of each (Fig. 4, left)."""
+    """Draw samples of a split with the five likeliest classes of each (Fig. 4, left)."""
     classes = distinct(classes)
     top = logits.softmax(1).topk(min(5, len(classes)))
     likeliest = [
@@ -189,7 +195,7 @@ def answered(
 
 
 def image_of(split: Split, sample: int, canvas: int) -> Picture:
-    """(canvas, canvas, 3), of a sample or of the one that stands in for it."""
+    """Return a sample as (canvas, canvas, 3) uint8; a damaged one as the sample that stands in."""
     _, (encoded,) = split.read_whole(np.array([sample]))
     image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
     picture: Picture = on_canvas(image, canvas).movedim(0, -1).numpy()
@@ -197,7 +203,7 @@ def image_of(split: Split, sample: int, canvas: int) -> Picture:
 
 
 def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> None:
-    """What is known before the first step."""
+    """Write what is known before the first step: the config, the schedule, groups of curves."""
     for summary in _hparams(config)[:2]:
         to._get_file_writer().add_summary(summary)
     times = ["Multiline", [f"time/{name}" for name in SPANS]]
@@ -211,14 +217,15 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
     if step == 0:
         text = yaml.safe_dump(dataclasses.asdict(config), default_flow_style=None, sort_keys=False)
         to.add_text("config", "    " + text.replace("\n", "\n    "))
-    if config.schedule.kind != "plateau":  # which nobody can foretell
+    if config.schedule.kind != "plateau":  # whose rate depends on evaluations to come
         left = schedule.last_step - step
         for at in sorted({step + left * place // 200 for place in range(1, 201)} - {step}):
             to.add_scalar("schedule/rate", schedule.rate(at - 1), at)
 
 
 def _hparams(config: Config) -> tuple[Any, Any, Any]:
-    """What TensorBoard compares runs by, and the metrics beside it; its three parts."""
+    """Return the three summaries of TensorBoard's HPARAMS tab: keys and metrics to compare runs by,
+    this run's values, and that it ended."""
     values = flat(config)
     told = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _KEYS}
     parts: tuple[Any, Any, Any] = hparams(told, dict.fromkeys(_COMPARED, 0))
@@ -228,6 +235,7 @@ def _hparams(config: Config) -> tuple[Any, Any, Any]:
 def _histograms(
     to: SummaryWriter, name: str, whole: tuple[Tensor | None, Tensor | None], step: int
 ) -> None:
+    """Write a parameter's histogram, and its gradient's norm and histogram."""
     weights, gradient = whole
     if weights is not None:
         to.add_histogram(f"weights/{name}", _some(weights), step)
@@ -238,5 +246,6 @@ def _histograms(
 
 
 def _some(values: Tensor) -> Tensor:
+    """Return at most about 2 × _VALUES values of a tensor, evenly spaced."""
     flat_values = values.flatten()
     return flat_values[:: max(1, len(flat_values) // _VALUES)]

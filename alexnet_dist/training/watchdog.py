@@ -1,12 +1,13 @@
-"""A watchdog: ends a run that no longer moves, and says which rank holds it up, and where.
+"""A watchdog: ends a run that no longer progresses, and says which rank holds it up, and where.
 
-A thread of every rank looks whether its loop still goes round. When it has not for most of
-`layout.timeout_s`, the rank tells the others how often it went round and where it is, by the store
-that joined them; those that stopped first, or say nothing, hold up the rest. The process group's
-own timeout would only say that somebody waited.
+A thread of each rank watches how often the training loop polls for signals. If the loop stands
+still for most of `layout.timeout_s`, the rank tells the others, through the store that connected
+them, how many rounds it has made and where it is; the ranks that made the fewest, or do not answer,
+hold up the rest. The process group's own timeout would only say that some rank waited.
 
 Time in which this process was stopped (SIGSTOP, Ctrl-Z, a job that Slurm suspends) does not count:
-the thread adds up its own pauses, and the groups' timeouts, which go by the clock, are put off.
+the thread adds up the time that it itself ran, and the process groups' timeouts, which use the
+wall clock, are extended.
 """
 
 import contextlib
@@ -41,12 +42,12 @@ _abort: Any = types.ExternalFunction("abort", types.void())
 
 
 class Watchdog:
-    """Watches this process's main thread, from now until `close`.
+    """Watches this process's main thread from construction until `close`.
 
     Args:
-        rounds: how often the loop went round.
-        limit_s: the longest a round may take.
-        report: told why the run ends, before it does; by rank 0 alone.
+        rounds: returns how many rounds the training loop has made.
+        limit_s: the longest that a round may take, seconds.
+        report: called on rank 0 with the reason before the watchdog ends the run.
     """
 
     def __init__(
@@ -54,16 +55,17 @@ class Watchdog:
         report: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._topology, self._rounds, self._report = topology, rounds, report
-        self._limit_s = 0.8 * limit_s  # the rest is for finding out, before collectives time out
+        self._limit_s = 0.8 * limit_s  # the rest is for the diagnosis, before collectives time out
         self._closed = threading.Event()
         self._store = topology.store
         self._tell("who", {"host": socket.gethostname(), "pid": os.getpid()})
         topology.put_off_timeouts()
         self._pause_s = min(0.9, self._limit_s / 20)
-        self._beats = np.zeros(2, np.int64)  # looks of the thread; 1 once it is closed
+        # [heartbeats of the watchdog's thread, 1 once the watchdog is closed]; the guard reads it.
+        self._beats = np.zeros(2, np.int64)
         self._prints = not faulthandler.is_enabled()
         if self._prints:
-            faulthandler.enable(2)  # what stands for standard error in a notebook has no file
+            faulthandler.enable(2)  # sys.stderr of a notebook has no file descriptor
         last = self._beats, int(2 * self._limit_s / self._pause_s), int(1e6 * self._pause_s)
         for name, target, arguments in (
             ("watchdog", self._watch, ()),
@@ -72,28 +74,31 @@ class Watchdog:
             threading.Thread(target=target, args=arguments, name=name, daemon=True).start()
 
     def close(self) -> None:
+        """Stop both threads."""
         self._closed.set()
         self._beats[1] = 1
         if self._prints:
             faulthandler.disable()
 
     def _watch(self) -> None:
+        """Beat until closed; end the process once the loop has stood still for the limit."""
         seen, still_s, looked = self._rounds(), 0.0, time.monotonic()
         while not self._closed.wait(self._pause_s):
             self._beats[0] += 1
             now, before, looked = self._rounds(), looked, time.monotonic()
-            still_s += min(looked - before, 2 * self._pause_s)  # more of it: we were stopped
+            # A longer gap than that means that this process itself was stopped.
+            still_s += min(looked - before, 2 * self._pause_s)
             if now != seen:
                 seen, still_s = now, 0.0
             elif still_s > self._limit_s:
-                with contextlib.suppress(dist.DistError, RuntimeError):  # the store is gone too
+                with contextlib.suppress(dist.DistError, RuntimeError):  # the store may be gone
                     self._end(seen)
                 os._exit(1)
 
     def _end(self, rounds: int) -> None:
-        """Find out who holds up the run, and say so; once, by the first rank that can."""
+        """Find the rank that holds up the run. The first stuck rank logs it, for all."""
         self._tell("stuck", {"rounds": rounds, **_place()})
-        time.sleep(self._limit_s / 20 + 0.5)  # until the others have told
+        time.sleep(self._limit_s / 20 + 0.5)  # until the other stuck ranks have reported
         ranks = range(self._topology.world_size)
         stuck = {rank: told for rank in ranks if (told := self._told("stuck", rank))}
         who = {rank: self._told("who", rank) or {} for rank in ranks}
@@ -111,14 +116,15 @@ class Watchdog:
         for rank in silent:
             if who[rank].get("host") == socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(who[rank]["pid"], signal.SIGKILL)  # it would ignore all else
+                    os.kill(who[rank]["pid"], signal.SIGKILL)  # it would not react to SIGTERM
 
     def _tell(self, what: str, content: dict[str, Any]) -> None:
+        """Store what this rank has to tell under a key; the other ranks read it by `_told`."""
         if self._store is not None:
             self._store.set(f"{what}/{self._topology.global_rank}", json.dumps(content))
 
     def _told(self, what: str, rank: int) -> dict[str, Any] | None:
-        """What a rank has told; None where it has not."""
+        """Return what a rank has told under a key; None if nothing."""
         if self._store is None:
             return {"rounds": 0, **_place()} if what == "stuck" else {"pid": os.getpid()}
         key = f"{what}/{rank}"
@@ -126,9 +132,12 @@ class Watchdog:
 
 
 def _abort_unless_beating(beats: Any, most: int, pause_us: int) -> None:
-    """Should the watchdog's thread not run either, because something holds Python's lock: abort
-    after `most` pauses without a beat. Compiled, this runs without the lock, and at SIGABRT
-    faulthandler prints every thread's stack without it."""
+    """Abort the process after `most` pauses without a beat of the watchdog's thread.
+
+    This guards against something that holds Python's lock, so that the watchdog cannot run either.
+    Compiled by Numba, it runs without the lock; at SIGABRT faulthandler prints every thread's stack
+    without it too.
+    """
     still, seen = 0, beats[0]
     while beats[1] == 0 and still < most:
         _usleep(pause_us)
@@ -143,7 +152,7 @@ def _verdict(
     stuck: dict[int, dict[str, Any]], silent: list[int], who: dict[int, dict[str, Any]],
     limit_s: float,
 ) -> str:  # fmt: skip
-    """Who holds up the run, in the first line; stacks in those after it."""
+    """Return a report: its first line says who holds up the run, the others hold stacks."""
     order = {rank: (told["rounds"], told["waits"]) for rank, told in stuck.items()}
     behind = [rank for rank, place in order.items() if place == min(order.values())]
     at_fault = silent or (behind if len(behind) < len(stuck) else [])
@@ -162,22 +171,22 @@ def _verdict(
 
 
 def _place() -> dict[str, Any]:
-    """Where this process's main thread is: its innermost lines and those of this package, and
-    whether it waits for other ranks there (a backward may)."""
+    """Return where this process's main thread is ("stack": its innermost frames and those of this
+    package), and whether it waits for other ranks there ("waits"; a backward pass may)."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
     lines = traceback.extract_stack(frame)
     ours = [line for line in lines[:-3] if Path(line.filename).is_relative_to(_PACKAGE)]
     waits = any(
         "torch/distributed" in line.filename
         or line.name == "_engine_run_backward"
-        or re.search(r"\.(wait|synchronize|cpu|item)\(\)", line.line or "")  # a GPU waits there
+        or re.search(r"\.(wait|synchronize|cpu|item)\(\)", line.line or "")  # waits for a GPU
         for line in lines
     )
     return {"stack": "".join(traceback.format_list([*ours, *lines[-3:]])), "waits": waits}
 
 
 def _from_outside(process: dict[str, Any]) -> str:
-    """Where a process of this host is, by py-spy where that is installed."""
+    """Return the stack of another process of this host, by py-spy if that is installed."""
     beside = Path(sys.executable).with_name("py-spy")
     spy = str(beside) if beside.exists() else shutil.which("py-spy")
     if process.get("host") != socket.gethostname():

@@ -1,0 +1,160 @@
+"""The training steps that are timed: ours, and those of the same network in plain PyTorch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet_dist.bench.contestants import Work
+from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.config.schema import Config
+from alexnet_dist.engines.base import AT
+from alexnet_dist.engines.make import make_engine
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.lrn import alpha_of
+from alexnet_dist.network.model import final_side
+from alexnet_dist.network.precision import allow_tf32
+from alexnet_dist.parallel.device import gpus
+from alexnet_dist.parallel.topology import connect
+
+WARM_UP = 5  # steps before a step is captured or profiled
+
+
+class Eager(nn.Module):
+    """The config's network in plain PyTorch, with nn.LocalResponseNorm and nn.Dropout."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model = config.model
+        self.model, lrn = model, model.lrn
+        if len(model.conv) != 5:
+            raise ConfigError(f"model.conv={list(model.conv)}: bench step has five layers in mind")
+        c1, c2, c3, c4, c5 = model.conv
+        shapes = ((3, c1, 11, 4, 0), (c1, c2, 5, 1, 2), (c2, c3, 3, 1, 1), (c3, c4, 3, 1, 1),
+                  (c4, c5, 3, 1, 1))  # fmt: skip
+        alone = [n > 1 and f"conv{n}" not in model.exchange for n in range(1, 6)]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, o, k, s, p, groups=model.columns if own else 1)
+            for (i, o, k, s, p), own in zip(shapes, alone, strict=True)
+        )
+        self.norms: dict[str, nn.Module] = {  # torch divides α by n
+            name: nn.LocalResponseNorm(lrn.size, alpha_of(lrn, name) * lrn.size, lrn.beta, lrn.k)
+            for name in lrn.layers
+        }
+        self.pool = nn.MaxPool2d(model.pool[0], model.pool[1])
+        widths = (c5 * final_side(model) ** 2, *model.fc, model.classes)
+        self.fcs = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number, conv in enumerate(self.convs, start=1):
+            x = F.relu(conv(x))
+            if f"conv{number}" in self.model.lrn.layers:  # normalises within a column
+                n, channels, h, w = x.shape
+                columns = x.reshape(n * self.model.columns, -1, h, w)
+                x = self.norms[f"conv{number}"](columns).reshape(n, channels, h, w)
+            if number in (1, 2, 5):
+                x = self.pool(x)
+        x = x.flatten(1)
+        for number, fc in enumerate(self.fcs):
+            x = self.dropout(F.relu(fc(x))) if number < 2 else fc(x)
+        return x
+
+    def take(self, weights: dict[str, Tensor]) -> None:
+        """Copy our network's parameters, so that both compute the same."""
+        layers = [*self.convs, *self.fcs]
+        names = [f"conv{n}" for n in range(1, 6)] + ["fc6", "fc7", "fc8"]
+        with torch.no_grad():
+            for layer, name in zip(layers, names, strict=True):
+                layer.weight.copy_(weights[f"{name}.weight"])
+                layer.bias.copy_(weights[f"{name}.bias"])
+
+
+def device_of(config: Config) -> torch.device:
+    """Return the device that steps run on."""
+    return torch.device("cuda" if gpus(config) else "cpu")
+
+
+def plain(network: nn.Module, config: Config, form: list[str]) -> Work:
+    """Return a training step as it is usually written.
+
+    Args:
+        form: `fp32` with torch's defaults, or with `no TF32`; or `bf16`: autocast, channels_last,
+            cuDNN's benchmark and fused SGD, optionally `compiled` and as a `graph`.
+    """
+    device, narrow = device_of(config), "bf16" in form
+    layout = torch.channels_last if narrow else torch.contiguous_format
+    batch = made_batch(config, device, torch.float32)
+    windows, labels = batch.windows.contiguous(memory_format=layout), batch.labels
+    network.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    torch.backends.cudnn.benchmark = narrow
+    if "no TF32" in form:
+        allow_tf32("fp32")
+    optimizer = torch.optim.SGD(
+        network.parameters(), lr=1e-4, momentum=0.9, weight_decay=config.optimizer.weight_decay,
+        fused=narrow or None,
+    )  # fmt: skip
+    run = torch.compile(network) if "compiled" in form else network
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
+            loss = F.cross_entropy(run(windows), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return graphed(step) if "graph" in form else step
+
+
+def graphed(step: Callable[[], Tensor]) -> Work:
+    """Return a step as a CUDA graph, captured at the first call, after some steps on another
+    stream, which allocate what a capture cannot."""
+    replay: Callable[[], None] | None = None
+    loss = torch.zeros(())
+
+    def replayed() -> Tensor:
+        nonlocal replay, loss
+        if replay is None:
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):
+                for _ in range(WARM_UP):
+                    step()
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                loss = step()
+            replay = graph.replay
+        replay()
+        return loss
+
+    return replayed
+
+
+def ours(config: Config) -> Work:
+    """Return our training step."""
+    topology = connect(config)
+    engine, batch = make_engine(config, topology), None
+
+    def step() -> Tensor:
+        nonlocal batch
+        batch = batch or made_batch(config, topology.device)
+        return engine.train_step(batch, 0, 1e-4)[AT.loss] / config.train.batch
+
+    return step
+
+
+def product_of(config: Config, precision: str) -> Work:
+    """Return a product of two large matrices."""
+    device, narrow = device_of(config), precision == "bf16"
+    side = 8192 if device.type == "cuda" else 4096 if narrow else 2048
+    dtype = torch.bfloat16 if narrow else torch.float32
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+
+    def product() -> float:
+        a @ b
+        return 2.0 * side**3  # its FLOP, in place of a loss
+
+    return product

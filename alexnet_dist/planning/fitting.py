@@ -1,0 +1,110 @@
+"""`plan --fit`: a CPU's figures, fitted to layouts that `bench layouts` measured on it."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from alexnet_dist.config.load import load_config
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.files import read_bytes
+from alexnet_dist.planning.cost_model import ZERO, collectives, hops, quantities
+from alexnet_dist.planning.dry_run import plan
+from alexnet_dist.planning.machines import MACHINES, Machine
+from alexnet_dist.planning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A measured step: its plan, its layout, the host's cores, and the seconds it took."""
+
+    planned: Plan
+    kind: str
+    cores: int
+    seconds: float
+
+
+def fit(measured: Sequence[Measured]) -> Machine:
+    """Fit a CPU's figures to measured steps: non-negative, with least absolute relative errors.
+
+    Raises:
+        ConfigError: too few layouts or batches.
+    """
+    from scipy.optimize import nnls  # takes half a second to import
+
+    names = ("flops", "serial", "bytes", "sent", "hops", "steps", "zero")
+    rows = [_row(one) for one in measured]
+    if len(rows) <= len(names):
+        raise ConfigError(
+            f"--fit: {len(rows)} measured steps do not fix {len(names)} numbers: give several "
+            "files of bench layouts, of different batches"
+        )
+    matrix = np.array([[row[name] / one.seconds for name in names]
+                       for row, one in zip(rows, measured, strict=True)])  # fmt: skip
+    scale = matrix.max(0).clip(1e-300)
+    weights = np.ones(len(rows))
+    for _ in range(30):  # reweighted towards least absolute errors, so that outliers count little
+        found, _ = nnls(matrix / scale * weights[:, None], weights)
+        weights = 1 / np.sqrt(np.abs(matrix / scale @ found - 1).clip(0.02))
+    cost = dict(zip(names, found / scale, strict=True))
+    precision = measured[0].planned.recipe["train.precision"]
+    off = np.median(np.abs(matrix / scale @ found - 1))
+    return dataclasses.replace(
+        MACHINES["cpu"],
+        peak={precision: 1 / max(cost["flops"], 1e-18)},
+        serial=cost["serial"] / max(cost["flops"], 1e-18),
+        memory=1 / max(cost["bytes"], 1e-15),
+        link=1 / max(cost["sent"], 1e-15),
+        latency_s=cost["hops"],
+        step_s=cost["steps"],
+        zero_s=cost["zero"],
+        source=f"fitted to {len(rows)} measured steps, half of them within {off:.0%}",
+    )
+
+
+def _row(one: Measured) -> dict[str, float]:
+    """Return what a measured step counts of each of the fitted figures."""
+    kind = one.kind
+    ranks = 1 if kind == "alone" else one.planned.ranks
+    counted = quantities(one.planned, kind, one.cores / ranks)
+    sent = [] if kind == "alone" else collectives(one.planned, kind)
+    return {
+        "flops": counted["flops"],
+        "serial": counted["serial"],
+        "bytes": counted["map_bytes"] + counted["parameter_bytes"],
+        "sent": sum(size for _, size, _, group in sent if group > 1),
+        "hops": sum(calls * hops(name, g) for name, _, calls, g in sent if g > 1),
+        "steps": 1.0,
+        "zero": float(kind in ZERO),
+    }
+
+
+def fitted(paths: Sequence[Path]) -> Machine:
+    """Fit this CPU's figures to the output of `bench layouts --json`; raises ConfigError."""
+    return fit([one for path in paths for one in read_bench(path)])
+
+
+def read_bench(path: Path) -> list[Measured]:
+    """Read the layouts in the output of `bench layouts --json`, each at its fastest pass: slower
+    ones were disturbed by other programs."""
+    try:
+        found = json.loads(read_bytes(path))
+        config, cores = load_config([found["recipe"]]), int(found["machine"]["cores"])
+        runs, ranks = found["runs"], int(found["ceilings"]["ranks"])
+        gpu = found["machine"]["gpu"]
+        speeds = {kind: max(run[kind] for run in runs) for kind in runs[0]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(
+            f"--fit {path}: not what `bench layouts --json` prints: {error!r}"
+        ) from error
+    if gpu:
+        raise ConfigError(f"--fit {path}: measured on {gpu}; only CPUs are fitted")
+    planned = plan(config, ranks)
+    return [
+        Measured(planned, "alone" if kind == "one" else kind, cores, config.train.batch / speed)
+        for kind, speed in speeds.items()
+        if not (kind == "columns_x_replicas" and ranks == 2)  # then it is the same as columns
+    ]

@@ -1,0 +1,177 @@
+"""What `doctor` finds out about this machine, whatever the run: packages, processor, memory, GPUs,
+Slurm, the clock. Each check yields findings."""
+
+import ctypes
+import os
+import platform
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import torch
+from packaging.requirements import Requirement
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import COMPILER
+from alexnet_dist.network import kernels
+from alexnet_dist.parallel import environment, layouts
+from alexnet_dist.parallel.device import CGROUP, cores, cpu_flags, gpus, precision_problem
+
+DRIVER = Path("/proc/driver/nvidia/version")
+_MB = 2**20
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a run depends on.
+
+    Attributes:
+        remedy: what to do about it; empty if nothing is to be done.
+        broken: whether a run would fail because of it.
+    """
+
+    what: str
+    found: str
+    remedy: str = ""
+    broken: bool = False
+
+
+def packages(config: Config) -> Iterator[Finding]:
+    """Check that the required packages are installed; optional ones are left out."""
+    there = []
+    for text in sorted(metadata.requires("alexnet-dist") or ()):
+        needed = Requirement(text)
+        if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            found = "missing"
+        if found != "missing" and needed.specifier.contains(found, prereleases=True):
+            there.append(f"{needed.name} {found}")
+        else:
+            remedy = f"{text} is needed: make venv, or pip install '{text}'"
+            yield Finding(needed.name, found, remedy, broken=True)
+    yield Finding("packages", ", ".join(there))
+
+
+def processor(config: Config) -> Iterator[Finding]:
+    """Report cores, instruction sets, a container's CPU quota, and bf16 support."""
+    may_use, flags = cores(), cpu_flags()
+    kinds = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags]
+    does = ", ".join(kinds) or platform.machine()
+    yield Finding(
+        "cpu",
+        f"{may_use} of {os.cpu_count()} cores may be used; {does}; "
+        f"torch computes by {torch.backends.cpu.get_cpu_capability()}",
+    )
+    quota = _cores_of_quota()
+    if quota and quota < may_use:
+        remedy = f"set layout.threads={max(1, int(quota))}, or give the container more"
+        yield Finding("cpu quota", f"{quota:g} cores' time for {may_use} cores", remedy)
+    if not {"avx512_bf16", "amx_bf16", "bf16"} & flags and not gpus(config):
+        if config.train.precision == "bf16":
+            remedy = "try train.precision=fp32, which may be faster here"
+            yield Finding("bf16", "this processor has no bf16 instructions", remedy)
+    else:
+        yield Finding("bf16", "by the device's own instructions")
+
+
+def _cores_of_quota() -> float | None:
+    """Return the CPU time that the container may use, in cores; None if it has no limit."""
+    try:
+        quota, period = (CGROUP / "cpu.max").read_text().split()
+        return float(quota) / float(period)
+    except (OSError, ValueError):
+        return None
+
+
+def memory(config: Config) -> Iterator[Finding]:
+    """Check memory, the allocator, and the limits that libraries run into."""
+    ram = psutil.virtual_memory()
+    yield Finding("memory", f"{ram.available / 1e9:.1f} of {ram.total / 1e9:.1f} GB free")
+    maps = Path("/proc/self/maps").read_text()
+    preloaded = [name for name in ("jemalloc", "tcmalloc", "mimalloc") if name in maps]
+    if preloaded:
+        yield Finding("allocator", f"{preloaded[0]}, which keeps freed memory by its own rules")
+    elif hasattr(ctypes.CDLL(None), "mallopt"):
+        yield Finding("allocator", "glibc's, which a run tells to keep what it frees")
+    else:
+        remedy = "preload jemalloc, or use an image with glibc: fresh pages cost much time"
+        yield Finding("allocator", "not glibc's", remedy)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = files != resource.RLIM_INFINITY and files < 1024
+    yield Finding("open files", f"at most {files}", "ulimit -n 65536" if low else "", files < 128)
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+        yield Finding("address space", "bounded", "ulimit -v unlimited: CUDA and DALI reserve much")
+    if torch.cuda.device_count() > 1:
+        locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+        bounded = locked != resource.RLIM_INFINITY
+        remedy = "ulimit -l unlimited, where nodes meet over InfiniBand" if bounded else ""
+        yield Finding("locked memory", f"at most {locked}" if bounded else "unbounded", remedy)
+        shared = shutil.disk_usage("/dev/shm").free
+        remedy = "docker run --shm-size=1g: NCCL needs it" if shared < 256 * _MB else ""
+        yield Finding("/dev/shm", f"{shared / 1e9:.1f} GB free", remedy, broken=bool(remedy))
+
+
+def graphics(config: Config) -> Iterator[Finding]:
+    """Report each GPU, or why there is none."""
+    here, precision = gpus(config), config.train.precision
+    used = 0 < layouts.ranks_wanted(config, here) <= here
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        major, minor = torch.cuda.get_device_capability(index)
+        yield Finding(
+            f"gpu {index}",
+            f"{torch.cuda.get_device_name(index)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, "
+            f"capability {major}.{minor}, CUDA {torch.version.cuda}",
+            problem := precision_problem(precision, torch.device("cuda", index)) if used else "",
+            broken=bool(problem),
+        )
+    if torch.cuda.device_count():
+        if gpus(config):
+            yield compiler()
+        return
+    if DRIVER.exists() or shutil.which("nvidia-smi"):
+        driver = DRIVER.read_text().splitlines()[0] if DRIVER.exists() else "an NVIDIA driver"
+        wants = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA at all"
+        yield Finding(
+            "gpus", f"torch sees none, though there is {driver}; this torch is built for {wants}",
+            "update the driver, or install the torch built for it (pytorch.org); in a container "
+            "start it with --gpus all; look at CUDA_VISIBLE_DEVICES", broken=True,
+        )  # fmt: skip
+        return
+    wanted = config.layout.device == "cuda"
+    remedy = "set layout.device=auto, or use a machine with a GPU" if wanted else ""
+    yield Finding("gpus", "none, nor a driver for one", remedy, broken=wanted)
+
+
+def compiler() -> Finding:
+    """Report the C compiler that Triton needs to build GPU kernels."""
+    if lack := kernels.lacking():
+        return Finding("kernels", f"not to be built: {lack}; steps are slower", COMPILER)
+    return Finding("kernels", f"built by Triton with {kernels.compiler()}")
+
+
+def slurm(config: Config) -> Iterator[Finding]:
+    """Report Slurm's commands, and the job that this is."""
+    there = [name for name in ("sbatch", "srun", "scontrol", "sacct") if shutil.which(name)]
+    job, restarts = environment.job()
+    within = f"in job {job}, started {restarts + 1} time(s)" if job else "not in a job"
+    missing = {"srun", "scontrol"} - {*there} if there or job else set()
+    remedy = f"install Slurm's client: {', '.join(sorted(missing))} missing" if missing else ""
+    yield Finding("slurm", f"{', '.join(there)}; {within}" if there else "not here", remedy)
+
+
+def clock(config: Config) -> Iterator[Finding]:
+    """Report whether the clock is synchronised."""
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # struct timex, modes=0
+    loose = state in (-1, 5)  # TIME_ERROR
+    remedy = "run chrony or ntpd, where several nodes write logs to be compared" if loose else ""
+    now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+    yield Finding("clock", f"{now}, {'not ' if loose else ''}held by NTP", remedy)

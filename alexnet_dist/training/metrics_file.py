@@ -1,0 +1,89 @@
+"""metrics.jsonl, a run's points one a line: how lines are written, read, and cut on resuming.
+
+Readers of a run folder (`report`, `plan`, `launch`) import only this, which needs no torch.
+"""
+
+import contextlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alexnet_dist.files import is_count, json_object, opened, written_aside
+
+# For each kind of point, the numbers that are read again: a line without them is not a point.
+_SCORES = ("epoch", "loss", "top1", "top5")
+_KINDS = {"train": _SCORES, "eval": (*_SCORES, "correct1", "samples"), "speed": ("images_per_s",)}
+
+
+def telling(classes: int) -> dict[str, str]:
+    """Return the metrics worth showing of "top1" and "top5", with their names for people. Among
+    five classes or fewer, every label is one of the five likeliest, and top-5 says nothing."""
+    return {"top1": "top-1", "top5": "top-5"} if classes > 5 else {"top1": "top-1"}
+
+
+def rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Return the numbers of some points by tag, as in {"step": 20, "train/loss": 2.3}: a row for
+    each point, but a "speed" point shares the row of the training point of its step."""
+    made: list[dict[str, float]] = []
+    for point in points:
+        step, kind = point["step"], point["kind"]
+        nested = {group: point[group] for group in ("time", "memory") if group in point}
+        if kind != "speed" or not made or made[-1]["step"] != step:
+            made.append({"step": step})
+        for group, values in {kind: point, **nested}.items():
+            numbers = {key: value for key, value in values.items() if isinstance(value, float)}
+            made[-1] |= {f"{group}/{key}": value for key, value in numbers.items()}
+    return made
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the points in a run folder's metrics.jsonl; torn lines and lines that are not points
+    are skipped. null reads as NaN."""
+    points = []
+    with opened(folder / "metrics.jsonl") as file:
+        lines = file.read().splitlines()
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            point = json_object(line)
+            found = {key: math.nan if value is None else value for key, value in point.items()}
+            if _is_point(found):
+                points.append(found)
+    return points
+
+
+def _is_point(found: Mapping[str, Any]) -> bool:
+    """Return whether a line is a point: a known kind, a step, and the numbers that readers use."""
+    kind, step = str(found.get("kind")), found.get("step")
+    if kind not in _KINDS or type(step) is not int or not is_count(step):
+        return False
+    used = [found.get(name, "missing") for name in _KINDS[kind]]
+    used += [value for name, value in found.items() if name.startswith("chroma_")]
+    return all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in used)
+
+
+def line(point: Mapping[str, Any]) -> bytes:
+    """Return a point as a line of metrics.jsonl. JSON has no NaN or infinity: null stands for
+    both."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return list(map(finite, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(dict(point)), allow_nan=False).encode() + b"\n"
+
+
+def cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
+    """Remove the points after `step` (of evaluations: after `evaluated_step`), which a resumed run
+    will write again; return those that are kept."""
+    if not path.exists():
+        return []
+    until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
+    kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
+    with written_aside(path) as aside, aside.open("wb") as file:
+        file.writelines(map(line, kept))
+    return kept
