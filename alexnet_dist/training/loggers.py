@@ -24,6 +24,8 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.plotting import Picture
 from alexnet_dist.training.tolerance import Unharmed
 
+log = logging.getLogger(__name__)
+
 PROJECT = "alexnet-dist"  # wandb's project, MLflow's experiment, if the environment names no other
 _PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
 _WAIT_S = 20  # at the end, for calls that are still queued: a stopped job is soon killed
