@@ -200,9 +200,9 @@ def waiting(name: str) -> bool:
     """Return whether jobs of this name are in the queue; raises RunFolderError if Slurm does not
     answer."""
     for _ in range(10):
-        told = slurm("squeue", "--me", "--noheader", f"--name={name}")
-        if told is not None or shutil.which("squeue") is None:
-            return bool(told)
+        answer = slurm("squeue", "--me", "--noheader", f"--name={name}")
+        if answer is not None or shutil.which("squeue") is None:
+            return bool(answer)
         time.sleep(3)
     raise RunFolderError(f"{name}: squeue does not answer: whether its jobs are done is not known")
 

@@ -112,7 +112,7 @@ def after(code: int, config: Config) -> int:
     run = read_run(config.folder)
     if (run.get("job"), run.get("restart")) != environment.job():
         if code == 2:
-            return code  # the config was refused, and the ranks have said why
+            return code  # the config was refused, and the ranks have explained why
         from alexnet_dist.training.run_folder import RunFolder
 
         # Raises if another job holds the folder, or if too many starts have failed before.
@@ -164,10 +164,10 @@ def own_name() -> str:
 
 def job_state() -> str:
     """Return Slurm's state of this job (RUNNING, CANCELLED, …); PREEMPTED if it is about to be."""
-    told = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
-    if re.search(r"\bPreemptTime=\d", told):
+    answer = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
+    if re.search(r"\bPreemptTime=\d", answer):
         return "PREEMPTED"
-    found = re.search(r"\bJobState=(\w+)", told)
+    found = re.search(r"\bJobState=(\w+)", answer)
     return found[1] if found else "UNKNOWN"
 
 
@@ -256,11 +256,11 @@ def _guarded(main: Callable[[Sequence[str]], int]) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        said = in_words(error)
-        if said is None:
+        explained = in_words(error)
+        if explained is None:
             raise
-        print(f"launch: {printable(str(said))}", file=sys.stderr, flush=True)
-        return said.exit_code
+        print(f"launch: {printable(str(explained))}", file=sys.stderr, flush=True)
+        return explained.exit_code
 
 
 if __name__ == "__main__":

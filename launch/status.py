@@ -78,7 +78,7 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
 
 def _lives(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
     """Return whether the process of a run that has not ended still exists, as far as can be
-    told."""
+    answer."""
     if run.get("job") and queue is not None:
         return run["job"] in queue
     if run.get("host") != socket.gethostname():
@@ -88,8 +88,8 @@ def _lives(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
 
 def queued() -> dict[str, str] | None:
     """Return Slurm's state of each of this user's jobs in the queue; None if no Slurm answers."""
-    told = slurm("squeue", "--me", "--noheader", "--format=%A %T")
-    return None if told is None else dict(line.split() for line in told.splitlines())
+    answer = slurm("squeue", "--me", "--noheader", "--format=%A %T")
+    return None if answer is None else dict(line.split() for line in answer.splitlines())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,9 +117,9 @@ def main(arguments: Sequence[str]) -> int:
             if folder.exists() and len(options.run_folder) > 1:
                 others.append(folder)
                 continue
-            wrong += _said(error)
+            wrong += _print_error(error)
         except RunFolderError as error:
-            wrong += _said(error)
+            wrong += _print_error(error)
     if options.json:
         print(json.dumps(rows))
     elif rows:
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if wrong or not rows else 0
 
 
-def _said(error: RunFolderError) -> int:
+def _print_error(error: RunFolderError) -> int:
     """Print an error, and return 1."""
     print(f"launch: {printable(str(error))}", file=sys.stderr)
     return 1

@@ -42,7 +42,7 @@ from alexnet_dist.files import (
 from alexnet_dist.formats.convert import import_weights
 from alexnet_dist.tensor_files import TensorFile, save_tensors
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import write_json
+from alexnet_dist.training.tolerance import write_json
 
 SHORT = ("layout.kind=one", "train.epochs=0.5", "train.precision=fp32")
 ONE = Options(workers=1)

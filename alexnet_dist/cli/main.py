@@ -66,16 +66,16 @@ def _run(arguments: Sequence[str]) -> int:
 def _say(error: Exception, rank: int) -> int:
     """Print an error, in one line if it is a known kind and else with its traceback; return the
     exit code."""
-    said = in_words(error)
-    if said is None:
+    explained = in_words(error)
+    if explained is None:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
-    if said.on_every_rank and rank:
+    if explained.on_every_rank and rank:
         time.sleep(1)  # time for rank 0 to print it, before the launcher sees that a rank has ended
     else:
         which = f"alexnet-dist [r{rank}]" if rank else "alexnet-dist"
-        print(f"{which}: {printable(str(said))}", file=sys.stderr, flush=True)
-    return said.exit_code
+        print(f"{which}: {printable(str(explained))}", file=sys.stderr, flush=True)
+    return explained.exit_code
 
 
 class _Stopped(KeyboardInterrupt):

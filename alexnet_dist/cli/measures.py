@@ -180,8 +180,8 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if (folders := _runs_named(options.config)) is not None:
         from alexnet_dist.reporting.compare_runs import compare_runs
 
-        told, text = compare_runs(folders, options.out)
-        print(json.dumps(told) if options.json else text)
+        comparison, text = compare_runs(folders, options.out)
+        print(json.dumps(comparison) if options.json else text)
         return 0
     if options.steps < 3:
         raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
@@ -253,18 +253,20 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     planned = (
         dry_run.plan_on(config, ranks, at.machine) if at else dry_run.plan(config, ranks, gpu=True)
     )
-    told, why = None, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
+    outlook, why = None, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
     try:
-        told = forecast.forecast(planned, config, at) if at else None
+        outlook = forecast.forecast(planned, config, at) if at else None
     except ConfigError as error:
         if named:
             raise
         why = str(error)
     if options.json:
-        print(json.dumps(planned.to_json() | (told.to_json() if told else {})))
+        print(json.dumps(planned.to_json() | (outlook.to_json() if outlook else {})))
         return 0
     text = lines(planned)
-    text += forecast.lines(told, config.layout.kind) if told else ["", f"no prediction: {why}"]
+    text += (
+        forecast.lines(outlook, config.layout.kind) if outlook else ["", f"no prediction: {why}"]
+    )
     print("\n".join(text))
     return 0
 

@@ -84,7 +84,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.checkpoint import store
     from alexnet_dist.reporting import figures
     from alexnet_dist.training import loop
-    from alexnet_dist.training.run_folder import Unharmed
+    from alexnet_dist.training.tolerance import Unharmed
 
     outcome = loop.train(config, signals)
     if not outcome.leads:

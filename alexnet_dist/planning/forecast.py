@@ -227,12 +227,12 @@ def _of(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def lines(told: Forecast, own: str) -> list[str]:
+def lines(outlook: Forecast, own: str) -> list[str]:
     """Return a forecast as lines of text; `own` is the config's layout."""
-    machine, found = told.machine, told.predicted
+    machine, found = outlook.machine, outlook.predicted
     devices, nodes = int(machine["devices"]), int(machine["nodes"])
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-    hours = f"{told.epochs:g} epochs"
+    hours = f"{outlook.epochs:g} epochs"
     text = ["", f"predicted, {devices * nodes} × {machine['name']}{on_nodes} "
             f"({machine['source']}):",
             f"{'':20}{'images/s':>10}{'× one':>8}{hours:>12}{'step, ms':>10}  of it, ms",
@@ -254,23 +254,23 @@ def lines(told: Forecast, own: str) -> list[str]:
     text.append("times of steps: " + "; ".join(
         f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
     ))  # fmt: skip
-    best, decode = told.recommended, told.decode
+    best, decode = outlook.recommended, outlook.decode
     if best is None:
         text.append("recommended: none fits; a smaller train.batch, or more train.micro_batches")
     else:
         speed = found[best]
         text.append(
             f"recommended: {'one, on one device' if best == 'alone' else best}: "
-            f"{_hours(speed.hours)} for {told.epochs:g} epochs of "
-            f"{told.images_per_epoch:,} images ({told.images_source}); "
+            f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
+            f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
             f"its bottleneck: {speed.bottleneck}"
             + (" (yours)" if best == own else f"; yours, {own}, see above")
         )
     text.append(f"decoding: training takes {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
-    if told.data_missing:
-        text.append(f"no data set: {printable(told.data_missing)}")
-    text += ["", *plot(told.schedule)]
-    if run := told.measured:
+    if outlook.data_missing:
+        text.append(f"no data set: {printable(outlook.data_missing)}")
+    text += ["", *plot(outlook.schedule)]
+    if run := outlook.measured:
         text += [
             "",
             f"measured in {run['folder']}: {run['images_per_s']:,.0f} images/s, waiting for data "

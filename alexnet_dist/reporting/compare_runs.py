@@ -26,7 +26,7 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
         runs.append(run)
     differ, names = differing([run.config for run in runs]), _names(folders)
     _draw(runs, names, picture)
-    told = {
+    comparison = {
         "runs": [str(folder) for folder in folders],
         "differ": differ,
         "scores": [
@@ -48,12 +48,12 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
                 errors.append(f"{100 * (1 - one.score.top5):.2f}" if top5 else "–")
             scores.append([
                 name, one.which or f"step {one.step}", str(one.step), one.split, str(one.views),
-                *errors, f"{one.score.loss:.4f}", one.told,
+                *errors, f"{one.score.loss:.4f}", one.circumstances,
             ])  # fmt: skip
     tops = ["top-1 error", *(["top-5"] if any(with_top5) else [])]
     heading = ["run", "network", "step", "split", "views", *tops, "loss", "when"]
     text += "\n\n" + (_table(heading, scores) if scores else "none of them was evaluated")
-    return told, f"{text}\n\ncurves: {picture}"
+    return comparison, f"{text}\n\ncurves: {picture}"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -110,15 +110,17 @@ def _published(groups: Mapping[str, Sequence[RunRead]]) -> str:
     rows = []
     for row in PUBLISHED:
         ours = [runs for group, runs in groups.items() if row.preset == preset_of(group) != ""]
-        said = "<br>".join(_said(runs) for runs in ours)
-        if not said and row.preset:
-            said = f"recipe complete (paper/{row.preset}), not run: needs {row.data.split()[0]}"
-        rows.append([row.what, row.data, _number(row.top1), _number(row.top5), said or "not ours"])
+        beside = "<br>".join(_in_words(runs) for runs in ours)
+        if not beside and row.preset:
+            beside = f"recipe complete (paper/{row.preset}), not run: needs {row.data.split()[0]}"
+        rows.append(
+            [row.what, row.data, _number(row.top1), _number(row.top5), beside or "not ours"]
+        )
     names = ["what", "data", "top-1", "top-5", "ours"]
     return "<h2>Published</h2>" + page.table(names, rows, raw=4)
 
 
-def _said(runs: Sequence[RunRead]) -> str:
+def _in_words(runs: Sequence[RunRead]) -> str:
     """Return a group's name, data and errors for each number of views, as HTML."""
     data = html.escape(runs[0].config.data.path)
     found = [f"{html.escape(_group(runs[0]))} on {data}, n = {len(runs)}:"]
@@ -149,7 +151,7 @@ def _all_runs(runs: Sequence[RunRead]) -> str:
             rows.append([
                 run.folder.name, f"{network} ({one.step})", f"{one.data}, {one.split}",
                 str(one.views), *errors, f"{score.correct1:,} of {score.samples:,}",
-                f"{score.loss:.4f}", str(run.config.seed), run.state, one.told,
+                f"{score.loss:.4f}", str(run.config.seed), run.state, one.circumstances,
             ])  # fmt: skip
     tops = ["top-1", *(["top-5"] if any_top5 else [])]
     names = ["run", "network (step)", "data, split", "views", *tops, "right", "loss",

@@ -45,7 +45,7 @@ class Scored:
     kept: Mapping[str, Any] | None
 
     @property
-    def told(self) -> str:
+    def circumstances(self) -> str:
         """Where and when, and what differed from training, in words."""
         changed = ", ".join(f"{key}={value}" for key, value in self.changed.items())
         return f"{self.where}; with {changed}" if changed else self.where

@@ -22,7 +22,9 @@ from alexnet_dist import files
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.plotting import Picture
-from alexnet_dist.training.run_folder import Unharmed, log
+from alexnet_dist.training.tolerance import Unharmed
+
+log = logging.getLogger(__name__)
 
 PROJECT = "alexnet-dist"  # wandb's project, MLflow's experiment, if the environment names no other
 _PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}

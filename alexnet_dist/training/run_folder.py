@@ -3,28 +3,25 @@
 import dataclasses
 import errno
 import fcntl
-import json
 import logging
 import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any, Unpack
-
-from safetensors import SafetensorError
+from typing import Unpack
 
 from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
-from alexnet_dist.files import RunState, appended, sweep_writing, written_aside
+from alexnet_dist.files import RunState, appended, sweep_writing
 from alexnet_dist.files import read_run as read_run
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
+from alexnet_dist.training.tolerance import warn_if_unwritable, write_json
 
 log = logging.getLogger(__name__)
 
@@ -275,40 +272,3 @@ class RunFolder:
     def save_config(self) -> None:
         """Write config.json, the config that `evaluate` and other commands read."""
         write_json(self.path / "config.json", dataclasses.asdict(self.config))
-
-
-class Unharmed:
-    """Context for drawing and logging, whose failures must not end a run: the first is logged as a
-    warning, and the run goes on."""
-
-    def __init__(self, what: str) -> None:
-        self._what, self._said = what, False
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        if not self._said:
-            log.warning(
-                f"{self._what} failed, the run goes on without (this is said once): "
-                f"{type(error).__name__}: {error}"
-            )
-        self._said = True
-        return True
-
-
-@contextmanager
-def warn_if_unwritable(path: Path) -> Iterator[None]:
-    """Turn a failure to write what a run can do without, as on a full disk, into a warning."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file atomically: a reader finds the old or the new one, whole."""
-    with written_aside(path, durably=False) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n")

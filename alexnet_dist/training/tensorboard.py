@@ -33,7 +33,7 @@ from alexnet_dist.plotting import (
     kernel_picture,
 )
 from alexnet_dist.timing import SPANS
-from alexnet_dist.training.run_folder import Unharmed
+from alexnet_dist.training.tolerance import Unharmed
 
 ANSWERED = 8  # evaluation images whose predictions are drawn
 _VALUES = 65_536  # values of a tensor, evenly spaced, that go into a histogram
@@ -227,8 +227,8 @@ def _hparams(config: Config) -> tuple[Any, Any, Any]:
     """Return the three summaries of TensorBoard's HPARAMS tab: keys and metrics to compare runs by,
     this run's values, and that it ended."""
     values = flat(config)
-    told = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _KEYS}
-    parts: tuple[Any, Any, Any] = hparams(told, dict.fromkeys(_COMPARED, 0))
+    own = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _KEYS}
+    parts: tuple[Any, Any, Any] = hparams(own, dict.fromkeys(_COMPARED, 0))
     return parts
 
 

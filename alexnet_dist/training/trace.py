@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from alexnet_dist.files import written_aside
-from alexnet_dist.training.run_folder import Unharmed
+from alexnet_dist.training.tolerance import Unharmed
 
 
 class Trace:

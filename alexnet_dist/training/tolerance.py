@@ -1,0 +1,51 @@
+"""What a run writes but can do without: its failures are warnings, and the run goes on."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from alexnet_dist.files import written_aside
+
+log = logging.getLogger(__name__)
+
+
+class Unharmed:
+    """Context for drawing and logging, whose failures must not end a run: the first is logged as a
+    warning, and the run goes on."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._said = what, False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        if not self._said:
+            log.warning(
+                f"{self._what} failed, the run goes on without (this is said once): "
+                f"{type(error).__name__}: {error}"
+            )
+        self._said = True
+        return True
+
+
+@contextmanager
+def warn_if_unwritable(path: Path) -> Iterator[None]:
+    """Turn a failure to write what a run can do without, as on a full disk, into a warning."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file atomically: a reader finds the old or the new one, whole."""
+    with written_aside(path, durably=False) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
