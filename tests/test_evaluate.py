@@ -14,8 +14,9 @@ from conftest import alexnet_dist, assert_close
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import Split, open_for
+from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
+from alexnet_dist.data.split import Split
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.evaluation import scores
 from alexnet_dist.evaluation.evaluate import Evaluation, Score, evaluate_checkpoints

@@ -27,12 +27,13 @@ from alexnet_dist.bench.decoders import differences
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Decoded
-from alexnet_dist.data.dataset import INDEX, VERSION, Dataset, Split, open_dataset
+from alexnet_dist.data.dataset import VERSION, Dataset, open_dataset
 from alexnet_dist.data.pipelines.dali_pipeline import on_a_gpu
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.merge import described
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.data.split import INDEX, Split
 from alexnet_dist.parallel.topology import Topology, connect
 
 _KINDS = ("torch", "dali", "resident")

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_dist.data.dataset import IdArray, Split
+from alexnet_dist.data.split import IdArray, Split
 from alexnet_dist.parallel.columns import gather_rows
 from alexnet_dist.timing import TIMELINE
 

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from alexnet_dist.data.dataset import Dataset, Split, open_dataset
+from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.preprocess import on_canvas
+from alexnet_dist.data.split import Split
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import written_aside
 

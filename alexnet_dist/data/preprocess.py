@@ -17,7 +17,9 @@ from numba import prange
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import IdArray, Statistics, read_array
+from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.data.split import IdArray
+from alexnet_dist.data.verified import read_array
 from alexnet_dist.errors import DatasetError, cannot_be_read
 from alexnet_dist.files import sha256
 from alexnet_dist.network import kernels

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import IMAGE_SUFFIXES, Dataset
+from alexnet_dist.data.dataset import Dataset
+from alexnet_dist.data.missing import IMAGE_SUFFIXES
 from alexnet_dist.data.prepare.convert import RefusedImage, as_packed, convert
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views

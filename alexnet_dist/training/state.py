@@ -9,7 +9,8 @@ from typing import Any
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.data.dataset import Split, check_damaged
+from alexnet_dist.data.dataset import check_damaged
+from alexnet_dist.data.split import Split
 from alexnet_dist.engines.base import StepStats
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import NotFinite

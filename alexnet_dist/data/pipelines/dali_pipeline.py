@@ -22,8 +22,8 @@ from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
 from alexnet_dist.data.preprocess import Canvases, Preprocess
+from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError
 
 log = logging.getLogger(__name__)

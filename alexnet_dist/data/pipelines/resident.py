@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.dataset import Dataset, IdArray, Split, agree
+from alexnet_dist.data.dataset import Dataset, agree
 from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import Decoder
 from alexnet_dist.data.preprocess import Preprocess
+from alexnet_dist.data.split import IdArray, Split
 from alexnet_dist.errors import DatasetError, MachineError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet

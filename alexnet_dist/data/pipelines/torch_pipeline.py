@@ -18,8 +18,8 @@ from torchvision.io import ImageReadMode
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
 from alexnet_dist.data.preprocess import Canvases, Preprocess
+from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError, filled_by
 
 _Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]

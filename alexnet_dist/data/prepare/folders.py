@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alexnet_dist.data.dataset import IMAGE_SUFFIXES, SPLIT_FOLDERS
+from alexnet_dist.data.missing import IMAGE_SUFFIXES, SPLIT_FOLDERS
 from alexnet_dist.data.prepare.containers import Listing, hidden, list_files, read_content
 from alexnet_dist.data.prepare.sources import Item, Source
 from alexnet_dist.errors import DatasetError

@@ -9,9 +9,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.data.dataset import INDEX, VERSION
+from alexnet_dist.data.dataset import VERSION
 from alexnet_dist.data.prepare.shards import Part
 from alexnet_dist.data.prepare.sources import Source
+from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import sha256, written_aside
 
@@ -42,7 +43,7 @@ def merge(
             "index": described(aside, f"{split}/samples.npy"),
             "shards": [
                 {"file": f"{split}/shard-{number:05d}.tar"}
-                | {key: part.meta[key] for key in ("size", "sha256")}
+                | {"size": part.meta["size"], "sha256": part.meta["sha256"]}
                 for number, part in enumerate(found)
             ],
         }
