@@ -16,7 +16,7 @@ from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
 
 if TYPE_CHECKING:
-    from alexnet_dist.evaluation.evaluate import Score
+    from alexnet_dist.evaluation.results import Score
 
 _CLASSES = 10  # of most errors, and mistakes, that are printed
 

@@ -14,7 +14,7 @@ from alexnet_dist.data.split import Split
 from alexnet_dist.engines.base import StepStats
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import NotFinite
-from alexnet_dist.evaluation.evaluate import Score
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.training.metrics import log
 from alexnet_dist.training.run_folder import RunFolder

@@ -115,8 +115,7 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
 
 
 def _begin_worker(parent: int) -> None:
-    """Set up a process that writes shards: it leaves stop signals to its parent, and is killed when
-    its parent ends."""
+    """Set up a process that writes shards: it ignores stop signals, and ends with its parent."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     set_parent_death_signal = 1  # linux/prctl.h
