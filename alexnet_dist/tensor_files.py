@@ -49,6 +49,10 @@ class TensorFile:
                 )
         return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors."""
+        return {name: self.rows(name, slice(None)) for name in self.keys()}
+
     def rows(self, name: str, rows: slice) -> Tensor:
         """Some rows (dim 0) of a tensor; a scalar whole."""
         try:

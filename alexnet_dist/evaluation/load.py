@@ -136,9 +136,7 @@ def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained
     found = checkpoints.at(Path(path))
     moved = {} if data is None else {"data.path": str(data)}
     config = load_config([flat(found.config) | moved, *ALONE])
-    file = found.parameters()
-    tensors = {name: file.rows(name, slice(None)) for name in file.keys()}  # noqa: SIM118
     dtype = parameter_dtype(config.train.precision)
     model = AlexNet(config.model, config.seed, dtype=dtype, drawn=False).eval()
-    model.load_state_dict(tensors)
+    model.load_state_dict(found.parameters().tensors())
     return Trained(model, config, found, given=data is not None)
