@@ -119,6 +119,7 @@ def _write(
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".writing-{secrets.token_hex(8)}-{final.name}"  # an unpredictable name
     aside.mkdir()
+    # Every file is on the disk before its hash enters the manifest, which comes last.
     files = {}
     _write_tensors(aside / "model.safetensors", parameters)
     _write_tensors(aside / "optimizer.safetensors", optimizer)
@@ -128,6 +129,7 @@ def _write(
     whole = {**manifest, "files": files}
     write(aside / "manifest.json", _json(whole | {"sha256": own_sha256(whole)}))
     sync(aside)
+    # Move away what has the name already, then take it.
     if claimed_step(final) == manifest["step"]:  # saved again, after an evaluation
         final.rename(folder / f".old-{final.name}")
     elif os.path.lexists(final):

@@ -77,6 +77,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     Args:
         verify_hashes: check the shards' hashes too (about a second per gigabyte in memory).
     """
+    # The description, whose hash is the data set's identity.
     path = folder / "dataset.json"
     try:
         text = read_bytes(path)
@@ -85,6 +86,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         raise not_packed(folder) from None
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
+    # What it names, each file checked. Its contents may be anything, so any error is damage.
     try:
         if meta["version"] != VERSION:
             raise DatasetError(
@@ -111,6 +113,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DatasetError(f"{path} is damaged ({error!r}): prepare the data set again") from error
+    # Statistics that training could not use.
     colours = statistics.mean_rgb, statistics.eigenvalues, statistics.eigenvectors
     sound = [a.shape for a in colours] == [(3,), (3,), (3, 3)] and all(map(_finite, colours))
     if not sound or statistics.mean_image.shape[2] != 3 or not _finite(statistics.mean_image):
@@ -164,6 +167,7 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
     Raises DatasetError where the data set is missing or damaged.
     """
     dataset = open_dataset(Path(config.data.path))
+    # The split held_out exists only by the config.
     if config.data.hold_out and config.data.train_split in dataset.splits:
         whole = dataset.splits[config.data.train_split]
         parts = {part.name: part for part in _held_out(whole, config.data.hold_out)}

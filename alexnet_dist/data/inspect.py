@@ -87,6 +87,7 @@ def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
 
 
 def _decoded(split: Split, sample: int) -> Tensor:
+    """Decode a sample: (1 or 3, h, w) uint8; raise DatasetError."""
     try:
         buffer = torch.frombuffer(split.read(sample), dtype=torch.uint8)
         image: Tensor = decode_image(buffer, ImageReadMode.UNCHANGED)

@@ -53,12 +53,14 @@ class TrainSampler:
         """Draw windows, flips and lighting for samples (n,), each in its epoch (n,)."""
         data, seed = self.config.data, self.config.seed
         zero = np.zeros_like(ids)
+        # Windows and flips.
         top, left, mirror, _ = philox.philox((ids, epochs, zero, zero), (seed, Purpose.WINDOW))
         margin = data.canvas - self.config.model.crop
         if data.random_crop:
             corners = np.stack([philox.integers(w, margin + 1) for w in (top, left)], axis=-1)
         else:
             corners = np.full((len(ids), 2), margin // 2)
+        # Lighting (paper §4.1), off from some epoch on.
         words = philox.philox((ids, epochs, zero, zero), (seed, Purpose.LIGHTING))
         scale = data.lighting * (epochs < data.lighting_epochs)  # (n,)
         alphas = np.stack(philox.normals(words)[:3], axis=-1) * scale[:, None]  # (n, 3)

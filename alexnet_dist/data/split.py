@@ -93,6 +93,7 @@ class Split:
         return encoded
 
     def _check_header(self, sample: int, encoded: bytearray, height: int, width: int) -> None:
+        """Raise DatasetError where an image's header does not give the size in the index."""
         try:
             found = size_of(encoded)
             if found != (height, width) or height * width > MOST_PIXELS:

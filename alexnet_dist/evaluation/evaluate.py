@@ -139,6 +139,7 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
 
     Raises CheckpointError, DatasetError, or ConfigError where they cannot be averaged.
     """
+    # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
     configs = [load_config([flat(once(c.config)), *ALONE, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])

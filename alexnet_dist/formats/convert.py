@@ -47,6 +47,7 @@ def import_weights(
     """
     if checkpoints.traces(out / "checkpoints"):
         raise ConfigError(f"{out}: holds a run already: name a folder that is to be made")
+    # The network's config; Caffe's mean image becomes a file of the run.
     if mean is not None:
         if kind != "caffe":
             raise ConfigError(f"--mean {mean}: only with --format caffe")
@@ -57,6 +58,7 @@ def import_weights(
                f"data.mean_sha256={digest}"]  # fmt: skip
         sources = [*sources, *own]
     config = load_config([*sources, f"name={out.name}", f"output_dir={out.parent}"])
+    # Its tensors, checked before anything is written.
     tensors = _read(kind, path, config)
     wanted = whole_shapes(config.model)
     if wrong := misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted):
@@ -69,6 +71,7 @@ def import_weights(
             raise CheckpointError(f"{path}: {name} holds {tensor.dtype}: save it as float32")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {name} is not finite: take weights of an earlier step")
+    # A checkpoint of step 0.
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
     if mean is not None:

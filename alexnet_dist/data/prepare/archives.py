@@ -26,9 +26,11 @@ def imagenet(path: Path) -> Source:
         needed(path / f"ILSVRC2012_{name}", "of the three that image-net.org gives out")
         for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")
     )
+    # The devkit says which classes there are, and the validation images' classes.
     words, truth = _devkit(devkit)
     ids = sorted(words)
     label = {wnid: place for place, wnid in enumerate(ids)}
+    # The training tar holds a tar of each class.
     items: list[Item] = []
     seen = set()
     with open_tar(train) as outer:
@@ -46,6 +48,7 @@ def imagenet(path: Path) -> Source:
                 items += [item._replace(label=label[wnid]) for item in own]
         check_end(outer, train)
     _check_whole(train, [f"{wnid}.tar" for wnid in ids if wnid not in seen], len(ids), "classes")
+    # The validation tar holds images alone, whose class follows from their number.
     with open_tar(val) as tar:
         listed = sorted(members(tar, val))
     names = {item.name.rpartition("/")[2] for item in listed}

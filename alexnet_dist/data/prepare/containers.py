@@ -134,6 +134,7 @@ def members(tar: tarfile.TarFile, path: Path, start: int = 0) -> Iterator[Item]:
 
 
 def _members(tar: tarfile.TarFile, start: int) -> Iterator[Item]:
+    """Yield the files of a tar, without their path; what is no regular file is refused."""
     for member in tar:
         name, refused = member.name, ""
         if member.isdir():
@@ -175,6 +176,7 @@ def _gzipped(path: Path) -> Iterator[Item]:
 
 
 def _zipped(path: Path) -> Iterator[Item]:
+    """Yield the files of a zip; what cannot be read in place is refused."""
     with zipfile.ZipFile(path) as archive:
         for one in archive.infolist():
             refused = ""
@@ -210,6 +212,7 @@ def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
 
 
 def _read(item: Item) -> bytes:
+    """Return an item's unpacked bytes, unchecked."""
     if item.packing == "gzip":
         stream = _unpacked(item.path)
         stream.seek(item.offset)  # forward, except from one shard to another

@@ -217,6 +217,7 @@ def _eight_bits(image: Image.Image, negative: bool) -> Image.Image:
 
 
 def _band_of_eight_bits(image: Image.Image) -> Image.Image:
+    """Convert some rows of an image; raise RefusedImage for other modes."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image) / 257
         return Image.fromarray(np.rint(grey).astype(np.uint8))

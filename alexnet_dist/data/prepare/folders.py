@@ -50,6 +50,7 @@ def folder(path: Path, validation: float = 0) -> Source:
         validation: share of the training images that becomes `val`, where there is none. Each is
             chosen by a hash of its path, so that it stays in its split when images are added.
     """
+    # Find the folder of each split, or take all as the training split.
     left = _LeftOut()
     listing = _unwrapped(_shown(list_files(path), left), left)
     tops, found = listing.tops(), {}
@@ -57,6 +58,7 @@ def folder(path: Path, validation: float = 0) -> Source:
     if names["train"]:
         left.add("beside train/", [f"{top}/" for top in tops if top not in names.values()])
         left.add("beside train/", [item.name for item in listing.files if "/" not in item.name])
+    # List the images of each split, and number the classes.
     for split, top in names.items():
         part = listing.below(top) if top else listing
         found[split] = _images(part, f"{top}/" if top else "", left)
@@ -68,6 +70,7 @@ def folder(path: Path, validation: float = 0) -> Source:
         for split, images in found.items()
         if images
     }
+    # Set validation images apart, and say what was left out.
     notes = left.note()
     if validation:
         splits = _cut(path, splits, validation, len(names["train"]) and len(names["train"]) + 1)

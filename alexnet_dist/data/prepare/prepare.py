@@ -76,11 +76,13 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     options = options or Options()
     source = list_source(kind, path, options.validation)
     identity = source.identity() | {"keep": options.keep}
+    # Nothing to do, or an error: what is there is never replaced.
     if out.exists():
         compared = check_same(out, identity, tasks_of(source, out, options.keep, options.part))
         _sweep(out)
         like = "these files" if compared else "files of these names and sizes"
         return f"{out}: already prepared from {like}, and whole"
+    # Write shards aside, merge them when all are there, rename the folder last.
     aside = out.with_name(out.name + ".partial")
     try:
         with held(aside, identity, alone=options.part is None):
@@ -104,6 +106,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             f"{out} cannot be written: {error}; what was made waits in {aside}, and the same "
             "command goes on"
         ) from error
+    # A summary for the user.
     counts = ", ".join(f"{sum(len(p.index) for p in parts[s])} {s}" for s in source.splits)
     bad = sum(len(part.meta["refused"]) for split in parts.values() for part in split)
     refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""

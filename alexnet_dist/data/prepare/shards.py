@@ -174,6 +174,7 @@ def contents(items: Sequence[Item]) -> str:
 
 
 def _add_to(digest: "hashlib._Hash", content: bytes) -> None:
+    """Add an item's bytes to a hash, preceded by their length, so that items cannot be confused."""
     digest.update(len(content).to_bytes(8))
     digest.update(content)
 
@@ -186,6 +187,7 @@ def _write(task: Task, path: Path) -> _Packed:
     digest = hashlib.sha256()
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for place, item in enumerate(task.items):
+            # Read and convert the image, or note why it is refused.
             try:
                 with filled_by(item.name):
                     content, why = _read(item)
@@ -195,6 +197,7 @@ def _write(task: Task, path: Path) -> _Packed:
             except RefusedImage as error:
                 refused.append({"name": item.name, "reason": str(error)[:300]})
                 continue
+            # Add it and its label to the tar, and its place to both indexes.
             key, size = f"{task.first + place:08d}", len(stored.encoded)
             offset = _add(tar, f"{key}.{stored.kind}", stored.encoded)
             label = str(item.label).encode()
@@ -206,6 +209,7 @@ def _write(task: Task, path: Path) -> _Packed:
                 f"{stored.kind} {offset} {size} {key}.{stored.kind} "
                 f"cls {label_offset} {len(label)} {key}.cls"
             )
+            # Add up its colours.
             if canvas is not None:
                 sums = canvas.astype(np.uint32) if sums.size == 0 else sums + canvas
                 pixels = canvas.reshape(-1, 3).astype(np.float64)
