@@ -38,6 +38,7 @@ from alexnet_dist.checkpoint.verify import (
     FILES,
     VERSION,
     Checkpoint,
+    File,
     error_of,
     own_sha256,
     read,
@@ -120,7 +121,7 @@ def _write(
     aside = folder / f".writing-{secrets.token_hex(8)}-{final.name}"  # an unpredictable name
     aside.mkdir()
     # Every file is on the disk before its hash enters the manifest, which comes last.
-    files = {}
+    files = dict[str, File]()
     _write_tensors(aside / "model.safetensors", parameters)
     _write_tensors(aside / "optimizer.safetensors", optimizer)
     write(aside / "progress.json", _json(progress))

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 from alexnet_dist.checkpoint.folder import NAME, free_path, step_of
 from alexnet_dist.config.load import load_config
@@ -22,17 +22,47 @@ VERSION = 1
 FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
 
 
+class File(TypedDict):
+    """A file's size, bytes, and SHA-256."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What manifest.json holds.
+
+    Attributes:
+        version: version of the format.
+        error: the validation error at this step; None where none was measured.
+        dataset: the data set's digest.
+        config: every key of the run's config.
+        torch: torch's version.
+        files: the other files, by name.
+        sha256: hash of all other entries.
+    """
+
+    version: int
+    step: int
+    error: float | None
+    dataset: str
+    config: Mapping[str, Any]
+    torch: str
+    files: Mapping[str, File]
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint."""
 
     path: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     progress: Mapping[str, Any]
 
     @property
     def step(self) -> int:
-        return int(self.manifest["step"])
+        return self.manifest["step"]
 
     @property
     def error(self) -> float | None:
@@ -86,7 +116,7 @@ def verify(path: Path) -> Checkpoint:
         raise _unread(path, name, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise Damaged(path, f"{name}: {error!r}") from error
-    checkpoint = Checkpoint(path, manifest, progress)
+    checkpoint = Checkpoint(path, cast("Manifest", manifest), progress)
     _check_meaning(checkpoint)
     return checkpoint
 
@@ -131,7 +161,7 @@ def read(path: Path) -> Checkpoint:
     manifest, progress = (
         json_object(read_bytes(path / name)) for name in ("manifest.json", "progress.json")
     )
-    return Checkpoint(path, manifest, progress)
+    return Checkpoint(path, cast("Manifest", manifest), progress)
 
 
 def error_of(path: Path) -> float | None:

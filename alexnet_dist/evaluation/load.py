@@ -53,8 +53,8 @@ class Trained:
         """
         if self.given:
             return open_for(self.config, self.checkpoint.path)
-        made_by = self.checkpoint.manifest["dataset"]
-        return open_trained_on(self.config, made_by, self.checkpoint.path)
+        digest = self.checkpoint.manifest["dataset"]
+        return open_trained_on(self.config, digest, self.checkpoint.path)
 
     @property
     def classes(self) -> tuple[str, ...]:
