@@ -164,6 +164,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     wrong: list[Damaged] = []
     paths = [folder / name for name in listed(folder) if NAME.fullmatch(name)]
     for path in sorted(paths, key=lambda p: (step_of(p), p.name[0] != "."), reverse=True):
+        # Older ones matter only where the manifest names another step than the folder does.
         if found is not None and claimed_step(path) in (step_of(path), None):
             continue
         try:

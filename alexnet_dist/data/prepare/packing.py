@@ -66,12 +66,14 @@ def write_shards(
 
     Raises DatasetError as soon as more images are refused, or where the disk is too small.
     """
+    # What an earlier command has written, and whether the rest can be.
     parts = [read_part(task) for task in progress(tasks, "looking at what is there")]
     left = [place for place, part in enumerate(parts) if part is None]
     _check_disk(folder, [tasks[place] for place in left])
     images = [len(task.items) for task in tasks]
     total = sum(len(items) for items in source.splits.values())
     _check_refused(parts, total, max_bad, folder)
+    # Write what is left, in any order.
     with tqdm(
         total=sum(images),
         initial=sum(images) - sum(images[place] for place in left),
