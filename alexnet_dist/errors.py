@@ -158,7 +158,7 @@ _TRANSLATIONS = (
      "torch and this GPU's driver do not fit: update the driver, or install the torch that is "
      "built for it (pytorch.org); `alexnet-dist doctor` names both"),
 )  # fmt: skip
-_REMEDIES = {  # of a system call's error
+_REMEDIES = {  # what to do about a system call's error
     errno.ENOSPC: "make room, or name another disk by output_dir= or data.path=",
     errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
     errno.EDQUOT: "make room, or name another disk by output_dir= or data.path=",

@@ -34,7 +34,7 @@ _SYNONYMS = {
     "evaluate.views": "tta ten_crop",
     "checkpoint.every_steps": "save_every save_interval save_freq",
     "log.every_steps": "log_every log_interval print_freq",
-    "cluster.memory_gb": "mem memory mem_gb",  # launch's
+    "cluster.memory_gb": "mem memory mem_gb",  # read by launch
     "cluster.tasks_per_node": "ntasks_per_node ntasks",
     "cluster.time_min": "time timeout_min time_limit",
 }
