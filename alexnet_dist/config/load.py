@@ -89,7 +89,8 @@ def configs_folder() -> Path:
 
 def shipped() -> dict[str, str]:
     """Map the name of each shipped config to the first sentence of its file."""
-    files = (p for p in configs_folder().rglob("*.yaml") if p.parent.name != "cluster")  # read by launch
+    # configs/cluster is read by launch.
+    files = (p for p in configs_folder().rglob("*.yaml") if p.parent.name != "cluster")
     return {
         str(path.relative_to(configs_folder()).with_suffix("")): _first_sentence(path)
         for path in sorted(files)
