@@ -1,8 +1,8 @@
-"""The 2012 AlexNet, trained as it was, in two columns on two devices, and as machines now allow.
+"""The 2012 AlexNet, trained in two columns on two devices as it was then, and by today's means.
 
     from alexnet_dist import AlexNet, evaluate, load_checkpoint, load_config, train
 
-Each is imported when it is first asked for: a program hears signals before torch is loaded.
+Each of these is imported on first use, so that a program can handle signals before torch is loaded.
 """
 
 import sys

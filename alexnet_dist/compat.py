@@ -1,7 +1,8 @@
-"""What torch 2.11 has otherwise than torch 2.14; to be deleted once 2.14 is the oldest we take.
+"""Differences between torch 2.11 and 2.14; delete this once 2.14 is the oldest supported version.
 
-- `all_gather_single` and `set_timeout` have their older names.
-- LaunchConfig takes no `shutdown_timeout`: ranks are killed 30 s after a signal, amid a long save.
+- `all_gather_single` and `set_timeout` have other names.
+- LaunchConfig has no `shutdown_timeout`: ranks would be killed 30 s after a signal, even while they
+  save.
 """
 
 import signal
@@ -18,11 +19,11 @@ set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_tim
 def elastic_launch(
     config: dict[str, Any], shutdown_timeout_s: int, entry: Any, *args: Any
 ) -> dict[int, Any]:
-    """What the entry returns on each rank that torch's elastic agent starts.
+    """Start ranks with torch's elastic agent; return what `entry` returns, by rank.
 
     Args:
         config: LaunchConfig's arguments.
-        shutdown_timeout_s: that ranks have to leave after a signal, before they are killed.
+        shutdown_timeout_s: time ranks have to leave after a signal before they are killed.
     """
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.launcher import api
@@ -37,7 +38,7 @@ def elastic_launch(
         def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
             if self._pcontext:
                 self._pcontext.close(death_sig, shutdown_timeout_s)
-            super()._shutdown(death_sig)  # finds no rank to wait for
+            super()._shutdown(death_sig)  # no rank is left to wait for
 
     with patch.object(api, "LocalElasticAgent", PatientAgent):
         returned = api.elastic_launch(api.LaunchConfig(**config), entry)(*args)

@@ -1,4 +1,4 @@
-"""Errors that need no traceback: one line that names what, why, and what to do."""
+"""Errors that are reported in one line without a traceback: what is wrong, why, what to do."""
 
 import errno
 import os
@@ -12,16 +12,16 @@ from pathlib import Path
 
 
 def printable(text: str) -> str:
-    """Control characters escaped, lines kept: names come from files, and terminals obey them."""
+    """Escape control characters but line feeds: names come from files, and terminals obey them."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 class AlexNetDistError(Exception):
-    """Something a user can understand and mend.
+    """An error that the user can understand and fix.
 
     Attributes:
-        exit_code: of the program that ends by it.
-        on_every_rank: raised on all ranks alike, so that rank 0 alone says it.
+        exit_code: exit code of a program that it ends.
+        on_every_rank: all ranks raise it alike, so that only rank 0 reports it.
     """
 
     exit_code = 1
@@ -29,14 +29,14 @@ class AlexNetDistError(Exception):
 
 
 class ConfigError(AlexNetDistError, ValueError):
-    """What a user wrote cannot be used; the message names the key, value, rule and remedy."""
+    """The user's settings cannot be used; the message names the key, value, rule and remedy."""
 
     exit_code = 2
     on_every_rank = True
 
 
 class DatasetError(AlexNetDistError, ValueError):
-    """A source of images or a packed data set is missing, damaged, or not what the config says."""
+    """A source of images or a packed data set is missing, damaged, or does not fit the config."""
 
 
 class CheckpointError(AlexNetDistError, RuntimeError):
@@ -44,7 +44,7 @@ class CheckpointError(AlexNetDistError, RuntimeError):
 
 
 class Damaged(CheckpointError):
-    """Bytes of a checkpoint are not those that were written: `Damaged(folder, what)`."""
+    """A checkpoint's bytes differ from those that were written: `Damaged(folder, what)`."""
 
     def __str__(self) -> str:
         folder, what = self.args
@@ -56,40 +56,40 @@ class RunFolderError(AlexNetDistError, RuntimeError):
 
 
 class NotFinite(AlexNetDistError, RuntimeError):
-    """A loss, gradient or parameter left the finite numbers; nothing was made or saved of it."""
+    """A loss, gradient or parameter is not finite; nothing was saved."""
 
     on_every_rank = True
 
 
 class ReplicasDiffer(AlexNetDistError, RuntimeError):
-    """Copies that must be equal to the bit are not: a rank's memory or arithmetic is at fault."""
+    """Replicas that must be equal to the bit differ: a rank's memory or arithmetic is faulty."""
 
     on_every_rank = True
 
 
 class CrashLoop(RunFolderError):
-    """A run ended again and again before it saved anything new."""
+    """A run failed several times in a row before it saved a new checkpoint."""
 
     exit_code = 2
 
 
 class SaidByRank0(AlexNetDistError, RuntimeError):
-    """Rank 0 failed, and says why."""
+    """Rank 0 failed, and reports why."""
 
     on_every_rank = True
 
 
 class RanksFailed(AlexNetDistError, RuntimeError):
-    """Ranks that this process started failed, and have said why on standard error."""
+    """Ranks that this process started failed, and have reported why on standard error."""
 
 
 class MachineError(AlexNetDistError, RuntimeError):
-    """This machine, or what is installed on it, does not have what a run takes."""
+    """This machine, or the software on it, lacks what a run needs."""
 
 
 def _memory_kills() -> list[int]:
-    """How many processes the kernel has ended for want of memory, of this host and of this
-    process's control group, as far as it counts them."""
+    """Return the kernel's counts of processes it has killed for lack of memory, on this host and in
+    this process's control group, as far as it keeps them."""
     counted = [Path("/proc/vmstat")]
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
@@ -105,29 +105,29 @@ def _memory_kills() -> list[int]:
     return kills
 
 
-_KILLS_BEFORE = _memory_kills()  # this program began
+_KILLS_BEFORE = _memory_kills()  # counts when this program started
 
 
 def killed_by(number: int) -> str:
-    """What is known of a process that a signal has ended."""
+    """Describe how a process was ended by a signal of this number."""
     name = signal.Signals(number).name if number in {*signal.Signals} else f"signal {number}"
     return f"killed by {name}{of_memory()}" if number == signal.SIGKILL else f"killed by {name}"
 
 
 def of_memory() -> str:
-    """Whether the kernel has ended a process here for want of memory since this began: words
-    to end a sentence about one that is gone, empty where the kernel does not count them."""
+    """Return the end of a sentence about a process that was killed: whether the kernel has killed
+    any here for lack of memory since this program started. Empty where it does not count them."""
     if (kills := _memory_kills()) != _KILLS_BEFORE:
         return ", and the kernel counts a process here that it ended for memory"
     return " from outside the run: the kernel ended none for memory" if kills else ""
 
 
-# What libraries say, searched for in "TYPE: TEXT", and what a user is told.
+# Patterns searched for in a library error's "TYPE: TEXT", and what the user is told instead.
 _PLAN = "`alexnet-dist plan CONFIG` says what a rank takes"
 COMPILER = "install gcc and Python's headers (on Debian: gcc python3-dev), or set CC"
 RANK_LOST = "the connection to another rank is lost"
 _FULL = r"\w*MemoryError|.*(DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc)"
-_SAID = (
+_TRANSLATIONS = (
     (r"OutOfMemoryError|CUDA error: out of memory|cudaErrorMemoryAllocation",
      "a GPU's memory is full: raise train.micro_batches, lower evaluate.batch, set "
      f"train.precision=bf16, or take more GPUs; {_PLAN}"),
@@ -158,7 +158,7 @@ _SAID = (
      "torch and this GPU's driver do not fit: update the driver, or install the torch that is "
      "built for it (pytorch.org); `alexnet-dist doctor` names both"),
 )  # fmt: skip
-_FAILED = {
+_REMEDIES = {  # what to do about a system call's error
     errno.ENOSPC: "make room, or name another disk by output_dir= or data.path=",
     errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
     errno.EDQUOT: "make room, or name another disk by output_dir= or data.path=",
@@ -167,14 +167,14 @@ _FAILED = {
     errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
     errno.ENOMEM: "free memory, or lower data.workers and data.prefetch",
 }
-_PACKAGES = {  # by the name they are imported by, where it is not their own
+_PACKAGES = {  # the package that provides a module, where their names differ
     "nvidia": "nvidia-dali-cuda120", "onnx": "'alexnet-dist[export]'", "yaml": "pyyaml",
     "onnxscript": "'alexnet-dist[export]'", "PIL": "pillow", "sklearn": "scikit-learn",
 }  # fmt: skip
 
 
 def in_words(error: Exception) -> AlexNetDistError | None:
-    """What a user can do about an error of a library; None where that is not known."""
+    """Translate a library's error into one that says what to do; None where that is not known."""
     if isinstance(error, AlexNetDistError):
         return error
     if isinstance(error, NotAFile):
@@ -187,22 +187,23 @@ def in_words(error: Exception) -> AlexNetDistError | None:
             "everything by `make venv`, and start .venv/bin/alexnet-dist"
         )
     text = " ".join(str(error).split("Exception raised from")[0].split())[:300]
-    told = re.search(r"\(os error (\d+)\)$", text)  # safetensors, by Rust
-    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-    if number in _FAILED:
-        return MachineError(f"{text}: {_FAILED[number]}")
+    from_rust = re.search(r"\(os error (\d+)\)$", text)  # as in safetensors
+    number = error.errno if isinstance(error, OSError) else int(from_rust[1]) if from_rust else None
+    if number in _REMEDIES:
+        return MachineError(f"{text}: {_REMEDIES[number]}")
     if worker := re.search(r"DataLoader worker .* is killed by signal: (.*?)\.?(?: |$)", text):
         named = {signal.strsignal(number): number for number in signal.Signals}
         number = named.get(worker[1])
         how = killed_by(number) if number else f"killed ({worker[1]})"
         return MachineError(f"a process that decodes images was {how}; the same command goes on")
-    said = (words for sign, words in _SAID if re.search(sign, f"{type(error).__name__}: {text}"))
-    words = next(said, None)
-    return None if words is None else MachineError(f"{words} ({text})")
+    for pattern, words in _TRANSLATIONS:
+        if re.search(pattern, f"{type(error).__name__}: {text}"):
+            return MachineError(f"{words} ({text})")
+    return None
 
 
 class NotAFile(OSError):
-    """A pipe, socket, device or link is where a file should be."""
+    """There is a pipe, socket, device or link where a regular file is expected."""
 
     def __init__(self, path: str | os.PathLike[str], mode: int) -> None:
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link",
@@ -212,7 +213,8 @@ class NotAFile(OSError):
 
 
 def cannot_be_read(path: Path, error: OSError) -> str:
-    """That a file or folder cannot be read, whose it is, why, and what to do about it."""
+    """Return an error message for a file or folder that cannot be read: why, who owns it, and what
+    to do."""
     if isinstance(error.filename, str | os.PathLike):
         path = Path(error.filename)
     if error.errno == errno.ENOENT:
@@ -222,7 +224,7 @@ def cannot_be_read(path: Path, error: OSError) -> str:
         case errno.EACCES | errno.EPERM:
             remedy = f"start as {whose}, or have {whose} let you read it (chmod)"
         case errno.EMFILE | errno.ENOMEM:
-            remedy = _FAILED[error.errno]
+            remedy = _REMEDIES[error.errno]
         case errno.EINVAL if isinstance(error, NotAFile):
             remedy = "put a file in its place, then start again"
         case _:
@@ -234,7 +236,8 @@ def cannot_be_read(path: Path, error: OSError) -> str:
 
 
 def _owner(path: Path) -> tuple[str, str]:
-    """The owner's name, or number, and the mode; where they cannot be told, of the folder above."""
+    """Return the owner's name or number, and the mode; those of the nearest folder above where the
+    path itself cannot be examined."""
     for place in (path, *path.absolute().parents):
         try:
             about = place.stat()
@@ -250,7 +253,8 @@ def _owner(path: Path) -> tuple[str, str]:
 
 @contextmanager
 def filled_by(name: str) -> Iterator[None]:
-    """An allocation that fails in here is a MachineError of this input, not of the batch's size."""
+    """Turn a failed allocation inside into a MachineError that names this input, rather than one
+    that advises a smaller batch."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -264,5 +268,5 @@ def filled_by(name: str) -> Iterator[None]:
 
 
 def looked_in(path: Path) -> str:
-    """For a relative path that is not there: the directory it was looked for in."""
+    """Return " in DIRECTORY" for a relative path, to say in a message where it was looked for."""
     return "" if path.is_absolute() else f" in {Path.cwd()}"

@@ -1,8 +1,9 @@
-"""Files that are to outlive a crash, and files that may hold anything.
+"""Write files that must survive a crash, and read files that may hold anything.
 
-The latter are read within bounds, so that none takes memory, time or a stack: one image or header
-takes at most 1 GB and 10 s, whatever it says; a whole archive or checkpoint, what its size lets
-expect. The bounds stand here. Only regular files are opened: a pipe would be waited for.
+Files are read within bounds, so that none exhausts memory, time or the stack: one image or header
+takes at most 1 GB and 10 s, whatever it claims; a whole archive or checkpoint takes no more than
+its size suggests. The bounds are defined here. Only regular files are opened, since opening a pipe
+would block.
 """
 
 import errno
@@ -28,39 +29,39 @@ from alexnet_dist.errors import (
     looked_in,
 )
 
-_MOST = 16 * 2**20  # bytes; ImageNet's dataset.json has a few hundred thousand
+_MOST = 16 * 2**20  # bytes read by default; ImageNet's dataset.json has a few hundred thousand
 MOST_MEMORY = 2**30  # bytes that reading one image or header may take
-# Of an image. Converting takes up to 12 bytes a pixel: RGB is 4 in Pillow, and progressive JPEG
-# keeps 8 of coefficients. That is 8,192 × 8,192.
+# Pixels of an image: 8,192 × 8,192. Converting takes up to 12 bytes per pixel: 4 of RGB in Pillow,
+# and 8 of coefficients of a progressive JPEG.
 MOST_PIXELS = 2**26
-LONGEST_SIDE = 65_535  # pixels: what the index and JPEG can say
-MOST_ENCODED = 2**28  # bytes of a file
-# Of a JPEG. A scan of 31 bytes costs half a nanosecond a pixel; libjpeg's own progression has 10.
+LONGEST_SIDE = 65_535  # pixels: the most that the index and JPEG can hold
+MOST_ENCODED = 2**28  # bytes of an encoded image
+# Scans of a JPEG. One of 31 bytes costs 0.5 ns per pixel; libjpeg's own progressive mode has 10.
 MOST_SCANS = 64
-# Of a JPEG. Pillow copies all metadata once a segment; a long ICC profile has 255.
+# Segments of a JPEG. Pillow copies all metadata once per segment; a long ICC profile has 255.
 MOST_SEGMENTS = 1000
 MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
-_OLD = 3600  # seconds after which nobody writes to a file aside any more
-# Of run.json: what is reckoned with, and left out where it is no number.
+_OLD = 3600  # seconds after which a file written aside is taken to be abandoned
+# Keys of run.json that are calculated with, and ignored where they are not numbers.
 _COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "step", "last_step",
            "first_started", "started", "updated", "kept_s", "rested_s", "pid")  # fmt: skip
-_WORDS = ("state", "reason", "host", "job")  # and where it is no text
+_WORDS = ("state", "reason", "host", "job")  # those ignored where they are not text
 
 
 def opened(path: Path | str) -> io.BufferedReader:
-    """A regular file, to be read, as `open` gives it; raises NotAFile at once where it is anything
-    else, OSError as ever."""
+    """Open a regular file to read; raise NotAFile at once where it is anything else, OSError as
+    usual."""
     return open(path, "rb", opener=_regular)
 
 
 def appended(path: Path | str) -> io.FileIO:
-    """A regular file that is written at its end, unbuffered, and made where it is missing; raises
-    NotAFile where it is anything else: a link could lead to a file of the user's own."""
+    """Open a regular file to append to, unbuffered, and create it where it is missing; raise
+    NotAFile where it is anything else: a link could lead to one of the user's own files."""
     return open(path, "ab", 0, opener=lambda path, flags: _regular(path, flags | os.O_NOFOLLOW))
 
 
 def _regular(path: Path | str, flags: int) -> int:
-    """A descriptor of a regular file. O_NONBLOCK: opening a pipe would wait for its other end."""
+    """Return a file descriptor of a regular file. O_NONBLOCK keeps a pipe from blocking."""
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
@@ -76,31 +77,33 @@ def _regular(path: Path | str, flags: int) -> int:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(path: Path, data: bytes) -> None:
-    """Put a file in the place of `path` that is on the disk when this returns; `sync` its folder
-    for its name."""
+    """Replace the file at `path`; its content is on the disk when this returns. For its name to be
+    there too, `sync` its folder."""
     with written_aside(path) as aside:
         aside.write_bytes(data)
 
 
 @contextmanager
 def written_aside(path: Path, durably: bool = True) -> Iterator[Path]:
-    """An empty file beside `path` to write to, whose name nobody can foretell; it takes the place
-    of `path`, a link as well, when it is whole and on the disk. Until then, and where this fails,
-    what is there stays. `sweep_writing` removes what a killed process leaves.
+    """Give an empty file beside `path` to write to, which replaces `path`, or a link there, once it
+    is complete and on the disk. Until then, and on failure, what is at `path` stays.
+
+    The file's name is unpredictable. `sweep_writing` removes what a killed process leaves.
 
     Args:
-        durably: wait for the disk; without it, a crash of the machine may lose either.
+        durably: wait for the disk; without it, a crash of the machine may lose both files.
     """
     if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):
-        raise NotAFile(path, mode)  # /dev/null is not to become a file
-    aside = path.with_name(f".writing-{secrets.token_hex(8)}-{path.name[-40:]}")  # of its ending
-    aside.open("xb").close()  # O_EXCL: no link is followed
+        raise NotAFile(path, mode)  # never replace /dev/null by a file
+    # Some libraries go by a file's extension, which is kept.
+    aside = path.with_name(f".writing-{secrets.token_hex(8)}-{path.name[-40:]}")
+    aside.open("xb").close()  # O_EXCL: a link is not followed
     try:
         yield aside
         if durably:
@@ -111,7 +114,7 @@ def written_aside(path: Path, durably: bool = True) -> Iterator[Path]:
 
 
 def sweep_writing(folder: Path) -> None:
-    """Remove what processes that are long dead left of files that they wrote aside in a folder."""
+    """Remove files in a folder that were written aside by processes that ended long ago."""
     for left in folder.glob(".writing-*"):
         with suppress(OSError):
             if (
@@ -122,7 +125,7 @@ def sweep_writing(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file's content, or a folder's names, are on the disk."""
     opened = os.open(path, os.O_RDONLY)
     try:
         os.fsync(opened)
@@ -156,8 +159,11 @@ class RunState(TypedDict, total=False):
 
 
 def read_run(folder: Path) -> RunState:
-    """What a run folder's run.json says; empty where there is none, or one that is no run.json.
-    (Here, it needs no torch.) Raises RunFolderError where it cannot be read."""
+    """Read a run folder's run.json; return an empty dict where there is none, or another file.
+
+    (It is in this module so that reading it does not load torch.) Raises RunFolderError where it
+    cannot be read.
+    """
     path = folder / "run.json"
     try:
         found = json_object(read_bytes(path))
@@ -171,7 +177,7 @@ def read_run(folder: Path) -> RunState:
 
 
 def check_trained(path: Path) -> None:
-    """Raises CheckpointError where a path is neither a run folder nor a checkpoint."""
+    """Raise CheckpointError where a path is neither a run folder nor a checkpoint."""
     if not any(is_there(path / name) for name in ("checkpoints", "manifest.json")):
         raise CheckpointError(
             f"{path} is neither a run folder nor a checkpoint{looked_in(path)}: name runs/NAME or "
@@ -180,7 +186,7 @@ def check_trained(path: Path) -> None:
 
 
 def is_there(path: Path) -> bool:
-    """Whether there is such a file or folder; raises CheckpointError where it cannot be told."""
+    """Whether a file or folder exists; raise CheckpointError where that cannot be determined."""
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -191,12 +197,12 @@ def is_there(path: Path) -> bool:
 
 
 def is_count(value: Any) -> bool:
-    """Whether it is a number, not negative, that can be reckoned with."""
+    """Whether a value is a number that is not negative, and below 2⁶³."""
     return type(value) in (int, float) and 0 <= value < 2**63
 
 
 def read_bytes(path: Path, most: int = _MOST) -> bytes:
-    """A whole file; raises ValueError where it is longer than `most` bytes, OSError as ever."""
+    """Read a whole file; raise ValueError where it has more than `most` bytes, OSError as usual."""
     with opened(path) as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -205,7 +211,7 @@ def read_bytes(path: Path, most: int = _MOST) -> bytes:
 
 
 def json_object(text: bytes) -> dict[str, Any]:
-    """The JSON object that these bytes are; raises ValueError for anything else."""
+    """Parse a JSON object; raise ValueError for anything else."""
     try:
         found = json.loads(text)
     except RecursionError:
@@ -216,11 +222,11 @@ def json_object(text: bytes) -> dict[str, Any]:
 
 
 def check_opcodes(file: IO[bytes], most: int) -> None:
-    """Read one pickle without running it; raises ValueError past so many opcodes.
+    """Scan one pickle without running it; raise ValueError where it has more than `most` opcodes.
 
-    Each opcode can cost a hundred bytes, and a microsecond, and is one byte. Numbers of 60 bits are
-    refused too, since so many can be found that share a hash, and a memo beyond the opcodes, since
-    an unpickler takes that much memory.
+    An opcode of one byte can cost a hundred bytes of memory and a microsecond. Numbers of more than
+    60 bits are refused too, since many with the same hash can be found, and memo indices above
+    `most`, since an unpickler allocates memory up to the largest.
     """
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if count >= most:
@@ -233,7 +239,7 @@ def check_opcodes(file: IO[bytes], most: int) -> None:
 
 @contextmanager
 def within_memory(most: int) -> Iterator[None]:
-    """This process may take so many bytes more; beyond them allocations raise MemoryError."""
+    """Let this process allocate `most` more bytes; beyond them, allocations raise MemoryError."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = [limit for limit in (used + most, *before) if limit != resource.RLIM_INFINITY]

@@ -1,8 +1,9 @@
-"""How a number of things is shared out: rows to columns, samples to ranks."""
+"""Divide a number of things into parts: rows among columns, samples among ranks."""
 
 
 def share(count: int, part: int, parts: int) -> slice:
-    """The part of `count` things in a row: as even as can be, earlier parts larger."""
+    """Return one of `parts` consecutive parts of `count` things, as even as possible; earlier parts
+    are the larger ones."""
     small, larger = divmod(count, parts)
     begin = part * small + min(part, larger)
     return slice(begin, begin + small + (part < larger))

@@ -1,4 +1,4 @@
-"""Pictures of a network, as arrays: kernels (Fig. 3), answers (Fig. 4), confusion."""
+"""Draw pictures of a network as arrays: kernels (Fig. 3), predictions (Fig. 4), confusion."""
 
 import io
 import warnings
@@ -17,18 +17,19 @@ from alexnet_dist.errors import printable
 from alexnet_dist.files import written_aside
 
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
-MOST_CLASSES = 2000  # of a confusion: a matrix of their square
+MOST_CLASSES = 2000  # most classes of a confusion matrix, which has their square of cells
 _FONT = ImageFont.load_default(12)
-_ACROSS, _DOWN = 4, 6  # maps of a layer of a column that are shown
-_HUES = ("#0969da", "#bc4c00")  # of the columns, as in docs/images/columns.svg
-_NAMED, _CELL, _LONGEST = 50, 24, 150  # classes that are named; of a class, of a name, pixels
-_RIGHT, _WRONG = (240, 160, 150), (170, 200, 230)
+_ACROSS, _DOWN = 4, 6  # grid of maps shown of each layer of a column
+_HUES = ("#0969da", "#bc4c00")  # the columns' colours, as in docs/images/columns.svg
+_NAMED = 50  # most classes whose names are drawn beside a confusion matrix
+_CELL, _LONGEST = 24, 150  # side of a cell, width of a name, pixels
+_RIGHT, _WRONG = (240, 160, 150), (170, 200, 230)  # colours of right and wrong answers
 
 
 def chroma(kernels: Tensor, columns: int) -> list[float]:
-    """Of each column, how much of its conv1 kernels' energy is colour: 0 of grey kernels, 2/3 of
-    random ones. Fig. 3's columns, one "largely color-agnostic", the other "largely
-    color-specific", differ in it.
+    """Return, for each column, how much of its conv1 kernels' energy is colour: 0 for grey kernels,
+    2/3 for random ones. It is what distinguishes Fig. 3's columns, one "largely color-agnostic",
+    the other "largely color-specific".
 
     Args:
         kernels: (maps, 3, k, k).
@@ -39,13 +40,13 @@ def chroma(kernels: Tensor, columns: int) -> list[float]:
 
 
 def kernel_picture(kernels: Tensor, columns: int) -> Picture:
-    """conv1's kernels as in Fig. 3: three rows of kernels for each column, the first on top.
+    """Draw conv1's kernels as in Fig. 3: three rows of kernels for each column, the first on top.
 
     Args:
         kernels: (maps, 3, k, k).
 
     Returns:
-        (height, width, 3), each kernel stretched to the full range, three pixels for one.
+        (height, width, 3); each kernel is stretched to the full range, and enlarged three times.
     """
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     unit = ((kernels - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
@@ -64,11 +65,11 @@ def kernel_picture(kernels: Tensor, columns: int) -> Picture:
 def answer_picture(
     images: Sequence[Picture], labels: Sequence[str], answers: Sequence[Sequence[tuple[str, float]]]
 ) -> Picture:
-    """Test images, under each its label and the likeliest answers (Fig. 4, left).
+    """Draw test images, each with its label and most probable classes below (Fig. 4, left).
 
     Args:
-        images: squares.
-        answers: of each image, names and probabilities, the likeliest first.
+        images: square pictures.
+        answers: for each image, class names and probabilities, the most probable first.
     """
     side, line, across = 160, 17, min(4, len(images))
     height = side + line * (1 + max(map(len, answers))) + 8
@@ -87,8 +88,8 @@ def answer_picture(
 
 
 def confusion_picture(confusion: Tensor, classes: Sequence[str]) -> Picture:
-    """A row a class, a column an answer, the darker the larger the share of the row; up to 50
-    classes are named, and the share of right answers stands on the diagonal, %.
+    """Draw a confusion matrix: a row per class, a column per prediction, darker for a larger share
+    of the row. Up to 50 classes are named, with the percentage of right answers on the diagonal.
 
     Args:
         confusion: (classes, classes) counts; rows without samples stay white.
@@ -105,7 +106,7 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str]) -> Picture:
     whole = Image.new("RGB", (margin + cells.width, cells.height + margin), "white")
     whole.paste(cells, (margin, 0))
     draw = ImageDraw.Draw(whole)
-    below = Image.new("RGB", (margin, cells.width), "white")  # turned, it lies under the columns
+    below = Image.new("RGB", (margin, cells.width), "white")  # rotated and pasted below the columns
     columns = ImageDraw.Draw(below)
     for place, name in enumerate(names):
         middle = place * _CELL + _CELL // 2
@@ -122,18 +123,19 @@ def columns_picture(
     path: Path, title: str, image: Picture, seen: float, answers: Sequence[tuple[str, float]],
     maps: Mapping[str, Sequence[npt.NDArray[Any]]],
 ) -> None:  # fmt: skip
-    """Write a PNG of 1920 × 1080: an image, its answers, and what each column makes of it.
+    """Write a PNG of 1920 × 1080: an image, its prediction, and each column's maps of it.
 
     Args:
+        path: the PNG to write.
         image: (h, w, 3) uint8; the network's window is outlined in it.
         seen: side of that window ÷ the image's shorter side.
-        answers: names and probabilities, the likeliest first.
-        maps: of each layer, each column's (maps, h, w), of which the strongest are shown; of one
-            column twice as many.
+        answers: class names and probabilities, the most probable first.
+        maps: by layer, each column's maps (maps, h, w), of which the strongest are shown; twice as
+            many where there is one column.
     """
     from matplotlib.patches import Rectangle
 
-    plain = {"parse_math": False}  # a name may hold a $
+    plain = {"parse_math": False}  # names may contain a $
     ratios = [1.25, *[1] * len(maps)]
     with figure(path, 2, len(ratios), (16, 9), width_ratios=ratios) as axes:
         for panel in axes.flat:
@@ -145,7 +147,7 @@ def columns_picture(
         picture.imshow(shown, extent=(0, width, height, 0))
         side = seen * min(height, width)
         corner = ((width - side) / 2, (height - side) / 2)
-        for colour, style in (("black", "-"), ("white", "--")):  # to be seen on any image
+        for colour, style in (("black", "-"), ("white", "--")):  # visible on any image
             picture.add_patch(
                 Rectangle(corner, side, side, fill=False, ec=colour, lw=2, linestyle=style)
             )
@@ -154,9 +156,9 @@ def columns_picture(
         bars.set(xlim=(0, 1), ylim=(len(answers) - 0.3, -0.7))
         bars.barh(range(len(answers)), [share for _, share in answers], color="0.8", height=0.75)
         for place, (name, share) in enumerate(answers):
-            said = f"{_short(name)}  {share:.1%}"
-            size = min(16, 16 * 24 / len(said))
-            bars.text(0.02, place, said, va="center", fontsize=size, **plain)
+            text = f"{_short(name)}  {share:.1%}"
+            size = min(16, 16 * 24 / len(text))
+            bars.text(0.02, place, text, va="center", fontsize=size, **plain)
 
         _show_maps(axes[:, 1:], maps)
         picture.figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
@@ -168,7 +170,8 @@ def columns_picture(
 
 
 def _show_maps(axes: Any, maps: Mapping[str, Sequence[npt.NDArray[Any]]]) -> None:
-    """The strongest maps of each layer, a row of axes (2, layers) for each column."""
+    """Draw the strongest maps of each layer into axes (2, layers), a row for each column; for one
+    column, its strongest maps above and the next below."""
     from matplotlib.colors import LinearSegmentedColormap
 
     alone = len(next(iter(maps.values()))) == 1
@@ -176,7 +179,7 @@ def _show_maps(axes: Any, maps: Mapping[str, Sequence[npt.NDArray[Any]]]) -> Non
     colours = (_HUES[0], _HUES[0]) if alone else _HUES
     most = _ACROSS * _DOWN
     for place, (layer, parts) in enumerate(maps.items()):
-        tiles = [_strongest(made) for made in parts]
+        tiles = [_strongest(own) for own in parts]
         blocks = [tiles[0][:most], tiles[0][most:]] if alone else tiles
         for row, block in enumerate(blocks):
             panel, colour = axes[row, place], colours[row]
@@ -196,7 +199,7 @@ def _show_maps(axes: Any, maps: Mapping[str, Sequence[npt.NDArray[Any]]]) -> Non
 
 
 def _strongest(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Maps (n, h, w) by their sums, the largest first, each divided by its own largest value."""
+    """Sort maps (n, h, w) by their sums, largest first, and divide each by its largest value."""
     order = np.argsort(-maps.sum((1, 2)), kind="stable")
     ordered = maps[order].astype(np.float64)
     most = np.abs(ordered).max((1, 2), keepdims=True)
@@ -205,8 +208,8 @@ def _strongest(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _tiled(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Maps (n, h, w) row by row, lines of NaN around them."""
-    zoom = -(-64 // maps.shape[1])  # so that lines can be thin beside small maps
+    """Tile maps (n, h, w) row by row, with lines of NaN between and around them."""
+    zoom = -(-64 // maps.shape[1])  # enlarge small maps, so that the lines are thin beside them
     maps = maps.repeat(zoom, axis=1).repeat(zoom, axis=2)
     gap = max(1, maps.shape[1] // 16)
     filled = np.pad(maps, ((0, _ACROSS * _DOWN - len(maps)), (0, 0), (0, 0)))
@@ -221,26 +224,26 @@ def _short(name: str) -> str:
 
 
 def png(picture: Picture) -> bytes:
-    """A picture as a file."""
+    """Encode a picture as PNG."""
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return file.getvalue()
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names up to their first comma, or whole where that is another's too."""
+    """Cut names at their first comma, except where two would become the same."""
     short = [name.split(",")[0] for name in names]
-    often = Counter(short)
-    return [few if often[few] == 1 else name for few, name in zip(short, names, strict=True)]
+    count = Counter(short)
+    return [cut if count[cut] == 1 else name for cut, name in zip(short, names, strict=True)]
 
 
 def drawable(name: str) -> str:
-    """A name in one line of letters that any file can hold."""
+    """Return a name in one line, with control characters escaped."""
     return " ".join(printable(name).split())
 
 
 def _fitted(name: str, width: int) -> str:
-    """A name that can be drawn, cut to so many pixels."""
+    """Return a name that can be drawn, cut to a width in pixels."""
     name = drawable(name)
     if _FONT.getlength(name) <= width:
         return name
@@ -254,7 +257,7 @@ def figure(
     path: Path, rows: int, columns: int, size: tuple[float, float],
     width_ratios: Sequence[float] | None = None, software: str = "alexnet-dist",
 ) -> Iterator[Any]:  # fmt: skip
-    """(rows, columns) axes; written to the path in the end."""
+    """Give (rows, columns) axes of a matplotlib figure, which is written to `path` at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,7 +268,7 @@ def figure(
     )
     yield axes
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of letters that the font lacks
+        warnings.simplefilter("ignore")  # about characters that the font lacks
         with written_aside(path) as aside:
             figure.savefig(aside, dpi=120, metadata={"Software": software})
     pyplot.close(figure)

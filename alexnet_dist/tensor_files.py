@@ -1,4 +1,4 @@
-"""Whole tensors in safetensors files: their shapes are compared before any row of them is read."""
+"""Read and write whole tensors in safetensors files, whose shapes can be read before any row."""
 
 import stat
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 
 class TensorFile:
-    """Whole tensors in a safetensors file, of which rows can be read. Its str() is its path."""
+    """A safetensors file of whole tensors, whose rows can be read. Its str() is its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with opened(path) as file:  # safe_open calls every failure to open "No such file"
+            with opened(path) as file:  # safe_open reports every failure as "No such file"
                 header = int.from_bytes(file.read(8), "little")
             if header > MOST_HEADER:
                 raise ValueError(f"a header of {header:,} bytes, more than {MOST_HEADER:,}")
@@ -38,8 +38,8 @@ class TensorFile:
         return list(self._file.keys())
 
     def shapes(self) -> dict[str, Shape]:
-        """Each tensor's whole shape, from the header; raises CheckpointError unless all hold
-        floating-point numbers."""
+        """Return each tensor's whole shape, from the header; raise CheckpointError unless all are
+        floating point."""
         slices = {name: self._file.get_slice(name) for name in self.keys()}
         for name, tensor in slices.items():
             if tensor.get_dtype() not in _FLOATS:
@@ -49,8 +49,12 @@ class TensorFile:
                 )
         return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Read all tensors."""
+        return {name: self.rows(name, slice(None)) for name in self.keys()}
+
     def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows (dim 0) of a tensor; a scalar whole."""
+        """Read some rows (dim 0) of a tensor, or a scalar."""
         try:
             tensor = self._file.get_slice(name)
             return tensor[rows] if tensor.get_shape() else self._file.get_tensor(name)  # type: ignore[no-any-return]
@@ -59,8 +63,12 @@ class TensorFile:
 
 
 def misfit(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
-    """The first tensor whose name or whole shape differs, in words that begin with its name; None
-    where all are alike."""
+    """Describe the first tensor whose name or shape differs, beginning with its name; None where
+    all agree.
+
+    Args:
+        there, here: whole shapes by name.
+    """
     for name in (*here, *sorted({*there} - {*here})):
         if there.get(name) != here.get(name):
             found, wanted = (list(of[name]) if name in of else "not" for of in (there, here))
@@ -71,13 +79,13 @@ def misfit(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Write a safetensors file, durably, with the mode that the umask gives any file: safetensors'
-    own is 0600.
+    """Write a safetensors file durably, with the mode that the umask gives to any new file, where
+    safetensors itself would set 0600.
 
     Raises OSError or SafetensorError.
     """
     with written_aside(path) as aside:
-        mode = aside.stat().st_mode  # the kernel knows it: reading a umask sets it, for all threads
+        mode = aside.stat().st_mode  # from a new file: the umask cannot be read without setting it
         save_file(dict(tensors), aside, metadata)
-        if aside.stat().st_mode != mode:  # some file systems have one mode, and refuse others
+        if aside.stat().st_mode != mode:  # some file systems have one mode only, and refuse chmod
             aside.chmod(stat.S_IMODE(mode))

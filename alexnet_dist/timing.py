@@ -1,26 +1,27 @@
-"""Where a process's time goes: named spans, on the clock of the device that computes.
+"""Measure where a process's time goes, in named spans, by the clock of the device that computes.
 
-Time counts for the innermost span that is open. On a CPU a mark is a reading of the clock; on a GPU
-an event on its stream, read when the device has passed it, so that nothing waits for it. There a
-span is what the stream did and waited for: `data` is how long the device stood still for the next
-batch, `other` how long it stood still for Python.
+Time counts towards the innermost open span. On a CPU a mark is a reading of the clock. On a GPU it
+is an event on the stream, read once the device has passed it, so that nothing waits for it. There a
+span is what the stream did and waited for: `data` is how long the device was idle for lack of the
+next batch, `other` how long it was idle because of Python.
 
 | span | what |
 |---|---|
 | data | waiting for the pipeline |
-| to_device | bytes on their way to the GPU |
-| windows | windows made of them: mirrored, the mean off, lit, scaled |
+| to_device | copying bytes to the GPU |
+| windows | preprocessing: mirroring, subtracting the mean, lighting, scaling |
 | forward, backward, optimizer | the step's arithmetic |
-| step | all of it, where a GPU is given it as one CUDA graph; of ranks, what is no exchange |
-| exchange | between columns, or parts of fully-connected layers; the wait for the others too |
-| all_reduce | sums over ranks, their wait too: what the backward does not hide |
-| log, evaluate, checkpoint | beside training |
-| other | between these |
+| step | all of that, where a GPU runs it as one CUDA graph; with several ranks, without exchanges |
+| exchange | exchanges between columns, or of sharded fully-connected layers, including waiting |
+| all_reduce | sums over ranks, including waiting, as far as the backward does not hide them |
+| log, evaluate, checkpoint | besides training |
+| other | anything else |
 
-Inside a graph a span is marked by events that the graph records again at every replay. Only the
-last replay before `take` can be read without waiting for each: others are taken to be like it.
+Inside a CUDA graph, spans are marked by events that the graph records again at every replay. Only
+the last replay before `take` can be read without waiting for each one; the others are assumed to
+have taken the same.
 
-DeepSpeed's collectives are not seen: they count as backward and optimizer.
+DeepSpeed's collectives are not visible: they count as backward and optimizer.
 """
 
 import itertools
@@ -36,10 +37,10 @@ SPANS = (
     "data", "to_device", "windows", "forward", "backward", "optimizer", "step", "exchange",
     "all_reduce", "log", "evaluate", "checkpoint", "other",
 )  # fmt: skip
-APART = ("log", "evaluate", "checkpoint")  # no part of a step
-_CLOSED = (*APART, "step")  # spans inside count for these
+APART = ("log", "evaluate", "checkpoint")  # not part of a step
+_CLOSED = (*APART, "step")  # inner spans count towards these
 _Mark = float | torch.cuda.Event
-GraphMarks = list[tuple[torch.cuda.Event, str]]  # when, and what begins
+GraphMarks = list[tuple[torch.cuda.Event, str]]  # a time, and the span that begins
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Took:
     """Times since they were last taken.
 
     Attributes:
-        seconds: by span.
-        steps: of each step, less what is apart from it, seconds.
+        seconds: time of each span.
+        steps: time of each step, without the spans in APART, seconds.
     """
 
     seconds: Counter[str]
@@ -56,49 +57,57 @@ class Took:
 
     @property
     def total(self) -> float:
+        """All time, seconds."""
         return sum(self.seconds.values())
 
     @property
     def training(self) -> float:
+        """Time of training steps, seconds."""
         return self.total - sum(self.seconds[name] for name in APART)
 
     @property
     def own(self) -> float:
-        """Training less the time inside collectives: this rank's own work."""
+        """This rank's own work: time of training steps outside collectives, seconds."""
         return self.training - self.seconds["exchange"] - self.seconds["all_reduce"]
 
     def shares(self) -> dict[str, float]:
-        """Of all the time."""
+        """Return each span's share of all time."""
         return {name: self.seconds[name] / max(self.total, 1e-9) for name in SPANS}
 
 
 class Timeline:
-    """Spans of this process; it costs nothing until it is started."""
+    """The spans of this process. It costs nothing until it is started."""
 
     def __init__(self) -> None:
         self._reset([])
 
     def _reset(self, spans: list[str], cuda: bool = False) -> None:
-        self._open, self._cuda = spans, cuda  # no span: not started
-        self._graph: GraphMarks | None = None  # that of a capture now
-        self._replayed: GraphMarks = []  # the last graph's
-        self._marks: deque[tuple[_Mark, str, bool]] = deque()  # when, what begins, ends a step
+        self._open, self._cuda = spans, cuda  # open spans, innermost last; none: not started
+        self._graph: GraphMarks | None = None  # marks of the graph that is being captured
+        self._replayed: GraphMarks = []  # marks of the last graph that was replayed
+        # A time, the span that begins, and whether a step ends.
+        self._marks: deque[tuple[_Mark, str, bool]] = deque()
         self._free: list[torch.cuda.Event] = []
         self._seconds: Counter[str] = Counter()
         self._steps: list[float] = []
         self._step_s = 0.0
 
     def start(self, cuda: bool) -> None:
-        """Begin anew; `cuda`: by events on the current stream."""
+        """Start from zero.
+
+        Args:
+            cuda: measure by events on the current stream.
+        """
         self._reset(["other"], cuda)
         self._mark()
 
     def stop(self) -> None:
+        """Stop, and forget all times."""
         self._reset([])
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """What happens inside, but for inner spans, counts for this one."""
+        """Count the time inside, except that of inner spans, towards this span."""
         depth = len(self._open)
         self.enter(name)
         try:
@@ -109,15 +118,21 @@ class Timeline:
                 self._mark()
 
     def enter(self, name: str) -> None:
-        """What happens from now to the end of the span around this counts for this one."""
+        """Count the time from now to the end of the surrounding span towards this span."""
         if self._open and self._open[-1] not in _CLOSED:
             self._open.append(name)
             self._mark()
 
     @contextmanager
     def captured(self, wanted: bool) -> Iterator[GraphMarks]:
-        """Spans inside are a CUDA graph's, marked where they are wanted; what this gives is to be
-        told at each replay."""
+        """Mark the spans of a CUDA graph that is captured inside.
+
+        Args:
+            wanted: whether to mark them.
+
+        Yields:
+            The marks, to be passed to `replayed` at each replay.
+        """
         marks: GraphMarks = []
         if not wanted or not self._open:
             yield marks
@@ -131,18 +146,18 @@ class Timeline:
             self._open, self._graph = before, None
 
     def replayed(self, marks: GraphMarks) -> None:
-        """A graph of these marks has been launched."""
+        """Note that a graph with these marks has been launched."""
         self._replayed = marks
 
     def step(self) -> None:
-        """A step ends."""
+        """Mark the end of a step."""
         if self._open:
             self._mark(ends=True)
             self._read()
 
     def take(self) -> Took:
-        """Times since it was last called. To be called where the host has just waited for the
-        device anyway: so it waits for what little was marked since."""
+        """Return the times since the last call. It waits for the device, and so belongs where the
+        host has just waited for it anyway."""
         self._mark()
         last = self._marks[-1][0]
         if not isinstance(last, float):
@@ -154,7 +169,7 @@ class Timeline:
         return took
 
     def _divide_step(self) -> None:
-        """Share out the time of steps that were graphs as the last one's was."""
+        """Divide the time of steps that were graphs among spans, as the last replay's was."""
         marks, self._replayed = self._replayed, []
         if not marks:
             return
@@ -166,6 +181,7 @@ class Timeline:
             self._seconds[name] += whole * ms / last.total()  # type: ignore[assignment]
 
     def _mark(self, ends: bool = False) -> None:
+        """Mark that the innermost span begins now, and maybe that a step ends."""
         if self._graph is not None:
             event = torch.cuda.Event(enable_timing=True, external=True)
             event.record()
@@ -178,7 +194,7 @@ class Timeline:
         self._marks.append((now, self._open[-1], ends))
 
     def _read(self) -> None:
-        """Add up to the newest mark that the device has passed."""
+        """Add up times up to the newest mark that the device has passed."""
         while len(self._marks) > 1:
             (begin, name, _), (end, _, ends) = self._marks[0], self._marks[1]
             if isinstance(begin, float) or isinstance(end, float):
@@ -196,4 +212,4 @@ class Timeline:
                 self._step_s = 0.0
 
 
-TIMELINE = Timeline()  # of this process
+TIMELINE = Timeline()  # the process's only one

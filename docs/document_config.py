@@ -58,7 +58,7 @@ def _value(kind: Any, key: Key) -> str:
     """Return a key's type and bounds in words."""
     if get_origin(kind) is tuple:
         item = _value(get_args(kind)[0], key)
-        return f"list: {item}" + ("; or one for all" if key.spread else "")
+        return f"list: {item}" + ("; or one for all" if key.one_for_all else "")
     if get_origin(kind) is dict:
         return "keys and values"
     layers = {ConvName: "layers conv1 …", FcName: "layers fc6 …", LayerName: "layers"}

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import yaml
 
-from alexnet_dist.config.load import bounded_yaml, configs_folder, flatten, one_line, typed
+from alexnet_dist.config.load import configs_folder, flatten, typed
 from alexnet_dist.config.schema import Key
+from alexnet_dist.config.yaml_text import bounded_yaml, one_line
 from alexnet_dist.errors import ConfigError
 
 # Words in a refusal by Slurm, and the keys that it is about.

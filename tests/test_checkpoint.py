@@ -18,6 +18,7 @@ from conftest import as_overrides
 from safetensors.torch import save_file
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint import verify
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, Damaged, NotFinite
 
@@ -322,7 +323,7 @@ def test_an_error_of_the_disk_is_not_damage(
     def fails(file: Path) -> str:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(checkpoints, "sha256", fails)
+    monkeypatch.setattr(verify, "sha256", fails)
     said = rf"{path}/model\.safetensors cannot be read \({os.strerror(number)}; owner "
     with pytest.raises(CheckpointError, match=said) as raised:
         checkpoints.newest(tmp_path)

@@ -42,8 +42,8 @@ def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "mine.yaml").write_text("name: mine\ndata: {path: ~/data}\n")
     found = load_config("~/mine.yaml")
     assert (found.name, found.data.path) == ("mine", f"{tmp_path}/data")
-    named = [key for key, _, about in keys() if re.search("packed data set,|where run|npy|JSON|wei"
-             "ghts, or none", about.doc)]  # fmt: skip
+    named = [key for key, _, about in keys() if re.search("packed data set,|run folders|npy|JSON|we"
+             "ights to start", about.doc)]  # fmt: skip
     assert sorted(named) == sorted(key for key, _, about in keys() if about.path)
     for key in named:
         assert flat(load_config([f"{key}=~/a"]))[key] == f"{tmp_path}/a"

@@ -34,13 +34,14 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.data import loops
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.data.dataset import INDEX, Split, Statistics, open_dataset, open_for
+from alexnet_dist.data.dataset import Statistics, open_dataset, open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import prepare
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
+from alexnet_dist.data.split import INDEX, Split
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.files import within_memory
 from alexnet_dist.parallel import spawn

@@ -14,11 +14,13 @@ from conftest import alexnet_dist, assert_close
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import Split, open_for
+from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
+from alexnet_dist.data.split import Split
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.evaluation import scores
-from alexnet_dist.evaluation.evaluate import Evaluation, Score, evaluate_checkpoints
+from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.evaluation.results import Evaluation, Score
 from alexnet_dist.reporting import figures
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.run_folder import RunFolder

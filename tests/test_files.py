@@ -17,9 +17,10 @@ from alexnet_dist import train
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.warm_start import resolved
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import open_dataset, open_for, read_array
+from alexnet_dist.data.dataset import open_dataset, open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.preprocess import Preprocess
+from alexnet_dist.data.verified import read_array
 from alexnet_dist.errors import (
     AlexNetDistError,
     CheckpointError,

@@ -5,6 +5,7 @@ import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,8 +31,7 @@ def network(source: Path) -> AlexNet:
     """The network in a checkpoint."""
     found = checkpoints.at(source)
     model = AlexNet(found.config.model, drawn=False).eval()
-    file = found.parameters()
-    model.load_state_dict({name: file.rows(name, slice(None)) for name in file.keys()})  # noqa: SIM118
+    model.load_state_dict(found.parameters().tensors())
     return model
 
 
@@ -104,7 +104,9 @@ def test_torchvisions_format_takes_its_own_network_alone(
     config = load_config(["paper/torchvision-2014", "model.classes=3", "layout.kind=one", changed])
     found = checkpoints.Checkpoint(tmp_path, {"config": flat(config)}, {})
     monkeypatch.setattr(checkpoints, "at", lambda _: found)
-    monkeypatch.setattr(checkpoints.Checkpoint, "parameters", lambda _: {})
+    monkeypatch.setattr(
+        checkpoints.Checkpoint, "parameters", lambda _: SimpleNamespace(tensors=dict)
+    )
     out = tmp_path / "net.pth"
     out.write_bytes(b"as it was")
     with pytest.raises(ConfigError, match=said):

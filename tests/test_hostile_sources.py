@@ -29,11 +29,12 @@ from hypothesis import strategies as st
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import INDEX, open_dataset
+from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.prepare import archives
 from alexnet_dist.data.prepare.arrays import read_idx, read_pickle
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.prepare import list_source
+from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import AlexNetDistError, ConfigError, DatasetError
 from alexnet_dist.files import json_object, read_bytes, within_memory
 from alexnet_dist.training.metrics_file import read_metrics

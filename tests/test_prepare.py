@@ -478,7 +478,7 @@ def test_dalis_webdataset_reader_reads_it_by_our_index(folder_packed: Path, tmp_
 
 # --- killed, parted, short of room
 
-SMALL_SHARDS = "import alexnet_dist.data.prepare.prepare as p, alexnet_dist.cli.main as m, sys\n" \
+SMALL_SHARDS = "import alexnet_dist.data.prepare.packing as p, alexnet_dist.cli.main as m, sys\n" \
     "p.ITEMS_PER_SHARD, p.LEAST_IMAGES = 7, 1\n" \
     "if __name__ == '__main__': sys.exit(m.main(sys.argv[1:]))\n"  # fmt: skip
 

@@ -20,6 +20,7 @@ from conftest import write_idx
 
 from alexnet_dist import train
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint import verify
 from alexnet_dist.checkpoint.writer import Saver
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
@@ -216,7 +217,7 @@ def test_a_good_checkpoint_that_is_misplaced_or_cannot_be_read_stops_a_start(
     wrong = (folder / LEFT[1]).rename(folder / "step-00000016")
     refused(kept(), rf"of step 8; nothing was changed.*: mv -nT {wrong} {folder / LEFT[1]}")
     wrong.rename(folder / LEFT[1])
-    sound = checkpoints.sha256
+    sound = verify.sha256
 
     def fails(path: Path) -> str:
         if path.parent.name == LEFT[1]:
@@ -224,7 +225,7 @@ def test_a_good_checkpoint_that_is_misplaced_or_cannot_be_read_stops_a_start(
         return sound(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoints, "sha256", fails)
+        patched.setattr(verify, "sha256", fails)
         refused(kept(), rf"{LEFT[1]}/model\.safetensors cannot be read \(Permission denied; owner ")
     assert train(kept()).exit == 0
     assert "continues at step 8" in capfd.readouterr().err

@@ -19,8 +19,8 @@ from conftest import alexnet_dist
 from PIL import Image
 
 from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.prepare import packing, shards
 from alexnet_dist.data.prepare import prepare as prepare_module
-from alexnet_dist.data.prepare import shards
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import DatasetError
@@ -172,7 +172,7 @@ def test_a_part_of_other_bytes_is_made_again_and_a_copys_is_not(
     assert found != open_dataset(tmp_path / "whole").digest
     swap(source / "train/ant/0.bmp", source / "train/bee/1.bmp")
     shutil.copytree(source, tmp_path / "elsewhere", copy_function=shutil.copy)
-    monkeypatch.setattr(prepare_module, "write_shard", None)
+    monkeypatch.setattr(packing, "write_shard", None)
     prepare("folder", tmp_path / "elsewhere", tmp_path / "copied", ONE)
 
 

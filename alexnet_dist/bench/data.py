@@ -20,10 +20,11 @@ from alexnet_dist.bench.index import index_cost
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Decoded
-from alexnet_dist.data.dataset import Dataset, Split, open_dataset
+from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.data.split import Split
 from alexnet_dist.parallel.topology import Topology, connect
 
 _KINDS = ("torch", "dali", "resident")

@@ -12,9 +12,10 @@ import numpy as np
 import psutil
 
 from alexnet_dist.config.load import load_config
-from alexnet_dist.data.dataset import INDEX, VERSION, open_dataset
+from alexnet_dist.data.dataset import VERSION, open_dataset
 from alexnet_dist.data.prepare.merge import described
 from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.data.split import INDEX
 
 
 def index_cost(samples: int, batch: int) -> dict[str, float]:

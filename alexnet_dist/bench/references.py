@@ -15,8 +15,8 @@ from torchvision.io import decode_jpeg
 
 from alexnet_dist.bench import Pass
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import Split
 from alexnet_dist.data.pipelines.dali_pipeline import on_a_gpu
+from alexnet_dist.data.split import Split
 
 
 def rate(counts: Iterator[int], own: list[float] | None = None) -> float:

@@ -1,1 +1,1 @@
-"""What a run keeps, and how it begins from it."""
+"""Checkpoints: written, verified, chosen, and started from."""

@@ -1,5 +1,5 @@
-"""Beginning from another run's weights, some layers anew: pre-training and fine-tuning; and what a
-run settles as it begins."""
+"""Start from another run's weights, with some layers new, as for fine-tuning; and fix the settings
+that a run resolves once, when it first starts."""
 
 import dataclasses
 from pathlib import Path
@@ -17,13 +17,13 @@ from alexnet_dist.tensor_files import Shape, misfit
 
 
 def resolved(config: Config) -> Config:
-    """The config with what lies in other files and defines the run: the checkpoint it begins from,
-    with its weights' hash, and the hash of its mean image.
+    """Return the config with what it refers to in other files: the path and weight hash of the
+    checkpoint to start from, and the hash of the mean image.
 
-    Once the run has checkpoints of its own, those it began from may change or go.
+    Once the run has checkpoints of its own, the files it started from may change or be removed.
 
-    Raises ConfigError where it asks for another hash, CheckpointError where there is no checkpoint,
-    DatasetError where there is no mean image.
+    Raises ConfigError where the config demands another hash, CheckpointError where there is no
+    checkpoint, DatasetError where there is no mean image.
     """
     if config.data.mean_sha256 == "any" and not _before_means(config):
         found = mean_sha256(config)
@@ -51,7 +51,8 @@ def resolved(config: Config) -> Config:
 
 
 def _before_means(config: Config) -> bool:
-    """Whether the run in this folder began before hashes of mean images were kept, with this."""
+    """Whether the run in this folder started with the same mean image, before hashes of mean images
+    were recorded."""
     if not checkpoints.steps(config.folder / "checkpoints"):
         return False
     try:
@@ -62,8 +63,8 @@ def _before_means(config: Config) -> bool:
 
 
 def _begun(config: Config) -> TrainConfig | None:
-    """`train` with what the run in this folder began from; None where it did not yet, or the config
-    asks for other weights."""
+    """Return `train` with the weights that the run in this folder started from; None where it has
+    not started, or the config asks for other weights."""
     if (last := _last_start(config)) is None:
         return None
     before = last.train
@@ -76,7 +77,8 @@ def _begun(config: Config) -> TrainConfig | None:
 
 
 def _last_start(config: Config) -> Config | None:
-    """What the run in this folder was last started with; None where it has no checkpoint."""
+    """Return the config with which the run in this folder was last started; None where it has no
+    checkpoint."""
     if not checkpoints.steps(config.folder / "checkpoints"):
         return None
     try:
@@ -86,8 +88,8 @@ def _last_start(config: Config) -> Config | None:
 
 
 def with_its_pipeline(config: Config) -> Config:
-    """The config with the pipeline that the run in this folder took before, where it leaves that to
-    `auto`: DALI on a GPU decodes to other bytes than torchvision."""
+    """Return the config with `data.pipeline=auto` replaced by the pipeline that the run in this
+    folder used before: DALI on a GPU decodes to other bytes than torchvision."""
     last = _last_start(config) if config.data.pipeline == AUTO else None
     if last is None:
         return config
@@ -96,13 +98,15 @@ def with_its_pipeline(config: Config) -> Config:
 
 
 class InitialWeights:
-    """Whole parameters of train.init_from, those of train.init_new drawn as for any new run.
+    """Whole initial parameters: those of train.init_from, but for train.init_new those of any new
+    run. They are read like a checkpoint's.
 
-    Raises ConfigError where a layer that is not new has another shape there, or is there alone.
+    Raises ConfigError where a layer that is not new is missing there, has another shape, or does
+    not exist here.
     """
 
     def __init__(self, config: Config) -> None:
-        self.anew = AlexNet(config.model, config.seed)
+        self.fresh = AlexNet(config.model, config.seed)
         self.file = checkpoints.at(Path(config.train.init_from)).parameters()
         self.new = config.train.init_new
         there, here = (
@@ -118,9 +122,11 @@ class InitialWeights:
             )
 
     def shapes(self) -> dict[str, Shape]:
-        return {name: tuple(tensor.shape) for name, tensor in self.anew.named_parameters()}
+        """Return each parameter's whole shape."""
+        return {name: tuple(tensor.shape) for name, tensor in self.fresh.named_parameters()}
 
     def rows(self, name: str, rows: slice) -> Tensor:
+        """Return some rows (dim 0) of a parameter."""
         if name.partition(".")[0] in self.new:
-            return self.anew.get_parameter(name).detach()[rows]
+            return self.fresh.get_parameter(name).detach()[rows]
         return self.file.rows(name, rows)

@@ -1,4 +1,4 @@
-"""Checkpoints written behind the loop, one at a time, by a thread of the rank that leads."""
+"""Write checkpoints in the background, one at a time, in a thread of rank 0."""
 
 import logging
 import threading
@@ -10,35 +10,35 @@ log = logging.getLogger(__name__)
 
 
 class Saver:
-    """Writes what it is given while the run goes on.
+    """Writes checkpoints while training continues.
 
-    A checkpoint that cannot be written is a loud warning while an older one remains, and ends the
-    run where none does. Ranks that do not lead have nothing to write, and may call all of this.
+    A checkpoint that cannot be written is logged as a warning while there is an older one, and ends
+    the run where there is none. Other ranks than 0 have nothing to write, but may call all methods.
 
     Args:
-        remains: whether an older checkpoint is there to go on from.
+        remains: returns whether there is an older checkpoint to resume from.
     """
 
     def __init__(self, remains: Callable[[], bool]) -> None:
         self._remains = remains
-        self._write: Callable[[], None] | None = None  # until it has succeeded
+        self._write: Callable[[], None] | None = None  # set until it has succeeded
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self.failed = False  # the run must end: `finish` says why
+        self.failed = False  # the run must end; `finish` raises the reason
 
     def begin(self, write: Callable[[], None]) -> None:
-        """Start writing, once what was begun before has ended."""
+        """Start to write, as soon as the previous write has ended."""
         self._join()
         self._write, self._error, self.failed = write, None, False
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         self._thread.start()
 
     def finish(self) -> None:
-        """Wait until what was begun is on the disk; one that could not be written is tried again.
+        """Wait until the last write is on the disk; try once more if it failed.
 
         Raises:
             CheckpointError: it cannot be written.
-            NotFinite: it must not be.
+            NotFinite: it holds NaN or infinity, and must not be written.
         """
         self._join()
         if isinstance(self._error, CheckpointError) and self._write is not None:
@@ -48,7 +48,7 @@ class Saver:
             raise self._error
 
     def close(self, timeout_s: float = 60) -> None:
-        """Let what was begun end, without saying how."""
+        """Wait for the last write to end, ignoring its outcome."""
         if self._thread is not None:
             self._thread.join(timeout_s)
 
@@ -60,9 +60,9 @@ class Saver:
         assert self._write is not None
         try:
             self._write()
-            self._write = None  # and with it a copy of the network
+            self._write = None  # frees a copy of the network
         except Exception as error:
-            self._error, self.failed = error, True  # to look for an older one may fail too
+            self._error, self.failed = error, True  # first, since `_remains` may fail too
             self.failed = not (isinstance(error, CheckpointError) and self._remains())
             if not self.failed:
                 log.warning(f"NOT SAVED, the run goes on: {error}")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from alexnet_dist.config.load import nearest_key
+from alexnet_dist.config.names import nearest_key
 from alexnet_dist.config.schema import keys
 
 Run = Callable[[argparse.Namespace, Sequence[str]], int]

@@ -17,7 +17,7 @@ from alexnet_dist.parallel import environment
 from alexnet_dist.training.metrics_file import telling
 
 if TYPE_CHECKING:
-    from alexnet_dist.evaluation.evaluate import Score
+    from alexnet_dist.evaluation.results import Score
 
 _CLASSES = 10  # classes with the highest error, and pairs most often confused, that are printed
 

@@ -1,1 +1,1 @@
-"""Every setting of a run: its type and bounds, where its value comes from, what may go together."""
+"""The settings of a run: their schema, and how they are loaded and checked."""

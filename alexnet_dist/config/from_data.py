@@ -1,25 +1,25 @@
-"""What a config leaves to its data set: how many classes, and which split to evaluate on."""
+"""Settings that a config can leave to its data set: its classes, and the split to evaluate on."""
 
 from pathlib import Path
 from typing import Any
 
 from alexnet_dist.files import json_object, read_bytes
 
-AUTO, NO_SPLIT, HELD_OUT = "auto", "none", "held_out"  # of data.eval_split
-LEAVES = {"model.classes": 0, "data.eval_split": AUTO}  # a value that leaves it
-_PAPERS = 1000, "val"  # where there is no data set yet
+AUTO, NO_SPLIT, HELD_OUT = "auto", "none", "held_out"  # values of data.eval_split
+LEAVES = {"model.classes": 0, "data.eval_split": AUTO}  # the value that leaves it to the data set
+_PAPERS = 1000, "val"  # assumed while there is no data set
 
 
 def follow_data(values: dict[str, Any], origin: dict[str, str]) -> None:
-    """Put what data.path holds where `model.classes` is 0 and `data.eval_split` is auto.
+    """Fill in `model.classes` where it is 0 and `data.eval_split` where it is auto, from data.path.
 
-    That split is `held_out` under `data.hold_out`; `val`, else `test`, where it has images and is
-    not what is trained on; else none.
-    Where no data set can be read, they are ImageNet's: whoever opens it says what is wrong.
+    The split becomes `held_out` if `data.hold_out` is set; otherwise `val`, or else `test`, if it
+    has images and is not trained on; otherwise none. If no data set can be read, both get
+    ImageNet's values, and whatever opens the data set later reports the error.
 
     Args:
-        values: of each dotted key, changed in place.
-        origin: of each dotted key, where its value was said, changed in place.
+        values: dotted key to value; changed in place.
+        origin: dotted key to where its value was given; changed in place.
     """
     path = Path(values["data.path"]) / "dataset.json"
     left = [key for key, leaves in LEAVES.items() if values[key] == leaves]

@@ -1,4 +1,4 @@
-"""Rules over several keys of a configuration, by section."""
+"""Rules that relate several keys of a config, grouped by section."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,15 +7,15 @@ from typing import Any
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 
-# A key, whether its value keeps the rule, and the rule.
+# The key at fault, whether the rule holds, and what to say if it does not.
 Rule = tuple[str, bool, str]
 
 
 def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
-    """Raises ConfigError on the first rule that does not hold.
+    """Raise ConfigError for the first rule that does not hold.
 
     Args:
-        origin: of each dotted key, where its value was said.
+        origin: dotted key to where its value was given.
     """
     values = flat(config)
     for section in (_lengths, _layers, _model, _data, _layout, _training, _columns):
@@ -25,7 +25,7 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
 
 
 def _lengths(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    """How many numbers a list has."""
+    """Lists that must have a fixed length."""
     for key, length in {"model.pool": 2, "data.divide_by": 3, "optimizer.betas": 2}.items():
         yield key, len(values[key]) == length, f"needs {length} numbers"
     steps = list(config.profile.steps)
@@ -37,7 +37,7 @@ def _lengths(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _layers(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    """One number a layer, and layers that the network has."""
+    """Lists with one number per layer, and lists of layers, which must exist."""
     model = config.model
     convs, layers = len(model.conv), len(model.layer_names)
     yield (
@@ -64,7 +64,7 @@ def _layers(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _model(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    """What a network of these layers can do."""
+    """The network's classes, exchanges, pooling and normalisation."""
     model = config.model
     yield (
         "model.classes",
@@ -82,7 +82,7 @@ def _model(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _data(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    """Windows that fit, of values that the initial weights expect."""
+    """Windows that fit the canvas, in the range that the initial weights expect."""
     model, data = config.model, config.data
     yield (
         "data.canvas",
@@ -105,7 +105,7 @@ def _data(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _layout(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    """What can be split, and what DeepSpeed leaves out."""
+    """Networks that a layout can split, and what DeepSpeed does not support."""
     model, kind = config.model, config.layout.kind
     zero = kind.startswith("zero")
     yield (
@@ -140,7 +140,7 @@ def _layout(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _training(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    """A run's name, batch, start and schedule."""
+    """The run's name, batch, initial weights and schedule."""
     train, epochs = config.train, list(config.schedule.at_epochs)
     yield (
         "name",
@@ -161,7 +161,7 @@ def _training(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
 
 
 def _columns(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
-    """Layers that split into columns."""
+    """Widths, which must split evenly into columns."""
     columns = config.model.columns
     for key in ("model.conv", "model.fc"):
         for width in values[key]:

@@ -1,1 +1,1 @@
-"""Images from their source to the windows that conv1 sees."""
+"""Images, from a source to the windows that conv1 sees."""

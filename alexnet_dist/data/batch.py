@@ -1,8 +1,8 @@
-"""What a pipeline is given and what it gives: the contract between sampler, decoders and loop.
+"""The contract between sampler, pipelines and training loop.
 
-A pipeline decodes and cuts; nothing else is its business. What it gives are bytes, on the rank's
-device: they are what column ranks exchange, and what crosses to a GPU, an eighth of float64 and a
-half of bf16. What is done to them after that, `Preprocess` does, once for every pipeline.
+A pipeline is given samples and returns decoded patches as bytes on the rank's device; it does
+nothing else. Column ranks exchange these bytes, and a GPU is sent them: an eighth of the size of
+float64, half that of bf16. All further processing is `Preprocess`'s, the same for every pipeline.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,20 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from alexnet_dist.data.dataset import IdArray, Split
+from alexnet_dist.data.split import IdArray, Split
 from alexnet_dist.parallel.columns import gather_rows
 from alexnet_dist.timing import TIMELINE
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples, and what was drawn for them. n samples of v windows each.
+    """n samples and their random draws, with v windows each.
 
     Attributes:
         ids: (n,) int64, places in the split's index.
-        corners: (n, v, 2) int64, top and left of each window in the canvas, pixels.
-        flips: (n, v) bool, mirror the window left to right.
-        lighting: (n, 3) float32, added to every red, green and blue of the image, grey levels.
+        corners: (n, v, 2) int64, top and left pixel of each window on the canvas.
+        flips: (n, v) bool, whether the window is mirrored left to right.
+        lighting: (n, 3) float32, added to every pixel's red, green and blue, grey levels.
     """
 
     ids: IdArray
@@ -37,9 +37,10 @@ class Samples:
     lighting: npt.NDArray[np.float32]
 
     def patch(self, crop: int, canvas: int) -> tuple[IdArray, int]:
-        """The part of each canvas to decode: (n, 2) top and left, and its side, pixels.
+        """Return the part of each canvas to decode: top and left (n, 2), and its side, pixels.
 
-        Of one window the window, of several the canvas, so that an image is decoded once.
+        With one window it is the window; with several it is the canvas, so that an image is decoded
+        only once.
         """
         if self.flips.shape[1] == 1:
             return self.corners[:, 0], crop
@@ -48,15 +49,15 @@ class Samples:
 
 @dataclass(frozen=True)
 class Batch:
-    """n samples of v windows each, on the rank's device.
+    """n samples of v windows each, on the rank's device, ready for conv1.
 
     Attributes:
-        windows: (n · v, 3, crop, crop), as conv1 takes them: channels_last, the mean off, lit,
-            scaled, in the dtype conv1 computes in.
+        windows: (n · v, 3, crop, crop), channels_last, in the dtype conv1 computes in: the mean
+            subtracted, lighting added, scaled.
         labels: (n,) int64.
         ids: (n,) int64, places in the split's index.
         lighting: (n, 3) float32, what was added to red, green and blue, grey levels.
-        damaged: (n,) bool, where the sample asked for was damaged and another stands in for it.
+        damaged: (n,) bool, whether the sample was damaged and another was read in its place.
     """
 
     windows: Tensor
@@ -68,16 +69,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Metadata:
-    """What goes with the patches of n samples of v windows each. `pack` makes one tensor of it, so
-    that one message of each column rank, or one copy to the device, carries all.
+    """What belongs to the patches of n samples of v windows each. `pack` turns it into one tensor,
+    so that each column rank sends one message, and a device is sent one copy.
 
     Attributes:
         labels: (n,) int64.
         ids: (n,) int64, places in the split's index.
-        damaged: (n,) bool, where the sample asked for was damaged and another stands in for it.
+        damaged: (n,) bool, whether the sample was damaged and another was read in its place.
         lighting: (n, 3) float64, added to red, green and blue, grey levels.
-        corners: (n, v, 2) int64, top and left of each window in the canvas, pixels.
-        flips: (n, v) bool, mirror the window left to right.
+        corners: (n, v, 2) int64, top and left pixel of each window on the canvas.
+        flips: (n, v) bool, whether the window is mirrored left to right.
     """
 
     labels: Tensor
@@ -89,7 +90,11 @@ class Metadata:
 
     @staticmethod
     def pack(samples: Samples, read: IdArray, split: Split) -> Tensor:
-        """(n, 6 + 3 · v) float64, of samples of which those in `read` were read."""
+        """Return the metadata of samples as (n, 6 + 3 · v) float64.
+
+        Args:
+            read: (n,) the samples that were read for them.
+        """
         windows = np.concatenate([samples.corners, samples.flips[..., None]], axis=2)
         numbers = [split.labels(read), read, read != samples.ids]
         columns = [
@@ -101,6 +106,7 @@ class Metadata:
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "Metadata":
+        """Return what `pack` packed."""
         labels, ids, damaged = packed[:, :3].long().unbind(1)
         windows = packed[:, 6:].long().unflatten(1, (-1, 3))  # (n, v, 3)
         corners, flips = windows[..., :2], windows[..., 2].bool()
@@ -109,12 +115,12 @@ class Metadata:
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a pipeline gives of n samples: bytes, and what is to be done with them.
+    """n samples as a pipeline returns them: bytes, and what is to be done with them.
 
     Attributes:
-        patches: (n, side, side, 3) uint8, what `Samples.patch` says of each canvas.
-        metadata: what `Metadata.pack` gives.
-        preprocess: makes windows of patches, corners, flips and lighting: a `Preprocess`.
+        patches: (n, side, side, 3) uint8, the part of each canvas that `Samples.patch` names.
+        metadata: packed by `Metadata.pack`.
+        preprocess: a `Preprocess`, which turns patches, corners, flips and lighting into windows.
     """
 
     patches: Tensor
@@ -122,34 +128,35 @@ class Decoded:
     preprocess: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def joined(self, counts: Sequence[int], group: dist.ProcessGroup | None) -> Batch:
-        """The batch of a replica from the parts its column ranks decoded. Collective.
+        """Join the parts that a replica's column ranks decoded into its batch. Collective.
 
         Args:
-            counts: samples of each column rank, in order.
+            counts: number of samples of each column rank, in order.
+            group: the replica's column ranks; None where this rank decoded all of the batch.
         """
         patches, packed = self.patches, self.metadata
         if group is not None:
             patches = gather_rows(patches, counts, group)
             packed = gather_rows(packed, counts, group)
-        its = Metadata.unpack(packed)
+        meta = Metadata.unpack(packed)
         with TIMELINE.span("windows"):
-            windows = self.preprocess(patches, its.corners, its.flips, its.lighting)
-        return Batch(windows, its.labels, its.ids, its.lighting.float(), its.damaged)
+            windows = self.preprocess(patches, meta.corners, meta.flips, meta.lighting)
+        return Batch(windows, meta.labels, meta.ids, meta.lighting.float(), meta.damaged)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Begin a copy to the device: from pinned memory, it waits for nothing."""
+    """Start a copy to the device, through pinned memory so that the host does not wait for it."""
     with TIMELINE.span("to_device"):
         if device.type == "cuda":
-            tensor = tensor.pin_memory()  # itself where it is pinned
+            tensor = tensor.pin_memory()  # a no-op where it is pinned already
         return tensor.to(device, non_blocking=True)
 
 
 class Pipeline(Protocol):
-    """Decodes samples of one split and cuts what was drawn; decides nothing itself."""
+    """Decodes samples of one split and cuts their patches, with no random choices of its own."""
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
-        """What is decoded for each entry of the plan, in its order, prepared ahead."""
+        """Yield the decoded samples of each entry of the plan, in order, prepared ahead."""
 
     def close(self) -> None:
-        """Stop its threads; batches not yet taken are lost."""
+        """Stop the pipeline's threads; batches not yet taken are lost."""

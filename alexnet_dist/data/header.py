@@ -1,4 +1,4 @@
-"""What the first bytes of a JPEG or PNG say, read before a decoder takes memory or time by it."""
+"""Read headers of JPEG and PNG files before a decoder spends memory or time on what they say."""
 
 import struct
 import zlib
@@ -7,15 +7,15 @@ import numpy as np
 
 _SIZE = struct.Struct(">I")
 PNG = b"\x89PNG\r\n\x1a\n"
-_MOST_CHUNKS = 2**18  # of a PNG; those of a kilobyte each are a file of MOST_ENCODED
+_MOST_CHUNKS = 2**18  # in a PNG: of a kilobyte each, they are a file of MOST_ENCODED
 
 
 def size_of(encoded: bytes | bytearray) -> tuple[int, int]:
-    """Height and width of a JPEG or PNG, pixels; raises ValueError for anything else.
+    """Return the height and width of a JPEG or PNG, pixels.
 
-    Raises ValueError too where a JPEG has more segments or scans than it may.
+    Raises ValueError for any other file, and for a JPEG with too many segments or scans.
     """
-    from alexnet_dist.data import loops  # Numba takes a while to load
+    from alexnet_dist.data import loops  # Numba is slow to load
 
     problem, height, width = loops.image_size(np.frombuffer(encoded, np.uint8))
     if problem:
@@ -24,8 +24,8 @@ def size_of(encoded: bytes | bytearray) -> tuple[int, int]:
 
 
 def check_png(encoded: bytes) -> None:
-    """Raises ValueError where a PNG is cut short, or a chunk does not match its checksum: Pillow
-    does not compare those of pixels."""
+    """Raise ValueError where a PNG is truncated, or a chunk does not match its checksum: Pillow
+    does not check those of pixel data."""
     at, content = len(PNG), memoryview(encoded)
     for _ in range(_MOST_CHUNKS):
         if len(encoded) < at + 12:

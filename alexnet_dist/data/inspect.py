@@ -1,4 +1,4 @@
-"""Verify a packed data set: every hash, every record, every image; and show what is in it."""
+"""Verify a packed data set, every hash, record and image of it, and summarise what is in it."""
 
 import contextlib
 from collections import Counter
@@ -12,23 +12,24 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from alexnet_dist.data.dataset import Dataset, Split, open_dataset
+from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.preprocess import on_canvas
+from alexnet_dist.data.split import Split
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import written_aside
 
-QUICK = 100  # samples of a split
+QUICK = 100  # samples decoded of a split in a quick look
 _SHOWN_CLASSES, _SHOWN_SAMPLES, _SHOWN_SIDE, _NAME_WIDTH = 20, 10, 96, 220
 
 
 def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
-    """What is in a packed data set, of which everything was read and decoded.
+    """Read and decode everything in a packed data set; return a summary of it.
 
     Args:
-        sheet: PNG to draw samples of the first classes in; None for a quick look: no shard is
-            hashed, some samples of each are decoded, nothing is drawn.
+        sheet: PNG in which to draw samples of the first classes; None for a quick look, which
+            hashes no shard, decodes some samples of each split, and draws nothing.
 
-    Raises DatasetError, naming the first thing that is wrong.
+    Raises DatasetError for the first error found.
     """
     dataset = open_dataset(folder, verify_hashes=sheet is not None)
     with contextlib.ExitStack() as left:
@@ -38,6 +39,7 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
 
 
 def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
+    """Return the summary of an opened data set, less its folder."""
     found: dict[str, Any] = {"source": dataset.source["kind"]}
     found["classes"] = len(dataset.classes)
     for name, split in dataset.splits.items():
@@ -58,7 +60,7 @@ def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
 
 
 def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
-    """Counts of a split of which these samples were decoded; raises DatasetError."""
+    """Decode these samples of a split; return counts of all; raise DatasetError."""
 
     def check(sample: int) -> None:
         image = _decoded(split, sample)
@@ -85,6 +87,7 @@ def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
 
 
 def _decoded(split: Split, sample: int) -> Tensor:
+    """Decode a sample: (1 or 3, h, w) uint8; raise DatasetError."""
     try:
         buffer = torch.frombuffer(split.read(sample), dtype=torch.uint8)
         image: Tensor = decode_image(buffer, ImageReadMode.UNCHANGED)
@@ -97,7 +100,7 @@ def _decoded(split: Split, sample: int) -> Tensor:
 
 
 def _contact_sheet(dataset: Dataset, path: Path) -> None:
-    """The first training samples of the first classes, a row a class."""
+    """Draw the first training samples of the first classes, one row per class."""
     split = dataset.splits["train"]
     names = dataset.classes[:_SHOWN_CLASSES]
     size = (_NAME_WIDTH + _SHOWN_SAMPLES * _SHOWN_SIDE, len(names) * _SHOWN_SIDE)

@@ -1,4 +1,4 @@
-"""Loops over a batch that run beside Python: compiled by Numba, without Python's lock."""
+"""Loops over a batch, compiled by Numba, that run without holding the GIL."""
 
 import ctypes
 import functools
@@ -11,7 +11,7 @@ from numba import njit, types
 
 from alexnet_dist.files import MOST_PIXELS, MOST_SCANS, MOST_SEGMENTS
 
-# What `image_size` finds wrong.
+# Messages for the problems that `image_size` returns.
 PROBLEMS = (
     "",
     "neither a JPEG nor a PNG",
@@ -22,39 +22,39 @@ _NEITHER, _SCANS, _SEGMENTS = 1, 2, 3
 _pread: Any = types.ExternalFunction(
     "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
 )
-_CRC32 = "alexnet_dist_crc32"  # zlib's, wherever it lies
+_CRC32 = "alexnet_dist_crc32"  # our name for zlib's crc32, which `can_read` looks up
 _crc32: Any = types.ExternalFunction(_CRC32, types.uintp(types.uintp, types.uintp, types.uint32))
 
 
 def released(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of arrays, compiled at its first call and kept on disk, that holds no lock."""
+    """Compile a function of arrays, at its first call, that releases the GIL; cache it on disk."""
     try:
         loop: Callable[..., Any] = njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # there is nowhere to keep it
+    except RuntimeError:  # no folder to cache it in
         loop = njit(nogil=True)(function)
     return loop
 
 
 @functools.cache
 def can_read() -> bool:
-    """Whether `read` can be called: zlib's own function is within reach, as where Python is linked
-    with its library."""
+    """Whether `read` can be called: it needs zlib's crc32, which is found where Python is linked
+    with zlib's library."""
     try:
         function = ctypes.CDLL(getattr(zlib, "__file__", None)).crc32
     except (OSError, AttributeError):
         return False
     function.restype = ctypes.c_ulong
     if function(ctypes.c_ulong(0), b"123456789", ctypes.c_uint(9)) != 0xCBF43926:
-        return False  # another's, of the same name
+        return False  # another function of the same name
     llvm.add_symbol(_CRC32, ctypes.cast(function, ctypes.c_void_p).value)
     return True
 
 
 @released
 def image_size(encoded: Any) -> Any:
-    """What the first bytes of a JPEG or PNG, (n,) uint8, say: (place in PROBLEMS, height, width).
+    """Return (place in PROBLEMS, height, width) of a JPEG or PNG, (n,) uint8.
 
-    Of a JPEG it walks as libjpeg does, from segment to segment.
+    A JPEG is walked from segment to segment, as libjpeg does.
     """
     length = len(encoded)
     if length >= 24 and _png(encoded):
@@ -64,10 +64,10 @@ def image_size(encoded: Any) -> Any:
     at, scans, height, width, components = 2, 0, -1, -1, 0
     progressive = False
     for _ in range(MOST_SEGMENTS):
-        # After a scan, or where it is damaged: on to the next marker.
+        # After a scan, or at damage, skip to the next marker.
         while length >= at + 10 and (encoded[at] != 0xFF or _alone(encoded[at + 1])):
             at += 1
-        if length < at + 10 or encoded[at + 1] == 0xD9:  # the end
+        if length < at + 10 or encoded[at + 1] == 0xD9:  # end of image
             break
         kind = encoded[at + 1]
         if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame
@@ -78,7 +78,7 @@ def image_size(encoded: Any) -> Any:
             if scans > MOST_SCANS:
                 return _SCANS, 0, 0
             if not progressive and encoded[at + 4] == components:
-                break  # all of it is in this one: decoders read no other
+                break  # this scan holds all components: decoders read no other
         at += 2 + max(2, _number(encoded, at + 2, 2))
     else:
         return _SEGMENTS, 0, 0
@@ -87,12 +87,14 @@ def image_size(encoded: Any) -> Any:
 
 @released
 def _png(encoded: Any) -> Any:
+    """Whether a file begins as a PNG does."""
     begins = _number(encoded, 0, 4) == 0x89504E47 and _number(encoded, 4, 4) == 0x0D0A1A0A
     return begins and _number(encoded, 12, 4) == 0x49484452  # IHDR
 
 
 @released
 def _number(encoded: Any, at: Any, size: Any) -> Any:
+    """Return a big-endian number of `size` bytes."""
     value = 0
     for n in range(size):
         value = value << 8 | encoded[at + n]
@@ -101,21 +103,21 @@ def _number(encoded: Any, at: Any, size: Any) -> Any:
 
 @released
 def _alone(marker: Any) -> Any:
-    """Whether no length follows a marker: one that stands alone, or a byte of a scan."""
+    """Whether a marker has no length after it: it stands alone, or is a byte of a scan."""
     return marker <= 1 or marker == 0xFF or 0xD0 <= marker <= 0xD8
 
 
 @released
 def read(rows: Any, files: Any, starts: Any, out: Any, whole: Any) -> None:
-    """Read samples one after another, and find out which are as the index says.
+    """Read samples one after another, and check them against the index.
 
     Args:
-        rows: (n,) of dataset.INDEX.
-        files: descriptors, by shard.
+        rows: (n,) records of split.INDEX.
+        files: file descriptor of each shard.
         starts: (n + 1,), where each sample begins in `out`, and where the last ends.
-        out: uint8, the encoded images.
-        whole: (n,) bool, becomes whether a sample was read, matches its checksum, and has a header
-            of its size.
+        out: uint8, receives the encoded images.
+        whole: (n,) bool, receives whether the sample was read, matches its checksum, and has the
+            size in its header.
     """
     for n in range(len(rows)):
         row, encoded = rows[n], out[starts[n] : starts[n + 1]]
@@ -132,13 +134,13 @@ def read(rows: Any, files: Any, starts: Any, out: Any, whole: Any) -> None:
 
 @released
 def cut(images: Any, samples: Any, corners: Any, out: Any) -> None:
-    """Copy a square of each of some images.
+    """Copy a square from each of n images.
 
     Args:
         images: (N, side, 3 · side) uint8, rows of pixels.
-        samples: (n,), which images.
-        corners: (n, 2), top and left of each square, pixels.
-        out: (n, s, 3 · s) uint8.
+        samples: (n,), places of the images.
+        corners: (n, 2), top and left pixel of each square.
+        out: (n, s, 3 · s) uint8, receives the squares.
     """
     length = out.shape[2]
     for n in range(len(out)):

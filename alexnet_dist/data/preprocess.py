@@ -1,7 +1,7 @@
-"""From decoded bytes to what conv1 sees: cut, mirrored, the mean off, lit, scaled.
+"""Turn decoded bytes into conv1's input: cut, mirror, subtract the mean, add lighting, scale.
 
-A loop on a CPU and a kernel on a GPU make the same sums, for every pipeline, so that equal bytes
-give equal windows.
+A loop on the CPU and a kernel on a GPU compute the same sums, for every pipeline, so that equal
+bytes give equal windows.
 """
 
 import functools
@@ -17,30 +17,32 @@ from numba import prange
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import IdArray, Statistics, read_array
+from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.data.split import IdArray
+from alexnet_dist.data.verified import read_array
 from alexnet_dist.errors import DatasetError, cannot_be_read
 from alexnet_dist.files import sha256
 from alexnet_dist.network import kernels
 from alexnet_dist.network.kernels.numba_loops import bits, parallel, rounding
 
-_LONGEST = 64  # times the shorter side: of what is longer, the centre is cut before it is resized
-
-_WIDTHS = 2**16  # that the index can say
+# A side this many times longer than the other is cut to its centre before the image is resized.
+_LONGEST = 64
+_WIDTHS = 2**16  # more than any width in the index
 
 
 class Preprocess:
-    """Makes windows of patches.
+    """Turns patches into windows.
 
     Args:
-        device: where patches lie.
-        dtype: of the windows: what conv1 computes in.
+        device: where the patches are.
+        dtype: dtype of the windows, in which conv1 computes.
     """
 
     def __init__(
         self, config: Config, statistics: Statistics, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.crop, self.dtype = config.model.crop, dtype
-        # Sums in float64 where the network computes in it, else float32.
+        # Computed in float64 where the network is, otherwise in float32.
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         side = config.data.canvas
         mean = _mean(config, statistics).movedim(0, -1).expand(side, side, 3)
@@ -48,15 +50,16 @@ class Preprocess:
         self.divide_by = torch.tensor(config.data.divide_by, dtype=wide, device=device)
 
     def __call__(self, patches: Tensor, corners: Tensor, flips: Tensor, lighting: Tensor) -> Tensor:
-        """Windows (n · v, 3, crop, crop), channels_last.
+        """Return windows (n · v, 3, crop, crop), channels_last.
 
         Args:
-            patches: (n, side, side, 3) uint8: of one window the window, of several the canvas.
-            corners: (n, v, 2) int64, in the canvas.
+            patches: (n, side, side, 3) uint8: the window where v = 1, otherwise the canvas.
+            corners: (n, v, 2) int64, top and left pixel of each window on the canvas.
             flips: (n, v) bool.
             lighting: (n, 3), grey levels.
         """
-        inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners  # in the patch
+        # Top and left of each window in its patch; the mean image is cut at `corners`.
+        inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners
         make = self.by_loop
         if patches.is_cuda:
             make = self.by_kernel if kernels.can_be_built() else self.by_operators
@@ -67,7 +70,7 @@ class Preprocess:
     def by_kernel(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
-        """For a GPU."""
+        """Compute the windows on a GPU, by one kernel: (n, v, crop, crop, 3)."""
         from alexnet_dist.network.kernels.windows import windows
 
         given = (patches, inside, corners, flips, light, self.mean, self.divide_by)
@@ -76,7 +79,7 @@ class Preprocess:
     def by_operators(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
-        """For a GPU whose kernels cannot be built."""
+        """Compute the windows by torch's operators, on a GPU whose kernels cannot be built."""
         along = torch.arange(self.crop, device=patches.device)
         mirrored = torch.where(flips[..., None], self.crop - 1 - along, along)
         image = torch.arange(len(patches), device=patches.device)[:, None, None, None]
@@ -90,7 +93,7 @@ class Preprocess:
     def by_loop(
         self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
     ) -> Tensor:
-        """For a CPU: one pass over the batch; the same sums, so the same bits."""
+        """Compute the windows on the CPU, in one pass over the batch: the same sums and bits."""
         windows = torch.empty((*flips.shape, self.crop, self.crop, 3), dtype=self.dtype)
         given = (patches.flatten(2), inside, corners, flips, light.repeat(1, self.crop),
                  self.mean.flatten(1), self.divide_by.repeat(self.crop))  # fmt: skip
@@ -100,7 +103,7 @@ class Preprocess:
 
 @functools.cache
 def _loop(dtype: torch.dtype) -> Callable[..., None]:
-    """`Preprocess.by_loop`, a row of pixels (red, green, blue, red, …) at a time."""
+    """Compile the loop of `Preprocess.by_loop`, over rows of pixels (red, green, blue, red, …)."""
     wide, word = (np.float64, np.uint64) if dtype == torch.float64 else (np.float32, np.uint32)
     shift, below, odd = rounding(dtype)
 
@@ -135,13 +138,13 @@ def _loop(dtype: torch.dtype) -> Callable[..., None]:
 
 
 def on_canvas(image: Tensor, side: int) -> Tensor:
-    """Resize the shorter side to `side` and take the centre square, as the paper does (§2).
+    """Resize an image's shorter side to `side` and take the centre square, as the paper does (§2).
 
     Args:
-        image: (colours, h, w), uint8 or floating.
+        image: (colours, h, w), uint8 or floating point.
 
     Returns:
-        (colours, side, side), itself where it already has that size.
+        (colours, side, side); the image itself where it already has that size.
     """
     (top, left), (height, width) = centre_of(image.shape[1], image.shape[2])
     image = image[:, top : top + height, left : left + width]
@@ -152,34 +155,36 @@ def on_canvas(image: Tensor, side: int) -> Tensor:
 
 
 def centre_of(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Top and left, height and width of what of an image is resized: all, unless it is very long.
+    """Return (top, left) and (height, width) of the part of an image that is resized.
 
-    A PNG of 271 bytes can be 65,535 × 1, and 12.9 GB when its shorter side is 256. Its canvas is
-    one square of its middle, so that what is cut off here is far outside.
+    It is all of the image, unless one side is very long: a PNG of 271 bytes can be 65,535 × 1, and
+    would take 12.9 GB with its shorter side at 256. The canvas is one square at the centre, far
+    inside what is kept here.
     """
     most = _LONGEST * min(height, width)
-    # As many pixels on either side, so that the centre stays where it is.
+    # Cut as many pixels from either end, so that the centre stays in place.
     kept = [size if size <= most else most + (size - most) % 2 for size in (height, width)]
     return ((height - kept[0]) // 2, (width - kept[1]) // 2), (kept[0], kept[1])
 
 
 def canvas_in(height: int, width: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The size that an image is resized to, and where its canvas begins in that: its centre."""
+    """Return (height, width) to which an image is resized, and (top, left) of the canvas, the
+    centre square of that."""
     scale = side / min(height, width)
     size = max(side, round(height * scale)), max(side, round(width * scale))
     return size, ((size[0] - side) // 2, (size[1] - side) // 2)
 
 
 class Canvases:
-    """Where the canvas of each image of a split lies: `centre_of` and `canvas_in`, of many at once.
+    """`centre_of` and `canvas_in` for many images of a split at once.
 
     Args:
-        index: the split's.
-        side: of the canvas, pixels.
+        index: the split's index.
+        side: side of the canvas, pixels.
 
     Attributes:
-        cuts: whether there is an image of which only the centre is resized.
-        resizes: whether there is one that is not a canvas as it is stored.
+        cuts: whether any image is cut to its centre before it is resized.
+        resizes: whether any image is not stored at the canvas's size.
     """
 
     def __init__(self, index: npt.NDArray[np.void], side: int) -> None:
@@ -195,20 +200,20 @@ class Canvases:
         self.resizes = bool((stored != side).any())
 
     def __call__(self, samples: IdArray) -> IdArray:
-        """(n, 4, 2), pixels: top and left, height and width of what is resized; height and width
-        that it is resized to; top and left of the canvas in that."""
-        found: IdArray = self._table[np.searchsorted(self._kinds, _kinds(self._index[samples]))]
-        return found
+        """Return (n, 4, 2), pixels, for samples (n,): (top, left) and (height, width) of the part
+        that is resized; (height, width) it is resized to; (top, left) of the canvas in that."""
+        places: IdArray = self._table[np.searchsorted(self._kinds, _kinds(self._index[samples]))]
+        return places
 
 
 def _kinds(rows: npt.NDArray[np.void]) -> npt.NDArray[np.uint32]:
-    """Height and width as one number."""
+    """Return the size of each image as one number, height · 2¹⁶ + width."""
     kinds: npt.NDArray[np.uint32] = rows["height"].astype(np.uint32) * _WIDTHS + rows["width"]
     return kinds
 
 
 def _mean(config: Config, statistics: Statistics) -> Tensor:
-    """(3, canvas or 1, canvas or 1)."""
+    """Return what data.subtract names: (3, canvas, canvas), or (3, 1, 1) for one colour."""
     match config.data.subtract:
         case "mean_image":
             mean = statistics.mean_image
@@ -222,7 +227,7 @@ def _mean(config: Config, statistics: Statistics) -> Tensor:
 
 
 def mean_sha256(config: Config) -> str:
-    """The SHA-256 of the file that data.mean_from names, "any" where there is none."""
+    """Return the SHA-256 of the file that data.mean_from names; "any" where it names none."""
     path = config.data.mean_from
     if path == "none" or config.data.subtract != "mean_image":
         return "any"
@@ -233,6 +238,7 @@ def mean_sha256(config: Config) -> str:
 
 
 def _read_mean(path: Path, expected: str) -> npt.NDArray[np.float32]:
+    """Read a mean image (height, width, 3), whose SHA-256 must be as expected."""
     try:
         mean = read_array(path)
         if expected not in ("any", found := sha256(path)):

@@ -1,7 +1,7 @@
-"""Which samples, which windows, which lighting: pure functions of the config and the step.
+"""Choose samples, windows and lighting, as pure functions of the config and the step.
 
-Slot s of step t is sample t·B + s of the concatenated epoch permutations: nothing is dropped at
-an epoch's end, nothing padded, and no loader state exists that would have to be saved.
+Slot s of step t is sample t·B + s of the concatenated epoch permutations, for a batch of B. So
+nothing is dropped or padded at the end of an epoch, and there is no loader state to save.
 """
 
 from collections.abc import Iterator
@@ -17,10 +17,10 @@ from alexnet_dist.network.philox import Purpose
 
 
 class TrainSampler:
-    """The endless stream of training samples and their draws.
+    """The endless stream of training samples with their random draws.
 
     Args:
-        count: samples in the training split.
+        count: number of samples in the training split.
     """
 
     def __init__(self, config: Config, count: int, statistics: Statistics) -> None:
@@ -29,7 +29,7 @@ class TrainSampler:
         self._orders: dict[int, npt.NDArray[np.int64]] = {}
 
     def samples(self, step: int, slots: range) -> Samples:
-        """The samples in some slots of a step."""
+        """Return the samples in some slots of a step."""
         position = step * self.config.train.batch + np.arange(slots.start, slots.stop)
         epochs, places = np.divmod(position, self.count)
         ids = np.empty_like(places)
@@ -39,24 +39,28 @@ class TrainSampler:
         return self._drawn(ids, epochs)
 
     def plan(self, first_step: int, last_step: int, slots: range) -> Iterator[Samples]:
-        """The samples of steps first_step … last_step − 1."""
+        """Return the samples of steps first_step … last_step − 1, lazily."""
         return (self.samples(step, slots) for step in range(first_step, last_step))
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
+        """Return the permutation of an epoch, (count,). Only two are kept in memory."""
         if epoch not in self._orders:
             self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
             self._orders[epoch] = philox.permutation(self.config.seed, epoch, self.count)
         return self._orders[epoch]
 
     def _drawn(self, ids: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> Samples:
+        """Draw windows, flips and lighting for samples (n,), each in its epoch (n,)."""
         data, seed = self.config.data, self.config.seed
         zero = np.zeros_like(ids)
+        # Windows and flips.
         top, left, mirror, _ = philox.philox((ids, epochs, zero, zero), (seed, Purpose.WINDOW))
         margin = data.canvas - self.config.model.crop
         if data.random_crop:
             corners = np.stack([philox.integers(w, margin + 1) for w in (top, left)], axis=-1)
         else:
             corners = np.full((len(ids), 2), margin // 2)
+        # Lighting (paper §4.1), off from some epoch on.
         words = philox.philox((ids, epochs, zero, zero), (seed, Purpose.LIGHTING))
         scale = data.lighting * (epochs < data.lighting_epochs)  # (n,)
         alphas = np.stack(philox.normals(words)[:3], axis=-1) * scale[:, None]  # (n, 3)
@@ -69,10 +73,10 @@ class TrainSampler:
 
 
 def lighting_axes(config: Config, statistics: Statistics) -> npt.NDArray[np.float64]:
-    """(3, 3): row i is what α_i = 1 adds to red, green and blue, grey levels (paper §4.1).
+    """Return (3, 3): row i is what α_i = 1 adds to red, green and blue, grey levels (paper §4.1).
 
-    The printed formula has λ; on pixels of 0–255 only its root makes sense, and the released code
-    takes the root. `eigenvalue` reads the formula on pixels of 0–1.
+    The printed formula has λ. With pixels of 0–255 only its square root makes sense, and the
+    released code takes the square root. `eigenvalue` applies the formula to pixels of 0–1.
     """
     values = statistics.eigenvalues
     scale = np.sqrt(values) if config.data.lighting_by == "sqrt_eigenvalue" else values / 255
@@ -80,7 +84,7 @@ def lighting_axes(config: Config, statistics: Statistics) -> npt.NDArray[np.floa
 
 
 def views(config: Config) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """Corners (v, 2) and flips (v,) of the test windows: the centre, or the ten of §4.1."""
+    """Return corners (v, 2) and flips (v,) of the test windows: the centre, or the ten of §4.1."""
     margin = config.data.canvas - config.model.crop
     middle = margin // 2
     if config.evaluate.views == 1:
@@ -90,7 +94,11 @@ def views(config: Config) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
 
 
 def evaluation_plan(config: Config, batches: list[range]) -> Iterator[Samples]:
-    """Unlit samples in the index's order, each with its test windows."""
+    """Yield samples for evaluation, with their test windows and without lighting.
+
+    Args:
+        batches: places in the split's index, batch by batch.
+    """
     corners, flips = views(config)
     for batch in batches:
         n = len(batch)

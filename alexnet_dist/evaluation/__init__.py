@@ -1,1 +1,1 @@
-"""Scores, and a trained network that answers."""
+"""Evaluation of a trained network, and its predictions."""

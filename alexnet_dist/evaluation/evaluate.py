@@ -1,18 +1,15 @@
-"""Evaluation: every sample counted exactly once, one window or ten, one network or several."""
+"""Evaluate one network or several: every sample counted exactly once, by one window or ten."""
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
@@ -23,120 +20,28 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError, NotFinite
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
-from alexnet_dist.files import written_aside
+from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
 from alexnet_dist.network.model import side_by_side
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect
 
-
-@dataclass(frozen=True)
-class Score:
-    """Exact counts over a split, and the mean loss (nats) of the averaged softmax outputs.
-
-    Damaged samples are not among `samples`, and never counted.
-    """
-
-    samples: int
-    correct1: int
-    correct5: int
-    loss: float
-
-    @property
-    def top1(self) -> float:
-        return self.correct1 / self.samples
-
-    @property
-    def top5(self) -> float:
-        return self.correct5 / self.samples
-
-    @property
-    def top1_interval(self) -> tuple[float, float]:
-        """Bounds of a 95 % bootstrap interval of top1."""
-        return self.interval(self.correct1)
-
-    @property
-    def top5_interval(self) -> tuple[float, float]:
-        """Bounds of a 95 % bootstrap interval of top5."""
-        return self.interval(self.correct5)
-
-    def interval(self, correct: int) -> tuple[float, float]:
-        """The middle 95 % of the share of right answers over bootstrap resamples of the samples.
-
-        Drawing samples with replacement, each right or not, is drawing a binomial. The same
-        numbers give the same interval.
-        """
-        generator = np.random.Generator(np.random.Philox(key=[self.samples, correct]))
-        drawn = generator.binomial(self.samples, correct / self.samples, 10_000) / self.samples
-        low, high = np.percentile(drawn, [2.5, 97.5])
-        return float(low), float(high)
-
-    def tags(self) -> dict[str, float]:
-        """For metrics: the counts, and the shares."""
-        return {**vars(self), "top1": self.top1, "top5": self.top5}
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What one network or the average of several says of every sample of a split.
+class _Sums(NamedTuple, Generic[T]):
+    """Sums over samples; ranks add them as a vector in this order.
 
     Attributes:
-        checkpoints: of the networks.
-        classes: their names.
-        probabilities: (n, classes) float32 or wider, softmax outputs averaged over views and
-            networks, in the split's order; n counts damaged samples too.
-        labels: (n,) int64; −1 where the sample is damaged.
-        how: what else the score depends on: split, views, data set, keys that were changed.
+        samples: number of samples, without damaged ones.
+        loss: nats.
+        correct1, correct5: samples whose label ranked first, among the first five.
     """
 
-    score: Score
-    checkpoints: tuple[Checkpoint, ...]
-    classes: tuple[str, ...]
-    probabilities: Tensor
-    labels: Tensor
-    how: Mapping[str, Any] = field(default_factory=dict)
-
-    def confusion(self) -> Tensor:
-        """(classes, classes) int64: samples of the row's class that were taken for the column's."""
-        size = len(self.classes)
-        counts = torch.zeros(size, size, dtype=torch.int64)
-        _confuse(counts, self.probabilities, self.labels)
-        return counts
-
-    def report(self) -> dict[str, Any]:
-        """For programs: counts, 95 % intervals, each class's error, and the commonest mistakes."""
-        score, confusion = self.score, self.confusion()
-        wrong = confusion - confusion.diag().diag()
-        worst = wrong.flatten().topk(min(10, wrong.numel()))
-        pairs = [divmod(place, len(self.classes)) for place in worst.indices.tolist()]
-        return {
-            **score.tags(),
-            "top1_interval": score.top1_interval,
-            "top5_interval": score.top5_interval,
-            "of": [str(checkpoint.path) for checkpoint in self.checkpoints],
-            **self.how,
-            "classes": [
-                {"name": name, "samples": int(row.sum()), "right": int(row[place])}
-                for place, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
-            ],
-            "mistakes": [
-                {"of": self.classes[a], "taken_for": self.classes[b], "samples": count}
-                for (a, b), count in zip(pairs, worst.values.tolist(), strict=True)
-                if count
-            ],
-        }
-
-    def write(self, path: Path) -> None:
-        """Every prediction, as .npz: probabilities, labels, predicted, confusion, classes."""
-        with written_aside(path) as aside, aside.open("wb") as file:
-            np.savez(
-                file,
-                probabilities=self.probabilities.numpy(),
-                labels=self.labels.numpy(),
-                predicted=self.probabilities.argmax(1).numpy(),
-                confusion=self.confusion().numpy(),
-                classes=np.array(self.classes, dtype=np.str_),
-            )
+    samples: T
+    loss: T
+    correct1: T
+    correct5: T
 
 
 def evaluate(
@@ -145,11 +50,12 @@ def evaluate(
     """Score a network, in this process, on the evaluation split of its data set or of another.
 
     Args:
-        network: what `load_checkpoint` gave, its model as it now is; a run folder or a checkpoint.
-        data: a packed data set with as many classes; where the config says, if left out.
-        views: windows an image: the centre's, or the paper's ten.
+        network: what `load_checkpoint` returned, with its model's present weights; or a run folder
+            or checkpoint.
+        data: a packed data set with as many classes; by default the one the config names.
+        views: windows per image: the centre window, or the paper's ten.
 
-    Raises CheckpointError, DatasetError or ConfigError, each naming what does not fit.
+    Raises CheckpointError, DatasetError or ConfigError, naming what does not fit.
     """
     trained = network if isinstance(network, Trained) else load_checkpoint(network)
     changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
@@ -159,7 +65,7 @@ def evaluate(
     engine.model.load_state_dict(trained.model.state_dict())
     dataset = open_for(config, trained.checkpoint.path)
     score = evaluate_engine(engine, config, topology, dataset)
-    assert score is not None  # no signals are listened to
+    assert score is not None  # without signals, nothing stops it
     return _finite(score, trained.checkpoint.path)
 
 
@@ -171,37 +77,38 @@ def evaluate_engine(
     signals: StopSignals | None = None,
     confusion: Tensor | None = None,
 ) -> Score | None:
-    """Score one network on the evaluation split, by this run's own ranks. Collective.
+    """Score one network on the evaluation split, with the ranks of this run. Collective.
 
     Args:
-        confusion: (classes, classes) int64 zeros on the CPU, made what `Evaluation.confusion` is.
+        signals: polled after each batch; a stop signal ends the evaluation.
+        confusion: (classes, classes) int64 zeros on the CPU; the confusion matrix is added to it.
 
     Returns:
-        The score, alike on every rank; None where a signal stopped it.
+        The score, the same on every rank; None where a signal ended the evaluation.
     """
-    totals = torch.zeros(4, dtype=torch.float64)
+    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
     for probabilities, labels in _probabilities(engine, config, topology, dataset):
-        totals += _counted(probabilities, labels)
+        sums += _summed(probabilities, labels)
         if confusion is not None:
-            _confuse(confusion, probabilities.cpu(), labels.cpu())
+            add_confusion(confusion, probabilities.cpu(), labels.cpu())
         if signals is not None and signals.poll(topology):
             return None
-    counted = [totals] if confusion is None else [totals, confusion]
-    for counts in counted:  # a replica's columns hold the same probabilities
+    # A replica's column ranks hold the same probabilities: only the first column's count.
+    for counts in [sums] if confusion is None else [sums, confusion]:
         topology.sum(counts if topology.column == 0 else counts.zero_())
-    return _score(totals, config, dataset)
+    return _score(sums, config, dataset)
 
 
 def seen(
     engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
     samples: range,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What a network's last layer sees of samples (fc7), and what it says. Collective: each rank
-    decodes all of them.
+    """Return what a network's last layer sees of samples (fc7), and its logits. Collective; each
+    rank decodes all samples.
 
     Returns:
-        (n, units) float32, of the units that the last layer sees on this rank, and (n, classes)
-        logits, on the CPU.
+        (n, units) float32, the units that the last layer sees on this rank; and logits
+        (n, classes). Both on the CPU.
     """
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, views=1))
     features: list[Tensor] = []
@@ -218,19 +125,21 @@ def seen(
     finally:
         hook.remove()
         pipeline.close()
-    own = [part[: len(said)] for part, said in zip(features, logits, strict=True)]
+    # Under sharded_fc the last layer sees the samples of all ranks, here the same ones.
+    own = [part[: len(batch)] for part, batch in zip(features, logits, strict=True)]
     return torch.cat(own).float().cpu(), torch.cat(logits).cpu()
 
 
 def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluation:
-    """Score checkpoints of any layouts, or the average of their softmax outputs (paper §6).
+    """Score a checkpoint of any layout, or the average of several's softmax outputs (paper §6).
 
     Args:
-        paths: run folders (their best checkpoint) or checkpoints.
-        overrides: `key=value` over their configs.
+        paths: checkpoints, or run folders, whose best checkpoint is taken.
+        overrides: `key=value` settings laid over the checkpoints' configs.
 
     Raises CheckpointError, DatasetError, or ConfigError where they cannot be averaged.
     """
+    # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
     configs = [load_config([flat(once(c.config)), *ALONE, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
@@ -245,6 +154,7 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
                     f"{checkpoint.path}: {key}={here!r}, and {there!r} in {found[0].path}: to "
                     f"average them {remedy}"
                 )
+    # One network after another, so that only one is in memory.
     average, labels = torch.zeros(()), torch.zeros(())
     for checkpoint, own in zip(found, configs, strict=True):
         allow_tf32(own.train.precision)
@@ -253,26 +163,27 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         outputs = list(_probabilities(engine, own, topology, dataset))
         average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
         labels = torch.cat([part.cpu() for _, part in outputs])
-    score = _finite(_score(_counted(average, labels), config, dataset), *paths)
-    how = {
-        "split": config.data.eval_split,
-        "views": config.evaluate.views,
-        "data": str(dataset.folder),
-        "data_sha256": dataset.digest,
-        "changed": _changed(found[0].config, config),
-    }
+    score = _finite(_score(_summed(average, labels), config, dataset), *paths)
+    how = Conditions(
+        split=config.data.eval_split,
+        views=config.evaluate.views,
+        data=str(dataset.folder),
+        data_sha256=dataset.digest,
+        changed=_changed(found[0].config, config),
+    )
     return Evaluation(score, tuple(found), dataset.classes, average, labels, how)
 
 
 def _changed(trained: Config, config: Config) -> dict[str, Any]:
-    """Keys that define a run, beside those that `how` has, and are not as it was trained."""
+    """Return the keys that define a run and differ from those it was trained with, less those that
+    `Conditions` holds itself."""
     before, now = fingerprint(trained), fingerprint(config)
-    told = ("data.eval_split", "evaluate.views")
-    return {key: now[key] for key in now if now[key] != before[key] and key not in told}
+    separate = ("data.eval_split", "evaluate.views")
+    return {key: now[key] for key in now if now[key] != before[key] and key not in separate}
 
 
 def _finite(score: Score, *networks: Path) -> Score:
-    """Raises NotFinite where a network's outputs, and so the loss, are not finite."""
+    """Return a score; raise NotFinite where its loss, and so a network's output, is not finite."""
     if not math.isfinite(score.loss):
         raise NotFinite(
             f"{' + '.join(map(str, networks))}: outputs that are not finite (a loss of "
@@ -285,10 +196,10 @@ def _finite(score: Score, *networks: Path) -> Score:
 def _probabilities(
     engine: Engine, config: Config, topology: Topology, dataset: Dataset
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Softmax outputs averaged over views (n, classes) and labels (n,), batch by batch.
+    """Yield softmax outputs averaged over views (n, classes) and labels (n,), batch by batch.
 
-    The label of a damaged sample is −1. Every rank goes through as many batches, of any size, even
-    none.
+    The label of a damaged sample is −1. Every rank yields the same number of batches, of any size,
+    even zero.
     """
     total, size = len(evaluation_split(config, dataset)), config.evaluate.batch
     wholes = [range(start, min(start + size, total)) for start in range(0, total, size)]
@@ -307,30 +218,27 @@ def _probabilities(
         pipeline.close()
 
 
-def _confuse(counts: Tensor, probabilities: Tensor, labels: Tensor) -> None:
-    """Add to (classes, classes) int64 counts samples of the row's class taken for the column's;
-    those of a negative label are left out."""
-    sound = labels >= 0
-    labels, taken = labels[sound], probabilities[sound].argmax(1)
-    counts.index_put_((labels, taken), torch.ones_like(labels), accumulate=True)
+def _summed(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return `_Sums` over a batch as a float64 vector on the CPU.
 
-
-def _counted(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """(4,) float64 on the CPU: samples, summed loss, labels ranked first, among the first five.
-
-    Samples of a negative label are left out.
+    Args:
+        labels: (n,); samples with a negative label are left out.
     """
     counts, labels = labels >= 0, labels.clamp_min(0)
     own = probabilities.double().gather(1, labels[:, None])[:, 0]
     rank = label_ranks(probabilities, labels)
     loss = -own.clamp_min(torch.finfo(torch.float64).tiny).log()
-    sums = [counts, loss * counts, (rank < 1) & counts, (rank < 5) & counts]
-    return torch.stack([value.double().sum() for value in sums]).cpu()
+    values = _Sums(
+        samples=counts, loss=loss * counts, correct1=(rank < 1) & counts,
+        correct5=(rank < 5) & counts,
+    )  # fmt: skip
+    return torch.stack([value.double().sum() for value in values]).cpu()
 
 
-def _score(totals: Tensor, config: Config, dataset: Dataset) -> Score:
-    """The score of `_counted` over the split; raises DatasetError where too much is damaged."""
-    samples, loss, correct1, correct5 = totals.tolist()
+def _score(vector: Tensor, config: Config, dataset: Dataset) -> Score:
+    """Return the score of `_Sums` over the split; raise DatasetError where too much is damaged."""
+    sums: _Sums[float] = _Sums(*vector.tolist())
     split = evaluation_split(config, dataset)
-    check_damaged(config, split, len(split) - int(samples))
-    return Score(int(samples), int(correct1), int(correct5), loss / samples)
+    samples = int(sums.samples)
+    check_damaged(config, split, len(split) - samples)
+    return Score(samples, int(sums.correct1), int(sums.correct5), sums.loss / samples)

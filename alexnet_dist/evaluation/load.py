@@ -1,4 +1,4 @@
-"""A trained network in one process, whatever layout made it: weights, class names, answers."""
+"""Load a trained network into one process, whatever layout trained it, to make predictions."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,14 +30,14 @@ Images = Path | str | Iterable[Path | str]
 
 @dataclass(frozen=True)
 class Trained:
-    """A network and what it was trained by.
+    """A trained network, with the config it was trained with.
 
     Attributes:
-        model: all columns, on the CPU, in eval mode; takes windows (n, 3, crop, crop) as `windows`
-            makes them, gives logits (n, classes).
-        config: of the run, for one process.
-        checkpoint: where the weights come from: its `path`, `step` and validation `error`.
-        given: the data set was named by the caller, and need not be the one trained on.
+        model: all columns, on the CPU, in eval mode; it takes windows (n, 3, crop, crop) as
+            `windows` returns them, and returns logits (n, classes).
+        config: the run's config, for one process.
+        checkpoint: where the weights come from, with its `path`, `step` and validation `error`.
+        given: the caller named the data set, which need not be the one trained on.
     """
 
     model: AlexNet
@@ -47,73 +47,73 @@ class Trained:
 
     @cached_property
     def dataset(self) -> Dataset:
-        """Where the names of classes and the mean image stand.
+        """The data set that holds the class names and the mean image.
 
-        Raises DatasetError where it is not there, or is not the one the network was trained on.
+        Raises DatasetError where it is missing, or is not the one the network was trained on.
         """
         if self.given:
             return open_for(self.config, self.checkpoint.path)
-        made_by = self.checkpoint.manifest["dataset"]
-        return open_trained_on(self.config, made_by, self.checkpoint.path)
+        digest = self.checkpoint.manifest["dataset"]
+        return open_trained_on(self.config, digest, self.checkpoint.path)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of the logits; raises as `dataset` does."""
+        """The class names, in the order of the logits; raises as `dataset` does."""
         return self.dataset.classes
 
     def windows(self, image: Tensor) -> Tensor:
-        """What the network sees of an image in a test: `evaluate.views` windows of it.
+        """Return the windows of an image that evaluation uses: `evaluate.views` of them.
 
         Args:
-            image: (1 or 3, height, width) uint8, red first, as `torchvision.io.decode_image` gives.
+            image: (1 or 3, height, width) uint8, red first, as from `torchvision.io.decode_image`.
 
         Returns:
-            (views, 3, crop, crop), cut from the canvas, the mean off, scaled, unlit.
+            (views, 3, crop, crop), cut from the canvas, with the mean subtracted and scaled.
         """
         weight = next(self.model.parameters())
         preprocess = Preprocess(self.config, self.dataset.statistics, weight.device, weight.dtype)
-        canvas = on_canvas(image, self.config.data.canvas).expand(3, -1, -1)  # grey fills all three
+        canvas = on_canvas(image, self.config.data.canvas).expand(3, -1, -1)  # grey to RGB
         canvases = canvas.movedim(0, -1)[None].contiguous().to(weight.device)
         return windows_of(self.config, preprocess, canvases)
 
     def probabilities(self, image: Tensor) -> Tensor:
-        """(classes,) softmax outputs of an image, averaged over its `windows` (paper §4.1)."""
+        """Return softmax outputs (classes,), averaged over an image's `windows` (paper §4.1)."""
         return logits(self.model, self.config, self.windows(image)).softmax(1).mean(0)
 
     def predict(self, images: Images, views: Literal[1, 10] | None = None) -> list[Prediction]:
-        """What the network says of image files, of any kind that `prepare` reads, in their order.
+        """Predict the classes of image files of any kind that `prepare` reads, in order.
 
-        One that cannot be read has a prediction too, whose `refused` says why.
+        A file that cannot be read has a prediction too, whose `refused` says why.
 
         Args:
-            images: paths; one alone needs no list. A folder stands for the images below it.
-            views: windows an image; `evaluate.views`, if left out.
+            images: a path or several; a folder stands for all images below it.
+            views: windows per image; `evaluate.views` by default.
         """
         return list(self.predictions(images, views))
 
     def predictions(
         self, images: Images, views: Literal[1, 10] | None = None, workers: int = 1
     ) -> Iterator[Prediction]:
-        """As `predict`, one after another, so that any number of them need no memory.
+        """Yield what `predict` returns, one by one, so that memory does not grow with their number.
 
         Args:
-            workers: processes that read; with more than one, the program must guard its start by
-                `if __name__ == "__main__":`.
+            workers: number of processes that read files; with more than one, the main program must
+                be guarded by `if __name__ == "__main__":`.
         """
         evaluate = replace(self.config.evaluate, views=views or self.config.evaluate.views)
         config = replace(self.config, evaluate=evaluate)
         return predictions(self.model, config, self.dataset, _files(images), workers)
 
     def features(self, images: Images, layer: str = "fc7") -> Tensor:
-        """What a layer makes of image files: (n, units), or (n, maps, height, width) of conv1 ….
+        """Return a layer's outputs for image files: (n, units), or (n, maps, height, width).
 
-        After the activation, before pooling and normalisation, both columns' side by side, of the
-        centre's window; the last layer's are the logits.
+        They are taken from the centre window, after the activation and before normalisation and
+        pooling, both columns' side by side. The last layer's outputs are the logits.
 
         Args:
             images: as for `predict`.
 
-        Raises DatasetError where one cannot be read, ConfigError where there is no such layer.
+        Raises DatasetError where an image cannot be read, ConfigError for an unknown layer.
         """
         config = replace(self.config, evaluate=replace(self.config.evaluate, views=1))
         return features(self.model, config, self.dataset, _files(images), layer)
@@ -125,20 +125,18 @@ def _files(images: Images) -> list[Path]:
 
 
 def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained:
-    """The network of a checkpoint, or of a run folder's best one.
+    """Load the network of a checkpoint, or of a run folder's best checkpoint.
 
     Args:
-        data: the packed data set that names its classes and holds its mean image; where the
-            config says, if left out.
+        data: the packed data set that has its class names and mean image; by default the one the
+            config names.
 
-    Raises CheckpointError where there is no checkpoint whose every byte is as written.
+    Raises CheckpointError where there is no undamaged checkpoint.
     """
     found = checkpoints.at(Path(path))
     moved = {} if data is None else {"data.path": str(data)}
     config = load_config([flat(found.config) | moved, *ALONE])
-    file = found.parameters()
-    tensors = {name: file.rows(name, slice(None)) for name in file.keys()}  # noqa: SIM118
     dtype = parameter_dtype(config.train.precision)
     model = AlexNet(config.model, config.seed, dtype=dtype, drawn=False).eval()
-    model.load_state_dict(tensors)
+    model.load_state_dict(found.parameters().tensors())
     return Trained(model, config, found, given=data is not None)

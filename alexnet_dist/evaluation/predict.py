@@ -1,5 +1,8 @@
-"""What a trained network makes of image files: read as `prepare` reads them, cut as evaluation
-cuts them, so that a file of a data set is answered as its packed sample is."""
+"""Run a trained network on image files.
+
+Files are read as `prepare` reads them and cut as evaluation cuts them, so that the prediction for a
+file of a data set is that for its packed sample.
+"""
 
 import os
 import signal
@@ -17,8 +20,9 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import IMAGE_SUFFIXES, Dataset
-from alexnet_dist.data.prepare.convert import RefusedImage, as_packed, convert
+from alexnet_dist.data.dataset import Dataset
+from alexnet_dist.data.missing import IMAGE_SUFFIXES
+from alexnet_dist.data.prepare.convert import How, RefusedImage, as_packed, convert
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import (
@@ -35,20 +39,20 @@ from alexnet_dist.network.precision import DTYPES, parameter_dtype
 from alexnet_dist.parallel.spawn import leave_with_parent
 from alexnet_dist.plotting import columns_picture
 
-WORTH_A_PROCESS = 500  # images: what reading them takes, and the start of a process
+WORTH_A_PROCESS = 500  # images per process that are worth starting it for
 _AHEAD = 16  # images read ahead by each process
 Canvas = npt.NDArray[np.uint8]  # (side, side, 3)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a network says of an image file.
+    """A network's prediction for an image file.
 
     Attributes:
-        classes: their names.
+        classes: class names.
         probabilities: (classes,), softmax outputs averaged over views (paper §4.1), on the CPU;
             None where the image was refused.
-        refused: why the file was not read; empty where it was.
+        refused: why the file could not be read; empty if it was.
     """
 
     path: Path
@@ -57,8 +61,8 @@ class Prediction:
     refused: str = ""
 
     def top(self, count: int = 5) -> list[tuple[str, float]]:
-        """The likeliest classes' names and probabilities, the likeliest first, as many as there
-        are; none where the image was refused."""
+        """Return the names and probabilities of the `count` most probable classes, the most
+        probable first; an empty list where the image was refused."""
         if self.probabilities is None:
             return []
         best = self.probabilities.sort(descending=True, stable=True)
@@ -69,13 +73,14 @@ class Prediction:
 def predictions(
     model: AlexNet, config: Config, dataset: Dataset, paths: Sequence[Path], workers: int = 1
 ) -> Iterator[Prediction]:
-    """Ask a network of image files, `evaluate.batch` at a time; a prediction each, in order.
-
-    Raises NotFinite where its outputs are not.
+    """Yield a network's prediction for each image file, in order, `evaluate.batch` at a time.
 
     Args:
-        dataset: as whose images they are read: its classes, its mean.
-        workers: processes that read; a program that has more must be importable (`__main__`).
+        dataset: has the class names and the mean, and files are read as its images were.
+        workers: number of processes that read files; with more than one, the main program must be
+            importable (`__main__`).
+
+    Raises NotFinite where the network's outputs are not finite.
     """
     for part, windows in _batches(config, dataset, _device(model), paths, workers):
         shares = iter(())
@@ -94,49 +99,52 @@ def predictions(
 def features(
     model: AlexNet, config: Config, dataset: Dataset, paths: Sequence[Path], layer: str
 ) -> Tensor:
-    """What a layer makes of image files: (n · views, …), as `activations` has it, the columns' side
-    by side, on the CPU.
+    """Return a layer's outputs for image files: (n · views, …), as from `activations`, the columns'
+    side by side, on the CPU.
 
     Raises DatasetError where an image cannot be read; ConfigError where there is no such layer.
     """
     check_layer(model, layer)
-    made = []
+    outputs = []
     for part, windows in _batches(config, dataset, _device(model), paths, 1):
         for path, refused in part:
             if refused:
                 raise DatasetError(f"{path}: {refused}: leave it out")
-        made.append(side_by_side(activations(model, config, windows, [layer])[layer]).cpu())
-    if not made:
+        outputs.append(side_by_side(activations(model, config, windows, [layer])[layer]).cpu())
+    if not outputs:
         raise ConfigError(f"features of {layer!r}: no image was named")
-    return torch.cat(made)
+    return torch.cat(outputs)
 
 
 def check_layer(model: AlexNet, layer: str) -> None:
-    """Raises ConfigError where the network has no such layer."""
+    """Raise ConfigError where the network has no such layer."""
     if layer not in (names := model.config.layer_names):
         raise ConfigError(f"layer {layer!r}: this network has {', '.join(names)}")
 
 
 @torch.no_grad()
 def logits(model: AlexNet, config: Config, windows: Tensor) -> Tensor:
-    """(n, classes), in the arithmetic that evaluation uses; float32 or wider."""
-    said: Tensor = model(windows.to(DTYPES[config.train.precision]))
-    return said if said.dtype == torch.float64 else said.float()
+    """Return logits (n, classes), float32 or wider, computed in evaluation's precision."""
+    outputs: Tensor = model(windows.to(DTYPES[config.train.precision]))
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
 
 
 def activations(
     model: AlexNet, config: Config, windows: Tensor, layers: Sequence[str]
 ) -> dict[str, list[Tensor]]:
-    """What layers make of windows, after the activation, float32 or wider: of a convolution each
-    column's maps (n, maps, h, w), neither normalised nor pooled; of a fully-connected layer the
-    units (n, units) of each column, or of all where they see the same; of the last the logits."""
-    made: dict[str, list[Tensor]] = {}
+    """Return the outputs of layers, after the activation, float32 or wider.
+
+    For a convolution they are each column's maps (n, maps, h, w), neither normalised nor pooled;
+    for a fully-connected layer the units (n, units) of each column, or of all together where both
+    see the same; for the last layer the logits.
+    """
+    outputs: dict[str, list[Tensor]] = {}
     last = model.config.layer_names[-1]
 
     def keep(layer: str, parts: list[Tensor]) -> None:
         activate = torch.clone if layer == last else getattr(torch, model.config.activation)
-        # Now, since the network goes on in the same memory.
-        made[layer] = [activate(x if x.dtype == torch.float64 else x.float()) for x in parts]
+        # Copied at once, since the network goes on in the same memory.
+        outputs[layer] = [activate(x if x.dtype == torch.float64 else x.float()) for x in parts]
 
     hooks = [
         model.get_submodule(layer).register_forward_hook(
@@ -149,13 +157,17 @@ def activations(
     finally:
         for hook in hooks:
             hook.remove()
-    return made
+    return outputs
 
 
 def draw(
     model: AlexNet, config: Config, dataset: Dataset, prediction: Prediction, out: Path
 ) -> None:
-    """A picture of an image, its answers, and each column's strongest maps of it, by layer."""
+    """Draw an image, its prediction, and each column's strongest maps of it, layer by layer.
+
+    Args:
+        out: the PNG to write.
+    """
     evaluate = replace(config.evaluate, views=1)
     config = replace(config, evaluate=evaluate)
     ((_, windows),) = _batches(config, dataset, _device(model), [prediction.path], 1)
@@ -169,22 +181,18 @@ def draw(
 
 
 def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tensor:
-    """The test windows of canvases (n, side, side, 3): (n · views, 3, crop, crop)."""
+    """Return the test windows of canvases (n, side, side, 3): (n · views, 3, crop, crop)."""
     corners, flips = (torch.from_numpy(part).to(canvases.device) for part in views(config))
     n, v, side = len(canvases), len(flips), config.model.crop
-    if v == 1:  # as a pipeline has it: the window alone
+    if v == 1:  # as in a pipeline, the patch is then the window alone
         top, left = corners[0].tolist()
         canvases = canvases[:, top : top + side, left : left + side].contiguous()
     unlit = torch.zeros(n, 3, device=canvases.device)
     return preprocess(canvases, corners.expand(n, v, 2).contiguous(), flips.repeat(n, 1), unlit)
 
 
-def canvas_of(path: Path, how: tuple[bool, bool], side: int) -> Canvas:
-    """(side, side, 3) of an image file, read as `prepare` reads it; raises RefusedImage.
-
-    Args:
-        how: `convert`'s `keep` and `enlarge`.
-    """
+def canvas_of(path: Path, how: How, side: int) -> Canvas:
+    """Read an image file, as `prepare` reads it, onto a canvas; raise RefusedImage."""
     if not path.is_file():
         raise RefusedImage("a folder, device or pipe" if path.exists() else "there is no such file")
     try:
@@ -200,8 +208,8 @@ def canvas_of(path: Path, how: tuple[bool, bool], side: int) -> Canvas:
 
 
 def images_in(names: Sequence[Path]) -> tuple[list[Path], int]:
-    """Files as they are named, and images by their ending, below folders; and how many other files
-    these folders hold. Hidden ones are neither."""
+    """Return the files that are named, and below folders all files that end as images do; and how
+    many other files these folders hold. Hidden files are left out of both."""
     found: list[Path] = []
     others = 0
     for name in names:
@@ -224,8 +232,12 @@ def _device(model: AlexNet) -> torch.device:
 def _batches(
     config: Config, dataset: Dataset, device: torch.device, paths: Sequence[Path], workers: int
 ) -> Iterator[tuple[list[tuple[Path, str]], Tensor]]:
-    """Of each batch of files their paths, each with why it was refused or an empty string, and the
-    windows of those that were not."""
+    """Read files in batches.
+
+    Yields:
+        The path of each file, with the reason why it was refused, or an empty string; and the
+        windows of those that were not refused.
+    """
     dtype = parameter_dtype(config.train.precision)
     preprocess = Preprocess(config, dataset.statistics, device, dtype)
     side, size = config.data.canvas, config.evaluate.batch
@@ -241,10 +253,8 @@ def _batches(
         yield part, windows_of(config, preprocess, whole)
 
 
-def _read(
-    paths: Sequence[Path], how: tuple[bool, bool], side: int, workers: int
-) -> Iterator[Canvas | str]:
-    """The canvas of each file, or why there is none, by as many processes."""
+def _read(paths: Sequence[Path], how: How, side: int, workers: int) -> Iterator[Canvas | str]:
+    """Yield the canvas of each file, or why it was refused; read by so many processes."""
     workers = min(workers, len(paths) // WORTH_A_PROCESS)
     if workers <= 1:
         yield from (_canvas_or_why(path, how, side) for path in paths)
@@ -267,7 +277,7 @@ def _read(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _canvas_or_why(path: Path, how: tuple[bool, bool], side: int) -> Canvas | str:
+def _canvas_or_why(path: Path, how: How, side: int) -> Canvas | str:
     try:
         return canvas_of(path, how, side)
     except RefusedImage as error:
@@ -275,7 +285,7 @@ def _canvas_or_why(path: Path, how: tuple[bool, bool], side: int) -> Canvas | st
 
 
 def _begin_worker(parent: int) -> None:
-    """Of a process that reads images: stops are its parent's, and it ends when that does."""
+    """Set up a process that reads images: it ignores stop signals, and ends with its parent."""
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     leave_with_parent(parent)

@@ -1,4 +1,4 @@
-"""Scores that are kept: `RUN/evaluations/*.json`, a file for each that `evaluate` gave."""
+"""Scores kept in run folders: `RUN/evaluations/*.json`, one file per score of `evaluate`."""
 
 import contextlib
 import hashlib
@@ -13,30 +13,32 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist import files
-from alexnet_dist.evaluation.evaluate import Evaluation
+from alexnet_dist.evaluation.results import Evaluation
 from alexnet_dist.parallel.device import machine
 
 log = logging.getLogger(__name__)
-_LONGEST = 2**26  # bytes of a file
+_LONGEST = 2**26  # bytes read of a file
 _NUMBERS = ("samples", "correct1", "correct5", "loss", "top1", "top5", "step", "views")
 
 
 def keep(found: Evaluation) -> Path | None:
-    """Write a score into the run folder of its (first) checkpoint; None where that is in none, or
-    cannot be written. Evaluated again alike, it replaces what was there.
+    """Write a score to the run folder of its (first) checkpoint, in place of any under the same
+    conditions. The run may be in progress: none of the files that it writes is touched.
 
-    The folder may be a running training's: nothing that it writes is touched.
+    Returns:
+        The file's path; None where the checkpoint is in no run folder, or cannot be written to.
     """
     first = found.checkpoints[0]
     if first.path.parent.name != "checkpoints":
         return None
     out = first.path.parent.parent / "evaluations"
-    how = dict(found.how)
+    how = found.how
     split = re.sub(r"[^\w.-]", "_", how["split"])
     name = f"step-{first.step:08d}-{split}-views-{how['views']}"
-    unlike = [how["changed"], how["data_sha256"], [str(c.path) for c in found.checkpoints[1:]]]
-    if unlike != [{}, first.manifest["dataset"], []]:
-        name += f"-{hashlib.sha256(json.dumps(unlike).encode()).hexdigest()[:8]}"
+    # Conditions that differ from the run's own get a hash in the file's name.
+    special = [how["changed"], how["data_sha256"], [str(c.path) for c in found.checkpoints[1:]]]
+    if special != [{}, first.manifest["dataset"], []]:
+        name += f"-{hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]}"
     rows, columns = found.confusion().nonzero(as_tuple=True)
     counts = found.confusion()[rows, columns]
     content = {
@@ -61,8 +63,7 @@ def keep(found: Evaluation) -> Path | None:
 
 
 def kept(run: Path) -> list[Mapping[str, Any]]:
-    """The scores in a run folder, as `keep` wrote them, the oldest first; what is none is passed
-    over."""
+    """Return the scores in a run folder as `keep` wrote them, oldest first; skip other files."""
     found = []
     for path in (run / "evaluations").glob("*.json"):
         with contextlib.suppress(OSError, ValueError):
@@ -73,7 +74,7 @@ def kept(run: Path) -> list[Mapping[str, Any]]:
 
 
 def _is_score(found: Mapping[str, Any]) -> bool:
-    """Whether it has what a reader counts with; the rest is text that is only shown."""
+    """Whether a file has the numbers that readers calculate with; the rest is text to show."""
     classes, confusion = found.get("classes"), found.get("confusion")
     return (
         all(type(found.get(key)) in (int, float) for key in _NUMBERS)

@@ -1,1 +1,1 @@
-"""Other programs' weight files."""
+"""Weights in the formats of other programs."""

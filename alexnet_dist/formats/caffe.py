@@ -1,4 +1,5 @@
-"""Caffe's .caffemodel and .binaryproto, by the few fields of its caffe.proto that hold weights."""
+"""Read and write Caffe's .caffemodel and .binaryproto, by the few fields of caffe.proto that hold
+weights."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -7,17 +8,20 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
+from torch import Tensor
 
+from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError
 from alexnet_dist.files import opened
 
-_MOST_FIELDS = 2**16  # of messages that are read; AlexNet has hundreds, and each takes 100 bytes
+_MOST_FIELDS = 2**16  # fields read of a file: AlexNet has hundreds, and each takes 100 bytes
 
 Floats = npt.NDArray[np.float32]
 
-# Message: field (number, type, repeated). Packed floats are bytes on the wire, and are taken so.
+# Message: field (number, type, repeated). Packed floats are bytes on the wire, and read as such.
 _FIELDS = {
     "BlobShape": {"dim": (1, "INT64", True)},
     "BlobProto": {
@@ -35,23 +39,47 @@ _FIELDS = {
 }  # fmt: skip
 
 
-def read_layers(path: Path) -> dict[str, list[Floats]]:
-    """The blobs of each layer of a .caffemodel, of the old format (V1) or the present one.
+def read(path: Path) -> dict[str, Tensor]:
+    """Read the weights in a .caffemodel by our names; conv1's BGR is turned to RGB."""
+    tensors: dict[str, Tensor] = {}
+    for layer, blobs in read_layers(path).items():
+        weight, *biases = (torch.from_numpy(blob.copy()) for blob in blobs)
+        if layer.startswith("fc") and weight.shape[:-2] == (1, 1):  # the old format has 4 dims
+            weight = weight[0, 0]
+        blue_first = layer == "conv1" and weight.dim() == 4
+        tensors[f"{layer}.weight"] = weight.flip(1) if blue_first else weight
+        named = zip(("bias", "blob3"), biases, strict=False)  # no network of ours has a third blob
+        tensors |= {f"{layer}.{name}": bias.flatten() for name, bias in named}
+    return tensors
 
-    Raises CheckpointError.
+
+def write(out: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Write weights as a .caffemodel; conv1's RGB is turned to BGR."""
+    weights = {**tensors, "conv1.weight": tensors["conv1.weight"].flip(1)}
+    layers = {
+        name: [weights[f"{name}.{kind}"].numpy() for kind in ("weight", "bias")]
+        for name in config.model.layer_names
+    }
+    write_layers(out, config.name, layers)
+
+
+def read_layers(path: Path) -> dict[str, list[Floats]]:
+    """Return the blobs of each layer of a .caffemodel, in the old format (V1) or the present one.
+
+    Raises CheckpointError where it is no .caffemodel.
     """
     net = _parsed("NetParameter", path)
     layers = {layer.name: layer.blobs for layer in (*net.layers, *net.layer) if layer.blobs}
     if not layers:
         raise CheckpointError(f"{path}: no layer in it has weights: is it a .caffemodel?")
     for name in layers:
-        if not isinstance(name, str):  # protobuf gives the bytes then
+        if not isinstance(name, str):  # protobuf returns bytes that are not UTF-8
             raise CheckpointError(f"{path}: a layer's name is not UTF-8: {name!r}")
     return {name: [_array(blob, path) for blob in blobs] for name, blobs in layers.items()}
 
 
 def read_mean(path: Path) -> Floats:
-    """(height, width, 3), red first, of a mean image (.binaryproto); raises CheckpointError."""
+    """Read a mean image (.binaryproto): (height, width, 3), red first; raise CheckpointError."""
     mean = _array(_parsed("BlobProto", path), path)
     planes = mean.reshape(mean.shape[-3:]) if mean.ndim >= 3 else mean
     if planes.ndim != 3 or len(planes) != 3:
@@ -60,19 +88,20 @@ def read_mean(path: Path) -> Floats:
 
 
 def write_layers(path: Path, name: str, layers: Mapping[str, list[Floats]]) -> None:
-    """A .caffemodel of the present format."""
+    """Write a .caffemodel in the present format, with each layer's blobs."""
     net = _message("NetParameter")(name=name)
     for layer, blobs in layers.items():
         kind = "Convolution" if blobs[0].ndim == 4 else "InnerProduct"
         part = net.layer.add(name=layer, type=kind)
         for blob in blobs:
-            made = part.blobs.add()
-            made.shape.dim.extend(blob.shape)
-            made.data.append(np.ascontiguousarray(blob, "<f4").tobytes())
+            message = part.blobs.add()
+            message.shape.dim.extend(blob.shape)
+            message.data.append(np.ascontiguousarray(blob, "<f4").tobytes())
     path.write_bytes(net.SerializeToString())
 
 
 def _parsed(kind: str, path: Path) -> Any:
+    """Parse a file as one message of this kind; raise CheckpointError."""
     message = _message(kind)()
     try:
         with opened(path) as file:
@@ -85,9 +114,9 @@ def _parsed(kind: str, path: Path) -> Any:
 
 
 def _check_fields(content: memoryview, kind: str, left: int) -> int:
-    """How many of the fields that may be left are left after a message's; raises ValueError.
+    """Count a message's fields; return how many of the `left` may still follow; raise ValueError.
 
-    A field of no length is two bytes, and protobuf dies where memory ends.
+    An empty field is only two bytes, and protobuf ends the process where memory runs out.
     """
     messages = {number: of for number, of, _ in _FIELDS[kind].values()}
     at = 0
@@ -111,7 +140,7 @@ def _check_fields(content: memoryview, kind: str, left: int) -> int:
 
 
 def _varint(content: memoryview, at: int) -> tuple[int, int]:
-    """A number of seven bits a byte, and where it ends."""
+    """Return a number of seven bits per byte, and where it ends."""
     value = 0
     for place in range(10):
         if at + place >= len(content):
@@ -124,6 +153,7 @@ def _varint(content: memoryview, at: int) -> tuple[int, int]:
 
 
 def _array(blob: Any, path: Path) -> Floats:
+    """Return a blob's values in its shape; raise CheckpointError where they do not fit it."""
     content = b"".join(blob.data)
     old = [blob.num, blob.channels, blob.height, blob.width]
     shape = list(blob.shape.dim) if blob.HasField("shape") else old
@@ -134,7 +164,7 @@ def _array(blob: Any, path: Path) -> Floats:
 
 @cache
 def _message(kind: str) -> Any:
-    """The class of a message of ours: caffe.proto's, less what is not needed."""
+    """Return the class of a message of caffe.proto, with the fields that are needed here."""
     file = descriptor_pb2.FileDescriptorProto(name="caffe_weights.proto", package="caffe_weights")
     types = descriptor_pb2.FieldDescriptorProto
     for message, fields in _FIELDS.items():

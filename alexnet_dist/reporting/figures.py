@@ -18,8 +18,9 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import flat
-from alexnet_dist.data.dataset import Split, evaluation_split, open_for
+from alexnet_dist.data.dataset import evaluation_split, open_for
 from alexnet_dist.data.pipelines.make import once
+from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, looked_in
 from alexnet_dist.evaluation.evaluate import seen

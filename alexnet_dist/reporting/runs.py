@@ -15,7 +15,7 @@ from torch import Tensor
 from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
-from alexnet_dist.evaluation.evaluate import Score
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.evaluation.scores import kept
 from alexnet_dist.files import json_object, opened, read_bytes, read_run
 from alexnet_dist.training.metrics_file import read_metrics

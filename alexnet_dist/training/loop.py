@@ -33,7 +33,8 @@ from alexnet_dist.errors import (
     RanksFailed,
     in_words,
 )
-from alexnet_dist.evaluation.evaluate import Score, evaluate_engine
+from alexnet_dist.evaluation.evaluate import evaluate_engine
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.device import gpus

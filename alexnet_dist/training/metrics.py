@@ -26,7 +26,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.evaluation.evaluate import Score
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.files import appended
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology

@@ -9,11 +9,12 @@ from typing import Any
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.data.dataset import Split, check_damaged
+from alexnet_dist.data.dataset import check_damaged
+from alexnet_dist.data.split import Split
 from alexnet_dist.engines.base import StepStats
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import NotFinite
-from alexnet_dist.evaluation.evaluate import Score
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.training.logs import log
 from alexnet_dist.training.run_folder import RunFolder

@@ -18,8 +18,9 @@ from torch.utils.tensorboard.summary import hparams
 from torchvision.io import ImageReadMode, decode_image
 
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import Dataset, Split
+from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.preprocess import on_canvas
+from alexnet_dist.data.split import Split
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.evaluation.evaluate import seen

@@ -1,1 +1,1 @@
-"""Decoding and cropping, by torchvision or by DALI."""
+"""Pipelines that decode images and cut patches: torchvision, DALI, or from memory."""

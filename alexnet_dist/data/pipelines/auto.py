@@ -1,4 +1,4 @@
-"""`data.pipeline=auto`: which pipeline a run takes here, and why."""
+"""`data.pipeline=auto`: choose a pipeline for this machine and data set."""
 
 import contextlib
 from dataclasses import replace
@@ -12,17 +12,18 @@ from alexnet_dist.data.pipelines.resident import Room, gb, takes
 from alexnet_dist.errors import in_words
 from alexnet_dist.parallel.topology import Topology
 
-SHARE = 0.5  # of the memory that is free beside the network, for decoded images
+SHARE = 0.5  # of the memory left free by the network, which decoded images may take
 
 
 def splits_of(config: Config) -> list[str]:
-    """The splits that a run sees."""
+    """Return the splits that a run reads."""
     seen = config.data.train_split, config.data.eval_split
     return [name for name in dict.fromkeys(seen) if name != NO_SPLIT]
 
 
 def settled(config: Config, topology: Topology, dataset: Dataset) -> tuple[Config, str]:
-    """The config with the pipeline that it takes, on every rank the same, and why. Collective."""
+    """Return the config with `auto` replaced by a pipeline, alike on every rank, and the reason.
+    Collective."""
     if config.data.pipeline != AUTO:
         return config, "set"
     kind: Literal["resident", "dali", "torch"] = "torch"
@@ -41,7 +42,7 @@ def settled(config: Config, topology: Topology, dataset: Dataset) -> tuple[Confi
 
 
 def decoders(config: Config, topology: Topology) -> str:
-    """By what a GPU's images are decoded, for the log; empty where there is nothing to say."""
+    """Return what decodes images for a GPU, for the log; empty where there is nothing to say."""
     if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.leads:
         with contextlib.suppress(Exception):  # the pipeline will say so
             return f", {check_dali(topology.device.index)}"
@@ -49,7 +50,7 @@ def decoders(config: Config, topology: Topology) -> str:
 
 
 def _dali_fails(topology: Topology) -> str:
-    """Why DALI cannot decode on a rank's GPU; empty where it can on every rank. Collective."""
+    """Return why DALI cannot decode on a rank's GPU; empty if it can on all ranks. Collective."""
     wrong = ""
     try:
         check_dali(topology.device.index)

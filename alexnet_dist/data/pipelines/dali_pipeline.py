@@ -1,6 +1,6 @@
 """The DALI pipeline: one graph that decodes, resizes and cuts, on a GPU where there is one.
 
-The sampler's choices come in by `external_source`, so that DALI draws, shuffles and skips nothing.
+The sampler's choices are fed to it by `external_source`; DALI draws, shuffles and skips nothing.
 """
 
 import functools
@@ -22,8 +22,8 @@ from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
 from alexnet_dist.data.preprocess import Canvases, Preprocess
+from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ _QUIET = ("DALI_NVIMGCODEC_LOG_LEVEL", "1")
 
 @dataclass(frozen=True)
 class _Read:
-    """Samples, those that were read for them, and DALI's list of their encoded images."""
+    """Samples, the ids that were read for them, and DALI's list of their encoded images."""
 
     samples: Samples
     read: IdArray
@@ -45,7 +45,7 @@ class DaliPipeline:
     """A `Pipeline` on NVIDIA DALI: nvJPEG on a GPU, libjpeg-turbo on a CPU.
 
     Args:
-        threads: of the host, that decode or prepare decoding.
+        threads: number of the host's threads, which decode or prepare decoding.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class DaliPipeline:
         )
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
-        """As `Pipeline.batches`. A graph is built for the first, and another where one is larger
-        than any before."""
+        """As `Pipeline.batches`. A graph is built for the first batch, and another one whenever a
+        batch is larger than all before it."""
         reads, larger = self._reads(iter(plan)), list[_Read]()
         while (first := larger.pop() if larger else next(reads, None)) is not None:
             yield from self._by_one_graph(itertools.chain([first], reads), larger)
@@ -76,7 +76,7 @@ class DaliPipeline:
         self.split.close()
 
     def _by_one_graph(self, reads: Iterator[_Read], larger: list[_Read]) -> Iterator[Decoded]:
-        """Batches up to one that is larger than the first, which is put aside."""
+        """Yield batches up to one that is larger than the first; append that one to `larger`."""
         first = next(reads)
         batch, (_, side) = max(1, len(first.read)), first.samples.patch(self.crop, self.canvas)
         inside = deque[_Read]()  # fed, and not yet out
@@ -108,11 +108,11 @@ class DaliPipeline:
             yield self._decoded(inside.popleft(), empty)
 
     def graph(self, feed: Iterator[Any], batch: int, side: int) -> Any:
-        """The graph: encoded images in, patches (batch, side, side, 3) uint8 out, on the device.
+        """Make the graph: encoded images to patches (batch, side, side, 3), uint8, on the device.
 
-        A CPU decodes the patch alone. A GPU decodes whole images, and cuts then: its hardware knows
-        no parts of them, and nvImageCodec gives parts to the CPU where they are upsampled as
-        libjpeg does, without a word.
+        A CPU decodes only the patch. A GPU decodes whole images and then cuts: its hardware decoder
+        cannot decode a part, and nvImageCodec silently leaves parts to the CPU where they are
+        upsampled as in libjpeg.
         """
         from nvidia.dali import Pipeline, fn, types
 
@@ -163,7 +163,8 @@ class DaliPipeline:
     def _feed(
         self, reads: Iterator[_Read], batch: int, inside: deque[_Read], larger: list[_Read]
     ) -> Iterator[tuple[Any, ...]]:
-        """Of each batch: encoded images, corners, and sizes where it resizes."""
+        """Yield the graph's inputs for each batch: encoded images, corners, and the sizes and parts
+        that it resizes, if any."""
         for read in reads:
             if len(read.read) > batch:
                 larger.append(read)
@@ -179,7 +180,7 @@ class DaliPipeline:
             yield read.encoded, *(np.ascontiguousarray(value, dtype) for value, dtype in numbers)
 
     def _reads(self, plan: Iterator[Samples]) -> Iterator[_Read]:
-        """What is read for each entry of the plan, ahead."""
+        """Yield what is read for each entry of the plan, ahead of time."""
         ahead = deque[Future[_Read]]()
         while True:
             while len(ahead) <= self.prefetch and (samples := next(plan, None)) is not None:
@@ -203,12 +204,12 @@ class DaliPipeline:
 
 @dataclass(frozen=True)
 class GpuDecoders:
-    """Which of nvImageCodec's decoders take a JPEG as the pipeline has it decoded.
+    """Which of nvImageCodec's decoders accept a JPEG with the pipeline's options.
 
     Attributes:
-        hardware: the GPU's own decoder, which takes baseline JPEG alone.
-        cores: its CUDA cores, beside the CPU.
-        lack: why there is neither.
+        hardware: the GPU's JPEG decoder does, for baseline JPEG.
+        cores: its CUDA cores do, together with the CPU.
+        lack: why neither does.
     """
 
     hardware: bool
@@ -221,14 +222,14 @@ class GpuDecoders:
 
 
 def on_a_gpu(device: torch.device) -> dict[str, Any]:
-    """What `fn.decoders.image` takes to decode there."""
+    """Return the arguments with which `fn.decoders.image` decodes on a GPU."""
     hardware = gpu_decoders(device.index or 0).hardware
     return {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE if hardware else 0.0}
 
 
 @functools.cache
 def gpu_decoders(device: int) -> GpuDecoders:
-    """Found out by decoding an image with each; a warning where there is none."""
+    """Try each decoder on an image; log a warning where none accepts it."""
     found, lack = list[bool](), ""
     for kinds in (("HW_GPU_ONLY",), ("HYBRID_CPU_GPU", "GPU_ONLY")):
         try:
@@ -255,7 +256,7 @@ def gpu_decoders(device: int) -> GpuDecoders:
 
 
 def _encoded() -> Encoded:
-    """A JPEG of 48 × 64 pixels."""
+    """Return a JPEG of 48 × 64 pixels."""
     from PIL import Image
 
     encoded = io.BytesIO()
@@ -264,9 +265,12 @@ def _encoded() -> Encoded:
 
 
 def check_dali(device: int | None) -> str:
-    """Decode one image as a run would: by a GPU of this number, or by the CPU. By what it is.
+    """Decode one image as a run would; return what decoded it, in words.
 
-    Raises whatever DALI does where it cannot, MachineError where what it makes is wrong.
+    Args:
+        device: number of the GPU; None for the CPU.
+
+    Raises whatever DALI raises where it cannot decode, MachineError where the result is wrong.
     """
     from nvidia.dali import Pipeline, fn
 

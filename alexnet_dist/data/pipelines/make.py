@@ -1,4 +1,4 @@
-"""Which pipeline decodes which config's samples, and the batches that it trains on."""
+"""Make the pipeline that a config names, and the batches of a training run."""
 
 import dataclasses
 from collections.abc import Generator
@@ -17,14 +17,14 @@ from alexnet_dist.timing import TIMELINE
 
 
 def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
-    """The pipeline a config names, over one split, for this rank. Collective."""
+    """Return this rank's pipeline over one split, of the kind the config names. Collective."""
     config, _ = settled(config, topology, dataset)
     device = topology.device
     preprocess = Preprocess(config, dataset.statistics, device, DTYPES[config.train.precision])
     threads = config.data.workers or topology.cores
     if config.data.pipeline == "resident":
         return ResidentPipeline(config, topology, dataset, split, preprocess, threads)
-    own = dataclasses.replace(dataset.splits[split])  # with files of its own, to close
+    own = dataclasses.replace(dataset.splits[split])  # a copy, with files of its own to close
     if config.data.pipeline == "dali":
         from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
 
@@ -35,10 +35,11 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
 def train_batches(
     config: Config, topology: Topology, dataset: Dataset, first_step: int, last_step: int
 ) -> Generator[Batch]:
-    """The batches of steps first_step … last_step − 1, prepared ahead. Collective; to be closed.
+    """Yield the batches of steps first_step … last_step − 1, prepared ahead. Collective.
 
-    A step takes the samples that the seed alone puts at its batch's slots. This rank decodes a
-    share of its replica's, and has the rest from the replica's other columns.
+    The seed alone decides which samples are in a step's batch. This rank decodes a share of its
+    replica's samples and receives the rest from the replica's other column rank. The caller must
+    close the generator.
     """
     split = config.data.train_split
     shares = topology.shares(range(config.train.batch))
@@ -59,8 +60,8 @@ def train_batches(
 
 
 def once(config: Config) -> Config:
-    """The config of a run for looking at a split once, or at some of it: images that are kept in
-    memory pay where they come again."""
+    """Return the config with a pipeline for one pass over a split: keeping decoded images in memory
+    only pays where they are used again."""
     if config.data.pipeline == "dali":
         return config
     return dataclasses.replace(config, data=dataclasses.replace(config.data, pipeline="torch"))

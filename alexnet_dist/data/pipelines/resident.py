@@ -1,7 +1,7 @@
-"""The resident pipeline: a split decoded once and kept in memory, its windows cut by arithmetic.
+"""The resident pipeline: a split is decoded once and kept in memory, and windows are cut from that.
 
-Images lie on the device if they fit there beside the network, else in the host's memory. They are
-the bytes that the torch pipeline makes, so batches are the same to the bit.
+Images are kept on the device if they fit beside the network, otherwise in the host's memory. They
+are the bytes that the torch pipeline decodes, so its batches are the same to the bit.
 """
 
 import dataclasses
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.dataset import Dataset, IdArray, Split, agree
+from alexnet_dist.data.dataset import Dataset, agree
 from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import Decoder
 from alexnet_dist.data.preprocess import Preprocess
+from alexnet_dist.data.split import IdArray, Split
 from alexnet_dist.errors import DatasetError, MachineError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet
@@ -44,9 +45,9 @@ class Resident:
     """A decoded split.
 
     Attributes:
-        images: (n, canvas, canvas, 3) uint8; in a damaged sample's place what stands in for it.
-        read: (n,) int64, the sample whose image lies in each place.
-        damaged: what is to be said of each damaged sample.
+        images: (n, canvas, canvas, 3) uint8; a damaged sample's place holds the one read instead.
+        read: (n,) int64, the sample whose image is in each place.
+        damaged: the warning to log for each damaged sample.
     """
 
     images: Tensor
@@ -56,11 +57,12 @@ class Resident:
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes that are free for images on every rank, each having its share of its host.
+    """Bytes that are free for images on every rank, which has an equal share of its host's memory.
 
     Attributes:
-        device: on the rank's device, beside what the network takes; on a CPU as `host`.
-        host: in the host's memory.
+        device: bytes on the rank's device, beside what the network takes; on a CPU the same as
+            `host`.
+        host: bytes of the host's memory.
     """
 
     device: float
@@ -68,7 +70,7 @@ class Room:
 
     @classmethod
     def of(cls, config: Config, topology: Topology) -> "Room":
-        """What is free now. Collective."""
+        """Measure what is free now, and return the least of all ranks. Collective."""
         place = environment.place() or Place()
         network = _network_takes(config, topology)
         device = host = free_host_memory() / place.local_world
@@ -80,7 +82,8 @@ class Room:
 
 
 def _network_takes(config: Config, topology: Topology) -> float:
-    """Bytes that training and evaluation take on a rank at most, generously: `plan` says less."""
+    """Return a generous bound on the bytes that training and evaluation take on a rank; `plan`
+    gives a closer one."""
     with FakeTensorMode():
         model = AlexNet(config.model, drawn=False)
         counted = multiply_adds(model)
@@ -95,7 +98,7 @@ def _network_takes(config: Config, topology: Topology) -> float:
 
 
 def takes(config: Config, dataset: Dataset, splits: Iterable[str]) -> int:
-    """Bytes of these splits' images on the canvas."""
+    """Return the size of these splits' images on the canvas, bytes."""
     return sum(len(dataset.splits[name]) for name in splits) * 3 * config.data.canvas**2
 
 
@@ -103,13 +106,14 @@ def hold(
     config: Config, topology: Topology, dataset: Dataset, splits: Sequence[str],
     signals: StopSignals | None = None,
 ) -> None:  # fmt: skip
-    """Decode splits of a data set that are not held yet, on every rank: the order of samples is a
-    permutation, so that any rank sees each in time. Collective.
+    """Decode the splits of a data set that are not yet in memory. Collective.
 
-    A signal ends it, and what was decoded is lost.
+    Every rank decodes whole splits: samples are shuffled over ranks, so each rank needs all of
+    them in time.
+    A signal stops the decoding, and what was decoded so far is lost.
 
-    Raises, on every rank, MachineError where they do not fit, DatasetError where an image cannot be
-    decoded.
+    Raises on every rank MachineError where the images do not fit, and DatasetError where one cannot
+    be decoded.
     """
     held = dataset.resident
     left = [n for n in dict.fromkeys(splits) if _key(config, topology, n) not in held]
@@ -146,7 +150,7 @@ def _key(config: Config, topology: Topology, split: str) -> tuple[str, int, torc
 
 
 def gb(size: float) -> str:
-    """A number of bytes, to be read."""
+    """Format a number of bytes for people."""
     return f"{max(0.0, size) / 1e9:,.2f} GB"
 
 
@@ -154,8 +158,8 @@ def _decode_all(
     config: Config, topology: Topology, split: Split, device: torch.device,
     signals: StopSignals | None,
 ) -> Resident | None:  # fmt: skip
-    """Every image of a split on the canvas; None where a signal stopped it. Ranks meet after each
-    part, so that many images outlast no timeout."""
+    """Decode every image of a split; return None where a signal stopped it. Collective: ranks meet
+    after each part, so that decoding many images does not run into a timeout."""
     side, threads = config.data.canvas, config.data.workers or topology.cores
     split = dataclasses.replace(split)  # with files of its own, to close
     images = torch.empty((len(split), side, side, 3), dtype=torch.uint8, device=device)
@@ -198,11 +202,11 @@ def _decode_all(
 
 
 class ResidentPipeline:
-    """A `Pipeline` over decoded images. On a GPU that holds them a batch is a gather there; from
-    the host's memory threads cut batches ahead, without Python's lock.
+    """A `Pipeline` over decoded images. On a GPU that holds them, a batch is gathered there; from
+    the host's memory, threads cut batches ahead without holding the GIL.
 
     Args:
-        threads: that cut, of the host.
+        threads: number of the host's threads that cut.
     """
 
     def __init__(
@@ -217,7 +221,7 @@ class ResidentPipeline:
         self._pool = ThreadPoolExecutor(min(threads, self.prefetch), thread_name_prefix="cut")
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
-        """As `Pipeline.batches`. Collective until the first, where the split is not yet held."""
+        """As `Pipeline.batches`. Collective up to the first batch if the split is not decoded."""
         hold(self.config, self.topology, self.dataset, [self.name])
         found: Resident = self.dataset.resident[_key(self.config, self.topology, self.name)]
         if found.images.device.type == "cpu":
@@ -230,11 +234,12 @@ class ResidentPipeline:
             yield Decoded(patches, metadata, self.preprocess)
 
     def close(self) -> None:
-        """Stop its threads. Images stay with the data set, for the next pipeline."""
+        """Stop the threads. The images stay with the data set, for the next pipeline."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _metadata(self, found: Resident, samples: Samples) -> Tensor:
-        """As packed; what is damaged among them is said each time, as by the other pipelines."""
+        """Return the packed metadata of samples, and log the damaged ones each time, as the other
+        pipelines do."""
         read = found.read[samples.ids]
         for sample in samples.ids[read != samples.ids].tolist():
             log.warning(found.damaged[sample])
@@ -261,12 +266,12 @@ class ResidentPipeline:
 
 
 def gathered(images: Tensor, metadata: Tensor, side: int) -> Tensor:
-    """`Decoded.patches` of samples, cut where the images lie; the host waits for nothing.
+    """Cut `Decoded.patches` on the device that holds the images, without making the host wait.
 
     Args:
         images: (N, canvas, canvas, 3) uint8.
         metadata: `Decoded.metadata`, on the same device.
-        side: of a patch: the canvas, or less: then a sample's one window is cut.
+        side: side of a patch: that of the canvas, or less where each sample has one window.
     """
     its = Metadata.unpack(metadata)
     if side == images.shape[1]:

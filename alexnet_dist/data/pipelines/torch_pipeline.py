@@ -1,7 +1,7 @@
 """The torchvision pipeline: decode and cut in threads.
 
-Each thread's share of a batch is one call of TorchScript's interpreter, which holds no lock: image
-by image, a thread that wants Python's lock again waits for it each time.
+Each thread decodes its share of a batch in one call of TorchScript's interpreter, which does not
+hold the GIL. Decoding image by image from Python, threads would wait for the GIL after each image.
 """
 
 import functools
@@ -18,18 +18,18 @@ from torchvision.io import ImageReadMode
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
 from alexnet_dist.data.preprocess import Canvases, Preprocess
+from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError, filled_by
 
 _Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]
 
 
 class TorchPipeline:
-    """A `Pipeline` on torchvision's decoders, which release the GIL.
+    """A `Pipeline` that decodes with torchvision.
 
     Args:
-        threads: that decode.
+        threads: number of decoding threads.
     """
 
     def __init__(
@@ -67,7 +67,8 @@ class TorchPipeline:
         self.split.close()
 
     def _begin(self, samples: Samples) -> tuple[Samples, IdArray, Tensor, list[Future[None]]]:
-        """Start decoding; ids read and patches will be whole when every future is done."""
+        """Start to decode samples; return them with the ids read and the patches, both complete
+        once every future is done."""
         origins, side = samples.patch(self.crop, self.canvas)
         n = len(samples.ids)
         read = np.empty_like(samples.ids)
@@ -84,30 +85,30 @@ class TorchPipeline:
 
 
 class Decoder:
-    """Decodes samples of a split and cuts a square of each one's canvas."""
+    """Decodes samples of a split and cuts a square from the canvas of each."""
 
     def __init__(self, split: Split, canvas: int) -> None:
         self.split, self.canvases = split, Canvases(split.index, canvas)
-        self._decode = _released()  # now: Python 3.11 parses in one thread at a time
+        self._decode = _released()  # here, since Python 3.11 can parse in one thread at a time only
 
     def __call__(
         self, samples: IdArray, encoded: list[Encoded], origins: IdArray, out: Tensor
     ) -> None:
-        """In one call that does not hold Python's lock, if all goes well.
+        """Decode samples in one call that does not hold the GIL, unless one of them fails.
 
         Args:
-            encoded: of each sample.
-            origins: (n, 2), top and left of each square in its canvas, pixels.
-            out: (n, side, side, 3) uint8.
+            encoded: the encoded image of each sample.
+            origins: (n, 2), top and left pixel of each square on its canvas.
+            out: (n, side, side, 3) uint8, receives the squares.
 
-        Raises DatasetError, which names it, where an image cannot be decoded.
+        Raises DatasetError, naming the sample, where an image cannot be decoded.
         """
         where = self.canvases(samples)  # (n, 4, 2)
         where[:, 3] += origins
         places, buffers = where.reshape(-1, 8).tolist(), [*map(torch.from_numpy, encoded)]
         try:
             self._decode(buffers, places, out)
-        except RuntimeError:  # of which sample?
+        except RuntimeError:  # decode one by one, to find the sample that fails
             for n, sample in enumerate(samples.tolist()):
                 try:
                     with filled_by(f"sample {sample} of {self.split.shards[0].parent}"):
@@ -122,13 +123,13 @@ def _decode(
     encoded: list[Tensor], places: list[list[int]], out: Tensor,
     mode: int = ImageReadMode.UNCHANGED.value,
 ) -> None:  # fmt: skip
-    """`Decoder`, in the Python that TorchScript knows.
+    """Decode, resize and cut images, in the subset of Python that TorchScript compiles.
 
     Args:
-        places: of each image, top and left, height and width of what is resized, height and width
-            that it is resized to, top and left of the square in that.
+        places: for each image, eight numbers: top, left, height and width of the part that is
+            resized, height and width it is resized to, top and left of the square in that.
     """
-    # Copied in parts so small that torch starts no threads of its own for them.
+    # Rows are copied in parts so small that torch starts no threads of its own for them.
     side = out.size(1)
     rows = max(1, 32_767 // (3 * side))
     for n in range(len(encoded)):
@@ -140,14 +141,15 @@ def _decode(
             image = F.interpolate(image[None], size, mode="bilinear", antialias=True)[0]
         image = image[:, first : first + side, before : before + side].permute(1, 2, 0)
         for row in range(0, side, rows):
-            out[n, row : row + rows].copy_(image[row : row + rows])  # grey fills all three
+            out[n, row : row + rows].copy_(image[row : row + rows])  # grey is broadcast to RGB
 
 
 @functools.cache
 def _released() -> _Decode:
-    """`_decode` by TorchScript; as it is where there is none, and the threads wait for the lock."""
+    """Return `_decode` compiled by TorchScript; where there is none, `_decode` itself, with threads
+    that wait for the GIL."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated, and nothing is in its place
+        warnings.simplefilter("ignore")  # torch.jit is deprecated, without a replacement
         try:
             script: _Decode = torch.jit.script(_decode)
         except (AttributeError, OSError, RuntimeError):

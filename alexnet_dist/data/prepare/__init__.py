@@ -1,1 +1,1 @@
-"""A source of images, turned into a packed data set."""
+"""Sources of images, and how one is turned into a packed data set."""

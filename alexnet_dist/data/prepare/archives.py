@@ -1,4 +1,4 @@
-"""ImageNet's tars as downloaded, read in place."""
+"""List the images in ImageNet's tars as downloaded; they are read in place."""
 
 import re
 from collections.abc import Sequence
@@ -16,19 +16,21 @@ from alexnet_dist.data.prepare.sources import (
 )
 from alexnet_dist.errors import DatasetError
 
-_NAMED = 3  # of what is missing
-_MOST_TRUTH = 2**20  # bytes of the validation images' classes, which are 245,000
+_NAMED = 3  # missing files that an error names
+_MOST_TRUTH = 2**20  # bytes of the file of validation classes, which has 245,000
 
 
 def imagenet(path: Path) -> Source:
-    """ILSVRC-2012 as downloaded: two tars and the devkit. Classes in the order of WordNet ids."""
+    """List ILSVRC-2012 as downloaded: two tars and the devkit. Classes are sorted by WordNet id."""
     train, val, devkit = (
         needed(path / f"ILSVRC2012_{name}", "of the three that image-net.org gives out")
         for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")
     )
+    # The devkit says which classes there are, and the validation images' classes.
     words, truth = _devkit(devkit)
     ids = sorted(words)
     label = {wnid: place for place, wnid in enumerate(ids)}
+    # The training tar holds a tar of each class.
     items: list[Item] = []
     seen = set()
     with open_tar(train) as outer:
@@ -46,6 +48,7 @@ def imagenet(path: Path) -> Source:
                 items += [item._replace(label=label[wnid]) for item in own]
         check_end(outer, train)
     _check_whole(train, [f"{wnid}.tar" for wnid in ids if wnid not in seen], len(ids), "classes")
+    # The validation tar holds images alone, whose class follows from their number.
     with open_tar(val) as tar:
         listed = sorted(members(tar, val))
     names = {item.name.rpartition("/")[2] for item in listed}
@@ -63,7 +66,7 @@ def imagenet(path: Path) -> Source:
 
 
 def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> None:
-    """Raises DatasetError where a tar lacks some of what the devkit counts."""
+    """Raise DatasetError where a tar lacks files that the devkit lists."""
     if missing:
         named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
         raise DatasetError(
@@ -73,7 +76,11 @@ def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> No
 
 
 def _truth(truth: Sequence[str], name: str) -> str:
-    """The WordNet id of a validation image, by the number in its name."""
+    """Return the WordNet id of a validation image, found by the number in its name.
+
+    Args:
+        truth: WordNet ids of the validation images, in order.
+    """
     number = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", name)
     if number is None or not 1 <= int(number[1]) <= len(truth):
         raise DatasetError(
@@ -83,7 +90,8 @@ def _truth(truth: Sequence[str], name: str) -> str:
 
 
 def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
-    """Words by WordNet id of the 1,000 classes, and each validation image's WordNet id."""
+    """Return the words of the 1,000 classes by WordNet id, and the WordNet id of each validation
+    image."""
 
     def member(name: str, most: int = LARGEST_MEMBER) -> bytes:
         return read_member(tar, f"ILSVRC2012_devkit_t12/data/{name}", path, most)

@@ -1,4 +1,4 @@
-"""Sources of pixels: CIFAR-10's pickles and Fashion-MNIST's IDX files."""
+"""Sources that hold pixels: CIFAR-10's pickles and Fashion-MNIST's IDX files."""
 
 import gzip
 import io
@@ -24,10 +24,10 @@ from alexnet_dist.data.prepare.sources import (
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import LONGEST_SIDE, MOST_PIXELS, check_opcodes, opened, read_bytes
 
-_MOST = 2**28  # values of an IDX file; Fashion-MNIST has 47 million
-_MOST_IMAGES = 2**20  # of an IDX file; Fashion-MNIST has 60,000
-_MOST_OPCODES = 2**18  # of a batch of CIFAR-10, which has 50,000
-FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package puts it
+_MOST = 2**28  # values in an IDX file; Fashion-MNIST has 47 million
+_MOST_IMAGES = 2**20  # images in an IDX file; Fashion-MNIST has 60,000
+_MOST_OPCODES = 2**18  # opcodes in a batch of CIFAR-10, which has 50,000
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package installs it
 FASHION_MNIST_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
     "Ankle boot",
@@ -35,7 +35,7 @@ FASHION_MNIST_CLASSES = (
 
 
 def cifar10(path: Path, validation: float = 0) -> Source:
-    """The python version: `cifar-10-batches-py`, or the folder or tar.gz that holds it.
+    """List CIFAR-10's python version: `cifar-10-batches-py`, or the folder or tar.gz that holds it.
 
     Args:
         validation: share of its test images that becomes `val`.
@@ -69,8 +69,8 @@ def cifar10(path: Path, validation: float = 0) -> Source:
 
 
 def _with_validation(source: Source, share: float) -> Source:
-    """A share of the test split becomes `val`, as many of each class: scikit-learn's stratified
-    split with random state 0. Raises DatasetError where that cannot be."""
+    """Move a share of the test split, the same of each class, to `val`: scikit-learn's
+    stratified split with random state 0. Raises DatasetError where that is impossible."""
     from sklearn.model_selection import train_test_split
 
     items = source.splits["test"]
@@ -84,7 +84,7 @@ def _with_validation(source: Source, share: float) -> Source:
 
 
 def _reader(path: Path) -> Callable[[str], bytes]:
-    """Reads a file of CIFAR-10 by its name."""
+    """Return a function that reads a file of CIFAR-10 by its name."""
     packed, inside = path / "cifar-10-python.tar.gz", path / "cifar-10-batches-py"
     root = inside if inside.is_dir() else path
     if (root / "batches.meta").is_file() or not packed.is_file():
@@ -99,7 +99,7 @@ def _reader(path: Path) -> Callable[[str], bytes]:
 
 
 class _Bytes:
-    """Stands in for numpy's array while CIFAR-10 is unpickled: keeps its state, runs nothing."""
+    """Replaces NumPy's array while CIFAR-10 is unpickled: keeps its state and runs nothing."""
 
     state: tuple[Any, ...] = ()
 
@@ -110,11 +110,12 @@ class _Bytes:
 
 
 class _OnlyArrays(pickle.Unpickler):
-    """Dictionaries, lists, numbers, bytes; arrays as `_Bytes`; anything else is refused."""
+    """Unpickles dictionaries, lists, numbers, bytes, and arrays as `_Bytes`; refuses the rest."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="bytes")
-        self.left = len(content)  # bytes to be made of text: the same text can be named often
+        # Bytes that may still be made from text: a pickle can use one text any number of times.
+        self.left = len(content)
 
     def find_class(self, module: str, name: str) -> Any:
         if module.removeprefix("numpy.").split(".")[-1] == "multiarray" and name == "_reconstruct":
@@ -133,9 +134,9 @@ class _OnlyArrays(pickle.Unpickler):
 
 
 def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
-    """A pickled dictionary of CIFAR-10 without running what a pickle may run; raises DatasetError.
+    """Read a pickled dictionary of CIFAR-10, running none of the code that a pickle may hold.
 
-    Arrays must be of bytes in two dimensions.
+    Raises DatasetError for any other pickle; arrays must be of bytes, in two dimensions.
     """
     try:
         check_opcodes(io.BytesIO(content), _MOST_OPCODES)
@@ -151,8 +152,8 @@ def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
         raise DatasetError(f"{name} is not a pickle of CIFAR-10: {reason}") from error
 
 
-def _array(found: _Bytes) -> Pixels:
-    _, shape, _, fortran, content = found.state
+def _array(pickled: _Bytes) -> Pixels:
+    _, shape, _, fortran, content = pickled.state
     rows, width = shape
     if fortran or not isinstance(content, bytes):
         raise pickle.UnpicklingError("an array of another kind")
@@ -160,7 +161,7 @@ def _array(found: _Bytes) -> Pixels:
 
 
 def fashion_mnist(path: Path) -> Source:
-    """The four IDX files of Fashion-MNIST, gzipped or not."""
+    """List the images in the four IDX files of Fashion-MNIST, gzipped or not."""
     splits = {}
     for split, stem in (("train", "train"), ("test", "t10k")):
         images = read_idx(_either(path, f"{stem}-images-idx3-ubyte"), dims=3)
@@ -179,7 +180,7 @@ def fashion_mnist(path: Path) -> Source:
 
 
 def read_idx(path: Path, dims: int) -> Pixels:
-    """An IDX file of bytes (LeCun's format), gzipped or not; raises DatasetError."""
+    """Read an IDX file of bytes (LeCun's format), gzipped or not; raise DatasetError."""
     try:
         with opened(path) as plain, gzip.open(plain) if path.suffix == ".gz" else plain as file:
             header = file.read(4 + 4 * dims)
@@ -187,7 +188,7 @@ def read_idx(path: Path, dims: int) -> Pixels:
                 raise DatasetError(f"{path}: not an IDX file of bytes in {dims} dimensions")
             shape = struct.unpack(f">{dims}I", header[4:])
             _check_shape(path, shape)
-            raw = file.read(math.prod(shape) + 1)  # of a bomb no more
+            raw = file.read(math.prod(shape) + 1)  # no more, however much a gzip unpacks to
     except (OSError, EOFError, zlib.error) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     if len(raw) != math.prod(shape):
@@ -197,6 +198,7 @@ def read_idx(path: Path, dims: int) -> Pixels:
 
 
 def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
+    """Raise DatasetError where an IDX header names too many images, or impossible sizes."""
     images, *pixels = shape
     if math.prod(max(1, size) for size in shape) > _MOST or images > _MOST_IMAGES:
         raise DatasetError(
@@ -211,6 +213,7 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def _either(path: Path, name: str) -> Path:
+    """Return the path of a file that may be gzipped; raise DatasetError where it is missing."""
     for candidate in (path / f"{name}.gz", path / name):
         if candidate.is_file():
             return candidate

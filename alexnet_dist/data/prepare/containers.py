@@ -1,6 +1,6 @@
-"""Folders, tars and zips alike: a listing of the files in them, each read where it lies.
+"""List the files in folders, tars and zips alike, and read each where it is.
 
-Nothing is extracted: a name in an archive is never a path of ours.
+Nothing is extracted, so that a name in an archive is never used as a path.
 """
 
 import functools
@@ -20,26 +20,26 @@ from alexnet_dist.data.prepare.sources import LARGEST_MEMBER, Item, open_tar
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import opened
 
-_FOLLOWED = 2  # levels at which a link to a folder is one: a split, a class
-_MOST_UNPACKED = 2**36  # bytes of a gzipped tar, which is read from its start by each process
-_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # of a zip's member: sign, method, two lengths
+_FOLLOWED = 2  # levels at which links to folders are followed: splits and classes
+_MOST_UNPACKED = 2**36  # bytes of a gzipped tar, which each process reads from its start
+_LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # of a zip's member: signature, method, two lengths
 _STORED, _DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What is in a folder, tar or zip, by paths with `/` below it.
+    """The contents of a folder, tar or zip. Names are paths relative to it, with `/`.
 
     Attributes:
-        files: without classes; by name, those of a gzipped tar as they lie in it.
-        folders: those without a file of their own, and hidden ones, which are not looked into.
+        files: files, without classes; sorted by name, but those of a gzipped tar in its order.
+        folders: folders without files of their own, and hidden ones, which are not searched.
     """
 
     files: list[Item]
     folders: list[str]
 
     def below(self, top: str) -> "Listing":
-        """What lies in one of its folders."""
+        """Return the contents of one of its folders."""
         start = f"{top}/"
         files = [
             item._replace(name=item.name.removeprefix(start))
@@ -49,21 +49,21 @@ class Listing:
         return Listing(files, [f.removeprefix(start) for f in self.folders if f.startswith(start)])
 
     def tops(self) -> list[str]:
-        """The folders at its top."""
+        """Return the names of the folders at the top level."""
         inner = {item.name.partition("/")[0] for item in self.files if "/" in item.name}
         return sorted(inner | {name.partition("/")[0] for name in self.folders})
 
 
 def hidden(name: str) -> bool:
-    """Whether a path leads through what a desktop leaves behind: dot files, `__MACOSX`."""
+    """Whether a path is or goes through a hidden file or folder: dot files, `__MACOSX`."""
     own = (part for part in name.split("/") if part not in (".", ".."))
     return any(part.startswith(".") or part == "__MACOSX" for part in own)
 
 
 def list_files(path: Path) -> Listing:
-    """What is in a folder, a tar, gzipped or not, or a zip.
+    """List a folder, a tar, gzipped or not, or a zip.
 
-    Raises DatasetError where it is none of them, or an archive is damaged.
+    Raises DatasetError where it is none of these, or the archive is damaged.
     """
     if path.is_dir():
         files, folders = [], []
@@ -90,12 +90,12 @@ def list_files(path: Path) -> Listing:
 
 
 def _by_parts(item: Item) -> list[str]:
-    """As a folder is walked: an archive of it is the same data set."""
+    """Sort key, in the order in which a folder is walked: an archive of it is the same data set."""
     return item.name.split("/")
 
 
 def _walk(folder: Path, prefix: str, level: int) -> Iterator[Item | str]:
-    """Files below a folder; names of folders that hold none of their own, or are hidden."""
+    """Yield the files below a folder, and names of folders without own files or that are hidden."""
     bare = True
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         name = f"{prefix}{entry.name}"
@@ -120,12 +120,12 @@ def _walk(folder: Path, prefix: str, level: int) -> Iterator[Item | str]:
 
 
 def _named(items: Iterator[Item]) -> Iterator[Item]:
-    """Names as `tar c .` would not write them."""
+    """Strip the `./` that `tar c .` puts before every name."""
     return (item._replace(name=item.name.removeprefix("./")) for item in items)
 
 
 def members(tar: tarfile.TarFile, path: Path, start: int = 0) -> Iterator[Item]:
-    """The files of a tar that lies in `path` from byte `start` on."""
+    """Yield the files of a tar that begins at byte `start` of the file at `path`."""
     whole = path.stat().st_size
     for item in _members(tar, start):
         past = "the archive ends before it does" if item.offset + item.size > whole else ""
@@ -134,6 +134,7 @@ def members(tar: tarfile.TarFile, path: Path, start: int = 0) -> Iterator[Item]:
 
 
 def _members(tar: tarfile.TarFile, start: int) -> Iterator[Item]:
+    """Yield the files of a tar, without their path; what is no regular file is refused."""
     for member in tar:
         name, refused = member.name, ""
         if member.isdir():
@@ -150,7 +151,7 @@ def _leaves(name: str) -> bool:
 
 
 def check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """Raises DatasetError where a tar's listing ended by damage: tarfile does not tell."""
+    """Raise DatasetError where a tar's listing ended at damage, which tarfile does not report."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -158,7 +159,7 @@ def check_end(tar: tarfile.TarFile, path: Path) -> None:
 
 
 def _gzipped(path: Path) -> Iterator[Item]:
-    """The files of a gzipped tar, in one pass that ends at gzip's own checksum."""
+    """Yield the files of a gzipped tar, in one pass to its end, where gzip checks its checksum."""
     with gzip.open(path) as unpacked:
         stream = cast("IO[bytes]", unpacked)
         with open_tar(stream) as tar:
@@ -175,6 +176,7 @@ def _gzipped(path: Path) -> Iterator[Item]:
 
 
 def _zipped(path: Path) -> Iterator[Item]:
+    """Yield the files of a zip; what cannot be read in place is refused."""
     with zipfile.ZipFile(path) as archive:
         for one in archive.infolist():
             refused = ""
@@ -192,9 +194,9 @@ def _zipped(path: Path) -> Iterator[Item]:
 
 
 def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
-    """A listed file's bytes, as many as were listed; raises ValueError where they are not there.
+    """Return the bytes of a listed file.
 
-    Raises OSError as ever.
+    Raises ValueError where they are not as listed or more than `most`, OSError as usual.
     """
     if max(item.size, item.packed) > most:
         raise ValueError(f"{max(item.size, item.packed):,} bytes: more than {most:,}")
@@ -210,9 +212,10 @@ def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
 
 
 def _read(item: Item) -> bytes:
+    """Return an item's unpacked bytes, unchecked."""
     if item.packing == "gzip":
         stream = _unpacked(item.path)
-        stream.seek(item.offset)  # forward, but from one shard to another
+        stream.seek(item.offset)  # forward, except from one shard to another
         return stream.read(item.size)
     with opened(item.path) as file:
         if not item.packing:
@@ -228,5 +231,5 @@ def _read(item: Item) -> bytes:
 
 @functools.lru_cache(maxsize=1)
 def _unpacked(path: str) -> gzip.GzipFile:
-    """A gzipped file that this process reads on: going back begins at its start."""
+    """Open a gzipped file and keep it open: seeking back in it starts again from its beginning."""
     return gzip.open(path)

@@ -1,13 +1,14 @@
-"""One image of a source to one image of a packed data set: RGB or grey, 8 bits, upright, decodable.
+"""Convert an image of a source to one that is packed: RGB or grey, 8 bits, upright, decodable.
 
-What a decoder would read differently from another (EXIF rotation, CMYK, 16 bits, alpha, palettes)
-is settled here once, so that every pipeline sees the same pixels.
+What decoders interpret differently (EXIF rotation, CMYK, 16 bits, alpha, palettes) is settled here,
+once, so that every pipeline sees the same pixels.
 """
 
 import io
 import warnings
 import zlib
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -20,11 +21,11 @@ from alexnet_dist.data.header import PNG, check_png, size_of
 from alexnet_dist.data.prepare.sources import Pixels
 from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
 
-SIDE = 256  # of stored images (paper §2)
-_LARGE = 2**24  # pixels beyond which a PNG is packed quickly: noise takes half a second a million
-BAND = 2**22  # pixels that are converted at a time: a conversion takes several copies
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that runs a program
-# EXIF's orientations and what makes them upright.
+SIDE = 256  # side of stored images, pixels (paper §2)
+_LARGE = 2**24  # pixels above which a PNG is compressed fast: noise takes 0.5 s per million pixels
+BAND = 2**22  # pixels converted at a time, since a conversion makes several copies
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")  # none that starts another program
+# The transposition that makes an image of each EXIF orientation upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -42,7 +43,7 @@ class Stored:
 
     Attributes:
         kind: the file's extension: jpg or png.
-        image: (1 or 3, h, w) uint8, what every decoder makes of `encoded`.
+        image: (1 or 3, h, w) uint8, as every decoder decodes `encoded`.
     """
 
     kind: str
@@ -51,13 +52,14 @@ class Stored:
 
 
 def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
-    """An encoded image of any kind, as JPEG of 256 × 256: shorter side to 256, the centre.
+    """Convert an encoded image of any kind to a JPEG of 256 × 256: shorter side to 256, the centre.
 
     Args:
-        keep: at its own size; a plain JPEG keeps its bytes. So is what is smaller than 256, but
-            where it is to `enlarge`.
+        keep: keep its own size; a plain JPEG keeps its bytes too. Images with a side below 256 are
+            always kept so, unless `enlarge`.
+        enlarge: resize them as well.
 
-    Raises RefusedImage.
+    Raises RefusedImage where it cannot be packed.
     """
     if not content:
         raise RefusedImage("the file is empty")
@@ -69,9 +71,9 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
     except ValueError as error:
         raise RefusedImage(f"{error}") from error
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of broken EXIF, which is of no use to anyone
+        warnings.simplefilter("ignore")  # about broken EXIF
         try:
-            with within_memory(MOST_MEMORY):  # no header tells what TIFF's and WebP's readers take
+            with within_memory(MOST_MEMORY):  # headers do not bound what TIFF and WebP readers take
                 return _stored(*converted(content, keep, enlarge))
         except RefusedImage:
             raise
@@ -83,15 +85,22 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
 
 
-def as_packed(dataset: Dataset) -> tuple[bool, bool]:
-    """`convert`'s `keep` and `enlarge`, to read another image as those of a data set were read."""
-    pixels = dataset.source.get("kind") in ("cifar10", "fashion_mnist")  # as they are
+class How(NamedTuple):
+    """`convert`'s options."""
+
+    keep: bool
+    enlarge: bool
+
+
+def as_packed(dataset: Dataset) -> How:
+    """Return the options with which `convert` converts an image as those of a data set were."""
+    pixels = dataset.source.get("kind") in ("cifar10", "fashion_mnist")  # stored as they are
     at_side = all(split.uniform(SIDE) for split in dataset.splits.values())
-    return bool(dataset.source.get("keep")) or pixels, at_side
+    return How(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
 
 
 def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
-    """As it is stored: jpg or png, and the encoded image."""
+    """Return an image as it is stored: jpg or png, and the encoded image. Raises anything."""
     opened = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = opened.size
     if width * height > MOST_PIXELS or max(width, height) > LONGEST_SIDE:
@@ -104,27 +113,28 @@ def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, b
         _check_tiff(opened, content)
     kind = "jpg" if not keep or jpeg else "png"
     if not keep:
-        opened.draft(None, (2 * SIDE, 2 * SIDE))  # decode a huge JPEG at ½, ¼ or ⅛
+        opened.draft(None, (2 * SIDE, 2 * SIDE))  # decodes a huge JPEG at ½, ¼ or ⅛
     opened.load()
-    turn = _orientation(opened)  # now: Pillow has turned a TIFF as it read it
-    # Pillow inverts any JPEG's inks, and only Adobe's are to be.
+    turn = _orientation(opened)  # after loading, when Pillow has turned a TIFF itself
+    # Pillow inverts the inks of any CMYK JPEG, but only Adobe's are inverted.
     image = _eight_bits(opened, negative=jpeg and "adobe" not in opened.info)
     if keep and opened.format == "JPEG" and opened.mode in ("RGB", "L") and turn == 1:
         return kind, content
-    del opened  # its memory is wanted
+    del opened  # frees its memory
     if turn in _UPRIGHT:
         image = image.transpose(_UPRIGHT[turn])
     return kind, _encoded(image if keep else _square(image), {"jpg": "JPEG", "png": "PNG"}[kind])
 
 
 def pack_pixels(pixels: Pixels) -> Stored:
-    """Pixels (h, w) or (h, w, 3) as PNG, which loses nothing."""
+    """Encode pixels (h, w) or (h, w, 3) as PNG, without loss."""
     image = torch.tensor(pixels).reshape(*pixels.shape[:2], -1).movedim(-1, 0)
     return Stored("png", encode_png(image).numpy().tobytes(), image)
 
 
 def _stored(kind: str, encoded: bytes) -> Stored:
-    """Decoded again: what cannot be would stop a run, and statistics are of what runs will see."""
+    """Decode an image again: one that fails would stop a run later, and colour statistics are those
+    of the pixels that runs see."""
     try:
         buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return Stored(kind, encoded, decode_image(buffer, ImageReadMode.UNCHANGED))
@@ -135,24 +145,24 @@ def _stored(kind: str, encoded: bytes) -> Stored:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF: the image itself is well
+    except Exception:  # broken EXIF does not make the image unusable
         return 1
 
 
 def _check_scans(jpeg: bytes) -> None:
-    """Raises RefusedImage where the scans of a JPEG end too early. Pillow and torchvision fill what
-    is missing with grey, and pass libjpeg's warning over; an eighth of each side is decoded here.
+    """Raise RefusedImage where a JPEG is truncated. Pillow and torchvision fill what is missing
+    with grey and ignore libjpeg's warning; here it is decoded at an eighth of each side.
     """
     try:
         simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, min_factor=1)
-    except ValueError as error:  # others of its warnings, and errors, are the decoder's to judge
+    except ValueError as error:  # other warnings and errors are left to the decoder
         if "premature end" in f"{error}".lower():
             raise RefusedImage("the JPEG is cut short: copy it again from where it came") from error
 
 
 def _check_tiff(opened: Image.Image, content: bytes) -> None:
-    """Raises RefusedImage where pixels would be another picture, or zlib's checksum does not hold,
-    which libtiff does not compare."""
+    """Raise RefusedImage where a TIFF's pixels would be misread, or its zlib checksum is wrong,
+    which libtiff does not check."""
     assert isinstance(opened, TiffImagePlugin.TiffImageFile)
     tags = opened.tag_v2
     bits, whole = tags.get(258, (1,)), {*tags.get(339, (1,))} <= {1, 4}
@@ -171,7 +181,7 @@ def _check_tiff(opened: Image.Image, content: bytes) -> None:
 
 
 def _inflated(packed: bytes, left: int) -> int:
-    """How many of the bytes that may be unpacked are left after these."""
+    """Unpack zlib data to check it; return how many of the `left` bytes may still be unpacked."""
     unpack = zlib.decompressobj()
     while packed and not unpack.eof:
         try:
@@ -185,7 +195,11 @@ def _inflated(packed: bytes, left: int) -> int:
 
 
 def _eight_bits(image: Image.Image, negative: bool) -> Image.Image:
-    """Grey or RGB of 8 bits; alpha on white; of CMYK that is a negative its positive."""
+    """Convert to grey or RGB of 8 bits, with alpha on white.
+
+    Args:
+        negative: a CMYK image is a negative.
+    """
     if image.mode in ("L", "RGB") and "transparency" not in image.info:
         return image
     rows = max(1, BAND // image.width)
@@ -203,6 +217,7 @@ def _eight_bits(image: Image.Image, negative: bool) -> Image.Image:
 
 
 def _band_of_eight_bits(image: Image.Image) -> Image.Image:
+    """Convert some rows of an image; raise RefusedImage for other modes."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image) / 257
         return Image.fromarray(np.rint(grey).astype(np.uint8))
@@ -216,13 +231,13 @@ def _band_of_eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    seen = image.convert("RGBA")
-    white = Image.new("RGBA", seen.size, "white")
-    return Image.alpha_composite(white, seen).convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _square(image: Image.Image) -> Image.Image:
-    """The centre's square at 256 × 256, antialiased: as if the whole were resized, then cut."""
+    """Resize the centre square to 256 × 256, antialiased: as if all were resized, then cut."""
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)

@@ -1,4 +1,4 @@
-"""ImageNet's meta.mat, read by a process of its own: scipy's reader crashes on damaged ones."""
+"""Read ImageNet's meta.mat in a process of its own: scipy's reader crashes on damaged files."""
 
 import io
 import json
@@ -11,11 +11,15 @@ import numpy as np
 
 from alexnet_dist.files import MOST_MEMORY, within_memory
 
-_MOST_S = 10  # of a core, to read meta.mat
+_MOST_S = 10  # CPU seconds allowed to read meta.mat
 
 
 class Synset(NamedTuple):
-    """One of the 1,000 classes: its number in the ground truth, its WordNet id, its words."""
+    """One of the 1,000 classes.
+
+    Attributes:
+        number: its number in the validation images' ground truth.
+    """
 
     number: int
     wnid: str
@@ -23,7 +27,7 @@ class Synset(NamedTuple):
 
 
 def read_synsets(content: bytes) -> list[Synset]:
-    """The classes that meta.mat holds; raises ValueError where it is damaged in any way."""
+    """Return the classes in meta.mat; raise ValueError where it is damaged in any way."""
     command = [sys.executable, "-m", "alexnet_dist.data.prepare.devkit"]
     try:
         child = subprocess.run(
@@ -38,6 +42,7 @@ def read_synsets(content: bytes) -> list[Synset]:
 
 
 def _leaves(content: bytes) -> list[Synset]:
+    """Return the classes without subclasses, within bounds of time and memory."""
     from scipy.io import loadmat
 
     used = resource.getrusage(resource.RUSAGE_SELF)

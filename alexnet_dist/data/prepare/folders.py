@@ -1,11 +1,11 @@
-"""Images by class, in folders or archives of folders; Tiny ImageNet and Imagenette as given out."""
+"""List images by class, in folders or archives; Tiny ImageNet and Imagenette as downloaded."""
 
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alexnet_dist.data.dataset import IMAGE_SUFFIXES, SPLIT_FOLDERS
+from alexnet_dist.data.missing import IMAGE_SUFFIXES, SPLIT_FOLDERS
 from alexnet_dist.data.prepare.containers import Listing, hidden, list_files, read_content
 from alexnet_dist.data.prepare.sources import Item, Source
 from alexnet_dist.errors import DatasetError
@@ -14,8 +14,8 @@ from alexnet_dist.files import MOST_ENCODED
 _STARTS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL
 )
-_FIRST = 16  # bytes, which tell
-_NAMED = 3  # of what was left out
+_FIRST = 16  # bytes that tell whether a file is an image
+_NAMED = 3  # names given as examples
 _LAY = "lay the images of each class in a folder of its own, PATH/CLASS/*, or PATH/train/CLASS/*"
 IMAGENETTE = {
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
@@ -26,7 +26,7 @@ IMAGENETTE = {
 
 
 class _LeftOut:
-    """Names of what is no image of a class, by the reason."""
+    """Names of files and folders that are not images of a class, by reason."""
 
     def __init__(self) -> None:
         self.names: dict[str, list[str]] = {}
@@ -36,21 +36,21 @@ class _LeftOut:
             self.names.setdefault(why, []).extend(names)
 
     def note(self) -> tuple[str, ...]:
-        """A line that says so."""
-        told = []
-        for why, names in self.names.items():
-            told.append(f"{why}: {len(names)} ({_some(names)})")
-        return (f"left out: {'; '.join(told)}",) if told else ()
+        """Return a line that lists them, if there are any."""
+        parts = [f"{why}: {len(names)} ({_some(names)})" for why, names in self.names.items()]
+        return (f"left out: {'; '.join(parts)}",) if parts else ()
 
 
 def folder(path: Path, validation: float = 0) -> Source:
-    """`CLASS/*`, or `train/CLASS/*` with `val/`, `valid/`, `validation/` or `test/` beside it, at
-    any depth below a class's folder; or a tar or zip of that. Classes by name.
+    """List images in `CLASS/*`, or in `train/CLASS/*` with `val/`, `valid/`, `validation/` or
+    `test/` beside it, at any depth below a class's folder; or in a tar or zip of that. Classes are
+    sorted by name.
 
     Args:
-        validation: share of the training images that becomes `val`, where there is none: each by a
-            hash of its path, so that it stays where it is when others come.
+        validation: share of the training images that becomes `val`, where there is none. Each is
+            chosen by a hash of its path, so that it stays in its split when images are added.
     """
+    # Find the folder of each split, or take all as the training split.
     left = _LeftOut()
     listing = _unwrapped(_shown(list_files(path), left), left)
     tops, found = listing.tops(), {}
@@ -58,6 +58,7 @@ def folder(path: Path, validation: float = 0) -> Source:
     if names["train"]:
         left.add("beside train/", [f"{top}/" for top in tops if top not in names.values()])
         left.add("beside train/", [item.name for item in listing.files if "/" not in item.name])
+    # List the images of each split, and number the classes.
     for split, top in names.items():
         part = listing.below(top) if top else listing
         found[split] = _images(part, f"{top}/" if top else "", left)
@@ -69,6 +70,7 @@ def folder(path: Path, validation: float = 0) -> Source:
         for split, images in found.items()
         if images
     }
+    # Set validation images apart, and say what was left out.
     notes = left.note()
     if validation:
         splits = _cut(path, splits, validation, len(names["train"]) and len(names["train"]) + 1)
@@ -79,7 +81,7 @@ def folder(path: Path, validation: float = 0) -> Source:
 
 
 def imagenette(path: Path) -> Source:
-    """Imagenette's archive or its folder, of any size; its classes have WordNet's names beside."""
+    """List Imagenette's archive or folder, of any image size. Classes: WordNet id and words."""
     found = folder(path)
     if found.classes != tuple(IMAGENETTE):
         raise DatasetError(
@@ -91,7 +93,7 @@ def imagenette(path: Path) -> Source:
 
 
 def tiny_imagenet(path: Path) -> Source:
-    """tiny-imagenet-200.zip or its folder. Classes in the order of WordNet ids."""
+    """List tiny-imagenet-200.zip or its folder. Classes are sorted by WordNet id."""
     left = _LeftOut()
     listing = _unwrapped(_shown(list_files(path), left), left)
     files = {item.name: item for item in listing.files}
@@ -109,17 +111,17 @@ def tiny_imagenet(path: Path) -> Source:
     for item in listing.files:
         match item.name.split("/"):
             case ["train", wnid, "images", _]:
-                splits["train"].append(item._replace(label=_of(label, wnid, item, path)))
+                splits["train"].append(item._replace(label=_label_of(wnid, label, item, path)))
             case ["val", "images", name]:
                 wnid = truth.get(name, "")
-                splits["val"].append(item._replace(label=_of(label, wnid, item, path)))
+                splits["val"].append(item._replace(label=_label_of(wnid, label, item, path)))
             case ["test", *_]:
                 left.add("test image without a class", [item.name])
     classes = tuple(f"{wnid} {words.get(wnid, '')}".strip() for wnid in ids)
     return Source("tiny_imagenet", classes, splits, notes=left.note())
 
 
-def _of(label: Mapping[str, int], wnid: str, item: Item, path: Path) -> int:
+def _label_of(wnid: str, label: Mapping[str, int], item: Item, path: Path) -> int:
     if wnid not in label:
         raise DatasetError(
             f"{path}: {item.name} has the class {wnid!r}, which wnids.txt does not name"
@@ -132,7 +134,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _shown(listing: Listing, left: _LeftOut) -> Listing:
-    """All but what is hidden."""
+    """Return a listing without what is hidden, which is added to `left`."""
 
     def root(name: str) -> str:
         parts = name.split("/")
@@ -147,7 +149,7 @@ def _shown(listing: Listing, left: _LeftOut) -> Listing:
 
 
 def _unwrapped(listing: Listing, left: _LeftOut) -> Listing:
-    """What lies in the one folder that an archive often holds."""
+    """Return the contents of the single folder that an archive often holds; else the listing."""
     while (
         len(tops := listing.tops()) == 1
         and tops[0].lower() not in SPLIT_FOLDERS
@@ -159,7 +161,7 @@ def _unwrapped(listing: Listing, left: _LeftOut) -> Listing:
 
 
 def _split_folders(path: Path, tops: Sequence[str]) -> dict[str, str]:
-    """The folder of each split, nothing where classes lie at the top."""
+    """Return the folder of each split; empty where the top level has none, but classes."""
     found: dict[str, str] = {}
     for top in tops:
         split = SPLIT_FOLDERS.get(top.lower())
@@ -177,7 +179,12 @@ def _split_folders(path: Path, tops: Sequence[str]) -> dict[str, str]:
 
 
 def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
-    """The class and the image of each file of a split whose folder is `top`."""
+    """Return the class and the image of each file of a split.
+
+    Args:
+        top: the split's folder, with `/`; empty where classes are at the top level.
+        left: files and folders that are left out are added to it.
+    """
     found, loose, others = [], [], []
     for item in part.files:
         name, below, _ = item.name.partition("/")
@@ -197,25 +204,31 @@ def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
 
 
 def _classes(images: Sequence[tuple[str, Item]]) -> set[str]:
-    """Those that have an image; names of what is refused may be anything."""
+    """Return the classes that have an image; a refused file's name may be anything."""
     return {name for name, item in images if not item.refused}
 
 
 def _is_image(item: Item) -> bool:
-    """Whether a file says that it is an image: by its name, which may lie, or its first bytes."""
+    """Whether a file claims to be an image, by its name, which may be wrong, or its first bytes."""
     if item.name.lower().endswith(IMAGE_SUFFIXES):
         return True
     first = item if item.packing == "zip" else item._replace(size=min(item.size, _FIRST))
     try:
         return _STARTS.match(read_content(first, MOST_ENCODED)) is not None
     except (OSError, ValueError):
-        return True  # whoever packs it says why it cannot be read
+        return True  # packing it reports why it cannot be read
 
 
 def _check_classes(
     path: Path, classes: Sequence[str], found: Mapping[str, Sequence[tuple[str, Item]]],
     names: Mapping[str, str],
 ) -> None:  # fmt: skip
+    """Raise DatasetError where there are fewer than two classes, or a split has others than train.
+
+    Args:
+        found: the class and image of each file, by split.
+        names: the folder of each split.
+    """
     where = path / names["train"]
     if not classes:
         raise DatasetError(f"{where}: no folders in it that hold images: {_LAY}")
@@ -233,7 +246,7 @@ def _check_classes(
 def _cut(
     path: Path, splits: Mapping[str, list[Item]], share: float, start: int
 ) -> dict[str, list[Item]]:
-    """A share of `train` becomes `val`; names of images are hashed from character `start` on."""
+    """Move a share of `train` to `val`, by the hash of each name from character `start` on."""
     if "val" in splits:
         raise DatasetError(f"--validation {share:g}: {path} has validation images: leave it out")
     cut: dict[str, list[Item]] = {"train": [], "val": []}

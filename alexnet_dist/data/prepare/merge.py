@@ -1,4 +1,4 @@
-"""From shards to a data set: its index, its statistics, its description, each durable."""
+"""Merge shards into a data set: write its index, statistics and description, each durably."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,9 +9,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.data.dataset import INDEX, VERSION
+from alexnet_dist.data.dataset import VERSION
 from alexnet_dist.data.prepare.shards import Part
 from alexnet_dist.data.prepare.sources import Source
+from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import sha256, written_aside
 
@@ -19,7 +20,12 @@ from alexnet_dist.files import sha256, written_aside
 def merge(
     source: Source, identity: Mapping[str, Any], parts: Mapping[str, list[Part]], aside: Path
 ) -> None:
-    """Make the data set's own files of all parts."""
+    """Write the data set's own files from the parts of all shards.
+
+    Args:
+        identity: of the source, with the options it was packed with.
+        aside: the folder that holds the shards.
+    """
     meta: dict[str, Any] = {
         "version": VERSION,
         "source": dict(identity),
@@ -42,7 +48,7 @@ def merge(
             "index": described(aside, f"{split}/samples.npy"),
             "shards": [
                 {"file": f"{split}/shard-{number:05d}.tar"}
-                | {key: part.meta[key] for key in ("size", "sha256")}
+                | {"size": part.meta["size"], "sha256": part.meta["sha256"]}
                 for number, part in enumerate(found)
             ],
         }
@@ -55,13 +61,13 @@ def merge(
 def colour_statistics(
     parts: Sequence[Part],
 ) -> tuple[npt.NDArray[np.float32], dict[str, list[Any]]]:
-    """Mean image, mean RGB, and the covariance's eigenvalues and vectors, over all pixels.
+    """Compute the mean image, mean RGB, and eigenvalues and eigenvectors of the covariance.
 
-    Sums are of integers, so that they are exact in any order.
+    Sums are over integers, and so exact in any order.
 
     Returns:
-        (h, w, 3) float32, and what dataset.json keeps; row i of `eigenvectors` belongs to
-        eigenvalue i, largest first, its largest component positive.
+        The mean image, (h, w, 3) float32, and what dataset.json holds: row i of `eigenvectors`
+        belongs to eigenvalue i, the largest first, and its largest component is positive.
     """
     whole = [part for part in parts if len(part.index)]
     if not whole:
@@ -86,16 +92,17 @@ def colour_statistics(
 
 
 def described(folder: Path, name: str) -> dict[str, Any]:
-    """A file as dataset.json names it."""
+    """Return a file's entry in dataset.json."""
     path = folder / name
     return {"file": name, "size": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file durably."""
     write(path, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
 
 
 def write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file durably, by a function that is given it opened."""
     with written_aside(path) as aside, aside.open("wb") as file:
         write(file)

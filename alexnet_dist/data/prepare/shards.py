@@ -1,7 +1,8 @@
-"""Writing one shard: its tar, its part of the index, its part of the colour statistics.
+"""Write one shard: its tar, and beside it its part of the index and of the colour statistics.
 
-A shard is a function of its items alone. Its tar is synced before the part beside it is put in
-place, so that a part says: this shard is whole. Whatever was killed is begun again from the parts.
+A shard depends on its items alone. The tar is synced before the part is put in place, so the
+existence of a part shows that the shard is complete. A command that was killed continues from the
+parts.
 """
 
 import hashlib
@@ -13,16 +14,16 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.data.dataset import INDEX
 from alexnet_dist.data.prepare.containers import read_content
 from alexnet_dist.data.prepare.convert import SIDE, RefusedImage, Stored, convert, pack_pixels
 from alexnet_dist.data.prepare.sources import Item
 from alexnet_dist.data.preprocess import on_canvas
+from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import filled_by
 from alexnet_dist.files import MOST_ENCODED, opened, sha256, written_aside
 
@@ -31,9 +32,12 @@ class Task(NamedTuple):
     """One shard to write.
 
     Attributes:
-        folder: of the split.
-        number: of the shard in the split.
-        first: key of its first item: the item's place in the split's listing.
+        folder: the split's folder.
+        number: the shard's number in the split.
+        first: key of its first item, which is the item's place in the split's listing.
+        keep: images keep their own size.
+        enlarge: smaller images are resized to 256 × 256 too.
+        statistics: add up the colours of its images.
     """
 
     folder: Path
@@ -53,56 +57,100 @@ class Task(NamedTuple):
         return self.folder / f".shard-{self.number:05d}.npz"
 
 
-@dataclass
+class Refused(TypedDict):
+    """An image that was not packed, and why."""
+
+    name: str
+    reason: str
+
+
+class PartMeta(TypedDict):
+    """What a part holds besides arrays.
+
+    Attributes:
+        size: size of the tar, bytes.
+        sha256: hash of the tar.
+        lines: lines of the tar's index for other tools.
+        stamp, contents: what `stamp` and `contents` returned for its items.
+    """
+
+    size: int
+    sha256: str
+    lines: list[str]
+    refused: list[Refused]
+    stamp: str
+    contents: str
+
+
+@dataclass(frozen=True)
 class Part:
-    """What is known of a shard that is whole.
+    """A complete shard.
 
     Attributes:
         index: INDEX records of its samples.
-        meta: the tar's size and sha256, lines of its index for other tools, what was refused, the
-            stamp and contents of its items.
-        path: the file that holds it, and its colour sums, which are read when they are wanted.
+        path: the part's file, from which the colour sums are read when they are needed.
     """
 
     index: npt.NDArray[np.void]
-    meta: dict[str, Any]
+    meta: PartMeta
     path: Path
 
     def colour_sums(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Of each pixel of the canvas, (h, w, 3); of each two colours of a pixel, (3, 3)."""
-        with opened(self.path) as file, np.load(file, allow_pickle=False) as found:
-            return found["sums"].astype(np.int64), found["products"]
+        """Return sums over the images: of each pixel of the canvas, (h, w, 3); of the product of
+        each two colours over all pixels, (3, 3)."""
+        with opened(self.path) as file, np.load(file, allow_pickle=False) as arrays:
+            return arrays["sums"].astype(np.int64), arrays["products"]
+
+
+class _Packed(NamedTuple):
+    """What was written to a tar; `Part` and `PartMeta` describe the fields.
+
+    Attributes:
+        records: the index.
+    """
+
+    records: npt.NDArray[np.void]
+    lines: list[str]
+    refused: list[Refused]
+    contents: str
+    sums: npt.NDArray[np.uint32]
+    products: npt.NDArray[np.int64]
 
 
 def write_shard(task: Task) -> Part:
-    """Write a shard durably, replacing what a killed process left of it."""
+    """Write a shard durably, replacing whatever a killed process left of it."""
     before = stamp(task.items)
     with written_aside(task.tar) as aside:
-        part, sums, products = _write(task, aside)
-        part.meta |= {"size": aside.stat().st_size, "sha256": sha256(aside), "stamp": before}
+        packed = _write(task, aside)
+        meta = PartMeta(
+            size=aside.stat().st_size, sha256=sha256(aside), lines=packed.lines,
+            refused=packed.refused, stamp=before, contents=packed.contents,
+        )  # fmt: skip
     with written_aside(task.part) as aside, aside.open("wb") as file:
-        np.savez(file, index=part.index, sums=sums, products=products,
-                 meta=np.array(json.dumps(part.meta)))  # fmt: skip
-    return part
+        np.savez(file, index=packed.records, sums=packed.sums, products=packed.products,
+                 meta=np.array(json.dumps(meta)))  # fmt: skip
+    return Part(packed.records, meta, task.part)
 
 
 def read_part(task: Task) -> Part | None:
-    """The part of a shard that is whole already, and of these bytes; None where it is not."""
+    """Return the part of a shard that was already written from these items' bytes, or None."""
     try:
         with opened(task.part) as file, np.load(file, allow_pickle=False) as found:
             arrays = {name: found[name] for name in ("index", "meta", "sums", "products")}
-        meta = json.loads(str(arrays["meta"]))
+        meta: PartMeta = json.loads(str(arrays["meta"]))
         if arrays["index"].dtype != INDEX or sha256(task.tar) != meta["sha256"]:
             return None
         same = stamp(task.items) == meta["stamp"] or contents(task.items) == meta["contents"]
         return Part(arrays["index"], meta, task.part) if same else None
-    except Exception:  # one that is damaged can fail in any way, and is made again
+    except Exception:  # a damaged part can fail in any way; the shard is then written again
         return None
 
 
 def stamp(items: Sequence[Item]) -> str:
-    """What tells, without reading them, that the files that items lie in are those they were: it
-    changes with any of them, and where they are copied, though not where their folder is moved."""
+    """Return a hash of the file-system metadata (inode, size, times) of the files that hold items.
+
+    It changes when any of these files changes or is copied, but not when their folder is moved.
+    """
     digest, known = hashlib.sha256(), {"": ""}
     for item in items:
         if item.path not in known:
@@ -117,7 +165,7 @@ def stamp(items: Sequence[Item]) -> str:
 
 
 def contents(items: Sequence[Item]) -> str:
-    """The SHA-256 of all that is read of items, in their order."""
+    """Return the SHA-256 of the bytes of items, in order."""
     digest = hashlib.sha256()
     for item in items:
         with filled_by(item.name):
@@ -126,18 +174,20 @@ def contents(items: Sequence[Item]) -> str:
 
 
 def _add_to(digest: "hashlib._Hash", content: bytes) -> None:
+    """Add an item's bytes to a hash, preceded by their length, so that items cannot be confused."""
     digest.update(len(content).to_bytes(8))
     digest.update(content)
 
 
-def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-    """Write the tar; its part and colour sums (1,000 images of 255 fit in 32 bits)."""
-    index, refused, lines = [], [], []
-    sums = np.zeros((0, 0, 3), np.uint32)
+def _write(task: Task, path: Path) -> _Packed:
+    """Write the tar of a shard."""
+    index, refused, lines = [], list[Refused](), []
+    sums = np.zeros((0, 0, 3), np.uint32)  # 1,000 images of 255 fit in 32 bits
     products = np.zeros((3, 3), np.int64)
     digest = hashlib.sha256()
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for place, item in enumerate(task.items):
+            # Read and convert the image, or note why it is refused.
             try:
                 with filled_by(item.name):
                     content, why = _read(item)
@@ -147,27 +197,28 @@ def _write(task: Task, path: Path) -> tuple[Part, npt.NDArray[np.uint32], npt.ND
             except RefusedImage as error:
                 refused.append({"name": item.name, "reason": str(error)[:300]})
                 continue
+            # Add it and its label to the tar, and its place to both indexes.
             key, size = f"{task.first + place:08d}", len(stored.encoded)
             offset = _add(tar, f"{key}.{stored.kind}", stored.encoded)
             label = str(item.label).encode()
             label_offset = _add(tar, f"{key}.cls", label)
             crc32 = zlib.crc32(stored.encoded)
             index.append((task.number, offset, size, item.label, crc32, *stored.image.shape[1:]))
-            # As DALI's wds2idx writes it.
+            # In the format of DALI's wds2idx.
             lines.append(
                 f"{stored.kind} {offset} {size} {key}.{stored.kind} "
                 f"cls {label_offset} {len(label)} {key}.cls"
             )
+            # Add up its colours.
             if canvas is not None:
                 sums = canvas.astype(np.uint32) if sums.size == 0 else sums + canvas
                 pixels = canvas.reshape(-1, 3).astype(np.float64)
                 products += (pixels.T @ pixels).astype(np.int64)  # exact: below 2**53
-    meta = {"refused": refused, "lines": lines, "contents": digest.hexdigest()}
-    return Part(np.array(index, INDEX), meta, task.part), sums, products
+    return _Packed(np.array(index, INDEX), lines, refused, digest.hexdigest(), sums, products)
 
 
 def _read(item: Item) -> tuple[bytes, str]:
-    """An item's bytes, or why there are none."""
+    """Return an item's bytes, and an empty string; or no bytes, and why it is refused."""
     if item.refused or item.pixels is not None:
         return b"" if item.pixels is None else item.pixels.tobytes(), item.refused
     try:
@@ -179,6 +230,7 @@ def _read(item: Item) -> tuple[bytes, str]:
 
 
 def _stored(item: Item, content: bytes, why: str, task: Task) -> Stored:
+    """Convert what `_read` returned to an image as it is packed; raise RefusedImage."""
     if why:
         raise RefusedImage(why)
     if item.pixels is not None:
@@ -187,14 +239,14 @@ def _stored(item: Item, content: bytes, why: str, task: Task) -> Stored:
 
 
 def _canvas(item: Item, stored: Stored) -> npt.NDArray[np.uint8]:
-    """(h, w, 3): as a run sees the image, at its size or at 256 × 256."""
+    """Return the image, (h, w, 3), as a run sees it: pixels at their size, others at 256 × 256."""
     image = stored.image if item.pixels is not None else on_canvas(stored.image, SIDE)
     canvas: npt.NDArray[np.uint8] = image.expand(3, -1, -1).movedim(0, -1).numpy()
     return canvas
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
-    """Add a member; the offset of its content in the archive."""
+    """Add a file to the archive; return the offset of its content."""
     member = tarfile.TarInfo(name)
     member.size = len(content)
     offset = tar.offset + tarfile.BLOCKSIZE

@@ -1,8 +1,8 @@
-"""Where images come from: a listing of every image, its class, and where its bytes lie.
+"""A source of images: a listing of every image, with its class and where its bytes are.
 
-Nothing is extracted, so that no name in an archive is ever a path of ours. What can be seen to be
-wrong by the listing alone (links, devices, names that leave their folder) is refused by name, and
-counted with the damaged images.
+Archives are read in place, not extracted, so that no name in an archive is ever used as a path.
+Entries that are wrong by the listing alone (links, devices, names that leave their folder) are
+refused by name, and counted with the damaged images.
 """
 
 import gzip
@@ -22,21 +22,25 @@ from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import opened
 
 LARGEST_MEMBER = 64 * 2**20  # bytes of a file that is read whole; CIFAR-10's have 31 million
-_MOST_UNPACKED = 2**28  # bytes of a packed tar; CIFAR-10's has 186 million
+_MOST_UNPACKED = 2**28  # bytes of an unpacked .tar.gz; CIFAR-10's has 186 million
 _MOST_HEADER = 16384  # bytes of a member's long name or pax header
-_MOST_HEADERS = 8  # of these before one member, which has use for four
-_DIGITS = re.compile(rb"\d{257}")  # no length, and in no name that a file system takes
+_MOST_HEADERS = 8  # such headers before one member, which needs at most four
+_DIGITS = re.compile(rb"\d{257}")  # too long for a size, and for a file's name
 Pixels = npt.NDArray[np.uint8]
 
 
 class Item(NamedTuple):
-    """One image of a source: in a file, or its pixels, or a reason why it is refused.
+    """One image of a source: bytes in a file, or pixels, or the reason why it is refused.
 
     Attributes:
-        offset: where it begins, bytes: in the file at `path`, or unpacked ("gzip"), or where its
-            own header does ("zip").
-        packed: of a zip, its size there, bytes.
-        crc32: of a zip, its checksum there.
+        label: place of its class in `Source.classes`.
+        path: the file that holds it.
+        offset: where it begins, bytes: in that file, in the unpacked file ("gzip"), or where its
+            local header begins ("zip").
+        size: unpacked, bytes.
+        refused: why it cannot be packed; empty where nothing is known against it.
+        packed: size in a zip, bytes.
+        crc32: checksum in a zip.
     """
 
     name: str
@@ -56,8 +60,8 @@ class Source:
     """Every image of a source by split, in an order that depends on the source alone.
 
     Attributes:
-        enlarge: make 256 × 256 of smaller images too.
-        notes: lines on what is no image of it.
+        enlarge: resize smaller images to 256 × 256 too.
+        notes: lines for the user, about files that were left out.
     """
 
     kind: str
@@ -67,7 +71,8 @@ class Source:
     notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, str]:
-        """What tells this source from another: names, classes, places, sizes; pixels themselves."""
+        """Return the kind and a hash of what distinguishes this source from others: names, classes,
+        places, sizes, and pixels where it has them."""
         digest = hashlib.sha256(repr(self.classes).encode())
         for split, items in self.splits.items():
             for item in items:
@@ -79,26 +84,28 @@ class Source:
 
 
 class _Tar(tarfile.TarFile):
-    """A tar that counts what its members' own headers are: those of one member, global bytes."""
+    """A tar that counts the extra headers of the current member, and bytes of global headers."""
 
     headers, global_bytes = 0, 0
 
 
 class _Member(tarfile.TarInfo):
-    """A tar's member whose size leads forward, and whose long name and pax headers are short.
+    """A member of a tar whose size is not negative and whose extra headers are short.
 
-    A negative size would be read again for ever (CVE-2025-8194); a pax header takes tarfile time
-    that grows with the square of its digits (CVE-2024-6232); global ones are copied to each member.
+    A negative size would make tarfile read the same bytes for ever (CVE-2025-8194); a pax header
+    takes it time that grows with the square of its digits (CVE-2024-6232); and it copies global
+    headers to each member.
     """
 
     def _block(self, count: int) -> int:
+        """Round a size up to blocks, as tarfile does; raise DatasetError where it is hostile."""
         named = self.type in (b"x", b"g", b"X", b"L", b"K")
         if count < 0 or (named and count > _MOST_HEADER):
             raise DatasetError(f"{self.name!r}: a member of {count} bytes in its tar's header")
         return super()._block(count)  # type: ignore[misc,no-any-return]
 
     def _proc_member(self, tar: _Tar) -> tarfile.TarInfo:
-        """Read what follows a header; a pax header or long name is looked at first."""
+        """Read what follows a header, as tarfile does, after checking a pax header's content."""
         tar.headers = tar.headers + 1 if self.type in (b"x", b"g", b"X", b"L", b"K") else 0
         tar.global_bytes += self.size if self.type == b"g" else 0
         digits = None
@@ -111,17 +118,17 @@ class _Member(tarfile.TarInfo):
             raise DatasetError(f"{self.name!r}: pax headers that no file needs in its tar's header")
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
-    def _apply_pax_info(self, *given: Any) -> None:
-        super()._apply_pax_info(*given)  # type: ignore[misc]
-        self.pax_headers = {}  # a copy of all for each member, and nobody asks for it
+    def _apply_pax_info(self, *args: Any) -> None:
+        super()._apply_pax_info(*args)  # type: ignore[misc]
+        self.pax_headers = {}  # tarfile's copy of all of them for each member is not needed
 
 
 def open_tar(source: Path | IO[bytes]) -> tarfile.TarFile:
-    """A tar from a stranger, to be listed and read in place; packed with gzip, in memory."""
+    """Open a tar of unknown origin, to be listed and read in place; a .gz is unpacked to memory."""
     if not isinstance(source, Path):
         return _Tar.open(fileobj=source, mode="r:", tarinfo=_Member)
     if source.suffix != ".gz":
-        opened(source).close()  # a pipe would be waited for
+        opened(source).close()  # refuse a pipe, which tarfile would wait for
         return _Tar.open(source, "r:", tarinfo=_Member)
     unpacked = io.BytesIO()
     with opened(source) as file, gzip.open(file) as packed:
@@ -134,7 +141,7 @@ def open_tar(source: Path | IO[bytes]) -> tarfile.TarFile:
 
 
 def read_member(tar: tarfile.TarFile, name: str, path: Path, most: int = LARGEST_MEMBER) -> bytes:
-    """A small file in the tar at `path`; raises DatasetError where there is none."""
+    """Return a small file's content from the tar at `path`; raise DatasetError if it is missing."""
     try:
         found = tar.getmember(name)
     except KeyError:
@@ -147,7 +154,11 @@ def read_member(tar: tarfile.TarFile, name: str, path: Path, most: int = LARGEST
 
 
 def needed(path: Path, which: str) -> Path:
-    """The path of a file; raises DatasetError where it is not there."""
+    """Return the path of a file that must be there; raise DatasetError where it is not.
+
+    Args:
+        which: what the file is one of, for the error.
+    """
     if not path.is_file():
         raise DatasetError(f"{path} is missing: one {which}")
     return path

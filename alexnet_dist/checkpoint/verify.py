@@ -1,0 +1,181 @@
+"""One checkpoint: what its files hold, and whether every byte of them is as written."""
+
+import errno
+import hashlib
+import json
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from alexnet_dist.checkpoint.folder import NAME, free_path, step_of
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config
+from alexnet_dist.errors import CheckpointError, Damaged, cannot_be_read
+from alexnet_dist.files import json_object, read_bytes, sha256
+from alexnet_dist.network.model import whole_shapes
+from alexnet_dist.tensor_files import TensorFile, misfit
+
+VERSION = 1
+FILES = ("model.safetensors", "optimizer.safetensors", "progress.json")
+
+
+class File(TypedDict):
+    """A file's size, bytes, and SHA-256."""
+
+    size: int
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What manifest.json holds.
+
+    Attributes:
+        version: version of the format.
+        error: the validation error at this step; None where none was measured.
+        dataset: the data set's digest.
+        config: every key of the run's config.
+        torch: torch's version.
+        files: the other files, by name.
+        sha256: hash of all other entries.
+    """
+
+    version: int
+    step: int
+    error: float | None
+    dataset: str
+    config: Mapping[str, Any]
+    torch: str
+    files: Mapping[str, File]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    path: Path
+    manifest: Manifest
+    progress: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+    @property
+    def error(self) -> float | None:
+        """The validation error at this step; None where none was measured."""
+        value = self.manifest["error"]
+        return None if value is None else float(value)
+
+    @property
+    def config(self) -> Config:
+        """The config it was made with; keys added since then have base.yaml's values."""
+        return load_config([self.manifest["config"]])
+
+    def parameters(self) -> TensorFile:
+        """Open its parameters; raise CheckpointError unless they fit its config's network."""
+        file = TensorFile(self.path / "model.safetensors")
+        if wrong := misfit(file.shapes(), whole_shapes(self.config.model)):
+            raise CheckpointError(f"{file}: not what a run writes: {wrong}, by its own config")
+        return file
+
+    def optimizer(self) -> TensorFile:
+        """Open the optimiser's tensors."""
+        return TensorFile(self.path / "optimizer.safetensors")
+
+
+def verify(path: Path) -> Checkpoint:
+    """Return the checkpoint in a folder, after checking every byte of it.
+
+    Raises:
+        Damaged: bytes are wrong, or a file is missing.
+        CheckpointError: it cannot be read, was not written by this program, or is in a folder
+            that is named after another step.
+    """
+    name = "manifest.json"
+    try:
+        manifest = json_object(read_bytes(path / name))
+        if manifest["sha256"] != own_sha256(manifest):
+            raise Damaged(path, f"{name}: its SHA-256 differs from its own")
+        if manifest["version"] != VERSION:
+            raise CheckpointError(
+                f"{path}: version {manifest['version']!r}, and this program reads {VERSION}: go on "
+                "with the program that wrote it"
+            )
+        for name in FILES:
+            expected, size = manifest["files"][name], (path / name).stat().st_size
+            if size != expected["size"]:
+                raise Damaged(path, f"{name}: {size} bytes, wrote {expected['size']}")
+            if sha256(path / name) != expected["sha256"]:
+                raise Damaged(path, f"{name}: its SHA-256 differs from what was written")
+        progress = json_object(read_bytes(path / "progress.json"))
+    except OSError as error:
+        raise _unread(path, name, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damaged(path, f"{name}: {error!r}") from error
+    checkpoint = Checkpoint(path, cast("Manifest", manifest), progress)
+    _check_meaning(checkpoint)
+    return checkpoint
+
+
+def _check_meaning(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError unless the contents make sense and are of the step that the folder is
+    named after."""
+    path, manifest = checkpoint.path, checkpoint.manifest
+    step, error = manifest.get("step"), manifest.get("error")
+    sound = type(step) is int and step >= 0 and checkpoint.progress.get("step") == step
+    sound &= error is None or (type(error) in (int, float) and 0 <= error <= 1)
+    if not (sound and isinstance(manifest.get("config"), dict)):
+        raise CheckpointError(f"{path / 'manifest.json'}: not what a run writes")
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        TensorFile(path / name)
+    if NAME.fullmatch(path.name) and step_of(path) != step:
+        right = path.with_name(f"step-{step:08d}")
+        if os.path.lexists(right):
+            to, why = (
+                free_path(path.parent.parent / path.name),
+                f"{right} is there too: move it out",
+            )
+        else:
+            to, why = right, "Give it its name"
+        move = shlex.join(["mv", "-nT", str(path), str(to)])
+        raise CheckpointError(
+            f"{path} holds a good checkpoint, of step {step}; nothing was changed. {why}: {move}"
+        )
+
+
+def _unread(path: Path, name: str, error: OSError) -> CheckpointError:
+    """Return the error for a file that cannot be read: Damaged where it is missing; CheckpointError
+    where it may be intact, as behind a link to a disk that is not mounted."""
+    missing = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+    if missing and not any(p.is_symlink() and not p.exists() for p in (path, path / name)):
+        return Damaged(path, f"{name} is missing")
+    return CheckpointError(cannot_be_read(path / name, error))
+
+
+def read(path: Path) -> Checkpoint:
+    """Read a checkpoint that another rank has verified."""
+    manifest, progress = (
+        json_object(read_bytes(path / name)) for name in ("manifest.json", "progress.json")
+    )
+    return Checkpoint(path, cast("Manifest", manifest), progress)
+
+
+def error_of(path: Path) -> float | None:
+    """Return the validation error in a checkpoint's manifest, unverified; None if it has none."""
+    try:
+        value = json_object(read_bytes(path / "manifest.json"))["error"]
+        return None if value is None else float(value)
+    except OSError as error:
+        raise _unread(path, "manifest.json", error) from error
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
+        raise Damaged(path, f"manifest.json: {error!r}") from error
+
+
+def own_sha256(manifest: Mapping[str, Any]) -> str:
+    """Return the hash of a manifest's other entries, which it holds itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,65 @@
+"""Tell whether a data set was made from the same files: each shard's `stamp` and `contents`, kept
+beside dataset.json, which itself is the same wherever the source lies."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.prepare.merge import write_lines
+from alexnet_dist.data.prepare.packing import progress
+from alexnet_dist.data.prepare.shards import Task, contents, stamp
+from alexnet_dist.errors import DatasetError
+from alexnet_dist.files import json_object, read_bytes
+
+_FILE = ".source.json"
+
+
+def write_made_of(folder: Path, shards: Iterable[tuple[str, str]]) -> None:
+    """Record the `stamp` and `contents` of each shard."""
+    entries = [{"stamp": stamp, "contents": contents} for stamp, contents in shards]
+    write_lines(folder / _FILE, [json.dumps({"shards": entries})])
+
+
+def check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) -> bool:
+    """Raise DatasetError unless `out` is the complete data set of exactly these files and options.
+
+    The bytes of a source file are read where its stamp differs: it may have changed or been copied.
+
+    Args:
+        identity: of the source, with the options.
+        tasks: all shards of the source.
+
+    Returns:
+        Whether bytes could be compared; False where `out` was made before they were recorded.
+    """
+    if not (out / "dataset.json").exists():
+        raise DatasetError(f"{out} is there, and is not a packed data set: name another OUT")
+    try:
+        found = open_dataset(out, verify_hashes=True)
+    except DatasetError as error:
+        raise DatasetError(f"{error}: name another OUT, since {out} is there") from error
+    if found.source != identity:
+        raise DatasetError(f"{out} holds a data set of other files or options: name another OUT")
+    try:
+        before = json_object(read_bytes(out / _FILE))["shards"]
+        made = [(str(shard["stamp"]), str(shard["contents"])) for shard in before]
+    except (OSError, ValueError, KeyError, TypeError):
+        made = []
+    if len(made) != len(tasks):
+        return False
+    now = [stamp(task.items) for task in tasks]
+    moved = [place for place, task in enumerate(tasks) if made[place][0] != now[place]]
+    for place in progress(moved, "comparing"):
+        items = tasks[place].items
+        if contents(items) != made[place][1]:
+            raise DatasetError(
+                f"{out} holds a data set of other files: their bytes differ between "
+                f"{items[0].name!r} and {items[-1].name!r}: name another OUT"
+            )
+    if moved:
+        with contextlib.suppress(OSError):  # the folder may not be ours to write
+            write_made_of(out, zip(now, (contents for _, contents in made), strict=True))
+    return True

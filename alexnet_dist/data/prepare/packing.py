@@ -1,0 +1,170 @@
+"""Write a source's shards, in parallel where there are many images."""
+
+import ctypes
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from tqdm import tqdm
+
+from alexnet_dist.data.prepare.merge import write_lines
+from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
+from alexnet_dist.data.prepare.sources import Source
+from alexnet_dist.errors import DatasetError, of_memory
+from alexnet_dist.parallel.device import cores
+
+ITEMS_PER_SHARD = 1000
+LEAST_IMAGES = 250  # fewest images per process that are worth starting it for
+# Images that may be refused unless --max-bad says so: a share, and a number for small sources.
+_MAX_BAD, _FEW = 0.001, 3
+_BYTES_PER_IMAGE = 45_000  # of a JPEG of 256 × 256, about
+_TAR_BYTES = 2048  # of headers and padding per image, about
+_PART_BYTES = 256 * 256 * 3 * 4  # of colour sums per shard, until the data set is complete
+T = TypeVar("T")
+
+
+def tasks_of(
+    source: Source, folder: Path, keep: bool, part: tuple[int, int] | None = None
+) -> list[Task]:
+    """Return the shards to write of a source, or of this command's part of it.
+
+    Args:
+        folder: the data set's; a folder for each split is made in it.
+        keep: images keep their own size.
+        part: (i, n), every nth shard from the ith on; None for all.
+    """
+    tasks = []
+    for split, items in source.splits.items():
+        (folder / split).mkdir(exist_ok=True)
+        for number, first in enumerate(range(0, len(items), ITEMS_PER_SHARD)):
+            own = items[first : first + ITEMS_PER_SHARD]
+            tasks.append(
+                Task(folder / split, number, first, own, keep, source.enlarge,
+                     statistics=split == "train")
+            )  # fmt: skip
+    return tasks if part is None else tasks[part[0] - 1 :: part[1]]
+
+
+def write_shards(
+    source: Source, tasks: Sequence[Task], folder: Path, max_bad: float | None, workers: int
+) -> dict[str, list[Part]]:
+    """Write the shards that are not yet there; return the parts of all of them by split, in order.
+
+    Args:
+        folder: the data set's.
+        max_bad: share of the source's images that may be refused; None for the default.
+        workers: number of processes; 0 = the cores.
+
+    Raises DatasetError as soon as more images are refused, or where the disk is too small.
+    """
+    # What an earlier command has written, and whether the rest can be.
+    parts = [read_part(task) for task in progress(tasks, "looking at what is there")]
+    left = [place for place, part in enumerate(parts) if part is None]
+    _check_disk(folder, [tasks[place] for place in left])
+    images = [len(task.items) for task in tasks]
+    total = sum(len(items) for items in source.splits.values())
+    _check_refused(parts, total, max_bad, folder)
+    # Write what is left, in any order.
+    with tqdm(
+        total=sum(images),
+        initial=sum(images) - sum(images[place] for place in left),
+        unit=" images", desc="packing", mininterval=_interval_s(),
+    ) as bar:  # fmt: skip
+        for place, part in _written(tasks, left, workers):
+            parts[place] = part
+            bar.update(images[place])
+            _check_refused(parts, total, max_bad, folder)
+    by_split: dict[str, list[Part]] = {split: [] for split in source.splits}
+    for task, written in zip(tasks, parts, strict=True):
+        assert written is not None
+        by_split[task.folder.name].append(written)
+    return by_split
+
+
+def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[tuple[int, Part]]:
+    """Write the tasks at the places in `left`, in several processes; yield each place and its part
+    when it is written."""
+    images = sum(len(tasks[place].items) for place in left)
+    workers = min(workers or cores(), len(left), images // LEAST_IMAGES)
+    if workers <= 1:
+        yield from ((place, write_shard(tasks[place])) for place in left)
+        return
+    # Spawned, since forking a process that has threads can hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),)) as pool:
+        try:
+            futures = {pool.submit(write_shard, tasks[place]): place for place in left}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise DatasetError(
+                f"a process that packs images was killed{of_memory()}; the same command "
+                "goes on, with fewer --workers if need be"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+
+
+def _begin_worker(parent: int) -> None:
+    """Set up a process that writes shards: it ignores stop signals, and ends with its parent."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    set_parent_death_signal = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
+    torch.set_num_threads(1)
+
+
+def _check_refused(
+    parts: list[Part | None], total: int, max_bad: float | None, folder: Path
+) -> None:
+    """Raise DatasetError, and list the refused images in a file, where there are too many."""
+    refused = [entry for part in parts if part is not None for entry in part.meta["refused"]]
+    allowed = max(_MAX_BAD * total, min(_FEW, total / 10)) if max_bad is None else max_bad * total
+    if len(refused) > allowed:
+        write_lines(folder / "quarantine.jsonl", map(json.dumps, refused))
+        shown = "; ".join(f"{entry['name']!r}: {entry['reason']}" for entry in refused[:3])
+        share = "" if max_bad is None else f" {max_bad:g}"
+        raise DatasetError(
+            f"--max-bad{share}: {len(refused)} of {total} images cannot be packed, "
+            f"more than {int(allowed)} ({shown}): "
+            f"all found so far are in {folder / 'quarantine.jsonl'}; mend them and name another "
+            "OUT, or raise --max-bad"
+        )
+
+
+def _check_disk(folder: Path, left: list[Task]) -> None:
+    """Raise DatasetError where the disk is too small for these tasks."""
+    need = len(left) * _PART_BYTES
+    for task in left:
+        for item in task.items:
+            own = item.size if item.pixels is None else item.pixels.nbytes
+            need += _TAR_BYTES + (own if task.keep else min(own, _BYTES_PER_IMAGE))
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise DatasetError(
+            f"{folder}: about {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make "
+            "room, or name a folder on another disk"
+        )
+
+
+def progress(places: Sequence[T], doing: str) -> Iterable[T]:
+    """Iterate over shards, with a progress bar if that takes a while."""
+    return tqdm(places, doing, unit=" shards", delay=2, mininterval=_interval_s())
+
+
+def _interval_s() -> float:
+    """Return the seconds between updates of a progress bar."""
+    return 0.5 if sys.stderr.isatty() else 30

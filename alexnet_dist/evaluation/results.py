@@ -1,0 +1,155 @@
+"""The score of one network or of several averaged, and every prediction it was computed from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alexnet_dist.checkpoint.store import Checkpoint
+from alexnet_dist.files import written_aside
+
+
+@dataclass(frozen=True)
+class Score:
+    """Exact counts over a split, and the mean loss of the averaged softmax outputs.
+
+    Attributes:
+        samples: number of samples scored; damaged ones are not.
+        correct1: samples whose label ranked first.
+        correct5: samples whose label ranked among the first five.
+        loss: mean cross-entropy, nats.
+    """
+
+    samples: int
+    correct1: int
+    correct5: int
+    loss: float
+
+    @property
+    def top1(self) -> float:
+        return self.correct1 / self.samples
+
+    @property
+    def top5(self) -> float:
+        return self.correct5 / self.samples
+
+    @property
+    def top1_interval(self) -> tuple[float, float]:
+        """Bounds of the 95 % bootstrap interval of top1."""
+        return self.interval(self.correct1)
+
+    @property
+    def top5_interval(self) -> tuple[float, float]:
+        """Bounds of the 95 % bootstrap interval of top5."""
+        return self.interval(self.correct5)
+
+    def interval(self, correct: int) -> tuple[float, float]:
+        """Return the bounds of the middle 95 % of accuracies over bootstrap resamples.
+
+        A resample of samples that are each right or wrong is a draw from a binomial. The draws
+        depend on the counts alone, so that the same counts give the same interval.
+        """
+        generator = np.random.Generator(np.random.Philox(key=[self.samples, correct]))
+        drawn = generator.binomial(self.samples, correct / self.samples, 10_000) / self.samples
+        low, high = np.percentile(drawn, [2.5, 97.5])
+        return float(low), float(high)
+
+    def tags(self) -> dict[str, float]:
+        """Return the counts, loss, top1 and top5 by name, for metrics."""
+        return {**vars(self), "top1": self.top1, "top5": self.top5}
+
+
+class Conditions(TypedDict, total=False):
+    """What a score depends on besides the checkpoints.
+
+    Attributes:
+        split, views: as configured.
+        data, data_sha256: the data set's folder and digest.
+        changed: keys that define a run and differ from those the network was trained with.
+    """
+
+    split: str
+    views: int
+    data: str
+    data_sha256: str
+    changed: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of one network, or of several averaged, for every sample of a split.
+
+    Attributes:
+        checkpoints: the networks' checkpoints.
+        classes: class names.
+        probabilities: (n, classes) float32 or wider, softmax outputs averaged over views and
+            networks, in the split's order; n includes damaged samples.
+        labels: (n,) int64; −1 for a damaged sample.
+    """
+
+    score: Score
+    checkpoints: tuple[Checkpoint, ...]
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    labels: Tensor
+    how: Conditions = field(default_factory=Conditions)
+
+    def confusion(self) -> Tensor:
+        """Return (classes, classes) int64: samples of the row's class predicted as the column's."""
+        size = len(self.classes)
+        counts = torch.zeros(size, size, dtype=torch.int64)
+        add_confusion(counts, self.probabilities, self.labels)
+        return counts
+
+    def report(self) -> dict[str, Any]:
+        """Return counts, 95 % intervals, each class's counts, and the most frequent mistakes, as
+        JSON has them."""
+        score, confusion = self.score, self.confusion()
+        wrong = confusion - confusion.diag().diag()
+        worst = wrong.flatten().topk(min(10, wrong.numel()))
+        pairs = [divmod(place, len(self.classes)) for place in worst.indices.tolist()]
+        return {
+            **score.tags(),
+            "top1_interval": score.top1_interval,
+            "top5_interval": score.top5_interval,
+            "of": [str(checkpoint.path) for checkpoint in self.checkpoints],
+            **self.how,
+            "classes": [
+                {"name": name, "samples": int(row.sum()), "right": int(row[place])}
+                for place, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
+            ],
+            "mistakes": [
+                {"of": self.classes[a], "taken_for": self.classes[b], "samples": count}
+                for (a, b), count in zip(pairs, worst.values.tolist(), strict=True)
+                if count
+            ],
+        }
+
+    def write(self, path: Path) -> None:
+        """Write every prediction as .npz: probabilities, labels, predicted, confusion, classes."""
+        with written_aside(path) as aside, aside.open("wb") as file:
+            np.savez(
+                file,
+                probabilities=self.probabilities.numpy(),
+                labels=self.labels.numpy(),
+                predicted=self.probabilities.argmax(1).numpy(),
+                confusion=self.confusion().numpy(),
+                classes=np.array(self.classes, dtype=np.str_),
+            )
+
+
+def add_confusion(counts: Tensor, probabilities: Tensor, labels: Tensor) -> None:
+    """Add samples to a confusion matrix in place; those with a negative label are left out.
+
+    Args:
+        counts: (classes, classes) int64: samples of the row's class predicted as the column's.
+        probabilities: (n, classes).
+        labels: (n,) int64.
+    """
+    sound = labels >= 0
+    labels, predicted = labels[sound], probabilities[sound].argmax(1)
+    counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)

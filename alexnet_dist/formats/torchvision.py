@@ -1,0 +1,129 @@
+"""Weights of torchvision's alexnet: a state dict as .pth or .safetensors."""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.files import MOST_MEMORY, check_opcodes, opened, within_memory
+from alexnet_dist.network.model import final_side
+from alexnet_dist.tensor_files import TensorFile, save_tensors
+
+# Most opcodes of a state dict's pickle, of which torchvision's alexnet has 500. Few are allowed,
+# since each can make a copy of everything before it.
+_MOST_OPCODES = 2**15
+# The names of the layers with weights in torchvision's alexnet.
+_LAYERS = ("features.0", "features.3", "features.6", "features.8", "features.10",
+                "classifier.1", "classifier.4", "classifier.6")  # fmt: skip
+# Keys that must be as in torchvision's alexnet, since its code fixes them.
+_ARCHITECTURE = tuple(f"model.{key}" for key in (
+    "columns", "conv", "kernel", "stride", "padding", "fc", "activation", "activation_last",
+    "pool_after", "pool", "pool_average", "round_up", "lrn.layers", "spatial_norm.layers",
+    "dropout_scaling",
+))  # fmt: skip
+
+
+def read(path: Path, config: Config) -> dict[str, Tensor]:
+    """Read a state dict by our names; layers we do not have keep theirs."""
+    if path.suffix == ".safetensors":
+        found: Any = TensorFile(path).tensors()
+    else:
+        try:
+            with opened(path) as file:
+                _check_archive(file)
+                with within_memory(MOST_MEMORY + 2 * path.stat().st_size):
+                    found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # a pickle can fail in any way
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(f"{path} is not a state dict: {reason}") from error
+        if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
+            keys = f", but of {', '.join(map(str, found))[:200]}" if isinstance(found, dict) else ""
+            raise CheckpointError(
+                f"{path} is no dict of tensors{keys}: save the model's state_dict() alone"
+            )
+    names = {b: a for a, b in _names(config).items()}
+    return {names.get(name, name): tensor for name, tensor in found.items()}
+
+
+def write(out: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:
+    """Write weights as a state dict; raise ConfigError where torchvision would compute another
+    network with them."""
+    _check_network(config)
+    names = _names(config)
+    renamed = {names[name]: tensor for name, tensor in tensors.items()}
+    if out.suffix == ".safetensors":
+        save_tensors(out, renamed)
+    else:
+        torch.save(renamed, out)
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Raise where a .pth has pickles of more opcodes, or more bytes unpacked, than it needs, or a
+    wrong checksum, which torch does not check. The file is left at its start."""
+    if not zipfile.is_zipfile(file):  # before torch 1.6: five pickles, then the numbers
+        file.seek(0)
+        for _ in range(5):
+            check_opcodes(file, _MOST_OPCODES)
+        file.seek(0)
+        return
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > 2 * file.seek(0, os.SEEK_END) + 2**20:  # torch does not compress
+            raise ValueError(f"{unpacked:,} bytes are packed in it")
+        if (wrong := archive.testzip()) is not None:
+            raise ValueError(
+                f"{wrong} in it does not match its checksum: it was damaged, or saved without "
+                "(torch.serialization.set_crc32_options): copy it, or save it, again"
+            )
+        for name in archive.namelist():
+            if name.endswith("data.pkl"):
+                with archive.open(name) as pickled:
+                    check_opcodes(pickled, _MOST_OPCODES)
+    file.seek(0)
+
+
+def _check_network(config: Config) -> None:
+    """Raise ConfigError where a network differs from torchvision's alexnet in more than classes."""
+    theirs = load_config("paper/torchvision-2014").model
+    ours, wanted = flat(config), flat(load_config("paper/torchvision-2014"))
+    for key in _ARCHITECTURE:
+        if ours[key] != wanted[key]:
+            raise ConfigError(
+                f"{key}={_shown(ours[key])}: torchvision's alexnet has {_shown(wanted[key])}, and "
+                "would compute something else: use --format onnx, or safetensors"
+            )
+    if final_side(config.model) != final_side(theirs):
+        raise ConfigError(
+            f"model.crop={config.model.crop}: it leaves maps of {final_side(config.model)} pixels "
+            f"for fc6, and torchvision's alexnet has {final_side(theirs)}: use --format onnx, or "
+            "safetensors"
+        )
+
+
+def _shown(value: Any) -> str:
+    return f"{list(value) if isinstance(value, tuple) else value}".replace("'", "")
+
+
+def _names(config: Config) -> Mapping[str, str]:
+    """Map our parameters' names to torchvision's; raise ConfigError for other numbers of layers.
+
+    The weights of a layer whose columns see only their own maps have half of torchvision's inputs.
+    """
+    layers = config.model.layer_names
+    if (len(config.model.conv), len(layers)) != (5, 8):
+        raise ConfigError(
+            f"model.conv={list(config.model.conv)}, model.fc={list(config.model.fc)}: "
+            "torchvision's alexnet has 5 convolutions and 3 more layers: use --format safetensors"
+        )
+    return {
+        f"{ours}.{kind}": f"{theirs}.{kind}"
+        for ours, theirs in zip(layers, _LAYERS, strict=True)
+        for kind in ("weight", "bias")
+    }
