@@ -62,7 +62,7 @@ def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
 def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     rows, logs = tmp_path / "gpu.jsonl", tmp_path / "logs"
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; "
-    child += "time.sleep(99)']); print(p.pid, flush=True); p.wait()"
+    child += "time.sleep(99)'], start_new_session=True); print(p.pid, flush=True); p.wait()"
     tested = "tests/test_gpu.py::test_a[x y] PASSED [ 5%]\n[gw1] [ 9%] FAILED tests/test_gpu.py::b"
     parts = {
         "slow": Part([["-c", child]], 3),
@@ -79,7 +79,7 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     assert [*found] == ["slow", "broken", "mute", "tests", "good"]  # the long one does not fit
     assert found["slow"]["failed"].startswith("not done after 3 s: ")
     with contextlib.suppress(psutil.NoSuchProcess):  # or killed, and not yet reaped
-        psutil.Process(int(found["slow"]["failed"].split()[-1])).wait(30)
+        psutil.Process(int(found["slow"]["failed"].split()[-1])).wait(30)  # it led a session, as ranks do
     assert found["broken"]["failed"] == "exit 1: no such option"
     assert found["mute"]["failed"].startswith("its output says nothing")
     assert found["tests"]["failed"].startswith("exit 1: tests/test_gpu.py")
