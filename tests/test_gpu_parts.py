@@ -79,7 +79,8 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     assert [*found] == ["slow", "broken", "mute", "tests", "good"]  # the long one does not fit
     assert found["slow"]["failed"].startswith("not done after 3 s: ")
     with contextlib.suppress(psutil.NoSuchProcess):  # or killed, and not yet reaped
-        psutil.Process(int(found["slow"]["failed"].split()[-1])).wait(30)  # it led a session, as ranks do
+        led = psutil.Process(int(found["slow"]["failed"].split()[-1]))  # a session, as ranks do
+        led.wait(30)
     assert found["broken"]["failed"] == "exit 1: no such option"
     assert found["mute"]["failed"].startswith("its output says nothing")
     assert found["tests"]["failed"].startswith("exit 1: tests/test_gpu.py")
