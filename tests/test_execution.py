@@ -80,6 +80,10 @@ WAYS = [
         "model.lrn.size=3", "model.padding=[1,2,1,1,1]", "optimizer.momentum_form=torch",
     ],
     ["train.precision=fp32"],
+    [  # strides of weights that say nothing: of one channel, of one pixel
+        "train.precision=fp32", "model.conv=[2,4,4,4,4]", "model.kernel=[11,5,1,3,3]",
+        "model.padding=[0,2,0,1,1]",
+    ],
 ]  # fmt: skip
 
 
