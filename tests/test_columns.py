@@ -14,8 +14,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.make import make_pipeline
-from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.data.pipelines.make import train_batches
+from alexnet_dist.engines.base import AT
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.parallel.topology import connect
@@ -39,17 +39,10 @@ def trajectory(config: Config, mutation: str = "") -> Trajectory:
     mutate(mutation)
     topology = connect(config)
     dataset = open_for(config)
-    split = dataset.splits["train"]
     engine = make_engine(config, topology)
-    parts = topology.shares(range(config.train.batch))
-    sampler = TrainSampler(config, len(split), dataset.statistics)
-    pipeline = make_pipeline(config, topology, dataset, "train")
     losses = []
-    counts = [len(part) for part in parts]
-    for step, part in enumerate(pipeline.batches(sampler.plan(0, STEPS, parts[topology.column]))):
-        batch = part.joined(counts, topology.column_group)
-        losses.append(engine.train_step(batch, step, rate=0.02 * 0.9**step)[0].item())
-    pipeline.close()
+    for step, batch in enumerate(train_batches(config, topology, dataset, 0, STEPS)):
+        losses.append(engine.train_step(batch, step, rate=0.02 * 0.9**step)[AT.loss].item())
     return losses, *engine.whole_tensors()
 
 

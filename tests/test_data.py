@@ -39,7 +39,7 @@ from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import prepare
-from alexnet_dist.data.preprocess import Finish, on_canvas
+from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.files import within_memory
@@ -508,7 +508,7 @@ def test_the_ten_views_are_corners_centre_and_flips(tiny: Callable[..., Config])
 
 def batches(config: Config, split: str, plan: Any) -> list[Batch]:
     pipeline = make_pipeline(config, Topology(), open_for(config), split)
-    found = [decoded.joined([len(decoded.facts)], None) for decoded in pipeline.batches(plan)]
+    found = [decoded.joined([len(decoded.metadata)], None) for decoded in pipeline.batches(plan)]
     pipeline.close()
     return found
 
@@ -608,8 +608,8 @@ def test_a_colour_jpeg_off_canvas_is_resized_and_centred(
     index = np.array([(0, 512, len(encoded), 1, zlib.crc32(encoded), 90, 120)], INDEX)
     config = tiny("data.subtract=nothing", "data.divide_by=[1,1,1]", "train.precision=fp32")
     cpu = torch.device("cpu")
-    finish = Finish(config, AXES, cpu, torch.float32)
-    pipeline = TorchPipeline(config, Split("x", (path,), index), cpu, finish, 1)
+    preprocess = Preprocess(config, AXES, cpu, torch.float32)
+    pipeline = TorchPipeline(config, Split("x", (path,), index), cpu, preprocess, 1)
     (decoded,) = pipeline.batches(evaluation_plan(config, [range(1)]))
     batch = decoded.joined([1], None)
     pipeline.close()

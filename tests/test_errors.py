@@ -30,7 +30,7 @@ from alexnet_dist import errors, load_checkpoint, train
 from alexnet_dist.cli import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
 from alexnet_dist.formats.convert import export_weights
@@ -117,9 +117,9 @@ def _decode(tiny: Tiny, device: torch.device) -> None:
 
     config = tiny("data.pipeline=dali")
     split = open_for(config).splits["test"]
-    finish = Finish(config, open_for(config).statistics, torch.device("cpu"), torch.float32)
+    preprocess = Preprocess(config, open_for(config).statistics, torch.device("cpu"), torch.float32)
     plan = evaluation_plan(config, [range(2)])
-    next(DaliPipeline(config, split, device, finish, 1).batches(plan))
+    next(DaliPipeline(config, split, device, preprocess, 1).batches(plan))
 
 
 def onnx_not_installed(tiny: Tiny, patch: Patch) -> None:
@@ -131,7 +131,7 @@ def onnx_not_installed(tiny: Tiny, patch: Patch) -> None:
 
 def no_compiler(tiny: Tiny, patch: Patch) -> None:
     error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
-    patch.setattr(Finish, "__call__", raises(error))
+    patch.setattr(Preprocess, "__call__", raises(error))
     train(tiny(ALONE))
 
 

@@ -24,9 +24,9 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import Statistics
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.engines import ddp
-from alexnet_dist.engines.base import Engine
+from alexnet_dist.engines.base import AT, Engine
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
@@ -145,7 +145,7 @@ def narrowed(config: Config) -> dict[str, str]:
         )
     before = {layer.name: layer.weight.detach().clone() for layer in engine.model.layers()}
     for step in range(2):
-        assert engine.train_step(batch, step, 0.1)[3] == 0
+        assert engine.train_step(batch, step, 0.1)[AT.failed] == 0
     close = {}
     for layer in engine.model.layers():
         assert layer.narrow is not None
@@ -553,15 +553,15 @@ def test_without_a_compiler_windows_are_the_same() -> None:
     mean = (torch.rand(canvas, canvas, 3, generator=generator) * 255).numpy()
     statistics = Statistics(mean, mean.mean((0, 1)), mean[0, 0], mean[:3, 0])
     for dtype in (torch.bfloat16, torch.float32, torch.float64):
-        finish = Finish(config, statistics, torch.device("cpu"), dtype)
+        preprocess = Preprocess(config, statistics, torch.device("cpu"), dtype)
         for views, side in ((1, crop), (3, canvas)):
             patches = torch.randint(256, (2, side, side, 3), dtype=torch.uint8, generator=generator)
             corners = torch.randint(canvas - crop + 1, (2, views, 2), generator=generator)
             flips = torch.randint(2, (2, views), generator=generator).bool()
-            light = torch.randn(2, 3, generator=generator).to(finish.mean.dtype)
+            light = torch.randn(2, 3, generator=generator).to(preprocess.mean.dtype)
             inside = torch.zeros_like(corners) if views == 1 else corners
             given = (patches, inside, corners, flips, light)
-            assert torch.equal(finish.by_operators(*given), finish.by_loop(*given))
+            assert torch.equal(preprocess.by_operators(*given), preprocess.by_loop(*given))
 
 
 def test_a_gpu_without_what_builds_kernels_is_warned_of(

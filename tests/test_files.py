@@ -19,7 +19,7 @@ from alexnet_dist.checkpoint.warm_start import resolved
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_dataset, open_for, read_array
 from alexnet_dist.data.prepare.prepare import Options, prepare
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.errors import (
     AlexNetDistError,
     CheckpointError,
@@ -222,7 +222,7 @@ def test_a_mean_images_content_is_part_of_a_run(
     with pytest.raises(
         DatasetError, match=r"its SHA-256 is .*, not data\.mean_sha256=.*: name the"
     ):
-        Finish(saved, statistics, torch.device("cpu"), torch.float32)
+        Preprocess(saved, statistics, torch.device("cpu"), torch.float32)
     mean.unlink()
     with pytest.raises(
         DatasetError, match=r"data\.mean_from=.*mean\.npy cannot be read: .*missing"

@@ -17,7 +17,7 @@ from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Statistics, open_dataset
-from alexnet_dist.data.preprocess import Finish, on_canvas
+from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
 from alexnet_dist.formats import caffe
 from alexnet_dist.formats.convert import export_weights, import_weights
@@ -175,9 +175,9 @@ def test_a_caffemodel_of_2014_gives_the_logits_of_its_network(tmp_path: Path) ->
 
     config = checkpoints.at(tmp_path / "run").config
     nothing = Statistics(np.zeros((9, 9, 3), np.float32), np.zeros(3), np.ones(3), np.eye(3))
-    finish = Finish(config, nothing, torch.device("cpu"), torch.float32)
+    preprocess = Preprocess(config, nothing, torch.device("cpu"), torch.float32)
     corners, flips = torch.full((2, 1, 2), 2), torch.zeros(2, 1, dtype=torch.bool)
-    windows = finish(pixels[:, 2:69, 2:69], corners, flips, torch.zeros(2, 3))
+    windows = preprocess(pixels[:, 2:69, 2:69], corners, flips, torch.zeros(2, 3))
     with torch.no_grad():
         logits = network(tmp_path / "run")(windows)
     assert_close(logits / y.abs().max(), y / y.abs().max(), 1e-6)
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     nothing = Statistics(np.zeros((9, 9, 3), np.float32), np.zeros(3), np.ones(3), np.eye(3))
     config = load_config([*sources, f"data.mean_from={tmp_path / 'mean'}"])
     with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
-        Finish(config, nothing, torch.device("cpu"), torch.float32)
+        Preprocess(config, nothing, torch.device("cpu"), torch.float32)
 
 
 def test_no_part_of_an_imported_network_is_cut_off_or_left_out(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import resident
 from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
-from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.make import make_pipeline, train_batches
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engines.base import on_host
@@ -89,18 +89,14 @@ def test_twenty_steps_and_an_evaluation_are_the_cpus(packed: Path, how: str) -> 
 def wait_for_nothing(config: Config) -> int:
     """Steps during which anything that waits for the device is an error."""
     topology, dataset = connect(config), open_for(config)
-    engine, size = make_engine(config, topology), config.train.batch
-    pipeline = make_pipeline(config, topology, dataset, "train")
-    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
-    steps = 0
-    for part in pipeline.batches(sampler.plan(0, 8, range(size))):
-        numbers = on_host(engine.train_step(part.joined([size], None), steps, 0.001))
+    engine, steps = make_engine(config, topology), 0
+    for batch in train_batches(config, topology, dataset, 0, 8):
+        stats = on_host(engine.train_step(batch, steps, 0.001))
         steps += 1
         if steps == 3:  # all is loaded and allocated
             torch.cuda.set_sync_debug_mode("error")
     torch.cuda.set_sync_debug_mode("default")
-    pipeline.close()
-    assert numbers()[3] == 0
+    assert not stats().failed
     return steps
 
 
@@ -213,7 +209,7 @@ def test_resident_images_give_the_cpus_batch(
                 ("test", evaluation_plan(config, [range(0, 7), range(7, 7), range(7, 23)])),
             ):
                 pipeline = make_pipeline(config, topology, dataset, split)
-                batches += [p.joined([len(p.facts)], None) for p in pipeline.batches(plan)]
+                batches += [p.joined([len(p.metadata)], None) for p in pipeline.batches(plan)]
                 pipeline.close()
             found.append(batches)
             for held in dataset.resident.values():
@@ -243,7 +239,7 @@ def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views:
         )
         pipeline = make_pipeline(config, topology, dataset, "val")
         plan = evaluation_plan(config, [range(0, 3), range(3, 3), range(3, 14), range(14, 18)])
-        found.append([part.joined([len(part.facts)], None) for part in pipeline.batches(plan)])
+        found.append([part.joined([len(part.metadata)], None) for part in pipeline.batches(plan)])
         pipeline.close()
     for cpu, torch_gpu, dali_gpu in zip(*found, strict=True):
         assert dali_gpu.windows.device.type == torch_gpu.windows.device.type == "cuda"

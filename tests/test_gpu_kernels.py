@@ -12,7 +12,7 @@ from conftest import TINY, by_kernels
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import Statistics
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.engines.base import scored
 from alexnet_dist.network import philox
 from alexnet_dist.network.kernels import units, windows
@@ -63,17 +63,17 @@ def same_windows() -> list[bool]:
     narrow = [torch.bfloat16] if DEVICE == "cuda" else []
     same = []
     for dtype, views in itertools.product([torch.float32, torch.float64, *narrow], (1, 3)):
-        finish = Finish(config, statistics, torch.device("cpu"), dtype)
+        preprocess = Preprocess(config, statistics, torch.device("cpu"), dtype)
         side = crop if views == 1 else canvas
         patches = torch.from_numpy(rng.integers(0, 256, (n, side, side, 3), np.uint8))
         corners = torch.from_numpy(rng.integers(0, canvas - crop + 1, (n, views, 2)))
         flips = torch.from_numpy(rng.integers(0, 2, (n, views)).astype(bool))
-        light = torch.randn(n, 3).to(finish.mean.dtype)
+        light = torch.randn(n, 3).to(preprocess.mean.dtype)
         inside = torch.zeros_like(corners) if views == 1 else corners
         given = (patches, inside, corners, flips, light)
-        there = [t.to(DEVICE) for t in (*given, finish.mean, finish.divide_by)]
+        there = [t.to(DEVICE) for t in (*given, preprocess.mean, preprocess.divide_by)]
         ours = windows.windows(*there, crop, dtype)
-        same.append(torch.equal(ours.cpu(), finish.by_loop(*given)))
+        same.append(torch.equal(ours.cpu(), preprocess.by_loop(*given)))
     return same
 
 

@@ -30,7 +30,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.prepare import arrays
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import (
     AlexNetDistError,
@@ -297,7 +297,7 @@ def test_a_mean_whose_header_lies_is_refused(tiny: Callable[..., Config], tmp_pa
     (tmp_path / "mean.npy").write_bytes(b"\x93NUMPY\1\0v\0" + head + bytes(12))
     config = tiny(f"data.mean_from={tmp_path / 'mean.npy'}")
     with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
-        Finish(config, open_dataset(Path(config.data.path)).statistics, torch.device("cpu"),
+        Preprocess(config, open_dataset(Path(config.data.path)).statistics, torch.device("cpu"),
                torch.float32)  # fmt: skip
 
 

@@ -19,9 +19,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.make import make_pipeline
-from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.engines.base import Engine
+from alexnet_dist.data.pipelines.make import train_batches
+from alexnet_dist.engines.base import AT, Engine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.zero import deepspeed_config
 from alexnet_dist.errors import ConfigError
@@ -70,15 +69,8 @@ def steps_of(
 ) -> Iterator[list[float]]:
     """The statistics of each step, as the loop would make them."""
     dataset = open_for(config)
-    parts = topology.shares(range(config.train.batch))
-    counts = [len(part) for part in parts]
-    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
-    pipeline = make_pipeline(config, topology, dataset, "train")
-    plan = sampler.plan(begin, end, parts[topology.column])
-    for step, part in enumerate(pipeline.batches(plan), start=begin):
-        batch = part.joined(counts, topology.column_group)
+    for step, batch in enumerate(train_batches(config, topology, dataset, begin, end), start=begin):
         yield engine.train_step(batch, step, 0.02 * 0.9**step).tolist()
-    pipeline.close()
 
 
 def trajectories(configs: Sequence[Config]) -> list[Any]:
@@ -453,7 +445,7 @@ def poisoned(configs: Sequence[Config]) -> list[Any]:
                 windows[-1] = torch.nan
             slots, damaged = torch.arange(n), torch.zeros(n).bool()
             batch = Batch(windows, slots % 10, slots, torch.zeros(n, 3), damaged)
-        failed = engine.train_step(batch, 0, 0.02)[3].item() != 0
+        failed = engine.train_step(batch, 0, 0.02)[AT.failed].item() != 0
         same = all(
             torch.equal(now[name], then[name])
             for now, then in zip(engine.whole_tensors(), before, strict=True)

@@ -29,7 +29,7 @@ from alexnet_dist.data.pipelines import dali_pipeline, torch_pipeline
 from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
@@ -61,7 +61,7 @@ def config_of(path: Path, *overrides: str) -> Config:
 
 def decoded(config: Config, split: str, plan: Any) -> list[tuple[Decoded, Batch]]:
     pipeline = make_pipeline(config, Topology(), open_for(config), split)
-    found = [(d, d.joined([len(d.facts)], None)) for d in pipeline.batches(plan)]
+    found = [(d, d.joined([len(d.metadata)], None)) for d in pipeline.batches(plan)]
     pipeline.close()
     return found
 
@@ -92,7 +92,7 @@ def assert_near(ours: Decoded, theirs: Decoded) -> None:
     if len(difference):
         assert difference.mean() <= 0.5
         assert difference.sort().values[int(0.999 * len(difference))] <= 4
-    assert torch.equal(ours.facts, theirs.facts)
+    assert torch.equal(ours.metadata, theirs.metadata)
 
 
 def test_both_pipelines_give_the_same_pixels_where_stored_at_canvas_size(
@@ -147,20 +147,25 @@ def test_batches_do_not_depend_on_workers_prefetch_or_ranks(
 
 
 def by_gathers(
-    finish: Finish, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
+    preprocess: Preprocess,
+    patches: Tensor,
+    inside: Tensor,
+    corners: Tensor,
+    flips: Tensor,
+    light: Tensor,
 ) -> Tensor:
     """Windows by torch's operators."""
 
     def cut(images: Tensor, corners: Tensor) -> Tensor:
-        along = torch.arange(finish.crop)
+        along = torch.arange(preprocess.crop)
         rows = corners[..., :1] + along  # (n, v, crop)
         columns = corners[..., 1:] + torch.where(flips[..., None], along.flip(0), along)
         n = torch.arange(len(images))[:, None, None, None]
         return images[n, rows[..., :, None], columns[..., None, :]]
 
-    x = cut(patches, inside).to(finish.mean.dtype)
-    x -= cut(finish.mean.expand(len(x), -1, -1, -1), corners)
-    return ((x + light[:, None, None, None]) / finish.divide_by).to(finish.dtype)
+    x = cut(patches, inside).to(preprocess.mean.dtype)
+    x -= cut(preprocess.mean.expand(len(x), -1, -1, -1), corners)
+    return ((x + light[:, None, None, None]) / preprocess.divide_by).to(preprocess.dtype)
 
 
 def test_windows_are_those_by_torchs_operators(stored: dict[str, Path]) -> None:
@@ -175,12 +180,12 @@ def test_windows_are_those_by_torchs_operators(stored: dict[str, Path]) -> None:
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             for subtract in ("mean_image", "mean_rgb", "nothing"):
                 data = dataclasses.replace(config.data, subtract=subtract)
-                finish = Finish(
+                preprocess = Preprocess(
                     dataclasses.replace(config, data=data), statistics, torch.device("cpu"), dtype
                 )
-                by_loop = finish(patches, corners, flips, lighting)
-                finish.by_loop = functools.partial(by_gathers, finish)  # type: ignore[method-assign]
-                assert torch.equal(finish(patches, corners, flips, lighting), by_loop)
+                by_loop = preprocess(patches, corners, flips, lighting)
+                preprocess.by_loop = functools.partial(by_gathers, preprocess)  # type: ignore[method-assign]
+                assert torch.equal(preprocess(patches, corners, flips, lighting), by_loop)
 
 
 def test_without_torchscript_batches_are_the_same(
@@ -209,8 +214,8 @@ def operators(config: Config, monkeypatch: pytest.MonkeyPatch, hardware: bool) -
     decoders = dali_pipeline.GpuDecoders(hardware, cores=True)
     monkeypatch.setattr(dali_pipeline, "gpu_decoders", lambda device: decoders)
     split = open_dataset(Path(config.data.path)).splits["train"]
-    finish: Any = None
-    pipeline = DaliPipeline(config, split, torch.device("cuda", 0), finish, 2)
+    preprocess: Any = None
+    pipeline = DaliPipeline(config, split, torch.device("cuda", 0), preprocess, 2)
     graph = pipeline.graph(iter(()), 4, config.model.crop)
     pipeline.close()
     graph._build_graph()  # as far as it goes without a GPU

@@ -149,10 +149,10 @@ def sent(configs: Sequence[Config]) -> list[dict[str, int]]:
         counts = [len(part) for part in topology.shares(range(config.train.batch))]
         n, side = counts[topology.column], config.model.crop
         patches = torch.randint(0, 256, (n, side, side, 3), dtype=torch.uint8)
-        facts = torch.zeros(n, 9, dtype=torch.float64)
-        facts[:, 0] = torch.arange(n) % 6
+        metadata = torch.zeros(n, 9, dtype=torch.float64)
+        metadata[:, 0] = torch.arange(n) % 6
         dtype = DTYPES[config.train.precision]
-        part = Decoded(patches, facts, lambda p, *_, dtype=dtype: p.movedim(-1, 1).to(dtype))
+        part = Decoded(patches, metadata, lambda p, *_, dtype=dtype: p.movedim(-1, 1).to(dtype))
         for step in range(2):
             with Traffic() as traffic:
                 engine.train_step(part.joined(counts, topology.column_group), step, 0.01)

@@ -18,7 +18,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import auto, resident
 from alexnet_dist.data.pipelines.auto import settled
-from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.make import make_pipeline, train_batches
 from alexnet_dist.data.pipelines.resident import Room, gathered, hold
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import MachineError
@@ -39,9 +39,9 @@ def assert_equal(config: Config, get: Callable[[Config], Any]) -> None:
     seen = 0
     for (ours, mine), (theirs, other) in both(config, get, KINDS):
         assert torch.equal(ours.patches, theirs.patches)
-        assert torch.equal(ours.facts, theirs.facts)
+        assert torch.equal(ours.metadata, theirs.metadata)
         assert_same(mine, other)
-        seen += len(ours.facts)
+        seen += len(ours.metadata)
     assert seen
 
 
@@ -90,7 +90,7 @@ def test_a_gpus_gather_cuts_what_a_cpus_loop_cuts(stored: dict[str, Path], tmp_p
         found = list(pipeline.batches(plan))
         (held,) = dataset.resident.values()
         for part in found:
-            again = gathered(held.images, part.facts, part.patches.shape[1])
+            again = gathered(held.images, part.metadata, part.patches.shape[1])
             assert torch.equal(again, part.patches)
             assert again.is_contiguous()
         pipeline.close()
@@ -117,13 +117,7 @@ def test_a_split_is_decoded_once_whoever_asks(
 def batches_of(config: Config) -> list[Any]:
     """A rank's batches of an epoch."""
     topology, dataset = connect(config), open_for(config)
-    shares = topology.shares(range(config.train.batch))
-    sampler = TrainSampler(config, len(dataset.splits["train"]), dataset.statistics)
-    pipeline = make_pipeline(config, topology, dataset, "train")
-    plan = sampler.plan(0, 5, shares[topology.column])
-    counts = [len(share) for share in shares]
-    found = [p.joined(counts, topology.column_group) for p in pipeline.batches(plan)]
-    pipeline.close()
+    found = train_batches(config, topology, dataset, 0, 5)
     return [(batch.windows, batch.labels, batch.ids) for batch in found]
 
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from alexnet_dist.bench import machine
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.batch import Metadata
 from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -91,7 +92,7 @@ def differences(
     plans = [p.batches(evaluation_plan(configs[0], batches)) for p in pipelines]
     for both in zip(*plans, strict=True):
         ours, theirs = (part.patches.cpu().numpy() for part in both)
-        labels = both[0].facts[:, 0].long().cpu().numpy()
+        labels = Metadata.unpack(both[0].metadata).labels.cpu().numpy()
         for label in np.unique(labels).tolist():
             here = labels == label
             one, name = Difference.of(ours[here], theirs[here]), dataset.classes[label]

@@ -16,6 +16,7 @@ from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.engines.base import AT
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.flops import multiply_adds
@@ -148,7 +149,7 @@ def _ours(config: Config) -> Work:
     def step() -> Tensor:
         nonlocal batch
         batch = batch or made_batch(config, topology.device)
-        return engine.train_step(batch, 0, 1e-4)[0] / config.train.batch
+        return engine.train_step(batch, 0, 1e-4)[AT.loss] / config.train.batch
 
     return step
 

@@ -2,7 +2,7 @@
 
 A pipeline decodes and cuts; nothing else is its business. What it gives are bytes, on the rank's
 device: they are what column ranks exchange, and what crosses to a GPU, an eighth of float64 and a
-half of bf16. What is done to them after that, `windows.Finish` does, once for every pipeline.
+half of bf16. What is done to them after that, `Preprocess` does, once for every pipeline.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -67,20 +67,59 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Metadata:
+    """What goes with the patches of n samples of v windows each. `pack` makes one tensor of it, so
+    that one message of each column rank, or one copy to the device, carries all.
+
+    Attributes:
+        labels: (n,) int64.
+        ids: (n,) int64, places in the split's index.
+        damaged: (n,) bool, where the sample asked for was damaged and another stands in for it.
+        lighting: (n, 3) float64, added to red, green and blue, grey levels.
+        corners: (n, v, 2) int64, top and left of each window in the canvas, pixels.
+        flips: (n, v) bool, mirror the window left to right.
+    """
+
+    labels: Tensor
+    ids: Tensor
+    damaged: Tensor
+    lighting: Tensor
+    corners: Tensor
+    flips: Tensor
+
+    @staticmethod
+    def pack(samples: Samples, read: IdArray, split: Split) -> Tensor:
+        """(n, 6 + 3 · v) float64, of samples of which those in `read` were read."""
+        windows = np.concatenate([samples.corners, samples.flips[..., None]], axis=2)
+        numbers = [split.labels(read), read, read != samples.ids]
+        columns = [
+            np.stack(numbers, axis=1),
+            samples.lighting,
+            windows.reshape(len(read), 3 * windows.shape[1]),
+        ]
+        return torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float64))
+
+    @classmethod
+    def unpack(cls, packed: Tensor) -> "Metadata":
+        labels, ids, damaged = packed[:, :3].long().unbind(1)
+        windows = packed[:, 6:].long().unflatten(1, (-1, 3))  # (n, v, 3)
+        corners, flips = windows[..., :2], windows[..., 2].bool()
+        return cls(labels, ids, damaged.bool(), packed[:, 3:6], corners, flips)
+
+
+@dataclass(frozen=True)
 class Decoded:
     """What a pipeline gives of n samples: bytes, and what is to be done with them.
 
     Attributes:
         patches: (n, side, side, 3) uint8, what `Samples.patch` says of each canvas.
-        facts: (n, 6 + 3 · v) float64, whole numbers and draws exactly: label, id, damaged,
-            lighting, and top, left, flip of each window. One tensor, so that one message of each
-            column rank, or one copy to the device, carries all.
-        finish: makes windows of patches, corners, flips and lighting: a `windows.Finish`.
+        metadata: what `Metadata.pack` gives.
+        preprocess: makes windows of patches, corners, flips and lighting: a `Preprocess`.
     """
 
     patches: Tensor
-    facts: Tensor
-    finish: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    metadata: Tensor
+    preprocess: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
     def joined(self, counts: Sequence[int], group: dist.ProcessGroup | None) -> Batch:
         """The batch of a replica from the parts its column ranks decoded. Collective.
@@ -88,28 +127,14 @@ class Decoded:
         Args:
             counts: samples of each column rank, in order.
         """
-        patches, facts = self.patches, self.facts
+        patches, packed = self.patches, self.metadata
         if group is not None:
             patches = gather_rows(patches, counts, group)
-            facts = gather_rows(facts, counts, group)
-        labels, ids, damaged = facts[:, :3].long().unbind(1)
-        drawn = facts[:, 6:].long().unflatten(1, (-1, 3))  # (n, v, 3)
-        corners, flips, lighting = drawn[..., :2], drawn[..., 2].bool(), facts[:, 3:6]
+            packed = gather_rows(packed, counts, group)
+        its = Metadata.unpack(packed)
         with TIMELINE.span("windows"):
-            windows = self.finish(patches, corners, flips, lighting)
-        return Batch(windows, labels, ids, lighting.float(), damaged.bool())
-
-
-def facts_of(samples: Samples, read: IdArray, split: Split) -> Tensor:
-    """`Decoded.facts` of samples of which those in `read` were read."""
-    windows = np.concatenate([samples.corners, samples.flips[..., None]], axis=2)
-    numbers = [split.labels(read), read, read != samples.ids]
-    columns = [
-        np.stack(numbers, axis=1),
-        samples.lighting,
-        windows.reshape(len(read), 3 * windows.shape[1]),
-    ]
-    return torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float64))
+            windows = self.preprocess(patches, its.corners, its.flips, its.lighting)
+        return Batch(windows, its.labels, its.ids, its.lighting.float(), its.damaged)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -28,7 +28,7 @@ _LONGEST = 64  # times the shorter side: of what is longer, the centre is cut be
 _WIDTHS = 2**16  # that the index can say
 
 
-class Finish:
+class Preprocess:
     """Makes windows of patches.
 
     Args:
@@ -100,7 +100,7 @@ class Finish:
 
 @functools.cache
 def _loop(dtype: torch.dtype) -> Callable[..., None]:
-    """`Finish.by_loop`, a row of pixels (red, green, blue, red, …) at a time."""
+    """`Preprocess.by_loop`, a row of pixels (red, green, blue, red, …) at a time."""
     wide, word = (np.float64, np.uint64) if dtype == torch.float64 else (np.float32, np.uint32)
     shift, below, odd = rounding(dtype)
 

@@ -1,7 +1,7 @@
 """What the loop knows of an engine, and what engines share: how a step is scored and judged."""
 
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,32 @@ from alexnet_dist.engines.optimizer import state_shapes
 from alexnet_dist.errors import CheckpointError
 from alexnet_dist.network.model import AlexNet, whole_shapes
 from alexnet_dist.tensor_files import Shape, misfit
+
+T = TypeVar("T")
+
+
+class StepStats(NamedTuple, Generic[T]):
+    """What a step tells, over all replicas. On a device it is a vector in this order, of which
+    `AT.loss` is the first place.
+
+    Attributes:
+        loss: sum over the samples.
+        top1: count of labels ranked first.
+        top5: count of labels among the first five.
+        failed: 0 if loss and gradient were finite, so that the update was made, else 1.
+        damaged: samples that others stood in for.
+        norm: of the whole network's gradient.
+    """
+
+    loss: T
+    top1: T
+    top5: T
+    failed: T
+    damaged: T
+    norm: T
+
+
+AT: StepStats[int] = StepStats(*range(6))
 
 
 class WholeTensors(Protocol):
@@ -39,10 +65,8 @@ class Engine(Protocol):
             keep_gradients: for `gradient`, until the next step.
 
         Returns:
-            (6,) float64 on the device, over all replicas: sum of losses, count of labels ranked
-            first, count among the first five, 0 if loss and gradient were finite, so that the
-            update was made, else 1, count of damaged samples, and norm of the whole network's
-            gradient. Alike on all ranks. Reading it waits for the device; a step later it is free.
+            `StepStats`, (6,) float64 on the device, alike on all ranks. Reading it waits for the
+            device; a step later it is free.
         """
 
     def predict(self, windows: Tensor) -> Tensor:
@@ -67,7 +91,7 @@ class Engine(Protocol):
 
 
 def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and (3,) float64: it, top-1 and top-5 counts; no host sync.
+    """Summed cross-entropy, and the first three of `StepStats`; no host sync.
 
     Args:
         logits: (n, classes).
@@ -87,9 +111,9 @@ def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor,
 
 
 def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
-    """A step's numbers, (6,): what `scored` counted, 0, the damaged samples of the batch, 0."""
-    stats = F.pad(counts, (0, 3))
-    stats[4] = batch.damaged.sum()
+    """`StepStats` of what `scored` counted and the damaged samples of the batch; the rest 0."""
+    stats = F.pad(counts, (0, len(AT) - len(counts)))
+    stats[AT.damaged] = batch.damaged.sum()
     return stats
 
 
@@ -113,7 +137,7 @@ def judged(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tensor:
     """Complete a step's numbers, in place; float32, not 0 where its update must not be made.
 
     Args:
-        stats: (6,), the last the squared norm of gradients that are `scale` times too large.
+        stats: `StepStats`, the norm still squared, and of gradients `scale` times too large.
         fused: by a GPU's kernel.
     """
     if fused:
@@ -123,9 +147,9 @@ def judged(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tensor:
             scale = stats.new_full((), scale)
         skip: Tensor = scores.judged(stats, scale)
         return skip
-    stats[5] = stats[5].sqrt() / not_zero(scale)
-    stats[3] = (~(stats[0] + stats[5]).isfinite()).to(stats.dtype)
-    return stats[3].float()
+    stats[AT.norm] = stats[AT.norm].sqrt() / not_zero(scale)
+    stats[AT.failed] = (~(stats[AT.loss] + stats[AT.norm]).isfinite()).to(stats.dtype)
+    return stats[AT.failed].float()
 
 
 def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
@@ -186,17 +210,17 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
     return before.sum(1)
 
 
-def on_host(stats: Tensor) -> Callable[[], list[float]]:
+def on_host(stats: Tensor) -> Callable[[], StepStats[float]]:
     """Begin a copy to the host; the call it gives waits for that copy alone, not for later work."""
     if stats.device.type == "cpu":
-        return stats.tolist
+        return lambda: StepStats(*stats.tolist())
     host = torch.empty_like(stats, device="cpu", pin_memory=True)
     host.copy_(stats, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record()
 
-    def read() -> list[float]:
+    def read() -> StepStats[float]:
         copied.synchronize()
-        return host.tolist()
+        return StepStats(*host.tolist())
 
     return read

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.engines.base import (
+    AT,
     WholeTensors,
     check_fit,
     judged,
@@ -119,7 +120,7 @@ class TorchEngine:
         whole network's gradient, which is summed already."""
         summed(stats, self.topology.replica_group)
         squares = squared_norm(self.gradients_of(self.model.named_parameters()))
-        stats[5] = summed(squares, self.topology.column_group)
+        stats[AT.norm] = summed(squares, self.topology.column_group)
 
     def _copied(self, scale: float | Tensor) -> dict[str, Tensor]:
         """This rank's part of the gradients, which are `scale` times too large."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.engines.base import squared_norm
+from alexnet_dist.engines.base import AT, squared_norm
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
@@ -47,8 +47,8 @@ class ShardedFcEngine(TorchEngine):
         split = self.gradients_of((n, p) for n, p in named if self.split_over(n))
         whole = self.gradients_of((n, p) for n, p in named if not self.split_over(n))
         of_split, of_whole = squared_norm(split), squared_norm(whole)
-        stats[5] = of_split + of_whole / self.shards.size()
-        summed(stats[4:], self.shards)
+        stats[AT.norm] = of_split + of_whole / self.shards.size()
+        summed(stats[AT.damaged :], self.shards)
 
     @torch.no_grad()
     def predict(self, windows: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.engines.base import WholeTensors, check_fit, judged, scored, with_damaged
+from alexnet_dist.engines.base import AT, WholeTensors, check_fit, judged, scored, with_damaged
 from alexnet_dist.engines.graph import capture_forward, captures
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
@@ -140,7 +140,7 @@ class ZeroEngine:
             stats = stats + counts
             if part == parts - 1:
                 stats = with_damaged(stats, batch)
-                stats[5] = get_total_norm(self._gradients()).double() ** 2
+                stats[AT.norm] = get_total_norm(self._gradients()).double() ** 2
                 skip = judged(summed(stats, self.group), self.optimizer.loss_scale(rate))
                 self.optimizer.prepare(rate, skip=skip)
             with TIMELINE.span("optimizer"):

@@ -212,7 +212,7 @@ def seen(
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]
     try:
         logits = [
-            engine.predict(decoded.joined([len(decoded.facts)], None).windows)
+            engine.predict(decoded.joined([len(decoded.metadata)], None).windows)
             for decoded in pipeline.batches(evaluation_plan(config, parts))
         ]
     finally:

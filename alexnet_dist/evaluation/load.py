@@ -13,7 +13,7 @@ from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, open_trained_on
-from alexnet_dist.data.preprocess import Finish, on_canvas
+from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.evaluation.predict import (
     Prediction,
     features,
@@ -71,10 +71,10 @@ class Trained:
             (views, 3, crop, crop), cut from the canvas, the mean off, scaled, unlit.
         """
         weight = next(self.model.parameters())
-        finish = Finish(self.config, self.dataset.statistics, weight.device, weight.dtype)
+        preprocess = Preprocess(self.config, self.dataset.statistics, weight.device, weight.dtype)
         canvas = on_canvas(image, self.config.data.canvas).expand(3, -1, -1)  # grey fills all three
         canvases = canvas.movedim(0, -1)[None].contiguous().to(weight.device)
-        return windows_of(self.config, finish, canvases)
+        return windows_of(self.config, preprocess, canvases)
 
     def probabilities(self, image: Tensor) -> Tensor:
         """(classes,) softmax outputs of an image, averaged over its `windows` (paper §4.1)."""

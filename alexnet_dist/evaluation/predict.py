@@ -19,7 +19,7 @@ from torch import Tensor
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import IMAGE_SUFFIXES, Dataset
 from alexnet_dist.data.prepare.convert import RefusedImage, as_packed, convert
-from alexnet_dist.data.preprocess import Finish, on_canvas
+from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import (
     ConfigError,
@@ -168,7 +168,7 @@ def draw(
         columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
 
 
-def windows_of(config: Config, finish: Finish, canvases: Tensor) -> Tensor:
+def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tensor:
     """The test windows of canvases (n, side, side, 3): (n · views, 3, crop, crop)."""
     corners, flips = (torch.from_numpy(part).to(canvases.device) for part in views(config))
     n, v, side = len(canvases), len(flips), config.model.crop
@@ -176,7 +176,7 @@ def windows_of(config: Config, finish: Finish, canvases: Tensor) -> Tensor:
         top, left = corners[0].tolist()
         canvases = canvases[:, top : top + side, left : left + side].contiguous()
     unlit = torch.zeros(n, 3, device=canvases.device)
-    return finish(canvases, corners.expand(n, v, 2).contiguous(), flips.repeat(n, 1), unlit)
+    return preprocess(canvases, corners.expand(n, v, 2).contiguous(), flips.repeat(n, 1), unlit)
 
 
 def canvas_of(path: Path, how: tuple[bool, bool], side: int) -> Canvas:
@@ -227,7 +227,7 @@ def _batches(
     """Of each batch of files their paths, each with why it was refused or an empty string, and the
     windows of those that were not."""
     dtype = parameter_dtype(config.train.precision)
-    finish = Finish(config, dataset.statistics, device, dtype)
+    preprocess = Preprocess(config, dataset.statistics, device, dtype)
     side, size = config.data.canvas, config.evaluate.batch
     read = _read(paths, as_packed(dataset), side, workers)
     for first in range(0, len(paths), size):
@@ -238,7 +238,7 @@ def _batches(
             if not isinstance(canvas, str):
                 canvases.append(canvas[None])
         whole = torch.from_numpy(np.concatenate(canvases)).to(device)
-        yield part, windows_of(config, finish, whole)
+        yield part, windows_of(config, preprocess, whole)
 
 
 def _read(

@@ -32,7 +32,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for, open_trained_on
 from alexnet_dist.data.prepare.convert import SIDE, as_packed
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
 from alexnet_dist.files import (
     MOST_MEMORY,
@@ -265,8 +265,8 @@ def _preprocessing(found: Checkpoint, config: Config, data: Path | None) -> dict
             raise
         log.warning(f"exported without a mean image and names of classes: {error}")
         return {"preprocessing": json.dumps(how)}
-    finish = Finish(config, dataset.statistics, torch.device("cpu"), torch.float32)
-    mean = finish.mean if config.data.subtract == "mean_image" else finish.mean[:1, :1]
+    preprocess = Preprocess(config, dataset.statistics, torch.device("cpu"), torch.float32)
+    mean = preprocess.mean if config.data.subtract == "mean_image" else preprocess.mean[:1, :1]
     keep, how["enlarge"] = as_packed(dataset)
     how["stored"] = None if keep else SIDE
     how["mean_shape"] = list(mean.shape)

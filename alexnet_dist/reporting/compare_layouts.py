@@ -26,9 +26,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.make import make_pipeline, once
-from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.engines.base import Engine
+from alexnet_dist.data.pipelines.make import once, train_batches
+from alexnet_dist.engines.base import AT, Engine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError
@@ -211,7 +210,7 @@ def _run(config: Config, steps: int, path: Path) -> Run:
         with traffic if step == 1 else contextlib.nullcontext():  # the first warms up
             batch, rate = next(batches)
             stats = engine.train_step(batch, step, rate)
-        losses.append(stats[0].item() / config.train.batch)
+        losses.append(stats[AT.loss].item() / config.train.batch)
         begin = time.perf_counter() if step == 1 else begin
     batches.close()
     speed = (steps - 2) * config.train.batch / (time.perf_counter() - begin)
@@ -253,18 +252,10 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[Batch, float]]:
     """This rank's part of each step, as the training loop makes it, and the rate."""
     dataset = open_for(config)
-    samples = len(dataset.splits[config.data.train_split])
-    schedule = Schedule.of(config, samples)
-    shares = topology.shares(range(config.train.batch))
-    counts = [len(slots) for slots in shares]
-    sampler = TrainSampler(config, samples, dataset.statistics)
-    pipeline = make_pipeline(once(config), topology, dataset, config.data.train_split)
-    try:
-        batches = pipeline.batches(sampler.plan(0, steps, shares[topology.column]))
-        for step, part in enumerate(batches):
-            yield part.joined(counts, topology.column_group), schedule.rate(step)
-    finally:
-        pipeline.close()
+    schedule = Schedule.of(config, len(dataset.splits[config.data.train_split]))
+    with contextlib.closing(train_batches(once(config), topology, dataset, 0, steps)) as batches:
+        for step, batch in enumerate(batches):
+            yield batch, schedule.rate(step)
 
 
 def _difference(

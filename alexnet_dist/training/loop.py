@@ -20,9 +20,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
 from alexnet_dist.data.pipelines.auto import decoders, settled, splits_of
-from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.make import train_batches
 from alexnet_dist.data.pipelines.resident import hold
-from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.engines.base import Engine, check_values, on_host
 from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
@@ -169,20 +168,11 @@ def _run(
     log.info(_opening(config, topology, folder, progress, schedule, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
         hold(config, topology, dataset, splits_of(config), signals)
-    pipeline = make_pipeline(config, topology, dataset, config.data.train_split)
+    batches = train_batches(config, topology, dataset, progress.step, schedule.last_step)
     telemetry = Telemetry(
         config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
         training_flops(config),
     )  # fmt: skip
-
-    # Images: step s takes the samples that the seed alone puts at its batch's slots, of which this
-    # rank decodes a share, and has the rest of its replica's batch from the other columns.
-    size = config.train.batch
-    shares = topology.shares(range(size))
-    counts = [len(slots) for slots in shares]
-    sampler = TrainSampler(config, len(split), dataset.statistics)
-    plan = sampler.plan(progress.step, schedule.last_step, shares[topology.column])
-    batches = pipeline.batches(plan)
 
     # What goes on beside the steps: saving, looking out for ranks that hang, numbers on their way
     # from the device.
@@ -255,12 +245,10 @@ def _run(
                 break
 
             # One step: windows cut, mirrored and lit; forward, backward, update.
-            with TIMELINE.span("data"):
-                decoded = next(batches)
-            batch = decoded.joined(counts, topology.column_group)
+            batch = next(batches)
             rate, keep_gradients = schedule.rate(step), telemetry.histograms_due(step + 1)
-            numbers = engine.train_step(batch, step, rate, keep_gradients)
-            pending.append(Pending(step + 1, batch, on_host(numbers)))
+            stats = engine.train_step(batch, step, rate, keep_gradients)
+            pending.append(Pending(step + 1, batch, on_host(stats)))
             progress.step = step + 1
 
             # Account for the step before it: a device asked for this one's numbers now would have
@@ -283,7 +271,7 @@ def _run(
     finally:
         watchdog.close()
         saver.close()
-        pipeline.close()
+        batches.close()
         telemetry.close()
     return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
 

@@ -10,6 +10,7 @@ from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import Split, check_damaged
+from alexnet_dist.engines.base import StepStats
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import NotFinite
 from alexnet_dist.evaluation.evaluate import Score
@@ -20,11 +21,11 @@ from alexnet_dist.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Pending:
-    """A step that was begun, its batch, and its numbers when they have reached the host."""
+    """A step that was begun, its batch, and its `stats` when they have reached the host."""
 
     step: int
     batch: Batch
-    numbers: Callable[[], list[float]]
+    stats: Callable[[], StepStats[float]]
 
 
 @dataclass
@@ -99,16 +100,16 @@ class Progress:
     ) -> None:
         """Account for a step."""
         size, step = config.train.batch, one.step
-        loss, top1, top5, failed, damaged, norm = one.numbers()
+        stats = one.stats()
         if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # an epoch begins
             self.damaged = 0
-        self.damaged += int(damaged)
+        self.damaged += int(stats.damaged)
         check_damaged(config, split, self.damaged)
-        if failed:
+        if stats.failed:
             kept = folder.keep_batch(one.batch, step, topology.global_rank)
             what = (
-                f"step {step}: its loss is {loss / size:.4g} and its gradient's norm {norm:.4g}: "
-                f"the update was not made, its batch is in {kept.parent}"
+                f"step {step}: its loss is {stats.loss / size:.4g} and its gradient's norm "
+                f"{stats.norm:.4g}: the update was not made, its batch is in {kept.parent}"
             )
             if self.skipped >= config.train.max_skipped:
                 raise NotFinite(
@@ -121,5 +122,7 @@ class Progress:
                 f"{what}; left out {self.skipped} of train.max_skipped={config.train.max_skipped}"
             )
             return
-        for place, value in enumerate((loss, top1, top5, norm * size, size)):
+        for place, value in enumerate(
+            (stats.loss, stats.top1, stats.top5, stats.norm * size, size)
+        ):
             self.interval[place] += value

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, Samples, facts_of, to_device
+from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
 from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
-from alexnet_dist.data.preprocess import Canvases, Finish
+from alexnet_dist.data.preprocess import Canvases, Preprocess
 from alexnet_dist.errors import MachineError
 
 log = logging.getLogger(__name__)
@@ -49,9 +49,14 @@ class DaliPipeline:
     """
 
     def __init__(
-        self, config: Config, split: Split, device: torch.device, finish: Finish, threads: int
+        self,
+        config: Config,
+        split: Split,
+        device: torch.device,
+        preprocess: Preprocess,
+        threads: int,
     ) -> None:
-        self.split, self.device, self.finish, self.threads = split, device, finish, threads
+        self.split, self.device, self.preprocess, self.threads = split, device, preprocess, threads
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
         self.canvases = Canvases(split.index, self.canvas)
@@ -192,8 +197,8 @@ class DaliPipeline:
         return _Read(samples, read, given)
 
     def _decoded(self, read: _Read, patches: Tensor) -> Decoded:
-        facts = facts_of(read.samples, read.read, self.split)
-        return Decoded(patches, to_device(facts, self.device), self.finish)
+        metadata = Metadata.pack(read.samples, read.read, self.split)
+        return Decoded(patches, to_device(metadata, self.device), self.preprocess)
 
 
 @dataclass(frozen=True)

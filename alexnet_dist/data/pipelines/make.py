@@ -1,32 +1,61 @@
-"""Which pipeline decodes which config's samples."""
+"""Which pipeline decodes which config's samples, and the batches that it trains on."""
 
 import dataclasses
+from collections.abc import Generator
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Pipeline
+from alexnet_dist.data.batch import Batch, Pipeline
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.pipelines.auto import settled
 from alexnet_dist.data.pipelines.resident import ResidentPipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
+from alexnet_dist.data.sampler import TrainSampler
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.timing import TIMELINE
 
 
 def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
     """The pipeline a config names, over one split, for this rank. Collective."""
     config, _ = settled(config, topology, dataset)
     device = topology.device
-    finish = Finish(config, dataset.statistics, device, DTYPES[config.train.precision])
+    preprocess = Preprocess(config, dataset.statistics, device, DTYPES[config.train.precision])
     threads = config.data.workers or topology.cores
     if config.data.pipeline == "resident":
-        return ResidentPipeline(config, topology, dataset, split, finish, threads)
+        return ResidentPipeline(config, topology, dataset, split, preprocess, threads)
     own = dataclasses.replace(dataset.splits[split])  # with files of its own, to close
     if config.data.pipeline == "dali":
         from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
 
-        return DaliPipeline(config, own, device, finish, threads)
-    return TorchPipeline(config, own, device, finish, threads)
+        return DaliPipeline(config, own, device, preprocess, threads)
+    return TorchPipeline(config, own, device, preprocess, threads)
+
+
+def train_batches(
+    config: Config, topology: Topology, dataset: Dataset, first_step: int, last_step: int
+) -> Generator[Batch]:
+    """The batches of steps first_step … last_step − 1, prepared ahead. Collective; to be closed.
+
+    A step takes the samples that the seed alone puts at its batch's slots. This rank decodes a
+    share of its replica's, and has the rest from the replica's other columns.
+    """
+    split = config.data.train_split
+    shares = topology.shares(range(config.train.batch))
+    counts = [len(slots) for slots in shares]
+    sampler = TrainSampler(config, len(dataset.splits[split]), dataset.statistics)
+    plan = sampler.plan(first_step, last_step, shares[topology.column])
+    pipeline = make_pipeline(config, topology, dataset, split)
+    try:
+        decoded = pipeline.batches(plan)
+        while True:
+            with TIMELINE.span("data"):
+                part = next(decoded, None)
+            if part is None:
+                return
+            yield part.joined(counts, topology.column_group)
+    finally:
+        pipeline.close()
 
 
 def once(config: Config) -> Config:

@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, Samples, facts_of, to_device
+from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
 from alexnet_dist.data.dataset import Dataset, IdArray, Split, agree
 from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import Decoder
-from alexnet_dist.data.preprocess import Finish
+from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.errors import DatasetError, MachineError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet
@@ -206,11 +206,12 @@ class ResidentPipeline:
     """
 
     def __init__(
-        self, config: Config, topology: Topology, dataset: Dataset, split: str, finish: Finish,
-        threads: int,
+        self, config: Config, topology: Topology, dataset: Dataset, split: str,
+        preprocess: Preprocess, threads: int,
     ) -> None:  # fmt: skip
         self.config, self.topology, self.dataset, self.name = config, topology, dataset, split
-        self.finish, self.split, self.device = finish, dataset.splits[split], topology.device
+        self.preprocess, self.split = preprocess, dataset.splits[split]
+        self.device = topology.device
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
         self._pool = ThreadPoolExecutor(min(threads, self.prefetch), thread_name_prefix="cut")
@@ -223,20 +224,21 @@ class ResidentPipeline:
             yield from self._from_host(found, iter(plan))
             return
         for samples in plan:
-            facts = to_device(self._facts(found, samples), self.device)
+            metadata = to_device(self._metadata(found, samples), self.device)
             _, side = samples.patch(self.crop, self.canvas)
-            yield Decoded(gathered(found.images, facts, side), facts, self.finish)
+            patches = gathered(found.images, metadata, side)
+            yield Decoded(patches, metadata, self.preprocess)
 
     def close(self) -> None:
         """Stop its threads. Images stay with the data set, for the next pipeline."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _facts(self, found: Resident, samples: Samples) -> Tensor:
-        """Their facts; what is damaged among them is said each time, as by the other pipelines."""
+    def _metadata(self, found: Resident, samples: Samples) -> Tensor:
+        """As packed; what is damaged among them is said each time, as by the other pipelines."""
         read = found.read[samples.ids]
         for sample in samples.ids[read != samples.ids].tolist():
             log.warning(found.damaged[sample])
-        return facts_of(samples, read, self.split)
+        return Metadata.pack(samples, read, self.split)
 
     def _from_host(self, found: Resident, plan: Iterator[Samples]) -> Iterator[Decoded]:
         ahead: deque[tuple[Tensor, Tensor, Future[None]]] = deque()
@@ -248,27 +250,27 @@ class ResidentPipeline:
                 patches = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
                 into = patches.flatten(2).numpy()
                 cutting = self._pool.submit(cut, images, samples.ids, corners, into)
-                ahead.append((patches, self._facts(found, samples), cutting))
+                ahead.append((patches, self._metadata(found, samples), cutting))
             if not ahead:
                 return
-            patches, facts, cutting = ahead.popleft()
+            patches, metadata, cutting = ahead.popleft()
             cutting.result()
             yield Decoded(
-                to_device(patches, self.device), to_device(facts, self.device), self.finish
+                to_device(patches, self.device), to_device(metadata, self.device), self.preprocess
             )
 
 
-def gathered(images: Tensor, facts: Tensor, side: int) -> Tensor:
+def gathered(images: Tensor, metadata: Tensor, side: int) -> Tensor:
     """`Decoded.patches` of samples, cut where the images lie; the host waits for nothing.
 
     Args:
         images: (N, canvas, canvas, 3) uint8.
-        facts: `Decoded.facts`, on the same device.
-        side: of a patch: the canvas, or less, of which the facts' one window begins at a corner.
+        metadata: `Decoded.metadata`, on the same device.
+        side: of a patch: the canvas, or less: then a sample's one window is cut.
     """
-    samples = facts[:, 1].long()
+    its = Metadata.unpack(metadata)
     if side == images.shape[1]:
-        return images.index_select(0, samples)
+        return images.index_select(0, its.ids)
     along = torch.arange(side, device=images.device)
-    rows, columns = (facts[:, place, None].long() + along for place in (6, 7))  # (n, side)
-    return images[samples[:, None, None], rows[:, :, None], columns[:, None, :]].contiguous()
+    rows, columns = (its.corners[:, 0, place, None] + along for place in (0, 1))  # (n, side)
+    return images[its.ids[:, None, None], rows[:, :, None], columns[:, None, :]].contiguous()

@@ -17,9 +17,9 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, Samples, facts_of, to_device
+from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
 from alexnet_dist.data.dataset import Encoded, IdArray, Split, undecodable
-from alexnet_dist.data.preprocess import Canvases, Finish
+from alexnet_dist.data.preprocess import Canvases, Preprocess
 from alexnet_dist.errors import MachineError, filled_by
 
 _Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]
@@ -33,9 +33,14 @@ class TorchPipeline:
     """
 
     def __init__(
-        self, config: Config, split: Split, device: torch.device, finish: Finish, threads: int
+        self,
+        config: Config,
+        split: Split,
+        device: torch.device,
+        preprocess: Preprocess,
+        threads: int,
     ) -> None:
-        self.split, self.device, self.finish, self.threads = split, device, finish, threads
+        self.split, self.device, self.preprocess, self.threads = split, device, preprocess, threads
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
         self.decoder = Decoder(split, self.canvas)
@@ -52,9 +57,9 @@ class TorchPipeline:
             samples, read, patches, parts = ahead.popleft()
             for part in parts:
                 part.result()
-            facts = facts_of(samples, read, self.split)
+            metadata = Metadata.pack(samples, read, self.split)
             yield Decoded(
-                to_device(patches, self.device), to_device(facts, self.device), self.finish
+                to_device(patches, self.device), to_device(metadata, self.device), self.preprocess
             )
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ def windows(
     patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor, mean: Tensor,
     divide_by: Tensor, crop: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """As `Finish.by_loop`: (n, v, crop, crop, 3)."""
+    """As `Preprocess.by_loop`: (n, v, crop, crop, 3)."""
     (n, views), rows = flips.shape, patches.contiguous()
     out = torch.empty((n, views, crop, crop, 3), dtype=dtype, device=patches.device)
     windows_kernel[(n * views, triton.cdiv(3 * crop * crop, _BLOCK))](
