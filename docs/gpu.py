@@ -130,7 +130,7 @@ _OTHERS = (f"--ignore={file}" for file in (_FIRST, _LAYOUTS, _GRAPHS, _RUNS))
 _ONE_RANK = ["-m", "gpu and not drill", *_OTHERS, "--continue-on-collection-errors"]
 _DEMO = ["prepare", "fashion_mnist", "configs/fashion-mnist-sample", "data/demo"]
 PARTS = {
-    "first": Part([_ranks(_FIRST)], 170, of_pytest),
+    "first": Part([_pytest(_FIRST)], 170, of_pytest),
     "tests": Part([_pytest(*_ONE_RANK)], 170, of_pytest),
     "step": Part([_bench("step", "--batch", "128", "1024")], 300),
     "maps": Part([_bench("maps")], 60),
