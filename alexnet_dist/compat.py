@@ -3,17 +3,32 @@
 - `all_gather_single` and `set_timeout` have other names.
 - LaunchConfig has no `shutdown_timeout`: ranks would be killed 30 s after a signal, even while they
   save.
+- After a capture that failed, the allocator behaves as if it were still capturing: memory that
+  several streams have used is never freed.
 """
 
 import signal
 from typing import Any
 from unittest.mock import patch
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 set_timeout = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+
+
+def abandon_capture(device: torch.device, pool: tuple[int, int]) -> None:
+    """After a capture that failed: have the allocator know that it is over, and give up its memory
+    as torch 2.14 does by itself."""
+    if device.type != "cuda":
+        return
+    try:
+        torch._C._cuda_endAllocateToPool(device.index, pool)
+    except RuntimeError:  # torch has done so
+        return
+    torch._C._cuda_releasePool(device.index, pool)
 
 
 def elastic_launch(

@@ -11,7 +11,9 @@ in runs/gpu.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import re
 import signal
 import statistics
@@ -32,6 +34,9 @@ STEPS, FROM_ROWS = ROOT / "alexnet_dist/planning/measured.jsonl", "docs/gpu.json
 MEASURED = ("alexnet_dist", "configs", "tests")  # a commit that changes none of it is the same
 BEGIN, END = "<!-- made by make docs from gpu.jsonl -->\n", "<!-- to here -->\n"
 CLASSES, PHOTOGRAPHS = 8, 4000
+GRACE_S = 20  # of a part's limit: to say what it has found, and where it is
+# What a figure is not of, where a part said so.
+LESS = ("could not be captured as a CUDA graph", "no kernels for this GPU")
 Figures = dict[str, dict[str, float]]  # by group
 
 
@@ -50,6 +55,13 @@ def of_pytest(printed: str) -> Figures:
     if "PASSED" not in ended:
         raise ValueError("no test passed")
     return {"tests": {word.lower(): float(ended.count(word)) for word in sorted({*ended})}}
+
+
+def amid(printed: str) -> list[str]:
+    """Tests that have begun and not ended, as pytest with several workers prints them."""
+    begun = re.findall(r"^(tests/\S+::.*?) *$", printed, re.M)
+    ended = re.findall(r"^\[gw\d+\] \[ *\d+%\] [A-Z]+ (tests/\S+::.*?) *$", printed, re.M)
+    return [name for name in begun if name not in ended]
 
 
 def of_compare(printed: str) -> Figures:
@@ -100,18 +112,26 @@ def _from_shards(pipeline: str) -> Part:
     return Part([_MAKE_IMAGES, prepare, bench], 110)
 
 
-def _pytest(*which: str) -> list[str]:
-    return ["-m", "pytest", *which, "-v", "-n", "4"]
+def _pytest(*which: str, workers: int = 4) -> list[str]:
+    return ["-m", "pytest", *which, "-v", "-n", f"{workers}"]
 
 
-# Tests of several ranks, which are parts of their own; the last are drills too.
-_LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
-    f"tests/test_{name}.py" for name in ("gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
+def _ranks(*which: str) -> list[str]:
+    """Tests of several ranks: each more that shares a GPU makes all of them slower."""
+    return _pytest("-m", "gpu", *which, workers=2)
+
+
+# Parts of their own; the last are drills too.
+_FIRST, _LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
+    f"tests/test_{name}.py"
+    for name in ("gpu_first", "gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
 )
-_ONE_RANK = ["-m", "gpu and not drill", *(f"--ignore={it}" for it in (_LAYOUTS, _GRAPHS, _RUNS))]
+_OTHERS = (f"--ignore={file}" for file in (_FIRST, _LAYOUTS, _GRAPHS, _RUNS))
+_ONE_RANK = ["-m", "gpu and not drill", *_OTHERS, "--continue-on-collection-errors"]
 _DEMO = ["prepare", "fashion_mnist", "configs/fashion-mnist-sample", "data/demo"]
 PARTS = {
-    "tests": Part([_pytest(*_ONE_RANK, "--continue-on-collection-errors")], 170, of_pytest),
+    "first": Part([_pytest(_FIRST)], 170, of_pytest),
+    "tests": Part([_pytest(*_ONE_RANK)], 170, of_pytest),
     "step": Part([_bench("step", "--batch", "128", "1024")], 300),
     "maps": Part([_bench("maps")], 60),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 60),
@@ -126,9 +146,9 @@ PARTS = {
         400,
         of_compare,
     ),
-    "tests-layouts": Part([_pytest("-m", "gpu", _LAYOUTS)], 280, of_pytest),
-    "tests-graphs": Part([_pytest("-m", "gpu", _GRAPHS)], 280, of_pytest),
-    "tests-runs": Part([_pytest("-m", "gpu", _RUNS, _HOSTS)], 280, of_pytest),
+    "tests-layouts": Part([_ranks(_LAYOUTS)], 280, of_pytest),
+    "tests-graphs": Part([_ranks(_GRAPHS)], 280, of_pytest),
+    "tests-runs": Part([_ranks(_RUNS, _HOSTS)], 280, of_pytest),
     "layouts-shared": Part([_bench("layouts", "--share-gpu", "--repeats", "1")], 400),
 }
 
@@ -185,7 +205,17 @@ def measure(
         append_row(rows, row)
         sound &= "failed" not in row
         print(f"{name}: {row['seconds']} s; {row.get('failed', 'done')}", flush=True)
+        if "failed" in row:
+            print(*_last_lines(logs / f"{name}.out", logs / f"{name}.err"), sep="\n", flush=True)
     return sound
+
+
+def _last_lines(*logs: Path, most: int = 20) -> Iterator[str]:
+    """Of each that has any, for a reader who may not come to the files."""
+    for log in logs:
+        if lines := log.read_text(errors="replace").rstrip().splitlines():
+            yield f"--- the end of {log.name}"
+            yield from (line[:300] for line in lines[-most:])
 
 
 def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
@@ -199,19 +229,29 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
         .replace("alexnet_dist", "alexnet-dist"),
     }
     for command in part.commands:
-        left = begin + part.limit - time.monotonic()
+        grace = min(GRACE_S, part.limit / 3)
+        left = begin + part.limit - grace - time.monotonic()
         with ledger.started([sys.executable, *command], output, errors) as process:
             failed = ledger.failed(process, left)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
         if failed:
             break
     printed, figures = output.read_text(errors="replace"), {}
+    said = errors.read_text(errors="replace")
+    if part.read is of_pytest and failed.startswith("not done"):
+        failed += f", amid {', '.join(amid(printed)) or 'no test'}"
+    if less := next((line for line in said.splitlines() if any(it in line for it in LESS)), ""):
+        failed = failed or f"its figures are of less than they say: {less}"
     if command == part.commands[-1]:
         try:
             figures = _rounded(part.read(printed))
         except Exception as error:  # the other parts go on
             failed = failed or f"its output says nothing: {error!r}"
     if failed:
-        last = (printed.strip() or errors.read_text(errors="replace").strip())[-400:]
+        last = (printed.strip() or said.strip())[-400:]
         row["failed"] = f"{failed}: {last}"
     row |= {"seconds": round(time.monotonic() - begin, 1), "figures": figures}
     return row
@@ -291,7 +331,11 @@ def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Our steps, as planning/measured.py reads them, by the last row of each card."""
-    last = {row["card"]: row for row in rows if row["part"] == "step" and row["figures"]}
+    last = {
+        row["card"]: row
+        for row in rows
+        if row["part"] == "step" and row["figures"] and "failed" not in row
+    }
     found = []
     for card, row in last.items():
         first = int(row["command"].partition("--batch ")[2].split()[0])

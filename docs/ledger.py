@@ -5,11 +5,15 @@ import json
 import os
 import signal
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+_MARK = "ALEXNET_DIST_STARTED"  # in the environment of a command and of all that it starts
 ROOT = Path(__file__).parent.parent
 
 
@@ -57,7 +61,9 @@ def started(
     Args:
         grace: seconds from SIGTERM to SIGKILL.
     """
+    mark = uuid.uuid4().hex
     environment = os.environ | {
+        _MARK: mark,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTHONUNBUFFERED": "1",
     }
@@ -74,7 +80,18 @@ def started(
                     process.wait(grace)
             with contextlib.suppress(ProcessLookupError):  # all of them have ended
                 os.killpg(process.pid, signal.SIGKILL)
+            for other in _marked(mark):  # ranks lead sessions of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    other.kill()
             process.wait()
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    """Processes whose environment has it."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark:
+                yield process
 
 
 def failed(process: subprocess.Popen[bytes], limit: float) -> str:

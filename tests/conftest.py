@@ -1,5 +1,6 @@
 """What the tests share: a tiny network and data set, and real processes to run them in."""
 
+import faulthandler
 import gzip
 import os
 import pickle
@@ -150,6 +151,8 @@ def _on_rank(call: bytes, returned: Path) -> None:
         if "object" in name:
             setattr(distributed_c10d, name, refuse)
             setattr(dist, name, refuse)
+    # A rank that hangs says where; on a GPU, while others can still be run.
+    faulthandler.dump_traceback_later(150 if torch.cuda.is_available() else 570, exit=True, file=2)
     function, args = pickle.loads(call)
     returned.write_bytes(pickle.dumps(function(*args)))
     release()

@@ -59,16 +59,22 @@ def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
     assert len(GPU["read_rows"](rows)) == 4
 
 
-def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
+def test_a_part_that_fails_says_so_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows, logs = tmp_path / "gpu.jsonl", tmp_path / "logs"
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; "
-    child += "time.sleep(99)']); print(p.pid, flush=True); p.wait()"
+    child += "time.sleep(99)'], start_new_session=True); print(p.pid, flush=True); p.wait()"
     tested = "tests/test_gpu.py::test_a[x y] PASSED [ 5%]\n[gw1] [ 9%] FAILED tests/test_gpu.py::b"
+    hangs = "tests/t.py::a[x y] \ntests/t.py::b \n[gw0] [ 50%] PASSED tests/t.py::a[x y] "
+    less = "the step could not be captured as a CUDA graph, and is launched kernel by kernel"
     parts = {
         "slow": Part([["-c", child]], 3),
         "broken": Part([["-c", "raise SystemExit('no such option')"], says("{}")], 60),
         "mute": Part([says("nothing")], 60),
         "tests": Part([says(tested, "raise SystemExit(1)")], 60, GPU["of_pytest"]),
+        "hangs": Part([says(hangs, "import time; time.sleep(99)")], 6, GPU["of_pytest"]),
+        "less": Part([says(json.dumps(FOUND), f"import sys; sys.stderr.write({less!r})")], 60),
         "long": Part([says(json.dumps(FOUND))], 500),
         "good": Part([says(json.dumps(FOUND))], 60),
     }
@@ -76,15 +82,22 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(tmp_path: Path) -> None:
     assert not measure(parts, ABOUT, 300, rows, logs)
     assert time.monotonic() - begin < 60
     found = {row["part"]: row for row in GPU["read_rows"](rows)}
-    assert [*found] == ["slow", "broken", "mute", "tests", "good"]  # the long one does not fit
-    assert found["slow"]["failed"].startswith("not done after 3 s: ")
+    assert [*found] == ["slow", "broken", "mute", "tests", "hangs", "less", "good"]  # not long
+    assert found["slow"]["failed"].startswith("not done after 2 s: ")
     with contextlib.suppress(psutil.NoSuchProcess):  # or killed, and not yet reaped
-        psutil.Process(int(found["slow"]["failed"].split()[-1])).wait(30)
+        led = psutil.Process(int(found["slow"]["failed"].split()[-1]))  # a session, as ranks do
+        led.wait(30)
     assert found["broken"]["failed"] == "exit 1: no such option"
     assert found["mute"]["failed"].startswith("its output says nothing")
     assert found["tests"]["failed"].startswith("exit 1: tests/test_gpu.py")
     assert found["tests"]["command"].startswith("-c print(")
     assert found["tests"]["figures"] == {"tests": {"failed": 1, "passed": 1}}
+    assert found["hangs"]["failed"].startswith("not done after 4 s, amid tests/t.py::b: ")
+    assert found["hangs"]["figures"] == {"tests": {"passed": 1}}
+    assert found["less"]["failed"].startswith(f"its figures are of less than they say: {less}")
+    printed = capsys.readouterr().out
+    assert "--- the end of broken.err" in printed
+    assert "KeyboardInterrupt" in printed  # where what was not done was
     assert "failed" not in found["good"]
     parts = {"broken": Part([says(json.dumps(FOUND))], 60)}  # mended: it is asked again
     assert measure(parts, ABOUT, 90, rows, logs)
@@ -176,6 +189,7 @@ def test_steps_that_were_measured_correct_the_plan() -> None:
         row | {"card": "NVIDIA H200", "figures": {"seconds a step": older}},
         row | {"card": "NVIDIA H200", "figures": {"seconds a step": figures}},
         row | {"card": "NVIDIA H200", "figures": {}, "failed": "exit 1"},
+        row | {"card": "NVIDIA H200", "figures": {"seconds a step": older}, "failed": "of less"},
         row | {"card": "NVIDIA H100", "figures": {}, "part": "maps"},
     ]
     found = [Step(**step) for step in GPU["steps"](rows)]

@@ -14,19 +14,23 @@ well, and become part of the graph. What that means for who waits for them:
 import atexit
 import contextlib
 import logging
+import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alexnet_dist.compat import abandon_capture
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.timing import TIMELINE
 
 log = logging.getLogger(__name__)
+_PACKAGE = Path(__file__).parent.parent
 
 Step = Callable[[Batch, Tensor, Tensor], Tensor]  # of a batch, step number and rate: its numbers
 
@@ -79,12 +83,12 @@ class CapturedStep:
             for left in reversed(range(warm_up)):
                 with contextlib.nullcontext() if left else self.traffic:
                     step(*self.given)
-        graph = torch.cuda.CUDAGraph()
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             # Other threads copy and allocate meanwhile, which must not end the capture.
             with (
                 beside(stream),
-                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
                 TIMELINE.captured(bool(self.traffic.sent)) as self.marks,
             ):
                 self.numbers = step(*self.given)
@@ -92,6 +96,7 @@ class CapturedStep:
             _CAPTURED.add(self)
         except RuntimeError as error:
             _warn(error)
+            abandon_capture(now.device, pool)
         with torch.no_grad():
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
@@ -143,13 +148,14 @@ def capture_forward(module: nn.Module, *example: Tensor) -> None:
     Args:
         example: what it is always given, as these are; parameters stay where they lie.
     """
-    plain = module.forward
+    plain, pool = module.forward, torch.cuda.graph_pool_handle()
     module.train()
     try:
         with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves another
-            graphs = torch.cuda.make_graphed_callables(_Bare(module), example)
+            graphs = torch.cuda.make_graphed_callables(_Bare(module), example, pool=pool)
     except RuntimeError as error:
         _warn(error)
+        abandon_capture(example[0].device, pool)
         return
 
     def forward(*given: Tensor) -> Any:
@@ -159,8 +165,14 @@ def capture_forward(module: nn.Module, *example: Tensor) -> None:
 
 
 def _warn(error: RuntimeError) -> None:
-    first = error.__context__ or error  # that of ending a broken capture comes later
+    """Tell why and where a capture failed: those of ending a broken one come after its error."""
+    first, inner = error, error.__context__
+    while inner is not None:
+        first, inner = inner if isinstance(inner, RuntimeError) else first, inner.__context__
+    frames = traceback.extract_tb(first.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
+    where = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
     log.warning(
         "the step could not be captured as a CUDA graph, and is launched kernel by kernel: "
-        f"{' '.join(str(first).split())}; train.execution=fused does without"
+        f"{' '.join(str(first).split())}{where}; train.execution=fused does without"
     )

@@ -23,12 +23,17 @@ def sgd_update(
         skip: () float32.
     """
     alike = [velocity, grad] if narrow is None else [velocity, grad, narrow]
-    assert all((t.shape, t.stride()) == (weight.shape, weight.stride()) for t in alike)
+    assert all(_lies(t) == _lies(weight) for t in alike)
     count = weight.numel()
     assert weight.untyped_storage().nbytes() >= count * weight.element_size()
     sgd_kernel[(triton.cdiv(count, _BLOCK),)](
         weight, velocity, grad, narrow, rates, skip, count, _BLOCK, num_warps=_WARPS
     )
+
+
+def _lies(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides; without those of size 1, whose strides torch leaves open."""
+    return [each for each in zip(tensor.shape, tensor.stride(), strict=True) if each[0] != 1]
 
 
 @sgd_update.register_fake
