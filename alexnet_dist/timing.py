@@ -20,6 +20,7 @@ batch, `other` how long it stood still for Python.
 Inside a graph a span is marked by events that the graph records again at every replay. Only the
 last replay before `take` can be read without waiting for each: others are taken to be like it.
 
+Of gradients that are exchanged counts what the gradients of weights, computed beside, do not hide.
 DeepSpeed's collectives are not seen: they count as backward and optimizer.
 """
 

@@ -7,8 +7,8 @@ arithmetic; they differ in the parameters a rank passes over and in what it send
 
 What a step of fused kernels passes over was counted by running it on shapes; what one of torch's
 operators does is counted here. Of a CPU a device is a core, ranks share them, and what is sent
-takes the cores' time. On GPUs sums of gradients overlap the rest of the backward, and images are
-decoded beside it.
+takes the cores' time. On GPUs sums of gradients overlap the rest of the backward, gradients that
+columns exchange those of the layer's weights, and images are decoded beside it.
 """
 
 import dataclasses
@@ -139,7 +139,10 @@ def predict(
                 parts[name] = _exposed(planned, kind, size, group, stride, at, backward)
             else:
                 place = "all-reduce" if kind in _ZERO or name == "all-reduce" else "exchange"
-                parts[place] += transfer_s(name, size, calls, group, stride, at)
+                seconds = transfer_s(name, size, calls, group, stride, at)
+                if name == "all-to-all" and machine.overlap:
+                    seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
+                parts[place] += seconds
     training = sum(parts.values())
     # Of a CPU all cores decode for the ranks, which share them.
     share = 1 if machine.overlap else at.total / ranks
@@ -267,6 +270,15 @@ def _exposed(
         part = size * summed[name] / sum(summed.values())
         sent = max(now, sent) + transfer_s("all-reduce", part, 1, group, stride, at)
     return max(0.0, sent - now)
+
+
+def _beside_exchange(planned: Plan, kind: str, parts: Mapping[str, float]) -> float:
+    """Seconds of the gradients of weights that are computed while those of what a layer saw are
+    exchanged between ranks."""
+    flops, between = planned.forward_flops_per_image, planned.recipe["model.exchange"]
+    meeting = [n for n in between if kind != "sharded_fc" or n.startswith("fc")]
+    share = sum(flops[name] for name in meeting) / planned.training_flops_per_image
+    return parts["arithmetic"] * share
 
 
 @dataclass(frozen=True)
