@@ -21,6 +21,7 @@ Inside a CUDA graph, spans are marked by events that the graph records again at 
 the last replay before `take` can be read without waiting for each one; the others are assumed to
 have taken the same.
 
+Of an exchange of gradients, only what the computation of weight gradients does not hide counts.
 DeepSpeed's collectives are not visible: they count as backward and optimizer.
 """
 

@@ -207,6 +207,70 @@ def test_a_step_can_be_captured(way: list[str], monkeypatch: pytest.MonkeyPatch)
     assert engine.gradients.keys() == dict(engine.model.named_parameters()).keys()
 
 
+class Order(TorchDispatchMode):
+    """Notes by layer when gradients of what it saw are computed, and those of its weights."""
+
+    def __init__(self, engine: TorchEngine) -> None:
+        super().__init__()
+        self.names = {tuple(layer.weight.shape): layer.name for layer in engine.model.layers()}
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+        made = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.convolution_backward.default:
+            name = self.names.get(tuple(args[2].shape), "one of two columns here")
+            parts = zip(("seen", "weights"), made, strict=False)
+            self.found += [f"{name}: {of}" for of, gradient in parts if gradient is not None]
+        if func is torch.ops.aten.mm.default:
+            of = "weights" if tuple(made.shape) in self.names else "seen"
+            names = {self.names.get(tuple(t.shape)) for t in (*args, made)} - {None}
+            self.found += [f"{name}: {of}" for name in names]  # none: LRN's
+        return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "meet"),
+    [("columns", ["fc8", "fc7", "fc6", "conv3"]), ("sharded_fc", ["fc8", "fc7", "fc6"])],
+)
+def test_gradients_travel_while_those_of_the_weights_are_computed(
+    kind: str, meet: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have begun before, and are waited for after; with dropout, biases and padding too."""
+    config = load_config([
+        *TINY, "train.micro_batches=2", "train.precision=fp64", f"layout.kind={kind}",
+        "model.dropout_before=[fc6,fc7,fc8]", "model.round_up=true", "model.stride=[4,1,2,1,1]",
+    ])  # fmt: skip
+    with in_a_world_of(2), torch.device("meta"):
+        made = ShardedFcEngine if kind == "sharded_fc" else TorchEngine
+        monkeypatch.setattr(TorchEngine, "replicate", lambda self, group: self.model)
+        engine = made(config, topology_of(config), drawn=False)
+        order, begin = Order(engine), dist.all_to_all_single
+
+        class Waited:
+            def __init__(self, work: Work) -> None:
+                self.work = work
+
+            def wait(self) -> None:
+                order.found.append("waited for")
+                self.work.wait()
+
+        def begun(*given: Any, **named: Any) -> Waited:
+            order.found.append("begun")
+            return Waited(begin(*given, **named))
+
+        monkeypatch.setattr(dist, "all_to_all_single", begun)
+        engine.model.train()
+        with order:
+            for windows, _, slots in engine._micro_batches(made_batch_of(config)):
+                engine.model(windows, slots, 0).sum().backward()
+    found = [one for one in order.found if one.partition(":")[0] in (*meet, "begun", "waited for")]
+    assert found == 2 * [
+        when for name in meet
+        for when in (f"{name}: seen", "begun", f"{name}: weights", "waited for")
+    ]  # fmt: skip
+    assert len(found) < len(order.found)
+
+
 @contextmanager
 def in_a_world_of(ranks: int) -> Iterator[None]:
     """As the last of so many processes, that exchange nothing."""

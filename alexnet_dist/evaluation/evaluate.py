@@ -113,7 +113,13 @@ def seen(
     config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, views=1))
     features: list[Tensor] = []
     *_, last = engine.model.layers()
-    hook = last.register_forward_pre_hook(lambda _, seen: features.append(side_by_side(*seen)))
+    products = last.products
+
+    def noted(seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        features.append(side_by_side(seen))
+        return products(seen, weight, bias)
+
+    last.products = noted  # type: ignore[method-assign]
     pipeline = make_pipeline(config, topology, dataset, split)
     size = config.evaluate.batch
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]
@@ -123,7 +129,7 @@ def seen(
             for decoded in pipeline.batches(evaluation_plan(config, parts))
         ]
     finally:
-        hook.remove()
+        del last.products
         pipeline.close()
     # Under sharded_fc the last layer sees the samples of all ranks, here the same ones.
     own = [part[: len(batch)] for part, batch in zip(features, logits, strict=True)]

@@ -13,7 +13,7 @@ other, so that every parameter splits on dim 0.
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -27,15 +27,21 @@ from alexnet_dist.network.dropout import Dropout
 from alexnet_dist.network.lrn import constants_of, local_response_norm
 from alexnet_dist.partition import share
 
+# Of what columns see, weights and biases: `Layer.products`.
+Products = Callable[[list[Tensor], Tensor, Tensor | None], list[Tensor]]
+
 
 class Exchange(Protocol):
     """How the columns of one network meet. What a column here made is an element of a list."""
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        """[(n, own channels, …)] to (n, all columns' channels, …); gradients are summed back."""
+    def products(
+        self, of: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> list[Tensor]:
+        """A layer's products of what all columns made: of [(n, own channels, …)] put side by side,
+        (n, all columns' channels, …); gradients are summed back."""
 
-    def features(self, features: Tensor) -> Tensor:
-        """(n, features), what fc6 sees, to that of all samples its like compute here."""
+    def own(self, slots: Tensor) -> Tensor:
+        """Of the slots of all samples that fc6 sees, those of the samples whose maps are here."""
 
     def logits(self, parts: list[Tensor]) -> Tensor:
         """[(n, own classes)] to (n, all classes); each column takes its own slice of gradients."""
@@ -44,11 +50,13 @@ class Exchange(Protocol):
 class OneDevice:
     """The exchange where every column is on this device."""
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        return side_by_side(parts)
+    def products(
+        self, of: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> list[Tensor]:
+        return of([side_by_side(made)], weight, bias)
 
-    def features(self, features: Tensor) -> Tensor:
-        return features
+    def own(self, slots: Tensor) -> Tensor:
+        return slots
 
     def logits(self, parts: list[Tensor]) -> Tensor:
         return side_by_side(parts)
@@ -102,6 +110,11 @@ class Column:
             x = self._pooled(layer, self._normalised(layer, x, fused))
         return activated(x, activation) if last else x
 
+    def dropped(self, maps: Tensor, dropout: Dropout) -> Tensor:
+        """Its last maps, (n, own maps, h, w), of whose values some are dropped."""
+        values = maps.flatten(1)
+        return dropout(values, self.index * values.shape[1]).view(maps.shape)
+
     def _in_one_pass(self, layer: str) -> bool:
         """Whether a GPU does all of it in the paper's order by one kernel."""
         config, normalises = self.config, layer in self.config.lrn.layers
@@ -140,8 +153,8 @@ class Column:
 class Layer(nn.Module):
     """One layer of the columns here: their weights, one column's below the other's.
 
-    `forward` takes what the columns here see: a tensor for each, or one that all of them see, and
-    computes in its type, whatever that of the weights is. It gives what each column made of it.
+    `forward` takes what the columns here made, a tensor for each or one of them all, and computes
+    in its type, whatever that of the weights is. It gives what each column made of it.
 
     Attributes:
         whole: the weight's shape over all columns.
@@ -167,6 +180,23 @@ class Layer(nn.Module):
         here = (sum(self.sizes), *whole[1:])
         self.weight = nn.Parameter(torch.empty(here, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(here[0], dtype=dtype))
+
+    def forward(self, made: list[Tensor], exchange: Exchange | None = None) -> list[Tensor]:
+        """What `products` gives.
+
+        Args:
+            exchange: by which each column sees what all of them made; None: it sees its own alone.
+        """
+        weight, bias = self.weights(made[0])
+        if exchange is None:
+            return self.products(made, weight, bias)
+        return exchange.products(self.products, made, weight, bias)
+
+    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Of what each column here sees, or of the one thing that all of them see; with biases
+        unless `fused`. What is learnt comes in by weights and biases alone: between ranks they have
+        a backward of their own."""
+        raise NotImplementedError
 
     def weights(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
         """Weights and biases for a product with what this layer sees."""
@@ -224,9 +254,8 @@ class Conv(Layer):
         self.stride, self.padding, self.round_up = stride, padding, round_up
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def forward(self, seen: list[Tensor]) -> list[Tensor]:
-        """(n, own maps, h, w) of each column, with biases unless `fused`."""
-        weight, bias = self.weights(seen[0])
+    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """(n, own maps, h, w) of each column."""
         stride, padding = self.stride, self.padding
         if self.fused and stride > 1 and not seen[0].requires_grad:  # conv1
             seen, weight = [self._folded(x) for x in seen], _folded_kernel(weight, stride)
@@ -270,19 +299,23 @@ def _folded_kernel(weight: Tensor, stride: int) -> Tensor:
 class Linear(Layer):
     """A fully-connected layer: where all columns see the same, one product of all of them."""
 
-    def forward(self, seen: list[Tensor]) -> list[Tensor]:
+    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
         """(n, own units) of each column, or, where all see the same, (n, units) of all columns
-        here; with biases unless `fused`."""
-        weight, bias = self.weights(seen[0])
+        here."""
+        seen = [x.flatten(1) for x in seen]  # fc6: (n, 2 · 128 · 6 · 6)
+        inputs = self.whole[1]
+        if seen[0].shape[1] > inputs:  # of all columns here, each of which sees its own
+            seen = list(seen[0].split(inputs, dim=1))
         if len(seen) == 1:
             return [F.linear(seen[0], weight, bias)]
         return [F.linear(x, w, b) for x, w, b in self.by_column(seen, weight, bias)]
 
     def units(
-        self, seen: list[Tensor], activation: str | None = None, dropout: Dropout | None = None
-    ) -> list[Tensor]:
+        self, made: list[Tensor], exchange: Exchange | None, activation: str | None = None,
+        dropout: Dropout | None = None,
+    ) -> list[Tensor]:  # fmt: skip
         """What `forward` gives, activated, and some of it dropped."""
-        products = self(seen)
+        products = self(made, exchange)
         parts = zip(products, self.biases(products), self.starts, strict=False)
         return [_units(x, bias, activation, dropout, start) for x, bias, start in parts]
 
@@ -366,31 +399,24 @@ class AlexNet(nn.Module):
         """
         convs = [layer for layer in self.layers() if isinstance(layer, Conv)]
         fcs = [layer for layer in self.layers() if isinstance(layer, Linear)]
-        # A list holds what each column made, or the one thing that all columns see. Shapes are the
-        # paper's, of one column.
+        # A list holds what each column made. Shapes are the paper's, of one column.
         made = [x]
         for conv in convs:  # (n, 48, 27, 27), (n, 128, 13, 13), (n, 192, 13, 13), …
-            made = conv(self._see(conv, made))
+            made = conv(made, self._exchange_before(conv))
             parts = zip(self.columns, made, conv.biases(made), strict=True)
             made = [column.maps(conv.name, maps, bias) for column, maps, bias in parts]
-        # [(n, 2 · 128 · 6 · 6)]: fc6 sees both columns
-        seen = [self.exchange.features(maps.flatten(1)) for maps in self._see(fcs[0], made)]
-        if dropout := self._dropout(fcs[0], slots, step):
-            joined, width = fcs[0].name in self.config.exchange, seen[0].shape[1]
-            starts = [0] if joined else [column.index * width for column in self.columns]
-            seen = [dropout(maps, start) for maps, start in zip(seen, starts, strict=True)]
-        for fc, after in itertools.pairwise(fcs):
-            made = fc.units(seen, self.config.activation, self._dropout(after, slots, step))
-            seen = self._see(after, made)  # [(n, 4096)]
-        return self.exchange.logits(fcs[-1].units(seen))
+        own = None if slots is None else self.exchange.own(slots)
+        if dropout := self._dropout(fcs[0], own, step):
+            of_columns = zip(self.columns, made, strict=True)
+            made = [column.dropped(maps, dropout) for column, maps in of_columns]
+        for fc, after in itertools.pairwise(fcs):  # (n, 2048); or of all columns here, (n, 4096)
+            dropout = self._dropout(after, slots, step)
+            made = fc.units(made, self._exchange_before(fc), self.config.activation, dropout)
+        return self.exchange.logits(fcs[-1].units(made, self._exchange_before(fcs[-1])))
 
-    def _see(self, layer: Layer, made: list[Tensor]) -> list[Tensor]:
-        """What the columns here see: each what it made itself, or all what both made."""
-        if layer.name in self.config.exchange:
-            return [self.exchange.join(made)]
-        if made[0].dim() == 2 and len(made) == 1:  # units of all columns here
-            return list(made[0].chunk(len(self.columns), dim=1))
-        return made
+    def _exchange_before(self, layer: Layer) -> Exchange | None:
+        """By which a layer's columns see what all of them made; None: each sees its own."""
+        return self.exchange if layer.name in self.config.exchange else None
 
     def _dropout(self, before: Layer, slots: Tensor | None, step: int | Tensor) -> Dropout | None:
         """What drops units before a layer sees them; they are the outputs of the one below."""

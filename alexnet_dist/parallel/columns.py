@@ -5,14 +5,16 @@ over columns; the loss is computed alike on every column, so the gradients of th
 are not. Both directions move the type that the network computes in: what comes in goes out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from alexnet_dist.compat import all_gather_single
+from alexnet_dist.network.model import Products
 from alexnet_dist.partition import share
 from alexnet_dist.timing import TIMELINE
 
@@ -28,19 +30,29 @@ class ColumnExchange:
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
-    def join(self, parts: list[Tensor]) -> Tensor:
-        return join_maps(parts[0], self.group)
+    def products(
+        self, of: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> list[Tensor]:
+        maps = made[0].flatten(1) if weight.dim() == 2 else made[0]  # fc6 sees units
+        return [product_of_all(of, maps, weight, bias, self.group, dim=1)]
 
-    def features(self, features: Tensor) -> Tensor:
-        return features
+    def own(self, slots: Tensor) -> Tensor:
+        return slots
 
     def logits(self, parts: list[Tensor]) -> Tensor:
         return join_logits(parts[0], self.group, self.classes)
 
 
-def join_maps(maps: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(n, own channels, …) to (n, channels of all ranks, …); gradients are summed back."""
-    return _JoinMaps.apply(maps, group)  # type: ignore[no-any-return]
+def product_of_all(
+    of: Products, part: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup,
+    dim: int,
+) -> Tensor:  # fmt: skip
+    """A layer's product of every rank's part, side by side as samples (`dim` 0) or channels (1);
+    gradients are summed back."""
+    if not torch.is_grad_enabled():
+        return of([_side_by_side(part, group, dim)], weight, bias)[0]
+    made: Tensor = _ProductOfAll.apply(of, part, weight, bias, group, dim)
+    return made
 
 
 def join_logits(logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tensor:
@@ -48,19 +60,31 @@ def join_logits(logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tenso
     return _JoinLogits.apply(logits, group, classes)  # type: ignore[no-any-return]
 
 
-class _JoinMaps(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        last = _channels_last(maps)  # (n, …, own channels)
-        joined = gathered(last, group).movedim(0, -2)  # (n, …, columns, own channels)
-        return joined.flatten(-2).movedim(-1, 1)
+class _ProductOfAll(torch.autograd.Function):
+    """Gradients of what others made travel to them while the weights' own are computed: only the
+    first are waited for by the layers below."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        last = _channels_last(grads[0])
-        parts = last.unflatten(-1, (ctx.group.size(), -1)).movedim(-2, 0).contiguous()
-        return summed_parts(parts, ctx.group).movedim(-1, 1), None
+    def forward(
+        ctx: Any, of: Products, part: Tensor, weight: Tensor, bias: Tensor | None,
+        group: dist.ProcessGroup, dim: int,
+    ) -> Tensor:  # fmt: skip
+        ctx.group, ctx.dim = group, dim
+        given: list[Any] = [_side_by_side(part, group, dim), weight, bias]
+        given = [None if x is None else x.detach().requires_grad_() for x in given]
+        with torch.enable_grad():
+            (made,) = of(given[:1], *given[1:])
+        ctx.given, ctx.made = given, get_gradient_edge(made)
+        return made.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        made, (seen, *weights) = ctx.made, [x for x in ctx.given if x is not None]
+        del ctx.made, ctx.given
+        (of_seen,) = torch.autograd.grad(made, seen, grads, retain_graph=True)
+        summed = _begin_sum(of_seen, ctx.group, ctx.dim)
+        of_weight, *of_bias = torch.autograd.grad(made, weights, grads)
+        return None, summed(), of_weight, of_bias[0] if of_bias else None, None, None
 
 
 class _JoinLogits(torch.autograd.Function):
@@ -75,8 +99,30 @@ class _JoinLogits(torch.autograd.Function):
         return grads[0][:, ctx.rows], None, None
 
 
-def _channels_last(maps: Tensor) -> Tensor:
-    return maps.movedim(1, -1).contiguous()
+def _side_by_side(part: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    """Every rank's part, in order, along a dimension: 0, or 1 in channels_last."""
+    if dim == 0:
+        return gathered(part, group).flatten(0, 1)
+    parts = gathered(part.movedim(1, -1), group)  # (ranks, n, …, own channels)
+    return parts.movedim(0, -2).flatten(-2).movedim(-1, 1)
+
+
+def _begin_sum(whole: Tensor, group: dist.ProcessGroup, dim: int) -> Callable[[], Tensor]:
+    """Begin to send each rank its part along a dimension. The call it gives waits, and sums this
+    rank's part over ranks in their order: the same bits on every backend."""
+    last = whole.movedim(dim, -dim)
+    parts = last.unflatten(-dim, (group.size(), -1)).movedim(-2 * dim, 0).contiguous()
+    mine = torch.empty_like(parts)  # (ranks, *shape)
+    with TIMELINE.span("exchange"):
+        work = dist.all_to_all_single(mine, parts, group=group, async_op=True)
+    assert work is not None
+
+    def summed() -> Tensor:
+        with TIMELINE.span("exchange"):
+            work.wait()
+        return mine.sum(0).movedim(-dim, dim)
+
+    return summed
 
 
 def _count(rows: slice) -> int:
@@ -91,15 +137,6 @@ def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -
     padded[: rows.shape[0]] = rows
     parts = gathered(padded, group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-def summed_parts(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """This rank's part of (ranks, *shape), summed over ranks in their order: the same bits on
-    every backend."""
-    mine = torch.empty_like(parts)
-    with TIMELINE.span("exchange"):
-        dist.all_to_all_single(mine, parts, group=group)
-    return mine.sum(0)
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:

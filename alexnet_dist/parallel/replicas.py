@@ -14,12 +14,11 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from alexnet_dist.errors import ReplicasDiffer
-from alexnet_dist.network.model import side_by_side
+from alexnet_dist.network.model import Products, side_by_side
 from alexnet_dist.parallel.columns import (
     gathered,
     join_logits,
-    join_maps,
-    summed_parts,
+    product_of_all,
 )
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
@@ -37,29 +36,23 @@ class ShardExchange:
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
-    def join(self, parts: list[Tensor]) -> Tensor:
+    def products(
+        self, of: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> list[Tensor]:
         """The convolutions' columns are all here; fc6's and fc7's units lie on all ranks."""
-        return side_by_side(parts) if parts[0].dim() == 4 else join_maps(parts[0], self.group)
+        if made[0].dim() == 2:
+            return [product_of_all(of, made[0], weight, bias, self.group, dim=1)]
+        maps = side_by_side(made)
+        if weight.dim() == 4:
+            return of([maps], weight, bias)
+        return [product_of_all(of, maps.flatten(1), weight, bias, self.group, dim=0)]
 
-    def features(self, features: Tensor) -> Tensor:
-        return _JoinSamples.apply(features, self.group)  # type: ignore[no-any-return]
+    def own(self, slots: Tensor) -> Tensor:
+        mine: Tensor = slots.unflatten(0, (self.group.size(), -1))[self.group.rank()]
+        return mine
 
     def logits(self, parts: list[Tensor]) -> Tensor:
         return join_logits(parts[0], self.group, self.classes)
-
-
-class _JoinSamples(torch.autograd.Function):
-    """(n, features) to (ranks · n, features); gradients are summed back."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return gathered(features.contiguous(), group).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        parts = grads[0].unflatten(0, (ctx.group.size(), -1)).contiguous()
-        return summed_parts(parts, ctx.group), None
 
 
 def sum_bucket(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:

@@ -8,8 +8,9 @@ sends.
 
 The memory traffic of a step with fused kernels was counted by running it on fake tensors; that of a
 step with torch's operators is counted here. On a CPU a "device" is a core; ranks share the cores,
-which also do the sending. On GPUs, all-reduces of gradients overlap the backward pass, and images
-are decoded in parallel.
+which also do the sending. On GPUs, all-reduces of gradients overlap the backward pass, exchanges of
+gradients between columns overlap the computation of the layer's weight gradients, and images are
+decoded in parallel.
 """
 
 import math
@@ -143,7 +144,10 @@ def predict(
                 parts[name] = _exposed(planned, kind, size, group, stride, at, backward)
             else:
                 place = "all-reduce" if kind in ZERO or name == "all-reduce" else "exchange"
-                parts[place] += transfer_s(name, size, calls, group, stride, at)
+                seconds = transfer_s(name, size, calls, group, stride, at)
+                if name == "all-to-all" and machine.overlap:
+                    seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
+                parts[place] += seconds
     training = sum(parts.values())
     # On a CPU, all cores decode for the ranks, which share them.
     share = 1 if machine.overlap else at.total / ranks
@@ -272,3 +276,12 @@ def _exposed(
         part = size * summed[name] / sum(summed.values())
         sent = max(now, sent) + transfer_s("all-reduce", part, 1, group, stride, at)
     return max(0.0, sent - now)
+
+
+def _beside_exchange(planned: Plan, kind: str, parts: Mapping[str, float]) -> float:
+    """Return the seconds in which weight gradients are computed while the gradients of the layers'
+    inputs are exchanged between ranks."""
+    flops, between = planned.forward_flops_per_image, planned.recipe["model.exchange"]
+    meeting = [n for n in between if kind != "sharded_fc" or n.startswith("fc")]
+    share = sum(flops[name] for name in meeting) / planned.training_flops_per_image
+    return parts["arithmetic"] * share
