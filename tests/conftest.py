@@ -12,6 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+# OpenMP reads it as torch loads. Workers share cores: a thread that spins for the others keeps from
+# its core what it waits for.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
 import forks
 import numpy as np
 import pytest
