@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, on_ranks
+from conftest import TINY, interpreted, on_ranks
 from test_columns import EVERYTHING_ON, VARIANTS
 from torch import Tensor
 from torch._C._distributed_c10d import Work
@@ -110,12 +110,10 @@ def by_kernels(configs: list[Config]) -> list[tuple[dict[str, Tensor], list[str]
     return found
 
 
-def test_a_network_of_kernels_is_that_of_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_of_kernels_is_that_of_operators() -> None:
     """In float64 too, by the same kernels."""
     configs = [load_config([*SMALL, *EVERYTHING_ON, *way]) for way in WAYS]
-    with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        (found,) = on_ranks(1, by_kernels, configs, fresh=True)
+    found = interpreted(by_kernels, configs)
     for config, (ours, launched) in zip(configs, found, strict=True):
         expected = trained(config, steps_of(config))
         assert expected["numbers/0"][3] == 0
@@ -127,10 +125,8 @@ def test_a_network_of_kernels_is_that_of_operators(monkeypatch: pytest.MonkeyPat
         assert wanted <= {name.partition("::")[2] for name in launched}
 
 
-def test_an_update_narrows_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        (found,) = on_ranks(1, narrowed, load_config([*SMALL, "train.precision=bf16"]), fresh=True)
+def test_an_update_narrows_the_weights() -> None:
+    found = interpreted(narrowed, load_config([*SMALL, "train.precision=bf16"]))
     assert found == {"conv1": "bf16", "conv2": "bf16", "conv3": "bf16", "conv4": "bf16",
                      "conv5": "bf16", "fc6": "bf16", "fc7": "bf16", "fc8": "bf16"}  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, alexnet_dist, on_ranks
+from conftest import TINY, alexnet_dist, interpreted, on_ranks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -341,13 +341,9 @@ def saved_by_formula(config: Config) -> int:
     return kept + e * n * (seen * side**2 + sum(model.fc) + model.classes)
 
 
-def test_a_step_by_kernels_keeps_and_takes_what_was_planned(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_step_by_kernels_keeps_and_takes_what_was_planned() -> None:
     """To the byte: real tensors by the interpreter, beside shapes alone, beside a formula."""
-    with monkeypatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        ((found, kept),) = on_ranks(1, kept_for_backward, GPU_CASES, fresh=True)
+    found, kept = interpreted(kept_for_backward, GPU_CASES)
     for overrides, alive in zip(GPU_CASES, found, strict=True):
         # Only after a kernel: the interpreter holds what it was given until the next one.
         assert alive == planned_at_kernels(load_config(overrides)), overrides
