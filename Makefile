@@ -35,7 +35,8 @@ results: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## train what docs/resu
 	$(GPU_PYTHON) docs/results.py $(PARTS) $(if $(WITHIN),--within $(WITHIN)) $(if $(COMMIT),--commit $(COMMIT))
 
 test: $(READY)  ## the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not drill and not slurm"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-m "not drill and not slurm"
 
 gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## what this GPU says, into docs/gpu.jsonl: minutes; goes on where it was; PARTS=…
 	$(GPU_PYTHON) docs/gpu.py $(PARTS) $(if $(COMMIT),--commit $(COMMIT))
