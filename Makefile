@@ -35,7 +35,8 @@ results: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## train the networks o
 	$(GPU_PYTHON) docs/results.py $(PARTS) $(if $(WITHIN),--within $(WITHIN)) $(if $(COMMIT),--commit $(COMMIT))
 
 test: $(READY)  ## run the tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not drill and not slurm"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-m "not drill and not slurm"
 
 gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## test and measure this GPU, into docs/gpu.jsonl: minutes; continues where it stopped; PARTS=…
 	$(GPU_PYTHON) docs/gpu.py $(PARTS) $(if $(COMMIT),--commit $(COMMIT))

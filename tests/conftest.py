@@ -69,6 +69,18 @@ def write_idx(folder: Path, train: int, test: int) -> Path:
     return folder
 
 
+# Begun before the others, so that none of them is left to one worker at the end.
+LONG = (
+    "watchdog", "run", "plan", "layouts", "kernels_compile", "open_ports", "compare", "bench",
+    "prepare", "docs", "fused_kernels", "execution", "wheel", "pipelines", "errors", "cost", "api",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: first.get(item.path.name, len(LONG)))
+
+
 @pytest.fixture(autouse=True)
 def of_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that meets others in a test's own process tells it their network, for good."""

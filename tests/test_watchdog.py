@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_for_longer_than_the_timeout_goes_on(
 ) -> None:
     """As by Ctrl-Z, or `scontrol suspend`: no clock of the ranks saw them stand still."""
     config = tiny(*RUN, "layout.timeout_s=2", "train.epochs=12", "name=suspended")
-    run = started(config)
+    run = Started(["train", *as_overrides(config)])
     run.wait_for_step(config.folder, 6)
     processes = run.all()
     for process in processes:
