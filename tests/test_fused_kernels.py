@@ -1,5 +1,5 @@
-"""The fused kernels of the network against plain torch in float64: on a GPU where there is one,
-else by Triton's interpreter, which cuts bfloat16 off where a GPU rounds."""
+"""The fused kernels against plain torch in float64: on a GPU if there is one, else by Triton's
+interpreter, which truncates to bfloat16 where a GPU rounds."""
 
 from collections.abc import Callable
 from typing import Any

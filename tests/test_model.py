@@ -1,4 +1,4 @@
-"""The network's shapes, counts and initial weights against the paper's."""
+"""The network's shapes, parameter counts and initial weights against the paper's."""
 
 import numpy as np
 import pytest

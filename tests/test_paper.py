@@ -1,5 +1,5 @@
 """The presets of configs/paper: layers, shapes, parameters and FLOPs against published tables or
-arithmetic; and what the variants need of the network."""
+arithmetic; and what their variants require of the network."""
 
 import math
 import shutil

@@ -1,4 +1,4 @@
-"""The plan against published figures, closed formulas, and what real processes send and take."""
+"""`plan` against published figures, closed formulas, and what real processes send and allocate."""
 
 import dataclasses
 import gc

@@ -1,4 +1,4 @@
-"""Image files asked of a trained network: as evaluation answers, whatever the files are."""
+"""Predictions for image files agree with the evaluation, whatever the files are."""
 
 import csv
 import io
