@@ -1,4 +1,4 @@
-"""Checkpoints: durable, verified, layout-independent; the newest good one loads, or an error says why."""
+"""Checkpoints: durable, verified, layout-independent; the newest good one is loaded."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""Counter-based random draws: published vectors, NumPy = torch, slices, uniformity, independence."""
+"""Counter-based draws: published vectors, NumPy = torch, slices, uniformity, independence."""
 
 import subprocess
 import sys
