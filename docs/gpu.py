@@ -1,13 +1,13 @@
-"""What one GPU says, part by part, a row each in docs/gpu.jsonl; docs/performance.md's tables and
-the steps by which `plan` is corrected are made of them.
+"""Measures on one GPU, part by part, and appends a row for each part to docs/gpu.jsonl. From these
+rows come the tables of docs/performance.md and the step times that correct `plan`.
 
     python docs/gpu.py [PART ...] [--commit NAME] [--within SECONDS]    (make gpu)
     python docs/gpu.py --document                                       (make docs)
 
-A part that this card has answered for this commit is passed over, so that the command may be given
-again until all are answered; one that failed is tried again. Any Python that has the packages does:
-nothing is installed, nothing fetched, and what data a part wants is made. What parts print is kept
-in runs/gpu.
+A part that has already succeeded on this card and commit is skipped, so the command can be repeated
+until all are done; a part that failed is tried again. Any Python that has the packages will do:
+nothing is installed or downloaded, and the data that parts need is generated. The parts' output is
+kept in runs/gpu.
 """
 
 import argparse
@@ -31,17 +31,21 @@ from ledger import ROOT, append_row, between, commit_of, read_rows
 
 ROWS, PAGE, LOGS = ROOT / "docs/gpu.jsonl", ROOT / "docs/performance.md", ROOT / "runs/gpu"
 STEPS, FROM_ROWS = ROOT / "alexnet_dist/planning/measured.jsonl", "docs/gpu.jsonl"
-MEASURED = ("alexnet_dist", "configs", "tests")  # a commit that changes none of it is the same
+MEASURED = (
+    "alexnet_dist",
+    "configs",
+    "tests",
+)  # a commit that changes none of these counts as the same
 BEGIN, END = "<!-- made by make docs from gpu.jsonl -->\n", "<!-- to here -->\n"
 CLASSES, PHOTOGRAPHS = 8, 4000
-GRACE_S = 20  # of a part's limit: to say what it has found, and where it is
-# What a figure is not of, where a part said so.
+GRACE_S = 20  # kept back from a part's limit, for it to print results and a traceback
+# Warnings that the figures are without the graphs or kernels that they are meant to measure.
 LESS = ("could not be captured as a CUDA graph", "no kernels for this GPU")
 Figures = dict[str, dict[str, float]]  # by group
 
 
 def of_bench(printed: str) -> Figures:
-    """What a `bench … --json` found: the medians of what it timed, and the costliest kernels."""
+    """Read the output of `bench … --json`: the medians of its times, and the costliest kernels."""
     found = json.loads(printed.splitlines()[-1])
     runs, kernels = found.get("runs", [{}]), found.get("kernels", [])
     timed = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
@@ -50,7 +54,7 @@ def of_bench(printed: str) -> Figures:
 
 
 def of_pytest(printed: str) -> Figures:
-    """How many tests ended how, the rest of them killed too."""
+    """Count tests by outcome, from pytest's output; also if it was killed before its summary."""
     ended = re.findall(r"^(?:tests/\S.* |\[gw\d+\].*)(PASSED|FAILED|SKIPPED|ERROR)", printed, re.M)
     if "PASSED" not in ended:
         raise ValueError("no test passed")
@@ -58,14 +62,14 @@ def of_pytest(printed: str) -> Figures:
 
 
 def amid(printed: str) -> list[str]:
-    """Tests that have begun and not ended, as pytest with several workers prints them."""
+    """Return the tests that have started and not ended, from the output of pytest with workers."""
     begun = re.findall(r"^(tests/\S+::.*?) *$", printed, re.M)
     ended = re.findall(r"^\[gw\d+\] \[ *\d+%\] [A-Z]+ (tests/\S+::.*?) *$", printed, re.M)
     return [name for name in begun if name not in ended]
 
 
 def of_compare(printed: str) -> Figures:
-    """The table of `compare`: how far each layout is from one process, its speed, its drift."""
+    """Read the table of `compare`: each layout's difference from one process, speed and drift."""
     rows = re.findall(
         r"^(\w+) +(\d+) +\S+ +(\S+) +\S+ +(?:yes|NO) +(\S+) +\S+ *(?:noise floor )?(\S*)$",
         printed, re.M,
@@ -82,9 +86,12 @@ def of_compare(printed: str) -> Figures:
 
 @dataclass(frozen=True)
 class Part:
-    """Attributes:
-    commands: of Python, one after another; the last one's output holds the figures.
-    limit: of them all, seconds.
+    """One part of the measurements.
+
+    Attributes:
+        commands: arguments of Python, run one after another; the last one prints the figures.
+        limit: seconds, for all commands together.
+        read: turns the last command's output into figures.
     """
 
     commands: Sequence[Sequence[str]]
@@ -117,11 +124,11 @@ def _pytest(*which: str, workers: int = 4) -> list[str]:
 
 
 def _ranks(*which: str) -> list[str]:
-    """Tests of several ranks: each more that shares a GPU makes all of them slower."""
+    """Tests of several ranks; with few workers, as all of them share the GPU."""
     return _pytest("-m", "gpu", *which, workers=2)
 
 
-# Parts of their own; the last are drills too.
+# Test files that are parts of their own; the last two are drills too.
 _FIRST, _LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
     f"tests/test_{name}.py"
     for name in ("gpu_first", "gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
@@ -154,8 +161,8 @@ PARTS = {
 
 
 def facts(commit: str | None) -> dict[str, Any]:
-    """What a row says of the machine and the code; ends the program where there is nothing to say
-    it of."""
+    """Return a row's metadata about machine and code; exit with a message if there is no GPU, or no
+    commit is known."""
     import torch
 
     if not torch.cuda.is_available():
@@ -187,8 +194,17 @@ def facts(commit: str | None) -> dict[str, Any]:
 def measure(
     parts: Mapping[str, Part], about: Mapping[str, Any], within: float, rows: Path, logs: Path
 ) -> bool:
-    """Run what is not answered and fits into so many seconds, and append a row of each; whether
-    none failed."""
+    """Run the parts that are not done and fit into the time, and append a row for each.
+
+    Args:
+        about: the rows' metadata, as from `facts`.
+        within: seconds, for all parts together.
+        rows: the JSONL file.
+        logs: folder for the parts' output.
+
+    Returns:
+        Whether no part failed.
+    """
     end, sound = time.monotonic() + within, True
     answered = {
         (row["part"], row["card"], row["commit"]) for row in read_rows(rows) if "failed" not in row
@@ -211,7 +227,7 @@ def measure(
 
 
 def _last_lines(*logs: Path, most: int = 20) -> Iterator[str]:
-    """Of each that has any, for a reader who may not come to the files."""
+    """Yield the last lines of each log, for a reader who may not have access to the files."""
     for log in logs:
         if lines := log.read_text(errors="replace").rstrip().splitlines():
             yield f"--- the end of {log.name}"
@@ -219,7 +235,7 @@ def _last_lines(*logs: Path, most: int = 20) -> Iterator[str]:
 
 
 def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
-    """A part's own entries of its row."""
+    """Run a part, and return its own entries of its row."""
     logs.mkdir(parents=True, exist_ok=True)
     output, errors = logs / f"{name}.out", logs / f"{name}.err"
     begin, failed = time.monotonic(), ""
@@ -228,6 +244,7 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
         .removeprefix("-m ")
         .replace("alexnet_dist", "alexnet-dist"),
     }
+    # Run the commands; at the limit interrupt one, so that it can still print what it has.
     for command in part.commands:
         grace = min(GRACE_S, part.limit / 3)
         left = begin + part.limit - grace - time.monotonic()
@@ -239,6 +256,7 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
                     process.wait(grace)
         if failed:
             break
+    # Read the figures, and any reason why they do not count.
     printed, figures = output.read_text(errors="replace"), {}
     said = errors.read_text(errors="replace")
     if part.read is of_pytest and failed.startswith("not done"):
@@ -265,7 +283,7 @@ def _rounded(figures: Figures) -> Figures:
 
 
 def photographs(folder: Path, count: int) -> None:
-    """JPEGs of 256 × 256, smooth colours with some texture; nothing where they are already."""
+    """Make `count` JPEGs of 256 × 256, smooth colours with some noise, unless the folder exists."""
     import numpy as np
     from PIL import Image
 
@@ -289,7 +307,7 @@ def photographs(folder: Path, count: int) -> None:
 
 
 def tables(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for each part and card: what the first commit said, and the last."""
+    """Return a Markdown table for each part and card: the figures of the first and last commit."""
     if not rows:
         return "Nothing has been measured by `make gpu` yet.\n"
     kinds = dict.fromkeys((row["card"], row["part"]) for row in rows)
@@ -300,7 +318,7 @@ def tables(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Of rows of one part and card."""
+    """Yield the table of one part and card."""
     last = rows[-1]
     yield f"**{last['part']}**, {last['card']}: `{last['command']}`\n"
     if "failed" in last:
@@ -325,12 +343,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 
 
 def documented(page: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The page with its tables as the rows have them."""
+    """Return the page with its tables made anew from the rows."""
     return between(page, BEGIN, END, tables(rows))
 
 
 def steps(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Our steps, as planning/measured.py reads them, by the last row of each card."""
+    """Return our step times, as planning/measured.py reads them, from the last row of each card."""
     last = {
         row["card"]: row
         for row in rows

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny network and data set, and real processes to run them in."""
+"""Shared fixtures: a tiny network and data set, and real processes to run them in."""
 
 import faulthandler
 import gzip

@@ -1,7 +1,7 @@
-"""Processes that begin with everything imported: forked from a server that has done so.
+"""Test processes that start with everything imported: forked from a server that has done so.
 
-Importing takes seconds of a core, and the tests start hundreds of processes. Those of which
-starting itself is looked at are `fresh`: new Pythons.
+Importing takes seconds of CPU time, and the tests start hundreds of processes. Tests of start-up
+itself use `fresh` ones: new Python processes.
 """
 
 import contextlib

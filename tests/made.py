@@ -1,4 +1,4 @@
-"""Small data sets in exactly the formats of the real ones, and every oddity of real images."""
+"""Small data sets in exactly the formats of the real ones, with the oddities of real images."""
 
 import io
 import pickle

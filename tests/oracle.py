@@ -1,5 +1,5 @@
-"""The network in torch's own words: whole tensors, columns by `groups`, nothing of network.model's
-forward. What every layout is held against."""
+"""The reference that every layout is compared with: the network in plain torch, with whole tensors
+and columns by `groups`. It uses nothing of the forward in network/model.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

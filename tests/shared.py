@@ -1,6 +1,6 @@
-"""What tests of ranks that share a GPU have in common.
+"""Helpers for tests of ranks that share a GPU.
 
-REHEARSE=1 runs them on the CPU over gloo: their own code, where there is no GPU.
+With REHEARSE=1 these tests run on the CPU over gloo, to check their own code without a GPU.
 """
 
 import os

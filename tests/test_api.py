@@ -1,4 +1,4 @@
-"""The Python API: what `from alexnet_dist import …` gives, in any order of imports."""
+"""The Python API: what `from alexnet_dist import …` offers, in any order of imports."""
 
 import itertools
 import re

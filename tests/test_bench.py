@@ -1,4 +1,4 @@
-"""bench: what it prints is whole, and a rank's index and order cost what they may."""
+"""`bench`: its output is complete, and reading a rank's index and order stays cheap."""
 
 import contextlib
 import copy

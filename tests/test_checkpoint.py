@@ -1,4 +1,4 @@
-"""Checkpoints: durable, verified, layout-free; the newest good one, or an error."""
+"""Checkpoints: durable, verified, layout-independent; the newest good one is loaded."""
 
 import contextlib
 import errno

@@ -1,4 +1,4 @@
-"""One process with two columns, and two with one each, against the grouped network."""
+"""Two columns in one process, and one in each of two, against the grouped network."""
 
 import dataclasses
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""`alexnet-dist compare`, as a user types it."""
+"""`alexnet-dist compare`, as a user runs it."""
 
 import json
 import os

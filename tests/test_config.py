@@ -1,4 +1,4 @@
-"""Config: every file loads, every key is read, every mistake is one clear error."""
+"""Configs: every file loads, every key is used, every mistake gives one clear error."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""The cost model: arithmetic worked by hand, what it recommends, and measured layouts held out."""
+"""The cost model: arithmetic worked by hand, its recommendations, and measurements held out."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""Packed data sets, the sample stream and the torch pipeline; and everything damaged."""
+"""Packed data sets, the sample stream and the torch pipeline; also when anything is damaged."""
 
 import ast
 import contextlib

@@ -1,4 +1,4 @@
-"""What the documents say is so: links, files, keys and commands exist, and examples run."""
+"""The documentation is true: links, files, keys and commands exist, and the examples run."""
 
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""`doctor`: what it finds here, and what it says of machines where something is amiss."""
+"""`doctor`: what it finds on this machine, and what it reports of machines with a problem."""
 
 import errno
 import fcntl

@@ -1,6 +1,6 @@
-"""Every way a newcomer fails is one line that says what to do.
+"""Every mistake of a newcomer gives one line that says what to do.
 
-Here: what machines, installations and launchers do. Elsewhere: configs (test_config.py), data sets
+Here: machines, installations and launchers. Elsewhere: configs (test_config.py), data sets
 (test_data.py), sources (test_prepare.py, test_hostile_sources.py), layouts (test_layouts.py),
 checkpoints and run folders (test_checkpoint.py, test_run.py, test_paper.py), Slurm
 (test_launch.py), signals (test_run.py).

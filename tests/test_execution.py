@@ -1,5 +1,5 @@
-"""How a GPU makes a step: by fused kernels, here run by Triton's interpreter, and as one graph,
-here played by calling what it holds."""
+"""Execution of a step as on a GPU: with fused kernels, here run by Triton's interpreter; and as one
+CUDA graph, here simulated by calling what was captured."""
 
 import re
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Pictures and the report, from runs."""
+"""Figures and reports made from runs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Only regular files are read and written, through no link; checksums are compared."""
+"""Only regular files are read and written, never through a link; checksums are verified."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Image folders as they come: any depth, any split's name, archives of them, what lies beside."""
+"""Image folders as users have them: any depth, any name of a split, archives, unrelated files."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Weights in and out: torchvision, Caffe, ONNX, safetensors; logits equal to 1e-6."""
+"""Import and export of weights: torchvision, Caffe, ONNX, safetensors; logits agree to 1e-6."""
 
 import base64
 import json

@@ -1,5 +1,5 @@
-"""The fused kernels of the network against plain torch in float64: on a GPU where there is one,
-else by Triton's interpreter, which cuts bfloat16 off where a GPU rounds."""
+"""The fused kernels against plain torch in float64: on a GPU if there is one, else by Triton's
+interpreter, which truncates to bfloat16 where a GPU rounds."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from conftest import by_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from alexnet_dist.engines.base import judged
+from alexnet_dist.engines.base import skip_flag
 from alexnet_dist.network import philox
 from alexnet_dist.network.kernels import units as units_module
 from alexnet_dist.network.kernels.maps import maps
@@ -271,7 +271,7 @@ def judgements() -> list[tuple[list[float], list[float]]]:
         for fused in (True, False):
             stats = torch.tensor([loss, 1, 2, 9, 4, squares], dtype=torch.float64, device=DEVICE)
             by = torch.tensor(scale, dtype=torch.float64, device=DEVICE)
-            skip = judged(stats, by, fused)
+            skip = skip_flag(stats, by, fused)
             assert (skip.dtype, skip.shape) == (torch.float32, ())
             both.append([*stats.nan_to_num(-1).tolist(), skip.item()])
         found.append((both[0], both[1]))

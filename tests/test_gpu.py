@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped where there is none."""
+"""What only a GPU can show; skipped without one."""
 
 import signal
 from collections.abc import Callable

@@ -1,5 +1,5 @@
-"""What steps on a GPU stand on, each by itself, in the least code: where a run or another test
-fails, which of these does says why. In `make gpu` they are the first part."""
+"""The features that steps on a GPU depend on, each by itself in minimal code: if a run or another
+test fails, these show which feature is at fault. They are the first part of `make gpu`."""
 
 import threading
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Steps of ranks as CUDA graphs with NCCL's exchanges in them, on as few GPUs as there are."""
+"""CUDA graphs of several ranks' steps, with NCCL collectives, on as few GPUs as there are."""
 
 import os
 import time

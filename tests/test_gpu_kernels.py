@@ -1,5 +1,4 @@
-"""The GPU's kernels against the CPU's loops: on a GPU where there is one, else by Triton's
-interpreter."""
+"""The GPU kernels against the CPU loops: on a GPU if there is one, else by Triton's interpreter."""
 
 import itertools
 from dataclasses import replace

@@ -1,6 +1,6 @@
-"""Every layout over NCCL on as few GPUs as there are: the numbers of one process.
+"""Every layout over NCCL, on as few GPUs as there are, gives the numbers of one process.
 
-The laws of tests/test_layouts.py, which holds them over gloo.
+The laws are those of tests/test_layouts.py, which checks them over gloo.
 """
 
 from pathlib import Path

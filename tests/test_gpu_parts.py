@@ -1,4 +1,4 @@
-"""docs/gpu.py, which measures on a GPU, by parts that need none."""
+"""docs/gpu.py, which measures on a GPU, with parts that need none."""
 
 import contextlib
 import json

@@ -1,4 +1,4 @@
-"""Files from strangers: each is refused in one line, or means what it says; none runs code."""
+"""Untrusted files: each is refused in one line, or means what it says; none executes code."""
 
 import ast
 import contextlib

@@ -1,5 +1,5 @@
-"""Sources, indexes, configs and run folders from strangers: the right value or one error, and
-neither memory, time nor stack beyond the file's own size."""
+"""Untrusted sources, indexes, configs and run folders: each gives the right value or one error, and
+takes no more memory, time or stack than its own size justifies."""
 
 import contextlib
 import functools

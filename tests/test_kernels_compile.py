@@ -1,4 +1,4 @@
-"""Kernels compile for GPUs that are not here; those of the paper's maps stay in registers."""
+"""The kernels compile for GPUs that are not here; those for the paper's maps spill no registers."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""What needs no Slurm: its variables, what follows when ranks have left, what is refused."""
+"""Launching without a real Slurm: its variables, what follows a run's end, what is refused."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Every layout follows the run of the grouped network on one process: real processes over gloo."""
+"""Every layout reproduces the grouped network on one process: real processes over gloo."""
 
 import dataclasses
 import hashlib

@@ -1,4 +1,4 @@
-"""Where numbers go beside metrics.jsonl, and that nothing that draws or logs ends a run."""
+"""Metrics sent elsewhere than metrics.jsonl; no plotting or logging failure ends a run."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""The network's shapes, counts and initial weights against the paper's."""
+"""The network's shapes, parameter counts and initial weights against the paper's."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ MAPS = [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]
 def weightless(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Counting needs no weights."""
     if "counts" in request.node.name:
-        monkeypatch.setattr("alexnet_dist.network.model.Layer.initialise", lambda *args: None)
+        monkeypatch.setattr("alexnet_dist.network.layers.Layer.initialise", lambda *args: None)
 
 
 @pytest.mark.parametrize(

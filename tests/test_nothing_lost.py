@@ -1,5 +1,5 @@
-"""What goes wrong beside a run: numbers that are not finite, files half made, full disks, clocks
-that are set, folders that are moved. It is said in a line, and what was there stays."""
+"""Failures around a run lose nothing: non-finite numbers, half-written files, full disks, changed
+clocks, moved folders. Each is reported in one line, and earlier data stays."""
 
 import hashlib
 import json

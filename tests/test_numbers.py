@@ -1,4 +1,4 @@
-"""Numbers that go wrong: ranks agree, nothing is applied or saved, what is wrong is named."""
+"""Non-finite numbers: ranks agree, nothing is applied or saved, and the cause is named."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""A packed data set, a checkpoint and a run folder written before the modules moved into rooms."""
+"""A packed data set, a checkpoint and a run folder from before the modules moved still work."""
 
 import json
 import shutil

@@ -1,5 +1,5 @@
-"""What listens while the program works, seen by `ss` on a host whose name is not the loopback's:
-a network namespace of its own. Needs iproute2, and root or user namespaces.
+"""The ports on which the program listens, seen by `ss` in a network namespace of its own, on a host
+whose name is not the loopback's. Needs iproute2, and root or user namespaces.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The paper's update against its printed formula, and the schedules."""
+"""The paper's update against its printed formula, and the learning-rate schedules."""
 
 from collections.abc import Callable
 

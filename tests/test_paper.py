@@ -1,5 +1,5 @@
 """The presets of configs/paper: layers, shapes, parameters and FLOPs against published tables or
-arithmetic; and what the variants need of the network."""
+arithmetic; and what their variants require of the network."""
 
 import math
 import shutil
@@ -20,7 +20,8 @@ from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
-from alexnet_dist.network.model import AlexNet, final_side
+from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.shapes import final_side
 from alexnet_dist.planning.dry_run import multiply_adds
 from alexnet_dist.training.loop import train
 

@@ -1,4 +1,4 @@
-"""The pipelines: the same bytes, windows and run; and damage under a running job."""
+"""The pipelines give the same bytes, windows and run; also when data is damaged during a run."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The plan against published figures, closed formulas, and what real processes send and take."""
+"""`plan` against published figures, closed formulas, and what real processes send and allocate."""
 
 import dataclasses
 import gc
@@ -25,8 +25,8 @@ from alexnet_dist.data.batch import Batch, Decoded
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.network.model import final_side, map_sides
 from alexnet_dist.network.precision import DTYPES
+from alexnet_dist.network.shapes import final_side, map_sides
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.planning import fake

@@ -1,4 +1,4 @@
-"""Image files asked of a trained network: as evaluation answers, whatever the files are."""
+"""Predictions for image files agree with the evaluation, whatever the files are."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.evaluation import predict
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints, seen
 from alexnet_dist.evaluation.load import Trained
-from alexnet_dist.network.model import map_sides
+from alexnet_dist.network.shapes import map_sides
 from alexnet_dist.training.loop import train
 
 ROOT = Path(__file__).parent.parent

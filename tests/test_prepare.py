@@ -1,4 +1,4 @@
-"""Any source to a packed data set: what is converted, what is refused, what survives a kill."""
+"""Packing any source: what is converted, what is refused, and what survives a kill."""
 
 import contextlib
 import dataclasses

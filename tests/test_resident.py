@@ -1,4 +1,4 @@
-"""Images decoded once and kept: the torch pipeline's batches to the bit, memory, and the choice."""
+"""Images decoded once and kept: batches identical to the torch pipeline's, memory, the choice."""
 
 import dataclasses
 import json

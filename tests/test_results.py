@@ -1,4 +1,4 @@
-"""docs/results.py, which trains what docs/results.md has, by small data sets and played rows."""
+"""docs/results.py, which makes docs/results.md, with small data sets and simulated rows."""
 
 import json
 import signal

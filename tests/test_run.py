@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: real processes, killed, signalled, resumed, evaluated."""
+"""Whole runs as users start them: real processes, killed, signalled, resumed, evaluated."""
 
 import json
 import os

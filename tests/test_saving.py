@@ -1,4 +1,4 @@
-"""Saving behind the loop, and what a run does with a folder or a disk that fails it."""
+"""Saving in the background, and what a run does if its folder or disk fails."""
 
 import dataclasses
 import errno

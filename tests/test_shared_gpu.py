@@ -1,4 +1,4 @@
-"""Ranks that share a GPU (layout.share_gpu), as far as that can be told without one."""
+"""Ranks that share a GPU (layout.share_gpu), as far as it can be tested without one."""
 
 import ctypes
 import json

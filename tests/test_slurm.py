@@ -1,6 +1,6 @@
-"""Runs on a real Slurm, of its own: limits, preemption, lost nodes, dead ranks, arrays.
+"""Runs on a real Slurm, started by the tests: limits, preemption, lost nodes, dead ranks, arrays.
 
-`make test-slurm`. Each test prints how long it took from signal to saved, and from start to the
+Run by `make test-slurm`. Each test prints the time from signal to checkpoint, and from start to the
 first step.
 """
 

@@ -1,4 +1,4 @@
-"""What `prepare` must not take for well: swapped files, damaged images, sources with gaps."""
+"""What `prepare` must not accept in silence: swapped files, damaged images, sources with gaps."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Standard streams that are closed, of another encoding, read by nobody, or no files at all."""
+"""Standard streams that are closed, in another encoding, unread, or not files at all."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What a run tells of itself: where its time went, and all of it read back from TensorBoard."""
+"""What a run reports: where its time went, and its metrics, read back from TensorBoard."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces joined by one cable, a torchrun in each, the files shared.
+"""Two hosts: network namespaces joined by a virtual cable, a torchrun in each, and shared files.
 
 Needs root and iproute2.
 """

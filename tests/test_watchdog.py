@@ -1,4 +1,4 @@
-"""A run that no longer moves ends, and says which rank held it up, and where."""
+"""A run that stops making progress ends, and says which rank held it up, and where."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The wheel holds all that it needs, and runs from any folder once installed in a new venv."""
+"""The wheel is complete, and runs from any folder once installed in a new environment."""
 
 import os
 import subprocess

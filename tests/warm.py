@@ -1,4 +1,4 @@
-"""What the server of forks.py imports, before it forks: the package, and all that it stands on."""
+"""What the server of forks.py imports before it forks: the package and its dependencies."""
 
 import importlib
 

@@ -13,8 +13,8 @@ from alexnet_dist.engines.base import AT
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.lrn import alpha_of
-from alexnet_dist.network.model import final_side
 from alexnet_dist.network.precision import allow_tf32
+from alexnet_dist.network.shapes import final_side
 from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.topology import connect
 

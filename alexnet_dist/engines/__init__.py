@@ -1,1 +1,1 @@
-"""A training step and a prediction, on each of the layouts."""
+"""Engines: how a training step and a prediction are computed on each layout."""

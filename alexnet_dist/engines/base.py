@@ -1,4 +1,5 @@
-"""What the loop knows of an engine, and what engines share: how a step is scored and judged."""
+"""The `Engine` interface that the training loop uses, and what engines share: losses, gradient
+norms, the check for non-finite values, and checks of checkpoints."""
 
 from collections.abc import Callable, Mapping
 from typing import Generic, NamedTuple, Protocol, TypeVar
@@ -18,16 +19,17 @@ T = TypeVar("T")
 
 
 class StepStats(NamedTuple, Generic[T]):
-    """What a step tells, over all replicas. On a device it is a vector in this order, of which
-    `AT.loss` is the first place.
+    """The statistics of a step, over all replicas.
+
+    On a device they are a vector in this order, whose indices are in `AT`: stats[AT.loss].
 
     Attributes:
-        loss: sum over the samples.
-        top1: count of labels ranked first.
-        top5: count of labels among the first five.
-        failed: 0 if loss and gradient were finite, so that the update was made, else 1.
-        damaged: samples that others stood in for.
-        norm: of the whole network's gradient.
+        loss: cross-entropy, summed over the samples.
+        top1: number of labels ranked first.
+        top5: number of labels among the first five.
+        failed: 0 if loss and gradient were finite, and the update was made; else 1.
+        damaged: number of damaged samples, replaced by others.
+        norm: norm of the whole network's gradient.
     """
 
     loss: T
@@ -42,61 +44,65 @@ AT: StepStats[int] = StepStats(*range(6))
 
 
 class WholeTensors(Protocol):
-    """Whole tensors by name, any rows of which can be read: what a checkpoint offers. str() says
-    where they are."""
+    """Whole tensors by name, of which any rows can be read; for example a checkpoint's. str() says
+    where they are stored."""
 
     def shapes(self) -> Mapping[str, Shape]: ...
 
     def rows(self, name: str, rows: slice) -> Tensor:
-        """Some rows (dim 0); a scalar whole."""
+        """Read some rows (dim 0) of a tensor; a scalar is read whole."""
 
 
 class Engine(Protocol):
-    """One layout's way to train and to predict."""
+    """Trains and predicts on one layout; each rank has one."""
 
     model: AlexNet  # this rank's part of the network
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
     ) -> Tensor:
-        """One update from this replica's samples of a step.
+        """Make one update from this replica's samples of a step.
 
         Args:
-            keep_gradients: for `gradient`, until the next step.
+            rate: the learning rate.
+            keep_gradients: keep them for `gradient`, until the next step.
 
         Returns:
-            `StepStats`, (6,) float64 on the device, alike on all ranks. Reading it waits for the
-            device; a step later it is free.
+            `StepStats`, (6,) float64 on the device, equal on all ranks. Reading it now would wait
+            for the device; a step later it costs nothing.
         """
 
     def predict(self, windows: Tensor) -> Tensor:
-        """(n, 3, crop, crop) to logits (n, classes), float32 or wider, without dropout."""
+        """Return the logits of windows, (n, 3, crop, crop) to (n, classes), float32 or float64,
+        without dropout."""
 
     def parameter(self, name: str) -> Tensor | None:
-        """A whole parameter (conv1.weight, …) on rank 0's CPU; None elsewhere. Collective."""
+        """Return a whole parameter (conv1.weight) on rank 0's CPU; None elsewhere. Collective."""
 
     def gradient(self, name: str) -> Tensor | None:
-        """A parameter's whole gradient of the last step, were they kept, on rank 0's CPU; None
-        elsewhere, and where each rank has a part of all (ZeRO). Collective."""
+        """Return a parameter's whole gradient of the last step, which must have kept them, on rank
+        0's CPU; None on other ranks, and with ZeRO. Collective."""
 
     def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Parameters and optimiser tensors, whole, on rank 0's CPU; less elsewhere. Collective."""
+        """Return whole parameters and whole optimiser tensors, by name, on rank 0's CPU; fewer or
+        none on other ranks. Collective."""
 
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
-        """Take this rank's parts of whole tensors; raises CheckpointError, and takes nothing, where
+        """Load this rank's parts of whole tensors; raise CheckpointError, and load nothing, if
         `check_fit` does."""
 
     def replicated(self) -> dict[str, Tensor]:
-        """The tensors of which every replica has a copy that must be equal to the bit."""
+        """Return the tensors whose copies must be bit-identical on every replica."""
 
 
 def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy, and the first three of `StepStats`; no host sync.
+    """Return the summed cross-entropy, (), and the first three of `StepStats`, (3,) float64; does
+    not synchronise the host.
 
     Args:
         logits: (n, classes).
         labels: (n,) int64.
-        fused: by a GPU's kernels.
+        fused: use the GPU kernels.
     """
     if fused:
         from alexnet_dist.network.kernels import scores
@@ -111,14 +117,14 @@ def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor,
 
 
 def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
-    """`StepStats` of what `scored` counted and the damaged samples of the batch; the rest 0."""
+    """Make `StepStats` from the counts of `scored` and the batch's damaged samples; the rest 0."""
     stats = F.pad(counts, (0, len(AT) - len(counts)))
     stats[AT.damaged] = batch.damaged.sum()
     return stats
 
 
 def squared_norm(gradients: list[Tensor]) -> Tensor:
-    """() float64: of all of them together; of narrow ones the sums are float32's."""
+    """Return the squared norm of all gradients together, () float64; bf16 is summed in float32."""
     norms: list[Tensor] = []
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]
@@ -129,16 +135,19 @@ def squared_norm(gradients: list[Tensor]) -> Tensor:
 
 
 def not_zero(scale: float | Tensor) -> float | Tensor:
-    """What to divide by what was multiplied by a scale; 1 of a scale of 0."""
+    """Return the divisor that undoes a multiplication by `scale`; 1 if the scale is 0."""
     return scale.where(scale != 0, 1.0) if isinstance(scale, Tensor) else scale or 1.0
 
 
-def judged(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tensor:
-    """Complete a step's numbers, in place; float32, not 0 where its update must not be made.
+def skip_flag(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tensor:
+    """Check that a step's loss and gradient are finite, and complete its statistics in place.
 
     Args:
-        stats: `StepStats`, the norm still squared, and of gradients `scale` times too large.
-        fused: by a GPU's kernel.
+        stats: `StepStats`, with the squared norm of gradients that are `scale` times too large.
+        fused: use the GPU kernel.
+
+    Returns:
+        () float32: not 0 if the update must be skipped.
     """
     if fused:
         from alexnet_dist.network.kernels import scores
@@ -153,8 +162,8 @@ def judged(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tensor:
 
 
 def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
-    """Raises CheckpointError unless these are the tensors of this network and its optimiser, by
-    name and by whole shape: a rank reads rows of them, and would find rows in those of another."""
+    """Raise CheckpointError unless these tensors have the names and whole shapes of this network's
+    and its optimiser's. A rank reads only rows, and could read them from another network's too."""
     shapes = whole_shapes(config.model)
     if wrong := misfit(parameters.shapes(), shapes):
         last = config.model.layer_names[-1]
@@ -172,8 +181,8 @@ def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors 
 
 
 def check_values(parameters: WholeTensors, optimizer: WholeTensors) -> None:
-    """Raises CheckpointError where a tensor holds what no run writes, so that training on would go
-    wrong in silence: all of them are read."""
+    """Raise CheckpointError if a tensor holds values that no run writes, with which training would
+    silently go wrong. Reads all tensors."""
     dtypes: dict[str, torch.dtype] = {}
     for file in (parameters, optimizer):
         for name in file.shapes():
@@ -198,7 +207,8 @@ def check_values(parameters: WholeTensors, optimizer: WholeTensors) -> None:
 
 
 def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
-    """(n,) how many classes are ranked before each label: ties to the lower index, NaN last.
+    """Return how many classes are ranked before each label, (n,) int64; of equal scores the lower
+    index comes first, and NaN comes last.
 
     Args:
         scores: (n, classes).
@@ -211,7 +221,8 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def on_host(stats: Tensor) -> Callable[[], StepStats[float]]:
-    """Begin a copy to the host; the call it gives waits for that copy alone, not for later work."""
+    """Start a copy of `StepStats` to the host; the function returned waits for this copy alone, not
+    for later work on the device."""
     if stats.device.type == "cpu":
         return lambda: StepStats(*stats.tolist())
     host = torch.empty_like(stats, device="cpu", pin_memory=True)

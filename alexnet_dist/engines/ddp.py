@@ -1,4 +1,4 @@
-"""One process, columns, replicas by DDP, and columns × replicas."""
+"""The engine for one process, columns, replicas (DDP), and columns × replicas."""
 
 import contextlib
 import functools
@@ -17,16 +17,17 @@ from alexnet_dist.engines.base import (
     AT,
     WholeTensors,
     check_fit,
-    judged,
     not_zero,
     scored,
+    skip_flag,
     squared_norm,
     with_damaged,
 )
 from alexnet_dist.engines.graph import CapturedStep, beside, captures
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.network import kernels
-from alexnet_dist.network.model import AlexNet, Layer
+from alexnet_dist.network.layers import Layer
+from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES, parameter_dtype
 from alexnet_dist.parallel.columns import ColumnExchange, merge
 from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16, summed
@@ -34,13 +35,13 @@ from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
 
 _WARM_UP = 2  # steps before one is captured
-_WARM_UP_DDP = 11  # of DDP, which times its first 10, and waits for the GPU to read that
+_WARM_UP_DDP = 11  # with DDP, which times its first 10 steps, and synchronises to read the times
 
 
 class TorchEngine:
-    """Columns here or on ranks, replicas by DDP.
+    """Computes columns on this rank or on a rank each, and replicas with DDP.
 
-    What another engine may do in its own way is public: `place`, `replicate`, `summing`, `adds`,
+    Other engines override its public hooks: `place`, `replicate`, `summing`, `adds`,
     `for_scoring`, `total`, `split_over`, `whole_sums`.
     """
 
@@ -71,7 +72,7 @@ class TorchEngine:
         return self.graphs[keep_gradients](batch, step, rate)
 
     def _capture(self, batch: Batch, keep_gradients: bool, stream: torch.cuda.Stream) -> None:
-        """Make a step's graph; where a rank cannot, all go on without. Collective."""
+        """Capture a step as a CUDA graph; if a rank cannot, all go on without. Collective."""
         one = functools.partial(self._step, keep_gradients=keep_gradients)
         warm_up = _WARM_UP if self.network is self.model else _WARM_UP_DDP
         made = CapturedStep(one, self.optimizer.state_tensors(), batch, stream, warm_up)
@@ -79,23 +80,24 @@ class TorchEngine:
             self.graphs[keep_gradients] = made
             return
         self.stream, self.graphs = None, {}
-        # DDP may have been left amid a backward: another takes its place, once its hooks are gone.
+        # DDP may have been interrupted in a backward: replace it, once its hooks are collected.
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         self.network = self.model
         gc.collect()
         self.network = self._connected()
 
     def _connected(self) -> nn.Module:
-        """The network as its replicas compute it together. Collective."""
+        """Return the network, wrapped to sum gradients if there are other replicas. Collective."""
         group = self.topology.replica_group
         if group is None:
             return self.model
-        with beside(self.stream):  # autograd goes on adding up gradients where DDP was made
+        with beside(self.stream):  # autograd accumulates gradients on the stream where DDP was made
             return self.replicate(group)
 
     def _step(
         self, batch: Batch, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
     ) -> Tensor:
+        """Compute gradients, micro-batch by micro-batch, and update the weights."""
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
         stats: Tensor | None = None
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
@@ -109,32 +111,37 @@ class TorchEngine:
         assert stats is not None
         if keep_gradients:
             self.gradients = self._copied(scale)
+        # The update is skipped, on all ranks, where the loss or the gradient is not finite.
         with TIMELINE.span("optimizer"):
             stats = with_damaged(stats, batch)
             self.total(stats)
-            self.optimizer.step(rate, skip=judged(stats, scale, self.fused))
+            self.optimizer.step(rate, skip=skip_flag(stats, scale, self.fused))
         return stats
 
     def total(self, stats: Tensor) -> None:
-        """Complete a step's numbers in place: sums over the replicas, and the squared norm of the
-        whole network's gradient, which is summed already."""
+        """Complete a step's statistics in place: sum them over replicas, and fill in the squared
+        norm of the whole network's gradient, which is already summed."""
         summed(stats, self.topology.replica_group)
         squares = squared_norm(self.gradients_of(self.model.named_parameters()))
         stats[AT.norm] = summed(squares, self.topology.column_group)
 
     def _copied(self, scale: float | Tensor) -> dict[str, Tensor]:
-        """This rank's part of the gradients, which are `scale` times too large."""
+        """Copy this rank's part of the gradients, divided by `scale`."""
         grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         wide = parameter_dtype(self.config.train.precision)
         divide_by = not_zero(scale)
         return {n: grad.to(wide) / divide_by for n, grad in grads.items() if grad is not None}
 
     def gradients_of(self, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-        """The gradients of named parameters, all of which have one."""
+        """Return the gradients of named parameters."""
         return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
 
     def place(self, drawn: bool) -> AlexNet:
-        """This rank's part of the network."""
+        """Build this rank's part of the network.
+
+        Args:
+            drawn: whether to give it its initial weights.
+        """
         columns = self.topology.column_group
         return AlexNet(
             self.config.model,
@@ -146,8 +153,8 @@ class TorchEngine:
         )
 
     def _narrowed(self) -> dict[str, Tensor]:
-        """Have the layers go on with a GPU's kernels; the copies of their weights in the type that
-        the network computes in, by name; none where that is the weights'."""
+        """Switch the layers to the GPU kernels, and return copies of their weights, by name, in the
+        dtype that the network computes in; none if that is the weights' own dtype."""
         dtype, copies = DTYPES[self.config.train.precision], {}
         for layer in self.model.layers():
             layer.fused = True
@@ -158,17 +165,18 @@ class TorchEngine:
         return copies
 
     def _takes_narrow_gradient(self, name: str) -> bool:
-        """Whether the update can read a gradient as the backward makes it; what is added to
-        others', of micro-batches or replicas, is added in float32."""
+        """Whether the update can read a gradient in the narrow dtype that the backward produces.
+        Gradients that are summed over micro-batches or replicas are summed in float32."""
         once = self.config.train.micro_batches == 1 and not self.adds(name)
         return once and self.config.optimizer.kind == "sgd"
 
     def adds(self, name: str) -> bool:
-        """Whether replicas add up their gradients of a parameter."""
+        """Whether a parameter's gradients are summed over replicas."""
         return self.topology.replicas > 1
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Windows that this rank decoded, and labels and slots of the samples that it scores."""
+        """Yield, per micro-batch, windows of this rank, and labels and slots of the samples that it
+        scores."""
         n, parts = len(batch.labels), self.config.train.micro_batches
         labels, slots = self.for_scoring(batch)
         for part in range(parts):
@@ -176,12 +184,12 @@ class TorchEngine:
             yield batch.windows[rows], labels[:, rows].flatten(), slots[:, rows].flatten()
 
     def slots(self, n: int) -> Tensor:
-        """(replicas, n) int64: the slots of the global batch, n a replica."""
+        """Return the slots of the global batch, (replicas, n) int64, n per replica."""
         topology = self.topology
         return torch.arange(topology.replicas * n, device=topology.device).view(-1, n)
 
     def for_scoring(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(k, n) labels and slots of the k × n samples that the last layer here scores."""
+        """Return labels and slots, (k, n), of the k × n samples that the last layer here scores."""
         return batch.labels[None], self.slots(len(batch.labels))[self.topology.replica, None]
 
     @torch.no_grad()
@@ -220,29 +228,30 @@ class TorchEngine:
     def _merged(self, name: str, part: Tensor) -> Tensor | None:
         group = self.split_over(name)
         holders = dist.get_process_group_ranks(group) if group else [self.topology.global_rank]
-        if holders[0] != 0:  # another replica's
+        if holders[0] != 0:  # another replica, whose copy is not needed
             return None
         whole = merge(part, self._layer(name).whole[0], group)
         return None if whole is None else whole.contiguous()
 
     def split_over(self, name: str) -> dist.ProcessGroup | None:
-        """The ranks that hold rows of a parameter; None where it is whole here."""
+        """Return the ranks that each hold rows of a parameter; None if it is whole on this rank."""
         return self.topology.column_group
 
     def whole_sums(self, sums: Tensor) -> Tensor:
-        """(2, weights) sums over rows here, to sums over whole tensors."""
+        """Sum, (2, weights), over the ranks that hold other rows of the same tensors."""
         return summed(sums, self.topology.column_group)
 
     def replicate(self, group: dist.ProcessGroup) -> nn.Module:
-        """DDP, which sums gradients bucket by bucket during the backward.
+        """Wrap the network in DDP, which sums gradients bucket by bucket during the backward.
 
-        It orders its buckets after the first backward, and sums may depend on that order at three
-        ranks or more. A backward that counts for nothing makes every run begin as any resumed one.
+        DDP orders its buckets after the first backward, and with three or more ranks sums may
+        depend on that order. So a first backward is made here whose gradients are discarded: new
+        and resumed runs then use the same order.
         """
         network = DistributedDataParallel(
             self.model, process_group=group, init_sync=False, gradient_as_bucket_view=True
         )
-        network._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # each waits for the GPU
+        network._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # each sample would synchronise
         in_bf16 = self.config.layout.compress_gradients
         network.register_comm_hook(group, sum_bucket_in_bf16 if in_bf16 else sum_bucket)
         side, device = self.config.model.crop, self.topology.device
@@ -255,13 +264,14 @@ class TorchEngine:
         return network
 
     def summing(self, now: bool) -> AbstractContextManager[object]:
-        """Whether a backward ends with sums over replicas; the last of a step does."""
+        """Return a context in which a backward sums gradients over replicas only if `now`: in the
+        last micro-batch of a step."""
         if isinstance(self.network, DistributedDataParallel) and not now:
             return self.network.no_sync()
         return contextlib.nullcontext()
 
     def _layer(self, name: str) -> Layer:
-        """The layer that a parameter (conv1.weight) or its state (KIND/conv1.weight) belongs to."""
+        """Return the layer of a parameter (conv1.weight) or of its state (KIND/conv1.weight)."""
         layer = self.model.get_submodule(name.rpartition("/")[2].partition(".")[0])
         assert isinstance(layer, Layer)
         return layer
@@ -271,7 +281,7 @@ class TorchEngine:
 
 
 def _filled(like: Tensor, value: float | Tensor) -> Tensor:
-    """A tensor of this value."""
+    """Return `value` as a tensor of the shape and dtype of `like`."""
     if isinstance(value, Tensor):
         return value.to(like.dtype)
     return torch.full_like(like, value)

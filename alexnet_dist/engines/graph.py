@@ -1,14 +1,15 @@
-"""A training step as one CUDA graph: a GPU is given a step's hundred kernels by one call.
+"""A training step as one CUDA graph, which launches a step's hundred kernels with one call.
 
-Launched one by one they take a CPU longer than they take a GPU. NCCL's exchanges are kernels as
-well, and become part of the graph. What that means for who waits for them:
+Launched one by one, the kernels take the CPU longer than they take the GPU. NCCL's collectives are
+kernels too, and become part of the graph. This has consequences:
 
-- torch's process groups look after no exchange of a graph. A rank that waits for another for good
-  does so where it reads a step's numbers, and `training.watchdog` ends it.
-- Graphs and single exchanges may use the same communicators in turn (NCCL_GRAPH_MIXING_SUPPORT).
-- NCCL ends no communicator that a graph holds, and waits for good: `release` comes first.
-- Python does not run again: `Traffic` is told what each replay sends, and time inside a step is
-  told by events of the graph.
+- torch's process groups do not watch the collectives of a graph. A rank that waits for another
+  forever does so where it reads a step's statistics, and `training.watchdog` ends it.
+- Graphs and single collectives may alternate on one communicator (NCCL_GRAPH_MIXING_SUPPORT).
+- NCCL waits forever when it destroys a communicator that a graph still holds: `release` must be
+  called before.
+- A replay runs no Python: `Traffic` is told what each replay sends, and times inside a step come
+  from CUDA events in the graph.
 """
 
 import atexit
@@ -32,18 +33,18 @@ from alexnet_dist.timing import TIMELINE
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent.parent
 
-Step = Callable[[Batch, Tensor, Tensor], Tensor]  # of a batch, step number and rate: its numbers
+Step = Callable[[Batch, Tensor, Tensor], Tensor]  # (batch, step number, rate) to `StepStats`
 
 
 def captures(execution: str, device: torch.device) -> bool:
-    """Whether steps are captured: on GPUs, whose ranks exchange over NCCL."""
+    """Whether steps are captured as graphs: on GPUs only, whose ranks communicate over NCCL."""
     return execution == "graph" and device.type == "cuda"
 
 
 @contextlib.contextmanager
 def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What happens inside goes to this stream, after what the current one was given before and
-    before what it is given later; to the current one where `stream` is None."""
+    """Run the GPU work inside on this stream: after all earlier work of the current stream, and
+    before all later. None: run it on the current stream."""
     if stream is None:
         yield
         return
@@ -55,18 +56,18 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 
 class CapturedStep:
-    """A step that was captured at one batch and is replayed at others, with equal results.
+    """A step captured with one batch and replayed with others; the results equal uncaptured ones.
 
-    What changes from step to step (the batch, the step's number, the rate) is copied into tensors
-    of the graph's own. Where the capture fails, that is warned of, and `graph` is None.
+    What changes from step to step (batch, step number, learning rate) is copied into the graph's
+    own tensors. If the capture fails, that is logged as a warning, and `graph` is None.
 
     Args:
-        step: makes a step of what lies on the device; waits for nothing, and decides nothing by
-            values. All ranks that exchange capture theirs at the same time.
-        state: all tensors that a step changes; here nothing does.
-        stream: for the capture, and for all that came before it and is kept by autograd.
-        warm_up: steps before the capture: they compile kernels, connect ranks and make what is
-            made once, which a capture cannot hold.
+        step: makes a step from tensors on the device; must not synchronise, nor branch on values.
+            All ranks that communicate must capture theirs at the same time.
+        state: all tensors that a step changes; the constructor leaves their values unchanged.
+        stream: the stream of the capture, on which autograd's earlier state was made too.
+        warm_up: number of steps before the capture. They compile kernels, connect ranks and make
+            one-time allocations, none of which can be captured.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class CapturedStep:
         copies = {f.name: getattr(batch, f.name).clone() for f in fields(batch)}
         now = torch.zeros((), dtype=torch.int64, device=batch.windows.device)
         self.given = replace(batch, **copies), now, now.double()
+        # Warm up; the last step counts what a replay will send.
         kept = [tensor.clone() for tensor in state]
         with beside(stream):
             for left in reversed(range(warm_up)):
@@ -85,7 +87,7 @@ class CapturedStep:
                     step(*self.given)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
-            # Other threads copy and allocate meanwhile, which must not end the capture.
+            # Other threads copy and allocate meanwhile, which must not invalidate the capture.
             with (
                 beside(stream),
                 torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
@@ -97,6 +99,7 @@ class CapturedStep:
         except RuntimeError as error:
             _warn(error)
             abandon_capture(now.device, pool)
+        # Undo what the warm-up changed.
         with torch.no_grad():
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
@@ -120,7 +123,7 @@ _CAPTURED: weakref.WeakSet[CapturedStep] = weakref.WeakSet()
 
 @atexit.register
 def release() -> None:
-    """Give up all captured steps of this process, for it to leave the other ranks."""
+    """Release this process's captured steps, so that its communicators can be destroyed."""
     for step in _CAPTURED:
         if step.graph is not None:
             step.graph.reset()
@@ -128,7 +131,7 @@ def release() -> None:
 
 
 class _Bare(nn.Module):
-    """A module less the hooks that were set on it."""
+    """A module without the hooks that were registered on it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -140,18 +143,19 @@ class _Bare(nn.Module):
 
 
 def capture_forward(module: nn.Module, *example: Tensor) -> None:
-    """Make a module's forward in training a CUDA graph, and its backward another, for an engine
-    whose own part cannot be captured; warns where that fails.
+    """Replace a module's training forward and backward by CUDA graphs, for an engine whose own part
+    of a step cannot be captured; warn if that fails.
 
-    A second backward would write where the gradients of the first one are.
+    Not for several backwards per step: each overwrites the gradients of the one before.
 
     Args:
-        example: what it is always given, as these are; parameters stay where they lie.
+        example: inputs of the shapes and dtypes that all later calls have. Parameters must not
+            move in memory.
     """
     plain, pool = module.forward, torch.cuda.graph_pool_handle()
     module.train()
     try:
-        with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails leaves another
+        with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves another
             graphs = torch.cuda.make_graphed_callables(_Bare(module), example, pool=pool)
     except RuntimeError as error:
         _warn(error)
@@ -165,7 +169,7 @@ def capture_forward(module: nn.Module, *example: Tensor) -> None:
 
 
 def _warn(error: RuntimeError) -> None:
-    """Tell why and where a capture failed: those of ending a broken one come after its error."""
+    """Log why and where a capture failed: its first error, not those of ending a broken capture."""
     first, inner = error, error.__context__
     while inner is not None:
         first, inner = inner if isinstance(inner, RuntimeError) else first, inner.__context__

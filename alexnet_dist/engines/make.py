@@ -1,4 +1,4 @@
-"""Which engine computes which layout."""
+"""The choice of the engine for a layout."""
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.engines.base import Engine
@@ -9,9 +9,9 @@ from alexnet_dist.parallel.topology import Topology
 
 
 def make_engine(config: Config, topology: Topology) -> Engine:
-    """The engine of this rank, its weights drawn. Collective."""
+    """Make this rank's engine, with initial weights. Collective."""
     if config.layout.kind in ZERO_STAGES:
-        from alexnet_dist.engines.zero import ZeroEngine  # imports DeepSpeed, for seconds
+        from alexnet_dist.engines.zero import ZeroEngine  # imports DeepSpeed, which takes seconds
 
         return ZeroEngine(config, topology)
     if config.layout.kind == "sharded_fc":

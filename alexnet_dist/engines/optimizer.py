@@ -1,7 +1,7 @@
-"""The paper's SGD, Adam, LARS, and the schedules of the learning rate.
+"""The paper's SGD, Adam and LARS, and learning-rate schedules.
 
-A rate is a number, or on a GPU a () float64 tensor there, so that a step captured as a CUDA graph
-can be replayed at another.
+A learning rate is a number, or a () float64 tensor on the GPU, so that a step captured as a CUDA
+graph can be replayed at another rate.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -15,18 +15,20 @@ from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
 
 
 class Optimizer:
-    """A fused optimiser that steps at the rate it is told: torch's, or for SGD and LARS a kernel of
-    ours that narrows the weights in the same pass.
+    """A fused optimiser that is given the learning rate of every step: torch's, or for SGD and LARS
+    our own kernel, which also updates the narrow copies of the weights in the same pass.
 
     The paper's update (§5) is v ← 0.9·v − 0.0005·ε·w − ε·g; w ← w + v. With ε inside the
-    velocity, torch's SGD at a rate of 1 makes it exactly, v being minus its momentum buffer, if
-    the gradients arrive multiplied by ε. The loss is scaled by ε for that (`loss_scale`), which
-    costs nothing; buffers need no rescaling when ε changes, and ε = 0 lets the velocity decay.
+    velocity, torch's SGD at a learning rate of 1 computes exactly this, v being minus its momentum
+    buffer, if the gradients are multiplied by ε. So the loss is scaled by ε (`loss_scale`), which
+    costs nothing. Buffers need no rescaling when ε changes, and ε = 0 lets the velocity decay.
 
     Args:
-        whole_sums: (2, weights) sums over this rank's rows to sums over whole tensors, for LARS.
-        narrow: by parameter name, the copies to keep in the type that the network computes in;
-            None: torch makes the update.
+        parameters: (name, parameter); names end in .weight or .bias.
+        whole_sums: turns sums over this rank's rows, (2, weights), into sums over whole tensors;
+            for LARS.
+        narrow: by parameter name, copies in the dtype that the network computes in, to be kept up
+            to date; None: torch makes the update.
     """
 
     def __init__(
@@ -48,12 +50,12 @@ class Optimizer:
             self.optimizer = torch.optim.Adam(
                 groups, betas=betas, eps=config.eps, fused=True, capturable=narrow is not None
             )
-            # torch would warn of steps that are not captured: those before the capture are not.
+            # torch would warn of uncaptured steps; those before the capture are meant to be.
             self.optimizer._warned_capturable_if_run_uncaptured = True
         else:
             self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
         self.parameters = dict(named)
-        # torch would make these at the first step, and not at all if that is left out.
+        # torch would make the state at the first step, and not at all if that is skipped.
         for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():
             kind, _, name = key.partition("/")
             like = self.parameters[name]
@@ -71,11 +73,11 @@ class Optimizer:
         return self.config.kind != "adam" and self.config.momentum_form == "velocity"
 
     def loss_scale(self, rate: float | Tensor) -> float | Tensor:
-        """What the loss must be multiplied by before its backward."""
+        """Return the factor by which the loss must be multiplied before its backward."""
         return rate if self.velocity and self.config.kind == "sgd" else 1.0
 
     def step(self, rate: float | Tensor, skip: Tensor) -> None:
-        """Update the parameters; not at all where `skip` (float32, on the device) is not 0."""
+        """Update the parameters, unless `skip` (() float32, on the device) is not 0."""
         if self.narrow is None or self.config.kind == "adam":
             self.prepare(rate, skip)
             self.optimizer.step()
@@ -85,7 +87,7 @@ class Optimizer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def prepare(self, rate: float | Tensor, skip: Tensor) -> None:
-        """All of a step but the update itself."""
+        """Do everything of a step but the update itself: set rates, decay and the skip flag."""
         if self.config.kind == "adam" and self.narrow is not None:
             rate = self._for_adam(rate)
         for group, biases in zip(self.optimizer.param_groups, (False, True), strict=True):
@@ -98,24 +100,26 @@ class Optimizer:
             self._scale_layers(rate if self.velocity else 1.0)
 
     def _for_adam(self, rate: float | Tensor) -> float | Tensor:
-        """As torch's Adam takes it on a GPU: a tensor of float32, and the same of a number, so that
-        a captured step is equal to the bit to one that is not."""
+        """Return the learning rate as torch's Adam takes it: on a GPU always a float32 tensor, so
+        that captured and uncaptured steps are bit-identical."""
         device = next(iter(self.parameters.values())).device
         if device.type == "cpu":
             return rate
         return rate.float() if isinstance(rate, Tensor) else torch.full((), rate, device=device)
 
     def narrow_all(self) -> None:
-        """Bring the narrow copies up to date with the weights."""
+        """Copy the weights to their narrow copies."""
         with torch.no_grad():
             for name, copy in (self.narrow or {}).items():
                 copy.copy_(self.parameters[name])
 
     def _rates(self) -> tuple[Tensor, Tensor]:
-        """(2, 3) each: rate, decay and momentum of weights and of biases: what is fixed of them,
-        and what is to be multiplied by the schedule's rate."""
+        """Return the coefficients of `sgd_update` in two parts, each (2, 3) float64: rows weights
+        and biases, columns learning rate, decay and momentum. The first part is fixed, the second
+        is to be multiplied by the schedule's learning rate."""
         config, device = self.config, next(iter(self.parameters.values())).device
-        of_weights = 0.0 if config.kind == "lars" else config.weight_decay  # it is in the gradient
+        # LARS has added the decay of weights to the gradient.
+        of_weights = 0.0 if config.kind == "lars" else config.weight_decay
         groups = ((1.0, of_weights), (config.bias_rate, config.weight_decay * config.bias_decay))
         if self.velocity:
             fixed = [[rate, 0.0, config.momentum] for rate, _ in groups]
@@ -131,7 +135,7 @@ class Optimizer:
 
     @torch.no_grad()
     def _update(self, rate: float | Tensor, skip: Tensor) -> None:
-        """v ← momentum · v + (g + decay · w), w ← w − rate · v, in one pass over each parameter."""
+        """Make v ← momentum · v + (g + decay · w), w ← w − rate · v, in one pass per parameter."""
         from alexnet_dist.network.kernels.update import sgd_update
 
         assert self.narrow is not None
@@ -146,8 +150,8 @@ class Optimizer:
 
     @torch.no_grad()
     def _scale_layers(self, scale: float | Tensor) -> None:
-        """LARS (You et al. 2017): gradients of weights become scale × λ × (g + decay × w) with a λ
-        for each layer, those of biases scale × g."""
+        """Apply LARS (You et al. 2017) to the gradients: those of weights become
+        scale × λ × (g + decay × w), with a λ for each layer; those of biases scale × g."""
         weights, biases = (group["params"] for group in self.optimizer.param_groups)
         grads, decay = [w.grad for w in weights], self.config.weight_decay
         norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads)]
@@ -156,10 +160,10 @@ class Optimizer:
         torch._foreach_add_(grads, weights, alpha=decay)
         torch._foreach_mul_(grads, list((scale * trust).unbind()))
         torch._foreach_mul_([b.grad for b in biases], scale)
-        self.optimizer.param_groups[0]["weight_decay"] = 0.0  # it is in the gradient
+        self.optimizer.param_groups[0]["weight_decay"] = 0.0  # already in the gradient
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every state tensor as `KIND/PARAMETER`: momentum_buffer/conv1.weight, …"""
+        """Return the state tensors by `KIND/PARAMETER`: momentum_buffer/conv1.weight, …"""
         return {
             f"{kind}/{name}": value
             for name, parameter in self.parameters.items()
@@ -168,21 +172,22 @@ class Optimizer:
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over what `tensors` gave, of this rank's parts of the parameters; where it lies, a
-        captured step goes on reading it."""
+        """Copy in what `tensors` returned, of this rank's parts of the parameters; in place, where
+        captured steps read it."""
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             self.optimizer.state[self.parameters[name]][kind].copy_(value)
 
     def state_tensors(self) -> list[Tensor]:
-        """All that a step changes: weights, their narrow copies, and the optimiser's state."""
+        """Return all tensors that a step changes: weights, narrow copies, optimiser state."""
         return [*self.parameters.values(), *(self.narrow or {}).values(), *self.tensors().values()]
 
 
 def state_shapes(
     config: OptimizerConfig, parameters: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shape of every state tensor of a network whose parameters have these shapes."""
+    """Return the shapes of the optimiser's state tensors for parameters of these shapes, by
+    `KIND/PARAMETER`."""
     like = ("exp_avg", "exp_avg_sq") if config.kind == "adam" else ("momentum_buffer",)
     shapes = {f"{kind}/{name}": shape for kind in like for name, shape in parameters.items()}
     if config.kind == "adam":
@@ -192,13 +197,14 @@ def state_shapes(
 
 @dataclass
 class Schedule:
-    """The learning rate of every step; its few numbers travel in the checkpoint.
+    """The learning-rate schedule; its state is saved in checkpoints.
 
     Attributes:
         steps_per_epoch: may be fractional.
+        last_step: number of steps in the whole training.
         best_error: plateau: lowest validation error so far.
-        stalled: plateau: evaluations since then.
-        drops: plateau: times the rate has fallen.
+        stalled: plateau: number of evaluations since then.
+        drops: plateau: how often the learning rate has been lowered.
     """
 
     config: ScheduleConfig
@@ -215,7 +221,7 @@ class Schedule:
         return cls(config.schedule, per_epoch, last_step)
 
     def rate(self, step: int) -> float:
-        """The rate of the step of this number, counted from 0."""
+        """Return the learning rate of a step, counted from 0."""
         config, epoch = self.config, step / self.steps_per_epoch
         warm = 1.0
         if epoch < config.warmup_epochs:
@@ -231,7 +237,7 @@ class Schedule:
         return float(config.rate * min(1.0, warm) * shape)
 
     def observe(self, error: float) -> None:
-        """Tell it a validation error; plateau falls when errors stop improving (paper §5)."""
+        """Record a validation error; plateau lowers the rate when it stops improving (paper §5)."""
         if error < self.best_error:
             self.best_error, self.stalled = error, 0
             return

@@ -1,5 +1,5 @@
-"""Krizhevsky 2014, scheme (a): every rank's convolutions see its own samples, and its part of the
-fully-connected layers sees those of all ranks."""
+"""The engine of Krizhevsky 2014, scheme (a): a rank's convolutions see its own samples, its part
+of the fully-connected layers sees the samples of all ranks."""
 
 import torch
 import torch.distributed as dist
@@ -16,11 +16,11 @@ from alexnet_dist.parallel.replicas import ShardExchange, largest, summed
 
 
 class ShardedFcEngine(TorchEngine):
-    """Convolutions as replicas, by DDP; fc6 … fc8 split by rows over all ranks."""
+    """Replicates the convolutions with DDP, and splits the rows of fc6 … fc8 over all ranks."""
 
     @property
     def shards(self) -> dist.ProcessGroup:
-        """All ranks."""
+        """The group of all ranks."""
         group = self.topology.replica_group
         assert group is not None
         return group
@@ -42,7 +42,8 @@ class ShardedFcEngine(TorchEngine):
         return gathered(batch.labels, self.shards), self.slots(len(batch.labels))
 
     def total(self, stats: Tensor) -> None:
-        """Every rank has scored all samples, and decoded its own."""
+        """Fill in the norm, and sum what ranks counted of their own samples; each rank has scored
+        the samples of all ranks."""
         named = list(self.model.named_parameters())
         split = self.gradients_of((n, p) for n, p in named if self.split_over(n))
         whole = self.gradients_of((n, p) for n, p in named if not self.split_over(n))
@@ -54,7 +55,7 @@ class ShardedFcEngine(TorchEngine):
     def predict(self, windows: Tensor) -> Tensor:
         n = len(windows)
         assert self.topology.control is not None
-        most = largest(n, self.topology.control)  # all ranks need as many
+        most = largest(n, self.topology.control)  # collectives need the same n on all ranks
         windows = torch.cat([windows, windows.new_zeros(most - n, *windows.shape[1:])])
         logits: Tensor = super().predict(windows)
         mine: Tensor = logits.unflatten(0, (-1, most))[self.topology.replica, :n]
@@ -67,7 +68,7 @@ class ShardedFcEngine(TorchEngine):
         names = (name for name, _ in self.model.named_parameters() if name.endswith(".weight"))
         sums = sums.clone()
         for place, name in enumerate(names):
-            if self.adds(name) and self.shards.rank() > 0:  # what is whole on all counts once
+            if self.adds(name) and self.shards.rank() > 0:  # whole on every rank: count it once
                 sums[:, place] = 0
         return summed(sums, self.shards)
 

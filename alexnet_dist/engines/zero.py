@@ -1,5 +1,5 @@
-"""ZeRO stages 1 and 2 by DeepSpeed: replicas that split the optimiser's state, and at stage 2 the
-gradients, among them. The only importer of DeepSpeed.
+"""The engine for ZeRO stages 1 and 2, by DeepSpeed: replicas that share out the optimiser's state,
+and at stage 2 the gradients. The only module that imports DeepSpeed.
 """
 
 import json
@@ -16,13 +16,14 @@ from torch.nn.utils import get_total_norm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.engines.base import AT, WholeTensors, check_fit, judged, scored, with_damaged
+from alexnet_dist.engines.base import AT, WholeTensors, check_fit, scored, skip_flag, with_damaged
 from alexnet_dist.engines.graph import capture_forward, captures
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
 from alexnet_dist.network import kernels
-from alexnet_dist.network.model import AlexNet, Layer
+from alexnet_dist.network.layers import Layer
+from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.columns import merge
 from alexnet_dist.parallel.layouts import ZERO_STAGES
@@ -32,7 +33,11 @@ from alexnet_dist.timing import TIMELINE
 
 
 def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
-    """DeepSpeed's config from ours, the user's file laid over it; raises ConfigError."""
+    """Return DeepSpeed's config: made from ours, overridden by the user's file.
+
+    Raises:
+        ConfigError: `layout.deepspeed` is no JSON file of DeepSpeed keys.
+    """
     parts = config.train.micro_batches
     ours: dict[str, Any] = {
         "train_batch_size": config.train.batch,
@@ -44,16 +49,16 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
             "stage": ZERO_STAGES[config.layout.kind],
             "reduce_bucket_size": 2**24,  # its default of 2 GB is always allocated
             "allgather_bucket_size": 2**24,
-            "compute_grad_norm": False,  # one more collective and a stop of the host, for nothing
+            "compute_grad_norm": False,  # it would cost a collective and a host sync
         },
-        # Its `bf16` would cast the network itself.
+        # DeepSpeed's `bf16` would cast the network's parameters.
         "torch_autocast": {"enabled": config.train.precision == "bf16", "dtype": "bfloat16"},
         "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},  # each would wait for the GPU
+        "timers": {"throughput": {"enabled": False}},  # it would synchronise
     }
     if config.layout.compress_gradients:
         ours["communication_data_type"] = "bf16"
-        # Under autocast it asks the layers instead, and knows torch's own only.
+        # Under autocast DeepSpeed goes by the layers' classes, and knows only torch's own.
         ours["torch_autocast"]["lower_precision_safe_modules"] = [
             f"{layer.__module__}.{layer.__qualname__}" for layer in Layer.__subclasses__()
         ]
@@ -70,7 +75,7 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
 
 
 def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested mappings merged, `above` winning."""
+    """Merge nested mappings; `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         inner = merged.get(key)
@@ -80,7 +85,8 @@ def _laid_over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 
 class ZeroEngine:
-    """A whole network on each rank; each rank keeps and updates a part of flat float32 weights.
+    """Runs a whole network on each rank, of which each rank updates a part of the flat float32
+    weights.
 
     DeepSpeed flattens weights and biases (our two parameter groups) each into one long vector,
     padded to a multiple of the ranks, and gives every rank an equal piece of it.
@@ -94,10 +100,10 @@ class ZeroEngine:
         fused = kernels.fused(config.train.execution, topology.device)
         for layer in model.layers():
             layer.fused = fused
-        for parameter in model.parameters():  # it flattens, and broadcasts bytes: no channels_last
+        for parameter in model.parameters():  # DeepSpeed flattens their bytes: no channels_last
             parameter.data = parameter.data.contiguous()
         self.optimizer = Optimizer(config.optimizer, model.named_parameters())
-        self.optimizer.optimizer.state.clear()  # the pieces get theirs
+        self.optimizer.optimizer.state.clear()  # the flat pieces get their own
         self.engine = self._initialised(model)
         self.zero = self.engine.optimizer
         if config.optimizer.kind == "sgd":
@@ -108,10 +114,10 @@ class ZeroEngine:
             self._capture()
 
     def _capture(self) -> None:
-        """Make graphs of all up to DeepSpeed's own step, which reads a flag on the host."""
+        """Capture forward and backward; DeepSpeed's own step reads a flag on the host."""
         config, device = self.config, self.topology.device
         n, side = config.train.batch // self.topology.replicas, config.model.crop
-        if config.train.micro_batches > 1:  # it adds them up where the graph puts each
+        if config.train.micro_batches > 1:  # their sums would lie where the graph writes each
             return
         windows = torch.zeros(n, 3, side, side, dtype=DTYPES[config.train.precision], device=device)
         windows = windows.contiguous(memory_format=torch.channels_last)
@@ -127,7 +133,7 @@ class ZeroEngine:
         first = self.topology.replica * n
         slots = torch.arange(first, first + n, device=self.topology.device)
         now = torch.full((), step, device=self.topology.device)
-        # DeepSpeed averages over ranks where the loss's sum asks for a sum.
+        # DeepSpeed averages gradients over ranks; ours are to be summed.
         scale = self.optimizer.loss_scale(rate) / size * replicas
         stats = torch.zeros((), dtype=torch.float64, device=self.topology.device)
         for part in range(parts):
@@ -141,7 +147,7 @@ class ZeroEngine:
             if part == parts - 1:
                 stats = with_damaged(stats, batch)
                 stats[AT.norm] = get_total_norm(self._gradients()).double() ** 2
-                skip = judged(summed(stats, self.group), self.optimizer.loss_scale(rate))
+                skip = skip_flag(summed(stats, self.group), self.optimizer.loss_scale(rate))
                 self.optimizer.prepare(rate, skip=skip)
             with TIMELINE.span("optimizer"):
                 self.engine.step()  # counts micro-batches, and updates after the last
@@ -199,25 +205,25 @@ class ZeroEngine:
                     self.optimizer.optimizer.state[piece][kind] = state
 
     def _gradients(self) -> list[Tensor]:
-        """This rank's part of them, summed over ranks; none where DeepSpeed offloads them."""
+        """Return this rank's part of the summed gradients; none if DeepSpeed offloads them."""
         return [part for parts in self.zero.averaged_gradients.values() for part in parts or ()]
 
     def _pieces(self) -> list[Tensor]:
-        """This rank's float32 piece of the weights, and of the biases."""
+        """Return this rank's flat float32 pieces: of the weights, and of the biases."""
         return list(self.zero.single_partition_of_fp32_groups)
 
     def _length(self, group: int) -> int:
         return len(self.zero.bit16_groups_flat[group])
 
     def _places(self, group: int) -> Iterator[tuple[str, torch.Size, slice]]:
-        """Each parameter's name, shape and place in the group's flat vector."""
+        """Yield each parameter's name, shape and position in the group's flat vector."""
         names = {parameter: name for name, parameter in self.engine.module.named_parameters()}
         for parameter in self.zero.bit16_groups[group]:
             begin = parameter.storage_offset()
             yield names[parameter], parameter.shape, slice(begin, begin + parameter.numel())
 
     def _cut(self, group: int, flat: Tensor | None) -> dict[str, Tensor]:
-        """Parameters' tensors from a flat vector; of a scalar, one for each; none from None."""
+        """Cut a flat vector into the parameters' tensors; a scalar is copied to each."""
         if flat is None or not self.topology.leads:
             return {}
         return {
@@ -228,7 +234,7 @@ class ZeroEngine:
     def _initialised(self, model: AlexNet) -> Any:
         device = self.topology.device
         os.environ.setdefault("DS_ACCELERATOR", device.type)
-        os.environ["LOCAL_RANK"] = str(device.index or 0)  # it asks; srun does not set it
+        os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed wants it; srun sets none
         warnings.filterwarnings(
             "ignore", message=".*all_gather_into_tensor", category=FutureWarning
         )
@@ -236,11 +242,11 @@ class ZeroEngine:
         from deepspeed.runtime import torch_autocast
         from deepspeed.utils import groups, logger
 
-        logger.setLevel(logging.ERROR)  # it warns of optimisers it has not tested: ours have been
-        # No kernel is compiled for a collective we do not use; and ours have our timeout.
+        logger.setLevel(logging.ERROR)  # it warns of optimisers that it has not tested; ours is
+        # Compile no kernels for collectives that are not used; use our group, with our timeout.
         deepspeed.ops.__compatible_ops__ = {}
         groups._WORLD_GROUP = self.group
-        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # by an engine before this one
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # an earlier engine may have set it
         config = deepspeed_config(self.config, self.topology.replicas)
         optimizer, theirs = self.optimizer.optimizer, self.config.layout.deepspeed
         try:

@@ -21,7 +21,7 @@ from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError, NotFinite
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
 from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
-from alexnet_dist.network.model import side_by_side
+from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect

@@ -34,7 +34,8 @@ from alexnet_dist.errors import (
     of_memory,
 )
 from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
-from alexnet_dist.network.model import AlexNet, side_by_side
+from alexnet_dist.network.exchange import side_by_side
+from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES, parameter_dtype
 from alexnet_dist.parallel.spawn import leave_with_parent
 from alexnet_dist.plotting import columns_picture

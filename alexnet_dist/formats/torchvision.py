@@ -13,7 +13,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.files import MOST_MEMORY, check_opcodes, opened, within_memory
-from alexnet_dist.network.model import final_side
+from alexnet_dist.network.shapes import final_side
 from alexnet_dist.tensor_files import TensorFile, save_tensors
 
 # Most opcodes of a state dict's pickle, of which torchvision's alexnet has 500. Few are allowed,

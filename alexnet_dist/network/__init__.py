@@ -1,1 +1,1 @@
-"""The network of 2012, and the arithmetic that is its own."""
+"""The network of 2012: its model, layers, random numbers and kernels."""

@@ -1,4 +1,4 @@
-"""Dropout whose masks depend on (seed, step, layer, slot, unit) alone (paper, §4.2)."""
+"""Dropout (paper, §4.2) whose masks are a function of (seed, step, layer, slot, unit) only."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,15 @@ from alexnet_dist.network import philox
 
 @dataclass(frozen=True)
 class Dropout:
-    """What drops the units that one layer made, at one step.
+    """Dropout of one layer's outputs at one step.
 
     Attributes:
-        layer: the number of the layer that made them.
-        slots: (n,) int64, the samples' places in the global batch; None: not in training, where
-            all units stay, scaled.
-        drop: the share that is dropped.
-        at_test: scale by 1 − drop outside training, as the paper does; else by its inverse in it.
+        layer: number of the layer that made the units.
+        slots: (n,) int64, the samples' places in the global batch; None: not in training, all
+            units are kept and scaled by 1 − drop.
+        drop: the probability that a unit is dropped.
+        at_test: scale by 1 − drop outside training, as the paper does; if False, by 1/(1 − drop)
+            in training.
     """
 
     seed: int
@@ -28,7 +29,7 @@ class Dropout:
     at_test: bool
 
     def drawn(self, first: int) -> tuple[Tensor, Tensor, int, int, int, float, bool] | None:
-        """What a kernel draws the mask of by itself; None where nothing is drawn."""
+        """Return the arguments with which a kernel draws the mask itself; None outside training."""
         if self.slots is None:
             return None
         step = self.step
@@ -37,11 +38,11 @@ class Dropout:
         return self.slots, step, self.layer, first, self.seed, self.drop, self.at_test
 
     def __call__(self, units: Tensor, first: int) -> Tensor:
-        """Units, of which some are zero.
+        """Return the units with dropped ones set to zero.
 
         Args:
             units: (n, count).
-            first: the first one's place among the layer's units over all columns.
+            first: index of the first unit among the layer's units over all columns.
         """
         if self.slots is None:
             return units * (1 - self.drop)

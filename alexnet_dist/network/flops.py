@@ -1,4 +1,4 @@
-"""How much arithmetic the network takes, counted by running it on shapes without values."""
+"""The number of arithmetic operations of the network, counted by running it on fake tensors."""
 
 from typing import Any
 
@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.network.model import AlexNet, Layer
+from alexnet_dist.network.layers import Layer
+from alexnet_dist.network.model import AlexNet
 
 
 def training_flops(config: Config) -> int:
-    """Of an image: forward; backward as much for the weights, and again for what a layer saw, but
-    the image."""
+    """Return the FLOPs of training on one image: the forward, as many for the gradients of the
+    weights, and as many again for those of the layers' inputs, except conv1's."""
     with FakeTensorMode():
         counted = multiply_adds(AlexNet(config.model, drawn=False))
     forward = {layer.name: 2 * macs for layer, macs in counted.items()}
@@ -20,7 +21,7 @@ def training_flops(config: Config) -> int:
 
 
 def multiply_adds(model: AlexNet) -> dict[Layer, int]:
-    """Of each layer, forward, an image: places it is used at × its weights."""
+    """Return each layer's multiply-adds in the forward of one image: output positions × weights."""
     counted: dict[Layer, int] = {}
 
     def count(layer: nn.Module, seen: Any, made: list[Tensor]) -> None:

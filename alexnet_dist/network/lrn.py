@@ -1,9 +1,9 @@
 """Local response normalisation across adjacent maps (paper §3.3), forward and backward.
 
-b = a · d^−β with d = k + α Σ a², summed over n adjacent maps. The sum is a
-product with a banded matrix of ones, which in channels_last reads each pixel's maps once. On a CPU,
-in bf16 and float32, with the paper's β of ¾, a loop does it all in one pass (`lrn_cpu`); on a GPU
-`kernels.maps` does, and what is around it.
+b = a · d^−β with d = k + α Σ a², summed over n adjacent maps. Here the sum is a product with a
+banded matrix of ones, which in channels_last reads each pixel's maps once. On a CPU, in bf16 and
+float32 and with the paper's β of ¾, `lrn_cpu` does it all in one pass; on a GPU `kernels.maps`
+does, fused with bias, activation and pooling.
 """
 
 from typing import Any
@@ -17,34 +17,39 @@ from alexnet_dist.network.kernels import lrn_cpu
 
 
 def band(maps: Tensor, size: int) -> Tensor:
-    """(channels, channels) of ones where two of these maps, (n, channels, h, w), are adjacent."""
+    """Return the banded matrix, (channels, channels), with ones where two maps are neighbours.
+
+    Args:
+        maps: (n, channels, h, w).
+        size: number of maps that are summed, odd.
+    """
     index = torch.arange(maps.shape[1], device=maps.device)
     return ((index[:, None] - index[None, :]).abs() <= size // 2).to(maps.dtype)
 
 
 def constants_of(config: LrnConfig, layer: str) -> tuple[int, float, float, float] | None:
-    """n, α, β and k after a layer; None where it is not among `config.layers`."""
+    """Return (n, α, β, k) for a layer; None if it is not among `config.layers`."""
     if layer not in config.layers:
         return None
     return config.size, alpha_of(config, layer), config.beta, config.k
 
 
 def alpha_of(config: LrnConfig, layer: str) -> float:
-    """What multiplies the sum of squares after a layer that is among `config.layers`."""
+    """Return the factor of the sum of squares for a layer that is among `config.layers`."""
     alphas = config.alpha * (len(config.layers) if len(config.alpha) == 1 else 1)
     alpha = dict(zip(map(str, config.layers), alphas, strict=True))[layer]
     return alpha / config.size if config.alpha_over_size else alpha
 
 
 def local_response_norm(maps: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Normalise the maps of a column over their `size` neighbours.
+    """Normalise a column's maps, each over `size` adjacent ones.
 
     Args:
         maps: (n, channels, h, w); kept in channels_last.
         size: n, odd.
-        alpha: multiplies the sum of squares as it is (the code's meaning: pass α / n).
+        alpha: the factor of the sum of squares; pass α / n where α is to be divided by n.
     """
-    if torch.compiler.is_exporting():  # in operators that every format has
+    if torch.compiler.is_exporting():  # with operators that every export format has
         near = band(maps, size)
         sums = F.conv2d(maps * maps, near[:, :, None, None])
         return maps * (k + alpha * sums).pow(-beta)
@@ -80,13 +85,13 @@ class _LocalResponseNorm(torch.autograd.Function):
 
 
 def _on_cpu(maps: Tensor, beta: float) -> bool:
-    """Whether a CPU's loop computes this."""
-    values = type(maps) is Tensor  # not a fake one, as a plan's
+    """Whether the CPU loop can compute this."""
+    values = type(maps) is Tensor  # not a fake tensor, as `plan` uses
     return values and lrn_cpu.fits(maps, beta) and not torch.compiler.is_compiling()
 
 
 def _denominator(a: Tensor, near: Tensor, alpha: float, k: float) -> Tensor:
-    """d = k + α Σ a²; at least float32, where bf16 would lose it beside k."""
+    """Return d = k + α Σ a², at least in float32: in bf16 the sum would be lost beside k."""
     squares = (a * a) @ near
     if squares.dtype == torch.bfloat16:
         squares = squares.float()
@@ -94,7 +99,7 @@ def _denominator(a: Tensor, near: Tensor, alpha: float, k: float) -> Tensor:
 
 
 def _power(d: Tensor, beta: float) -> Tensor:
-    """d^−β; the paper's ¾ by two square roots, many times faster than `pow`."""
+    """Return d^−β; for the paper's ¾ with two square roots, many times faster than `pow`."""
     if beta != 0.75:
         return d.pow(-beta)
     root = d.rsqrt()

@@ -1,9 +1,10 @@
-"""Counter-based random numbers: every draw is a function of its key, none of a stream's state.
+"""Counter-based random numbers: every draw is a function of its key, not of a generator's state.
 
-Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). Integers
-and uniforms are the same bits from NumPy and torch, because one piece of int64 arithmetic serves
-both; a GPU's masks are drawn by Triton, to the same bits. Normals are made in float64 on the host.
-A rank computes just the part of a draw that it needs, and to resume needs only the step number.
+Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). NumPy and
+torch give the same bits for integers and uniforms, because one piece of int64 arithmetic serves
+both; dropout masks on a GPU are drawn by Triton, with the same bits. Normals are computed in
+float64 on the host. A rank computes only the part of a draw that it needs, and to resume a run only
+the step number is needed.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ Words = TypeVar("Words", npt.NDArray[np.int64], Tensor)
 
 
 class Purpose(IntEnum):
-    """The second word of a key: draws for one purpose never meet those for another."""
+    """The second word of a key, which keeps draws for different purposes independent."""
 
     ORDER = 1
     WINDOW = 2  # crop and flip
@@ -44,7 +45,7 @@ _DROPOUT = int(Purpose.DROPOUT)
 def philox(
     counter: tuple[Words, Words, Words, Words], key: tuple[int, int]
 ) -> tuple[Words, Words, Words, Words]:
-    """Four 32-bit words for each counter.
+    """Return four random 32-bit words for each counter.
 
     Args:
         counter: four int64 arrays or tensors that broadcast, values in [0, 2**32).
@@ -56,7 +57,7 @@ def philox(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # A product of two 32-bit words wraps in int64, but its 64 bits are right.
+        # A product of two 32-bit words overflows int64, but its 64 bits are right.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c1, c2, c3 = (
             ((p1 >> 32) & _MASK) ^ c1 ^ k0,
@@ -69,7 +70,7 @@ def philox(
 
 
 def integers(words: Words, limits: Words | int) -> Words:
-    """Integers in [0, limit) from 32-bit words (their high bits; limits up to 2**31)."""
+    """Map 32-bit words to integers in [0, limit), by their high bits; limits up to 2**31."""
     return (words * limits) >> 32
 
 
@@ -78,7 +79,7 @@ def uniforms(words: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]: ...
 @overload
 def uniforms(words: Tensor) -> Tensor: ...
 def uniforms(words: npt.NDArray[np.int64] | Tensor) -> npt.NDArray[np.float64] | Tensor:
-    """Float64 in (0, 1), never 0 or 1, from 32-bit words."""
+    """Map 32-bit words to float64 in (0, 1), never 0 or 1."""
     wide = words.double() if isinstance(words, Tensor) else words.astype(np.float64)
     return (wide + 0.5) * 2.0**-32
 
@@ -86,7 +87,7 @@ def uniforms(words: npt.NDArray[np.int64] | Tensor) -> npt.NDArray[np.float64] |
 def normals(
     words: tuple[npt.NDArray[np.int64], ...],
 ) -> tuple[npt.NDArray[np.float64], ...]:
-    """Four independent standard normals from four uniform words (Box and Muller)."""
+    """Map four uniform words to four independent standard normals (Box and Muller)."""
     u = [uniforms(word) for word in words]
     pairs: list[npt.NDArray[np.float64]] = []
     for radius, angle in ((u[0], u[1]), (u[2], u[3])):
@@ -96,9 +97,9 @@ def normals(
 
 
 def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
-    """The order of `count` samples in an epoch: sample ids, each once."""
+    """Return the order of an epoch's samples: a permutation of their ids, (count,) int64."""
     keys = np.empty(count, dtype=np.int64)
-    for start in range(0, count, _BLOCK):  # what it takes meanwhile stays small
+    for start in range(0, count, _BLOCK):  # keeps temporary memory small
         ids = np.arange(start, min(start + _BLOCK, count), dtype=np.int64)
         zero = np.zeros_like(ids)
         high, low, _, _ = philox((ids, zero + epoch, zero, zero), (seed, Purpose.ORDER))
@@ -109,12 +110,12 @@ def permutation(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
 def dropout_mask(
     seed: int, step: int | Tensor, layer: int, slots: Tensor, first: int, count: int, drop: float
 ) -> Tensor:
-    """Which units stay: bool (len(slots), count), True with probability 1 − drop.
+    """Return which units are kept: (len(slots), count) bool, True with probability 1 − drop.
 
     Args:
-        step: as a tensor, () int64, where a step is captured as a CUDA graph.
+        step: a tensor, () int64, if the step is captured as a CUDA graph.
         slots: (n,) int64, the samples' places in the global batch; on the device of the mask.
-        first: the first unit, of the layer's units over all columns.
+        first: index of the first unit among the layer's units over all columns.
     """
     threshold = round(drop * 2**32)
     if slots.is_cuda and kernels.can_be_built():
@@ -124,7 +125,7 @@ def dropout_mask(
         of = (slots, now, layer, first, count, seed, threshold)
         kept: Tensor = drawn(*of)
         return kept
-    values = type(slots) is Tensor  # not a fake one, as a plan's
+    values = type(slots) is Tensor  # not a fake tensor, as `plan` uses
     if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
         stay = torch.empty(len(slots), count, dtype=torch.bool)
         _masks(stay.numpy(), slots.numpy(), first, int(step), layer, seed, threshold)
@@ -138,7 +139,7 @@ def dropout_mask(
     return stay.flatten(1)[:, first - 4 * start :][:, :count]
 
 
-_philox: Any = njit(cache=False)(philox)  # of int64 numbers: the same arithmetic once more
+_philox: Any = njit(cache=False)(philox)  # the same arithmetic on scalars, compiled
 
 
 @parallel
@@ -158,11 +159,14 @@ def _masks(
 def initial_weights(
     seed: int, name: str, shape: tuple[int, ...], rows: slice, std: float, dtype: torch.dtype
 ) -> Tensor:
-    """N(0, std) for some rows (dim 0) of a parameter of this name and whole shape, on the CPU.
+    """Draw N(0, std) for some rows (dim 0) of a parameter, on the CPU.
 
-    Each row has a counter of its own, so any slice equals the slice of the whole. Speed is why
-    these come from NumPy's compiled Philox 4x64 and its ziggurat, and are rounded from float64
-    row by row.
+    Each row has a counter of its own, so any slice equals that of the whole. For speed these use
+    NumPy's compiled Philox 4x64 and ziggurat; they are rounded from float64 row by row.
+
+    Args:
+        name: the parameter's: conv1.weight, …
+        shape: the whole parameter's.
     """
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     key = np.array([seed, int.from_bytes(digest, "little")], dtype=np.uint64)

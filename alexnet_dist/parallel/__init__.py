@@ -1,1 +1,1 @@
-"""Ranks: who they are, how they meet, what they send each other, how they stop together."""
+"""Ranks: how they start, find each other, communicate, and stop together."""

@@ -1,8 +1,8 @@
-"""Every communication between the columns of a replica, and how parameters split and merge.
+"""All communication between the columns of a replica, and how split parameters are merged.
 
-A column's maps are used differently by every column, so the gradients of an exchange are summed
-over columns; the loss is computed alike on every column, so the gradients of the gathered logits
-are not. Both directions move the type that the network computes in: what comes in goes out.
+Every column uses another's maps differently, so the gradients of an exchange are summed over
+columns. Every column computes the same loss, so the gradients of the gathered logits are not.
+Forward and backward both send the dtype that the network computes in.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,27 +14,27 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from alexnet_dist.compat import all_gather_single
-from alexnet_dist.network.model import Products
+from alexnet_dist.network.exchange import Products
 from alexnet_dist.partition import share
 from alexnet_dist.timing import TIMELINE
 
 
 class ColumnExchange:
-    """`model.Exchange` between the ranks of a group, a column each.
+    """The `Exchange` between ranks that hold one column each.
 
     Args:
         group: the replica's column ranks, in the order of their columns.
-        classes: in all columns.
+        classes: the number of classes over all columns.
     """
 
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
     def products(
-        self, of: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, product: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> list[Tensor]:
         maps = made[0].flatten(1) if weight.dim() == 2 else made[0]  # fc6 sees units
-        return [product_of_all(of, maps, weight, bias, self.group, dim=1)]
+        return [product_of_all(product, maps, weight, bias, self.group, dim=1)]
 
     def own(self, slots: Tensor) -> Tensor:
         return slots
@@ -44,36 +44,44 @@ class ColumnExchange:
 
 
 def product_of_all(
-    of: Products, part: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup,
+    product: Products, part: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup,
     dim: int,
 ) -> Tensor:  # fmt: skip
-    """A layer's product of every rank's part, side by side as samples (`dim` 0) or channels (1);
-    gradients are summed back."""
+    """Gather every rank's part, and apply a layer's product to the whole; differentiable.
+
+    The backward sums the parts' gradients over ranks, and sends each rank its own.
+
+    Args:
+        product: the layer's product; it returns one tensor.
+        part: this rank's input, of the same shape on every rank.
+        dim: how the parts are concatenated: 0 as samples, 1 as channels.
+    """
     if not torch.is_grad_enabled():
-        return of([_side_by_side(part, group, dim)], weight, bias)[0]
-    made: Tensor = _ProductOfAll.apply(of, part, weight, bias, group, dim)
+        return product([_side_by_side(part, group, dim)], weight, bias)[0]
+    made: Tensor = _ProductOfAll.apply(product, part, weight, bias, group, dim)
     return made
 
 
 def join_logits(logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tensor:
-    """(n, own classes) to (n, classes); each rank takes its own slice of the gradients."""
+    """Gather (n, own classes) to (n, classes); in the backward each rank takes its own slice."""
     return _JoinLogits.apply(logits, group, classes)  # type: ignore[no-any-return]
 
 
 class _ProductOfAll(torch.autograd.Function):
-    """Gradients of what others made travel to them while the weights' own are computed: only the
-    first are waited for by the layers below."""
+    """`product_of_all`. In the backward the input gradients travel to their ranks while the weight
+    gradients are computed: the layers below wait for the former only."""
 
     @staticmethod
     def forward(
-        ctx: Any, of: Products, part: Tensor, weight: Tensor, bias: Tensor | None,
+        ctx: Any, product: Products, part: Tensor, weight: Tensor, bias: Tensor | None,
         group: dist.ProcessGroup, dim: int,
     ) -> Tensor:  # fmt: skip
         ctx.group, ctx.dim = group, dim
+        # Record a graph of this product alone, so that the backward can run it in two parts.
         given: list[Any] = [_side_by_side(part, group, dim), weight, bias]
         given = [None if x is None else x.detach().requires_grad_() for x in given]
         with torch.enable_grad():
-            (made,) = of(given[:1], *given[1:])
+            (made,) = product(given[:1], *given[1:])
         ctx.given, ctx.made = given, get_gradient_edge(made)
         return made.detach()
 
@@ -81,6 +89,7 @@ class _ProductOfAll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         made, (seen, *weights) = ctx.made, [x for x in ctx.given if x is not None]
         del ctx.made, ctx.given
+        # First the input's gradient, which the other ranks wait for; then the weights'.
         (of_seen,) = torch.autograd.grad(made, seen, grads, retain_graph=True)
         summed = _begin_sum(of_seen, ctx.group, ctx.dim)
         of_weight, *of_bias = torch.autograd.grad(made, weights, grads)
@@ -100,7 +109,7 @@ class _JoinLogits(torch.autograd.Function):
 
 
 def _side_by_side(part: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    """Every rank's part, in order, along a dimension: 0, or 1 in channels_last."""
+    """Gather every rank's part and concatenate them along dim 0, or dim 1 in channels_last."""
     if dim == 0:
         return gathered(part, group).flatten(0, 1)
     parts = gathered(part.movedim(1, -1), group)  # (ranks, n, …, own channels)
@@ -108,8 +117,12 @@ def _side_by_side(part: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
 
 
 def _begin_sum(whole: Tensor, group: dist.ProcessGroup, dim: int) -> Callable[[], Tensor]:
-    """Begin to send each rank its part along a dimension. The call it gives waits, and sums this
-    rank's part over ranks in their order: the same bits on every backend."""
+    """Start sending each rank its part of `whole` along `dim`, asynchronously.
+
+    Returns:
+        A function that waits, and returns this rank's part summed over ranks. It sums in rank
+        order, so the bits are the same on every backend.
+    """
     last = whole.movedim(dim, -dim)
     parts = last.unflatten(-dim, (group.size(), -1)).movedim(-2 * dim, 0).contiguous()
     mine = torch.empty_like(parts)  # (ranks, *shape)
@@ -130,7 +143,11 @@ def _count(rows: slice) -> int:
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
-    """Rows (dim 0) of every rank, in order, on every rank; `counts` may differ or be 0."""
+    """Gather the rows (dim 0) of all ranks, in rank order, on every rank.
+
+    Args:
+        counts: the number of rows of each rank; they may differ, or be 0.
+    """
     if len({*counts}) == 1:
         return gathered(rows, group).flatten(0, 1)
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
@@ -140,7 +157,7 @@ def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -
 
 
 def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """(ranks, *shape): every rank's tensor of one shape, in order."""
+    """Gather tensors of one shape from all ranks, in rank order: (ranks, *shape)."""
     parts = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
     with TIMELINE.span("exchange"):
         all_gather_single(parts, part.contiguous(), group)  # NCCL takes no other
@@ -148,9 +165,13 @@ def gathered(part: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 
 def merge(part: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor | None:
-    """The whole of a tensor split by columns on dim 0, on the CPU of the group's first rank.
+    """Merge a tensor that is split on dim 0, on the CPU of the group's first rank. Collective.
 
-    Scalars are alike on all ranks. Other ranks get None. Collective.
+    Scalars are equal on all ranks, and are copied. Other ranks get None.
+
+    Args:
+        rows: the number of rows of the whole tensor.
+        group: the ranks that hold its parts; None: `part` is whole.
     """
     if group is None or part.dim() == 0:
         return part.detach().to("cpu", copy=True)  # the next step changes the parameter itself

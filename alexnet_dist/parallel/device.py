@@ -1,4 +1,4 @@
-"""What the devices of this host are and can do, and which of them this rank takes."""
+"""The devices of this host: what they can do, and which of them this rank uses."""
 
 import contextlib
 import ctypes
@@ -21,10 +21,10 @@ from alexnet_dist.network.precision import FIRST_WITH
 from alexnet_dist.parallel.environment import Place
 
 CGROUP = Path("/sys/fs/cgroup")
-NCCL_SHARES_FROM = (2, 30)  # a GPU between ranks; older ones refuse
-_BESIDE_TENSORS = 10**9  # bytes of a GPU, an estimate: CUDA's context, libraries', NCCL's buffers
+NCCL_SHARES_FROM = (2, 30)  # first version in which ranks can share a GPU
+_BESIDE_TENSORS = 10**9  # estimated bytes of GPU memory for the CUDA context, libraries, NCCL
 log = logging.getLogger(__name__)
-# bf16 without sparsity, FLOP/s, by what a device's name holds; NVIDIA's data sheets.
+# Peak bf16 FLOP/s without sparsity, by a part of the device's name; from NVIDIA's data sheets.
 PEAK_FLOPS = {
     "B200": 2250e12, "GH200": 989e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
     "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10": 125e12, "4090": 165e12,
@@ -33,19 +33,19 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: str) -> float | None:
-    """Of a GPU of this name, in bf16, FLOP/s; None where it is not known."""
+    """Return the peak bf16 FLOP/s of a GPU of this name; None if unknown."""
     return next(
         (peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device)), None
     )
 
 
 def gpus(config: Config) -> int:
-    """GPUs of this host that a run may use."""
+    """Return the number of this host's GPUs that a run may use."""
     return 0 if config.layout.device == "cpu" else torch.cuda.device_count()
 
 
 def ranks_per_gpu(config: Config, ranks: int) -> int:
-    """How many of this host's ranks a GPU computes for; 0 where they compute on the CPU."""
+    """Return how many of this host's ranks use each GPU; 0 if they compute on the CPU."""
     found = gpus(config)
     if ranks <= found:
         return 1
@@ -53,8 +53,8 @@ def ranks_per_gpu(config: Config, ranks: int) -> int:
 
 
 def share_problem(config: Config, ranks: int) -> str:
-    """Why this host's ranks cannot share its GPUs, and what to do; empty where they can, or were
-    not told to."""
+    """Return why this host's ranks cannot share its GPUs, and what to do; empty if they can, or if
+    layout.share_gpu is not set."""
     if not config.layout.share_gpu:
         return ""
     if not (found := gpus(config)):
@@ -72,30 +72,30 @@ def share_problem(config: Config, ranks: int) -> str:
 
 
 def nccl_version() -> tuple[int, ...]:
-    """Of the NCCL that is loaded, which LD_PRELOAD may have named; () where torch has none."""
+    """Return the version of the loaded NCCL, which LD_PRELOAD may have set; () if none."""
     try:
         nccl, found = ctypes.CDLL("libnccl.so.2", mode=os.RTLD_NOLOAD), ctypes.c_int()
         nccl.ncclGetVersion(ctypes.byref(found))
-    except OSError:  # it is a part of torch's own library, or there is none
+    except OSError:  # NCCL is linked into torch's own library, or there is none
         return tuple(torch.cuda.nccl.version()) if dist.is_nccl_available() else ()
     return found.value // 10000, found.value // 100 % 100, found.value % 100
 
 
 def memory_share(total: int, ranks: int) -> int:
-    """Bytes of a GPU's memory that each of the ranks that share it has for tensors."""
+    """Return the bytes of a GPU's memory that each of the ranks sharing it may use for tensors."""
     each = total // ranks
     return max(each - _BESIDE_TENSORS, each // 2)
 
 
 def free_gpu_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take of its GPU's memory."""
+    """Return the bytes of its GPU's memory that this rank may still allocate."""
     free, total = torch.cuda.mem_get_info(device)
     bound = int(torch.cuda.get_per_process_memory_fraction(device) * total)
     return min(free, bound - torch.cuda.memory_reserved(device))
 
 
 def take_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank, made current; raises ConfigError where it has none, and where it
+    """Select and return this rank's device; raise ConfigError if it has none, or if the device
     cannot compute in train.precision."""
     device = own_device(config, place)
     if problem := precision_problem(config.train.precision, device):
@@ -104,12 +104,12 @@ def take_device(config: Config, place: Place) -> torch.device:
 
 
 def own_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank, made current; raises ConfigError where layout.device=cuda and there
-    are too few GPUs, and where they cannot be shared."""
+    """Select and return this rank's device, whatever the precision; raise ConfigError if
+    layout.device=cuda and there are too few GPUs, or if they cannot be shared."""
     found, ranks = gpus(config), place.local_world
-    if config.layout.share_gpu:  # NCCL reads it as a first group is made, and of all ranks
+    if config.layout.share_gpu:  # all ranks need it when NCCL makes the first group
         os.environ["NCCL_MULTI_RANK_GPU_ENABLE"] = "1"
-    # Slurm may show a task its own GPU alone (--gpus-per-task): the job then has as many as tasks.
+    # With --gpus-per-task Slurm may show each task only its own GPU, as device 0.
     if found == 1 and (place.gpus_on_node or 0) >= ranks:
         return _current(0)
     if problem := share_problem(config, ranks):
@@ -145,7 +145,7 @@ def _current(index: int) -> torch.device:
 
 
 def precision_problem(precision: str, device: torch.device) -> str:
-    """Why a device cannot compute in this, and what it can; empty where it can."""
+    """Return why a device cannot compute in this precision, and what to set; empty if it can."""
     if device.type == "cpu":
         if precision != "tf32":
             return ""
@@ -165,29 +165,30 @@ def precision_problem(precision: str, device: torch.device) -> str:
 
 
 def cores() -> int:
-    """That this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def cores_of(place: Place) -> int:
-    """That a rank may count on: Slurm's for its task, which may be bound to them; else a share of
-    this host's."""
+    """Return the number of CPU cores that a rank may use: Slurm's allocation for its task, or an
+    equal share of this host's."""
     return min(cores(), place.cores or max(1, cores() // place.local_world))
 
 
 def free_host_memory() -> int:
-    """Bytes that a process may still take here: of this host, and of its own control groups."""
+    """Return the bytes of memory that this process may still take, within this host and its control
+    groups."""
     return min([psutil.virtual_memory().available, *_left_in_groups()])
 
 
 def _left_in_groups() -> Iterator[int]:
-    """What each control group that bounds this process's memory has left, cached files counted as
-    free: cgroups(7), of version 2 and of version 1."""
+    """Yield the bytes left in each control group that limits this process's memory, versions 1 and
+    2, with cached files counted as free. See cgroups(7)."""
     try:
-        told = Path("/proc/self/cgroup").read_text().splitlines()
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
         return
-    for number, controllers, path in (line.split(":", 2) for line in told):
+    for number, controllers, path in (line.split(":", 2) for line in lines):
         if number == "0":
             root, most, used, total = CGROUP, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
@@ -197,19 +198,19 @@ def _left_in_groups() -> Iterator[int]:
             continue
         own = root / path.lstrip("/")
         for group in (own, *own.parents[: len(own.relative_to(root).parts)]):
-            with contextlib.suppress(OSError, ValueError, KeyError):  # unbounded, or not shown
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no limit, or not readable
                 left = int((group / most).read_text()) - int((group / used).read_text())
-                told_of = (group / "memory.stat").read_text().splitlines()
-                counts = dict(line.split() for line in told_of)
+                stat = (group / "memory.stat").read_text().splitlines()
+                counts = dict(line.split() for line in stat)
                 files = [counts[f"{total}{which}_file"] for which in ("active", "inactive")]
                 yield max(0, left + sum(map(int, files)))
 
 
 def machine() -> dict[str, Any]:
-    """What a number that was measured here depends on: processor, GPU, versions."""
+    """Describe what a measurement made here depends on: processor, GPU, versions."""
     path = Path("/proc/cpuinfo")
-    told = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":")[1].strip() for line in told if line.startswith("model name")]
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {
         "cpu": names[0] if names else platform.processor(),
         "cores": cores(),
@@ -220,22 +221,22 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_flags() -> set[str]:
-    """The kernel's words for what this host's processor can do, as in amx_bf16."""
+    """Return the processor's features as the Linux kernel names them: amx_bf16, …"""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return {flag for line in lines if line.lower().startswith(("flags", "features"))
             for flag in line.partition(":")[2].split()}  # fmt: skip
 
 
 def share_python() -> None:
-    """Have threads hand Python's lock on after half a millisecond, not five: those that decode and
-    the one that feeds the device want it for microseconds, many times a second."""
+    """Make threads release Python's lock after 0.5 ms instead of 5 ms: the decoding threads and the
+    one that feeds the device need it for microseconds, many times a second."""
     sys.setswitchinterval(5e-4)
 
 
 def keep_memory() -> None:
-    """Keep freed memory in the process: fresh pages cost as much as the arithmetic on them.
+    """Keep freed memory in the process, since fresh pages cost as much as the arithmetic on them.
 
-    mallopt(3) of glibc: no mmap for blocks below 1 GiB, no trimming. Elsewhere: nothing.
+    Uses glibc's mallopt(3): no mmap for blocks below 1 GiB, no trimming. Elsewhere does nothing.
     """
     trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
     try:

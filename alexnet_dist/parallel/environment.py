@@ -1,7 +1,7 @@
-"""What a launcher says about this process: the only reader of RANK, SLURM_* and their relatives.
+"""What the launcher says about this process: the only place that reads RANK, SLURM_* and the like.
 
-torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; srun its SLURM_* for each task.
-A step of one task is no launcher: a run in it starts its own ranks, as it does anywhere.
+torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; srun sets SLURM_* for each task.
+A Slurm step of one task does not count as a launcher: a run in it starts its own ranks.
 """
 
 import os
@@ -13,16 +13,15 @@ from alexnet_dist.errors import ConfigError
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among those that were started together.
+    """This process's place among those that were started together.
 
     Attributes:
-        node: the number of this process's node, counted from 0; None where Slurm did not start it.
-        tasks_per_node: of each node, where Slurm said it.
-        gpus_on_node: GPUs that Slurm gave the job on a node; None where it did not say.
-        address: a name by which the other nodes find this one.
-        meeting: distinguishes this start of this job step from any other; empty where ranks meet
-            at MASTER_ADDR.
-        cores: that Slurm was asked for, for each task; None where it was not.
+        node: index of this process's node, counted from 0; None if Slurm did not start it.
+        tasks_per_node: number of tasks on each node, if Slurm said so; else empty.
+        gpus_on_node: number of GPUs that Slurm gave the job on a node; None if it did not say.
+        address: a host name by which the other nodes can reach this one.
+        meeting: identifies this start of this job step; empty if ranks meet at MASTER_ADDR.
+        cores: number of CPU cores per task that was requested from Slurm; None if none was.
     """
 
     rank: int = 0
@@ -42,7 +41,7 @@ class Place:
 
 
 def place() -> Place | None:
-    """This process's place; None where no launcher started it."""
+    """Return this process's place; None if no launcher started it."""
     has = os.environ.get
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return Place(
@@ -72,7 +71,7 @@ def place() -> Place | None:
 
 
 def job() -> tuple[str | None, int]:
-    """Slurm's number of this job, None outside one, and how often Slurm started it before."""
+    """Return Slurm's job id, None outside a job, and how often Slurm has restarted the job."""
     return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
@@ -81,7 +80,7 @@ def _number(name: str) -> int:
 
 
 def tasks_per_node(text: str) -> tuple[int, ...]:
-    """Slurm's way of writing them: 2(x3),1 is 2, 2, 2, 1."""
+    """Parse Slurm's list of tasks per node: 2(x3),1 is (2, 2, 2, 1). Raises ConfigError."""
     counts: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -92,7 +91,7 @@ def tasks_per_node(text: str) -> tuple[int, ...]:
 
 
 def check_even(tasks: tuple[int, ...]) -> None:
-    """Raises ConfigError where nodes have different numbers of tasks."""
+    """Raise ConfigError if nodes have different numbers of tasks."""
     if len(set(tasks)) > 1:
         raise ConfigError(
             f"Slurm put {', '.join(map(str, tasks))} tasks on {len(tasks)} nodes: every node must "

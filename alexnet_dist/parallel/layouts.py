@@ -1,4 +1,4 @@
-"""Layouts: how replicas and columns lie on ranks, and which number of ranks each takes.
+"""Layouts: how replicas and columns are laid out on ranks, and how many ranks each needs.
 
 | `layout.kind` | ranks | what |
 |---|---|---|
@@ -19,12 +19,13 @@ _LEAST = {"one": 1, "columns": 2, "columns_x_replicas": 4}
 
 
 def columns_of(config: Config) -> int:
-    """Ranks that share a replica, a column each."""
+    """Return the number of ranks per replica: one per column, or 1 if a rank holds all."""
     return config.model.columns if config.layout.kind in SPLIT_IN_COLUMNS else 1
 
 
 def ranks_wanted(config: Config, gpus: int) -> int:
-    """Ranks to start where no launcher did: `layout.ranks`, a GPU each, or the fewest that fit."""
+    """Return how many ranks to start if no launcher did: `layout.ranks`, or the most that the GPUs
+    and the layout allow, or the fewest that the layout needs."""
     least = _LEAST.get(config.layout.kind, 2)
     most = 2 if config.layout.kind == "columns" else gpus
     if config.layout.ranks or config.layout.kind == "one":
@@ -34,18 +35,18 @@ def ranks_wanted(config: Config, gpus: int) -> int:
 
 
 def check(config: Config, ranks: int) -> None:
-    """Raises ConfigError where the layout, or the global batch, cannot lie on this many ranks."""
+    """Raise ConfigError if the layout or the global batch does not fit this number of ranks."""
     if wrong := problem(config, ranks):
         raise ConfigError(wrong)
 
 
 def problem(config: Config, ranks: int) -> str:
-    """Why the layout does not lie on this many ranks, and what would; empty where it does."""
+    """Return why the layout does not fit this number of ranks, and what would; empty if it fits."""
     return _ranks_problem(config, ranks) or _batch_problem(config, ranks // columns_of(config))
 
 
 def misfit(config: Config, ranks: int) -> tuple[str, list[str]] | None:
-    """What number of ranks the layout takes where it is not this one, and which layouts fit."""
+    """Return how many ranks the layout takes, and which layouts fit this one; None if it fits."""
     model, kind = config.model, config.layout.kind
     takes, fits = {
         "one": ("1 rank", ranks == 1),
@@ -98,7 +99,11 @@ def _batch_problem(config: Config, replicas: int) -> str:
 
 
 def check_columns_meet(nodes: list[int], columns: int) -> None:
-    """Raises ConfigError where the columns of a replica lie on different ones of these nodes."""
+    """Raise ConfigError if the columns of a replica are on different nodes.
+
+    Args:
+        nodes: the node of each rank.
+    """
     pairs = [nodes[first : first + columns] for first in range(0, len(nodes), columns)]
     if any(len(set(pair)) > 1 for pair in pairs):
         raise ConfigError(
@@ -109,7 +114,7 @@ def check_columns_meet(nodes: list[int], columns: int) -> None:
 
 
 def divisors(*numbers: int) -> list[int]:
-    """What divides all of them."""
+    """Return the common divisors of these numbers, ascending."""
     return [n for n in range(1, min(numbers) + 1) if not any(number % n for number in numbers)]
 
 

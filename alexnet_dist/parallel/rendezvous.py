@@ -1,4 +1,4 @@
-"""How ranks find each other: a store at one address alone, and the network that they may use."""
+"""How ranks find each other: a store that listens on one address, and the interfaces they use."""
 
 import datetime
 import os
@@ -17,14 +17,15 @@ LOOPBACK = "127.0.0.1"
 
 
 def keep_to_this_host(place: Place) -> None:
-    """Let gloo and NCCL listen on the loopback alone, where all ranks are here."""
+    """Make gloo and NCCL listen only on the loopback interface, if all ranks are on this host."""
     if place.on_one_host:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
 
 
 def store_at(address: str, timeout: datetime.timedelta) -> TCPStore:
-    """A store at a free port of this address alone: torch's own listens on all that a host has."""
+    """Return a store that listens on a free port of this address only; torch's own would listen on
+    all interfaces of the host."""
     family, *_ = socket.getaddrinfo(address, 0, type=socket.SOCK_STREAM)[0]
     listener = socket.create_server((address, 0), family=family)
     host, port, *_ = listener.getsockname()
@@ -35,7 +36,7 @@ def store_at(address: str, timeout: datetime.timedelta) -> TCPStore:
 
 
 def own_address(place: Place) -> str:
-    """Where the ranks of a step find this one: on gloo's interface, where one is named."""
+    """Return the address at which the other ranks reach this one; GLOO_SOCKET_IFNAME's if set."""
     if place.on_one_host:
         return LOOPBACK
     named = psutil.net_if_addrs().get(os.environ.get("GLOO_SOCKET_IFNAME", ""), [])
@@ -43,10 +44,13 @@ def own_address(place: Place) -> str:
 
 
 def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | None:
-    """Where the ranks of a Slurm step meet; None where MASTER_ADDR says it.
+    """Return the store at which the ranks of a Slurm step meet; None if MASTER_ADDR is set.
 
-    Rank 0 takes a free port, and leaves its address in the run folder, in a file that only this
-    start of this step looks for: no port to agree on before, none that a neighbour may have.
+    Rank 0 takes a free port, and writes its address to a file in the run folder that only this
+    start of this step looks for. So no port has to be agreed on in advance, and none can be taken.
+
+    Raises:
+        RunFolderError: the file cannot be written, or did not appear in time.
     """
     if not place.meeting:
         return None
@@ -67,7 +71,7 @@ def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | N
         path.unlink(missing_ok=True)
         return store
     deadline = time.monotonic() + timeout.total_seconds()
-    # Listing the folder makes a network file system look again.
+    # Listing the folder makes a network file system refresh its cache.
     while not (path.parent.is_dir() and path.name in os.listdir(path.parent)):
         if time.monotonic() > deadline:
             raise RunFolderError(

@@ -1,7 +1,7 @@
-"""Every communication between replicas: sums of gradients, and fully-connected layers split over
-ranks.
+"""All communication between replicas: summed gradients, and fully-connected layers that are split
+over ranks.
 
-Gradients are added, not averaged: the loss is already divided by the global batch.
+Gradients are summed, not averaged: the loss is already divided by the global batch size.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch._C._distributed_c10d import GradBucket
 from torch.futures import Future
 
 from alexnet_dist.errors import ReplicasDiffer
-from alexnet_dist.network.model import Products, side_by_side
+from alexnet_dist.network.exchange import Products, side_by_side
 from alexnet_dist.parallel.columns import (
     gathered,
     join_logits,
@@ -25,27 +25,28 @@ from alexnet_dist.timing import TIMELINE
 
 
 class ShardExchange:
-    """`model.Exchange` of Krizhevsky 2014, scheme (a): each rank's convolutions see its samples,
-    its part of fc6 … fc8 sees those of all ranks.
+    """The `Exchange` of Krizhevsky 2014, scheme (a): a rank's convolutions see its own samples, its
+    part of fc6 … fc8 sees those of all ranks.
 
     Args:
-        group: all ranks; each has as many samples.
-        classes: of all ranks.
+        group: all ranks; each must have the same number of samples.
+        classes: the number of classes over all ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup, classes: int) -> None:
         self.group, self.classes = group, classes
 
     def products(
-        self, of: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, product: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> list[Tensor]:
-        """The convolutions' columns are all here; fc6's and fc7's units lie on all ranks."""
+        """Apply a layer. All columns of the convolutions are here; fc6's and fc7's units are spread
+        over all ranks."""
         if made[0].dim() == 2:
-            return [product_of_all(of, made[0], weight, bias, self.group, dim=1)]
+            return [product_of_all(product, made[0], weight, bias, self.group, dim=1)]
         maps = side_by_side(made)
         if weight.dim() == 4:
-            return of([maps], weight, bias)
-        return [product_of_all(of, maps.flatten(1), weight, bias, self.group, dim=0)]
+            return product([maps], weight, bias)
+        return [product_of_all(product, maps.flatten(1), weight, bias, self.group, dim=0)]
 
     def own(self, slots: Tensor) -> Tensor:
         mine: Tensor = slots.unflatten(0, (self.group.size(), -1))[self.group.rank()]
@@ -56,34 +57,38 @@ class ShardExchange:
 
 
 def sum_bucket(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
-    """DDP's hook: a bucket of gradients summed over replicas while the backward goes on."""
+    """Sum a bucket of gradients over replicas during the backward; a DDP communication hook."""
     sums = bucket.buffer()
     _waits_from(bucket)
     return _all_reduced(sums, group).then(lambda done: sums)
 
 
 def sum_bucket_in_bf16(group: dist.ProcessGroup, bucket: GradBucket) -> Future[Tensor]:
-    """The same in bf16: half the bytes of float32."""
+    """As `sum_bucket`, but sent in bf16: half the bytes of float32."""
     sums, narrow = bucket.buffer(), bucket.buffer().bfloat16()
     _waits_from(bucket)
     return _all_reduced(narrow, group).then(lambda done: sums.copy_(narrow))
 
 
 def _waits_from(bucket: GradBucket) -> None:
-    """With the last bucket this rank's own backward is over."""
+    """Begin timing the all-reduce at the last bucket, when this rank's own backward is over."""
     if bucket.is_last():
         TIMELINE.enter("all_reduce")
 
 
 def _all_reduced(tensor: Tensor, group: dist.ProcessGroup) -> Future[Any]:
-    """A future of the sum over ranks, in place."""
+    """Start an all-reduce in place, and return its future."""
     work = dist.all_reduce(tensor, group=group, async_op=True)
     assert work is not None
     return work.get_future()
 
 
 def summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Summed over a group's ranks, in place; the host does not wait for a GPU."""
+    """Sum a tensor over a group's ranks in place, and return it; does not synchronise the host.
+
+    Args:
+        group: None: there is nothing to add.
+    """
     if group is not None:
         with TIMELINE.span("all_reduce"):
             dist.all_reduce(tensor, group=group)
@@ -91,15 +96,16 @@ def summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def check_replicas(tensors: Mapping[str, Tensor], topology: Topology, step: int) -> None:
-    """Hold what every replica keeps a copy of against the others' copies. Collective.
+    """Check that all replicas' copies of parameters and optimiser state are bit-identical.
+    Collective.
 
-    A tensor's bits are added as integers: one that flips changes the sum.
+    Compares checksums: a tensor's bits are summed as integers, so any flipped bit changes the sum.
 
     Args:
-        tensors: by name, as many on all ranks; those of one column are equal.
+        tensors: by name; the same names on all ranks, equal among the ranks of one column.
 
     Raises:
-        ReplicasDiffer: they are not; on all ranks.
+        ReplicasDiffer: the copies differ; raised on all ranks.
     """
     if topology.replicas == 1 or not tensors:
         return
@@ -122,16 +128,19 @@ def check_replicas(tensors: Mapping[str, Tensor], topology: Topology, step: int)
 
 
 def sum_of_bits(tensor: Tensor) -> Tensor:
-    """int64, modulo 2⁶⁴; of pairs of float32 where there are, which is 20 times as fast."""
+    """Sum a tensor's bits as integers, () int64, modulo 2⁶⁴.
+
+    Reads pairs of float32 as int64 where it can, which is 20 times as fast.
+    """
     flat = tensor.detach().flatten()
-    # DeepSpeed's are views of one long tensor, from any place in it on.
+    # DeepSpeed's parameters are views of one flat tensor, at any offset.
     paired = flat.numel() % 2 == 0 and flat.storage_offset() % 2 == 0
     wide = torch.int64 if paired or flat.element_size() == 8 else torch.int32
     return flat.view(wide).sum(dtype=torch.int64)
 
 
 def largest(count: int, group: dist.ProcessGroup) -> int:
-    """The largest of the ranks' numbers. `group` is of CPUs: the host has to know it."""
+    """Return the largest of the ranks' numbers. `group` is a CPU group: the host needs it."""
     most = torch.tensor(count)
     dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
     return int(most)

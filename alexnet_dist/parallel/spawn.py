@@ -1,4 +1,4 @@
-"""Start a layout's ranks on this host by torchrun's elastic API, when no launcher did."""
+"""Start a layout's ranks on this host with torchrun's elastic API, when no launcher did."""
 
 import ctypes
 import logging
@@ -25,20 +25,20 @@ from alexnet_dist.files import read_run
 from alexnet_dist.parallel.rendezvous import LOOPBACK, store_at
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored, heard
 
-_LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # its process id, told to ranks
+_LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # environment variable: the launcher's process id, for ranks
 
 
 def start(
     arguments: Sequence[str], ranks: int, folder: Path, told: Callable[[str, int], bool]
 ) -> int:  # fmt: skip
-    """Run `alexnet-dist ARGUMENTS` in this many ranks; the exit code the ranks agreed on.
+    """Run `alexnet-dist ARGUMENTS` on this many ranks, and return the exit code they agreed on.
 
-    Signals are passed on to every rank, which saves and leaves; a second SIGINT ends all at once.
+    Signals are passed on to every rank, which saves and exits; a second SIGINT ends them at once.
 
     Args:
         folder: the run folder, whose run.json says how the ranks stopped.
-        told: of ranks that were killed, and how many attempts there were before: whether that is
-            news.
+        told: called with a description of the ranks that were killed, and the number of earlier
+            attempts; returns whether this is still to be printed.
     """
     os.environ[_LAUNCHER] = str(os.getpid())
     command = ["-m", "alexnet_dist", *arguments]
@@ -69,8 +69,8 @@ def start(
 
 
 def _killed(error: ChildFailedError) -> str:
-    """Which ranks signals have ended, and what is known of it; empty where none. (Others may have
-    failed at once, since they were gone.)"""
+    """Describe the ranks that were killed by signals; empty if none was. (Others may have failed
+    right after, because those were gone.)"""
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     killed = [f"rank {rank} was {killed_by(-code)}" for rank, code in codes.items() if code < 0]
     return "; ".join(killed)
@@ -78,7 +78,8 @@ def _killed(error: ChildFailedError) -> str:
 
 @contextmanager
 def _ended_by_a_second_interrupt() -> Iterator[None]:
-    """By a thread, as the main thread may be waiting for ranks: it ends them and this process."""
+    """End the ranks and this process at the second SIGINT, by a thread: the main one may be waiting
+    for ranks."""
     heard, bell = socket.socketpair()
     bell.setblocking(False)
     before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
@@ -95,7 +96,7 @@ def _ended_by_a_second_interrupt() -> Iterator[None]:
                     rank.send_signal(signal.SIGINT)
             for rank in psutil.wait_procs(ranks, timeout=2)[1]:
                 with suppress(psutil.NoSuchProcess):
-                    rank.kill()  # checkpoints bear it
+                    rank.kill()  # checkpoints survive it
             os._exit(EXITS[FLAGS[signal.SIGINT]])
         heard.close()
 
@@ -108,11 +109,11 @@ def _ended_by_a_second_interrupt() -> Iterator[None]:
 
 
 def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
-    """What a module's function returns on each of this many ranks.
+    """Call a module-level function on this many ranks, and return what it returned on each.
 
     Raises:
-        AlexNetDistError: they all did.
-        RanksFailed: one failed; it has said why.
+        AlexNetDistError: the function raised it on all ranks.
+        RanksFailed: a rank failed, and has printed why.
     """
     try:
         with handlers_restored():
@@ -129,7 +130,7 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
 
 
 def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
-    """What it returns, or the mistake that every rank finds alike; another is said here."""
+    """Return a function's result, or the error that every rank raises; print any other error."""
     try:
         return function(*args)
     except Exception as error:
@@ -142,11 +143,11 @@ def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dict[int, Any]:
-    """What a function, or a command, returns on each of this many ranks of this host.
+    """Run a function, or a command, on this many ranks of this host; return the results by rank.
 
-    They meet at a store on the loopback. torchelastic's static rendezvous is told its port, finds
-    that this process serves it, and opens none of its own: those listen on every interface, and
-    its c10d rendezvous unpickles what it finds there.
+    The ranks meet at a store on the loopback. torchelastic's static rendezvous is given its port,
+    finds that this process serves it, and opens none of its own: those would listen on every
+    interface, and its c10d rendezvous unpickles what it finds there.
     """
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
     store = store_at(LOOPBACK, timedelta(minutes=1))  # lives as long as the ranks
@@ -166,12 +167,13 @@ def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dic
 
 
 def leave_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGTERM when the launcher dies: a rank then saves and leaves.
+    """Ask the kernel to send SIGTERM when the launcher dies, so that this rank saves and exits.
 
     The kernel sends it once for each of the launcher's threads, so it cannot be SIGINT.
 
     Args:
-        parent: the rank's parent as it began: a launcher that has died since says nothing more.
+        parent: this rank's parent process id at start; if the launcher has died since, no signal
+            would come, and the rank exits now.
     """
     set_parent_death_signal = 1  # linux/prctl.h
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Stopping on signals: a handler sets a flag, the ranks agree on it, the loop saves and leaves.
+"""Stopping on signals: a handler sets a flag, the ranks agree on it, the loop saves and exits.
 
 | what arrives | what happens | exit |
 |---|---|---|
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a process that torch has yet to be loaded into can be signalled too
+if TYPE_CHECKING:  # handlers are installed before torch is imported
     import torch
     import torch.distributed as dist
 
@@ -23,25 +23,25 @@ if TYPE_CHECKING:  # a process that torch has yet to be loaded into can be signa
 
 # Exit codes by the flag's value; where ranks saw different signals, the highest counts.
 EXITS = {1: 75, 2: 143, 3: 130}
-CANNOT_SAVE = 4  # told by rank 0 alone, no signal: it holds while it is so
+CANNOT_SAVE = 4  # no signal: rank 0 sends it for as long as it cannot save
 FLAGS = {
     signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGHUP: 2, signal.SIGINT: 3,
 }  # fmt: skip
 
 
 def heard() -> list[signal.Signals]:
-    """The signals that ask this process to stop: under nohup SIGHUP does not."""
+    """Return the signals that ask this process to stop; without SIGHUP under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in FLAGS if number != signal.SIGHUP or not ignored]
 
 
 class StopSignals:
-    """Handlers for this process, from now until `ignore`; forked children are left alone."""
+    """Signal handlers of this process, active until `ignore`; forked children are not affected."""
 
     def __init__(self) -> None:
         self.flag = 0
-        self.cannot_save = False  # the other ranks are to know
-        # Where there is nothing to save yet: leave as soon as one arrives, with these words.
+        self.cannot_save = False  # rank 0: tell the other ranks that saving fails
+        # While there is nothing to save yet: print this and exit as soon as a signal arrives.
         self.last_words: str | None = None
         self.polls = 0
         self._pid = os.getpid()
@@ -51,9 +51,10 @@ class StopSignals:
             signal.signal(number, self._handle)
 
     def poll(self, topology: "Topology") -> int:
-        """The flag all ranks agree on, 0 for none. Collective, and never waits for a slow rank.
+        """Return the flag that all ranks agree on, 0 for none. Collective; does not wait for slow
+        ranks.
 
-        The agreement begun at one call is read at the next, so that it costs no step any time.
+        The all-reduce that one call starts is read by the next, so that no step waits for it.
         """
         import torch
         import torch.distributed as dist
@@ -76,11 +77,11 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int | None:
-        """The code to leave with for what has arrived here; None where nothing has."""
+        """The exit code for the signals that have arrived here; None if none has."""
         return EXITS.get(self.flag)
 
     def ignore(self) -> None:
-        """Ignore these signals from now on: an exit code is not to be lost while leaving."""
+        """Ignore these signals from now on, so that none changes the exit code while leaving."""
         for number in FLAGS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -97,7 +98,7 @@ class StopSignals:
 
 @contextmanager
 def handlers_restored() -> Iterator[None]:
-    """A program's own handlers are back when this ends, whatever was set meanwhile."""
+    """Restore the program's own signal handlers at the end, whatever was set meanwhile."""
     before = {number: signal.getsignal(number) for number in FLAGS}
     try:
         yield

@@ -1,7 +1,7 @@
-"""Ranks and groups: who this process is, and with whom it speaks.
+"""Ranks and process groups: this process's place in the layout, and how it joins the others.
 
-Ranks are laid out replica by replica, a replica's columns side by side, so that columns meet
-inside a node.
+Ranks are numbered replica by replica, a replica's columns next to each other, so that the columns
+of a replica are on one node.
 """
 
 import dataclasses
@@ -40,12 +40,13 @@ class Topology:
     """This process's place in the layout.
 
     Attributes:
-        columns: ranks that share a replica, one column each; 1 where all columns are here.
-        cores: of this host, that this rank may count on.
-        control: a CPU group of all ranks, for flags and words; None in a world of one.
-        column_group: the ranks of this replica; None where there is one.
-        replica_group: the ranks that hold this column, one a replica; None where there is one.
-        store: words that ranks leave for each other without a collective; None in a world of one.
+        columns: number of ranks per replica, one column each; 1 where a rank holds all columns.
+        cores: number of this host's CPU cores that this rank may use.
+        control: a gloo group of all ranks, for flags and text; None if the world size is 1.
+        column_group: the ranks of this replica; None if there is only one.
+        replica_group: the ranks that hold this column, one per replica; None if there is only one.
+        store: a key-value store in which ranks leave messages without a collective; None if the
+            world size is 1.
     """
 
     global_rank: int = 0
@@ -76,14 +77,15 @@ class Topology:
         return self.global_rank == 0
 
     def shares(self, samples: range) -> list[range]:
-        """Of these samples, those that each column rank of this replica decodes."""
+        """Return, for each column rank of this replica, which of these samples it decodes."""
         replica = samples[share(len(samples), self.replica, self.replicas)]
         return [replica[share(len(replica), c, self.columns)] for c in range(self.columns)]
 
     def decided_by_rank_0(self, decide: Callable[[], T]) -> T:
-        """What `decide` returns on rank 0, on every rank; where it raises, the others do too.
+        """Call `decide` on rank 0, and return its result on every rank. Collective.
 
-        It returns what JSON can hold: torch's collectives of objects unpickle what a peer sends.
+        If it raises, every rank raises. Its result must be JSON: torch's object collectives
+        unpickle what a peer sends, and are not used.
         """
         if self.control is None:
             return decide()
@@ -105,8 +107,8 @@ class Topology:
         return outcome[0]  # type: ignore[no-any-return]
 
     def put_off_timeouts(self) -> None:
-        """From now on another looks whether ranks wait too long: one that knows when they were
-        stopped, as these clocks do not."""
+        """Stop the process groups from timing out: from now on a watchdog looks for ranks that wait
+        too long. Unlike the groups' clocks, it knows when a process was suspended."""
         for group in (self.control, self.column_group, self.replica_group):
             if group is not None:
                 set_timeout(datetime.timedelta(days=100), group)
@@ -116,7 +118,7 @@ class Topology:
             dist.barrier(self.control)
 
     def each(self, *numbers: float) -> list[list[float]]:
-        """Every rank's numbers, on every rank. Collective."""
+        """Gather every rank's numbers on every rank: (world size, len(numbers)). Collective."""
         if self.control is None:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64)
@@ -125,7 +127,7 @@ class Topology:
         return found.view(self.world_size, -1).tolist()
 
     def first_said(self, text: str) -> str:
-        """Of every rank's text, the first that is not empty, on every rank. Collective."""
+        """Return, on every rank, the first non-empty text in rank order; "" if none. Collective."""
         if self.control is None:
             return text
         mine = text.encode(errors="surrogatepass")  # a path may hold any byte
@@ -137,14 +139,20 @@ class Topology:
         return ""
 
     def sum(self, counts: Tensor) -> Tensor:
-        """A CPU tensor summed over all ranks."""
+        """Sum a CPU tensor over all ranks, in place. Collective."""
         if self.control is not None:
             dist.all_reduce(counts, group=self.control)
         return counts
 
 
 def connect(config: Config) -> Topology:
-    """Join the other ranks, take a device, set threads; raises ConfigError if ranks do not fit."""
+    """Join the other ranks, and return this rank's topology. Collective.
+
+    It also takes a device and sets this process's threads, TF32, determinism and memory allocation.
+
+    Raises:
+        ConfigError: the layout, batch or devices do not fit this number of ranks.
+    """
     place = environment.place() or Place()
     here = Topology(
         global_rank=place.rank,
@@ -153,6 +161,7 @@ def connect(config: Config) -> Topology:
         cores=cores_of(place),
     )
     check(config, here.world_size)
+    # Set up this process.
     device = take_device(config, place)
     torch.set_num_threads(config.layout.threads or here.cores)
     allow_tf32(config.train.precision)
@@ -163,6 +172,7 @@ def connect(config: Config) -> Topology:
     share_python()
     if here.world_size == 1:
         return dataclasses.replace(here, device=device)
+    # Meet the other ranks.
     keep_to_this_host(place)
     timeout = datetime.timedelta(seconds=config.layout.timeout_s)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -171,7 +181,7 @@ def connect(config: Config) -> Topology:
             backend, timeout=timeout, device_id=device if backend == "nccl" else None,
             store=meet(config, place, timeout), rank=place.rank, world_size=place.world,
         )  # fmt: skip
-    # Not init_device_mesh: its subgroups would not have our timeout on every backend.
+    # Make the groups. Not by init_device_mesh: its subgroups lack our timeout on some backends.
     world, columns = here.world_size, here.columns
     control = _group(range(world), "gloo", timeout)
     if place.node is not None:
@@ -197,12 +207,12 @@ def connect(config: Config) -> Topology:
 
 
 def _group(ranks: range, backend: str, timeout: datetime.timedelta) -> dist.ProcessGroup | None:
-    """A group of these ranks; None on the others. Collective over all ranks."""
+    """Make a group of these ranks; None on the others. Collective over all ranks."""
     group = dist.new_group(list(ranks), timeout=timeout, backend=backend)
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
 def leave() -> None:
-    """Leave the other ranks."""
+    """Destroy the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()

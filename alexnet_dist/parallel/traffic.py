@@ -1,8 +1,8 @@
-"""Bytes that a rank sends, counted where torch.distributed's collectives are dispatched.
+"""The bytes that a rank sends, counted where torch.distributed dispatches its collectives.
 
-Counted are those of the algorithms that send least: of t bytes over g ranks an all-reduce sends
-2·t·(g−1)/g, an all-gather (t: all parts together) and an all-to-all t·(g−1)/g. Rings and NCCL do
-so; gloo and trees may send more.
+Counts what the algorithms that send least would send: for t bytes over g ranks, 2·t·(g−1)/g for an
+all-reduce, t·(g−1)/g for an all-gather (t: all parts together) and an all-to-all. Rings, as in
+NCCL, do so; gloo and trees may send more.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
 
 _OPS = torch.ops.c10d
-# What is sent of each collective: name, place of its tensors and of its group, times t·(g−1)/g.
+# Each collective's name, argument indices of its tensors and its group, and multiple of t·(g−1)/g.
 _SENT = {
     _OPS.allreduce_.default: ("all-reduce", 0, 1, 2),
     _OPS._allgather_base_.default: ("all-gather", 0, 2, 1),
@@ -29,11 +29,11 @@ _SENT = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts while it is entered.
+    """A context manager that counts the collectives called inside it.
 
     Attributes:
-        sent: bytes by collective; fractions, since a part need not divide.
-        calls: by collective.
+        sent: bytes sent, by collective; fractions, since tensors need not divide evenly.
+        calls: number of calls, by collective.
     """
 
     def __init__(self) -> None:
@@ -42,14 +42,14 @@ class Traffic(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
 
     def bytes(self) -> dict[str, int]:
-        """Bytes sent by this rank, by collective."""
+        """Return the bytes that this rank sent, by collective."""
         return {name: round(sent) for name, sent in self.sent.items() if sent}
 
     def total(self) -> int:
         return round(sum(self.sent.values()))
 
     def again(self) -> None:
-        """It was sent once more, by a CUDA graph: for what is entered around this."""
+        """Add these counts once more to the counters now active: a CUDA graph was replayed."""
         for around in _get_current_dispatch_mode_stack():
             if isinstance(around, Traffic):
                 around.sent.update(self.sent)

@@ -1,6 +1,6 @@
-"""Loops and kernels of ours, where torch's operators take too many passes over memory.
+"""Our own CPU loops and GPU kernels, where torch's operators take too many passes over memory.
 
-Which of a GPU's run is `train.execution`'s; without them the same run goes on by torch's operators.
+`train.execution` decides whether the GPU kernels are used; torch's operators take their place.
 """
 
 import functools
@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 
 def fused(execution: str, device: torch.device) -> bool:
-    """Whether what follows a product is done by a GPU's kernels; warns once where it could be and
-    is not. Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU, for tests."""
+    """Whether the GPU kernels do what follows a product; warns once if Triton cannot build them.
+    For tests, Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU."""
     if execution == "eager":
         return False
     if device.type == "cuda":
@@ -34,7 +34,7 @@ def interpreted() -> bool:
 
 @functools.cache
 def can_be_built() -> bool:
-    """Whether Triton can build a GPU's kernels here; warns if not."""
+    """Whether Triton can build GPU kernels here; logs a warning if not."""
     if lack := lacking():
         log.warning(
             f"no kernels for this GPU: {lack}; the same run goes on by torch's operators, at half "
@@ -44,7 +44,7 @@ def can_be_built() -> bool:
 
 
 def lacking() -> str:
-    """What Triton lacks to build kernels; nothing if "" is returned."""
+    """Return what Triton lacks to build kernels here; empty if nothing."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if compiler() is None:
@@ -54,5 +54,5 @@ def lacking() -> str:
 
 
 def compiler() -> str | None:
-    """What Triton takes."""
+    """Return the C compiler that Triton would use; None if there is none."""
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

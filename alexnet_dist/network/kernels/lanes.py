@@ -1,9 +1,9 @@
-"""What the kernels of maps share: a lane owns a few adjacent channels of one pixel.
+"""Shared code of the kernels of maps, in which a lane owns a few adjacent channels of one pixel.
 
-A program is a warp (more where a pixel has more channels than a warp reads at once). Its lanes lie
-along (pixel, chunk of channels), so that what a warp reads or writes together is contiguous, 16
-bytes a lane. A tile is (lanes, channels of a chunk), and stays in registers: `apart` and `whole`
-cost nothing, and what a neighbour holds comes by shuffles, never through shared memory.
+A program is one warp, or more if a pixel has more channels than a warp reads at once. Its lanes run
+along (pixel, chunk of channels), so that a warp's loads and stores are contiguous, 16 bytes per
+lane. A tile is (lanes, channels per chunk) and stays in registers: `apart` and `whole` cost
+nothing, and a neighbour's values come by shuffles, never through shared memory.
 """
 
 import math
@@ -19,13 +19,13 @@ WARP = 32
 
 @dataclass(frozen=True)
 class Lanes:
-    """How the channels of a pixel lie on lanes.
+    """How the channels of a pixel are distributed over lanes.
 
     Attributes:
-        chunk: channels of a lane.
-        chunks: lanes of a pixel.
-        lanes: of a program, a power of two.
-        pixels: whose lanes are side by side in a program.
+        chunk: channels per lane.
+        chunks: lanes per pixel.
+        lanes: lanes per program, a power of two.
+        pixels: pixels per program that are read side by side.
     """
 
     chunk: int
@@ -39,7 +39,7 @@ class Lanes:
 
 
 def lanes_of(x: Tensor) -> Lanes:
-    """How the channels of maps, (n, c, h, w), lie on lanes; the same at each run."""
+    """Return the distribution over lanes for maps (n, c, h, w); the same in every run."""
     channels = x.shape[1]
     chunk = math.gcd(channels, 16 // x.element_size())
     chunks = channels // chunk
@@ -48,19 +48,19 @@ def lanes_of(x: Tensor) -> Lanes:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums of values of this type are made in."""
+    """Return the dtype in which values of this dtype are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @triton.jit
 def widened(values):
-    """As float32; float64 as it is."""
+    """Convert to float32; float64 stays."""
     return values if values.dtype == tl.float64 else values.to(tl.float32)
 
 
 @triton.jit
 def apart(tile):
-    """(lanes, n) to n of (lanes,)."""
+    """Split (lanes, n) into n tensors (lanes,)."""
     lanes: tl.constexpr = tile.shape[0]
     n: tl.constexpr = tile.shape[1]
     if n == 1:
@@ -72,7 +72,7 @@ def apart(tile):
 
 @triton.jit
 def whole(parts, n: tl.constexpr):
-    """n of (lanes,) to (lanes, n)."""
+    """Join n tensors (lanes,) to (lanes, n)."""
     if n == 1:
         return parts[0].reshape(parts[0].shape[0], 1)
     else:
@@ -82,9 +82,9 @@ def whole(parts, n: tl.constexpr):
 
 @triton.jit
 def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.constexpr):
-    """Sums over each channel and the `half` on either side of it.
+    """Sum, for each channel, itself and the `half` channels on either side.
 
-    part: (lanes,), which of its pixel's chunks a lane has.
+    part: (lanes,), the index of each lane's chunk within its pixel.
     """
     if half == 0:
         return tile
@@ -99,8 +99,8 @@ def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.const
                 known = (there >= 0) & (there < chunks) & (lane + i // chunk < tile.shape[0])
                 source = tl.where(known, lane + i // chunk, lane)
                 near = near + (tl.where(known, tl.gather(own[i % chunk], source, 0), 0.0),)
-        # A window is the end of one block of 2 · half and the begin of the next, which have running
-        # sums: two or three additions for each, however many it has.
+        # A window is the end of one block of 2 · half channels and the beginning of the next. With
+        # running sums of both, each window takes two or three additions, whatever its size.
         begins, ends = (near[0],), (near[chunk + 2 * half - 1],)
         for i in tl.static_range(1, chunk + 2 * half):
             if i % (2 * half) == 0:
@@ -120,7 +120,7 @@ def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.const
 
 @triton.jit
 def over_pixels(tile, chunk: tl.constexpr, chunks: tl.constexpr, pixels: tl.constexpr):
-    """Sums over the pixels side by side in a program; of use on the first `chunks` lanes."""
+    """Sum over a program's side-by-side pixels; the result is valid on the first `chunks` lanes."""
     own, lane = apart(tile), tl.arange(0, tile.shape[0])
     sums = ()
     for i in tl.static_range(chunk):
@@ -134,7 +134,7 @@ def over_pixels(tile, chunk: tl.constexpr, chunks: tl.constexpr, pixels: tl.cons
 
 @triton.jit
 def activated(z, activation: tl.constexpr):
-    """f(z); a NaN stays one."""
+    """Return f(z); NaN stays NaN."""
     if activation == "relu":
         return tl.where(z <= 0, 0.0, z)
     elif activation == "sigmoid":
@@ -145,7 +145,7 @@ def activated(z, activation: tl.constexpr):
         far = tl.where(z < 0, -far, far)
         if z.dtype == tl.float64:
             return far
-        else:  # where 1 − t would lose digits, Lambert's fraction
+        else:  # Lambert's fraction, where 1 − t would lose digits
             s = z * z
             close = z * (945 + s * (105 + s)) / (945 + s * (420 + 15 * s))
             return tl.where(tl.abs(z) < 0.5, close, far)
@@ -155,7 +155,7 @@ def activated(z, activation: tl.constexpr):
 
 @triton.jit
 def sloped(grad, a, activation: tl.constexpr):
-    """The gradient of z from that of a = f(z)."""
+    """Return the gradient of z, given that of a = f(z)."""
     if activation == "relu":
         return tl.where(a <= 0, 0.0, grad)
     elif activation == "sigmoid":
@@ -168,7 +168,7 @@ def sloped(grad, a, activation: tl.constexpr):
 
 @triton.jit
 def powers(d, beta: tl.constexpr):
-    """d^−β and 1/d; for the paper's ¾ by two square roots."""
+    """Return d^−β and 1/d; for the paper's ¾ with two square roots."""
     if beta == 0.75 or beta == 0.5:
         root = 1 / tl.sqrt(d) if d.dtype == tl.float64 else tl.rsqrt(d)
         return root * tl.sqrt(root) if beta == 0.75 else root, root * root
@@ -183,7 +183,7 @@ def normalised(
     a, part, chunk: tl.constexpr, chunks: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr,
     beta: tl.constexpr, k: tl.constexpr,
 ):  # fmt: skip
-    """a · d^−β with d = k + α Σ a²; a as it is where size is 0."""
+    """Return a · d^−β with d = k + α Σ a²; a itself if size is 0."""
     if size == 0:
         return a
     else:
@@ -196,7 +196,7 @@ def normalised_backward(
     grad, a, part, chunk: tl.constexpr, chunks: tl.constexpr, size: tl.constexpr,
     alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a from that of what it became: g_j d_j^−β − 2αβ a_j Σ g_i a_i d_i^(−β−1)."""
+    """Return the gradient of a: g_j d_j^−β − 2αβ a_j Σ g_i a_i d_i^(−β−1), where g is `grad`."""
     if size == 0:
         return grad
     else:

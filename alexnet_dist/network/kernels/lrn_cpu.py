@@ -1,7 +1,8 @@
 """Local response normalisation on a CPU: one pass over memory forward, one backward.
 
-What a pixel needs stays in the first cache, and one parallel loop does a whole call, where torch's
-operators are a pass, and a wait for the slowest thread, each. float32 inside, also for bfloat16.
+A pixel's values stay in the L1 cache, and one parallel loop does a whole call; each of torch's
+operators would be a pass of its own, and wait for the slowest thread. Computes in float32, also for
+bfloat16.
 """
 
 import functools
@@ -16,22 +17,22 @@ from torch import Tensor
 from alexnet_dist.network.kernels.numba_loops import bits, parallel, rounding
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
-_BLOCKS = 64  # of pixels, shared out to threads
+_BLOCKS = 64  # blocks of pixels, distributed over threads
 
 
 def fits(maps: Tensor, beta: float) -> bool:
-    """Whether what is here computes this."""
+    """Whether these loops support the tensor and β."""
     narrow = maps.dtype in (torch.bfloat16, torch.float32)
     return maps.device.type == "cpu" and narrow and beta == 0.75
 
 
 def forward(maps: Tensor, size: int, alpha: float, k: float) -> Tensor:
-    """(n, channels, h, w) normalised, in channels_last."""
+    """Normalise (n, channels, h, w); the result is in channels_last."""
     return _called(0, (maps,), size, alpha, k)
 
 
 def backward(maps: Tensor, grads: Tensor, size: int, alpha: float, k: float) -> Tensor:
-    """The gradient of what `forward` was given, from the one of what it gave."""
+    """Return the gradient of `forward`'s input, given that of its output."""
     return _called(1, (maps, grads), size, alpha, k)
 
 
@@ -45,7 +46,7 @@ def _called(which: int, given: tuple[Tensor, ...], size: int, alpha: float, k: f
 
 @functools.cache
 def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Forward and backward; what is known when they are compiled is a constant in them."""
+    """Return the compiled forward and backward loops, for which dtype and size are constants."""
     half, zero = size // 2, np.float32(0)
     shift, below, odd = rounding(dtype)
 

@@ -1,9 +1,9 @@
-"""What a column makes of a convolution's product: y = pool(LRN(f(x + b))), each way one pass.
+"""All that follows a convolution, y = pool(LRN(f(x + b))), in one pass forward and one backward.
 
-What is saved for the backward pass is x, the product, and, where maps are pooled, a byte for each
-pooled value: its place in its window. All else is computed again from x, which costs less than
-reading it. The bias gradient is summed in the same pass, by each program over its own pixels, and
-by one small kernel over programs: in a fixed order, so that every run gives the same bits.
+The backward needs x, the product, and, if maps are pooled, one byte per pooled value: the maximum's
+place in its window. Everything else is recomputed from x, which costs less than reading it. The
+bias gradient is summed in the same pass, by each program over its own pixels, then over programs by
+one small kernel: in a fixed order, so that every run gives the same bits.
 """
 
 from typing import Any
@@ -27,7 +27,7 @@ from alexnet_dist.network.kernels.lanes import (
 )
 from alexnet_dist.network.kernels.pooled import Pool
 
-_EACH, _STEPS = 4, 4  # groups of pixels that a program reads at once; how often it does, backward
+_EACH, _STEPS = 4, 4  # groups of pixels read at once by a program; repeats in the backward
 _LAST = torch.channels_last
 
 
@@ -36,7 +36,7 @@ def maps(
     lrn: tuple[int, float, float, float] | None = None,
     pool: tuple[int, int, bool] | None = None, activation_last: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Rectified, normalised and pooled maps, in this order.
+    """Add the bias, rectify, normalise and pool maps, in this order.
 
     Args:
         x: (n, channels, h, w), a convolution's product without its bias; channels_last.
@@ -47,7 +47,7 @@ def maps(
         activation_last: the activation comes after the pooling.
 
     Returns:
-        (n, channels, pooled h, pooled w), of x's type, in channels_last.
+        (n, channels, pooled h, pooled w), x's dtype, channels_last.
     """
     if activation_last:
         return maps(maps(x, bias, None, lrn, pool), None, activation)
@@ -77,7 +77,8 @@ def maps_forward(
     x: Tensor, bias: Tensor | None, activation: str, size: int, alpha: float, beta: float,
     k: float, window: int, stride: int, round_up: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The maps, and the place of each in its window, (n, channels, pooled h, pooled w) uint8."""
+    """Return the maps, and each maximum's place in its window: (n, channels, pooled h, pooled w)
+    uint8."""
     x, pool = x.contiguous(memory_format=_LAST), Pool(window, stride, round_up)
     y, places = _made(x, pool)
     if pool.window > 1 or pool.stride > 1:
@@ -96,7 +97,7 @@ def maps_backward(
     grads: Tensor, x: Tensor, bias: Tensor | None, places: Tensor, activation: str, size: int,
     alpha: float, beta: float, k: float, window: int, stride: int, round_up: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and of the bias, float32 or float64; the latter is empty without one."""
+    """Return the gradients of x and of the bias (float32 or float64; empty without a bias)."""
     x, grads = x.contiguous(memory_format=_LAST), grads.contiguous(memory_format=_LAST)
     out, pool = torch.empty_like(x, memory_format=_LAST), Pool(window, stride, round_up)
     if pool.window > 1 or pool.stride > 1:
@@ -130,7 +131,7 @@ def _(
 
 
 def _made(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
-    """Memory for the maps and for their places."""
+    """Allocate the maps and the places of their maxima."""
     n, channels, *sides = x.shape
     shape = (n, channels, *(pool.side(side) for side in sides))
     y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_LAST)
@@ -143,7 +144,7 @@ def _made(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
 def _at(
     group, pixels, chunk: tl.constexpr, chunks: tl.constexpr, lanes: tl.constexpr
 ):  # fmt: skip
-    """Where the channels of a group of pixels side by side lie, and which of them there are."""
+    """Return the offsets of the channels of a group of side-by-side pixels, and which exist."""
     side: tl.constexpr = lanes // chunks
     lane = tl.arange(0, lanes)
     pixel = group * side + lane // chunks
@@ -163,7 +164,7 @@ def maps_kernel(
     b = 0.0
     if bias is not None:
         b = tl.load(bias + (part * chunk)[:, None] + tl.arange(0, chunk)[None, :])
-    products = ()  # all are asked for before the first is used
+    products = ()  # issue all loads before the first use
     for i in tl.static_range(each):
         at, known = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
         products = products + (tl.load(x + at, mask=known, other=0.0),)
@@ -180,7 +181,7 @@ def maps_backward_kernel(
     alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr, chunk: tl.constexpr,
     chunks: tl.constexpr, lanes: tl.constexpr, each: tl.constexpr, steps: tl.constexpr,
 ):  # fmt: skip
-    """dx of `maps_kernel`, and db's parts: reads x and dy and writes dx, once each."""
+    """Compute dx of `maps_kernel`, and partial sums of db: reads x and dy, writes dx, once each."""
     part, channel = tl.arange(0, lanes) % chunks, tl.arange(0, chunk)[None, :]
     b = 0.0
     if bias is not None:

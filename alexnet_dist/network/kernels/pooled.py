@@ -1,4 +1,4 @@
-"""The kernels of maps that are pooled over windows that may overlap (paper, §3.4)."""
+"""The kernels for maps that are max-pooled; windows may overlap (paper, §3.4)."""
 
 from dataclasses import dataclass
 
@@ -18,34 +18,34 @@ from alexnet_dist.network.kernels.lanes import (
     widened,
 )
 
-_ROWS, _COLUMNS = 3, 3  # pooled values of a lane
-_EACH_BACK = 4  # blocks of stride × stride pixels of a lane
-REGISTERS = 128  # of a lane: 16 warps on a multiprocessor; the paper's maps take no more
-_NOWHERE = tl.constexpr(255)  # the place of a value that no gradient passes
-_VALUE, _PLACES = tl.constexpr(0x7FFFFFF0), tl.constexpr(15)  # the bits of a key
+_ROWS, _COLUMNS = 3, 3  # pooled values per lane
+_EACH_BACK = 4  # blocks of stride × stride pixels per lane
+REGISTERS = 128  # per lane: 16 warps fit a multiprocessor; enough for the paper's maps
+_NOWHERE = tl.constexpr(255)  # the place of a value through which no gradient flows
+_VALUE, _PLACES = tl.constexpr(0x7FFFFFF0), tl.constexpr(15)  # bit masks of a key
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Windows of window × window pixels, `stride` apart."""
+    """Pooling over windows of window × window pixels, `stride` apart."""
 
     window: int
     stride: int
     round_up: bool
 
     def side(self, side: int) -> int:
-        """How many windows lie along a side, as `F.max_pool2d` counts them."""
+        """Return the number of windows along a side, as `F.max_pool2d` counts them."""
         if not self.round_up:
             return (side - self.window) // self.stride + 1
         count = -(-(side - self.window) // self.stride) + 1
-        return count - ((count - 1) * self.stride >= side)  # each begins inside
+        return count - ((count - 1) * self.stride >= side)  # each must begin inside
 
 
 def forward(
     x: Tensor, bias: Tensor | None, y: Tensor, places: Tensor, activation: str, size: int,
     alpha: float, beta: float, k: float, pool: Pool,
 ) -> None:  # fmt: skip
-    """Fill y and places; all in channels_last."""
+    """Fill y and places; all tensors are channels_last."""
     lanes, (h, w) = lanes_of(x), y.shape[2:]
     count = len(x) * triton.cdiv(h, _ROWS) * triton.cdiv(w, _COLUMNS)
     pooled_kernel[(triton.cdiv(count, lanes.pixels),)](
@@ -59,8 +59,8 @@ def backward(
     grads: Tensor, x: Tensor, bias: Tensor | None, places: Tensor, out: Tensor, activation: str,
     size: int, alpha: float, beta: float, k: float, pool: Pool,
 ) -> Tensor:  # fmt: skip
-    """Fill out, x's gradient; all in channels_last. Gives (programs, channels): parts of the bias
-    gradient."""
+    """Fill out, the gradient of x; all tensors are channels_last. Return partial sums of the bias
+    gradient, (programs, channels)."""
     lanes, (h, w) = lanes_of(x), x.shape[2:]
     count = len(x) * triton.cdiv(h, pool.stride) * triton.cdiv(w, pool.stride)
     programs = triton.cdiv(count, lanes.pixels * _EACH_BACK)
@@ -75,7 +75,7 @@ def backward(
 
 @triton.jit
 def _better(value, place, other, there):
-    """The larger of two values and its place; the first of equals, the last NaN."""
+    """Return the larger of two values and its place: the first of equals, the last NaN."""
     better = (other > value) | (other != other)
     return tl.where(better, other, value), tl.where(better, there, place)
 
@@ -85,9 +85,9 @@ def _score(
     z, part, activation: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr, beta: tl.constexpr,
     k: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
-    """What maxima are taken of: LRN(f(z)), or its square where that is cheaper and as good."""
+    """Return what is maximised: LRN(f(z)), or its square where that is cheaper and equivalent."""
     a = activated(z, activation)
-    if keys and size > 0 and beta == 0.75:  # one root for two: a² d^−3/2
+    if keys and size > 0 and beta == 0.75:  # one root instead of two: a² d^−3/2
         squares = a * a
         root = tl.rsqrt(k + alpha * around(squares, part, chunk, chunks, size // 2))
         return (squares * root) * (root * root)
@@ -102,8 +102,8 @@ def _row(
     chunk: tl.constexpr, chunks: tl.constexpr, window: tl.constexpr, stride: tl.constexpr,
     columns: tl.constexpr, edges: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
-    """The largest of a row of pixels in each of `columns` windows: keys; or values and places in
-    turn."""
+    """Return, for each of `columns` windows, the maximum over one row of pixels: a key, or a value
+    and its place."""
     channel = tl.arange(0, chunk)[None, :]
     scores = ()
     for i in tl.static_range((columns - 1) * stride + window):
@@ -141,10 +141,10 @@ def pooled_kernel(
 ):  # fmt: skip
     """y = max over windows of LRN(f(x + b)), and each maximum's place, the first of equals.
 
-    A lane walks down `rows` pooled rows of `columns`, and carries the rows of pixels that two
-    windows share: so LRN is computed 1.36 times a pixel for 3 × 3 windows 2 apart, not 2.25. Where
-    y is narrow and never negative, a value and its place are one integer key, whose maximum is one
-    instruction: 28 bits of the value, and below them 15 − place.
+    A lane walks down `rows` rows of `columns` pooled values, and carries over the rows of pixels
+    that two windows share: so LRN is computed 1.36 times per pixel for 3 × 3 windows 2 apart, not
+    2.25 times. If y is 16 bits wide and never negative, a value and its place are packed into one
+    integer key, whose maximum is one instruction: 28 bits of the value, and below them 15 − place.
     """
     keys: tl.constexpr = (
         activation == "relu" and window <= 4 and y.dtype.element_ty.primitive_bitwidth == 16
@@ -152,11 +152,11 @@ def pooled_kernel(
     edges: tl.constexpr = (
         max((pooled_h - 1) * stride + window - h, (pooled_w - 1) * stride + window - w) > 0
     )
-    side: tl.constexpr = lanes // chunks  # blocks of rows × columns pooled values side by side
+    side: tl.constexpr = lanes // chunks  # side-by-side blocks of rows × columns pooled values
     along: tl.constexpr = (pooled_w + columns - 1) // columns
     down: tl.constexpr = (pooled_h + rows - 1) // rows
-    shared: tl.constexpr = max(window - stride, 0)  # rows of pixels of two windows
-    each: tl.constexpr = columns if keys else 2 * columns  # tiles of a row
+    shared: tl.constexpr = max(window - stride, 0)  # rows of pixels that two windows share
+    each: tl.constexpr = columns if keys else 2 * columns  # tiles per row
     lane, channel = tl.arange(0, lanes), tl.arange(0, chunk)[None, :]
     part = lane % chunks
     block = tl.program_id(0) * side + lane // chunks
@@ -215,8 +215,11 @@ def pooled_backward_kernel(
     pooled_h: tl.constexpr, pooled_w: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
     lanes: tl.constexpr, window: tl.constexpr, stride: tl.constexpr, each: tl.constexpr,
 ):  # fmt: skip
-    """dx of `pooled_kernel`, and db's parts. A lane has stride × stride pixels, so that it knows
-    while it is compiled which windows, at most ⌈window / stride⌉² of them, see which of these."""
+    """Compute dx of `pooled_kernel`, and partial sums of db.
+
+    A lane has a block of stride × stride pixels. So it is known at compile time which windows, at
+    most ⌈window / stride⌉² of them, contain which of these pixels.
+    """
     side: tl.constexpr = lanes // chunks
     along: tl.constexpr = (w + stride - 1) // stride
     down: tl.constexpr = (h + stride - 1) // stride
@@ -245,7 +248,7 @@ def pooled_backward_kernel(
             at = made - (r // reach * pooled_w + r % reach) * wide
             upper = upper + (tl.load(grads + at, mask=there, other=0.0),)
             where = where + (tl.load(places + at, mask=there, other=_NOWHERE),)
-        products = ()  # all are asked for before the first is used
+        products = ()  # issue all loads before the first use
         for pixel in tl.static_range(stride * stride):
             dy, dx = pixel // stride, pixel % stride
             inside = (known & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
@@ -263,7 +266,7 @@ def pooled_backward_kernel(
                     grad += tl.where(where[r] == place, widened(upper[r]), 0.0)
             a = activated(widened(products[pixel]) + b, activation)
             grad = normalised_backward(grad, a, part, chunk, chunks, size, alpha, beta, k)
-            if activation != "relu":  # whose places say it
+            if activation != "relu":  # whose slope is known from places
                 grad = sloped(grad, a, activation)
             inside = (known & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
             at = seen + (dy * w + dx) * wide

@@ -1,7 +1,7 @@
-"""A batch's loss and counts of its labels' ranks, in two small kernels, and one for the way back;
-and whether what came of a step is finite.
+"""A batch's loss and top-1 and top-5 counts in two small kernels, the gradient in one, and in one
+the check that a step's loss and gradient are finite.
 
-In torch's operators they are some thirty, each of which takes a GPU longer to begin than to do.
+torch's operators would be about thirty launches, each of which takes longer than its work.
 """
 
 from typing import Any
@@ -18,7 +18,8 @@ _WARPS = 4
 
 
 def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As `engines.base.scored`: summed cross-entropy, and (3,) float64: it, top-1, top-5 counts.
+    """As `engines.base.scored`: return the summed cross-entropy, and (3,) float64: it, and the
+    top-1 and top-5 counts.
 
     Args:
         logits: (n, classes).
@@ -34,7 +35,7 @@ class _Scored(torch.autograd.Function):
         loss, counts, log_sums = scores_forward(logits, labels)
         ctx.save_for_backward(logits, labels, log_sums)
         ctx.mark_non_differentiable(counts)
-        ctx.set_materialize_grads(False)  # zeros for what has none
+        ctx.set_materialize_grads(False)  # do not make zeros for the counts
         return loss, counts
 
     @staticmethod
@@ -44,7 +45,7 @@ class _Scored(torch.autograd.Function):
 
 @custom_op("alexnet_dist::scores", mutates_args=())
 def scores_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss, (), the counts, and (n,) logarithms of the sums of exponentials."""
+    """Return the loss, (); the counts, (3,); and each row's log-sum-exp, (n,)."""
     logits, labels, (n, classes) = logits.contiguous(), labels.contiguous(), logits.shape
     of = wide(logits.dtype)
     log_sums, losses = logits.new_empty(n, dtype=of), logits.new_empty(n, dtype=of)
@@ -59,7 +60,7 @@ def scores_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
 
 @custom_op("alexnet_dist::scores_backward", mutates_args=())
 def scores_backward(grad: Tensor, logits: Tensor, labels: Tensor, log_sums: Tensor) -> Tensor:
-    """The gradient of the logits from the loss's, ()."""
+    """Return the gradient of the logits, given the loss's, ()."""
     logits, labels, (n, classes) = logits.contiguous(), labels.contiguous(), logits.shape
     out, block = torch.empty_like(logits), triton.next_power_of_2(classes)
     scores_backward_kernel[(n,)](
@@ -70,7 +71,7 @@ def scores_backward(grad: Tensor, logits: Tensor, labels: Tensor, log_sums: Tens
 
 @custom_op("alexnet_dist::judged", mutates_args=("stats",))
 def judged(stats: Tensor, scale: Tensor) -> Tensor:
-    """As `engines.base.judged`; stats and scale are float64."""
+    """As `engines.base.skip_flag`; stats and scale are float64."""
     skip = torch.empty((), dtype=torch.float32, device=stats.device)
     judged_kernel[(1,)](stats, scale, skip, num_warps=1)
     return skip
@@ -95,8 +96,8 @@ def _(grad: Tensor, logits: Tensor, labels: Tensor, log_sums: Tensor) -> Tensor:
 
 @triton.jit(do_not_specialize=["classes"])
 def ranks_kernel(logits, labels, losses, ranks, log_sums, classes, block: tl.constexpr):
-    """Of a row: log Σ exp(s) − s_label, and how many classes come before its label: of equals
-    those of a lower index, and whatever is not a number."""
+    """Compute a row's loss, log Σ exp(s) − s_label, and how many classes rank before its label: of
+    equal scores those with a lower index, and scores that are NaN."""
     row, index = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     here, label = index < classes, tl.load(labels + row)
     scores = widened(tl.load(logits + row * classes + index, mask=here, other=float("-inf")))
@@ -141,7 +142,7 @@ def scores_backward_kernel(grad, logits, labels, log_sums, out, classes, block: 
 
 @triton.jit
 def judged_kernel(stats, scale, skip):
-    """A handful of numbers, in one launch for fourteen."""
+    """Complete a handful of numbers in one launch instead of fourteen."""
     by = tl.load(scale)
     norm = tl.sqrt(tl.load(stats + 5)) / tl.where(by == 0, 1.0, by)
     bad = (tl.abs(tl.load(stats) + norm) < float("inf")) == 0

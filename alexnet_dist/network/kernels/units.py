@@ -1,8 +1,7 @@
-"""What a column makes of a fully-connected layer's product: bias, activation and dropout, in one
-pass each way.
+"""Bias, activation and dropout after a fully-connected layer, in one pass forward and one backward.
 
-Dropout's bits are drawn where they are used, which costs less than reading a mask would. Backward,
-ReLU's y says which units stayed and were positive; for others the bits are drawn again.
+Dropout's bits are drawn where they are used, which costs less than reading a mask. In the backward,
+ReLU's y says which units were kept and positive; for other activations the bits are drawn again.
 """
 
 from typing import Any
@@ -15,8 +14,8 @@ from torch.library import custom_op
 
 from alexnet_dist.network.kernels.lanes import activated, sloped, whole, wide, widened
 
-_FOURS = 64  # counters of Philox, each of four units, of a program
-_ROWS = 8  # samples of a program, backward
+_FOURS = 64  # Philox counters, of four units each, per program
+_ROWS = 8  # samples per program in the backward
 _WARPS = 2
 _PURPOSE = tl.constexpr(4)  # philox.Purpose.DROPOUT
 
@@ -26,7 +25,7 @@ Dropout = tuple[Tensor, Tensor, int, int, int, float, bool]
 def units(
     x: Tensor, bias: Tensor | None, activation: str | None, dropout: Dropout | None = None
 ) -> Tensor:
-    """Activated units, some of them zeroed.
+    """Add the bias, activate, and drop units.
 
     Args:
         x: (n, units), a product without its bias.
@@ -68,7 +67,7 @@ def units_forward(
     x: Tensor, bias: Tensor | None, activation: str, slots: Tensor | None, step: Tensor | None,
     layer: int, first: int, seed: int, threshold: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """As `units`; dropped where a bit is below `threshold`, of 2³²."""
+    """As `units`; a unit is dropped if its random word is below `threshold`, of 2³²."""
     x = x.contiguous()
     y, (n, count) = torch.empty_like(x), x.shape
     slots = None if slots is None else slots.contiguous()
@@ -84,7 +83,7 @@ def units_backward(
     grads: Tensor, y: Tensor, has_bias: bool, activation: str, slots: Tensor | None,
     step: Tensor | None, layer: int, first: int, seed: int, threshold: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of x and of the bias, float32 or float64; the latter is empty without one."""
+    """Return the gradients of x and of the bias (float32 or float64; empty without a bias)."""
     grads, (n, count) = grads.contiguous(), y.shape
     slots = None if slots is None else slots.contiguous()
     out, rows = torch.empty_like(y), triton.cdiv(n, _ROWS)
@@ -133,14 +132,14 @@ def _(
 
 
 def _blocks(first: int, count: int) -> int:
-    """Programs for the counters of `count` units from `first` on."""
+    """Return the number of programs for the counters of `count` units, starting at `first`."""
     fours = -(-(first + count) // 4) - first // 4
     return -(-fours // _FOURS)
 
 
 @triton.jit
 def _stays(slots, row, step, four, layer, seed, threshold):
-    """(counters, 4): which units of these counters stay in this row."""
+    """Return which units of these counters are kept in this row: (counters, 4) bool."""
     zero = four.to(tl.int64) * 0
     c0, c1, c2 = zero + four, zero + tl.load(slots + row), zero + tl.load(step)
     c3, k0, k1 = zero + layer, zero + seed, zero + _PURPOSE
@@ -188,7 +187,7 @@ def units_backward_kernel(
     activation: tl.constexpr, scale: tl.constexpr, has_bias: tl.constexpr, rows: tl.constexpr,
     fours: tl.constexpr,
 ):  # fmt: skip
-    """dx of `units_kernel`, and db's parts: reads y and dy and writes dx, once each."""
+    """Compute dx of `units_kernel`, and parts of db: reads y and dy, writes dx, once each."""
     four = first // 4 + tl.program_id(1) * fours + tl.arange(0, fours)
     unit = (4 * four - first)[:, None] + tl.arange(0, 4)[None, :]
     total = tl.zeros((fours, 4), parts.dtype.element_ty)

@@ -1,11 +1,11 @@
-"""The optimiser's step as one pass over memory: torch's fused SGD, and a narrow copy of weights."""
+"""The SGD update in one pass over memory, including the narrow copy of the weights."""
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-_BLOCK, _WARPS = 1024, 8  # four elements a thread of every tensor, whatever its type
+_BLOCK, _WARPS = 1024, 8  # four elements per thread and tensor, whatever the dtype
 
 
 @custom_op("alexnet_dist::sgd_update", mutates_args=("weight", "velocity", "narrow"))
@@ -13,13 +13,14 @@ def sgd_update(
     weight: Tensor, velocity: Tensor, grad: Tensor, narrow: Tensor | None, rates: Tensor,
     skip: Tensor,
 ) -> None:  # fmt: skip
-    """v ← momentum · v + (g + decay · w); w ← w − lr · v; narrow ← w; nothing where skip is not 0.
+    """Make v ← momentum · v + (g + decay · w); w ← w − lr · v; narrow ← w; or nothing if skip ≠ 0.
 
     Args:
-        weight, velocity: float32 or float64; these, grad and narrow lie alike in memory.
-        grad: of weight's type, or of a narrower one.
+        weight, velocity: float32 or float64; these, grad and narrow must have the same layout in
+            memory.
+        grad: of weight's dtype, or a narrower one.
         narrow: a bfloat16 or float16 copy of the weight.
-        rates: (3,): lr, weight decay and momentum, of weight's type.
+        rates: (3,): lr, weight decay and momentum, of weight's dtype.
         skip: () float32.
     """
     alike = [velocity, grad] if narrow is None else [velocity, grad, narrow]
@@ -32,7 +33,7 @@ def sgd_update(
 
 
 def _lies(tensor: Tensor) -> list[tuple[int, int]]:
-    """Sizes and strides; without those of size 1, whose strides torch leaves open."""
+    """Return sizes and strides, without dimensions of size 1, whose strides torch leaves open."""
     return [each for each in zip(tensor.shape, tensor.stride(), strict=True) if each[0] != 1]
 
 
@@ -46,7 +47,7 @@ def _(
 
 @triton.jit
 def sgd_kernel(weight, velocity, grad, narrow, rates, skip, count, block: tl.constexpr):
-    """Reads w, v and g, and writes w, v and the narrow copy, once each."""
+    """Read w, v and g, and write w, v and the narrow copy, once each."""
     if tl.load(skip) == 0:
         at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
         known = at < count

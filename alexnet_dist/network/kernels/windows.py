@@ -1,7 +1,7 @@
-"""Windows of images as the network takes them, and their fold for a strided convolution.
+"""Cutting the network's input windows from images, and folding them for a strided convolution.
 
 Folded by a stride s, a cell of s × s pixels becomes one pixel of 3 · s² channels, so that a
-convolution with stride s over images becomes one with stride 1 over cells:
+convolution with stride s over pixels becomes one with stride 1 over cells:
 
     out[n, (dy · s + dx) · 3 + c, i, j] = x[n, c, s · i + dy − padding, s · j + dx − padding]
 
@@ -14,14 +14,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-_BLOCK, _WARPS = 256, 8  # an element a thread, so that neighbours' loads are one
+_BLOCK, _WARPS = 256, 8  # one element per thread, so that neighbours' loads coalesce
 
 
 def windows(
     patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor, mean: Tensor,
     divide_by: Tensor, crop: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """As `Preprocess.by_loop`: (n, v, crop, crop, 3)."""
+    """As `Preprocess.by_loop`: return (n, v, crop, crop, 3)."""
     (n, views), rows = flips.shape, patches.contiguous()
     out = torch.empty((n, views, crop, crop, 3), dtype=dtype, device=patches.device)
     windows_kernel[(n * views, triton.cdiv(3 * crop * crop, _BLOCK))](
@@ -34,7 +34,7 @@ def windows(
 
 @custom_op("alexnet_dist::fold", mutates_args=())
 def fold(x: Tensor, stride: int, padding: int, cells_h: int, cells_w: int) -> Tensor:
-    """(n, 3, h, w) to (n, 3 · stride², cells_h, cells_w), both in channels_last; no gradient."""
+    """Fold (n, 3, h, w) to (n, 3 · stride², cells_h, cells_w), both channels_last; no gradient."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = _folded(x, stride, cells_h, cells_w)
     fold_kernel[(len(x), triton.cdiv(out[0].numel(), _BLOCK))](
@@ -60,7 +60,7 @@ def fold_kernel(
     x, out, h: tl.constexpr, w: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr,
     down: tl.constexpr, along: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    """Reads x and writes out, once each."""
+    """Read x and write out, once each."""
     n = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)
     count: tl.constexpr = down * along * 3 * stride * stride
@@ -90,6 +90,6 @@ def windows_kernel(
     m = tl.load(mean + (row * canvas + column) * 3 + colour, mask=known, other=0.0)
     lit = pixel.to(m.dtype) - m + tl.load(light + 3 * n + colour)
     scale = tl.load(divide_by + colour)
-    # Plain division of float32 is less exact on a GPU.
+    # Triton's plain float32 division is not correctly rounded.
     value = lit / scale if m.dtype == tl.float64 else tl.div_rn(lit, scale)
     tl.store(out + window * 3 * crop * crop + at, value, mask=known)

@@ -1,0 +1,226 @@
+"""The layers of a network that is split into columns: convolutions and fully-connected layers.
+
+A layer holds the weights of all columns on this device in one tensor, one column's rows below the
+other's, so that every parameter splits on dim 0.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from alexnet_dist.network import philox
+from alexnet_dist.network.dropout import Dropout
+from alexnet_dist.network.exchange import Exchange
+
+
+class Layer(nn.Module):
+    """One layer of the columns on this device.
+
+    `forward` takes one tensor per column here, or a single one that all columns see. It computes
+    in the dtype of its input, whatever that of the weights is, and returns one tensor per column.
+
+    Args:
+        whole: the weight's shape over all columns.
+        parts: for each column here, which rows of the whole weight are its own.
+
+    Attributes:
+        rows: which rows (dim 0) of the whole weight are here.
+        starts: index of each local column's first output among the outputs of all columns.
+        sizes: number of outputs of each column here.
+        narrow: a copy of the weight in the dtype that the network computes in, kept up to date by
+            the optimiser's update; None: the weight is cast where it is used.
+        fused: bias, activation and all that follows the product are done by GPU kernels
+            (`kernels`).
+    """
+
+    narrow: Tensor | None = None
+    fused = False
+
+    def __init__(
+        self, name: str, whole: tuple[int, ...], parts: Sequence[slice], dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.name, self.whole = name, whole
+        self.rows = slice(parts[0].start, parts[-1].stop)
+        self.starts = [part.start for part in parts]
+        self.sizes = [part.stop - part.start for part in parts]
+        here = (sum(self.sizes), *whole[1:])
+        self.weight = nn.Parameter(torch.empty(here, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(here[0], dtype=dtype))
+
+    def forward(self, made: list[Tensor], exchange: Exchange | None = None) -> list[Tensor]:
+        """Return this layer's products, without the bias if `fused`.
+
+        Args:
+            made: what the columns here made in the layer below.
+            exchange: gives every column the outputs of all columns; None: each sees its own.
+        """
+        weight, bias = self.weights(made[0])
+        if exchange is None:
+            return self.products(made, weight, bias)
+        return exchange.products(self.products, made, weight, bias)
+
+    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Multiply inputs by weights, and add the bias unless it is None.
+
+        `weight` and `bias` must be all that is learnt here: an exchange between ranks computes
+        their gradients in a backward of its own.
+
+        Args:
+            seen: one tensor per column here, or a single one that all of them see.
+        """
+        raise NotImplementedError
+
+    def weights(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias in the dtype of the input `like`; no bias if `fused`."""
+        weight: Tensor = self.weight
+        if weight.dtype != like.dtype:
+            narrow = self.narrow
+            weight = weight.to(like.dtype) if narrow is None else _Narrow.apply(weight, narrow)
+        return weight, None if self.fused else self.bias.to(like.dtype)
+
+    def biases(self, products: list[Tensor]) -> list[Tensor | None]:
+        """Return the bias that is still to be added to each of this layer's products."""
+        if not self.fused:
+            return [None] * len(products)
+        return list(self.bias.split(self.sizes)) if len(products) > 1 else [self.bias]
+
+    def by_column(
+        self, seen: list[Tensor], weight: Tensor, bias: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield input, weight and bias of each column here."""
+        if len(self.sizes) == 1:
+            return iter([(seen[0], weight, bias)])
+        each = seen if len(seen) > 1 else seen * len(self.sizes)
+        biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
+        return zip(each, weight.split(self.sizes), biases, strict=True)
+
+    def initialise(self, seed: int, std: float, bias: float) -> None:
+        """Draw the weight from N(0, std), a function of (seed, name), and fill the bias."""
+        name = f"{self.name}.weight"
+        values = philox.initial_weights(seed, name, self.whole, self.rows, std, self.weight.dtype)
+        with torch.no_grad():
+            self.weight.copy_(values)
+            self.bias.fill_(bias)
+
+
+class _Narrow(torch.autograd.Function):
+    """Use the narrow copy of a weight; its gradient goes to the weight itself."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, narrow: Tensor) -> Tensor:
+        return narrow.view_as(narrow)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class Conv(Layer):
+    """A convolution: one product per column, each into a tensor of its own."""
+
+    def __init__(
+        self, name: str, whole: tuple[int, ...], parts: Sequence[slice], dtype: torch.dtype,
+        stride: int, padding: int, round_up: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(name, whole, parts, dtype)
+        self.stride, self.padding, self.round_up = stride, padding, round_up
+        self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
+
+    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Return (n, own maps, h, w) of each column."""
+        stride, padding = self.stride, self.padding
+        if self.fused and stride > 1 and not seen[0].requires_grad:  # conv1
+            seen, weight = [self._folded(x) for x in seen], _folded_kernel(weight, stride)
+            stride, padding = 1, 0
+        elif self.round_up:
+            seen = [self._padded(x) for x in seen]
+        parts = self.by_column(seen, weight, bias)
+        return [F.conv2d(x, w, b, stride, padding) for x, w, b in parts]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Add zeros below and to the right, so that the last window begins inside (Caffe)."""
+        kernel = self.whole[-1]
+        below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
+        return F.pad(x, (0, right, 0, below))
+
+    def _folded(self, x: Tensor) -> Tensor:
+        """Fold (n, colours, h, w) to (n, colours · stride², cells, cells): space to depth.
+
+        Each square of stride² pixels becomes one pixel with stride² as many channels, so that a
+        GPU's products are of 48 channels, not of 3.
+        """
+        from alexnet_dist.network.kernels.windows import fold
+
+        kernel, stride = self.whole[-1], self.stride
+        room = [side + 2 * self.padding - kernel for side in x.shape[2:]]
+        made = [(-(-r // stride) if self.round_up else r // stride) + 1 for r in room]
+        cells = [side + -(-kernel // stride) - 1 for side in made]
+        folded: Tensor = fold(x, stride, self.padding, *cells)
+        return folded
+
+
+def _folded_kernel(weight: Tensor, stride: int) -> Tensor:
+    """Fold kernels, (outputs, colours, k, k), as `Conv._folded` folds their input; zeros below and
+    to the right fill k up to whole squares."""
+    kernel = weight.shape[-1]
+    cells = -(-kernel // stride)
+    more = cells * stride - kernel
+    split = F.pad(weight, (0, more, 0, more)).unflatten(3, (cells, stride))
+    split = split.unflatten(2, (cells, stride))  # out, colour, row, dy, column, dx
+    folded: Tensor = split.permute(0, 2, 4, 3, 5, 1).flatten(3).permute(0, 3, 1, 2)
+    return folded
+
+
+class Linear(Layer):
+    """A fully-connected layer: one product for all columns here, where they see the same input."""
+
+    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Return (n, own units) of each column; or, where all see the same input, one tensor,
+        (n, units) of all columns here."""
+        seen = [x.flatten(1) for x in seen]  # fc6: (n, 2 · 128 · 6 · 6)
+        inputs = self.whole[1]
+        if seen[0].shape[1] > inputs:  # one tensor of all columns here, each of which sees its own
+            seen = list(seen[0].split(inputs, dim=1))
+        if len(seen) == 1:
+            return [F.linear(seen[0], weight, bias)]
+        return [F.linear(x, w, b) for x, w, b in self.by_column(seen, weight, bias)]
+
+    def units(
+        self, made: list[Tensor], exchange: Exchange | None, activation: str | None = None,
+        dropout: Dropout | None = None,
+    ) -> list[Tensor]:  # fmt: skip
+        """Apply `forward`, then the activation, then dropout."""
+        products = self(made, exchange)
+        parts = zip(products, self.biases(products), self.starts, strict=False)
+        return [_units(x, bias, activation, dropout, start) for x, bias, start in parts]
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation (relu, tanh or sigmoid) in place, and return x."""
+    made: Tensor = getattr(torch, f"{activation}_")(x)
+    return made
+
+
+def _units(
+    x: Tensor, bias: Tensor | None, activation: str | None, dropout: Dropout | None, first: int
+) -> Tensor:
+    """Add the bias, activate and drop units, (n, count); may change x in place.
+
+    Args:
+        bias: None where the product has it already.
+        first: index of the first unit among those of all columns.
+    """
+    if bias is None:
+        x = activated(x, activation) if activation else x
+        return dropout(x, first) if dropout else x
+    from alexnet_dist.network.kernels.units import units
+
+    if dropout is None:
+        return units(x, bias, activation)
+    drawn = dropout.drawn(first)
+    made = units(x, bias, activation, drawn)
+    return made if drawn else dropout(made, first)
