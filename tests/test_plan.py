@@ -29,7 +29,7 @@ from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.network.shapes import final_side, map_sides
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.parallel.traffic import Traffic
-from alexnet_dist.planning import fake
+from alexnet_dist.planning import dry_run, fake
 from alexnet_dist.planning.dry_run import needed, plan
 from alexnet_dist.planning.plan import Misfit, lines
 
