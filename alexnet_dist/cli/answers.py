@@ -35,7 +35,9 @@ def add(command: AddCommand) -> None:
         "image", nargs="+", type=path, help="a file; of a folder, the images anywhere below it"
     )
     sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image; as the run's")
-    sub.add_argument("--top", type=count, default=5, help="answers an image, the likeliest; 5")
+    sub.add_argument(
+        "--top", type=count, default=5, help="number of likeliest classes per image; 5"
+    )
     sub.add_argument(
         "--data", type=path, metavar="FOLDER", help="its packed data set, where that has moved"
     )

@@ -52,7 +52,7 @@ def _run(arguments: Sequence[str]) -> int:
         return int(options.run(options, arguments))
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT
-        print("alexnet-dist: interrupted; the same command goes on", file=sys.stderr)
+        print("alexnet-dist: interrupted", file=sys.stderr)
         code = EXITS[FLAGS[number]]
     except Exception as error:
         if reader_left(error):

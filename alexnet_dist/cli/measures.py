@@ -19,7 +19,7 @@ def add(command: AddCommand) -> None:
     _add_bench(command)
 
     sub = command(
-        "compare", compare, "hold layouts against one process, here; or runs side by side",
+        "compare", compare, "compare layouts with one process, here; or runs side by side",
         (
             "alexnet-dist compare demo --layouts columns,replicas:2",
             "alexnet-dist compare demo --share-gpu                 # all of them on one GPU",
@@ -60,7 +60,7 @@ def add(command: AddCommand) -> None:
     add_json(sub)
 
     sub = command(
-        "doctor", doctor, "what is here, what a run would use, and what to mend",
+        "doctor", doctor, "what this machine has, what a run would use, and what to fix",
         ("alexnet-dist doctor demo",),
     )  # fmt: skip
     sub.add_argument("config", nargs="*", help="of the run, as for train")

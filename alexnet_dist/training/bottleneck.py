@@ -28,7 +28,7 @@ def verdict(
         faster = f"data.workers={cores}"
     elif data.pipeline == "resident":  # it only crops
         faster = "more cores for each rank"
-    elif not stored_at_canvas:
+    elif not stored_at_canvas and data.canvas == 256:  # the size that `prepare` stores
         faster = "prepare the images without --keep, so that they are not resized at each step"
     elif cuda and data.pipeline == "torch":
         faster = "data.pipeline=dali decodes on the GPU"
