@@ -515,9 +515,7 @@ def front(rows: Sequence[Mapping[str, Any]]) -> str:
             lines.append(_line(title, score, len(alone), _where(alone)))
     every = "[Every row](docs/results.md#trainings-on-what-can-be-had)"
     if len(lines) == 1:
-        return (
-            f"{every} of `make results` waits for a GPU; what two CPU cores trained is there too."
-        )
+        return f"{every} of `make results` waits for a GPU."
     return "\n".join([*lines, "", f"{every}."])
 
 
