@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import as_overrides
+from conftest import TINY, alexnet_dist, as_overrides
 from test_run import RUN, Started
 
 from alexnet_dist.config.schema import Config
@@ -31,6 +31,14 @@ def train_step(engine, batch, step, rate, *more):
 TorchEngine.train_step = train_step
 sys.exit(main())
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Numba's loops are in its cache, so that ranks need no seconds for them within a step."""
+    places = [f"data.path={packed}", f"output_dir={tmp_path_factory.mktemp('compiled')}"]
+    run = alexnet_dist("train", *TINY, *places, *RUN, "train.epochs=1")
+    assert run.returncode == 0, run.stderr
 
 
 def started(config: Config, *launcher: str) -> Started:
