@@ -8,9 +8,9 @@ sends.
 
 The memory traffic of a step with fused kernels was counted by running it on fake tensors; that of a
 step with torch's operators is counted here. On a CPU a "device" is a core; ranks share the cores,
-which also do the sending. On GPUs, all-reduces of gradients overlap the backward pass, exchanges of
-gradients between columns overlap the computation of the layer's weight gradients, and images are
-decoded in parallel.
+which also do the sending. On GPUs, all-reduces of gradients overlap the backward pass, and images
+are decoded in parallel. On those that run the fused kernels, exchanges of gradients overlap the
+computation of the layer's weight gradients; figures of older ones are of others' programs.
 """
 
 import math
@@ -145,7 +145,7 @@ def predict(
             else:
                 place = "all-reduce" if kind in ZERO or name == "all-reduce" else "exchange"
                 seconds = transfer_s(name, size, calls, group, stride, at)
-                if name == "all-to-all" and machine.overlap:
+                if name == "all-to-all" and machine.fused:  # others ran programs without it
                     seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
                 parts[place] += seconds
     training = sum(parts.values())
