@@ -17,6 +17,9 @@ venv: $(READY)  ## create or update .venv with all dependencies
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@[ -e $(BIN)/alexnet-dist ] || $(PYTHON) -c 'import shutil, sys; \
+		gb = shutil.disk_usage(".").free / 1e9; sys.exit(gb < 8 and \
+		f"The packages need 8 GB of disk here, and pip some more in /tmp; {gb:.1f} GB are free.")'
 	@echo "installing into $(VENV): a few minutes, and about 7 GB"
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip

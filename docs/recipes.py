@@ -56,7 +56,8 @@ def _fig1(unit: str, told: str, epochs: int, *values: float) -> Variant:
             "checkpoint.every_steps=100000")  # fmt: skip
     return Variant(
         "fig1", f"fig1-{unit}", told, (f"paper/fig1-{unit}", *keys),
-        candidates=rates(*values), by_training=True, speed=60_000, together=4,
+        candidates=rates(*values), brief=(f"train.epochs={min(epochs, 20)}",), by_training=True,
+        speed=60_000, together=4,
     )  # fmt: skip
 
 

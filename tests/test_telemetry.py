@@ -32,6 +32,8 @@ from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
+CONVOLUTIONS = ["model.fc=[]", "model.dropout_before=[]", "model.exchange=[conv3,fc6]",
+                "model.pool_after=[conv1,conv2]"]  # fmt: skip
 DRILLED = ("replicas", "sharded_fc", "zero1")
 WATCHED = ["log.every_steps=1", "log.histograms_every_steps=4", "log.pictures=true",
            "log.embedding=9", "train.epochs=1", "train.precision=fp32"]  # fmt: skip
@@ -286,17 +288,20 @@ def test_two_ranks_show_what_one_process_shows(kind: str, tiny: Callable[..., Co
     assert point["time"]["all_reduce" if kind == "replicas" else "exchange"] > 0
 
 
-def test_confusion_and_features_are_those_of_the_evaluation(tiny: Callable[..., Config]) -> None:
-    config = tiny("layout.kind=one", "train.precision=fp32", "evaluate.views=10")
+@pytest.mark.parametrize(("network", "last", "units"), [([], "fc8", 28), (CONVOLUTIONS, "fc6", 72)])
+def test_confusion_and_features_are_those_of_the_evaluation(
+    tiny: Callable[..., Config], network: list[str], last: str, units: int
+) -> None:
+    config = tiny("layout.kind=one", "train.precision=fp32", "evaluate.views=10", *network)
     engine, dataset = TorchEngine(config, Topology()), open_for(config)
     confusion = torch.zeros(10, 10, dtype=torch.int64)
     score = evaluate_engine(engine, config, Topology(), dataset, confusion=confusion)
     assert score is not None
     assert (int(confusion.sum()), int(confusion.trace())) == (score.samples, score.correct1)
     features, logits = seen(engine, config, Topology(), dataset, "test", range(0, 23, 2))
-    assert (features.shape, logits.shape) == ((12, 28), (12, 10))
-    drawn = torch.nn.functional.linear(features, engine.model.get_parameter("fc8.weight"))
-    assert torch.allclose(drawn + engine.model.get_parameter("fc8.bias"), logits, atol=1e-5)
+    assert (features.shape, logits.shape) == ((12, units), (12, 10))
+    weight, bias = (engine.model.get_parameter(f"{last}.{name}") for name in ("weight", "bias"))
+    assert torch.allclose(torch.nn.functional.linear(features, weight, bias), logits, atol=1e-5)
 
 
 CALM = dict.fromkeys(SPANS, 0.0)

@@ -116,7 +116,7 @@ def seen(
     products = last.products
 
     def noted(seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        features.append(side_by_side(seen))
+        features.append(side_by_side(seen).flatten(1))
         return products(seen, weight, bias)
 
     last.products = noted  # type: ignore[method-assign]
