@@ -30,7 +30,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if sys.platform != "linux":
-        sys.exit(f"alexnet-dist: this is {sys.platform}, and it runs on Linux: use a container")
+        sys.exit(
+            f"alexnet-dist: this is {sys.platform}, but it runs only on Linux: use a container"
+        )
     typed = list(sys.argv[1:] if arguments is None else arguments)
     return with_usable(lambda: _run(typed))
 
@@ -89,12 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run`, the function that executes it."""
     parser = Parser(
         prog="alexnet-dist",
-        description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
+        description="Train the 2012 AlexNet as its authors did, in two columns on two devices, "
+        "or on any other layout.",
         examples=(
             "alexnet-dist configs                      # the shipped configs",
-            "alexnet-dist train demo                   # after `make demo`, or prepare",
+            "alexnet-dist train demo                   # needs data/demo, which `make demo` packs",
             "alexnet-dist evaluate runs/demo --views 10",
-            "alexnet-dist COMMAND --help               # its options, and more examples",
+            "alexnet-dist COMMAND --help               # a command's options, and more examples",
         ),
     )
     parser.add_argument("--version", action="version", version=f"alexnet-dist {__version__}")

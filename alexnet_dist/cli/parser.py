@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.search(r"unrecognized arguments: --?([\w.-]+)", message):
             key = nearest_key(found[1], [key for key, _, _ in keys()]) or "train.batch"
-            message += f"; a config's keys are written key=value, as in {key}=…"
+            message += f"; config keys are written key=value, as in {key}=…"
         super().error(message)
 
 
@@ -83,7 +83,7 @@ def add_json(sub: argparse.ArgumentParser, what: str = "object") -> None:
 def count(text: str) -> int:
     """Parse a whole number of 1 or more (an argparse type, like those below)."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
     return int(text)
 
 
@@ -96,7 +96,11 @@ def out(text: str) -> Path:
     """Parse the path of a file to write; refused now, if it cannot be created after the work."""
     path = Path(os.path.expanduser(text))
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        why = "is a folder" if path.is_dir() else f"no folder {path.parent} that you may write in"
+        why = (
+            "it is a folder"
+            if path.is_dir()
+            else f"there is no folder {path.parent} that you may write in"
+        )
         raise argparse.ArgumentTypeError(f"{text!r}: {why}: name a file to write")
     return path
 
@@ -104,7 +108,7 @@ def out(text: str) -> Path:
 def picture(text: str) -> Path:
     """Parse the path of a PNG to write."""
     if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r}: a picture to write, NAME.png")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a picture to write, NAME.png")
     return out(text)
 
 
@@ -112,5 +116,5 @@ def part(text: str) -> tuple[int, int]:
     """Parse I/N, as in --part 2/8."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}: write I/N, as in 2/8, the second of eight")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be I/N, as in 2/8, the second of eight")
     return int(found[1]), int(found[2])
