@@ -332,7 +332,9 @@ def test_it_says_its_version_and_what_is_shipped(capfd: pytest.CaptureFixture[st
         (["plan", "demo", "--curve", "a.pdf"], "'a.pdf': must be a picture to write, NAME.png"),
         (["report", "--out", "/nowhere/a.html"], "no folder /nowhere that you may write in"),
         (["evaluate", "runs/demo", "--predictions", "/tmp"], "'/tmp': it is a folder: name a file"),
-        (["trian", "demo"], "invalid choice: 'trian' (choose from 'train'"),
+        (["trian", "demo"], "'doctor'); did you mean train?"),
+        (["prepare", "foldr", "a", "b"], "'fashion_mnist'); did you mean folder?"),
+        (["export", "a", "b", "--format", "onx"], "did you mean onnx?"),
     ],
 )
 def test_options_that_are_not_there_are_explained(

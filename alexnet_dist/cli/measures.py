@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -232,12 +233,11 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.reporting import compare_layouts
 
     rows, chosen = [], compare_layouts.chosen(config, options.layouts)
-    if not options.json:
-        print(compare_layouts.HEADING)
+    table = sys.stderr if options.json else sys.stdout  # it grows by a row a layout, over minutes
+    print(compare_layouts.HEADING, file=table, flush=True)
     for row, drift, floor in compare_layouts.compare(chosen, options.steps):
         rows.append(row)
-        if not options.json:
-            print(compare_layouts.line(row, drift, floor), flush=True)
+        print(compare_layouts.line(row, drift, floor), file=table, flush=True)
     if options.json:
         print(json.dumps([vars(row) for row in rows]))
     elif unseen := shared_gpus.unseen(config, max(row.ranks for row in rows)):

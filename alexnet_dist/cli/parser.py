@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from alexnet_dist.config.names import nearest_key
+from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.schema import keys
 
 Run = Callable[[argparse.Namespace, Sequence[str]], int]
@@ -15,7 +15,7 @@ Run = Callable[[argparse.Namespace, Sequence[str]], int]
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes options and key=value arguments in any order, and whose error
-    for --batch=64 suggests train.batch=….
+    for --batch=64 suggests train.batch=…, and for a mistyped command or choice the nearest one.
 
     Args:
         examples: command lines, shown at the end of the help.
@@ -46,6 +46,9 @@ class Parser(argparse.ArgumentParser):
             self._in_order = False
 
     def error(self, message: str) -> NoReturn:
+        """Add what may have been meant by an unknown option, command or choice."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
         if found := re.search(r"unrecognized arguments: --?([\w.-]+)", message):
             key = nearest_key(found[1], [key for key, _, _ in keys()]) or "train.batch"
             message += f"; config keys are written key=value, as in {key}=…"

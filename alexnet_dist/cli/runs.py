@@ -96,6 +96,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.checkpoint import store
     from alexnet_dist.reporting import figures
     from alexnet_dist.training import loop
+    from alexnet_dist.training.state import Progress
     from alexnet_dist.training.tolerance import Unharmed
 
     outcome = loop.train(config, signals)
@@ -111,7 +112,9 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     score = outcome.score
     words = _words(score, config.model.classes) if score else "not scored"
     print(f"{config.folder}: done, {outcome.step} steps; {words}")
-    print(f"{'best' if score else 'last'} checkpoint: {best.path}")
+    other = Progress.of(best.progress).score if score and best.step != outcome.step else None
+    its = f": {_words(other, config.model.classes)}" if other else ""
+    print(f"{'best' if score else 'last'} checkpoint: {best.path}{its}")
     with Unharmed("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
