@@ -70,8 +70,8 @@ def test_a_layout_that_cannot_be_is_one_clear_line(command: list[str]) -> None:
 @pytest.mark.parametrize(
     ("layouts", "message"),
     [
-        ("replicas:3", "train.batch=8: does not divide into 3 replicas"),
-        ("sharded_fc:3", "do not split over 3 ranks: 2, 4 ranks do"),
+        ("replicas:3", "train.batch=8: must be divisible by 3 replicas"),
+        ("sharded_fc:3", "cannot be split over 3 ranks, only over 2, 4"),
         ("rows:2", "layout.kind=rows"),
         ("replicas:many", "write LAYOUT or LAYOUT:RANKS"),
     ],

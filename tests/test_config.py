@@ -116,22 +116,26 @@ def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
         ("model.lrn.layers=none", r"must be a list, as in \[\] \("),
         ("model.lrn.layers=[conv9]", r"must be one of conv1, conv2, .*; did you mean conv"),
         ("model=3", r"model is a section, with keys model\.columns"),
-        ("model.conv=[96,256]", r"model\.kernel=.*: model\.conv=\[96, 256\] needs 2 numbers here"),
-        ("model.conv=[]", r"model\.conv=.*: a network has a convolution at least"),
-        ("model.fc=[8,8,8,8]", r"nine layers at most"),
-        ("model.init_std=[1,2]", r"needs one number, or 8"),
-        ("model.fc=[64]", r"model\.exchange=.*: the network of .* has conv1, .*, conv5, fc6, fc7$"),
-        ("model.pool_average=[conv3]", r"only they pool"),
-        ("train.init_new=[fc8]", r"all layers begin anew where train\.init_from=none"),
-        ("model.conv=[95,256,384,384,256]", r"95 does not split into 2 columns"),
+        ("model.conv=[96,256]", r"model\.kernel=.*: needs 2 numbers, as model\.conv=\[96, 256\]"),
+        ("model.conv=[]", r"model\.conv=.*: a network has at least one convolution"),
+        ("model.fc=[8,8,8,8]", r"at most nine layers"),
+        ("model.init_std=[1,2]", r"needs one number for all layers, or 8"),
+        ("model.fc=[64]", r"model\.exchange=.*: the layers of .* are conv1, .*, conv5, fc6, fc7$"),
+        ("model.pool_average=[conv3]", r"only the layers of .* pool"),
+        ("train.init_new=[fc8]", r"with train\.init_from=none every layer is new"),
+        ("model.conv=[95,256,384,384,256]", r"95 is not divisible by model\.columns=2"),
         ("data.canvas=200", r"data\.canvas=200: must hold a window of model\.crop=227"),
         ("model.lrn.size=4", r"model\.lrn\.size=4: must be odd"),
-        ("model.columns=1", r"layout\.kind='columns': there is nothing to split"),
-        ("train.micro_batches=3", r"does not divide into train\.micro_batches=3"),
-        ("schedule.at_epochs=[3,2]", r"epochs must rise"),
+        (
+            "model.columns=1",
+            r"line: model\.columns=1, with layout\.kind='columns' of /.*base\.yaml: "
+            r"a network of model\.columns=1 cannot be split",
+        ),
+        ("train.micro_batches=3", r"must be divisible by train\.micro_batches=3"),
+        ("schedule.at_epochs=[3,2]", r"must increase"),
         ("data.divide_by=[58,57,57]", r"model\.init='paper'.*the loss stays flat.*model\.init=he"),
-        ("data.subtract=nothing", r"expect the mean to be taken off"),
-        ("name=../elsewhere", r"name='\.\./elsewhere': letters, digits"),
+        ("data.subtract=nothing", r"expect pixels with the mean subtracted"),
+        ("name=../elsewhere", r"name='\.\./elsewhere': must be at most 100 letters, digits"),
         ("seed=-1", r"seed=-1: must be at least 0"),
     ],
 )
@@ -167,6 +171,30 @@ def test_the_command_line_says_it_in_one_line_and_exits_with_2() -> None:
     assert result.stderr == (
         "alexnet-dist: the command line: unknown key train.bach; did you mean train.batch?\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "more", "message"),
+    [
+        (
+            "train: {batch: 33}",
+            ["layout.kind=replicas"],
+            "mine.yaml: train.batch=33: must be divis",
+        ),
+        ("layout: {ranks: 3}", ["name=a"], "mine.yaml: layout.ranks=3: layout.kind=columns takes"),
+        ("model: {classes: 3}", ["name=a"], "mine.yaml: model.classes=3: "),
+        ("seed: 1", ["layout.ranks=3"], "alexnet-dist: the command line: layout.ranks=3: layout"),
+        ("model: {columns: 1}", [], "mine.yaml: model.columns=1, with layout.kind='columns' of /"),
+    ],
+)
+def test_an_error_between_keys_names_the_source_of_the_one_given_last(
+    text: str, more: list[str], message: str, packed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    sources = ["demo", f"data.path={packed}", str(tmp_path / "mine.yaml"), *more]
+    result = alexnet_dist("train", *sources)
+    assert result.returncode
+    assert message in result.stderr
 
 
 def test_a_saved_config_is_the_config(tiny: Callable[..., Config], tmp_path: Path) -> None:
@@ -206,12 +234,18 @@ def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        (["layout.kind=columns_x_replicas", "model.columns=1"], "there is nothing to split"),
-        (["model.exchange=[conv1]"], r"conv1 sees the image"),
+        (["layout.kind=columns_x_replicas", "model.columns=1"], "cannot be split into columns"),
+        (["model.exchange=[conv1]"], r"conv1 sees the whole image"),
         (["layout.kind=sharded_fc", "model.exchange=[fc8]"], r"add fc6, fc7, fc8, or set layout"),
-        (["train.compile=inductor"], r"train\.compile is a key no longer: .*\(train\.execution\)"),
+        (
+            ["train.compile=inductor"],
+            r"train\.compile is no longer a key: leave it out; train\.execution",
+        ),
         (["layout.kind=zero1", "optimizer.kind=lars"], r"flat partitions .* set layout.kind=repl"),
-        (["layout.kind=zero2", "train.precision=fp64"], r"DeepSpeed keeps fp32, .* set train.prec"),
+        (
+            ["layout.kind=zero2", "train.precision=fp64"],
+            r"DeepSpeed keeps weights in fp32, .* set train.prec",
+        ),
     ],
 )
 def test_layouts_that_cannot_be_say_what_can(sources: list[str], message: str) -> None:

@@ -64,7 +64,7 @@ def test_what_is_amiss_is_a_line_with_a_remedy_and_the_exit_code(
     data = next(place for place, line in enumerate(lines) if line.startswith("✗ data"))
     assert "→" in lines[data + 1]
     assert "alexnet-dist prepare" in lines[data + 1]
-    assert lines[-1] == "a run would fail: mend gpus, layout, data"
+    assert lines[-1] == "a run would fail: fix gpus, layout, data"
 
 
 def no_room(patch: Patch, tmp_path: Path) -> None:

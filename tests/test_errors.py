@@ -324,15 +324,17 @@ def test_it_says_its_version_and_what_is_shipped(capfd: pytest.CaptureFixture[st
     [
         (
             ["train", "demo", "--epochs=3"],
-            "--epochs=3; a config's keys are written key=value, as in train.epochs=…",
+            "--epochs=3; config keys are written key=value, as in train.epochs=…",
         ),
-        (["prepare", "folder", "a", "b", "--part", "3"], "'3': write I/N, as in 2/8"),
-        (["bench", "step", "--repeats", "0"], "'0': a whole number, 1 or more"),
-        (["plan", "demo", "--ranks", "-1"], "'-1': a whole number, 1 or more"),
-        (["plan", "demo", "--curve", "a.pdf"], "'a.pdf': a picture to write, NAME.png"),
+        (["prepare", "folder", "a", "b", "--part", "3"], "'3': must be I/N, as in 2/8"),
+        (["bench", "step", "--repeats", "0"], "'0': must be a whole number, 1 or more"),
+        (["plan", "demo", "--ranks", "-1"], "'-1': must be a whole number, 1 or more"),
+        (["plan", "demo", "--curve", "a.pdf"], "'a.pdf': must be a picture to write, NAME.png"),
         (["report", "--out", "/nowhere/a.html"], "no folder /nowhere that you may write in"),
-        (["evaluate", "runs/demo", "--predictions", "/tmp"], "'/tmp': is a folder: name a file"),
-        (["trian", "demo"], "invalid choice: 'trian' (choose from 'train'"),
+        (["evaluate", "runs/demo", "--predictions", "/tmp"], "'/tmp': it is a folder: name a file"),
+        (["trian", "demo"], "'doctor'); did you mean train?"),
+        (["prepare", "foldr", "a", "b"], "'fashion_mnist'); did you mean folder?"),
+        (["export", "a", "b", "--format", "onx"], "did you mean onnx?"),
     ],
 )
 def test_options_that_are_not_there_are_explained(
@@ -434,7 +436,7 @@ def test_a_signal_while_ranks_work_reaches_this_programs_own_handler() -> None:
     [
         ("sys.version_info = (3, 10, 4, 'final', 0)", "3.11 or newer is needed: make the environ"),
         ("sys.modules['yaml'] = None", "yaml is not installed in this Python: pip install pyyaml"),
-        ("sys.platform = 'darwin'", "this is darwin, and it runs on Linux"),
+        ("sys.platform = 'darwin'", "this is darwin, but it runs only on Linux"),
     ],
 )
 def test_a_python_that_cannot_run_it_is_told_so(before: str, said: str, tmp_path: Path) -> None:

@@ -465,18 +465,19 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(packed: Path) -
 @pytest.mark.parametrize(
     ("overrides", "ranks", "message"),
     [
-        (["layout.kind=columns"], 3, "columns takes 2 ranks, and the launcher started 3 .* on 3 "
-         "fit replicas, zero1, zero2, sharded_fc$"),
+        (["layout.kind=columns"], 3, "columns takes 2 ranks, but the launcher started 3; on 3, "
+         "replicas, zero1, zero2, sharded_fc would fit$"),
         (["layout.kind=columns_x_replicas"], 5, "takes an even number of ranks"),
-        (["layout.kind=one"], 4, "on 4 fit replicas, .*columns_x_replicas"),
+        (["layout.kind=one"], 4, "on 4, replicas, .*columns_x_replicas would fit"),
         (["layout.kind=zero1"], 1, "zero1 takes 2 or more ranks"),
+        (["layout.ranks=3"], 3, "^layout.ranks=3: layout.kind=columns takes 2 ranks; on 3, rep"),
         (["layout.kind=replicas", "layout.ranks=4"], 2, "layout.ranks=4: the launcher started 2"),
-        (["layout.kind=replicas"], 5, "train.batch=48: does not divide into 5 replicas .* batches "
-         "of 45 and 50 do; .* into 1, 2, 3, 4, 6, 8, 12, 16, 24, 48 replicas"),
-        (["layout.kind=replicas", "train.micro_batches=6"], 3, "48 with these micro-batches divides"
-         " into 1, 2, 4, 8 replicas, and on 3 replicas into micro-batches of 1, 2, 4, 8, 16"),
-        (["layout.kind=sharded_fc"], 3, r"model.fc=\[36, 28\] .* do not split over 3 ranks: 2, 4 "
-         "ranks do"),
+        (["layout.kind=replicas"], 5, "train.batch=48: must be divisible by 5 replicas .* a batch "
+         "of 45 or 50, or 1, 2, 3, 4, 6, 8, 12, 16, 24, 48 replicas$"),
+        (["layout.kind=replicas", "train.micro_batches=6"], 3, ", or 1, 2, 4, 8 replicas, or "
+         "train.micro_batches of 1, 2, 4, 8, 16$"),
+        (["layout.kind=sharded_fc"], 3, r"model.fc=\[36, 28\] .* cannot be split over 3 ranks, "
+         "only over 2, 4"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_laid_out_says_what_fits(

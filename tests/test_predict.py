@@ -174,8 +174,8 @@ def test_a_bad_image_is_named_and_the_others_go_on(own: Trained, holiday: Path) 
     assert re.search(r"holiday/half.jpg: the JPEG is cut short", result.stderr)
     assert re.search(r"holiday/text.PNG: none of JPEG, PNG", result.stderr)
     assert told[-1] == (
-        "2 of 6 images answered, written to out.csv; 4 could not be read, and are named above; "
-        "other files passed over: 1"
+        "2 of 6 images classified, written to out.csv; 4 could not be read (named above); "
+        "other files skipped: 1"
     )
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
     assert [row["image"] for row in rows] == [
@@ -228,8 +228,14 @@ def test_misuse_is_told_before_any_work(
 ) -> None:
     (holiday / "nothing").mkdir()
     for arguments, said in (
-        ([str(holiday), "--picture", "x.png"], "--picture x.png: of one image, and 5 were named"),
-        ([str(holiday / "nothing")], "nothing: no image below it: name files, or another folder"),
+        (
+            [str(holiday), "--picture", "x.png"],
+            "--picture x.png: draws a single image, but 5 were named",
+        ),
+        (
+            [str(holiday / "nothing")],
+            "nothing: no images in it: name image files, or another folder",
+        ),
     ):
         assert main(["predict", str(own.config.folder), *arguments]) == 2
         assert said in capsys.readouterr().err

@@ -560,7 +560,7 @@ def test_wrong_numbers_of_ranks_are_refused(command: Callable[..., list[str]]) -
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
     result = alexnet_dist(*command("three"), env=environment)
     assert result.returncode == 2
-    assert "layout.kind=columns takes 2 ranks, and the launcher started 3" in result.stderr
+    assert "layout.kind=columns takes 2 ranks, but the launcher started 3" in result.stderr
 
 
 def test_a_run_is_scored_drawn_and_watched(command: Callable[..., list[str]], runs: Path) -> None:

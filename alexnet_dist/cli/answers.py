@@ -29,32 +29,53 @@ def add(command: AddCommand) -> None:
         "alexnet-dist predict runs/demo holiday/ --views 10 --out holiday.csv",
         "alexnet-dist predict runs/demo boot.png --picture boot-explained.png",
     )
-    sub = command("predict", predict, "what a trained network says of image files", examples)
-    sub.add_argument("checkpoint", type=path, help="run folder (its best) or checkpoint")
+    sub = command("predict", predict, "classify image files with a trained network", examples)
     sub.add_argument(
-        "image", nargs="+", type=path, help="a file; of a folder, the images anywhere below it"
-    )
-    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image; as the run's")
-    sub.add_argument(
-        "--top", type=count, default=5, help="number of likeliest classes per image; 5"
+        "checkpoint", type=path, help="run folder (its best checkpoint), or a checkpoint"
     )
     sub.add_argument(
-        "--data", type=path, metavar="FOLDER", help="its packed data set, where that has moved"
+        "image",
+        nargs="+",
+        type=path,
+        help="an image file, or a folder whose images are classified, at any depth",
+    )
+    sub.add_argument(
+        "--views", type=int, choices=(1, 10), help="windows per image (default: as in the run)"
+    )
+    sub.add_argument(
+        "--top",
+        type=count,
+        default=5,
+        help="number of likeliest classes to give per image (default: 5)",
+    )
+    sub.add_argument(
+        "--data",
+        type=path,
+        metavar="FOLDER",
+        help="where its packed data set lies now, if it was moved",
     )
     form = sub.add_mutually_exclusive_group()
-    form.add_argument("--csv", action="store_true", help="print CSV, a row an image")
+    form.add_argument("--csv", action="store_true", help="print CSV, one row per image")
     form.add_argument("--json", action="store_true", help="print one JSON object")
-    form.add_argument("--out", type=table, metavar="FILE", help="write NAME.csv or NAME.json")
+    form.add_argument(
+        "--out",
+        type=table,
+        metavar="FILE",
+        help="write to this file instead, NAME.csv or NAME.json",
+    )
     sub.add_argument(
         "--picture", type=picture, metavar="PNG",
-        help="of one image: it, its answers, and what each column makes of it, layer by layer",
+        help="for a single image: draw it, its answers, and what each column makes of it, layer "
+             "by layer",
     )  # fmt: skip
 
 
 def table(text: str) -> Path:
     """Parse the path of a CSV or JSON file that can be written (an argparse type)."""
     if not text.endswith((".csv", ".json")):
-        raise argparse.ArgumentTypeError(f"{text!r}: a table to write, NAME.csv or NAME.json")
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: must be a table to write, NAME.csv or NAME.json"
+        )
     return out(text)
 
 
@@ -67,13 +88,16 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.parallel.device import cores
 
     paths, others = answers.images_in(options.image)
-    passed_over = f"; other files passed over: {others}" if others else ""
+    passed_over = f"; other files skipped: {others}" if others else ""
     if not paths:
         raise ConfigError(
-            f"{options.image[0]}: no image below it{passed_over}: name files, or another folder"
+            f"{options.image[0]}: no images in it{passed_over}: name image files, or another folder"
         )
     if options.picture and len(paths) > 1:
-        raise ConfigError(f"--picture {options.picture}: of one image, and {len(paths)} were named")
+        raise ConfigError(
+            f"--picture {options.picture}: draws a single image, but {len(paths)} were named: "
+            "name one"
+        )
     trained = load_checkpoint(options.checkpoint, options.data)
     _take_device(trained)
     quiet = options.csv or options.json or options.out
@@ -111,8 +135,8 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(f"picture: {options.picture}", file=sys.stderr if quiet else sys.stdout)
     if len(paths) > 1 or options.out or others:
         written = f", written to {options.out}" if options.out else ""
-        bad = f"; {len(refused)} could not be read, and are named above" if refused else ""
-        counted = f"{len(paths) - len(refused)} of {len(paths)} images answered"
+        bad = f"; {len(refused)} could not be read (named above)" if refused else ""
+        counted = f"{len(paths) - len(refused)} of {len(paths)} images classified"
         print(f"{counted}{written}{bad}{passed_over}", file=sys.stderr)
     return 1 if refused else 0
 

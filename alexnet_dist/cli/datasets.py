@@ -13,7 +13,7 @@ _SOURCES = ("imagenet", "folder", "tiny_imagenet", "imagenette", "cifar10", "fas
 def add(command: AddCommand) -> None:
     """Add `prepare` and `inspect` to the parser."""
     sub = command(
-        "prepare", prepare, "turn a source of images into a packed data set",
+        "prepare", prepare, "pack a source of images into a data set to train on",
         (
             "alexnet-dist prepare folder my-images data/mine       # train/CLASS/*, val/CLASS/*",
             "alexnet-dist prepare folder my-images data/mine --validation 0.1    # CLASS/*",
@@ -24,34 +24,50 @@ def add(command: AddCommand) -> None:
     sub.add_argument("source", choices=_SOURCES)
     sub.add_argument(
         "path", type=path, nargs="?",
-        help="folder or archive of the source's files; fashion_mnist: Debian's",
+        help="folder or archive that holds the source's files (fashion_mnist: by default "
+             "Debian's package)",
     )  # fmt: skip
-    sub.add_argument("out", type=path, help="folder to make")
+    sub.add_argument("out", type=path, help="folder to create")
     sub.add_argument(
-        "--keep", action="store_true", help="images keep their size; else large ones are 256 × 256"
+        "--keep",
+        action="store_true",
+        help="keep each image's size (by default, large images become 256 × 256)",
     )
     sub.add_argument(
         "--max-bad",
         type=float,
         metavar="SHARE",
-        help="images that may be refused; else 0.001, or 3 of a small source",
+        help="share of images that may be refused (default: 0.001, or up to 3 images of a small "
+        "source)",
     )
-    sub.add_argument("--workers", type=int, default=0, help="processes; 0: the cores")
     sub.add_argument(
-        "--part", type=part, metavar="I/N", help="every Nth shard; without it: the rest, and merge"
+        "--workers", type=int, default=0, help="number of processes (default: 0, one per core)"
+    )
+    sub.add_argument(
+        "--part",
+        type=part,
+        metavar="I/N",
+        help="write only every Nth shard from the Ith; the command without --part writes the "
+        "rest, and merges",
     )
     sub.add_argument(
         "--validation", type=float, default=0.0, metavar="SHARE",
-        help="of cifar10's test images, or a folder's training images, to validate on",
+        help="share to validate on, of cifar10's test images or a folder's training images",
     )  # fmt: skip
 
     sub = command(
         "inspect", inspect, "verify a packed data set, and show what is in it",
         ("alexnet-dist inspect data/mine", "alexnet-dist inspect data/mine --quick --json"),
     )  # fmt: skip
-    sub.add_argument("data", type=path, help="folder that prepare made")
-    sub.add_argument("--sheet", type=picture, help="PNG to draw samples in; DATA/contact-sheet.png")
-    sub.add_argument("--quick", action="store_true", help="sizes, and some images; nothing drawn")
+    sub.add_argument("data", type=path, help="folder made by prepare")
+    sub.add_argument(
+        "--sheet",
+        type=picture,
+        help="PNG in which to draw samples (default: DATA/contact-sheet.png)",
+    )
+    sub.add_argument(
+        "--quick", action="store_true", help="check only sizes and some images, draw nothing"
+    )
     add_json(sub)
 
 

@@ -11,13 +11,14 @@ from types import FrameType
 
 from alexnet_dist import __version__
 from alexnet_dist.cli.streams import reader_left, with_usable
-from alexnet_dist.errors import in_words, printable
+from alexnet_dist.errors import ConfigError, DatasetError, in_words, printable
 from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, heard
 
 try:
     from alexnet_dist.cli import answers, datasets, measures, results, runs
     from alexnet_dist.cli.parser import Parser, commands_of
+    from alexnet_dist.config.load import source_of
 except ImportError as error:  # dependencies are missing from this Python
     sys.exit(f"alexnet-dist: {in_words(error) or error}")
 
@@ -30,7 +31,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     if sys.platform != "linux":
-        sys.exit(f"alexnet-dist: this is {sys.platform}, and it runs on Linux: use a container")
+        sys.exit(
+            f"alexnet-dist: this is {sys.platform}, but it runs only on Linux: use a container"
+        )
     typed = list(sys.argv[1:] if arguments is None else arguments)
     return with_usable(lambda: _run(typed))
 
@@ -57,15 +60,19 @@ def _run(arguments: Sequence[str]) -> int:
     except Exception as error:
         if reader_left(error):
             raise
-        code = _say(error, here.rank if here else 0)
+        code = _say(error, here.rank if here else 0, getattr(options, "config", ()))
     if here:
         os._exit(code)  # skip clean-up: it might wait for ranks and threads that never answer
     return code
 
 
-def _say(error: Exception, rank: int) -> int:
+def _say(error: Exception, rank: int, sources: Sequence[str] = ()) -> int:
     """Print an error, in one line if it is a known kind and else with its traceback; return the
-    exit code."""
+    exit code.
+
+    Args:
+        sources: those of the command's config, one of which may have given the value at fault.
+    """
     explained = in_words(error)
     if explained is None:
         print(f"[r{rank}] {traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -74,7 +81,9 @@ def _say(error: Exception, rank: int) -> int:
         time.sleep(1)  # time for rank 0 to print it, before the launcher sees that a rank has ended
     else:
         which = f"alexnet-dist [r{rank}]" if rank else "alexnet-dist"
-        print(f"{which}: {printable(str(explained))}", file=sys.stderr, flush=True)
+        wrong = isinstance(explained, ConfigError | DatasetError)
+        text = (source_of(explained, sources) if wrong else "") + str(explained)
+        print(f"{which}: {printable(text)}", file=sys.stderr, flush=True)
     return explained.exit_code
 
 
@@ -89,12 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each sets `run`, the function that executes it."""
     parser = Parser(
         prog="alexnet-dist",
-        description="Train the 2012 AlexNet, its two columns on two devices, or as you like it.",
+        description="Train the 2012 AlexNet as its authors did, in two columns on two devices, "
+        "or on any other layout.",
         examples=(
             "alexnet-dist configs                      # the shipped configs",
-            "alexnet-dist train demo                   # after `make demo`, or prepare",
+            "alexnet-dist train demo                   # needs data/demo, which `make demo` packs",
             "alexnet-dist evaluate runs/demo --views 10",
-            "alexnet-dist COMMAND --help               # its options, and more examples",
+            "alexnet-dist COMMAND --help               # a command's options, and more examples",
         ),
     )
     parser.add_argument("--version", action="version", version=f"alexnet-dist {__version__}")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ def add(command: AddCommand) -> None:
     _add_bench(command)
 
     sub = command(
-        "compare", compare, "compare layouts with one process, here; or runs side by side",
+        "compare", compare, "compare a config's layouts with one process, or runs with each other",
         (
             "alexnet-dist compare demo --layouts columns,replicas:2",
             "alexnet-dist compare demo --share-gpu                 # all of them on one GPU",
@@ -27,50 +28,76 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument(
-        "config", nargs="+", help="as for train: its layouts; or run folders, two or more"
+        "config",
+        nargs="+",
+        help="a config, as for train, whose layouts are compared; or two or more run folders",
     )
-    sub.add_argument("--layouts", help="LAYOUT[:RANKS],…; all that this config can have")
-    sub.add_argument("--steps", type=int, default=20, help="of layouts, 3 or more")
+    sub.add_argument("--layouts", help="LAYOUT[:RANKS],… (default: all that this config allows)")
+    sub.add_argument(
+        "--steps",
+        type=int,
+        default=20,
+        help="steps to train on each layout, 3 or more (default: 20)",
+    )
     _add_share_gpu(sub)
     sub.add_argument(
-        "--out", type=picture, default="compare.png", metavar="PNG", help="runs' curves"
+        "--out",
+        type=picture,
+        default="compare.png",
+        metavar="PNG",
+        help="where to draw the runs' curves (default: compare.png)",
     )
     add_json(sub, "list (layouts) or object (runs)")
 
     sub = command(
-        "plan", plan, "what a run would take: memory, arithmetic, traffic, hours",
+        "plan", plan, "predict what a run needs: memory, arithmetic, traffic, hours",
         (
             "alexnet-dist plan demo                                # on this machine",
             "alexnet-dist plan paper/alexnet-2012 --gpus h100:8 layout.kind=replicas",
         ),
     )  # fmt: skip
-    sub.add_argument("config", nargs="+", help="as for train, or a run folder")
+    sub.add_argument("config", nargs="+", help="a config, as for train, or a run folder")
     sub.add_argument(
-        "--gpus", metavar="KIND:DEVICES[xNODES]", help="h100:8x4, 8xh100, cpu:2; else here"
+        "--gpus",
+        metavar="KIND:DEVICES[xNODES]",
+        help="devices to predict for: h100:8x4, 8xh100, cpu:2 (default: this machine's)",
     )
-    sub.add_argument("--ranks", type=count, help="ranks; all of --gpus, or as many as would start")
-    sub.add_argument("--machine", type=path, metavar="JSON", help="numbers that --fit wrote")
+    sub.add_argument(
+        "--ranks",
+        type=count,
+        help="number of ranks (default: all of --gpus, or as many as train would start)",
+    )
+    sub.add_argument(
+        "--machine",
+        type=path,
+        metavar="JSON",
+        help="read this machine's numbers from a file that --fit wrote",
+    )
     sub.add_argument(
         "--fit", type=path, nargs="+", metavar="JSON",
-        help="of bench layouts --json: fit this CPU's numbers to them, write them to --machine",
+        help="fit this CPU's numbers to these outputs of `bench layouts --json`, and write them "
+             "to --machine",
     )  # fmt: skip
     sub.add_argument(
-        "--curve", type=picture, metavar="PNG", help="draw 1 to 1,024 devices, train.batch on each"
+        "--curve",
+        type=picture,
+        metavar="PNG",
+        help="draw the scaling from 1 to 1,024 devices, with train.batch images on each",
     )
     add_json(sub)
 
     sub = command(
-        "doctor", doctor, "what this machine has, what a run would use, and what to fix",
+        "doctor", doctor, "check this machine: what it has, what a run would use, what to fix",
         ("alexnet-dist doctor demo",),
     )  # fmt: skip
-    sub.add_argument("config", nargs="*", help="of the run, as for train")
+    sub.add_argument("config", nargs="*", help="the config of a run, as for train")
     add_json(sub)
 
 
 def _add_bench(command: AddCommand) -> None:
     """Add `bench` with its parts, each a command of its own."""
     bench = command(
-        "bench", None, "time a part of it against references, in one run",
+        "bench", None, "measure one part of the program against references, all in one run",
         ("alexnet-dist bench step demo", "alexnet-dist bench layouts demo --ranks 2 --json"),
     )  # fmt: skip
     parts = commands_of(bench, "PART")
@@ -78,25 +105,31 @@ def _add_bench(command: AddCommand) -> None:
     def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
         """Add a part with the options that all parts have."""
         sub = parts(name, run, help)
-        sub.add_argument("--repeats", type=count, default=5, help="passes of each")
+        sub.add_argument(
+            "--repeats", type=count, default=5, help="passes over each measurement (default: 5)"
+        )
         add_json(sub)
         return sub
 
-    sub = part("data", bench_data, "decoding, beside ImageFolder and the bare decoder")
-    sub.add_argument("folder", type=path, help="images to time on: train/CLASS/*")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
-    sub.add_argument("--images", type=count, default=2000, help="of a pass")
+    sub = part("data", bench_data, "decoding, against ImageFolder and the bare decoder")
+    sub.add_argument("folder", type=path, help="folder of images to decode, as train/CLASS/*")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
+    sub.add_argument("--images", type=count, default=2000, help="images per pass (default: 2000)")
     sub.add_argument(
         "--differences", action="store_true",
-        help="DALI's pixels beside torchvision's by kind of JPEG, and nothing else",
+        help="compare instead DALI's pixels with torchvision's, by kind of JPEG",
     )  # fmt: skip
 
     for name, help in (
-        ("step", "a training step, beside plain PyTorch and torchvision's alexnet"),
-        ("maps", "bias, ReLU, normalisation and pooling of conv1's maps, beside torch's"),
-        ("layouts", "every layout on this host's ranks, beside one process and replicas"),
-        ("checkpoint", "what a save costs the loop"),
-        ("end-to-end", "training from data.path beside ready batches; ten views; start; memory"),
+        ("step", "a training step, against plain PyTorch and torchvision's alexnet"),
+        ("maps", "bias, ReLU, normalisation and pooling of conv1's maps, against torch's"),
+        ("layouts", "every layout on this host's ranks, against one process and replicas"),
+        ("checkpoint", "how long saving a checkpoint holds up the training loop"),
+        (
+            "end-to-end",
+            "training from packed data, against batches that are ready; ten views; start-up; "
+            "memory",
+        ),
     ):
         sub = part(name, bench_config, help)
         sub.set_defaults(part=name)
@@ -107,22 +140,29 @@ def _add_bench(command: AddCommand) -> None:
                 type=count,
                 nargs="+",
                 default=[],
-                help="instead of train.batch; at those after the first, less is timed",
+                help="batch sizes, instead of train.batch; fewer things are timed after the first",
             )
             sub.add_argument("--kernels", action="store_true",
-                             help="what a step takes its time for, and nothing else")  # fmt: skip
+                             help="show instead which kernels take a step's time")  # fmt: skip
         if name == "layouts":
-            sub.add_argument("--ranks", type=count, default=2, help="on this host")
+            sub.add_argument(
+                "--ranks", type=count, default=2, help="number of ranks on this host (default: 2)"
+            )
             _add_share_gpu(sub)
         if name == "end-to-end":
-            sub.add_argument("--steps", type=int, default=0, help="to watch memory over")
+            sub.add_argument(
+                "--steps",
+                type=int,
+                default=0,
+                help="steps to run while watching memory (default: 0, not watched)",
+            )
 
 
 def _add_share_gpu(sub: argparse.ArgumentParser) -> None:
     """Add the option --share-gpu."""
     sub.add_argument(
         "--share-gpu", dest="shared", action="append_const", const="layout.share_gpu=true",
-        default=[], help="layout.share_gpu=true: ranks share the GPUs that are here",
+        default=[], help="set layout.share_gpu=true: ranks share the GPUs of this host",
     )  # fmt: skip
 
 
@@ -184,7 +224,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(json.dumps(comparison) if options.json else text)
         return 0
     if options.steps < 3:
-        raise ConfigError(f"--steps {options.steps}: 3 or more: two warm up")
+        raise ConfigError(f"--steps {options.steps}: must be 3 or more, because two warm up")
     config = load_config([*options.config, *options.shared])
     from alexnet_dist.data.dataset import open_for
 
@@ -193,12 +233,11 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.reporting import compare_layouts
 
     rows, chosen = [], compare_layouts.chosen(config, options.layouts)
-    if not options.json:
-        print(compare_layouts.HEADING)
+    table = sys.stderr if options.json else sys.stdout  # it grows by a row a layout, over minutes
+    print(compare_layouts.HEADING, file=table, flush=True)
     for row, drift, floor in compare_layouts.compare(chosen, options.steps):
         rows.append(row)
-        if not options.json:
-            print(compare_layouts.line(row, drift, floor), flush=True)
+        print(compare_layouts.line(row, drift, floor), file=table, flush=True)
     if options.json:
         print(json.dumps([vars(row) for row in rows]))
     elif unseen := shared_gpus.unseen(config, max(row.ranks for row in rows)):
@@ -219,8 +258,8 @@ def _runs_named(texts: Sequence[str]) -> list[Path] | None:
     if not all(are):
         other = texts[are.index(False)]
         raise ConfigError(
-            f"compare {other}: not a run folder{looked_in(path(other))}, where others named are: "
-            "name run folders alone"
+            f"compare {other}: not a run folder{looked_in(path(other))}, but others named are: "
+            "name only run folders, or only a config"
         )
     if len(folders) < 2:
         raise ConfigError(f"compare {folders[0]}: name another run folder to compare it with")
@@ -243,7 +282,10 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     at = named or forecast.here(config, machine)
     if options.curve:
         if at is None:
-            raise ConfigError("--curve: nothing is known of these GPUs: say --gpus")
+            raise ConfigError(
+                "--curve: this machine's GPUs are of a kind with no known figures: name a known "
+                "kind by --gpus"
+            )
         rows = scaling.curve(config, at)
         scaling.draw(rows, at, options.curve)
         print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
@@ -253,7 +295,13 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     planned = (
         dry_run.plan_on(config, ranks, at.machine) if at else dry_run.plan(config, ranks, gpu=True)
     )
-    outlook, why = None, "nothing is known of these GPUs: say --gpus, as in --gpus h100:8"
+    outlook, why = (
+        None,
+        (
+            "this machine's GPUs are of a kind with no known figures: name a known kind, as in "
+            "--gpus h100:8"
+        ),
+    )
     try:
         outlook = forecast.forecast(planned, config, at) if at else None
     except ConfigError as error:
@@ -294,7 +342,7 @@ def doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps({"sound": not broken, "findings": [vars(one) for one in findings]}))
     elif broken:
-        print(f"a run would fail: mend {', '.join(broken)}")
+        print(f"a run would fail: fix {', '.join(broken)}")
     else:
-        print("nothing here stands in a run's way")
+        print("nothing here would prevent a run")
     return 1 if broken else 0

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from alexnet_dist.config.names import nearest_key
+from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.schema import keys
 
 Run = Callable[[argparse.Namespace, Sequence[str]], int]
@@ -15,7 +15,7 @@ Run = Callable[[argparse.Namespace, Sequence[str]], int]
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes options and key=value arguments in any order, and whose error
-    for --batch=64 suggests train.batch=….
+    for --batch=64 suggests train.batch=…, and for a mistyped command or choice the nearest one.
 
     Args:
         examples: command lines, shown at the end of the help.
@@ -46,9 +46,12 @@ class Parser(argparse.ArgumentParser):
             self._in_order = False
 
     def error(self, message: str) -> NoReturn:
+        """Add what may have been meant by an unknown option, command or choice."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message += nearest(found[1], re.findall(r"[\w-]+", found[2]))
         if found := re.search(r"unrecognized arguments: --?([\w.-]+)", message):
             key = nearest_key(found[1], [key for key, _, _ in keys()]) or "train.batch"
-            message += f"; a config's keys are written key=value, as in {key}=…"
+            message += f"; config keys are written key=value, as in {key}=…"
         super().error(message)
 
 
@@ -83,7 +86,7 @@ def add_json(sub: argparse.ArgumentParser, what: str = "object") -> None:
 def count(text: str) -> int:
     """Parse a whole number of 1 or more (an argparse type, like those below)."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: a whole number, 1 or more")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
     return int(text)
 
 
@@ -96,7 +99,11 @@ def out(text: str) -> Path:
     """Parse the path of a file to write; refused now, if it cannot be created after the work."""
     path = Path(os.path.expanduser(text))
     if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        why = "is a folder" if path.is_dir() else f"no folder {path.parent} that you may write in"
+        why = (
+            "it is a folder"
+            if path.is_dir()
+            else f"there is no folder {path.parent} that you may write in"
+        )
         raise argparse.ArgumentTypeError(f"{text!r}: {why}: name a file to write")
     return path
 
@@ -104,7 +111,7 @@ def out(text: str) -> Path:
 def picture(text: str) -> Path:
     """Parse the path of a PNG to write."""
     if not text.endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r}: a picture to write, NAME.png")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a picture to write, NAME.png")
     return out(text)
 
 
@@ -112,5 +119,5 @@ def part(text: str) -> tuple[int, int]:
     """Parse I/N, as in --part 2/8."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if found is None or not 1 <= int(found[1]) <= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r}: write I/N, as in 2/8, the second of eight")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be I/N, as in 2/8, the second of eight")
     return int(found[1]), int(found[2])

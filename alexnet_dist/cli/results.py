@@ -11,28 +11,39 @@ from alexnet_dist.files import check_trained, is_there
 
 def add(command: AddCommand) -> None:
     """Add these four commands to the parser."""
-    sub = command("figures", figures, "draw a run's kernels and curves",
+    sub = command("figures", figures, "draw a run's kernels and learning curves",
                   ("alexnet-dist figures runs/demo --fig4",))  # fmt: skip
     sub.add_argument("run_folder", type=path)
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="as for train")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     sub.add_argument(
-        "--fig4", action="store_true", help="also answers and nearest training images: one pass"
+        "--fig4",
+        action="store_true",
+        help="also draw the paper's Figure 4: answers and nearest training images (reads all of "
+        "them once)",
     )
 
     sub = command(
-        "report", report, "one HTML page: the paper's results and the runs' beside them",
+        "report", report, "write one HTML page with the results of runs beside the paper's",
         ("alexnet-dist report runs/* --out report.html",),
     )  # fmt: skip
-    sub.add_argument("run_folder", type=path, nargs="*", help="of runs; others are passed over")
     sub.add_argument(
-        "--out", type=out, default=Path("report.html"), metavar="HTML", help="report.html, here"
+        "run_folder", type=path, nargs="*", help="run folders; anything else is skipped"
+    )
+    sub.add_argument(
+        "--out",
+        type=out,
+        default=Path("report.html"),
+        metavar="HTML",
+        help="file to write (default: report.html)",
     )
 
     sub = command(
-        "export", export, "write a run's weights as another program reads them",
+        "export", export, "write a run's weights in another program's format",
         ("alexnet-dist export runs/demo demo.onnx --format onnx",),
     )  # fmt: skip
-    sub.add_argument("checkpoint", type=path, help="run folder (its best) or checkpoint")
+    sub.add_argument(
+        "checkpoint", type=path, help="run folder (its best checkpoint), or a checkpoint"
+    )
     sub.add_argument("out", type=out, help="file to write")
     kinds = ["safetensors", "torchvision", "caffe", "onnx"]
     sub.add_argument("--format", choices=kinds, required=True)
@@ -40,18 +51,20 @@ def add(command: AddCommand) -> None:
         "--data",
         type=path,
         metavar="FOLDER",
-        help="onnx: its packed data set, where that has moved",
+        help="onnx: where its packed data set lies now, if it was moved",
     )
 
     sub = command(
-        "import", import_, "make a checkpoint of another program's weights",
+        "import", import_, "make a checkpoint from another program's weights",
         ("alexnet-dist import alex.pth runs/theirs paper/torchvision-2014 --format torchvision",),
     )  # fmt: skip
     sub.add_argument("file", type=path)
-    sub.add_argument("out", type=path, help="run folder to make")
-    sub.add_argument("config", nargs="+", help="of the network they are for, as for train")
+    sub.add_argument("out", type=path, help="run folder to create")
+    sub.add_argument(
+        "config", nargs="+", help="config of the network that the weights belong to, as for train"
+    )
     sub.add_argument("--format", choices=kinds[:3], required=True)
-    sub.add_argument("--mean", type=path, help="caffe: its mean image, .binaryproto")
+    sub.add_argument("--mean", type=path, help="caffe: its mean image, a .binaryproto")
 
 
 def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -93,5 +106,5 @@ def import_(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.formats.convert import import_weights
 
     how = options.file, options.out, options.config, options.mean
-    print(f"{import_weights(options.format, *how)}: use it by train.init_from or evaluate")
+    print(f"{import_weights(options.format, *how)}: use it with train.init_from or evaluate")
     return 0

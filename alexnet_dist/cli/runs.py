@@ -25,26 +25,38 @@ _CLASSES = 10  # classes with the highest error, and pairs most often confused, 
 def add(command: AddCommand) -> None:
     """Add these three commands to the parser."""
     sub = command(
-        "train", train, "train, or continue, a run",
+        "train", train, "train a run, or resume it",
         (
             "alexnet-dist train demo name=second seed=1 train.epochs=2",
             "alexnet-dist train demo name=one layout.kind=one      # all in one process",
-            "alexnet-dist train demo mine.yaml data.path=data/mine # later ones win",
+            "alexnet-dist train demo mine.yaml data.path=data/mine # later ones override earlier "
+            "ones",
         ),
     )  # fmt: skip
-    sub.add_argument("config", nargs="+", help="YAML files, names of shipped ones, key=value")
+    sub.add_argument(
+        "config", nargs="+", help="YAML files, names of shipped configs, and key=value"
+    )
 
     sub = command(
-        "evaluate", evaluate, "score checkpoints; several are averaged",
+        "evaluate", evaluate, "score a checkpoint, or the average of several",
         (
             "alexnet-dist evaluate runs/demo --views 10            # the paper's ten windows",
             "alexnet-dist evaluate runs/demo runs/second --json    # the average of two networks",
             "alexnet-dist evaluate runs/demo data.path=data/other",
         ),
     )  # fmt: skip
-    sub.add_argument("path", nargs="+", help="run folder (its best), checkpoint, or key=value")
-    sub.add_argument("--views", type=int, choices=(1, 10), help="windows an image; as the run's")
-    sub.add_argument("--predictions", type=out, metavar="NPZ", help="file to write them all to")
+    sub.add_argument(
+        "path", nargs="+", help="run folder (its best checkpoint), checkpoint, or key=value"
+    )
+    sub.add_argument(
+        "--views", type=int, choices=(1, 10), help="windows per image (default: as in the run)"
+    )
+    sub.add_argument(
+        "--predictions",
+        type=out,
+        metavar="NPZ",
+        help="also write each image's prediction to this file",
+    )
     add_json(sub)
 
     sub = command("configs", configs, "list the shipped configs", ("alexnet-dist configs",))
@@ -84,19 +96,25 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.checkpoint import store
     from alexnet_dist.reporting import figures
     from alexnet_dist.training import loop
+    from alexnet_dist.training.state import Progress
     from alexnet_dist.training.tolerance import Unharmed
 
     outcome = loop.train(config, signals)
     if not outcome.leads:
         return outcome.exit
     if outcome.exit:
-        print(f"{config.folder}: stopped at step {outcome.step}, saved; the same command continues")
+        print(
+            f"{config.folder}: stopped at step {outcome.step}, saved; run the same command to "
+            "resume"
+        )
         return outcome.exit
     best = store.best(config.folder / "checkpoints")
     score = outcome.score
     words = _words(score, config.model.classes) if score else "not scored"
     print(f"{config.folder}: done, {outcome.step} steps; {words}")
-    print(f"{'best' if score else 'last'} checkpoint: {best.path}")
+    other = Progress.of(best.progress).score if score and best.step != outcome.step else None
+    its = f": {_words(other, config.model.classes)}" if other else ""
+    print(f"{'best' if score else 'last'} checkpoint: {best.path}{its}")
     with Unharmed("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
@@ -158,9 +176,9 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
               f"{printable(row['name'])}")  # fmt: skip
     for row in report["mistakes"][:_CLASSES]:
         of, taken_for = printable(row["of"]), printable(row["taken_for"])
-        print(f"{row['samples']:8} {of} taken for {taken_for}")
+        print(f"{row['samples']:8} {of} mistaken for {taken_for}")
     if kept:
-        print(f"kept: {kept}")
+        print(f"saved: {kept}")
     return 0
 
 

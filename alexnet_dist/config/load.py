@@ -28,7 +28,7 @@ from alexnet_dist.errors import ConfigError
 Source = str | Path | Mapping[str, Any]
 ALONE = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")  # run in one process
 # Keys that no longer exist, and what to do instead. Saved configs may still hold them.
-RETIRED = {"train.compile": "a GPU's step is fused without it (train.execution): leave it out"}
+RETIRED = {"train.compile": "leave it out; train.execution says how a GPU runs a step"}
 _SAVED = "a saved config"
 
 
@@ -43,23 +43,47 @@ def load_config(sources: Source | Sequence[Source]) -> Config:
 
     Raises ConfigError for the first error found.
     """
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
     layers = [sources] if isinstance(sources, str | Path | Mapping) else sources
-    for source in (configs_folder() / "base.yaml", *layers):
-        name, layer = _read_layer(source)
-        for dotted, value in flatten(layer, name):
-            values[dotted] = value
-            origin[dotted] = name
+    values, origin = _layered(layers)
     for dotted, _, _ in keys():
         if dotted not in values:
             raise ConfigError(
-                f"{dotted}: no value; configs/base.yaml must hold every key: reinstall"
+                f"{dotted}: configs/base.yaml has no value for this key: install alexnet_dist again"
             )
     follow_data(values, origin)
     config = build(values)
     check_combinations(config, origin)
     return config
+
+
+def source_of(error: Exception, sources: Sequence[Source]) -> str:
+    """Return "SOURCE: ", to begin the message of an error of a loaded config that begins with
+    KEY=, or an empty string where no source but base.yaml or a saved config gave that key."""
+    try:
+        _, origin = _layered(sources)
+    except ConfigError:
+        return ""
+    source = origin.get(str(error).partition("=")[0], "")
+    by_default = source in ("", _SAVED, str(_base())) or source.endswith(".json")
+    return "" if by_default else f"{source}: "
+
+
+def _layered(sources: Sequence[Source]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return each key's value, and the name of the source that gave it, in the order in which they
+    were given."""
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for source in (_base(), *sources):
+        name, layer = _read_layer(source)
+        for dotted, value in flatten(layer, name):
+            values[dotted] = value
+            origin.pop(dotted, None)
+            origin[dotted] = name
+    return values, origin
+
+
+def _base() -> Path:
+    return configs_folder() / "base.yaml"
 
 
 def build(values: Mapping[str, Any]) -> Config:
@@ -120,8 +144,8 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
         if text in {dotted for dotted, _, _ in keys()}:
             raise ConfigError(f"{text!r} is a key without a value: write {text}=VALUE")
         raise ConfigError(
-            f"{text!r} is neither a config file nor key=value; `alexnet-dist configs` lists those "
-            f"that are shipped{nearest(text, list(shipped()))}"
+            f"{text!r} is neither a config file nor key=value; `alexnet-dist configs` lists the "
+            f"shipped configs{nearest(text, list(shipped()))}"
         )
     try:
         layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=True)
@@ -130,7 +154,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             f"{path}: not a YAML file of keys and values: {one_line(error)}"
         ) from error
     if not isinstance(layer, dict):
-        raise ConfigError(f"{path}: holds a {type(layer).__name__}; write keys and values")
+        raise ConfigError(f"{path}: holds a {type(layer).__name__}, not keys and values")
     return str(path), layer  # type: ignore[return-value]
 
 
@@ -170,7 +194,7 @@ def flatten(
                 continue
             if dotted in RETIRED:
                 if source != _SAVED and Path(source).name != "config.json":
-                    raise ConfigError(f"{source}: {dotted} is a key no longer: {RETIRED[dotted]}")
+                    raise ConfigError(f"{source}: {dotted} is no longer a key: {RETIRED[dotted]}")
                 continue
             section = dotted in sections and isinstance(value, Typed | dict)
             inside = parsed(value, dotted) if section and isinstance(value, Typed) else value

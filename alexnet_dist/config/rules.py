@@ -12,16 +12,23 @@ Rule = tuple[str, bool, str]
 
 
 def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
-    """Raise ConfigError for the first rule that does not hold.
+    """Raise ConfigError for the first rule that does not hold, naming where the value was given
+    that broke it: of the key at fault and those that the rule mentions, the one given last.
 
     Args:
-        origin: dotted key to where its value was given.
+        origin: dotted key to where its value was given, in the order in which they were given.
     """
     values = flat(config)
     for section in (_lengths, _layers, _model, _data, _layout, _training, _columns):
         for key, holds, rule in section(config, values):
             if not holds:
-                raise ConfigError(f"{origin[key]}: {key}={values[key]!r}: {rule}")
+                mentioned = re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", rule)
+                last = next(one for one in reversed([*origin]) if one in (key, *mentioned))
+                fault = f"{key}={values[key]!r}"
+                if last != key:
+                    where = f" of {origin[key]}" if origin[key] != origin[last] else ""
+                    fault = f"{last}={values[last]!r}, with {fault}{where}"
+                raise ConfigError(f"{origin[last]}: {fault}: {rule}")
 
 
 def _lengths(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
@@ -32,7 +39,7 @@ def _lengths(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     yield (
         "profile.steps",
         len(steps) in (0, 2) and steps == sorted(steps),
-        "the first step and the last: [100,105]; or none: []",
+        "must be the first step and the last, as in [100,105], or []",
     )
 
 
@@ -43,11 +50,11 @@ def _layers(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     yield (
         "model.conv",
         convs > 0 and layers <= 9,
-        "a network has a convolution at least, and nine layers at most",
+        "a network has at least one convolution, and at most nine layers in all",
     )
     for name in ("kernel", "stride", "padding"):
         fits = len(values[f"model.{name}"]) == convs
-        yield f"model.{name}", fits, f"model.conv={list(model.conv)} needs {convs} numbers here"
+        yield f"model.{name}", fits, f"needs {convs} numbers, as model.conv={list(model.conv)}"
     for key in (
         "model.exchange", "model.activation_last", "model.pool_after", "model.lrn.layers",
         "model.spatial_norm.layers", "model.dropout_before", "train.init_new",
@@ -55,12 +62,12 @@ def _layers(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
         yield (
             key,
             {*values[key]} <= {*model.layer_names},
-            f"the network of model.conv and model.fc has {', '.join(model.layer_names)}",
+            f"the layers of model.conv and model.fc are {', '.join(model.layer_names)}",
         )
     drawn = {} if model.init == "he" else {"init_std": layers, "init_bias": layers}
     for name, length in (drawn | {"lrn.alpha": len(model.lrn.layers)}).items():
         fits = len(values[f"model.{name}"]) in (1, length)
-        yield f"model.{name}", fits, f"needs one number, or {length}"
+        yield f"model.{name}", fits, f"needs one number for all layers, or {length}"
 
 
 def _model(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
@@ -69,16 +76,20 @@ def _model(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     yield (
         "model.classes",
         model.classes >= 2,
-        "there is nothing to tell apart: a network needs images of two classes or more",
+        "a network needs at least two classes to tell apart",
     )
-    yield "model.exchange", "conv1" not in model.exchange, "conv1 sees the image: leave it out"
+    yield (
+        "model.exchange",
+        "conv1" not in model.exchange,
+        "conv1 sees the whole image: leave it out",
+    )
     yield (
         "model.pool_average",
         {*model.pool_average} <= {*model.pool_after},
-        f"model.pool_after={list(model.pool_after)}: only they pool",
+        f"only the layers of model.pool_after={list(model.pool_after)} pool",
     )
     yield "model.spatial_norm.size", model.spatial_norm.size % 2 == 1, "must be odd"
-    yield "model.lrn.size", model.lrn.size % 2 == 1, "must be odd: as many maps on both sides"
+    yield "model.lrn.size", model.lrn.size % 2 == 1, "must be odd, for as many maps on both sides"
 
 
 def _data(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
@@ -92,15 +103,14 @@ def _data(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     yield (
         "model.init",
         model.init == "he" or {*data.divide_by} == {1},
-        f"these weights expect grey levels of 0–255, and data.divide_by={list(data.divide_by)} "
-        "scales them: with such inputs the loss stays flat. Set data.divide_by=[1,1,1] or "
-        "model.init=he",
+        f"these weights expect grey levels of 0–255, but data.divide_by={list(data.divide_by)} "
+        "scales them, and the loss stays flat: set data.divide_by=[1,1,1] or model.init=he",
     )
     yield (
         "model.init",
         model.init == "he" or data.subtract != "nothing",
-        "these weights expect the mean to be taken off: set data.subtract=mean_image "
-        "or model.init=he",
+        "these weights expect pixels with the mean subtracted: set data.subtract=mean_image or "
+        "model.init=he",
     )
 
 
@@ -111,25 +121,26 @@ def _layout(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     yield (
         "layout.kind",
         kind not in ("columns", "columns_x_replicas") or model.columns == 2,
-        f"there is nothing to split in a network of model.columns={model.columns}: "
-        "set model.columns=2 or layout.kind=one, replicas, zero1, zero2, sharded_fc",
+        f"a network of model.columns={model.columns} cannot be split into columns: set "
+        "model.columns=2, or layout.kind=one, replicas, zero1, zero2 or sharded_fc",
     )
     yield (
         "layout.kind",
         kind != "sharded_fc" or {*model.fc_names} <= {*model.exchange},
-        f"its fully-connected layers see all units, and model.exchange={list(model.exchange)} "
-        f"keeps some to their column: add {', '.join(model.fc_names)}, or set layout.kind=replicas",
+        f"its fully-connected layers need the units of both columns, but model.exchange="
+        f"{list(model.exchange)} lacks some of them: add {', '.join(model.fc_names)}, or set "
+        "layout.kind=replicas",
     )
     yield (
         "layout.kind",
         not zero or config.optimizer.kind != "lars",
-        "DeepSpeed's flat partitions have no layers, and optimizer.kind=lars needs their "
+        "DeepSpeed's flat partitions have no layers, but optimizer.kind=lars needs their "
         "norms: set layout.kind=replicas, columns_x_replicas or sharded_fc",
     )
     yield (
         "layout.kind",
         not zero or config.train.precision != "fp64",
-        "DeepSpeed keeps fp32, and train.precision=fp64 asks for more: set "
+        "DeepSpeed keeps weights in fp32, but train.precision=fp64 asks for more: set "
         "train.precision=fp32 or bf16, or layout.kind=replicas",
     )
     yield (
@@ -145,19 +156,20 @@ def _training(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     yield (
         "name",
         re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", config.name) is not None,
-        "letters, digits, '.', '_' and '-' only, at most 100, not beginning with a sign",
+        "must be at most 100 letters, digits, '.', '_' and '-', and begin with a letter or digit",
     )
     yield (
         "train.batch",
         train.batch % train.micro_batches == 0,
-        f"does not divide into train.micro_batches={train.micro_batches}",
+        f"must be divisible by train.micro_batches={train.micro_batches}",
     )
     yield (
         "train.init_new",
         train.init_from != "none" or not train.init_new,
-        "all layers begin anew where train.init_from=none",
+        "with train.init_from=none every layer is new: set train.init_new=[], or init_from to "
+        "the weights to start from",
     )
-    yield "schedule.at_epochs", epochs == sorted({*epochs}), "epochs must rise"
+    yield "schedule.at_epochs", epochs == sorted({*epochs}), "must increase"
 
 
 def _columns(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
@@ -165,4 +177,4 @@ def _columns(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     columns = config.model.columns
     for key in ("model.conv", "model.fc"):
         for width in values[key]:
-            yield key, width % columns == 0, f"{width} does not split into {columns} columns"
+            yield key, width % columns == 0, f"{width} is not divisible by model.columns={columns}"

@@ -66,20 +66,20 @@ def _ranks_problem(config: Config, ranks: int) -> str:
     model, kind = config.model, config.layout.kind
     if wrong := misfit(config, ranks):
         takes, fitting = wrong
-        return (
-            f"layout.kind={kind} takes {takes}, and the launcher started {ranks} "
-            f"(WORLD_SIZE, or layout.ranks): on {ranks} fit {', '.join(fitting)}"
-        )
+        fit = f"on {ranks}, {', '.join(fitting)} would fit"
+        if config.layout.ranks == ranks:
+            return f"layout.ranks={ranks}: layout.kind={kind} takes {takes}; {fit}"
+        return f"layout.kind={kind} takes {takes}, but the launcher started {ranks}; {fit}"
     if config.layout.ranks not in (0, ranks):
         return (
             f"layout.ranks={config.layout.ranks}: the launcher started {ranks} (WORLD_SIZE): set "
-            "layout.ranks=0 to take the launcher's number"
+            "layout.ranks=0 to use as many as it starts"
         )
     if kind == "sharded_fc" and (any(width % ranks for width in model.fc) or model.classes < ranks):
         both = [n for n in divisors(*model.fc) if 1 < n <= model.classes]
         return (
             f"layout.kind=sharded_fc: model.fc={list(model.fc)} and model.classes="
-            f"{model.classes} do not split over {ranks} ranks: {_some(both)} ranks do"
+            f"{model.classes} cannot be split over {ranks} ranks, only over {_some(both)}"
         )
     return ""
 
@@ -89,12 +89,12 @@ def _batch_problem(config: Config, replicas: int) -> str:
     if batch % (replicas * parts) == 0:
         return ""
     lower = batch // (replicas * parts) * replicas * parts
-    near = " and ".join(str(b) for b in (lower, lower + replicas * parts) if b)
+    near = " or ".join(str(b) for b in (lower, lower + replicas * parts) if b)
+    parted = divisors(batch // replicas) if batch % replicas == 0 else []
     return (
-        f"train.batch={batch}: does not divide into {replicas} replicas × train.micro_batches="
-        f"{parts}: batches of {near} do; {batch} with these micro-batches divides into "
-        f"{_some(divisors(batch // parts))} replicas, and on {replicas} replicas into micro-batches"
-        f" of {_some(divisors(batch // replicas)) if batch % replicas == 0 else 'no size'}"
+        f"train.batch={batch}: must be divisible by {replicas} replicas × train.micro_batches="
+        f"{parts}: use a batch of {near}, or {_some(divisors(batch // parts))} replicas"
+        + (f", or train.micro_batches of {_some(parted)}" if parted else "")
     )
 
 
@@ -107,8 +107,8 @@ def check_columns_meet(nodes: list[int], columns: int) -> None:
     pairs = [nodes[first : first + columns] for first in range(0, len(nodes), columns)]
     if any(len(set(pair)) > 1 for pair in pairs):
         raise ConfigError(
-            f"layout.kind: Slurm laid ranks 0, 1, … on nodes {', '.join(map(str, nodes))}, and the "
-            f"columns of a replica must share one: ask for --ntasks-per-node={columns} or a "
+            f"layout.kind: Slurm placed ranks 0, 1, … on nodes {', '.join(map(str, nodes))}, but "
+            f"the columns of a replica must share a node: ask for --ntasks-per-node={columns} or a "
             "multiple of it, and --distribution=block"
         )
 

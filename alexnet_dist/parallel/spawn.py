@@ -149,7 +149,9 @@ def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dic
     finds that this process serves it, and opens none of its own: those would listen on every
     interface, and its c10d rendezvous unpickles what it finds there.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
+    elastic = logging.getLogger("torch.distributed.elastic")
+    elastic.setLevel(logging.CRITICAL)  # ranks and this module report failures themselves
+    elastic.getChild("agent.server.api").disabled = True  # has a level of its own
     store = store_at(LOOPBACK, timedelta(minutes=1))  # lives as long as the ranks
     config = {
         "min_nodes": 1,

@@ -123,7 +123,7 @@ def _on(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) 
         laid_out = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={ranks}"])
         if wrong := layouts.misfit(laid_out, ranks):
             takes, fitting = wrong
-            return Misfit(f"takes {takes}: on {ranks} fit {', '.join(fitting)}")
+            return Misfit(f"takes {takes}; on {ranks}, {', '.join(fitting)} would fit")
         layouts.check(laid_out, ranks)
     except ConfigError as error:
         return Misfit(str(error))
