@@ -164,7 +164,7 @@ def test_damaged_checkpoints_never_displace_good_ones(
     found, wrong = checkpoints.newest_good(tmp_path)
     assert found is not None
     assert (found.step, len(wrong)) == (16, 2)
-    checkpoints.settle(tmp_path, found, wrong)
+    checkpoints.continue_from(tmp_path, found, wrong)
     save(tmp_path, tiny(), 18)
     checkpoints.prune(tmp_path, keep_last=2, keep_every=0, best_step=None)
     assert [p.name for p in checkpoints.steps(tmp_path)] == ["step-00000016", "step-00000018"]
@@ -357,7 +357,7 @@ def test_what_is_set_aside_displaces_nothing(tiny: Callable[..., Config], tmp_pa
     save(tmp_path, tiny(), 1)
     for content in (b"first", b"second", b"third"):
         (save(tmp_path, tiny(), 2) / "progress.json").write_bytes(content)
-        checkpoints.settle(tmp_path, *checkpoints.newest(tmp_path))
+        checkpoints.continue_from(tmp_path, *checkpoints.newest(tmp_path))
     kept = {path.name: path for path in tmp_path.glob("damaged-*")}
     assert kept.keys() == {f"damaged-step-00000002{end}" for end in ("", "-2", "-3")}
     found = {(path / "progress.json").read_bytes() for path in kept.values()}
@@ -376,7 +376,7 @@ def test_a_newer_checkpoint_of_a_name_of_ones_own_is_not_passed_over_in_silence(
     for step, name in ((2, "before-the-move"), (6, "step-6"), (4, "")):
         path = save(tmp_path, tiny(), step)
         path.rename(path.with_name(name or path.name))
-    checkpoints.settle(tmp_path, *checkpoints.newest(tmp_path))
+    checkpoints.continue_from(tmp_path, *checkpoints.newest(tmp_path))
     (said,) = caplog.messages
     assert f"{tmp_path}/step-6 holds step 6, newer than 4: to go on from it, stop this run" in said
     assert len(checkpoints.traces(tmp_path)) == 3
@@ -394,7 +394,7 @@ def test_a_hidden_checkpoint_is_used_where_what_hides_it_is_damaged(
     found, wrong = checkpoints.newest(tmp_path)
     assert found is not None
     assert (found.step, found.error, len(wrong)) == (2, 0.5, 1)
-    path = checkpoints.settle(tmp_path, found, wrong)
+    path = checkpoints.continue_from(tmp_path, found, wrong)
     assert path == tmp_path / "step-00000002"
     assert checkpoints.verify(path).error == 0.5
     save(tmp_path, tiny(), 3)

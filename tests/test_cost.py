@@ -13,13 +13,14 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.planning import machines, scaling
-from alexnet_dist.planning.cost_model import decoding, predict, transfer_s
+from alexnet_dist.planning.cost_model import Collective, decoding, predict, transfer_s
 from alexnet_dist.planning.dry_run import plan, plan_on
 from alexnet_dist.planning.fitting import Measured, fit, read_bench
-from alexnet_dist.planning.forecast import assumed, forecast, plot, recommended, schedule
+from alexnet_dist.planning.forecast import assumed, forecast, recommended, schedule
 from alexnet_dist.planning.machines import MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import STEPS, Step, correction, read_steps
 from alexnet_dist.planning.plan import Passes, Plan, Prediction, Rank
+from alexnet_dist.planning.text import plot
 
 # 1 GFLOP/s reached, 1 GB/s of memory, links of 100 MB/s and nodes of 80: round seconds.
 ROUND = Machine(
@@ -154,7 +155,7 @@ def test_who_decodes_is_by_pipeline_card_and_size() -> None:
 def test_a_collective_takes_bytes_over_bandwidth_and_hops(
     name: str, group: int, stride: int, nodes: int, seconds: float
 ) -> None:
-    taken = transfer_s(name, 1e8, 3, group, stride, Cluster(ROUND, 4, nodes))
+    taken = transfer_s(Collective(name, 1e8, 3, group, stride), Cluster(ROUND, 4, nodes))
     assert taken == pytest.approx(seconds)
 
 

@@ -26,7 +26,7 @@ from alexnet_dist.errors import CheckpointError, NotFinite, RunFolderError
 from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.reporting import page as pages
 from alexnet_dist.reporting.report import report
-from alexnet_dist.training import metrics, metrics_file
+from alexnet_dist.training import metrics_file, telemetry
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder, read_run
 from alexnet_dist.training.state import Progress
@@ -296,7 +296,7 @@ def test_a_clock_that_is_set_back_makes_no_time_negative(
 def test_a_run_whose_folder_is_moved_says_so_and_writes_nowhere_else(tiny: Tiny) -> None:
     config = tiny("layout.kind=one", "train.epochs=2", "checkpoint.every_steps=4")
     moved = config.folder.with_name("moved")
-    step = metrics.Telemetry.stepped
+    step = telemetry.Telemetry.stepped
 
     def stepped(telemetry: Any, number: int, engine: Any) -> None:
         step(telemetry, number, engine)
@@ -308,7 +308,7 @@ def test_a_run_whose_folder_is_moved_says_so_and_writes_nowhere_else(tiny: Tiny)
             config.folder.rename(moved)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(metrics.Telemetry, "stepped", stepped)
+        patched.setattr(telemetry.Telemetry, "stepped", stepped)
         with pytest.raises(RunFolderError, match=f"was moved to {moved} while this run writes"):
             train(config)
     assert not config.folder.exists()

@@ -31,7 +31,8 @@ from alexnet_dist.parallel.topology import connect
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.planning import dry_run, fake
 from alexnet_dist.planning.dry_run import needed, plan
-from alexnet_dist.planning.plan import Misfit, lines
+from alexnet_dist.planning.plan import Misfit
+from alexnet_dist.planning.text import plan_lines
 
 SIZES = {"fp64": 8, "fp32": 4, "bf16": 2}
 
@@ -189,7 +190,7 @@ def test_a_layout_that_does_not_fit_says_what_does() -> None:
     assert isinstance(columns, Misfit)
     assert columns.problem == "takes 2 ranks: on 3 fit replicas, zero1, zero2, sharded_fc"
     assert planned.of("replicas").bytes["total"] > 0
-    assert any("on 3 fit replicas" in line for line in lines(planned))
+    assert any("on 3 fit replicas" in line for line in plan_lines(planned))
 
 
 MEASURE = """

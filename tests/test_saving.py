@@ -33,9 +33,9 @@ from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
 from alexnet_dist.timing import TIMELINE
-from alexnet_dist.training.metrics import Telemetry
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder, read_run
+from alexnet_dist.training.telemetry import Telemetry
 
 
 def test_the_loop_goes_on_while_one_checkpoint_is_written() -> None:
@@ -326,12 +326,12 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
     folder, dataset = RunFolder(config), open_for(config)
     folder.take()
     folder.running(0, 100)
-    telemetry = Telemetry(config, folder, Topology(), dataset, Schedule.of(config, 60), 0, 0, 1)
+    telemetry = Telemetry(config, folder, Topology(), dataset, Schedule.of(config, 60), 0, 0)
     values = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "damaged": 0.0, "rate": 0.01}
 
     def step(number: int) -> None:
         TIMELINE.step()
-        telemetry.train(number, number / 10, values)
+        telemetry.train(number, values)
 
     step(1)
     evaluated = {"kind": "eval", "step": 1, "epoch": 0.1, "samples": 8, "correct1": 4}

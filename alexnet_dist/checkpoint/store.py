@@ -51,8 +51,8 @@ from alexnet_dist.tensor_files import TensorFile, save_tensors
 
 # What the rest of the program uses of checkpoints.
 __all__ = [
-    "Checkpoint", "at", "best", "check_same_run", "newest", "newest_good", "own_sha256", "prune",
-    "read", "save", "settle", "step_of", "steps", "sweep", "traces", "verify",
+    "Checkpoint", "at", "best", "check_same_run", "continue_from", "newest", "newest_good",
+    "own_sha256", "prune", "read", "save", "step_of", "steps", "sweep", "traces", "verify",
 ]  # fmt: skip
 log = logging.getLogger(__name__)
 
@@ -235,13 +235,15 @@ def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) 
         )
 
 
-def settle(folder: Path, found: Checkpoint | None, wrong: Sequence[Damaged]) -> Path | None:
+def continue_from(
+    folder: Path, found: Checkpoint | None, damaged: Sequence[Damaged]
+) -> Path | None:
     """Prepare the folder of a run that continues from what `newest` returned; return the
     checkpoint's path, which may be new, or None where there is none.
 
     Damaged checkpoints are set aside, so that they do not count among those to keep.
     """
-    for error in wrong:
+    for error in damaged:
         put_aside(error.args[0], "damaged")
     if found is None:
         sweep(folder)

@@ -17,63 +17,27 @@ from alexnet_dist.tensor_files import Shape, misfit
 
 
 def resolved(config: Config) -> Config:
-    """Return the config with what it refers to in other files: the path and weight hash of the
-    checkpoint to start from, and the hash of the mean image.
+    """Return the config with what a run resolves once, when it first starts: the path and weight
+    hash of the checkpoint to start from, the hash of the mean image, and of `data.pipeline=auto`
+    what an earlier start made of it (DALI on a GPU decodes to other bytes than torchvision).
 
     Once the run has checkpoints of its own, the files it started from may change or be removed.
 
     Raises ConfigError where the config demands another hash, CheckpointError where there is no
     checkpoint, DatasetError where there is no mean image.
     """
-    if config.data.mean_sha256 == "any" and not _before_means(config):
-        found = mean_sha256(config)
-        if found != "any":
-            config = dataclasses.replace(
-                config, data=dataclasses.replace(config.data, mean_sha256=found)
-            )
-    train = config.train
-    if train.init_from == "none":
-        return config
-    if begun := _begun(config):
-        return dataclasses.replace(config, train=begun)
-    try:
-        source = checkpoints.at(Path(train.init_from))
-    except CheckpointError as error:
-        raise CheckpointError(f"train.init_from={train.init_from!r}: {error}") from error
-    found = str(source.manifest["files"]["model.safetensors"]["sha256"])
-    if train.init_sha256 not in ("any", found):
-        raise ConfigError(
-            f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {found}: name the "
-            "weights this run is to begin from, or set train.init_sha256=any"
-        )
-    begun = dataclasses.replace(train, init_from=str(source.path), init_sha256=found)
-    return dataclasses.replace(config, train=begun)
-
-
-def _before_means(config: Config) -> bool:
-    """Whether the run in this folder started with the same mean image, before hashes of mean images
-    were recorded."""
-    if not checkpoints.steps(config.folder / "checkpoints"):
-        return False
-    try:
-        before = load_config([config.folder / "config.json"]).data
-    except ConfigError:
-        return False
-    return (before.mean_from, before.mean_sha256) == (config.data.mean_from, "any")
-
-
-def _begun(config: Config) -> TrainConfig | None:
-    """Return `train` with the weights that the run in this folder started from; None where it has
-    not started, or the config asks for other weights."""
-    if (last := _last_start(config)) is None:
-        return None
-    before = last.train
-    same = Path(before.init_from).is_relative_to(config.train.init_from)
-    if not same or config.train.init_sha256 not in ("any", before.init_sha256):
-        return None
-    return dataclasses.replace(
-        config.train, init_from=before.init_from, init_sha256=before.init_sha256
-    )
+    last, data, train = _last_start(config), config.data, config.train
+    if last is not None and data.pipeline == AUTO:
+        data = dataclasses.replace(data, pipeline=last.data.pipeline)
+    # A run that started before hashes of mean images were recorded goes on without.
+    means = data.mean_from, data.mean_sha256
+    unrecorded = last is not None and (last.data.mean_from, last.data.mean_sha256) == means
+    if data.mean_sha256 == "any" and not unrecorded:
+        data = dataclasses.replace(data, mean_sha256=mean_sha256(config))
+    if train.init_from != "none":
+        path, found = (last and _started_from(train, last.train)) or _weights(train)
+        train = dataclasses.replace(train, init_from=path, init_sha256=found)
+    return dataclasses.replace(config, data=data, train=train)
 
 
 def _last_start(config: Config) -> Config | None:
@@ -87,14 +51,28 @@ def _last_start(config: Config) -> Config | None:
         return None
 
 
-def with_its_pipeline(config: Config) -> Config:
-    """Return the config with `data.pipeline=auto` replaced by the pipeline that the run in this
-    folder used before: DALI on a GPU decodes to other bytes than torchvision."""
-    last = _last_start(config) if config.data.pipeline == AUTO else None
-    if last is None:
-        return config
-    data = dataclasses.replace(config.data, pipeline=last.data.pipeline)
-    return dataclasses.replace(config, data=data)
+def _started_from(train: TrainConfig, last: TrainConfig) -> tuple[str, str] | None:
+    """Return the path and hash of the weights that the run started from; None where the config asks
+    for others."""
+    same = Path(last.init_from).is_relative_to(train.init_from)
+    if not same or train.init_sha256 not in ("any", last.init_sha256):
+        return None
+    return last.init_from, last.init_sha256
+
+
+def _weights(train: TrainConfig) -> tuple[str, str]:
+    """Return the path of the checkpoint that train.init_from names, and its weights' hash."""
+    try:
+        source = checkpoints.at(Path(train.init_from))
+    except CheckpointError as error:
+        raise CheckpointError(f"train.init_from={train.init_from!r}: {error}") from error
+    found = str(source.manifest["files"]["model.safetensors"]["sha256"])
+    if train.init_sha256 not in ("any", found):
+        raise ConfigError(
+            f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {found}: name the "
+            "weights this run is to begin from, or set train.init_sha256=any"
+        )
+    return str(source.path), found
 
 
 class InitialWeights:

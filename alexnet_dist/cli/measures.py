@@ -270,8 +270,7 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Print what a run would need, and the time it would take."""
     config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
-    from alexnet_dist.planning import dry_run, fitting, forecast, machines, scaling
-    from alexnet_dist.planning.plan import lines
+    from alexnet_dist.planning import dry_run, fitting, forecast, machines, scaling, text
 
     machine = fitting.fitted(options.fit) if options.fit else None
     if machine and options.machine:
@@ -311,11 +310,13 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(planned.to_json() | (outlook.to_json() if outlook else {})))
         return 0
-    text = lines(planned)
-    text += (
-        forecast.lines(outlook, config.layout.kind) if outlook else ["", f"no prediction: {why}"]
+    lines = text.plan_lines(planned)
+    lines += (
+        text.forecast_lines(outlook, config.layout.kind)
+        if outlook
+        else ["", f"no prediction: {why}"]
     )
-    print("\n".join(text))
+    print("\n".join(lines))
     return 0
 
 

@@ -15,7 +15,7 @@ computation of the layer's weight gradients; figures of older ones are of others
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.precision import DTYPES
@@ -57,7 +57,7 @@ def quantities(planned: Plan, kind: str, cores: float = 1.0) -> dict[str, float]
     Returns:
         FLOP, bytes and images by the names that `fit` and `_by_operators` know.
     """
-    ranks = 1 if kind == "alone" else planned.ranks
+    ranks = planned.ranks_of(kind)
     held, precision = planned.of(kind).parameters, planned.recipe["train.precision"]
     images, width = planned.batch / ranks, DTYPES[precision].itemsize
     flops = planned.training_flops_per_image * images
@@ -74,44 +74,57 @@ def quantities(planned: Plan, kind: str, cores: float = 1.0) -> dict[str, float]
     }
 
 
-def collectives(planned: Plan, kind: str) -> list[tuple[str, float, int, int]]:
-    """Return the collectives of a rank's step: (name, bytes sent, calls, ranks in the group)."""
-    ranks, found = planned.ranks, planned.of(kind)
-    pairs = kind.startswith("columns")
-    sent: list[tuple[str, float, int, int]] = []
-    for name, size in found.bytes.items():
-        if name != "total":
-            group = ranks // 2 if pairs and name == "all-reduce" else 2 if pairs else ranks
-            sent.append((name, size, found.calls[name], group))
-    return sent
+@dataclass(frozen=True)
+class Collective:
+    """A rank's calls of one collective in a step.
+
+    Attributes:
+        size: bytes that the rank sends, in all calls.
+        group: ranks in the group.
+        stride: distance between neighbouring ranks of the group.
+    """
+
+    name: str
+    size: float
+    calls: int
+    group: int
+    stride: int = 1
+
+    @property
+    def hops(self) -> int:
+        """Sequential messages of a call: up and down a tree for an all-reduce, else one to each
+        other rank."""
+        reduces = self.name == "all-reduce"
+        return 2 * math.ceil(math.log2(self.group)) if reduces else self.group - 1
 
 
-def hops(name: str, group: int) -> int:
-    """Return the sequential messages of a call: up and down a tree for an all-reduce, else one to
-    each other rank."""
-    return 2 * math.ceil(math.log2(group)) if name == "all-reduce" else group - 1
+def collectives(planned: Plan, kind: str) -> list[Collective]:
+    """Return the collectives of a rank's step in which it sends anything."""
+    found, pairs = [], kind.startswith("columns")
+    for name, size in planned.of(kind).bytes.items():
+        if name == "total" or kind == "alone":
+            continue
+        group, stride = planned.ranks, 1
+        if pairs:  # the ranks of a replica exchange; those of a column, one of each replica, sum
+            group, stride = (planned.ranks // 2, 2) if name == "all-reduce" else (2, 1)
+        found.append(Collective(name, size, planned.of(kind).calls[name], group, stride))
+    return found
 
 
-def transfer_s(name: str, size: float, calls: int, group: int, stride: int, at: Cluster) -> float:
+def transfer_s(one: Collective, at: Cluster) -> float:
     """Return the seconds that a collective takes.
 
     A ring crosses each node's border once, so that the group's share of all of the node's links
     carries it; an all-to-all leaves by each device's own link.
-
-    Args:
-        size: bytes that a rank sends.
-        calls: number of calls that they are sent in.
-        group: ranks in the group.
-        stride: distance between neighbouring ranks of the group.
     """
-    machine, here = at.machine, max(1, at.devices // stride)
-    if group <= 1:
+    machine, here = at.machine, max(1, at.devices // one.stride)
+    if one.group <= 1:
         return 0.0
-    if group <= here or at.nodes == 1:
-        return size / machine.link + calls * hops(name, group) * machine.latency_s
-    share = machine.node_link * (1 if name == "all-to-all" else here) / at.devices
+    if one.group <= here or at.nodes == 1:
+        return one.size / machine.link + one.calls * one.hops * machine.latency_s
+    share = machine.node_link * (1 if one.name == "all-to-all" else here) / at.devices
     slowest = min(machine.link, share)
-    return size / slowest + calls * hops(name, group) * machine.node_latency_s
+    return one.size / slowest + one.calls * one.hops * machine.node_latency_s
 
 
 def predict(
@@ -126,7 +139,7 @@ def predict(
         basis: where the factor comes from, in words.
     """
     machine, precision = at.machine, planned.recipe["train.precision"]
-    ranks = 1 if kind == "alone" else planned.ranks
+    ranks = planned.ranks_of(kind)
     if precision not in machine.peak:
         raise ConfigError(
             f"train.precision={precision}: no figure for {machine.name}, only for "
@@ -136,18 +149,15 @@ def predict(
     parts = _by_kernels(planned, kind, machine) if fused else _by_operators(planned, kind, at)
     parts = {name: seconds * factor for name, seconds in parts.items()}
     parts |= {"exchange": 0.0, "all-reduce": 0.0}
-    if kind != "alone":
-        for name, size, calls, group in collectives(planned, kind):
-            stride = 2 if kind.startswith("columns") and name == "all-reduce" else 1
-            if name == "all-reduce" and machine.overlap and kind not in ZERO:
-                backward = parts["arithmetic"] + parts["maps"]
-                parts[name] = _exposed(planned, kind, size, group, stride, at, backward)
-            else:
-                place = "all-reduce" if kind in ZERO or name == "all-reduce" else "exchange"
-                seconds = transfer_s(name, size, calls, group, stride, at)
-                if name == "all-to-all" and machine.fused:  # others ran programs without it
-                    seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
-                parts[place] += seconds
+    for one in collectives(planned, kind):
+        if one.name == "all-reduce" and machine.overlap and kind not in ZERO:
+            backward = parts["arithmetic"] + parts["maps"]
+            parts["all-reduce"] = _exposed(planned, kind, one, at, backward)
+            continue
+        seconds = transfer_s(one, at)
+        if one.name == "all-to-all" and machine.fused:  # others ran programs without it
+            seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
+        parts["all-reduce" if kind in ZERO or one.name == "all-reduce" else "exchange"] += seconds
     training = sum(parts.values())
     # On a CPU, all cores decode for the ranks, which share them.
     share = 1 if machine.overlap else at.total / ranks
@@ -168,7 +178,7 @@ def predict(
 def _by_operators(planned: Plan, kind: str, at: Cluster) -> dict[str, float]:
     """Return a rank's seconds of computing with torch's operators, by part."""
     machine, precision = at.machine, planned.recipe["train.precision"]
-    ranks = 1 if kind == "alone" else planned.ranks
+    ranks = planned.ranks_of(kind)
     counted = quantities(planned, kind, 1.0 if machine.overlap else at.total / ranks)
     exact = machine.fused and precision == "fp32"
     rate = machine.peak[precision] * (REACHED[precision] if exact else machine.reached)
@@ -183,7 +193,7 @@ def _by_operators(planned: Plan, kind: str, at: Cluster) -> dict[str, float]:
 def _by_kernels(planned: Plan, kind: str, machine: Machine) -> dict[str, float]:
     """Return a GPU's seconds of computing with fused kernels, by part."""
     precision, rank = planned.recipe["train.precision"], planned.of(kind)
-    ranks, passes = 1 if kind == "alone" else planned.ranks, rank.passes
+    ranks, passes = planned.ranks_of(kind), rank.passes
     assert passes is not None
     rate, memory = machine.peak[precision] * REACHED[precision], machine.memory * _STREAMED
     forward = planned.forward_flops_per_image
@@ -259,10 +269,7 @@ def threads(machine: Machine) -> float:
     return min(machine.cores * CORE_DECODES, locked)
 
 
-def _exposed(
-    planned: Plan, kind: str, size: float, group: int, stride: int, at: Cluster,
-    step_s: float,
-) -> float:  # fmt: skip
+def _exposed(planned: Plan, kind: str, all_reduce: Collective, at: Cluster, step_s: float) -> float:
     """Return the seconds of gradient all-reduces that do not overlap the backward pass. Each
     layer's starts when its gradient is ready and the previous layer's has been sent."""
     flops, whole = planned.forward_flops_per_image, planned.training_flops_per_image
@@ -273,8 +280,8 @@ def _exposed(
     now = sent = 0.0
     for name in reversed(list(flops)):
         now += step_s * (1 if name == "conv1" else 2) * flops[name] / whole
-        part = size * summed[name] / sum(summed.values())
-        sent = max(now, sent) + transfer_s("all-reduce", part, 1, group, stride, at)
+        part = all_reduce.size * summed[name] / sum(summed.values())
+        sent = max(now, sent) + transfer_s(replace(all_reduce, size=part, calls=1), at)
     return max(0.0, sent - now)
 
 

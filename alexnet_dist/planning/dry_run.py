@@ -36,11 +36,22 @@ from alexnet_dist.planning.plan import Misfit, Plan, Rank
 
 KINDS = ("one", "columns", "replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
 
-
 # Memory of a GPU that is not in tensors. cuBLAS takes 32 MiB for each stream from Hopper on, and a
 # step runs on two; cuDNN's workspace, and CUDA's context with NCCL's buffers, are estimates.
 _LIBRARIES = 3 * 2**25
 _CONTEXT = 600_000_000
+# What MemTracker's categories are called in a plan.
+_PARTS = {
+    "Parameter": "parameters",
+    "Gradient": "gradients",
+    "Optstate": "optimizer",
+    "Activation": "activations",
+    "Temp": "temporary",
+    "Other": "buckets",
+}
+# ZeRO: elements of a bucket, as in engines/zero.py; optimiser tensors beside the fp32 weights.
+_ZERO_BUCKET, _ZERO_TENSORS = 2**24, {"sgd": 1, "adam": 2}
+_STATS_BYTES = 48  # of a step's `StepStats`
 
 
 def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
@@ -60,8 +71,8 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
             for layer, macs in counted.items()
         }
         kinds = dict.fromkeys((*KINDS, config.layout.kind))  # the config's may be a user's own
-        beside = {kind: _on(config, kind, ranks, gpu) for kind in kinds}
-        one = beside["one"]
+        planned = {kind: _rank(config, kind, ranks, gpu) for kind in kinds}
+        one = planned["one"]
         return Plan(
             recipe=flat(config),
             layout=config.layout.kind,
@@ -78,8 +89,8 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
                 "all": sum(values.values()),
                 "normalised": sum(values[name] for name in config.model.lrn.layers),
             },
-            layouts=beside,
-            alone=one if isinstance(one, Rank) else _alone(config, ranks, gpu),
+            layouts=planned,
+            alone=one if isinstance(one, Rank) else _whole_batch(config, ranks, gpu),
         )
 
 
@@ -96,12 +107,12 @@ def needed(config: Config, ranks: int) -> int:
     images that it keeps there; raises ConfigError if the layout cannot have so many ranks."""
     layouts.check(config, ranks)
     with pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
-        found = _on(config, config.layout.kind, ranks, gpu=True)
+        found = _rank(config, config.layout.kind, ranks, gpu=True)
     assert isinstance(found, Rank)
     return found.memory["peak"]
 
 
-def needed_of(rank: Rank) -> int:
+def gpu_memory(rank: Rank) -> int:
     """Return the bytes of GPU memory that a rank needs: its tensors, and CUDA's context."""
     return rank.memory["peak"] + _CONTEXT
 
@@ -113,7 +124,7 @@ def execution(config: Config, ranks: int, gpu: bool) -> str:
     return config.train.execution
 
 
-def _on(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) -> Rank | Misfit:
+def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) -> Rank | Misfit:
     """Return parameters, memory and traffic of a rank in one layout, or why it cannot be.
 
     Args:
@@ -128,32 +139,37 @@ def _on(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) 
     except ConfigError as error:
         return Misfit(str(error))
     if kind in layouts.ZERO_STAGES:
-        return _zero(laid_out, ranks, gpu)
+        return _zero_rank(laid_out, ranks, gpu)
+    # The engine, as it would be on a rank, and one batch.
     topology, how = fake_topology(laid_out, ranks), execution(laid_out, ranks, gpu)
-    kind_of = PlannedShards if kind == "sharded_fc" else PlannedEngine
-    engine = kind_of(laid_out, topology, drawn=False)
+    engine_of = PlannedShards if kind == "sharded_fc" else PlannedEngine
+    engine = engine_of(laid_out, topology, drawn=False)
     if how != "eager":
         engine.fuse(narrows)
-    copies = list((engine.optimizer.narrow or {}).values())
-    part, counts = fake_decoded(laid_out, topology)
     engine.memory = memory = MemTracker()
     traffic, passes = Traffic(), CountsPasses()
+    part, counts = fake_decoded(laid_out, topology)
     with traffic:
-        batch = part.joined(counts, topology.column_group)
-    given = [getattr(batch, field.name) for field in dataclasses.fields(Batch)]
+        joined = part.joined(counts, topology.column_group)
+    batch = [getattr(joined, field.name) for field in dataclasses.fields(Batch)]
+    narrow = list((engine.optimizer.narrow or {}).values())
+
+    # One step of it, counted.
     memory.track_external(
-        engine.model, engine.optimizer.optimizer, *engine.buckets, *copies, *given
+        engine.model, engine.optimizer.optimizer, *engine.buckets, *narrow, *batch
     )
     with memory, traffic, passes:
-        engine.train_step(batch, 0, 0.01)
+        engine.train_step(joined, 0, 0.01)
+
+    # The memory at its peak, by part.
     peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
     parts = {_PARTS[name]: size for name, size in peak.items() if name in _PARTS}
-    parts["windows"] = size_of(given)
-    parts["buckets"] -= parts["windows"] + size_of(copies)
+    parts["windows"] = size_of(batch)
+    parts["buckets"] -= parts["windows"] + size_of(narrow)
     if gpu:
-        parts |= {"narrow copies": size_of(copies), "workspace": _LIBRARIES}
+        parts |= {"narrow copies": size_of(narrow), "workspace": _LIBRARIES}
         if how == "graph":  # what `CapturedStep` keeps besides
-            parts["graph's batch"] = size_of(given)
+            parts["graph's batch"] = size_of(batch)
             parts["undone by warm-up"] = size_of(engine.optimizer.state_tensors())
     else:
         # Measured rather than derived: oneDNN and MKL pack the largest weights, one to three times
@@ -176,14 +192,14 @@ def _with_peak(parts: dict[str, int]) -> dict[str, int]:
     return parts | {"peak": sum(parts.values())}
 
 
-def _alone(config: Config, ranks: int, gpu: bool) -> Rank:
+def _whole_batch(config: Config, ranks: int, gpu: bool) -> Rank:
     """Return the whole batch on one device. A large batch on a CPU is planned as one rank's share,
     and scaled up."""
     share, times = config.train.batch // ranks, 1
     divides = config.train.batch % (ranks * config.train.micro_batches) == 0
     if config.train.batch > 512 and divides and not gpu:
         config, times = load_config([flat(config), f"train.batch={share}"]), ranks
-    found = _on(config, "one", 1, gpu)
+    found = _rank(config, "one", 1, gpu)
     assert isinstance(found, Rank)
     memory = {name: size for name, size in found.memory.items() if name != "peak"}
     for name in ("activations", "temporary", "windows"):
@@ -192,47 +208,35 @@ def _alone(config: Config, ranks: int, gpu: bool) -> Rank:
     return dataclasses.replace(found, batch_per_replica=batch, memory=_with_peak(memory))
 
 
-_PARTS = {
-    "Parameter": "parameters",
-    "Gradient": "gradients",
-    "Optstate": "optimizer",
-    "Activation": "activations",
-    "Temp": "temporary",
-    "Other": "buckets",
-}
-
-
-def _zero(config: Config, ranks: int, gpu: bool) -> Rank:
+def _zero_rank(config: Config, ranks: int, gpu: bool) -> Rank:
     """Return ZeRO's figures: gradients are all-reduced (at stage 2 after every micro-batch),
     updated weights all-gathered; weights and biases are each padded to equal pieces per rank."""
     layers = AlexNet(config.model, drawn=False).layers()
-    sizes = [sum(layer.get_parameter(kind).numel() for layer in layers) for kind in _KINDS]
+    sizes = [
+        sum(layer.get_parameter(kind).numel() for layer in layers) for kind in ("weight", "bias")
+    ]
     padded = sum(-(-size // (2 * ranks)) * 2 * ranks for size in sizes)
     rounds = config.train.micro_batches if config.layout.kind == "zero2" else 1
     width = 2 if config.layout.compress_gradients else 4
     share = ranks - 1
     sent = {
-        "all-reduce": round(2 * (rounds * width * sum(sizes) + _STATS) * share / ranks),
+        "all-reduce": round(2 * (rounds * width * sum(sizes) + _STATS_BYTES) * share / ranks),
         "all-gather": 4 * padded * share // ranks,
     }
-    replica = _on(config, "replicas", ranks, gpu, narrows=False)
+    replica = _rank(config, "replicas", ranks, gpu, narrows=False)
     assert isinstance(replica, Rank)
     names = ("activations", "temporary", "windows", "workspace")
     memory = {name: replica.memory[name] for name in names} | {
         "parameters": 4 * padded,
         "gradients": 4 * padded,  # complete until they are reduced, at stage 2 too
-        "optimizer": 4 * padded // ranks * (1 + _STATES[config.optimizer.kind]),
+        "optimizer": 4 * padded // ranks * (1 + _ZERO_TENSORS[config.optimizer.kind]),
     }
     return Rank(
         batch_per_replica=config.train.batch // ranks,
         parameters=sum(sizes),
         memory=_with_peak(memory),
         bytes=sent | {"total": sum(sent.values())},
-        calls={name: rounds * -(-sum(sizes) // _BUCKET) for name in sent},
+        calls={name: rounds * -(-sum(sizes) // _ZERO_BUCKET) for name in sent},
         execution=replica.execution,
         passes=replica.passes,
     )
-
-
-_BUCKET = 2**24  # elements, as in engines/zero.py
-_KINDS, _STATES, _STATS = ("weight", "bias"), {"sgd": 1, "adam": 2}, 48

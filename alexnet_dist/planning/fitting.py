@@ -11,7 +11,7 @@ import numpy as np
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
-from alexnet_dist.planning.cost_model import ZERO, collectives, hops, quantities
+from alexnet_dist.planning.cost_model import ZERO, collectives, quantities
 from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.planning.machines import MACHINES, Machine
 from alexnet_dist.planning.plan import Plan
@@ -68,15 +68,14 @@ def fit(measured: Sequence[Measured]) -> Machine:
 def _row(one: Measured) -> dict[str, float]:
     """Return what a measured step counts of each of the fitted figures."""
     kind = one.kind
-    ranks = 1 if kind == "alone" else one.planned.ranks
-    counted = quantities(one.planned, kind, one.cores / ranks)
-    sent = [] if kind == "alone" else collectives(one.planned, kind)
+    counted = quantities(one.planned, kind, one.cores / one.planned.ranks_of(kind))
+    sent = [call for call in collectives(one.planned, kind) if call.group > 1]
     return {
         "flops": counted["flops"],
         "serial": counted["serial"],
         "bytes": counted["map_bytes"] + counted["parameter_bytes"],
-        "sent": sum(size for _, size, _, group in sent if group > 1),
-        "hops": sum(calls * hops(name, g) for name, _, calls, g in sent if g > 1),
+        "sent": sum(call.size for call in sent),
+        "hops": sum(call.calls * call.hops for call in sent),
         "steps": 1.0,
         "zero": float(kind in ZERO),
     }

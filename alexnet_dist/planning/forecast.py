@@ -12,15 +12,15 @@ import torch
 
 from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.auto import SHARE, splits_of
 from alexnet_dist.data.pipelines.resident import gb
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.errors import ConfigError, DatasetError, printable
+from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
 from alexnet_dist.planning.cost_model import decoding, predict
-from alexnet_dist.planning.dry_run import needed_of
+from alexnet_dist.planning.dry_run import gpu_memory
 from alexnet_dist.planning.machines import CORE_DECODES, MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import correction
 from alexnet_dist.planning.plan import Plan, Prediction, Rank
@@ -33,7 +33,7 @@ _AS_FAST = 0.97
 
 
 @dataclass(frozen=True)
-class Appetite:
+class DecodingForecast:
     """How images are decoded for the recommended layout, and how many training needs.
 
     Attributes:
@@ -71,7 +71,7 @@ class Forecast:
     epochs: float
     predicted: Mapping[str, Prediction]
     recommended: str | None
-    decode: Appetite
+    decode: DecodingForecast
     schedule: list[tuple[float, float]]
     measured: Mapping[str, Any] | None
 
@@ -102,28 +102,22 @@ def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
             f"{ranks} ranks on {at.total} × {machine.name}: give --gpus as many, or fewer --ranks"
         )
     images, kept, source, missing = _images(config)
-    places = {} if ranks == 1 else {"alone": planned.alone}
-    places |= {kind: rank for kind, rank in planned.layouts.items() if isinstance(rank, Rank)}
+    layouts = {} if ranks == 1 else {"alone": planned.alone}
+    layouts |= {kind: rank for kind, rank in planned.layouts.items() if isinstance(rank, Rank)}
     if ranks == 2:  # then it is the same as columns
-        places.pop("columns_x_replicas", None)
-    needs = {kind: needed_of(rank) if machine.overlap else rank.memory["peak"]
-             for kind, rank in places.items()}  # fmt: skip
+        layouts.pop("columns_x_replicas", None)
+    needs = {kind: gpu_memory(rank) if machine.overlap else rank.memory["peak"]
+             for kind, rank in layouts.items()}  # fmt: skip
     pipeline, why = assumed(config, machine, kept, max(needs.values(), default=0))
-    found: dict[str, Prediction] = {}
-    for kind in places:
+    predicted: dict[str, Prediction] = {}
+    for kind in layouts:
         factor, basis = correction(planned, kind, machine)
         one = predict(planned, kind, at, pipeline, factor, basis)
-        large = machine.capacity and needs[kind] > machine.capacity
+        too_large = machine.capacity and needs[kind] > machine.capacity
         room = f"{needs[kind] / 1e9:.1f} GB of {machine.capacity / 1e9:.0f}"
         hours = config.train.epochs * images / one.images_per_s / 3600
-        found[kind] = dataclasses.replace(one, hours=hours, too_large=room if large else "")
-    best = recommended(found)
-    ours = found.get(best or planned.layout)
-    appetite, by = ours.training_images_per_s if ours else 0.0, decoding(planned, at, pipeline)
-    own = decoding(planned, at, "dali") if machine.overlap else None
-    one_gpu = own.images_per_s if own and own.how.startswith("the GPU") else 0.0
-    devices = 1 if machine.overlap and best == "alone" else at.total
-    all_devices = by.images_per_s * devices
+        predicted[kind] = dataclasses.replace(one, hours=hours, too_large=room if too_large else "")
+    best = recommended(predicted)
     return Forecast(
         machine={"name": machine.name, "source": machine.source, "devices": at.devices,
                  "nodes": at.nodes},
@@ -131,20 +125,43 @@ def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
         images_source=source,
         data_missing=missing,
         epochs=config.train.epochs,
-        predicted=found,
+        predicted=predicted,
         recommended=best,
-        decode=Appetite(
-            pipeline=by.pipeline, how=by.how, why=why, images_per_s=appetite,
-            decoded_images_per_s=None if math.isinf(all_devices) else all_devices,
-            host_cores=appetite / CORE_DECODES,
-            host_cores_there=machine.cores * at.total,
-            gpus=appetite / one_gpu if one_gpu else None,
-            by_threads_images_per_s=decoding(planned, at, "torch").images_per_s * devices,
-            basis=by.basis,
-        ),
+        decode=_decoding(planned, at, pipeline, why, best, predicted.get(best or planned.layout)),
         schedule=schedule(config, images),
-        measured=_measured(config, planned, found),
+        measured=_measured(config, planned, predicted),
     )  # fmt: skip
+
+
+def _decoding(
+    planned: Plan, at: Cluster, pipeline: str, why: str, best: str | None,
+    training: Prediction | None,
+) -> DecodingForecast:  # fmt: skip
+    """Return what decodes the images of the recommended layout, and what it must achieve.
+
+    Args:
+        pipeline, why: as `assumed` returns them.
+        best: the recommended layout.
+        training: its prediction, or that of the config's layout; None if neither is possible.
+    """
+    machine, needs = at.machine, training.training_images_per_s if training else 0.0
+    devices = 1 if machine.overlap and best == "alone" else at.total
+    by = decoding(planned, at, pipeline)
+    decoded = by.images_per_s * devices
+    dali = decoding(planned, at, "dali") if machine.overlap else None
+    one_gpu = dali.images_per_s if dali and dali.how.startswith("the GPU") else 0.0
+    return DecodingForecast(
+        pipeline=by.pipeline,
+        how=by.how,
+        why=why,
+        images_per_s=needs,
+        decoded_images_per_s=None if math.isinf(decoded) else decoded,
+        host_cores=needs / CORE_DECODES,
+        host_cores_there=machine.cores * at.total,
+        gpus=needs / one_gpu if one_gpu else None,
+        by_threads_images_per_s=decoding(planned, at, "torch").images_per_s * devices,
+        basis=by.basis,
+    )
 
 
 def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[str, str]:
@@ -177,13 +194,13 @@ def recommended(found: Mapping[str, Prediction]) -> str | None:
 def schedule(config: Config, images: int, points: int = 60) -> list[tuple[float, float]]:
     """Return (epoch, learning rate) of evenly spaced steps. When `plateau` will lower the rate
     cannot be known: evenly spaced drops are assumed."""
-    found = []
-    plan = Schedule.of(config, images)
+    rates = []
+    planned = Schedule.of(config, images)
     for point in range(points):
-        step = point * (plan.last_step - 1) // (points - 1)
-        plan.drops = point * (config.schedule.max_drops + 1) // points
-        found.append((step / plan.steps_per_epoch, plan.rate(step)))
-    return found
+        step = point * (planned.last_step - 1) // (points - 1)
+        planned.drops = point * (config.schedule.max_drops + 1) // points
+        rates.append((step / planned.steps_per_epoch, planned.rate(step)))
+    return rates
 
 
 def _images(config: Config) -> tuple[int, int, str, str]:
@@ -202,111 +219,20 @@ def _images(config: Config) -> tuple[int, int, str, str]:
 
 
 def _measured(
-    config: Config, planned: Plan, found: Mapping[str, Prediction]
+    config: Config, planned: Plan, predicted: Mapping[str, Prediction]
 ) -> dict[str, Any] | None:
     """Return what a run in this config's folder has measured, beside the prediction; None if there
     is none like it."""
     folder, same = config.folder, ("layout.kind", "train.batch", "train.precision")
-    if not (folder / "metrics.jsonl").is_file() or planned.layout not in found:
+    if not (folder / "metrics.jsonl").is_file() or planned.layout not in predicted:
         return None
-    ran = load_config([folder / "config.json"])
-    if any(_of(ran, key) != _of(config, key) for key in same):
+    ran, asked = flat(load_config([folder / "config.json"])), flat(config)
+    if any(ran[key] != asked[key] for key in same):
         return None
     points = [p for p in read_metrics(folder) if p["kind"] == "speed"][1:]  # the first is warm-up
     if not points:
         return None
     middle = {key: statistics.median(p[key] for p in points)
               for key in ("images_per_s", "data_wait")}  # fmt: skip
-    ratio = found[planned.layout].images_per_s / middle["images_per_s"]
+    ratio = predicted[planned.layout].images_per_s / middle["images_per_s"]
     return {"folder": str(folder), "points": len(points), **middle, "predicted_to_measured": ratio}
-
-
-def _of(config: Config, key: str) -> Any:
-    """Return the value of a key, as in train.batch."""
-    section, _, name = key.partition(".")
-    return getattr(getattr(config, section), name)
-
-
-def lines(outlook: Forecast, own: str) -> list[str]:
-    """Return a forecast as lines of text; `own` is the config's layout."""
-    machine, found = outlook.machine, outlook.predicted
-    devices, nodes = int(machine["devices"]), int(machine["nodes"])
-    on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-    hours = f"{outlook.epochs:g} epochs"
-    text = ["", f"predicted, {devices * nodes} × {machine['name']}{on_nodes} "
-            f"({machine['source']}):",
-            f"{'':20}{'images/s':>10}{'× one':>8}{hours:>12}{'step, ms':>10}  of it, ms",
-            ]  # fmt: skip
-    base = found.get("alone") or found.get("one")
-    for kind, one in found.items():
-        parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
-        listed = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in parts if s > 0.01 * one.step_s)
-        name = "one, on one device" if kind == "alone" else kind
-        times = one.images_per_s / base.images_per_s if base else 1.0
-        text.append(
-            f"{name:20}{one.images_per_s:10,.0f}{times:8.2f}"
-            f"{_hours(one.hours):>12}{1e3 * one.step_s:10.4g}  {listed}"
-            + (f"; DOES NOT FIT: {one.too_large}" if one.too_large else "")
-        )
-    bases: dict[str, list[str]] = {}
-    for kind, one in found.items():
-        bases.setdefault(one.basis, []).append("one" if kind == "alone" else kind)
-    text.append("times of steps: " + "; ".join(
-        f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
-    ))  # fmt: skip
-    best, decode = outlook.recommended, outlook.decode
-    if best is None:
-        text.append("recommended: none fits; a smaller train.batch, or more train.micro_batches")
-    else:
-        speed = found[best]
-        text.append(
-            f"recommended: {'one, on one device' if best == 'alone' else best}: "
-            f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
-            f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
-            f"its bottleneck: {speed.bottleneck}"
-            + (" (yours)" if best == own else f"; yours, {own}, see above")
-        )
-    text.append(f"decoding: training takes {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
-    if outlook.data_missing:
-        text.append(f"no data set: {printable(outlook.data_missing)}")
-    text += ["", *plot(outlook.schedule)]
-    if run := outlook.measured:
-        text += [
-            "",
-            f"measured in {run['folder']}: {run['images_per_s']:,.0f} images/s, waiting for data "
-            f"{run['data_wait']:.0%} (median of {run['points']} points); predicted: "
-            f"{run['predicted_to_measured']:.2f} of that",
-        ]
-    return text
-
-
-def _decoded(decode: Appetite) -> str:
-    """Say how images are decoded, how many there are, and what the alternative would give."""
-    by = f"data.pipeline={decode.pipeline} ({decode.why}), {decode.how}"
-    if decode.decoded_images_per_s is not None:
-        by += f": {decode.decoded_images_per_s:,.0f} images/s ({decode.basis})"
-    if decode.gpus is None:
-        return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
-    if decode.pipeline != "torch":
-        by += f"; threads of data.pipeline=torch give {decode.by_threads_images_per_s:,.0f}"
-    return by
-
-
-def _hours(hours: float) -> str:
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
-
-
-def plot(points: list[tuple[float, float]], height: int = 7) -> list[str]:
-    """Plot learning rates over epochs as text, a column for each point."""
-    rates = [rate for _, rate in points]
-    top = max(rates) or 1.0
-    rows = [round(rate / top * (height - 1)) for rate in rates]
-    labels = {height - 1: f"{top:.3g}", 0: "0"}
-    drawn = [
-        f"{labels.get(row, ''):>8} |" + "".join("*" if at == row else " " for at in rows)
-        for row in reversed(range(height))
-    ]
-    ends = f"0{points[-1][0]:>{len(points) - 1}.3g}"
-    return ["learning rate, by epoch", *drawn, f"{'':8} +{'-' * len(points)}", f"{'':10}{ends}"]

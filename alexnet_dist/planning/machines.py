@@ -74,101 +74,109 @@ _ENGINE, _BY_CUDA, _H200_FP32 = 49_000 * _PIXELS / 7, 19_000 * _PIXELS, 67e12
 _LINK = 0.8  # share of the data sheet's figure for one direction that is reached
 # LRN by torch's operators: 32 copies on an H100 in `bench lrn`; that benchmark is no more.
 _LRN, _LRN_THEN = 64.0, 8.0
-_PCIE4, _PCIE5 = _LINK * 32e9, _LINK * 64e9
+_PCIE4 = _LINK * 32e9
 
 
 def _card(
-    name: str, peak: float, fp32: float, memory: float, capacity: float, link: float, nic: float,
-    cores: float, source: str, engines: int = 0, tf32: float = 0.0,
+    name: str, *, bf16: float, fp32: float, memory: float, capacity: float, link: float, nic: float,
+    cores: float, source: str, engines: int = 0, step_s: float = 3.5e-3,
 ) -> Machine:  # fmt: skip
     """Return a GPU that can run the fused kernels, one of eight in a node.
 
     Args:
-        peak: FLOP/s in bf16; 0 if it has no bf16.
+        bf16, fp32: peak FLOP/s; bf16 is 0 if it has none, nor TF32.
         nic: bytes/s of a GPU's share of the network.
         engines: number of hardware JPEG decoders.
-        tf32: FLOP/s in TF32; half of bf16's by default.
     """
-    narrow = {"bf16": peak, "tf32": tf32 or peak / 2} if peak else {}
+    narrow = {"bf16": bf16, "tf32": bf16 / 2} if bf16 else {}
     return Machine(
-        name, narrow | {"fp32": fp32}, 0.26, memory, 3.5e-3, link, 3e-6, _LINK * 8 * nic, 6e-6,
-        source, engines * _ENGINE, cores, capacity, lrn_passes=_LRN, fused=True,
-        decode_by_cuda=_BY_CUDA * fp32 / _H200_FP32,
+        name, peak=narrow | {"fp32": fp32}, reached=0.26, memory=memory, step_s=step_s,
+        link=link, latency_s=3e-6, node_link=_LINK * 8 * nic, node_latency_s=6e-6, source=source,
+        decode=engines * _ENGINE, decode_by_cuda=_BY_CUDA * fp32 / _H200_FP32, cores=cores,
+        capacity=capacity, lrn_passes=_LRN, fused=True,
     )  # fmt: skip
 
 
 MACHINES = {
     "b200": _card(
-        "B200 180 GB", PEAK_FLOPS["B200"], 75e12, 8e12, 180e9, _LINK * 900e9, 50e9, 14.0,
-        "data sheet, not run; a DGX B200's NVLink 5, 8 × 400 Gb/s and 112 cores", 7,
+        "B200 180 GB", bf16=PEAK_FLOPS["B200"], fp32=75e12, memory=8e12, capacity=180e9,
+        link=_LINK * 900e9, nic=50e9, cores=14.0, engines=7,
+        source="data sheet, not run; a DGX B200's NVLink 5, 8 × 400 Gb/s and 112 cores",
     ),
     "h200": _card(
-        "H200 SXM 141 GB", PEAK_FLOPS["H200"], _H200_FP32, 4.8e12, 141e9, _LINK * 450e9, 50e9, 16.0,
-        "what it reached of its data sheet and its decoders were measured on one; links not run: a "
-        "DGX H200's NVLink 4 and 8 × 400 Gb/s", 7,
+        "H200 SXM 141 GB", bf16=PEAK_FLOPS["H200"], fp32=_H200_FP32, memory=4.8e12, capacity=141e9,
+        link=_LINK * 450e9, nic=50e9, cores=16.0, engines=7,
+        source="what it reached of its data sheet and its decoders were measured on one; links not "
+        "run: a DGX H200's NVLink 4 and 8 × 400 Gb/s",
     ),
     "h100": _card(
-        "H100 SXM 80 GB", PEAK_FLOPS["H100"], 67e12, 3.35e12, 80e9, _LINK * 450e9, 50e9, 14.0,
-        "data sheet, not run; a DGX H100's NVLink 4, 8 × 400 Gb/s and 112 cores", 7,
+        "H100 SXM 80 GB", bf16=PEAK_FLOPS["H100"], fp32=67e12, memory=3.35e12, capacity=80e9,
+        link=_LINK * 450e9, nic=50e9, cores=14.0, engines=7,
+        source="data sheet, not run; a DGX H100's NVLink 4, 8 × 400 Gb/s and 112 cores",
     ),
-    "a100": dataclasses.replace(
-        _card(
-            "A100 SXM 80 GB", PEAK_FLOPS["A100"], 19.5e12, 2.04e12, 80e9, _LINK * 300e9, 25e9, 16.0,
-            "data sheet, not run; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; by operators, "
-            "16,487 images/s published of one", 5,
-        ),
-        step_s=1e-3,
+    "a100": _card(
+        "A100 SXM 80 GB", bf16=PEAK_FLOPS["A100"], fp32=19.5e12, memory=2.04e12, capacity=80e9,
+        link=_LINK * 300e9, nic=25e9, cores=16.0, engines=5, step_s=1e-3,
+        source="data sheet, not run; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; by "
+        "operators, 16,487 images/s published of one",
     ),
     "l40s": _card(
-        "L40S 48 GB", PEAK_FLOPS["L40S"], 91.6e12, 864e9, 48e9, _PCIE4, 25e9, 8.0,
-        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 200 Gb/s, supposed; nothing is "
-        "known here of its JPEG engines", 0,
+        "L40S 48 GB", bf16=PEAK_FLOPS["L40S"], fp32=91.6e12, memory=864e9, capacity=48e9,
+        link=_PCIE4, nic=25e9, cores=8.0,
+        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 200 Gb/s, supposed; "
+        "nothing is known here of its JPEG engines",
     ),
     "a10": _card(
-        "A10 24 GB", PEAK_FLOPS["A10"], 31.2e12, 600e9, 24e9, _PCIE4, 12.5e9, 8.0,
-        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+        "A10 24 GB", bf16=PEAK_FLOPS["A10"], fp32=31.2e12, memory=600e9, capacity=24e9,
+        link=_PCIE4, nic=12.5e9, cores=8.0,
+        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
     ),
     "t4": _card(
-        "T4 16 GB", 0.0, 8.1e12, 300e9, 16e9, _LINK * 16e9, 12.5e9, 8.0,
-        "data sheet, not run; it has neither bf16 nor TF32; PCIe 3; a host of 64 cores and "
+        "T4 16 GB", bf16=0.0, fp32=8.1e12, memory=300e9, capacity=16e9,
+        link=_LINK * 16e9, nic=12.5e9, cores=8.0,
+        source="data sheet, not run; it has neither bf16 nor TF32; PCIe 3; a host of 64 cores and "
         "8 × 100 Gb/s, supposed",
     ),
     "rtx4090": _card(
-        "RTX 4090 24 GB", PEAK_FLOPS["4090"], 82.6e12, 1.008e12, 24e9, _PCIE4, 12.5e9, 8.0,
-        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+        "RTX 4090 24 GB", bf16=PEAK_FLOPS["4090"], fp32=82.6e12, memory=1.008e12, capacity=24e9,
+        link=_PCIE4, nic=12.5e9, cores=8.0,
+        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
     ),
     "v100": Machine(
-        "V100 SXM2 16 GB", {"bf16": 125e12, "fp32": 15.7e12}, 0.378, 0.9e12, 1e-3,
-        _LINK * 150e9, 3e-6, _LINK * 7e9, 6e-6,
-        "data sheet, not run; it has no bf16, its fp16 stands there: a run wants fp32; NVLink 2, "
-        "and between nodes the 56 Gb/s of the published 512; reached: 9,319 images/s published of "
-        "one; 40 cores of 8; no fused kernels",
-        0.0, 5.0, 16e9, lrn_passes=_LRN, decode_by_cuda=_BY_CUDA * 15.7e12 / _H200_FP32,
+        "V100 SXM2 16 GB", peak={"bf16": 125e12, "fp32": 15.7e12}, reached=0.378, memory=0.9e12,
+        step_s=1e-3, link=_LINK * 150e9, latency_s=3e-6, node_link=_LINK * 7e9,
+        node_latency_s=6e-6, cores=5.0, capacity=16e9, lrn_passes=_LRN,
+        decode_by_cuda=_BY_CUDA * 15.7e12 / _H200_FP32,
+        source="data sheet, not run; it has no bf16, its fp16 stands there: a run wants fp32; "
+        "NVLink 2, and between nodes the 56 Gb/s of the published 512; reached: 9,319 images/s "
+        "published of one; 40 cores of 8; no fused kernels",
     ),
     "k20": Machine(
-        "K20", {"fp32": 3.52e12}, 0.40, 208e9, 1e-3, 6e9, 2e-5, 12e9, 5e-5,
-        "data sheet; Krizhevsky 2014: PCIe 2 at 6 GB/s between 4 of a socket (a node, here), half "
-        "of it between sockets; reached: its 98 hours on one",
-        0.0, 2.0, 5e9, lrn_passes=_LRN_THEN,
+        "K20", peak={"fp32": 3.52e12}, reached=0.40, memory=208e9, step_s=1e-3, link=6e9,
+        latency_s=2e-5, node_link=12e9, node_latency_s=5e-5, cores=2.0, capacity=5e9,
+        lrn_passes=_LRN_THEN,
+        source="data sheet; Krizhevsky 2014: PCIe 2 at 6 GB/s between 4 of a socket (a node, "
+        "here), half of it between sockets; reached: its 98 hours on one",
     ),
     "gtx580": Machine(
-        "GTX 580 3 GB", {"fp32": 1.58e12}, 0.33, 192e9, 1e-3, 5e9, 2e-5, 0.5e9, 5e-5,
-        "data sheet; PCIe 2 at 5 GB/s; reached: the paper's 5 to 6 days on two",
-        0.0, 2.0, 3e9, lrn_passes=_LRN_THEN,
+        "GTX 580 3 GB", peak={"fp32": 1.58e12}, reached=0.33, memory=192e9, step_s=1e-3, link=5e9,
+        latency_s=2e-5, node_link=0.5e9, node_latency_s=5e-5, cores=2.0, capacity=3e9,
+        lrn_passes=_LRN_THEN,
+        source="data sheet; PCIe 2 at 5 GB/s; reached: the paper's 5 to 6 days on two",
     ),
     "cpu": Machine(
-        "a core of an Intel Xeon with AMX", {"bf16": 5.0e11, "fp32": 1.5e11}, 1.0, 2.56e10, 0.0456,
-        1.17e9, 8.2e-4, 1.25e9, 1e-3,
-        "fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; between "
-        "nodes 10 Gb/s",
-        CORE_DECODES, serial=0.015, zero_s=0.154, overlap=False,
+        "a core of an Intel Xeon with AMX", peak={"bf16": 5.0e11, "fp32": 1.5e11}, reached=1.0,
+        memory=2.56e10, step_s=0.0456, link=1.17e9, latency_s=8.2e-4, node_link=1.25e9,
+        node_latency_s=1e-3, decode=CORE_DECODES, serial=0.015, zero_s=0.154, overlap=False,
+        source="fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; "
+        "between nodes 10 Gb/s",
     ),
     "cpu-avx512": Machine(
-        "a core of an AMD EPYC with AVX-512 and no AMX", {"bf16": 2.19e11, "fp32": 1.12e11}, 1.0,
-        9.6e9, 0.0, 2.94e9, 3.3e-4, 1.25e9, 1e-3,
-        "fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; between "
-        "nodes 10 Gb/s",
-        CORE_DECODES, zero_s=0.062, overlap=False,
+        "a core of an AMD EPYC with AVX-512 and no AMX", peak={"bf16": 2.19e11, "fp32": 1.12e11},
+        reached=1.0, memory=9.6e9, step_s=0.0, link=2.94e9, latency_s=3.3e-4, node_link=1.25e9,
+        node_latency_s=1e-3, decode=CORE_DECODES, zero_s=0.062, overlap=False,
+        source="fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; "
+        "between nodes 10 Gb/s",
     ),
 }  # fmt: skip
 
@@ -184,10 +192,10 @@ class Cluster:
     @classmethod
     def of(cls, text: str, machine: Machine | None = None) -> "Cluster":
         """Parse h100:8x4 (4 nodes of 8), h100 (one device) or 8xH100; raises ConfigError."""
-        given = re.sub(r"[\s_]|(?<=rtx)-", "", text.lower())
-        if short := re.fullmatch(r"(\d+)x(.+)", given):
-            given = f"{short[2]}:{short[1]}"
-        kind, _, size = given.partition(":")
+        name = re.sub(r"[\s_]|(?<=rtx)-", "", text.lower())
+        if count_first := re.fullmatch(r"(\d+)x(.+)", name):
+            name = f"{count_first[2]}:{count_first[1]}"
+        kind, _, size = name.partition(":")
         kind = kind.removeprefix("nvidia").replace("geforce", "")
         devices, by, nodes = (size or "1").partition("x")
         numbers = [int(n) if n.isdecimal() else 0 for n in (devices, nodes if by else "1")]

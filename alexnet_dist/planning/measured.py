@@ -55,7 +55,7 @@ def correction(
     that was not measured, takes another card's steps.
     """
     rank, precision = planned.of(kind), planned.recipe["train.precision"]
-    ranks = 1 if kind == "alone" else planned.ranks
+    ranks = planned.ranks_of(kind)
     found = [
         step for step in (read_steps() if steps is None else steps)
         if (step.precision, step.execution) == (precision, rank.execution) and known(step.card)
@@ -73,11 +73,8 @@ def correction(
     if not own:
         return factor, f"not run; by a step on {found[-1].card}"
     same = ranks == 1 and below == above == batch and _is_papers(planned)
-    return factor, "measured" if same else f"by steps measured of batch {_listed(taken)}"
-
-
-def _listed(batches: dict[int, Step]) -> str:
-    return ", ".join(map(str, sorted(batches)))
+    batches = ", ".join(map(str, sorted(taken)))
+    return factor, "measured" if same else f"by steps measured of batch {batches}"
 
 
 def _is_papers(planned: Plan) -> bool:

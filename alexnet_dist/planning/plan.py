@@ -1,4 +1,4 @@
-"""What `plan` finds out about a run: types, whose fields are the keys of its JSON, and its text."""
+"""What `plan` finds out about a run: types, whose fields are the keys of its JSON."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -82,6 +82,10 @@ class Plan:
         assert isinstance(found, Rank), kind
         return found
 
+    def ranks_of(self, kind: str) -> int:
+        """Return the number of ranks that a layout, or `alone`, uses."""
+        return 1 if kind == "alone" else self.ranks
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -113,34 +117,3 @@ class Prediction:
     def to_json(self) -> dict[str, Any]:
         found = dataclasses.asdict(self)
         return found if self.too_large else {k: v for k, v in found.items() if k != "too_large"}
-
-
-def lines(planned: Plan) -> list[str]:
-    """Return a plan as lines of text."""
-    layers, flops = planned.parameters, planned.forward_flops_per_image
-    text = [f"{'layer':8}{'parameters':>12}{'forward MFLOP/image':>21}"]
-    text += [f"{name:8}{layers[name]:12,}{flops[name] / 1e6:21,.1f}" for name in layers]
-    text += [
-        f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
-        f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP an image, "
-        f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP a step",
-        "",
-        f"on {planned.ranks} rank(s), a batch of {planned.batch} in all; of a rank, a step:",
-        f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
-    ]
-    for kind, found in planned.layouts.items():
-        if isinstance(found, Misfit):
-            text.append(f"{kind:20}{found.problem}")
-            continue
-        sent = [f"{name} {size / 1e6:,.1f}" for name, size in found.bytes.items()]
-        text.append(
-            f"{kind:20}{found.batch_per_replica:6}{found.parameters:12,}"
-            f"{found.memory['peak'] / 1e6:11,.0f} MB"
-            f"{found.bytes.get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
-        )
-    own = planned.layouts[planned.layout]
-    if isinstance(own, Misfit):
-        return text
-    text += ["", f"memory of a rank of {planned.layout}, MB at its peak:"]
-    text += [f"  {name:18}{size / 1e6:10,.1f}" for name, size in own.memory.items()]
-    return text

@@ -1,10 +1,9 @@
-"""Where a run's checkpoints and its loop meet: `resume` at the start, `save` during the run."""
+"""Where a run's checkpoints and its loop meet: restored at the start, saved during the run."""
 
 import dataclasses
 from pathlib import Path
 
-from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.checkpoint import warm_start
+from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.checkpoint.writer import Saver
 from alexnet_dist.config.schema import Config
 from alexnet_dist.engines.base import Engine, check_values
@@ -16,77 +15,112 @@ from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.state import Progress
 
 
-def resume(
-    folder: RunFolder, engine: Engine, schedule: Schedule, config: Config, digest: str,
-    topology: Topology,
-) -> Progress:  # fmt: skip
-    """Load the engine and the schedule from where the run continues, and return its progress.
-    Collective. In this order:
+class RunCheckpoints:
+    """The checkpoints of a run. Rank 0 writes them in the background; every rank calls every
+    method.
 
-    1. the newest checkpoint in the run folder that verifies; newer, damaged ones are logged;
-    2. the weights that train.init_from names, if no checkpoint was ever made;
-    3. the initial weights, if none are named.
-
-    Raises CheckpointError or ConfigError, with nothing changed on the disk, if all checkpoints are
-    damaged or gone (unless checkpoint.begin_anew=true), or if the newest belongs to another run,
-    cannot be read, or lies under another step's name.
+    Args:
+        digest: SHA-256 that identifies the data set.
     """
 
-    def choose() -> str | None:
-        """Return the path of the checkpoint to load. Called on rank 0; the others are told."""
-        found, wrong = checkpoints.newest(folder.checkpoints)
-        for error in wrong:
+    def __init__(
+        self, config: Config, folder: RunFolder, engine: Engine, schedule: Schedule, digest: str,
+        topology: Topology,
+    ) -> None:  # fmt: skip
+        self._config, self._folder, self._digest = config, folder, digest
+        self._engine, self._schedule, self._topology = engine, schedule, topology
+        self._saver = Saver(lambda: bool(store.steps(folder.checkpoints)))
+        self._newest = 0, 0  # step and evaluated_step of the newest checkpoint
+
+    def resume(self) -> Progress:
+        """Load the engine and the schedule from where the run continues, and return its progress.
+        Collective. In this order:
+
+        1. the newest checkpoint in the run folder that verifies; newer, damaged ones are logged;
+        2. the weights that train.init_from names, if no checkpoint was ever made;
+        3. the initial weights, if none are named.
+
+        Raises CheckpointError or ConfigError, with nothing changed on the disk, if all checkpoints
+        are damaged or gone (unless checkpoint.begin_anew=true), or if the newest belongs to another
+        run, cannot be read, or lies under another step's name.
+        """
+        path = self._topology.decided_by_rank_0(self._choose)
+        if path is None:
+            if self._config.train.init_from != "none":
+                self._engine.load(warm_start.InitialWeights(self._config), None)
+            return Progress()
+        found = store.read(Path(path))
+        self._engine.load(found.parameters(), found.optimizer())
+        try:
+            self._schedule.load(found.progress["schedule"])
+            progress = Progress.of(found.progress)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}/progress.json: not what a run writes ({error!r}): move that checkpoint "
+                "out of the run folder to go on from the one before"
+            ) from error
+        self._newest = progress.step, progress.evaluated_step
+        return progress
+
+    def _choose(self) -> str | None:
+        """Return the path of the checkpoint to load, None if there is none, and prepare the folder
+        for the run to continue from it. Called on rank 0."""
+        config, folder, last_step = self._config, self._folder, self._schedule.last_step
+        found, damaged = store.newest(folder.checkpoints)
+        for error in damaged:
             log.warning(f"not used: {error}")
         if found is None:
             folder.check_begins()
         else:
-            checkpoints.check_same_run(found, config, digest)
-            if found.step > schedule.last_step:
+            store.check_same_run(found, config, self._digest)
+            if found.step > last_step:
                 raise ConfigError(
-                    f"train.epochs={config.train.epochs:g}: ends at step {schedule.last_step}, and "
-                    f"the run in {folder.path} is at step {found.step}: raise it, or give another "
-                    "name="
+                    f"train.epochs={config.train.epochs:g}: ends at step {last_step}, and the run "
+                    f"in {folder.path} is at step {found.step}: raise it, or give another name="
                 )
             check_values(found.parameters(), found.optimizer())
-        path = checkpoints.settle(folder.checkpoints, found, wrong)
+        path = store.continue_from(folder.checkpoints, found, damaged)
         folder.begins_at(0 if found is None else found.step)
         folder.save_config()
         return None if path is None else str(path)
 
-    path = topology.decided_by_rank_0(choose)
-    if path is None:
-        if config.train.init_from != "none":
-            engine.load(warm_start.InitialWeights(config), None)
-        return Progress()
-    found = checkpoints.read(Path(path))
-    engine.load(found.parameters(), found.optimizer())
-    try:
-        schedule.load(found.progress["schedule"])
-        return Progress.of(found.progress)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path}/progress.json: not what a run writes ({error!r}): move that checkpoint out of "
-            "the run folder to go on from the one before"
-        ) from error
+    def due(self, progress: Progress, last: bool) -> bool:
+        """Return whether to save now: at the interval, at a new best, and (`last`) before the run
+        stops or ends; but not what the newest checkpoint holds already."""
+        step = progress.step
+        at_interval = step > 0 and step % self._config.checkpoint.every_steps == 0
+        wanted = at_interval or progress.best_step == step or last
+        return wanted and self._newest != (step, progress.evaluated_step)
 
+    def save(self, progress: Progress) -> None:
+        """Start to write a checkpoint in the background, and then to remove those that are no
+        longer kept. Collective: every rank contributes its part of the tensors."""
+        parameters, optimizer = self._engine.whole_tensors()
+        state = dataclasses.asdict(progress) | {"schedule": self._schedule.state()}
+        evaluated = progress.score if progress.evaluated_step == progress.step else None
+        error = None if evaluated is None else 1 - evaluated.top1
 
-def save(
-    saver: Saver, folder: RunFolder, engine: Engine, config: Config, digest: str,
-    progress: Progress, schedule: Schedule,
-) -> None:  # fmt: skip
-    """Start writing a checkpoint, then removing those no longer kept, in the saver's thread.
-    Collective: every rank contributes its part of the tensors."""
-    parameters, optimizer = engine.whole_tensors()
-    state = dataclasses.asdict(progress) | {"schedule": schedule.state()}
-    evaluated = progress.score if progress.evaluated_step == progress.step else None
-    error = None if evaluated is None else 1 - evaluated.top1
+        def write() -> None:
+            self._folder.still_held()
+            at, keep, best = self._folder.checkpoints, self._config.checkpoint, state["best_step"]
+            store.save(at, self._config, self._digest, parameters, optimizer, state, error)
+            store.prune(at, keep.keep_last, keep.keep_every_steps, best)
+            self._folder.saved(state["step"])
 
-    def write() -> None:
-        folder.still_held()
-        at, keep, best = folder.checkpoints, config.checkpoint, state["best_step"]
-        checkpoints.save(at, config, digest, parameters, optimizer, state, error)
-        checkpoints.prune(at, keep.keep_last, keep.keep_every_steps, best)
-        folder.saved(state["step"])
+        if parameters:  # empty on all ranks but 0
+            self._saver.begin(write)
+        self._newest = progress.step, progress.evaluated_step
 
-    if parameters:  # empty on all ranks but 0
-        saver.begin(write)
+    @property
+    def failed(self) -> bool:
+        """Whether the run must end because nothing can be saved; `finish` raises the reason."""
+        return self._saver.failed
+
+    def finish(self) -> None:
+        """Wait until the newest checkpoint is on the disk; raise on every rank if it cannot be
+        written. Collective."""
+        self._topology.decided_by_rank_0(self._saver.finish)
+
+    def close(self) -> None:
+        """Wait for the last write to end, ignoring its outcome."""
+        self._saver.close()

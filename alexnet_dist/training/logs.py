@@ -1,10 +1,14 @@
-"""What a run logs: `log`, how ranks format it, and the file of damaged samples."""
+"""What a run logs: `log`, how ranks format it, its first lines, and the file of damaged samples."""
 
 import io
 import json
 import logging
 from pathlib import Path
 
+import torch
+
+from alexnet_dist.config.from_data import NO_SPLIT
+from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import printable
 from alexnet_dist.files import appended
 from alexnet_dist.parallel.topology import Topology
@@ -19,6 +23,36 @@ def configure_logging(topology: Topology) -> None:
     handler.setFormatter(_Printable(f"{name}%(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
     log.setLevel(logging.INFO if topology.leads else logging.WARNING)
+
+
+def opening(
+    config: Config, topology: Topology, step: int, last_step: int, samples: int, decoding: str
+) -> str:
+    """Return what is logged before the first step.
+
+    Args:
+        step: step at which the run continues; 0: it begins.
+        samples: number of training images.
+        decoding: what decodes them.
+    """
+    begins = f"continues at step {step} of {last_step}" if step else "begins"
+    parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
+    decoded = max(map(len, topology.shares(range(config.train.batch))))
+    unscored = ""
+    if config.data.eval_split == NO_SPLIT:
+        unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept"
+        if config.schedule.kind == "plateau":
+            unscored += ", and the rate of schedule.kind=plateau never falls"
+        unscored += "\n"
+    return (
+        f"{config.folder} {begins}: {last_step} steps, {config.model.columns} column(s) on "
+        f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
+        f"threads each), {config.train.precision}\n"
+        f"batch {config.train.batch} global, {replica} a replica, {decoded} decoded a rank; "
+        f"{parts} micro-batch(es) of {replica // parts}; "
+        f"{samples} training images of {config.data.path}, by {decoding}\n"
+        f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"
+    )
 
 
 class _Printable(logging.Formatter):

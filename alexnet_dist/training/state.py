@@ -1,33 +1,26 @@
-"""Where a run stands (`Progress`), and how it moves on: steps accounted for, evaluations kept."""
+"""Where a run stands (`Progress`), and the steps that are not accounted for yet."""
 
 import dataclasses
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import Tensor
 
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import check_damaged
 from alexnet_dist.data.split import Split
-from alexnet_dist.engines.base import StepStats
+from alexnet_dist.engines.base import StepStats, on_host
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import NotFinite
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.training.logs import log
 from alexnet_dist.training.run_folder import RunFolder
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A step that was launched: its number (from 1), its batch, and `stats`, which waits until the
-    statistics have reached the host and returns them."""
-
-    step: int
-    batch: Batch
-    stats: Callable[[], StepStats[float]]
 
 
 @dataclass
@@ -55,13 +48,16 @@ class Progress:
     damaged: int = 0
     skipped: int = 0
 
-    def take_interval(self) -> dict[str, float]:
-        """Return the means since the last log point by tag, and start a new interval."""
+    def take_interval(self, rate: float) -> dict[str, float]:
+        """Return what train/ shows of the interval since the last log point, by tag: means over
+        samples, and counts. Start a new interval."""
         loss, top1, top5, norm, images = self.interval
         self.interval = [0.0] * 5
         of = images or math.nan  # NaN: every update was skipped
-        means = {"loss": loss / of, "top1": top1 / of, "top5": top5 / of}
-        return means | {"gradient_norm": norm / of}
+        return {
+            "loss": loss / of, "top1": top1 / of, "top5": top5 / of, "gradient_norm": norm / of,
+            "rate": rate, "damaged": float(self.damaged), "skipped": float(self.skipped),
+        }  # fmt: skip
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Progress":
@@ -94,46 +90,74 @@ class Progress:
         return done and not self.evaluation_due(config, schedule)
 
     def observe(self, score: Score, schedule: Schedule) -> None:
-        """Take in an evaluation: the schedule sees its error, and it may be the best so far."""
+        """Take in an evaluation: the schedule sees its error, and it may be the best so far.
+
+        Raises NotFinite if its loss is not.
+        """
+        if not math.isfinite(score.loss):
+            raise NotFinite(
+                f"the evaluation after step {self.step} gave a loss of {score.loss}: "
+                "nothing was saved since. Lower schedule.rate, or warm up longer"
+            )
         self.evaluated_step, self.score = self.step, score
         schedule.observe(1 - score.top1)
         if 1 - score.top1 < self.best_error:
             self.best_step, self.best_error = self.step, 1 - score.top1
 
-    def settle(
-        self, one: Pending, config: Config, split: Split, folder: RunFolder, topology: Topology
-    ) -> None:
-        """Account for a step: count damaged samples, add its statistics to the interval, or, if its
-        loss or gradient was not finite, keep its batch in the run folder.
+
+class PendingSteps:
+    """Steps that were launched, whose statistics are still on their way from the device.
+
+    Args:
+        progress: where the statistics are accounted for.
+        split: the training split.
+    """
+
+    def __init__(
+        self, progress: Progress, config: Config, split: Split, folder: RunFolder,
+        topology: Topology,
+    ) -> None:  # fmt: skip
+        self._progress, self._config, self._split = progress, config, split
+        self._folder, self._topology = folder, topology
+        self._steps: deque[tuple[int, Batch, Callable[[], StepStats[float]]]] = deque()
+
+    def add(self, step: int, batch: Batch, stats: Tensor) -> None:
+        """Start to copy a step's statistics (`StepStats`) to the host. Steps count from 1."""
+        self._steps.append((step, batch, on_host(stats)))
+
+    def read(self, all_but: int = 0) -> None:
+        """Wait for the statistics of all steps but the newest `all_but`, and account for them.
 
         Raises:
             DatasetError: more samples of this epoch were damaged than the config allows.
             NotFinite: more than train.max_skipped updates were skipped.
         """
-        size, step = config.train.batch, one.step
-        stats = one.stats()
-        if (step - 1) * size // len(split) > (step - 2) * size // len(split):  # a new epoch began
-            self.damaged = 0
-        self.damaged += int(stats.damaged)
-        check_damaged(config, split, self.damaged)
-        if stats.failed:
-            kept = folder.keep_batch(one.batch, step, topology.global_rank)
-            what = (
-                f"step {step}: its loss is {stats.loss / size:.4g} and its gradient's norm "
-                f"{stats.norm:.4g}: the update was not made, its batch is in {kept.parent}"
-            )
-            if self.skipped >= config.train.max_skipped:
-                raise NotFinite(
-                    f"{what}; {self.skipped} left out before, train.max_skipped="
-                    f"{config.train.max_skipped}. Lower schedule.rate, warm up longer, or look at "
-                    "the data"
-                )
-            self.skipped += 1
-            log.warning(
-                f"{what}; left out {self.skipped} of train.max_skipped={config.train.max_skipped}"
-            )
+        while len(self._steps) > all_but:
+            step, batch, stats = self._steps.popleft()
+            self._account(step, batch, stats())
+
+    def _account(self, step: int, batch: Batch, stats: StepStats[float]) -> None:
+        """Count a step's damaged samples, and add its statistics to the interval or, if its loss or
+        gradient was not finite, keep its batch in the run folder."""
+        progress, train = self._progress, self._config.train
+        size, in_epoch = train.batch, len(self._split)
+        if (step - 1) * size // in_epoch > (step - 2) * size // in_epoch:  # a new epoch began
+            progress.damaged = 0
+        progress.damaged += int(stats.damaged)
+        check_damaged(self._config, self._split, progress.damaged)
+        if not stats.failed:
+            sums = stats.loss, stats.top1, stats.top5, stats.norm * size, size
+            progress.interval = [a + b for a, b in zip(progress.interval, sums, strict=True)]
             return
-        for place, value in enumerate(
-            (stats.loss, stats.top1, stats.top5, stats.norm * size, size)
-        ):
-            self.interval[place] += value
+        kept = self._folder.keep_batch(batch, step, self._topology.global_rank)
+        what = (
+            f"step {step}: its loss is {stats.loss / size:.4g} and its gradient's norm "
+            f"{stats.norm:.4g}: the update was not made, its batch is in {kept.parent}"
+        )
+        if progress.skipped >= train.max_skipped:
+            raise NotFinite(
+                f"{what}; {progress.skipped} left out before, train.max_skipped="
+                f"{train.max_skipped}. Lower schedule.rate, warm up longer, or look at the data"
+            )
+        progress.skipped += 1
+        log.warning(f"{what}; left out {progress.skipped} of train.max_skipped={train.max_skipped}")

@@ -28,9 +28,10 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.files import appended
+from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
-from alexnet_dist.plotting import chroma
+from alexnet_dist.plotting import MOST_CLASSES, chroma
 from alexnet_dist.timing import SPANS, TIMELINE, Took
 from alexnet_dist.training import loggers, metrics_file
 from alexnet_dist.training.bottleneck import STRAGGLES, verdict
@@ -51,15 +52,16 @@ class Telemetry:
     Args:
         step: step at which the run continues; later points of an earlier attempt are removed.
         evaluated_step: last step whose evaluation counts.
-        flops: floating-point operations of training on one image.
     """
 
     def __init__(
         self, config: Config, folder: RunFolder, topology: Topology, dataset: Dataset,
-        schedule: Schedule, step: int, evaluated_step: int, flops: int,
+        schedule: Schedule, step: int, evaluated_step: int,
     ) -> None:  # fmt: skip
         self._config, self._folder, self._topology = config, folder, topology
-        self._step, self._last_step, self._flops = step, schedule.last_step, flops
+        self._schedule, self._last_step = schedule, schedule.last_step
+        self._step = step  # of the last log point
+        self._flops = training_flops(config)  # per image
         stored = dataset.splits[config.data.train_split].uniform(config.data.canvas)
         self._circumstances = config, topology.cores, stored, self._cuda  # for `verdict`
         self._classes = config.model.classes
@@ -70,6 +72,9 @@ class Telemetry:
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
         self._loggers: list[loggers.InThread] = []
         self._finished = False
+        classes, wanted = config.model.classes, config.log.pictures and loggers.pictured(config)
+        self._draws_confusion = wanted and classes <= MOST_CLASSES
+        self._undrawn: tuple[int, Tensor | None] | None = None  # step, and confusion
         if topology.leads:
             path = folder.path / "metrics.jsonl"
             before = metrics_file.cut(path, step, evaluated_step)
@@ -103,12 +108,15 @@ class Telemetry:
             if self.histograms_due(step):
                 self._board.histograms(engine, step)
 
-    def train(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+    def _epoch(self, step: int) -> float:
+        return step / self._schedule.steps_per_epoch
+
+    def train(self, step: int, values: Mapping[str, float]) -> None:
         """Write a training point: `values` by their tags under train/, and the times, speeds and
         memory of the interval since the last one. Collective."""
         took = TIMELINE.take()
         with TIMELINE.span("log"):
-            self._train(step, epoch, values, took)
+            self._train(step, self._epoch(step), values, took)
 
     def _train(self, step: int, epoch: float, values: Mapping[str, float], took: Took) -> None:
         steps, self._step = step - self._step, step
@@ -172,9 +180,15 @@ class Telemetry:
         ]  # fmt: skip
         return "  ".join(parts)
 
-    def evaluation(self, step: int, epoch: float, score: Score, engine: Engine) -> None:
+    def new_confusion(self) -> Tensor | None:
+        """Return (classes, classes) int64 counts of 0 for an evaluation; None if none are drawn."""
+        shape = self._classes, self._classes
+        return torch.zeros(shape, dtype=torch.int64) if self._draws_confusion else None
+
+    def evaluation(self, step: int, score: Score, engine: Engine, confusion: Tensor | None) -> None:
         """Write an evaluation point, and say where the time went since the last. Collective."""
-        kernels, values = engine.parameter("conv1.weight"), score.tags()
+        self._undrawn = step, confusion
+        kernels, values, epoch = engine.parameter("conv1.weight"), score.tags(), self._epoch(step)
         if kernels is not None:
             colours = enumerate(chroma(kernels, self._config.model.columns), start=1)
             values |= {f"chroma_{column}": value for column, value in colours}
@@ -186,16 +200,20 @@ class Telemetry:
             )
             self._say_where_time_went(step)
 
-    def pictures(self, step: int, engine: Engine, confusion: Tensor | None) -> None:
-        """Draw the pictures of an evaluation, once the evaluated network is saved. Collective."""
-        if loggers.pictured(self._config):
-            kernels = engine.parameter("conv1.weight")
-            pictures = self._board.evaluation(engine, step, kernels, confusion)
-            for logger in self._loggers:
-                logger.pictures(step, pictures)
-        if step == self._last_step:
-            self._finished = True
-            self._board.end(engine, step)
+    def pictures(self, engine: Engine) -> None:
+        """Draw the pictures of the last evaluation, unless that is done. Collective."""
+        if self._undrawn is None:
+            return
+        (step, confusion), self._undrawn = self._undrawn, None
+        with TIMELINE.span("evaluate"):
+            if loggers.pictured(self._config):
+                kernels = engine.parameter("conv1.weight")
+                pictures = self._board.evaluation(engine, step, kernels, confusion)
+                for logger in self._loggers:
+                    logger.pictures(step, pictures)
+            if step == self._last_step:
+                self._finished = True
+                self._board.end(engine, step)
 
     def _say_where_time_went(self, step: int) -> None:
         """Log how the time since the last evaluation divides among spans, and what helps."""

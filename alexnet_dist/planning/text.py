@@ -1,0 +1,121 @@
+"""What `plan` prints: a plan and a forecast as lines of text."""
+
+from alexnet_dist.errors import printable
+from alexnet_dist.planning.forecast import DecodingForecast, Forecast
+from alexnet_dist.planning.plan import Misfit, Plan
+
+
+def plan_lines(planned: Plan) -> list[str]:
+    """Return a plan as lines of text."""
+    layers, flops = planned.parameters, planned.forward_flops_per_image
+    text = [f"{'layer':8}{'parameters':>12}{'forward MFLOP/image':>21}"]
+    text += [f"{name:8}{layers[name]:12,}{flops[name] / 1e6:21,.1f}" for name in layers]
+    text += [
+        f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
+        f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP an image, "
+        f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP a step",
+        "",
+        f"on {planned.ranks} rank(s), a batch of {planned.batch} in all; of a rank, a step:",
+        f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
+    ]
+    for kind, found in planned.layouts.items():
+        if isinstance(found, Misfit):
+            text.append(f"{kind:20}{found.problem}")
+            continue
+        sent = [f"{name} {size / 1e6:,.1f}" for name, size in found.bytes.items()]
+        text.append(
+            f"{kind:20}{found.batch_per_replica:6}{found.parameters:12,}"
+            f"{found.memory['peak'] / 1e6:11,.0f} MB"
+            f"{found.bytes.get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
+        )
+    own = planned.layouts[planned.layout]
+    if isinstance(own, Misfit):
+        return text
+    text += ["", f"memory of a rank of {planned.layout}, MB at its peak:"]
+    text += [f"  {name:18}{size / 1e6:10,.1f}" for name, size in own.memory.items()]
+    return text
+
+
+def forecast_lines(outlook: Forecast, own: str) -> list[str]:
+    """Return a forecast as lines of text; `own` is the config's layout."""
+    machine, found = outlook.machine, outlook.predicted
+    devices, nodes = int(machine["devices"]), int(machine["nodes"])
+    on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
+    hours = f"{outlook.epochs:g} epochs"
+    text = ["", f"predicted, {devices * nodes} × {machine['name']}{on_nodes} "
+            f"({machine['source']}):",
+            f"{'':20}{'images/s':>10}{'× one':>8}{hours:>12}{'step, ms':>10}  of it, ms",
+            ]  # fmt: skip
+    base = found.get("alone") or found.get("one")
+    for kind, one in found.items():
+        parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
+        listed = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in parts if s > 0.01 * one.step_s)
+        name = "one, on one device" if kind == "alone" else kind
+        times = one.images_per_s / base.images_per_s if base else 1.0
+        text.append(
+            f"{name:20}{one.images_per_s:10,.0f}{times:8.2f}"
+            f"{_hours(one.hours):>12}{1e3 * one.step_s:10.4g}  {listed}"
+            + (f"; DOES NOT FIT: {one.too_large}" if one.too_large else "")
+        )
+    bases: dict[str, list[str]] = {}
+    for kind, one in found.items():
+        bases.setdefault(one.basis, []).append("one" if kind == "alone" else kind)
+    text.append("times of steps: " + "; ".join(
+        f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
+    ))  # fmt: skip
+    best, decode = outlook.recommended, outlook.decode
+    if best is None:
+        text.append("recommended: none fits; a smaller train.batch, or more train.micro_batches")
+    else:
+        speed = found[best]
+        text.append(
+            f"recommended: {'one, on one device' if best == 'alone' else best}: "
+            f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
+            f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
+            f"its bottleneck: {speed.bottleneck}"
+            + (" (yours)" if best == own else f"; yours, {own}, see above")
+        )
+    text.append(f"decoding: training takes {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
+    if outlook.data_missing:
+        text.append(f"no data set: {printable(outlook.data_missing)}")
+    text += ["", *plot(outlook.schedule)]
+    if run := outlook.measured:
+        text += [
+            "",
+            f"measured in {run['folder']}: {run['images_per_s']:,.0f} images/s, waiting for data "
+            f"{run['data_wait']:.0%} (median of {run['points']} points); predicted: "
+            f"{run['predicted_to_measured']:.2f} of that",
+        ]
+    return text
+
+
+def _decoded(decode: DecodingForecast) -> str:
+    """Say how images are decoded, how many there are, and what the alternative would give."""
+    by = f"data.pipeline={decode.pipeline} ({decode.why}), {decode.how}"
+    if decode.decoded_images_per_s is not None:
+        by += f": {decode.decoded_images_per_s:,.0f} images/s ({decode.basis})"
+    if decode.gpus is None:
+        return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
+    if decode.pipeline != "torch":
+        by += f"; threads of data.pipeline=torch give {decode.by_threads_images_per_s:,.0f}"
+    return by
+
+
+def _hours(hours: float) -> str:
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def plot(points: list[tuple[float, float]], height: int = 7) -> list[str]:
+    """Plot learning rates over epochs as text, a column for each point."""
+    rates = [rate for _, rate in points]
+    top = max(rates) or 1.0
+    rows = [round(rate / top * (height - 1)) for rate in rates]
+    labels = {height - 1: f"{top:.3g}", 0: "0"}
+    drawn = [
+        f"{labels.get(row, ''):>8} |" + "".join("*" if at == row else " " for at in rows)
+        for row in reversed(range(height))
+    ]
+    ends = f"0{points[-1][0]:>{len(points) - 1}.3g}"
+    return ["learning rate, by epoch", *drawn, f"{'':8} +{'-' * len(points)}", f"{'':10}{ends}"]
