@@ -1,20 +1,22 @@
-"""Ledgers of measurements, a JSON line each, oldest first; and the parts of pages they make."""
+"""Ledgers of measurements: their rows, the commit that a row is of, the parts of pages made from
+them, and the options that programs which measure part by part have in common.
 
-import contextlib
+A ledger is a JSON line for each row, the oldest first.
+"""
+
+import argparse
 import json
 import os
-import signal
 import subprocess
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-_MARK = "ALEXNET_DIST_STARTED"  # in the environment of a command and of all that it starts
 ROOT = Path(__file__).parent.parent
+Rows = Sequence[Mapping[str, Any]]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -25,79 +27,97 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append a row with today's date."""
     with path.open("a") as file:
-        file.write(json.dumps({**row, "date": f"{datetime.now(UTC):%Y-%m-%d}"}) + "\n")
+        file.write(json.dumps({**row, "date": today()}) + "\n")
 
 
-def between(page: str, first: str, last: str, text: str) -> str:
-    """Return the page with the text between two marks replaced."""
-    before, begin, rest = page.partition(first)
-    _, end, after = rest.partition(last)
-    assert begin
-    assert end
-    return f"{before}{begin}\n{text}\n{end}{after}"
+def today() -> str:
+    """Return the date of a row, in UTC."""
+    return f"{datetime.now(UTC):%Y-%m-%d}"
 
 
 def commit_of(*measured: str) -> str:
     """Return the last commit that changed what is measured, with a + if there are uncommitted
-    changes.
-
-    Raises OSError or CalledProcessError if there is no git or no such commit.
-    """
-    git = ["git", "-C", str(ROOT)]
+    changes; exit with a message if there is no git or no such commit."""
 
     def said(*arguments: str) -> str:
-        return subprocess.check_output([*git, *arguments, "--", *measured], text=True).strip()
+        git = ["git", "-C", str(ROOT), *arguments, "--", *measured]
+        return subprocess.check_output(git, text=True).strip()
 
-    commit = said("log", "-1", "--abbrev=9", "--format=%h")
-    return commit + ("+" if said("status", "--porcelain") else "")
+    try:
+        if commit := said("log", "-1", "--abbrev=9", "--format=%h"):
+            return commit + ("+" if said("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    sys.exit("git says of no commit that this is: say it yourself, COMMIT=NAME")
 
 
-@contextlib.contextmanager
-def started(
-    command: Sequence[str], output: Path, errors: Path, grace: float = 0
-) -> Iterator[subprocess.Popen[bytes]]:
-    """Run a command that can import the package; at the end, nothing that it started is left.
+# --- pages
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page with a part that `make docs` makes from a ledger's rows, between two marks.
+
+    Attributes:
+        ledger: the JSONL file.
+        tables: makes the part's text from the rows.
+    """
+
+    path: Path
+    ledger: Path
+    tables: Callable[[Rows], str]
+
+    @property
+    def marks(self) -> tuple[str, str]:
+        """The lines before and after the part."""
+        source = os.path.relpath(self.ledger, self.path.parent)
+        return f"<!-- made by make docs from {source} -->\n", "<!-- to here -->\n"
+
+    def documented(self, page: str, rows: Rows) -> str:
+        """Return a page's text with its part made anew from the rows."""
+        first, last = self.marks
+        before, begin, rest = page.partition(first)
+        _, end, after = rest.partition(last)
+        assert begin
+        assert end
+        return f"{before}{begin}\n{self.tables(rows)}\n{end}{after}"
+
+    def write(self) -> None:
+        """Bring the page up to date with its ledger."""
+        self.path.write_text(self.documented(self.path.read_text(), read_rows(self.ledger)))
+
+
+def table_line(*cells: object) -> str:
+    """Return a line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+# --- options
+
+
+def part_parser(
+    description: str | None, parts: Iterable[str], within: float
+) -> argparse.ArgumentParser:
+    """Return a parser of the options of a program that measures part by part.
 
     Args:
-        grace: seconds from SIGTERM to SIGKILL.
+        description: shown by --help as it is; a module's docstring.
+        within: default of --within, in seconds.
     """
-    mark = uuid.uuid4().hex
-    environment = os.environ | {
-        _MARK: mark,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        "PYTHONUNBUFFERED": "1",
-    }
-    with output.open("w") as out, errors.open("w") as err:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=err, cwd=ROOT, env=environment, process_group=0
-        )
-        try:
-            yield process
-        finally:
-            if grace and process.poll() is None:
-                process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(grace)
-            with contextlib.suppress(ProcessLookupError):  # all of them have ended
-                os.killpg(process.pid, signal.SIGKILL)
-            for other in _marked(mark):  # ranks lead sessions of their own
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    other.kill()
-            process.wait()
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("part", nargs="*", help=f"of {', '.join(parts)}; all")
+    parser.add_argument("--commit", help="that this is; what git says, if left out")
+    parser.add_argument("--within", type=float, default=within, help="seconds, in all")
+    return parser
 
 
-def _marked(mark: str) -> Iterator[psutil.Process]:
-    """Processes whose environment has it."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(_MARK) == mark:
-                yield process
-
-
-def failed(process: subprocess.Popen[bytes], limit: float) -> str:
-    """Wait at most `limit` seconds; return how a command failed, "" if it did not."""
-    try:
-        code = process.wait(max(0.0, limit))
-    except subprocess.TimeoutExpired:
-        return f"not done after {limit:.0f} s"
-    return f"exit {code}" if code else ""
+def parse_parts(parser: argparse.ArgumentParser, parts: Iterable[str]) -> argparse.Namespace:
+    """Parse the command line, and replace no `part` by all; exit with a message if there is no such
+    part."""
+    options = parser.parse_args()
+    if unknown := {*options.part} - {*parts}:
+        parser.error(f"{', '.join(sorted(unknown))}: a part is one of {', '.join(parts)}")
+    options.part = options.part or [*parts]
+    return options

@@ -136,6 +136,11 @@ class Row:
     candidate: str = ""
     of: tuple[str, ...] = ()
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The rows whose networks this one averages or begins from."""
+        return (*self.of, *filter(None, [self.variant.begins]))
+
 
 def planned(parts: Sequence[str], small: bool = False) -> list[Row]:
     """Return the rows of some parts: those by which recipes are chosen first, then seed by seed, so
@@ -155,6 +160,11 @@ def planned(parts: Sequence[str], small: bool = False) -> list[Row]:
             rows.append(Row(f"{variant.name}-average", variant, seeds - 1, of=names))
     return sorted(rows, key=lambda row: (row.seed, PARTS.index(row.variant.part),
                                          not row.candidate))  # fmt: skip
+
+
+def succeeded(rows: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Return the ledger's rows that did not fail, by name."""
+    return {row["row"]: row for row in rows if "failed" not in row}
 
 
 def chosen(variant: Variant, done: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...] | None:

@@ -1,11 +1,9 @@
 """Shared fixtures: a tiny network and data set, and real processes to run them in."""
 
 import faulthandler
-import gzip
 import os
 import pickle
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -24,15 +22,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from forks import Fork
+from made import write_idx
 from torch.distributed import distributed_c10d
 
-from alexnet_dist.config.load import configs_folder, load_config
+from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.engines.graph import release
-
-SAMPLE = configs_folder() / "fashion-mnist-sample"
 
 # Small, and awkward: odd shares of units, so that a column does not begin at a multiple of four.
 TINY = [
@@ -55,18 +51,6 @@ TINY = [
     "log.pictures=false",
     "log.embedding=0",
 ]
-
-
-def write_idx(folder: Path, train: int, test: int) -> Path:
-    """The first images of the bundled sample, in Fashion-MNIST's four files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for stem, count in (("train", train), ("t10k", test)):
-        for name, dims in (("images-idx3", 3), ("labels-idx1", 1)):
-            values = read_idx(SAMPLE / f"{stem}-{name}-ubyte.gz", dims)[:count]
-            header = bytes([0, 0, 8, dims]) + struct.pack(f">{dims}I", *values.shape)
-            packed = gzip.compress(header + values.tobytes(), mtime=0)
-            (folder / f"{stem}-{name}-ubyte.gz").write_bytes(packed)
-    return folder
 
 
 # Begun before the others, so that none of them is left to one worker at the end.

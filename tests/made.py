@@ -1,5 +1,6 @@
 """Small data sets in exactly the formats of the real ones, with the oddities of real images."""
 
+import gzip
 import io
 import pickle
 import struct
@@ -11,6 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from alexnet_dist.config.load import configs_folder
+from alexnet_dist.data.prepare.arrays import read_idx
+
+SAMPLE = configs_folder() / "fashion-mnist-sample"
 WNIDS = ("n01440764", "n02105855", "n01443537", "n12057211")
 WORDS = ("tench, Tinca tinca", "Shetland sheepdog", "goldfish", "yellow lady's slipper")
 
@@ -104,6 +109,18 @@ def cifar10(folder: Path, per_batch: int, test: int) -> Path:
         (root / name).write_bytes(pickle.dumps(content, protocol=2))
     meta = {b"num_cases_per_batch": per_batch, b"label_names": names, b"num_vis": 3072}
     (root / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+    return folder
+
+
+def write_idx(folder: Path, train: int, test: int) -> Path:
+    """The first images of the bundled sample, in Fashion-MNIST's four files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, count in (("train", train), ("t10k", test)):
+        for name, dims in (("images-idx3", 3), ("labels-idx1", 1)):
+            values = read_idx(SAMPLE / f"{stem}-{name}-ubyte.gz", dims)[:count]
+            header = bytes([0, 0, 8, dims]) + struct.pack(f">{dims}I", *values.shape)
+            packed = gzip.compress(header + values.tobytes(), mtime=0)
+            (folder / f"{stem}-{name}-ubyte.gz").write_bytes(packed)
     return folder
 
 

@@ -22,9 +22,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SAMPLE, alexnet_dist, as_overrides, assert_close, write_idx
+from conftest import alexnet_dist, as_overrides, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import SAMPLE, write_idx
 from torchvision.io import encode_jpeg
 
 import alexnet_dist as package_of_ours

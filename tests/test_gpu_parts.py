@@ -2,14 +2,15 @@
 
 import contextlib
 import json
-import runpy
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
+import gpu_page
 import psutil
 import pytest
+from gpu import measure
+from gpu_parts import PARTS, Part, of_compare, of_pytest, photographs
+from ledger import ROOT, read_rows
 
 from alexnet_dist.cli.main import build_parser, main
 from alexnet_dist.config.load import load_config
@@ -17,10 +18,6 @@ from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.planning.measured import Step, read_steps
 from alexnet_dist.reporting.compare_layouts import HEADING, Row, line
 
-DOCS = Path(__file__).parent.parent / "docs"
-sys.path.insert(0, str(DOCS))
-GPU: dict[str, Any] = runpy.run_path(str(DOCS / "gpu.py"))
-Part, measure = GPU["Part"], GPU["measure"]
 ABOUT = {"card": "A card", "driver": "580", "torch": "2.11", "triton": "3.6", "cuda": "13.0",
          "commit": "abc123def"}  # fmt: skip
 FOUND = {
@@ -41,7 +38,7 @@ def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
     rows, logs = tmp_path / "gpu.jsonl", tmp_path / "logs"
     parts = {"step": Part([says("before"), says("loading\n" + json.dumps(FOUND))], 60)}
     assert measure(parts, ABOUT, 90, rows, logs)
-    (row,) = GPU["read_rows"](rows)
+    (row,) = read_rows(rows)
     assert row["figures"] == {
         "ratios": {"ours / theirs": 1.25},
         "seconds a step": {"ours": 0.2},
@@ -53,10 +50,10 @@ def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
     assert "failed" not in row
     assert measure(parts, ABOUT, 90, rows, logs)
     assert "step: answered for abc123def" in capsys.readouterr().out
-    assert len(GPU["read_rows"](rows)) == 1
+    assert len(read_rows(rows)) == 1
     for other in ({"commit": "abc123def+"}, {"commit": "abc123def+"}, {"card": "Another"}):
         assert measure(parts, ABOUT | other, 90, rows, logs)
-    assert len(GPU["read_rows"](rows)) == 4
+    assert len(read_rows(rows)) == 4
 
 
 def test_a_part_that_fails_says_so_and_the_others_go_on(
@@ -72,8 +69,8 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(
         "slow": Part([["-c", child]], 3),
         "broken": Part([["-c", "raise SystemExit('no such option')"], says("{}")], 60),
         "mute": Part([says("nothing")], 60),
-        "tests": Part([says(tested, "raise SystemExit(1)")], 60, GPU["of_pytest"]),
-        "hangs": Part([says(hangs, "import time; time.sleep(99)")], 6, GPU["of_pytest"]),
+        "tests": Part([says(tested, "raise SystemExit(1)")], 60, of_pytest),
+        "hangs": Part([says(hangs, "import time; time.sleep(99)")], 6, of_pytest),
         "less": Part([says(json.dumps(FOUND), f"import sys; sys.stderr.write({less!r})")], 60),
         "long": Part([says(json.dumps(FOUND))], 500),
         "good": Part([says(json.dumps(FOUND))], 60),
@@ -81,7 +78,7 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(
     begin = time.monotonic()
     assert not measure(parts, ABOUT, 300, rows, logs)
     assert time.monotonic() - begin < 60
-    found = {row["part"]: row for row in GPU["read_rows"](rows)}
+    found = {row["part"]: row for row in read_rows(rows)}
     assert [*found] == ["slow", "broken", "mute", "tests", "hangs", "less", "good"]  # not long
     assert found["slow"]["failed"].startswith("not done after 2 s: ")
     with contextlib.suppress(psutil.NoSuchProcess):  # or killed, and not yet reaped
@@ -101,12 +98,12 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(
     assert "failed" not in found["good"]
     parts = {"broken": Part([says(json.dumps(FOUND))], 60)}  # mended: it is asked again
     assert measure(parts, ABOUT, 90, rows, logs)
-    assert "failed" not in GPU["read_rows"](rows)[-1]
+    assert "failed" not in read_rows(rows)[-1]
 
 
 def test_the_parts_are_commands_that_there_are() -> None:
     parser = build_parser()
-    for part in GPU["PARTS"].values():
+    for part in PARTS.values():
         assert part.limit < 570
         for _, module, *arguments in part.commands:
             if module == "alexnet_dist":
@@ -114,7 +111,7 @@ def test_the_parts_are_commands_that_there_are() -> None:
                 if hasattr(options, "config"):
                     load_config(options.config)
             for file in (word for word in arguments if word.endswith(".py")):
-                assert Path(GPU["ROOT"], file.removeprefix("--ignore=")).exists()
+                assert Path(ROOT, file.removeprefix("--ignore=")).exists()
 
 
 def test_what_compare_prints_is_read() -> None:
@@ -126,7 +123,7 @@ def test_what_compare_prints_is_read() -> None:
         holds = difference <= bound
         row = Row(kind, ranks, 2.3, difference, bound, holds, speed, 12_345_678, 2)
         printed.append(line(row, drift, floor))
-    assert GPU["of_compare"]("\n".join([*printed, "images/s are of a card"])) == {
+    assert of_compare("\n".join([*printed, "images/s are of a card"])) == {
         "largest difference": {
             "one, 1 rank(s)": 0, "columns, 2 rank(s)": 1.3e-15, "zero1, 2 rank(s)": 2e-3
         },
@@ -138,17 +135,17 @@ def test_what_compare_prints_is_read() -> None:
         },
     }  # fmt: skip
     with pytest.raises(ValueError, match="no layout"):
-        GPU["of_compare"]("\n".join(printed[:2]))
+        of_compare("\n".join(printed[:2]))
 
 
 def test_what_is_made_to_train_on_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    GPU["photographs"](tmp_path / "images", 160)
-    GPU["photographs"](tmp_path / "images", 1)  # there already
+    photographs(tmp_path / "images", 160)
+    photographs(tmp_path / "images", 1)  # there already
     assert main(["prepare", "folder", "images", "data"]) == 0
     splits = open_dataset(Path("data")).splits
     assert (len(splits["train"]), len(splits["val"])) == (144, 16)
-    bench = next(c for c in GPU["PARTS"]["end-to-end"].commands if "end-to-end" in c)
+    bench = next(c for c in PARTS["end-to-end"].commands if "end-to-end" in c)
     assert f"model.classes={len(open_dataset(Path('data')).classes)}" in bench
 
 
@@ -159,25 +156,26 @@ def test_the_tables_show_the_first_commit_and_the_last() -> None:
                         "seconds": 1, "figures": figures} | more  # fmt: skip
 
     rows = [row("first", 1.5), row("second", 1.6), row("third", 20123)]
-    told = GPU["tables"](rows)
+    told = gpu_page.tables(rows)
     assert "| ours / theirs | 1.5 | 20,123 |" in told
     assert "first, 2026-11-26, torch 2.11" in told
     assert "second" not in told
     rows.append(row("fourth", 0, figures={}, failed="exit 1: no `card`\n"))
-    told = GPU["tables"](rows)
+    told = gpu_page.tables(rows)
     assert "failed at fourth, 2026-11-26: `exit 1: no 'card'`" in told
     assert "| ours / theirs | 1.5 | 20,123 |" in told
-    page = "# P\n" + GPU["BEGIN"] + "old\n" + GPU["END"] + "after\n"
-    again = GPU["documented"](page, rows)
-    assert again == GPU["documented"](again, rows)
+    begin, end = gpu_page.PAGE.marks
+    page = f"# P\n{begin}old\n{end}after\n"
+    again = gpu_page.PAGE.documented(page, rows)
+    assert again == gpu_page.PAGE.documented(again, rows)
     assert "old" not in again
     assert again.startswith("# P\n")
     assert again.endswith("after\n")
 
 
 def test_the_page_shows_what_was_measured() -> None:
-    page = GPU["PAGE"].read_text()
-    assert page == GPU["documented"](page, GPU["read_rows"](GPU["ROWS"])), "make docs"
+    page = gpu_page.PAGE.path.read_text()
+    assert page == gpu_page.PAGE.documented(page, read_rows(gpu_page.ROWS)), "make docs"
 
 
 def test_steps_that_were_measured_correct_the_plan() -> None:
@@ -192,15 +190,15 @@ def test_steps_that_were_measured_correct_the_plan() -> None:
         row | {"card": "NVIDIA H200", "figures": {"seconds a step": older}, "failed": "of less"},
         row | {"card": "NVIDIA H100", "figures": {}, "part": "maps"},
     ]
-    found = [Step(**step) for step in GPU["steps"](rows)]
+    found = [Step(**step) for step in gpu_page.steps(rows)]
     assert [(s.card, s.batch, s.precision, s.ms) for s in found] == [
         ("NVIDIA H200", 128, "bf16", 2.1), ("NVIDIA H200", 128, "fp32", 12.35),
         ("NVIDIA H200", 1024, "bf16", 15.1),
     ]  # fmt: skip
-    assert {step.source for step in found} == {GPU["FROM_ROWS"]}
+    assert {step.source for step in found} == {gpu_page.FROM_ROWS}
 
 
 def test_the_steps_that_ship_are_those_of_the_rows() -> None:
     """`make docs` brings them up to date."""
-    shipped = [step for step in read_steps() if step.source == GPU["FROM_ROWS"]]
-    assert shipped == [Step(**step) for step in GPU["steps"](GPU["read_rows"](GPU["ROWS"]))]
+    shipped = [step for step in read_steps() if step.source == gpu_page.FROM_ROWS]
+    assert shipped == [Step(**step) for step in gpu_page.steps(read_rows(gpu_page.ROWS))]

@@ -8,28 +8,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
+import results
+import results_page
+from ledger import read_rows
+from recipes import BY_NAME, PARTS, chosen, planned
+from results_row import Bench, sources, trained
 
 from alexnet_dist.config.load import load_config
 
-DOCS = Path(__file__).parent.parent / "docs"
 CHOICES = {"tiny-imagenet": (41.0, 43.5, 42.0), "cifar10": (80.0, 70.0, 60.0)}
 
 
 @pytest.fixture
-def results(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(DOCS)
-    import results
-
-    return results
-
-
-@pytest.fixture
-def bench(results: Any, packed: Path, tmp_path: Path) -> Any:
+def bench(packed: Path, tmp_path: Path) -> Bench:
     """Small data sets that are all the same."""
     for name in ("tiny-imagenet", "cifar10", "imagenette", "fashion-mnist"):
         (tmp_path / name).symlink_to(packed)
-    return results.Bench.of(tmp_path, commit="abc123def")
+    return Bench.of(tmp_path, commit="abc123def")
 
 
 def row(of: Any, **more: Any) -> dict[str, Any]:
@@ -44,29 +41,29 @@ def row(of: Any, **more: Any) -> dict[str, Any]:
     return about | more
 
 
-def chosen_of(results: Any, part: str) -> dict[str, Any]:
+def chosen_of(part: str) -> dict[str, Any]:
     """Rows by which a part's recipe is chosen."""
-    own = [one for one in results.planned([part]) if one.candidate]
+    own = [one for one in planned([part]) if one.candidate]
     return {
         one.name: row(one, scores={"1": {"top1": top1, "top5": 99, "samples": 9}})
         for one, top1 in zip(own, CHOICES[part], strict=True)
     }
 
 
-def test_every_row_is_a_training_that_can_be(results: Any) -> None:
-    every = results.planned(results.PARTS)
+def test_every_row_is_a_training_that_can_be() -> None:
+    every = planned(PARTS)
     assert len({one.name for one in every}) == len(every)
     done = {one.name: row(one) for one in every}
-    real = results.Bench.of(None)
+    real = Bench.of(None)
     for one in (one for one in every if one.seed == 0 and not one.of):
-        config = load_config(results.sources(one, done, real))
+        config = load_config(sources(one, done, real))
         held = bool(one.candidate) and not one.variant.by_training
         assert (config.data.hold_out > 0) == (config.data.eval_split == "held_out") == held
         assert config.layout.kind == "one"
         assert config.data.path.startswith("data/")
-        small = results.sources(one, done, results.Bench.of(Path("/small")))
+        small = sources(one, done, Bench.of(Path("/small")))
         assert small[-1] == f"data.path=/small/{Path(config.data.path).name}"
-    assert set(results.TITLES) == set(results.PARTS)
+    assert set(results_page.TITLES) == set(PARTS)
     order = [one.name for one in every]
     assert order[:4] == ["tiny-imagenet-choose-0", "tiny-imagenet-choose-1",
                          "tiny-imagenet-choose-2", "tiny-imagenet-0"]  # fmt: skip
@@ -74,51 +71,49 @@ def test_every_row_is_a_training_that_can_be(results: Any) -> None:
     assert order.index("ablation-none-0") < order.index("tiny-imagenet-1")
 
 
-def test_a_recipe_is_chosen_by_what_is_held_out_and_seeds_wait_for_it(
-    results: Any, bench: Any
-) -> None:
-    real, tiny = results.Bench.of(None), results.BY_NAME["tiny-imagenet"]
-    done = chosen_of(results, "tiny-imagenet")
-    final = next(one for one in results.planned(["ablations"]) if one.name == "ablation-no-lrn-1")
-    assert results.sources(final, {}, real) is None
-    given = results.sources(final, done, real)
+def test_a_recipe_is_chosen_by_what_is_held_out_and_seeds_wait_for_it(bench: Bench) -> None:
+    real, tiny = Bench.of(None), BY_NAME["tiny-imagenet"]
+    done = chosen_of("tiny-imagenet")
+    final = next(one for one in planned(["ablations"]) if one.name == "ablation-no-lrn-1")
+    assert sources(final, {}, real) is None
+    given = sources(final, done, real)
     assert given[-4:] == [*tiny.candidates["He's, rate 0.01"], "train.epochs=12", "seed=1"]
     del done["tiny-imagenet-choose-2"]
-    assert results.sources(final, done, real) is None
-    tuned = next(one for one in results.planned(["imagenette"]) if one.variant.begins)
-    done = chosen_of(results, "tiny-imagenet")
-    assert results.sources(tuned, done, real) is None
+    assert sources(final, done, real) is None
+    tuned = next(one for one in planned(["imagenette"]) if one.variant.begins)
+    done = chosen_of("tiny-imagenet")
+    assert sources(tuned, done, real) is None
     done["imagenette-pretrain-0"] = {}
-    given = results.sources(tuned, done, real)
+    given = sources(tuned, done, real)
     assert "train.init_from=runs/results/imagenette-pretrain-0" in given
-    assert results._hindered(tuned, done, bench).startswith("imagenette-pretrain-0's network is no")
+    assert results._obstacle(tuned, done, bench).startswith("imagenette-pretrain-0's network is no")
 
 
-def test_figure_1s_rate_is_the_one_that_comes_first_to_25_percent(results: Any) -> None:
-    relu = results.BY_NAME["fig1-relu"]
-    own = [one for one in results.planned(["fig1"]) if one.variant is relu and one.candidate]
+def test_figure_1s_rate_is_the_one_that_comes_first_to_25_percent() -> None:
+    relu = BY_NAME["fig1-relu"]
+    own = [one for one in planned(["fig1"]) if one.variant is relu and one.candidate]
     epochs = [None, 8.0, 6.2]
     done = {
         one.name: row(one, epochs_to={"50": 1.0, "25": at, "15": None})
         for one, at in zip(own, epochs, strict=False)
     }
     done[own[3].name] = row(own[3], diverged="a loss of nan")
-    assert results.chosen(relu, done) == ("schedule.rate=0.01",)
+    assert chosen(relu, done) == ("schedule.rate=0.01",)
     for one in own[1:3]:  # none of them: the lowest training error
         done[one.name] = row(one, epochs_to={"25": None}, training_error=40.0)
     done[own[0].name]["training_error"] = 39.0
-    assert results.chosen(relu, done) == ("schedule.rate=0.001",)
+    assert chosen(relu, done) == ("schedule.rate=0.001",)
 
 
-def test_a_row_is_trained_and_scored(results: Any, bench: Any) -> None:
+def test_a_row_is_trained_and_scored(bench: Bench) -> None:
     (bench.runs / "logs").mkdir(parents=True)
     choose, final = "cifar10-four-layers-choose-0", "cifar10-four-layers-no-lrn-0"
-    rows = {one.name: one for one in results.planned(["lrn"], small=True)}
-    found = results.trained(rows[choose], results.sources(rows[choose], {}, bench), bench)
+    rows = {one.name: one for one in planned(["lrn"], small=True)}
+    found = trained(rows[choose], sources(rows[choose], {}, bench), bench)
     assert found["split"] == "held_out"
     assert [*found["scores"]] == ["1"]
     done = {name: row(one) for name, one in rows.items() if one.candidate}
-    found = results.trained(rows[final], results.sources(rows[final], done, bench), bench)
+    found = trained(rows[final], sources(rows[final], done, bench), bench)
     assert found["split"] == "test"
     assert found["scores"]["1"]["samples"] == found["scores"]["10"]["samples"] == 23
     assert found["steps"] == 3
@@ -134,15 +129,15 @@ def says(figures: Mapping[str, Any], then: str = "") -> str:
 
 
 @pytest.fixture
-def played(results: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], None]:
+def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], None]:
     """Rows by name as Python code, in the place of trainings."""
 
     def play(codes: Mapping[str, str]) -> None:
-        def started(one: Any, bench: Any) -> Any:
-            out, err = (results._log(one, kind, bench) for kind in ("out", "err"))
+        def started(one: Any, bench: Bench) -> Any:
+            out, err = (bench.log(one, kind) for kind in ("out", "err"))
             out.parent.mkdir(parents=True, exist_ok=True)
             code = codes.get(one.name, says({"scores": {}, "seconds": 1.0, "steps": 1}))
-            return results.ledger.started([sys.executable, "-c", code], out, err, 20)
+            return processes.started([sys.executable, "-c", code], out, err, 20)
 
         monkeypatch.setattr(results, "_started", started)
         monkeypatch.setattr(results, "_machine", lambda: "A card")
@@ -152,7 +147,7 @@ def played(results: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[s
 
 
 def test_rows_are_passed_over_once_done_and_tried_again_where_they_failed(
-    results: Any, bench: Any, played: Callable[[Mapping[str, str]], None],
+    bench: Bench, played: Callable[[Mapping[str, str]], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     score = {"scores": {"1": {"top1": 50.0, "top5": 90.0, "samples": 9}}, "seconds": 2.0}
@@ -167,7 +162,7 @@ def test_rows_are_passed_over_once_done_and_tried_again_where_they_failed(
     assert kept.exists()
     played(choices)
     assert results.measure(["cifar10"], bench)
-    rows = results.read_rows(bench.rows)
+    rows = read_rows(bench.rows)
     names = [one["row"] for one in rows if "failed" not in one]
     assert names == ["cifar10-choose-0", "cifar10-choose-2", "cifar10-choose-1", "cifar10-0"]
     assert not kept.exists()  # it is scored, and no row wants it
@@ -179,10 +174,10 @@ def test_rows_are_passed_over_once_done_and_tried_again_where_they_failed(
 
 
 def test_time_that_is_short_leaves_rows_and_stops_gently(
-    results: Any, bench: Any, played: Callable[[Mapping[str, str]], None],
+    bench: Bench, played: Callable[[Mapping[str, str]], None],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    short = results.Bench.of(bench.small, within=results.START_S - 1)
+    short = Bench.of(bench.small, within=results.START_S - 1)
     assert results.measure(["cifar10"], short)
     assert "cifar10-choose-0: left: it may take 45 s" in capsys.readouterr().out
     assert not bench.rows.exists()
@@ -193,7 +188,7 @@ def test_time_that_is_short_leaves_rows_and_stops_gently(
     monkeypatch.setattr(results, "START_S", 0.0)
     monkeypatch.setattr(results, "GRACE_S", 1)
     begin = time.monotonic()
-    assert results.measure(["cifar10"], results.Bench.of(bench.small, within=4))
+    assert results.measure(["cifar10"], Bench.of(bench.small, within=4))
     assert time.monotonic() - begin < 15
     assert (bench.small / "saved").exists()
     assert "cifar10-choose-0: stopped; the same command goes on" in capsys.readouterr().out
@@ -201,7 +196,7 @@ def test_time_that_is_short_leaves_rows_and_stops_gently(
 
 
 def test_rows_of_small_networks_run_together_and_data_that_is_missing_is_said(
-    results: Any, bench: Any, played: Callable[[Mapping[str, str]], None],
+    bench: Bench, played: Callable[[Mapping[str, str]], None],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(results, "_at_once", lambda variant: variant.together)
@@ -209,43 +204,43 @@ def test_rows_of_small_networks_run_together_and_data_that_is_missing_is_said(
     waits += f"here = pathlib.Path('{bench.small}')\n(here / f'at-{{time.monotonic()}}').touch()\n"
     waits += "while len(list(here.glob('at-*'))) < 4: time.sleep(0.05)"
     figures = {"epochs_to": {"25": 3.0}, "training_error": 20.0, "scores": {}, "seconds": 1.0}
-    names = [one.name for one in results.planned(["fig1"]) if one.candidate]
+    names = [one.name for one in planned(["fig1"]) if one.candidate]
     choices = {n: says(figures, waits if n in names[:4] else "") for n in names}
     score = {"scores": {"1": {"top1": 50.0, "top5": 90.0, "samples": 9}}, "seconds": 2.0}
     played(choices | {f"tiny-imagenet-choose-{n}": says(score) for n in range(3)})
     (bench.small / "imagenette").unlink()
     assert results.measure(["fig1", "imagenette"], bench)
-    done = {one["row"] for one in results.read_rows(bench.rows)}
+    done = {one["row"] for one in read_rows(bench.rows)}
     assert {*names, "fig1-relu-0", "fig1-tanh-0", "fig1-sigmoid-0"} <= done
     assert "imagenette-choose-0: left: " in capsys.readouterr().out
 
 
-def test_the_tables_show_means_choices_colour_and_commands(results: Any) -> None:
-    every = results.planned(["tiny-imagenet"])
-    rows = [*chosen_of(results, "tiny-imagenet").values()]
+def test_the_tables_show_means_choices_colour_and_commands() -> None:
+    every = planned(["tiny-imagenet"])
+    rows = [*chosen_of("tiny-imagenet").values()]
     for one in (one for one in every if not one.candidate):
         score = {"top1": 44.0 + one.seed, "top5": 70.0, "samples": 9}
         rows.append(row(one, scores={"1": score, "10": score}))
     rows[-1]["command"] = "alexnet-dist evaluate a b"
-    told = results.tables(rows)
+    told, front = results_page.tables(rows), results_page.front(rows)
     assert "| the paper's network | 5 | 46.00 ± 1.58 | 70.00 ± 0.00 | 46.00 ± 1.58 |" in told
     assert "| the average of them | 5 | 48.00 |" in told
     assert "He's, rate 0.01: 43.50 % with one view (taken)" in told
     assert "![kernels of seed 4](images/results-tiny-imagenet-4-kernels.png)" in told
     assert "\nalexnet-dist train x\n" in told
-    assert told.count("Not yet run.") == len(results.PARTS) - 1
-    assert "| Tiny ImageNet | 46.00 ± 1.58 | 5 | A card, abc, 2026-11-26 |" in results.front(rows)
-    assert "CIFAR-10" not in results.front(rows)
-    assert "waits for a GPU" in results.front([])
-    fig1 = [one for one in results.planned(["fig1"]) if one.name == "fig1-relu-0"]
-    assert "| ReLU | 1 | 1.0 | 5.0 | never | 1.5 |" in results.tables([row(fig1[0])])
+    assert told.count("Not yet run.") == len(PARTS) - 1
+    assert "| Tiny ImageNet | 46.00 ± 1.58 | 5 | A card, abc, 2026-11-26 |" in front
+    assert "CIFAR-10" not in front
+    assert "waits for a GPU" in results_page.front([])
+    fig1 = [one for one in planned(["fig1"]) if one.name == "fig1-relu-0"]
+    assert "| ReLU | 1 | 1.0 | 5.0 | never | 1.5 |" in results_page.tables([row(fig1[0])])
 
 
-def test_the_pages_show_what_is_in_the_ledger(results: Any) -> None:
-    rows = results.read_rows(results.ROWS)
-    page, readme = results.PAGE.read_text(), results.README.read_text()
-    assert page == results.documented(page, rows), "make docs"
-    assert readme == results.introduced(readme, rows), "make docs"
+def test_the_pages_show_what_is_in_the_ledger() -> None:
+    rows = read_rows(results_page.ROWS)
+    for page in results_page.PAGES:
+        text = page.path.read_text()
+        assert text == page.documented(text, rows), "make docs"
     for one in rows:
-        names = [other.name for other in results.planned(results.PARTS)]
+        names = [other.name for other in planned(PARTS)]
         assert one["row"] in names

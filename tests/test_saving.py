@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import write_idx
+from made import write_idx
 
 from alexnet_dist import train
 from alexnet_dist.checkpoint import store as checkpoints

@@ -391,9 +391,7 @@ def test_a_zips_checksums_are_compared(source: Path, tmp_path: Path) -> None:
 
 
 def test_gzips_checksums_are_compared(tmp_path: Path) -> None:
-    from conftest import write_idx
-
-    folder = write_idx(tmp_path / "idx", 20, 10)
+    folder = made.write_idx(tmp_path / "idx", 20, 10)
     prepare("fashion_mnist", folder, tmp_path / "out", ONE)
     whole = folder / "train-images-idx3-ubyte.gz"
     content = bytearray(whole.read_bytes())

@@ -9,7 +9,8 @@ from email import message_from_bytes
 from pathlib import Path
 
 import pytest
-from conftest import TINY, write_idx
+from conftest import TINY
+from made import write_idx
 
 from alexnet_dist.files import read_run
 

@@ -1,0 +1,159 @@
+"""The parts that docs/gpu.py measures: the commands of each, its time limit, and how figures are
+read from what it prints."""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+CLASSES, PHOTOGRAPHS = 8, 4000
+Figures = dict[str, dict[str, float]]  # by group
+
+
+# --- what commands print
+
+
+def of_bench(printed: str) -> Figures:
+    """Read the output of `bench … --json`: the medians of its times, and the costliest kernels."""
+    found = json.loads(printed.splitlines()[-1])
+    runs, kernels = found.get("runs", [{}]), found.get("kernels", [])
+    timed = {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+    timed |= {name[:80]: us for name, us, _, _ in kernels[:20]}
+    return {"ratios": found["ratios"], found["unit"]: timed, "more": found.get("ceilings", {})}
+
+
+def of_pytest(printed: str) -> Figures:
+    """Count tests by outcome, from pytest's output; also if it was killed before its summary."""
+    ended = re.findall(r"^(?:tests/\S.* |\[gw\d+\].*)(PASSED|FAILED|SKIPPED|ERROR)", printed, re.M)
+    if "PASSED" not in ended:
+        raise ValueError("no test passed")
+    return {"tests": {word.lower(): float(ended.count(word)) for word in sorted({*ended})}}
+
+
+def tests_amid(printed: str) -> list[str]:
+    """Return the tests that have started and not ended, from the output of pytest with workers."""
+    begun = re.findall(r"^(tests/\S+::.*?) *$", printed, re.M)
+    ended = re.findall(r"^\[gw\d+\] \[ *\d+%\] [A-Z]+ (tests/\S+::.*?) *$", printed, re.M)
+    return [name for name in begun if name not in ended]
+
+
+def of_compare(printed: str) -> Figures:
+    """Read the table of `compare`: each layout's difference from one process, speed and drift."""
+    rows = re.findall(
+        r"^(\w+) +(\d+) +\S+ +(\S+) +\S+ +(?:yes|NO) +(\S+) +\S+ *(?:noise floor )?(\S*)$",
+        printed, re.M,
+    )  # fmt: skip
+    if len(rows) < 2:
+        raise ValueError("no layout beside one process")
+    named = {f"{kind}, {ranks} rank(s)": values for kind, ranks, *values in rows}
+    heads = ("largest difference", "images/s of a shared GPU", "drift in fp32 (one: its floor)")
+    return {
+        head: {name: float(values[place]) for name, values in named.items() if values[place]}
+        for place, head in enumerate(heads)
+    }
+
+
+# --- parts
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the measurements.
+
+    Attributes:
+        commands: arguments of Python, run one after another; the last one prints the figures.
+        limit: seconds, for all commands together.
+        read: turns the last command's output into figures.
+    """
+
+    commands: Sequence[Sequence[str]]
+    limit: int
+    read: Callable[[str], Figures] = of_bench
+
+
+_ALEXNET_DIST = ("-m", "alexnet_dist")
+_IMAGES = "data/gpu-images"
+_MAKE_IMAGES = ["docs/gpu.py", "--photographs", _IMAGES]
+
+
+def _bench(*arguments: str) -> list[str]:
+    """Return a benchmark of the paper's network."""
+    name, *rest = arguments
+    return [*_ALEXNET_DIST, "bench", name, "paper/alexnet-2012", *rest, "--json"]
+
+
+def _bench_data(*arguments: str) -> list[str]:
+    return [*_ALEXNET_DIST, "bench", "data", _IMAGES, *arguments, "--json"]
+
+
+def _from_shards(pipeline: str) -> Part:
+    """Return the part that trains from packed images by one pipeline."""
+    prepare = [*_ALEXNET_DIST, "prepare", "folder", _IMAGES, "data/gpu"]
+    own = ["data.path=data/gpu", f"model.classes={CLASSES}", f"data.pipeline={pipeline}"]
+    bench = _bench("end-to-end", *own, "--repeats", "3")
+    return Part([_MAKE_IMAGES, prepare, bench], 110)
+
+
+def _pytest(*which: str, workers: int = 4) -> list[str]:
+    return ["-m", "pytest", *which, "-v", "-n", f"{workers}"]
+
+
+def _ranks(*which: str) -> list[str]:
+    """Return tests of several ranks; with few workers, as all of them share the GPU."""
+    return _pytest("-m", "gpu", *which, workers=2)
+
+
+# Test files that are parts of their own; the last two are drills too.
+_FIRST, _LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
+    f"tests/test_{name}.py"
+    for name in ("gpu_first", "gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
+)
+_OTHERS = (f"--ignore={file}" for file in (_FIRST, _LAYOUTS, _GRAPHS, _RUNS))
+_ONE_RANK = ["-m", "gpu and not drill", *_OTHERS, "--continue-on-collection-errors"]
+_DEMO = [*_ALEXNET_DIST, "prepare", "fashion_mnist", "configs/fashion-mnist-sample", "data/demo"]
+_COMPARE = [*_ALEXNET_DIST, "compare", "demo", "--share-gpu"]
+PARTS = {
+    "first": Part([_pytest(_FIRST)], 170, of_pytest),
+    "tests": Part([_pytest(*_ONE_RANK)], 170, of_pytest),
+    "step": Part([_bench("step", "--batch", "128", "1024")], 300),
+    "maps": Part([_bench("maps")], 60),
+    "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 60),
+    "end-to-end": _from_shards("dali"),
+    "end-to-end-torch": _from_shards("torch"),
+    "end-to-end-resident": _from_shards("resident"),
+    "data": Part([_MAKE_IMAGES, _bench_data("--images", "10000", "--repeats", "3")], 200),
+    "decoders": Part([_MAKE_IMAGES, _bench_data("--differences", "--images", "1400")], 90),
+    "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest),
+    "compare-shared": Part([_DEMO, _COMPARE], 400, of_compare),
+    "tests-layouts": Part([_ranks(_LAYOUTS)], 280, of_pytest),
+    "tests-graphs": Part([_ranks(_GRAPHS)], 280, of_pytest),
+    "tests-runs": Part([_ranks(_RUNS, _HOSTS)], 280, of_pytest),
+    "layouts-shared": Part([_bench("layouts", "--share-gpu", "--repeats", "1")], 400),
+}
+
+
+def photographs(folder: Path, count: int) -> None:
+    """Make `count` JPEGs of 256 × 256, smooth colours with some noise, unless the folder exists."""
+    import numpy as np
+    from PIL import Image
+
+    if folder.exists():
+        return
+    aside = folder.with_suffix(".partial")
+
+    def draw(number: int) -> None:
+        split = "val" if number % 10 == 0 else "train"
+        home = aside / split / f"class{number // 10 % CLASSES}"
+        home.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(number)
+        coarse = Image.fromarray(random.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((256, 256), Image.Resampling.BICUBIC))
+        image = (smooth + random.normal(0, 6, smooth.shape)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(image).save(home / f"{number}.jpg", quality=85)
+
+    with ThreadPoolExecutor() as threads:
+        list(threads.map(draw, range(count)))
+    aside.rename(folder)

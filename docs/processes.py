@@ -1,0 +1,111 @@
+"""Processes of programs that measure: commands with a time limit, of which nothing is left behind,
+and temporary folders that are removed even if the program is killed."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import psutil
+
+_MARK = "ALEXNET_DIST_STARTED"  # in the environment of a command and of all that it starts
+ROOT = Path(__file__).parent.parent
+
+
+@contextlib.contextmanager
+def started(
+    command: Sequence[str], output: Path, errors: Path, grace: float = 0
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command that can import the package; at the end, nothing that it started is left.
+
+    Args:
+        grace: seconds from SIGTERM to SIGKILL.
+    """
+    mark = uuid.uuid4().hex
+    environment = os.environ | {
+        _MARK: mark,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "PYTHONUNBUFFERED": "1",
+    }
+    with output.open("w") as out, errors.open("w") as err:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, cwd=ROOT, env=environment, process_group=0
+        )
+        try:
+            yield process
+        finally:
+            if grace and process.poll() is None:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(grace)
+            with contextlib.suppress(ProcessLookupError):  # all of them have ended
+                os.killpg(process.pid, signal.SIGKILL)
+            _kill_marked(mark)  # ranks lead sessions of their own
+            process.wait()
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill every other process whose environment has the mark, and wait until it is gone."""
+    killed = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_MARK) == mark and process.pid != os.getpid():
+                process.kill()
+                killed.append(process)
+    psutil.wait_procs(killed, timeout=5)
+
+
+def failed(process: subprocess.Popen[bytes], limit: float) -> str:
+    """Wait at most `limit` seconds; return how a command failed, "" if it did not."""
+    try:
+        code = process.wait(max(0.0, limit))
+    except subprocess.TimeoutExpired:
+        return f"not done after {limit:.0f} s"
+    return f"exit {code}" if code else ""
+
+
+def exit_at_sigterm() -> None:
+    """Make SIGTERM end this program as an exception does, which also ends what it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+
+@contextlib.contextmanager
+def scratch(name: str) -> Iterator[Path]:
+    """Make a folder for all temporary files of this program and of what it starts; at the end, or
+    at SIGTERM, end those processes and remove it. Folders of the same name that programs left
+    which were killed are removed first: nobody holds their locks."""
+    exit_at_sigterm()
+    prefix = f"alexnet-dist-{name}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as made:
+        folder, before = Path(made), (dict(os.environ), tempfile.tempdir)
+        os.environ |= {_MARK: uuid.uuid4().hex, "TMPDIR": made}
+        tempfile.tempdir = made
+        try:
+            with _locked(folder):
+                yield folder
+        finally:
+            _kill_marked(os.environ[_MARK])
+            os.environ.clear()
+            os.environ.update(before[0])
+            tempfile.tempdir = before[1]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock; raise BlockingIOError if another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
