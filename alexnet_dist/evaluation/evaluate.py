@@ -13,7 +13,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
-from alexnet_dist.data.pipelines.make import make_pipeline, once
+from alexnet_dist.data.pipelines.make import for_one_pass, make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
 from alexnet_dist.engines.ddp import TorchEngine
@@ -59,7 +59,7 @@ def evaluate(
     """
     trained = network if isinstance(network, Trained) else load_checkpoint(network)
     changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
-    config = load_config([flat(once(trained.config)) | changes])
+    config = load_config([flat(for_one_pass(trained.config)) | changes])
     topology = connect(config)
     engine = TorchEngine(config, topology, drawn=False)
     engine.model.load_state_dict(trained.model.state_dict())
@@ -147,7 +147,7 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
     """
     # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
-    configs = [load_config([flat(once(c.config)), *ALONE, *overrides]) for c in found]
+    configs = [load_config([flat(for_one_pass(c.config)), *ALONE, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config, found[0].path)
     for checkpoint, other in zip(found, configs, strict=True):

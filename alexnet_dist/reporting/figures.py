@@ -19,7 +19,7 @@ from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import flat
 from alexnet_dist.data.dataset import evaluation_split, open_for
-from alexnet_dist.data.pipelines.make import once
+from alexnet_dist.data.pipelines.make import for_one_pass
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, looked_in
@@ -69,7 +69,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     The training split's features are kept in `figures/features.npy` while they are compared.
     """
     found = checkpoints.at(folder)
-    config = load_config([flat(once(found.config)), *ALONE, *overrides])
+    config = load_config([flat(for_one_pass(found.config)), *ALONE, *overrides])
     dataset, out = open_for(config, found.path), _folder(folder)
     topology = connect(config)
     engine = TorchEngine(config, topology)

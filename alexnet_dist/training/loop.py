@@ -21,9 +21,9 @@ from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
-from alexnet_dist.data.pipelines.auto import decoders, settled, splits_of
+from alexnet_dist.data.pipelines.auto import choose_pipeline, decoders, splits_of
 from alexnet_dist.data.pipelines.make import train_batches
-from alexnet_dist.data.pipelines.resident import hold
+from alexnet_dist.data.pipelines.resident import decode_to_memory
 from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
@@ -136,7 +136,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
     as_before = asked != config.data.pipeline  # the run began with another one, and keeps it
-    config, why = settled(config, topology, dataset)
+    config, why = choose_pipeline(config, topology, dataset)
     decoding = f"data.pipeline={config.data.pipeline} ({'as before' if as_before else why})"
     decoding += decoders(config, topology)
     folder = RunFolder(config)
@@ -177,7 +177,7 @@ def _run(
     folder.running(progress.step, schedule.last_step)
     log.info(_opening(config, topology, folder, progress, schedule, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
-        hold(config, topology, dataset, splits_of(config), signals)
+        decode_to_memory(config, topology, dataset, splits_of(config), signals)
     batches = train_batches(config, topology, dataset, progress.step, schedule.last_step)
     telemetry = Telemetry(
         config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step,
