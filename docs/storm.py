@@ -242,7 +242,7 @@ def _whole(folder: Path) -> None:
     """Check that every sample of a packed data set is one that was packed, or a stand-in."""
     dataset = open_dataset(folder)
     for split in dataset.splits.values():
-        _, encoded = split.read_whole(np.arange(len(split)))
+        _, encoded = split.read_batch(np.arange(len(split)))
         for one in encoded:
             decode_image(torch.from_numpy(one))
         split.close()

@@ -138,7 +138,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     found = evaluate_checkpoints(paths, overrides)
-    kept = scores.keep(found)
+    kept = scores.save_score(found)
     if options.predictions:
         found.write(options.predictions)
     if options.json:

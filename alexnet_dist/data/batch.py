@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -162,21 +162,11 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
 
-class Pipeline(Protocol):
-    """Decodes samples of one split and cuts their patches, with no random choices of its own."""
-
-    def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
-        """Yield the decoded samples of each entry of the plan, in order, prepared ahead."""
-
-    def close(self) -> None:
-        """Stop the pipeline's threads; batches not yet taken are lost."""
-
-
-class ThreadedPipeline:
-    """What all pipelines share: threads that work ahead, and the packing of what they decoded.
+class Pipeline:
+    """Decodes samples of one split and cuts their patches, with no random choices of its own.
 
     Attributes:
-        pool: the threads.
+        pool: threads that work ahead.
         prefetch: number of batches prepared ahead.
     """
 
@@ -188,16 +178,17 @@ class ThreadedPipeline:
         self.canvas, self.crop = config.data.canvas, config.model.crop
         self.prefetch = config.data.prefetch
 
+    def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
+        """Yield the decoded samples of each entry of the plan, in order, prepared ahead."""
+        raise NotImplementedError
+
     def close(self) -> None:
+        """Stop the pipeline's threads; batches not yet taken are lost."""
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.split.close()
 
     def decoded(self, samples: Samples, read: IdArray, patches: Tensor) -> Decoded:
-        """Return samples with their patches, which are on the device.
-
-        Args:
-            read: (n,) the samples that were read for them.
-        """
+        """Return samples with their patches on the device; `read` are those read for them, (n,)."""
         metadata = to_device(Metadata.pack(samples, read, self.split), self.device)
         return Decoded(patches, metadata, self.preprocess)
 

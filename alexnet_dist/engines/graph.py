@@ -42,7 +42,7 @@ def captures(execution: str, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run the GPU work inside on this stream: after all earlier work of the current stream, and
     before all later. None: run it on the current stream."""
     if stream is None:
@@ -81,7 +81,7 @@ class CapturedStep:
         self.given = replace(batch, **copies), now, now.double()
         # Warm up; the last step counts what a replay will send.
         kept = [tensor.clone() for tensor in state]
-        with beside(stream):
+        with on_stream(stream):
             for left in reversed(range(warm_up)):
                 with contextlib.nullcontext() if left else self.traffic:
                     step(*self.given)
@@ -89,7 +89,7 @@ class CapturedStep:
         try:
             # Other threads copy and allocate meanwhile, which must not invalidate the capture.
             with (
-                beside(stream),
+                on_stream(stream),
                 torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
                 TIMELINE.captured(bool(self.traffic.sent)) as self.marks,
             ):

@@ -25,8 +25,8 @@ class Optimizer:
 
     Args:
         parameters: (name, parameter); names end in .weight or .bias.
-        whole_sums: turns sums over this rank's rows, (2, weights), into sums over whole tensors;
-            for LARS.
+        sum_over_shards: turns sums over this rank's rows, (2, weights), into sums over whole
+            tensors; for LARS.
         narrow: by parameter name, copies in the dtype that the network computes in, to be kept up
             to date; None: torch makes the update.
     """
@@ -35,10 +35,10 @@ class Optimizer:
         self,
         config: OptimizerConfig,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        whole_sums: Callable[[Tensor], Tensor] = lambda sums: sums,
+        sum_over_shards: Callable[[Tensor], Tensor] = lambda sums: sums,
         narrow: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.config, self.whole_sums, self.narrow = config, whole_sums, narrow
+        self.config, self.sum_over_shards, self.narrow = config, sum_over_shards, narrow
         named = list(parameters)
         groups = [
             {"params": [p for name, p in named if name.endswith(".bias") == biases]}
@@ -155,7 +155,7 @@ class Optimizer:
         weights, biases = (group["params"] for group in self.optimizer.param_groups)
         grads, decay = [w.grad for w in weights], self.config.weight_decay
         norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads)]
-        w, g = self.whole_sums(torch.stack(norms).square()).sqrt()
+        w, g = self.sum_over_shards(torch.stack(norms).square()).sqrt()
         trust = torch.where((w > 0) & (g > 0), self.config.trust * w / (g + decay * w), 1.0)
         torch._foreach_add_(grads, weights, alpha=decay)
         torch._foreach_mul_(grads, list((scale * trust).unbind()))

@@ -61,7 +61,7 @@ def evaluate(
     changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
     config = load_config([flat(for_one_pass(trained.config)) | changes])
     topology = connect(config)
-    engine = TorchEngine(config, topology, drawn=False)
+    engine = TorchEngine(config, topology, init_weights=False)
     engine.model.load_state_dict(trained.model.state_dict())
     dataset = open_for(config, trained.checkpoint.path)
     score = evaluate_engine(engine, config, topology, dataset)
@@ -99,7 +99,7 @@ def evaluate_engine(
     return _score(sums, config, dataset)
 
 
-def seen(
+def features_and_logits(
     engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
     samples: range,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -115,11 +115,12 @@ def seen(
     *_, last = engine.model.layers()
     products = last.products
 
-    def noted(seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        features.append(side_by_side(seen).flatten(1))
-        return products(seen, weight, bias)
+    # Not by a hook: only here are the inputs those of all columns, after their exchange.
+    def recorded(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        features.append(side_by_side(inputs).flatten(1))
+        return products(inputs, weight, bias)
 
-    last.products = noted  # type: ignore[method-assign]
+    last.products = recorded  # type: ignore[method-assign]
     pipeline = make_pipeline(config, topology, dataset, split)
     size = config.evaluate.batch
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]

@@ -137,6 +137,6 @@ def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained
     moved = {} if data is None else {"data.path": str(data)}
     config = load_config([flat(found.config) | moved, *ALONE])
     dtype = parameter_dtype(config.train.precision)
-    model = AlexNet(config.model, config.seed, dtype=dtype, drawn=False).eval()
+    model = AlexNet(config.model, config.seed, dtype=dtype, init_weights=False).eval()
     model.load_state_dict(found.parameters().tensors())
     return Trained(model, config, found, given=data is not None)

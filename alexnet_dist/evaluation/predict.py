@@ -5,13 +5,9 @@ file of a data set is that for its packed sample.
 """
 
 import os
-import signal
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.missing import IMAGE_SUFFIXES
 from alexnet_dist.data.prepare.convert import How, RefusedImage, as_packed, convert
@@ -37,7 +34,7 @@ from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES, parameter_dtype
-from alexnet_dist.parallel.spawn import leave_with_parent
+from alexnet_dist.parallel.workers import worker_pool
 from alexnet_dist.plotting import columns_picture
 
 WORTH_A_PROCESS = 500  # images per process that are worth starting it for
@@ -260,16 +257,12 @@ def _read(paths: Sequence[Path], how: How, side: int, workers: int) -> Iterator[
     if workers <= 1:
         yield from (_canvas_or_why(path, how, side) for path in paths)
         return
-    ahead: deque[Future[Canvas | str]] = deque()
-    # Spawned, since forking a process that has threads can hang.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),))
+    pool = worker_pool(workers)
     try:
-        for path in paths:
-            ahead.append(pool.submit(_canvas_or_why, path, how, side))
-            if len(ahead) > workers * _AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        for future in started_ahead(
+            paths, lambda path: pool.submit(_canvas_or_why, path, how, side), workers * _AHEAD
+        ):
+            yield future.result()
     except BrokenProcessPool as error:
         raise MachineError(
             f"a process that reads images was killed{of_memory()}; ask of fewer images at a time"
@@ -283,11 +276,3 @@ def _canvas_or_why(path: Path, how: How, side: int) -> Canvas | str:
         return canvas_of(path, how, side)
     except RefusedImage as error:
         return " ".join(f"{error}".split())[:300] or "it cannot be read"
-
-
-def _begin_worker(parent: int) -> None:
-    """Set up a process that reads images: it ignores stop signals, and ends with its parent."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    leave_with_parent(parent)
-    torch.set_num_threads(1)

@@ -38,7 +38,7 @@ def write(
             f"--format onnx needs {error.name}: pip install 'alexnet-dist[export]'"
         ) from error
     about = {"config": json.dumps(flat(config))} | _preprocessing(found, config, data)
-    model = AlexNet(config.model, drawn=False).eval()
+    model = AlexNet(config.model, init_weights=False).eval()
     model.load_state_dict(tensors)
     windows = torch.zeros(2, 3, config.model.crop, config.model.crop)
     batch = {"x": {0: torch.export.Dim("batch")}}

@@ -119,11 +119,10 @@ def dropout_mask(
     """
     threshold = round(drop * 2**32)
     if slots.is_cuda and kernels.can_be_built():
-        from alexnet_dist.network.kernels.units import dropout_mask as drawn
+        from alexnet_dist.network.kernels.units import dropout_mask as by_kernel
 
         now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
-        of = (slots, now, layer, first, count, seed, threshold)
-        kept: Tensor = drawn(*of)
+        kept: Tensor = by_kernel(slots, now, layer, first, count, seed, threshold)
         return kept
     values = type(slots) is Tensor  # not a fake tensor, as `plan` uses
     if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():

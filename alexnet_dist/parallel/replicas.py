@@ -37,18 +37,18 @@ class ShardExchange:
         self.group, self.classes = group, classes
 
     def products(
-        self, product: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, product: Products, inputs: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> list[Tensor]:
         """Apply a layer. All columns of the convolutions are here; fc6's and fc7's units are spread
         over all ranks."""
-        if made[0].dim() == 2:
-            return [product_of_all(product, made[0], weight, bias, self.group, dim=1)]
-        maps = side_by_side(made)
+        if inputs[0].dim() == 2:
+            return [product_of_all(product, inputs[0], weight, bias, self.group, dim=1)]
+        maps = side_by_side(inputs)
         if weight.dim() == 4:
             return product([maps], weight, bias)
         return [product_of_all(product, maps.flatten(1), weight, bias, self.group, dim=0)]
 
-    def own(self, slots: Tensor) -> Tensor:
+    def own_slots(self, slots: Tensor) -> Tensor:
         mine: Tensor = slots.unflatten(0, (self.group.size(), -1))[self.group.rank()]
         return mine
 

@@ -52,7 +52,7 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
         gpu: whether each rank has a GPU; else they share a CPU.
     """
     with pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
-        whole = AlexNet(config.model, drawn=False)
+        whole = AlexNet(config.model, init_weights=False)
         counted = multiply_adds(whole)
         forward = {layer.name: 2 * macs for layer, macs in counted.items()}
         values = {
@@ -131,7 +131,7 @@ def _on(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) 
         return _zero(laid_out, ranks, gpu)
     topology, how = fake_topology(laid_out, ranks), execution(laid_out, ranks, gpu)
     kind_of = PlannedShards if kind == "sharded_fc" else PlannedEngine
-    engine = kind_of(laid_out, topology, drawn=False)
+    engine = kind_of(laid_out, topology, init_weights=False)
     if how != "eager":
         engine.fuse(narrows)
     copies = list((engine.optimizer.narrow or {}).values())
@@ -205,7 +205,7 @@ _PARTS = {
 def _zero(config: Config, ranks: int, gpu: bool) -> Rank:
     """Return ZeRO's figures: gradients are all-reduced (at stage 2 after every micro-batch),
     updated weights all-gathered; weights and biases are each padded to equal pieces per rank."""
-    layers = AlexNet(config.model, drawn=False).layers()
+    layers = AlexNet(config.model, init_weights=False).layers()
     sizes = [sum(layer.get_parameter(kind).numel() for layer in layers) for kind in _KINDS]
     padded = sum(-(-size // (2 * ranks)) * 2 * ranks for size in sizes)
     rounds = config.train.micro_batches if config.layout.kind == "zero2" else 1

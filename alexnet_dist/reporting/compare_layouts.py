@@ -220,7 +220,7 @@ def _run(config: Config, steps: int, path: Path) -> Run:
     batches.close()
     speed = (steps - 2) * config.train.batch / (time.perf_counter() - begin)
     tensors = engine.whole_tensors()
-    if topology.leads:
+    if topology.is_rank_0:
         path.mkdir(parents=True)
         for name, part in zip(("parameters", "optimizer"), tensors, strict=True):
             save_file(part, path / name)

@@ -290,7 +290,8 @@ def _run(
         saver.close()
         batches.close()
         telemetry.close()
-    return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
+    score = None if exit_code else progress.score
+    return Outcome(exit_code, progress.step, score, topology.is_rank_0)
 
 
 def _opening(

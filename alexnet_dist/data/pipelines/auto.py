@@ -44,7 +44,7 @@ def choose_pipeline(config: Config, topology: Topology, dataset: Dataset) -> tup
 
 def decoders(config: Config, topology: Topology) -> str:
     """Return what decodes images for a GPU, for the log; empty where there is nothing to say."""
-    if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.leads:
+    if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.is_rank_0:
         with contextlib.suppress(Exception):  # the pipeline will say so
             return f", {check_dali(topology.device.index)}"
     return ""
@@ -57,4 +57,4 @@ def _dali_fails(topology: Topology) -> str:
         check_dali(topology.device.index)
     except Exception as error:  # of any of its libraries
         wrong = f"{in_words(error) or ' '.join(str(error).split())[:200]}" or repr(error)
-    return topology.first_said(wrong)
+    return topology.first_message(wrong)

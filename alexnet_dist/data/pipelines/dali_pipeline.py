@@ -17,15 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import (
     Decoded,
+    Pipeline,
     Preprocessor,
     Samples,
-    ThreadedPipeline,
     started_ahead,
 )
 from alexnet_dist.data.preprocess import Canvases
@@ -47,7 +46,7 @@ class _Read:
     encoded: Any
 
 
-class DaliPipeline(ThreadedPipeline):
+class DaliPipeline(Pipeline):
     """A `Pipeline` on NVIDIA DALI: nvJPEG on a GPU, libjpeg-turbo on a CPU.
 
     Args:
@@ -98,10 +97,11 @@ class DaliPipeline(ThreadedPipeline):
                     raise
                 raise undecodable(self.split, inside[0].read.tolist(), error) from error
             while len(inside[0].read) == 0:
-                yield self._decoded(inside.popleft(), empty)
-            yield self._decoded(inside.popleft(), from_dlpack(patches.as_tensor()))
-        while inside:
-            yield self._decoded(inside.popleft(), empty)
+                yield self.decoded(inside[0].samples, inside.popleft().read, empty)
+            done = inside.popleft()
+            yield self.decoded(done.samples, done.read, from_dlpack(patches.as_tensor()))
+        for left in inside:
+            yield self.decoded(left.samples, left.read, empty)
 
     def graph(self, feed: Iterator[Any], batch: int, side: int) -> Any:
         """Make the graph: encoded images to patches (batch, side, side, 3), uint8, on the device.
@@ -178,13 +178,10 @@ class DaliPipeline(ThreadedPipeline):
     def _read(self, samples: Samples) -> _Read:
         from nvidia.dali import tensors
 
-        read, encoded = self.split.read_whole(samples.ids)
+        read, encoded = self.split.read_batch(samples.ids)
         # DALI's own list here, so that the thread that runs the graph need not make it.
         given = tensors.TensorListCPU([tensors.TensorCPU(one) for one in encoded])
         return _Read(samples, read, given)
-
-    def _decoded(self, read: _Read, patches: Tensor) -> Decoded:
-        return self.decoded(read.samples, read.read, patches)
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,17 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import (
     Decoded,
     Metadata,
+    Pipeline,
     Preprocessor,
     Samples,
-    ThreadedPipeline,
     started_ahead,
     to_device,
 )
-from alexnet_dist.data.dataset import Dataset, agree
+from alexnet_dist.data.dataset import Dataset, raised_on_every_rank
 from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import Decoder
 from alexnet_dist.data.split import IdArray, Split
-from alexnet_dist.errors import DatasetError, MachineError
+from alexnet_dist.errors import MachineError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
@@ -92,14 +92,14 @@ class FreeMemory:
             device = free_gpu_memory(topology.device) - network
         else:
             device = host = host - network
-        return cls(*map(min, zip(*topology.each(device, host), strict=True)))
+        return cls(*map(min, zip(*topology.gather(device, host), strict=True)))
 
 
 def _network_bytes(config: Config, topology: Topology) -> float:
     """Return a generous bound on the bytes that training and evaluation take on a rank; `plan`
     gives a closer one."""
     with FakeTensorMode():
-        model = AlexNet(config.model, drawn=False)
+        model = AlexNet(config.model, init_weights=False)
         counted = multiply_adds(model)
     values = [macs // layer.weight.numel() * len(layer.weight) for layer, macs in counted.items()]
     # Training keeps all maps for the backward; a forward alone, a few of the largest.
@@ -183,7 +183,7 @@ def _decode_all(
     buffer = torch.empty((size, side, side, 3), dtype=torch.uint8) if on_device else images[:0]
 
     def decode(samples: range, into: Tensor) -> None:
-        read[samples], encoded, why = split.whole(np.array(samples))
+        read[samples], encoded, why = split.read_with_warnings(np.array(samples))
         damaged.update({samples[place]: words for place, words in why.items()})
         decoder(read[samples], encoded, np.zeros((len(samples), 2), np.int64), into)
 
@@ -191,7 +191,7 @@ def _decode_all(
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
         tqdm(
             total=len(split), unit=" images", desc=f"decoding {split.name}", leave=False,
-            disable=not topology.leads, mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not topology.is_rank_0, mininterval=0.5 if sys.stderr.isatty() else 30,
             delay=2,
         ) as bar,
     ):  # fmt: skip
@@ -202,12 +202,8 @@ def _decode_all(
             part = range(first, min(first + size, len(split)))
             into = buffer[: len(part)] if on_device else images[first : part.stop]
             shares = [(part[t::threads], into[t::threads]) for t in range(threads)]
-            wrong = ""
-            try:
+            with raised_on_every_rank(topology):
                 list(pool.map(decode, *zip(*shares, strict=True)))
-            except DatasetError as error:
-                wrong = str(error)
-            agree(wrong, topology)
             if on_device:
                 images[first : part.stop].copy_(into)
             bar.update(len(part))
@@ -215,7 +211,7 @@ def _decode_all(
     return Resident(images, read, damaged)
 
 
-class ResidentPipeline(ThreadedPipeline):
+class ResidentPipeline(Pipeline):
     """A `Pipeline` over decoded images. On a GPU that holds them, a batch is gathered there; from
     the host's memory, threads cut batches ahead without holding the GIL.
 

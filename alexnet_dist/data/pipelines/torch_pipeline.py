@@ -18,9 +18,9 @@ from torchvision.io import ImageReadMode
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import (
     Decoded,
+    Pipeline,
     Preprocessor,
     Samples,
-    ThreadedPipeline,
     started_ahead,
     to_device,
 )
@@ -32,7 +32,7 @@ _Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]
 _Started = tuple[Samples, IdArray, Tensor, list[Future[None]]]
 
 
-class TorchPipeline(ThreadedPipeline):
+class TorchPipeline(Pipeline):
     """A `Pipeline` that decodes with torchvision.
 
     Args:
@@ -65,7 +65,7 @@ class TorchPipeline(ThreadedPipeline):
 
         def decode(start: int) -> None:
             share = slice(start, n, self.threads)
-            read[share], encoded = self.split.read_whole(samples.ids[share])
+            read[share], encoded = self.split.read_batch(samples.ids[share])
             self.decoder(read[share], encoded, origins[share], patches[share])
 
         parts = [self.pool.submit(decode, start) for start in range(min(n, self.threads))]

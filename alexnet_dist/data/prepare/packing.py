@@ -1,19 +1,15 @@
 """Write a source's shards, in parallel where there are many images."""
 
-import ctypes
 import json
 import multiprocessing
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from tqdm import tqdm
 
 from alexnet_dist.data.prepare.merge import write_lines
@@ -21,6 +17,7 @@ from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import DatasetError, of_memory
 from alexnet_dist.parallel.device import cores
+from alexnet_dist.parallel.workers import worker_pool
 
 ITEMS_PER_SHARD = 1000
 LEAST_IMAGES = 250  # fewest images per process that are worth starting it for
@@ -98,9 +95,7 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
     if workers <= 1:
         yield from ((place, write_shard(tasks[place])) for place in left)
         return
-    # Spawned, since forking a process that has threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),)) as pool:
+    with worker_pool(workers) as pool:
         try:
             futures = {pool.submit(write_shard, tasks[place]): place for place in left}
             for future in as_completed(futures):
@@ -114,17 +109,6 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
             pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 child.terminate()
-
-
-def _begin_worker(parent: int) -> None:
-    """Set up a process that writes shards: it ignores stop signals, and ends with its parent."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    set_parent_death_signal = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os._exit(1)
-    torch.set_num_threads(1)
 
 
 def _check_refused(

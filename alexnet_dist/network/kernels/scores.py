@@ -17,9 +17,9 @@ from alexnet_dist.network.kernels.lanes import wide, widened
 _WARPS = 4
 
 
-def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As `engines.base.scored`: return the summed cross-entropy, and (3,) float64: it, and the
-    top-1 and top-5 counts.
+def loss_and_counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `engines.base.loss_and_counts`: return the summed cross-entropy, and (3,) float64: it,
+    and the top-1 and top-5 counts.
 
     Args:
         logits: (n, classes).
@@ -69,15 +69,15 @@ def scores_backward(grad: Tensor, logits: Tensor, labels: Tensor, log_sums: Tens
     return out
 
 
-@custom_op("alexnet_dist::judged", mutates_args=("stats",))
-def judged(stats: Tensor, scale: Tensor) -> Tensor:
+@custom_op("alexnet_dist::skip_flag", mutates_args=("stats",))
+def skip_flag(stats: Tensor, scale: Tensor) -> Tensor:
     """As `engines.base.skip_flag`; stats and scale are float64."""
     skip = torch.empty((), dtype=torch.float32, device=stats.device)
-    judged_kernel[(1,)](stats, scale, skip, num_warps=1)
+    skip_flag_kernel[(1,)](stats, scale, skip, num_warps=1)
     return skip
 
 
-@judged.register_fake
+@skip_flag.register_fake
 def _(stats: Tensor, scale: Tensor) -> Tensor:
     return stats.new_empty((), dtype=torch.float32)
 
@@ -141,7 +141,7 @@ def scores_backward_kernel(grad, logits, labels, log_sums, out, classes, block: 
 
 
 @triton.jit
-def judged_kernel(stats, scale, skip):
+def skip_flag_kernel(stats, scale, skip):
     """Complete a handful of numbers in one launch instead of fourteen."""
     by = tl.load(scale)
     norm = tl.sqrt(tl.load(stats + 5)) / tl.where(by == 0, 1.0, by)
