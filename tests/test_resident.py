@@ -15,6 +15,7 @@ from test_pipelines import stored as stored  # a fixture
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data import batch
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import auto, resident
 from alexnet_dist.data.pipelines.auto import choose_pipeline
@@ -226,7 +227,8 @@ def test_from_the_hosts_memory_a_gpu_is_given_pinned_batches(
 
     decode_to_memory(config, ON_GPU, dataset, ["test"])
     monkeypatch.setattr(resident.torch, "empty", allocated)
-    monkeypatch.setattr(resident, "to_device", lambda tensor, device: tensor)
+    for module in (batch, resident):
+        monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor)
     finish: Any = None
     found = resident.ResidentPipeline(config, ON_GPU, dataset, "test", finish, 2)
     parts = [range(0, 7), range(7, 23)]
