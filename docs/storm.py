@@ -48,7 +48,7 @@ from torchvision.io import decode_image
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.data.prepare import archives
+from alexnet_dist.data.prepare import imagenet as imagenet_module
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -154,7 +154,9 @@ def readers(ground: Ground) -> dict[str, Reader]:
     made.cifar10(root / "cifar10", 2, 2)
     images = list(_images(root / "images"))
     weights = _weights(root / "weights")
-    archives.read_synsets = functools.cache(read_synsets)  # or each trial would start a process
+    imagenet_module.read_synsets = functools.cache(
+        read_synsets
+    )  # or each trial would start a process
     imagenet = _prepares("imagenet", root / "imagenet")
     return {
         "checkpoint": Reader(_files(last), _verifies),

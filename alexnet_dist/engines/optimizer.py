@@ -66,7 +66,7 @@ class Optimizer:
             )
             self.optimizer.state[like][kind] = value
         self.dtype = next(iter(self.parameters.values())).dtype
-        self.fixed, self.scaled = self._rates()
+        self.fixed_rates, self.scaled_rates = self._rates()
 
     @property
     def velocity(self) -> bool:
@@ -141,7 +141,7 @@ class Optimizer:
         assert self.narrow is not None
         if self.config.kind == "lars":
             self._scale_layers(rate if self.velocity else 1.0)
-        of_weights, of_biases = (self.fixed + self.scaled * rate).to(self.dtype)
+        of_weights, of_biases = (self.fixed_rates + self.scaled_rates * rate).to(self.dtype)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
             assert parameter.grad is not None

@@ -37,13 +37,13 @@ class Trained:
             `windows` returns them, and returns logits (n, classes).
         config: the run's config, for one process.
         checkpoint: where the weights come from, with its `path`, `step` and validation `error`.
-        given: the caller named the data set, which need not be the one trained on.
+        data_given: the caller named the data set, which need not be the one trained on.
     """
 
     model: AlexNet
     config: Config
     checkpoint: Checkpoint
-    given: bool = False
+    data_given: bool = False
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -51,7 +51,7 @@ class Trained:
 
         Raises DatasetError where it is missing, or is not the one the network was trained on.
         """
-        if self.given:
+        if self.data_given:
             return open_for(self.config, self.checkpoint.path)
         digest = self.checkpoint.manifest["dataset"]
         return open_trained_on(self.config, digest, self.checkpoint.path)
@@ -139,4 +139,4 @@ def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained
     dtype = parameter_dtype(config.train.precision)
     model = AlexNet(config.model, config.seed, dtype=dtype, init_weights=False).eval()
     model.load_state_dict(found.parameters().tensors())
-    return Trained(model, config, found, given=data is not None)
+    return Trained(model, config, found, data_given=data is not None)

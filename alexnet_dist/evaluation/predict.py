@@ -19,7 +19,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.missing import IMAGE_SUFFIXES
-from alexnet_dist.data.prepare.convert import How, RefusedImage, as_packed, convert
+from alexnet_dist.data.prepare.convert import ConvertOptions, RefusedImage, convert, options_of
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import (
@@ -189,7 +189,7 @@ def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tens
     return preprocess(canvases, corners.expand(n, v, 2).contiguous(), flips.repeat(n, 1), unlit)
 
 
-def canvas_of(path: Path, how: How, side: int) -> Canvas:
+def canvas_of(path: Path, options: ConvertOptions, side: int) -> Canvas:
     """Read an image file, as `prepare` reads it, onto a canvas; raise RefusedImage."""
     if not path.is_file():
         raise RefusedImage("a folder, device or pipe" if path.exists() else "there is no such file")
@@ -200,7 +200,7 @@ def canvas_of(path: Path, how: How, side: int) -> Canvas:
     except ValueError as error:
         raise RefusedImage(f"{error}") from error
     with filled_by(str(path)):
-        image = on_canvas(convert(content, *how).image, side)
+        image = on_canvas(convert(content, *options).image, side)
     canvas: Canvas = image.expand(3, -1, -1).movedim(0, -1).contiguous().numpy()
     return canvas
 
@@ -239,7 +239,7 @@ def _batches(
     dtype = parameter_dtype(config.train.precision)
     preprocess = Preprocess(config, dataset.statistics, device, dtype)
     side, size = config.data.canvas, config.evaluate.batch
-    read = _read(paths, as_packed(dataset), side, workers)
+    read = _read(paths, options_of(dataset), side, workers)
     for first in range(0, len(paths), size):
         part, canvases = [], [np.empty((0, side, side, 3), np.uint8)]
         for path in paths[first : first + size]:
@@ -251,16 +251,18 @@ def _batches(
         yield part, windows_of(config, preprocess, whole)
 
 
-def _read(paths: Sequence[Path], how: How, side: int, workers: int) -> Iterator[Canvas | str]:
+def _read(
+    paths: Sequence[Path], options: ConvertOptions, side: int, workers: int
+) -> Iterator[Canvas | str]:
     """Yield the canvas of each file, or why it was refused; read by so many processes."""
     workers = min(workers, len(paths) // WORTH_A_PROCESS)
     if workers <= 1:
-        yield from (_canvas_or_why(path, how, side) for path in paths)
+        yield from (_canvas_or_why(path, options, side) for path in paths)
         return
     pool = worker_pool(workers)
     try:
         for future in started_ahead(
-            paths, lambda path: pool.submit(_canvas_or_why, path, how, side), workers * _AHEAD
+            paths, lambda path: pool.submit(_canvas_or_why, path, options, side), workers * _AHEAD
         ):
             yield future.result()
     except BrokenProcessPool as error:
@@ -271,8 +273,8 @@ def _read(paths: Sequence[Path], how: How, side: int, workers: int) -> Iterator[
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _canvas_or_why(path: Path, how: How, side: int) -> Canvas | str:
+def _canvas_or_why(path: Path, options: ConvertOptions, side: int) -> Canvas | str:
     try:
-        return canvas_of(path, how, side)
+        return canvas_of(path, options, side)
     except RefusedImage as error:
         return " ".join(f"{error}".split())[:300] or "it cannot be read"

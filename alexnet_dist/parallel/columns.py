@@ -77,17 +77,17 @@ class _ProductOfAll(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.group, ctx.dim = group, dim
         # Record a graph of this product alone, so that the backward can run it in two parts.
-        given: list[Any] = [_side_by_side(part, group, dim), weight, bias]
-        given = [None if x is None else x.detach().requires_grad_() for x in given]
+        leaves: list[Any] = [_side_by_side(part, group, dim), weight, bias]
+        leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
         with torch.enable_grad():
-            (output,) = product(given[:1], *given[1:])
-        ctx.given, ctx.output = given, get_gradient_edge(output)
+            (output,) = product(leaves[:1], *leaves[1:])
+        ctx.leaves, ctx.output = leaves, get_gradient_edge(output)
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        output, (whole, *weights) = ctx.output, [x for x in ctx.given if x is not None]
-        del ctx.output, ctx.given
+        output, (whole, *weights) = ctx.output, [x for x in ctx.leaves if x is not None]
+        del ctx.output, ctx.leaves
         # First the input's gradient, which the other ranks wait for; then the weights'.
         (of_whole,) = torch.autograd.grad(output, whole, grads, retain_graph=True)
         summed = _begin_sum(of_whole, ctx.group, ctx.dim)

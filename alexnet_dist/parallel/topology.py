@@ -24,7 +24,12 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, SaidByRank0
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.device import cores_of, keep_memory, share_python, take_device
+from alexnet_dist.parallel.device import (
+    cores_of,
+    keep_freed_memory,
+    shorten_switch_interval,
+    take_device,
+)
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check, check_columns_meet, columns_of
 from alexnet_dist.parallel.rendezvous import keep_to_this_host, meet
@@ -168,8 +173,8 @@ def connect(config: Config) -> Topology:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    keep_memory()
-    share_python()
+    keep_freed_memory()
+    shorten_switch_interval()
     if here.world_size == 1:
         return dataclasses.replace(here, device=device)
     # Meet the other ranks.

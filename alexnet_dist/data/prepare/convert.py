@@ -85,18 +85,18 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
 
 
-class How(NamedTuple):
+class ConvertOptions(NamedTuple):
     """`convert`'s options."""
 
     keep: bool
     enlarge: bool
 
 
-def as_packed(dataset: Dataset) -> How:
+def options_of(dataset: Dataset) -> ConvertOptions:
     """Return the options with which `convert` converts an image as those of a data set were."""
     pixels = dataset.source.get("kind") in ("cifar10", "fashion_mnist")  # stored as they are
     at_side = all(split.uniform(SIDE) for split in dataset.splits.values())
-    return How(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
+    return ConvertOptions(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
 
 
 def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
