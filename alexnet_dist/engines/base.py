@@ -1,7 +1,7 @@
 """The `Engine` interface that the training loop uses, and what engines share: losses, gradient
 norms, the check for non-finite values, and checks of checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -123,8 +123,10 @@ def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
     return stats
 
 
-def squared_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the squared norm of all gradients together, () float64; bf16 is summed in float32."""
+def squared_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the squared norm of all parameters' gradients together, () float64; bf16 is summed in
+    float32."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms: list[Tensor] = []
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]

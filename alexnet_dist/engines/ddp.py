@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -123,7 +123,7 @@ class TorchEngine:
         """Complete a step's statistics in place: sum them over replicas, and fill in the squared
         norm of the whole network's gradient, which is already summed."""
         summed(stats, self.topology.replica_group)
-        squares = squared_norm(self.gradients_of(self.model.named_parameters()))
+        squares = squared_norm(self.model.parameters())
         stats[AT.norm] = summed(squares, self.topology.column_group)
 
     def _kept_gradients(self, scale: float | Tensor) -> dict[str, Tensor]:
@@ -132,10 +132,6 @@ class TorchEngine:
         wide = parameter_dtype(self.config.train.precision)
         divide_by = not_zero(scale)
         return {n: grad.to(wide) / divide_by for n, grad in grads.items() if grad is not None}
-
-    def gradients_of(self, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-        """Return the gradients of named parameters."""
-        return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
 
     def build(self, init_weights: bool) -> AlexNet:
         """Build this rank's part of the network.
@@ -213,10 +209,11 @@ class TorchEngine:
         check_fit(self.config, parameters, optimizer)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(parameters.rows(name, self._rows(name)))
+                parameter.copy_(parameters.rows(name, self._layer(name).rows))
         if optimizer is not None:
-            names = optimizer.shapes()
-            self.optimizer.load({name: optimizer.rows(name, self._rows(name)) for name in names})
+            self.optimizer.load(
+                {n: optimizer.rows(n, self._layer(n).rows) for n in optimizer.shapes()}
+            )
         self.optimizer.narrow_all()
 
     def replicated(self) -> dict[str, Tensor]:
@@ -276,9 +273,6 @@ class TorchEngine:
         layer = self.model.get_submodule(name.rpartition("/")[2].partition(".")[0])
         assert isinstance(layer, Layer)
         return layer
-
-    def _rows(self, name: str) -> slice:
-        return self._layer(name).rows
 
 
 def _filled(like: Tensor, value: float | Tensor) -> Tensor:

@@ -5,7 +5,7 @@ graph can be replayed at another rate.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -246,8 +246,7 @@ class Schedule:
             self.stalled, self.drops = 0, self.drops + 1
 
     def state(self) -> dict[str, Any]:
-        kept = asdict(self)
-        return {key: kept[key] for key in ("best_error", "stalled", "drops")}
+        return {key: getattr(self, key) for key in ("best_error", "stalled", "drops")}
 
     def load(self, state: dict[str, Any]) -> None:
         self.best_error, self.stalled, self.drops = (

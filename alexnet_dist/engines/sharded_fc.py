@@ -12,7 +12,7 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.parallel.columns import gathered
-from alexnet_dist.parallel.replicas import ShardExchange, largest, summed
+from alexnet_dist.parallel.replicas import ShardExchange, summed
 
 
 class ShardedFcEngine(TorchEngine):
@@ -45,17 +45,15 @@ class ShardedFcEngine(TorchEngine):
         """Fill in the norm, and sum what ranks counted of their own samples; each rank has scored
         the samples of all ranks."""
         named = list(self.model.named_parameters())
-        split = self.gradients_of((n, p) for n, p in named if self.shard_group(n))
-        whole = self.gradients_of((n, p) for n, p in named if not self.shard_group(n))
-        of_split, of_whole = squared_norm(split), squared_norm(whole)
+        of_split = squared_norm(p for name, p in named if self.shard_group(name))
+        of_whole = squared_norm(p for name, p in named if not self.shard_group(name))
         stats[AT.norm] = of_split + of_whole / self.shards.size()
         summed(stats[AT.damaged :], self.shards)
 
     @torch.no_grad()
     def predict(self, windows: Tensor) -> Tensor:
         n = len(windows)
-        assert self.topology.control is not None
-        most = largest(n, self.topology.control)  # collectives need the same n on all ranks
+        most = int(max(self.topology.gather(n))[0])  # collectives need the same n on all ranks
         windows = torch.cat([windows, windows.new_zeros(most - n, *windows.shape[1:])])
         logits: Tensor = super().predict(windows)
         mine: Tensor = logits.unflatten(0, (-1, most))[self.topology.replica, :n]

@@ -1,6 +1,5 @@
 """Evaluate one network or several: every sample counted exactly once, by one window or ten."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError, NotFinite
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
+from alexnet_dist.evaluation.predict import with_views
 from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
 from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.precision import allow_tf32
@@ -70,13 +70,9 @@ def evaluate(
 
 
 def evaluate_engine(
-    engine: Engine,
-    config: Config,
-    topology: Topology,
-    dataset: Dataset,
-    signals: StopSignals | None = None,
-    confusion: Tensor | None = None,
-) -> Score | None:
+    engine: Engine, config: Config, topology: Topology, dataset: Dataset,
+    signals: StopSignals | None = None, confusion: Tensor | None = None,
+) -> Score | None:  # fmt: skip
     """Score one network on the evaluation split, with the ranks of this run. Collective.
 
     Args:
@@ -110,7 +106,7 @@ def features_and_logits(
         (n, units) float32, the units that the last layer sees on this rank; and logits
         (n, classes). Both on the CPU.
     """
-    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, views=1))
+    config = with_views(config, 1)
     features: list[Tensor] = []
     *_, last = engine.model.layers()
     products = last.products

@@ -1,7 +1,7 @@
 """Load a trained network into one process, whatever layout trained it, to make predictions."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from alexnet_dist.evaluation.predict import (
     logits,
     predictions,
     windows_of,
+    with_views,
 )
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
@@ -100,8 +101,7 @@ class Trained:
             workers: number of processes that read files; with more than one, the main program must
                 be guarded by `if __name__ == "__main__":`.
         """
-        evaluate = replace(self.config.evaluate, views=views or self.config.evaluate.views)
-        config = replace(self.config, evaluate=evaluate)
+        config = with_views(self.config, views or self.config.evaluate.views)
         return predictions(self.model, config, self.dataset, _files(images), workers)
 
     def features(self, images: Images, layer: str = "fc7") -> Tensor:
@@ -115,7 +115,7 @@ class Trained:
 
         Raises DatasetError where an image cannot be read, ConfigError for an unknown layer.
         """
-        config = replace(self.config, evaluate=replace(self.config.evaluate, views=1))
+        config = with_views(self.config, 1)
         return features(self.model, config, self.dataset, _files(images), layer)
 
 

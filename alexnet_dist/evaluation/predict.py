@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -166,8 +167,7 @@ def draw(
     Args:
         out: the PNG to write.
     """
-    evaluate = replace(config.evaluate, views=1)
-    config = replace(config, evaluate=evaluate)
+    config = with_views(config, 1)
     ((_, windows),) = _batches(config, dataset, _device(model), [prediction.path], 1)
     made = activations(model, config, windows, config.model.conv_names)
     maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
@@ -176,6 +176,11 @@ def draw(
     seen = config.model.crop / config.data.canvas
     with written_aside(out) as aside:
         columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
+
+
+def with_views(config: Config, views: Literal[1, 10]) -> Config:
+    """Return the config with so many windows per image."""
+    return replace(config, evaluate=replace(config.evaluate, views=views))
 
 
 def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tensor:

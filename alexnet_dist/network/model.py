@@ -30,20 +30,14 @@ from alexnet_dist.partition import share
 
 
 class Column:
-    """One of the network's columns: which outputs of a layer are its own, and what it does with the
-    outputs of a convolution.
+    """One of the network's columns: what it does with the outputs of a convolution.
 
     Args:
         index: this column's number, counted from 0.
-        count: the number of columns in the network.
     """
 
-    def __init__(self, config: ModelConfig, index: int, count: int) -> None:
-        self.config, self.index, self.count = config, index, count
-
-    def rows(self, outputs: int) -> slice:
-        """Return which of a layer's outputs, counted over all columns, are this column's."""
-        return share(outputs, self.index, self.count)
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        self.config, self.index = config, index
 
     def maps(self, layer: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Rectify (§3.1), normalise (§3.3) and pool (§3.4) a convolution's outputs; changes x.
@@ -147,8 +141,9 @@ class AlexNet(nn.Module):
         self.config, self.seed = config, seed
         self.exchange = exchange or OneDevice()
         here = range(config.columns) if columns_here is None else columns_here
-        self.columns = [Column(config, index, config.columns) for index in here]
-        fc_columns = self.columns if fc_part is None else [Column(config, *fc_part)]
+        self.columns = [Column(config, index) for index in here]
+        conv_parts = [(index, config.columns) for index in here]
+        fc_parts = conv_parts if fc_part is None else [fc_part]
 
         def whole_shape(name: str, outputs: int, inputs: int, *kernel: int) -> tuple[int, ...]:
             """The weight's shape over all columns; a layer without exchange sees its own column."""
@@ -166,13 +161,13 @@ class AlexNet(nn.Module):
         kernels = zip(config.kernel, config.stride, config.padding, strict=True)
         for (name, inputs, outputs), (kernel, stride, padding) in zip(maps, kernels, strict=True):
             shape = whole_shape(name, outputs, inputs, kernel, kernel)
-            parts = [column.rows(outputs) for column in self.columns]
+            parts = [share(outputs, *part) for part in conv_parts]
             conv = Conv(name, shape, parts, dtype, stride, padding, config.round_up)
             self.add_module(name, conv)
         # The fully-connected layers: fc6 … fc8.
         sizes = (config.conv[-1] * side**2, *config.fc, config.classes)
         for name, inputs, outputs in zip(config.fc_names, sizes[:-1], sizes[1:], strict=True):
-            parts = [column.rows(outputs) for column in fc_columns]
+            parts = [share(outputs, *part) for part in fc_parts]
             self.add_module(name, Linear(name, whole_shape(name, outputs, inputs), parts, dtype))
         for place, layer in enumerate(self.layers() if init_weights else ()):
             layer.initialise(seed, *_initial(config, place, math.prod(layer.whole_shape[1:])))

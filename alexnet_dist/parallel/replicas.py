@@ -137,10 +137,3 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
     paired = flat.numel() % 2 == 0 and flat.storage_offset() % 2 == 0
     wide = torch.int64 if paired or flat.element_size() == 8 else torch.int32
     return flat.view(wide).sum(dtype=torch.int64)
-
-
-def largest(count: int, group: dist.ProcessGroup) -> int:
-    """Return the largest of the ranks' numbers. `group` is a CPU group: the host needs it."""
-    most = torch.tensor(count)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    return int(most)

@@ -143,11 +143,10 @@ class Topology:
                 return words.decode(errors="surrogatepass")
         return ""
 
-    def sum(self, counts: Tensor) -> Tensor:
+    def sum(self, counts: Tensor) -> None:
         """Sum a CPU tensor over all ranks, in place. Collective."""
         if self.control is not None:
             dist.all_reduce(counts, group=self.control)
-        return counts
 
 
 def connect(config: Config) -> Topology:

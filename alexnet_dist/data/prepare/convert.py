@@ -74,7 +74,7 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
         warnings.simplefilter("ignore")  # about broken EXIF
         try:
             with within_memory(MOST_MEMORY):  # headers do not bound what TIFF and WebP readers take
-                return _stored(*converted(content, keep, enlarge))
+                return _stored(*_convert(content, keep, enlarge))
         except RefusedImage:
             raise
         except UnidentifiedImageError as error:
@@ -99,7 +99,7 @@ def options_of(dataset: Dataset) -> ConvertOptions:
     return ConvertOptions(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
 
 
-def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
+def _convert(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
     """Return an image as it is stored: jpg or png, and the encoded image. Raises anything."""
     opened = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = opened.size

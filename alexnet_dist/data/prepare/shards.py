@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -102,34 +102,18 @@ class Shard:
             return arrays["sums"].astype(np.int64), arrays["products"]
 
 
-class _Packed(NamedTuple):
-    """What was written to a tar; `Shard` and `ShardMeta` describe the fields.
-
-    Attributes:
-        records: the index.
-    """
-
-    records: npt.NDArray[np.void]
-    lines: list[str]
-    refused: list[Refused]
-    contents: str
-    sums: npt.NDArray[np.uint32]
-    products: npt.NDArray[np.int64]
-
-
 def write_shard(task: Task) -> Shard:
     """Write a shard durably, replacing whatever a killed process left of it."""
     before = stamp(task.items)
     with written_aside(task.tar) as aside:
-        packed = _write(task, aside)
-        meta = ShardMeta(
-            size=aside.stat().st_size, sha256=sha256(aside), lines=packed.lines,
-            refused=packed.refused, stamp=before, contents=packed.contents,
-        )  # fmt: skip
+        arrays, lines, refused, contents = _write(task, aside)
+        size, hashed = aside.stat().st_size, sha256(aside)
+    meta = ShardMeta(
+        size=size, sha256=hashed, lines=lines, refused=refused, stamp=before, contents=contents
+    )
     with written_aside(task.summary) as aside, aside.open("wb") as file:
-        np.savez(file, index=packed.records, sums=packed.sums, products=packed.products,
-                 meta=np.array(json.dumps(meta)))  # fmt: skip
-    return Shard(packed.records, meta, task.summary)
+        np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
+    return Shard(arrays["index"], meta, task.summary)
 
 
 def read_shard(task: Task) -> Shard | None:
@@ -179,8 +163,9 @@ def _add_to(digest: "hashlib._Hash", content: bytes) -> None:
     digest.update(content)
 
 
-def _write(task: Task, path: Path) -> _Packed:
-    """Write the tar of a shard."""
+def _write(task: Task, path: Path) -> tuple[dict[str, Any], list[str], list[Refused], str]:
+    """Write the tar of a shard; return the summary's arrays, and `lines`, `refused` and `contents`
+    of its `ShardMeta`."""
     index, refused, lines = [], list[Refused](), []
     sums = np.zeros((0, 0, 3), np.uint32)  # 1,000 images of 255 fit in 32 bits
     products = np.zeros((3, 3), np.int64)
@@ -214,7 +199,8 @@ def _write(task: Task, path: Path) -> _Packed:
                 sums = canvas.astype(np.uint32) if sums.size == 0 else sums + canvas
                 pixels = canvas.reshape(-1, 3).astype(np.float64)
                 products += (pixels.T @ pixels).astype(np.int64)  # exact: below 2**53
-    return _Packed(np.array(index, INDEX), lines, refused, digest.hexdigest(), sums, products)
+    arrays = {"index": np.array(index, INDEX), "sums": sums, "products": products}
+    return arrays, lines, refused, digest.hexdigest()
 
 
 def _read(item: Item) -> tuple[bytes, str]:
