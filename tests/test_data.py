@@ -340,12 +340,12 @@ def test_a_batch_is_read_as_each_of_its_samples_is(
     read = Split.read
     monkeypatch.setattr(Split, "read", lambda self, i: one_by_one.append(i) or read(self, i))
     order = np.random.default_rng(0).permutation(len(split))
-    found, encoded, why = split.whole(order)
+    found, encoded, why = split.read_with_warnings(order)
     assert one_by_one == ([] if compiled else order.tolist())
     assert found.tolist() == order.tolist()
     assert [bytes(one) for one in encoded] == [bytes(read(split, i)) for i in order.tolist()]
     assert not why
-    assert [len(part) for part in split.whole(order[:0])] == [0, 0, 0]
+    assert [len(part) for part in split.read_with_warnings(order[:0])] == [0, 0, 0]
 
     # A flipped byte, a header of another size, and a shard that loses its end while it is open.
     offsets, index = split.index["offset"], split.index
@@ -353,7 +353,7 @@ def test_a_batch_is_read_as_each_of_its_samples_is(
     index["height"][20] += 1
     os.truncate(root / "train/shard-00000.tar", int(offsets[50]) + 5)
     one_by_one.clear()
-    found, encoded, why = split.whole(np.array([6, 7, 20, 49, 50, 59]))
+    found, encoded, why = split.read_with_warnings(np.array([6, 7, 20, 49, 50, 59]))
     assert found.tolist() == [6, 8, 21, 49, 0, 0]
     assert bytes(encoded[1]) == bytes(read(split, 8))
     assert [*why] == [1, 2, 4, 5]
@@ -365,18 +365,18 @@ def test_a_batch_is_read_as_each_of_its_samples_is(
     split.close()
     (root / "train/shard-00000.tar").unlink()
     with pytest.raises(DatasetError, match=r"sample 3 .*cannot be read .*nor is any other sample"):
-        split.whole(np.array([3]))
+        split.read_with_warnings(np.array([3]))
 
 
 def test_a_copy_of_a_split_has_files_of_its_own(packed: Path) -> None:
     split = open_dataset(packed).splits["train"]
     ours = dataclasses.replace(split)
-    before = split.whole(np.arange(9))
-    ours.whole(np.arange(9))
+    before = split.read_with_warnings(np.arange(9))
+    ours.read_with_warnings(np.arange(9))
     ours.close()
-    again = split.whole(np.arange(9))
+    again = split.read_with_warnings(np.arange(9))
     assert [bytes(one) for one in before[1]] == [bytes(one) for one in again[1]]
-    assert ours.whole(np.arange(9))[0].tolist() == [*range(9)]  # opened anew
+    assert ours.read_with_warnings(np.arange(9))[0].tolist() == [*range(9)]  # opened anew
 
 
 def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:
@@ -402,7 +402,7 @@ def test_a_share_of_the_training_images_is_held_out_by_their_checksums(
     assert 5 < len(held) < 30  # of 60
     more = open_for(tiny("data.hold_out=0.5")).splits["held_out"].index
     assert {*held["crc32"]} < {*more["crc32"]}  # a larger share holds the smaller one
-    _, (encoded,) = splits["held_out"].read_whole(np.zeros(1, np.int64))
+    _, (encoded,) = splits["held_out"].read_batch(np.zeros(1, np.int64))
     assert splits["held_out"].read(0) == encoded.tobytes()
     assert "held_out" not in open_for(tiny()).splits
     assert [*splits["test"].index] == [*open_for(tiny()).splits["test"].index]

@@ -48,8 +48,10 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     assert both.confusion().sum(1).tolist() == torch.bincount(both.labels, minlength=10).tolist()
 
     read: list[int] = []
-    whole = Split.whole
-    monkeypatch.setattr(Split, "whole", lambda split, i: (read.extend(i), whole(split, i))[1])
+    whole = Split.read_with_warnings
+    monkeypatch.setattr(
+        Split, "read_with_warnings", lambda split, i: (read.extend(i), whole(split, i))[1]
+    )
     ten = evaluate_checkpoints(two_runs[:1], ["evaluate.views=10"])
     assert sorted(read) == list(range(23)), "ten views, and an image is decoded once"
     assert not torch.equal(ten.probabilities, alone[0].probabilities)
@@ -144,7 +146,7 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert (run / "run.json").read_bytes() == before
     holder.close()
 
-    (score,) = scores.kept(run)
+    (score,) = scores.saved_scores(run)
     at = checkpoints.at(run)
     assert (score["step"], score["views"], score["split"]) == (8, 10, "test")
     assert score["checkpoint_sha256"] == [at.manifest["sha256"]]
@@ -156,25 +158,25 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert right == score["correct1"]
 
     again = evaluate_checkpoints([run], ["evaluate.views=10"])
-    assert scores.keep(again) == path
-    other = scores.keep(evaluate_checkpoints([run], ["data.divide_by=[30,30,30]"]))
-    both = scores.keep(evaluate_checkpoints(two_runs))
+    assert scores.save_score(again) == path
+    other = scores.save_score(evaluate_checkpoints([run], ["data.divide_by=[30,30,30]"]))
+    both = scores.save_score(evaluate_checkpoints(two_runs))
     assert other is not None
     assert both is not None
     assert len({path, other, both, *(run / "evaluations").iterdir()}) == 3
-    changed = {tuple(score["changed"]) for score in scores.kept(run)}
+    changed = {tuple(score["changed"]) for score in scores.saved_scores(run)}
     assert changed == {(), ("data.divide_by",)}
     for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', path.read_bytes()[:-9]]):
         (run / "evaluations" / f"{number}.json").write_bytes(damage)
-    assert len(scores.kept(run)) == 3
+    assert len(scores.saved_scores(run)) == 3
 
     alone = shutil.copytree(at.path, tmp_path / "alone")
-    assert scores.keep(evaluate_checkpoints([alone])) is None
+    assert scores.save_score(evaluate_checkpoints([alone])) is None
     assert {file.name for file in tmp_path.iterdir()} == {"alone", "runs"}
 
     def full(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(scores.files, "write", full)
-    assert scores.keep(again) is None
+    assert scores.save_score(again) is None
     assert "not kept, this score is printed alone" in caplog.text

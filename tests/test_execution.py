@@ -120,7 +120,7 @@ def test_a_network_of_kernels_is_that_of_operators() -> None:
         bound = 1e-12 if config.train.precision == "fp64" else 2e-5
         assert furthest(ours, expected) < bound, config.train
         wanted = {"maps", "maps_backward", "units", "units_backward", "fold",
-                  "scores", "scores_backward", "judged"}  # fmt: skip
+                  "scores", "scores_backward", "skip_flag"}  # fmt: skip
         wanted |= {"sgd_update"} if config.optimizer.kind != "adam" else set()
         assert wanted <= {name.partition("::")[2] for name in launched}
 
@@ -185,7 +185,7 @@ def test_a_step_can_be_captured(way: list[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "_fused_adam_", lambda *_, **__: None)  # there is none
     with in_a_world_of(ranks_wanted(config, gpus=0)), torch.device("meta"):
         made = ShardedFcEngine if config.layout.kind == "sharded_fc" else TorchEngine
-        engine = made(config, topology_of(config), drawn=False)
+        engine = made(config, topology_of(config), init_weights=False)
         batch, copies = made_batch_of(config), HostCopies()
         now, rate = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
         with copies, pytest.MonkeyPatch.context() as made_of_values:
@@ -239,7 +239,7 @@ def test_gradients_travel_while_those_of_the_weights_are_computed(
     with in_a_world_of(2), torch.device("meta"):
         made = ShardedFcEngine if kind == "sharded_fc" else TorchEngine
         monkeypatch.setattr(TorchEngine, "replicate", lambda self, group: self.model)
-        engine = made(config, topology_of(config), drawn=False)
+        engine = made(config, topology_of(config), init_weights=False)
         order, begin = Order(engine), dist.all_to_all_single
 
         class Waited:

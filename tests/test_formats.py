@@ -30,7 +30,7 @@ SMALL = ["model.conv=[8,12,16,16,8]", "model.fc=[20,12]", "model.classes=5"]
 def network(source: Path) -> AlexNet:
     """The network in a checkpoint."""
     found = checkpoints.at(source)
-    model = AlexNet(found.config.model, drawn=False).eval()
+    model = AlexNet(found.config.model, init_weights=False).eval()
     model.load_state_dict(found.parameters().tensors())
     return model
 

@@ -195,7 +195,7 @@ def test_resident_images_give_the_cpus_batch(
 ) -> None:
     """To the bit, from the GPU's memory and, where they do not fit there, from the host's."""
     if not fits:
-        monkeypatch.setattr(resident.Room, "of", classmethod(lambda cls, *_: cls(0, 1e12)))
+        monkeypatch.setattr(resident.FreeMemory, "of", classmethod(lambda cls, *_: cls(0, 1e12)))
     for views in (1, 10):
         found = []
         for kind, device in (("torch", torch.device("cpu")), ("resident", torch.device("cuda", 0))):

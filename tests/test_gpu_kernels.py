@@ -12,7 +12,7 @@ from conftest import TINY, by_kernels
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Preprocess
-from alexnet_dist.engines.base import scored
+from alexnet_dist.engines.base import loss_and_counts
 from alexnet_dist.network import philox
 from alexnet_dist.network.kernels import units, windows
 
@@ -94,7 +94,7 @@ def scores_apart() -> list[float]:
         made = []
         for fused in (False, True):
             leaf = logits.to(DEVICE, copy=True).requires_grad_()
-            loss, counts = scored(leaf, labels.to(DEVICE), fused)
+            loss, counts = loss_and_counts(leaf, labels.to(DEVICE), fused)
             (loss * 0.3).backward()
             assert leaf.grad is not None
             made.append((counts.cpu(), leaf.grad.double().cpu(), loss.detach().cpu()))
@@ -106,8 +106,8 @@ def scores_apart() -> list[float]:
     logits = torch.randn(4, 9)
     logits[0, 3], logits[1, 0] = float("nan"), float("inf")
     labels = torch.tensor([3, 1, 2, 8])
-    _, counts = scored(logits.to(DEVICE), labels.to(DEVICE), True)
-    expected = scored(logits, labels)[1]
+    _, counts = loss_and_counts(logits.to(DEVICE), labels.to(DEVICE), True)
+    expected = loss_and_counts(logits, labels)[1]
     assert counts.cpu().isnan().tolist() == expected.isnan().tolist() == [True, False, False]
     assert torch.equal(counts[1:].cpu(), expected[1:])
     return found

@@ -30,7 +30,7 @@ from hypothesis import strategies as st
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.data.prepare import archives
+from alexnet_dist.data.prepare import imagenet as imagenet_module
 from alexnet_dist.data.prepare.arrays import read_idx, read_pickle
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.prepare import list_source
@@ -240,7 +240,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path
     shutil.rmtree(cifar / "cifar-10-batches-py")
     # The same meta.mat again and again need not start a process again and again.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(archives, "read_synsets", functools.cache(read_synsets))
+        patch.setattr(imagenet_module, "read_synsets", functools.cache(read_synsets))
         yield {"imagenet": made.imagenet(root / "imagenet", 2, 4), "cifar10": cifar}
 
 

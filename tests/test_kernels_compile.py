@@ -86,7 +86,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
          {"losses": wide, "ranks": "i64", "loss": wide, "counts": "fp64"}, 4),
         ("scores_backward_kernel", {"block": 1024},
          {"grad": wide, "logits": narrow, "labels": "i64", "log_sums": wide, "out": narrow}, 4),
-        ("judged_kernel", {}, {"stats": "fp64", "scale": "fp64", "skip": "fp32"}, 1),
+        ("skip_flag_kernel", {}, {"stats": "fp64", "scale": "fp64", "skip": "fp32"}, 1),
         ("masks_kernel", {"fours": 64}, drawn | {"stay": "u8"}, 2),
         ("sgd_kernel", {"block": 1024} | copy,
          weights | ({} if copy else {"narrow": narrow}), 8),

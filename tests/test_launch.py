@@ -156,7 +156,7 @@ def _meet(folder: str) -> tuple[int, list[str]]:
     }
     run = [*TINY, "layout.kind=replicas", f"output_dir={folder}", "name=met"]
     here = topology.connect(load_config(run))
-    return sum(int(number) for (number,) in here.each(here.global_rank + 1)), os.listdir(
+    return sum(int(number) for (number,) in here.gather(here.global_rank + 1)), os.listdir(
         Path(folder) / "met"
     )
 

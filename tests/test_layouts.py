@@ -256,7 +256,7 @@ def handed_on(configs: Sequence[Config], folder: Path) -> list[tuple[list[str], 
         for _ in steps_of(config, topology, engine, 3 * place, 3 * place + 3):
             pass
         saved = [save(tensors) for tensors in engine.whole_tensors()]
-        if topology.leads:
+        if topology.is_rank_0:
             for part, content in zip(("model", "optim"), saved, strict=True):
                 (folder / f"{place}-{part}").write_bytes(content)
         hashes = [[hashlib.sha256(f).hexdigest() for f in files] for files in (loaded, saved)]
@@ -291,7 +291,7 @@ def resumed(configs: Sequence[Config], folder: Path) -> list[Any]:
             for step, _ in enumerate(steps_of(config, topology, engine, begin, 6), start=begin):
                 if (begin, step) == (0, 2):
                     for path, tensors in zip(saved, engine.whole_tensors(), strict=True):
-                        if topology.leads:
+                        if topology.is_rank_0:
                             save_file(tensors, path)
             ends.append(engine.whole_tensors())
         found.append(ends)

@@ -56,7 +56,7 @@ def test_map_shapes_and_counts_are_the_published() -> None:
         assert shapes[f"conv{number}"] == [(2, maps // 2, side, side)] * 2
     assert shapes["fc6"] == shapes["fc7"] == [(2, 4096)]  # one product, of both columns
     assert logits.shape == (2, 1000)
-    assert model.fc6.whole == (4096, 256 * 6 * 6)
+    assert model.fc6.whole_shape == (4096, 256 * 6 * 6)
 
 
 def test_forward_and_backward_are_those_of_plain_torch() -> None:

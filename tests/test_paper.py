@@ -76,7 +76,7 @@ def test_a_preset_has_the_published_layers(name: str) -> None:
     config = load_config([f"paper/{name}"])
     seen: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
-        model = AlexNet(config.model, drawn=False).eval()
+        model = AlexNet(config.model, init_weights=False).eval()
         for layer in model.layers():
             layer.register_forward_hook(
                 lambda m, i, o: seen.update(
@@ -105,7 +105,7 @@ def test_a_torchvision_network_is_torchvisions() -> None:
 
     config = load_config(["paper/torchvision-2014", "model.classes=7", "model.fc=[4096,4096]"])
     theirs = alexnet(num_classes=7).eval()
-    ours = AlexNet(config.model, drawn=False).eval()
+    ours = AlexNet(config.model, init_weights=False).eval()
     layers = [m for m in theirs.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
     with torch.no_grad():
         for mine, other in zip(ours.layers(), layers, strict=True):
@@ -158,7 +158,7 @@ def test_rounding_up_covers_all_pixels() -> None:
     assert final_side(config) == 4
     assert final_side(load_config(["paper/fig1-relu", "model.round_up=false"]).model) == 3
     sparse = load_config(["model.pool=[1,2]", "model.round_up=true", "model.fc=[8,8]"]).model
-    model = AlexNet(sparse, drawn=False).eval()  # a window cannot begin beyond the edge
+    model = AlexNet(sparse, init_weights=False).eval()  # a window cannot begin beyond the edge
     assert model(torch.zeros(1, 3, sparse.crop, sparse.crop)).shape == (1, sparse.classes)
     x = torch.zeros(1, 3, 32, 32)
     logits = AlexNet(config).eval()(x)

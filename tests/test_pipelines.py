@@ -195,12 +195,12 @@ def test_without_torchscript_batches_are_the_same(
     configs.append(config_of(packed, "data.pipeline=torch", "model.classes=10",
                              "data.eval_split=test"))  # fmt: skip
     before = [training(config, 3) for config in configs]
-    assert isinstance(torch_pipeline._released(), torch.jit.ScriptFunction)
+    assert isinstance(torch_pipeline._compiled(), torch.jit.ScriptFunction)
     monkeypatch.delattr(torch.jit, "script")
-    torch_pipeline._released.cache_clear()
+    torch_pipeline._compiled.cache_clear()
     after = [training(config, 3) for config in configs]
-    assert torch_pipeline._released() is torch_pipeline._decode
-    torch_pipeline._released.cache_clear()
+    assert torch_pipeline._compiled() is torch_pipeline._decode
+    torch_pipeline._compiled.cache_clear()
     for ours, theirs in zip(before, after, strict=True):
         for (_, one), (_, other) in zip(ours, theirs, strict=True):
             assert_same(one, other)

@@ -112,7 +112,7 @@ def layers(config: Config, parts: int) -> dict[str, int]:
     from alexnet_dist.network.model import AlexNet
 
     columns_here = [0] if parts == 2 else None
-    model = AlexNet(config.model, columns_here=columns_here, drawn=False)
+    model = AlexNet(config.model, columns_here=columns_here, init_weights=False)
     return {x.name: x.weight.numel() + x.bias.numel() for x in model.layers()}
 
 
@@ -249,7 +249,7 @@ class Watched(TorchEngine):
 
     memory: MemTracker | None
 
-    def summing(self, now: bool) -> AbstractContextManager[object]:
+    def gradient_sync(self, now: bool) -> AbstractContextManager[object]:
         assert self.memory is not None
         self.memory.reset_mod_stats()
         return nullcontext()
@@ -318,7 +318,7 @@ def planned_at_kernels(config: Config) -> list[tuple[str, int]]:
     """What `plan` finds after each kernel, of shapes alone."""
     with fake.pretended(1), FakeTensorMode(allow_non_fake_inputs=True):
         topology = fake.fake_topology(config, 1)
-        engine = fake.PlannedEngine(config, topology, drawn=False)
+        engine = fake.PlannedEngine(config, topology, init_weights=False)
         engine.fuse(narrows=True)
         part, counts = fake.fake_decoded(config, topology)
         return stepped(engine, part.joined(counts, None))

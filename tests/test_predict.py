@@ -21,7 +21,7 @@ from alexnet_dist.cli.main import main
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.evaluation import predict
-from alexnet_dist.evaluation.evaluate import evaluate_checkpoints, seen
+from alexnet_dist.evaluation.evaluate import evaluate_checkpoints, features_and_logits
 from alexnet_dist.evaluation.load import Trained
 from alexnet_dist.network.shapes import map_sides
 from alexnet_dist.training.loop import train
@@ -119,7 +119,7 @@ def test_features_are_what_layers_make(own: Trained) -> None:
     topology = connect(own.config)
     engine = TorchEngine(own.config, topology)
     engine.load(own.checkpoint.parameters(), None)
-    theirs, _ = seen(engine, own.config, topology, own.dataset, "val", range(9))
+    theirs, _ = features_and_logits(engine, own.config, topology, own.dataset, "val", range(9))
     at_test = 1 - own.config.model.dropout  # fc8 sees units scaled at test
     assert_close(own.features(images_of(own), "fc7") * at_test, theirs, 1e-5)
 
@@ -262,7 +262,7 @@ def test_the_picture_is_a_slide(own: Trained, tmp_path: Path) -> None:
 
 def test_a_network_is_printed_as_it_is() -> None:
     config = load_config("paper/alexnet-2012").model
-    lines = repr(AlexNet(config, drawn=False)).splitlines()
+    lines = repr(AlexNet(config, init_weights=False)).splitlines()
     assert lines[0] == "AlexNet of 2 columns, 1000 classes, 60,965,224 parameters"
     assert re.split(r"  +", lines[2]) == [
         "conv1", "3 × 227 × 227", "48 × 55 × 55", "relu, LRN, pool 3/2", "(96, 3, 11, 11)", "34,944"
@@ -270,14 +270,14 @@ def test_a_network_is_printed_as_it_is() -> None:
     assert re.split(r"  +", lines[4])[1] == "128 × 13 × 13 of each column"
     assert re.split(r"  +", lines[7])[:2] == ["fc6", "128 × 6 × 6 of each column"]
     assert len(lines) == 10
-    half = AlexNet(config, columns_here=[1], drawn=False)
+    half = AlexNet(config, columns_here=[1], init_weights=False)
     assert repr(half).startswith("AlexNet of 2 columns, 1 of them here, 1000 classes, 30,482,612")
 
 
 @pytest.mark.parametrize("preset", ["paper/released-code", "paper/caffenet", "paper/fig1-relu"])
 def test_the_printed_maps_are_those_that_are_made(preset: str) -> None:
     config = load_config(preset)
-    model = AlexNet(config.model, drawn=False).eval()
+    model = AlexNet(config.model, init_weights=False).eval()
     windows = torch.zeros(1, 3, config.model.crop, config.model.crop)
     config_fp32 = load_config([preset, "train.precision=fp32"])
     made = predict.activations(model, config_fp32, windows, config.model.conv_names)

@@ -562,7 +562,7 @@ def test_two_at_once_and_other_options_are_refused(
 ) -> None:
     source = made.image_folder(tmp_path / "source", 2, 1)
     with (
-        prepare_module.held(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
+        prepare_module.locked(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
         pytest.raises(DatasetError, match="another prepare is at work there"),
     ):
         prepare("folder", source, tmp_path / "out", ONE)

@@ -15,11 +15,12 @@ from test_pipelines import stored as stored  # a fixture
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data import batch
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import auto, resident
-from alexnet_dist.data.pipelines.auto import settled
+from alexnet_dist.data.pipelines.auto import choose_pipeline
 from alexnet_dist.data.pipelines.make import make_pipeline, train_batches
-from alexnet_dist.data.pipelines.resident import Room, gathered, hold
+from alexnet_dist.data.pipelines.resident import FreeMemory, cut_on_device, decode_to_memory
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import MachineError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
@@ -90,7 +91,7 @@ def test_a_gpus_gather_cuts_what_a_cpus_loop_cuts(stored: dict[str, Path], tmp_p
         found = list(pipeline.batches(plan))
         (held,) = dataset.resident.values()
         for part in found:
-            again = gathered(held.images, part.metadata, part.patches.shape[1])
+            again = cut_on_device(held.images, part.metadata, part.patches.shape[1])
             assert torch.equal(again, part.patches)
             assert again.is_contiguous()
         pipeline.close()
@@ -180,11 +181,11 @@ def test_a_signal_ends_decoding_and_what_was_decoded_is_not_kept(
     config = tiny("data.pipeline=resident")
     dataset = open_for(config)
     signals: Any = Stops(3)
-    hold(config, Topology(), dataset, ["train", "test"], signals)
+    decode_to_memory(config, Topology(), dataset, ["train", "test"], signals)
     assert sorted(seen) == [*range(20)]
     assert not dataset.resident
     signals = Stops(100)
-    hold(config, Topology(), dataset, ["train", "test"], signals)
+    decode_to_memory(config, Topology(), dataset, ["train", "test"], signals)
     assert len(dataset.resident) == 2
     assert signals.polls == 6 + 3  # of 60 and 23 images
 
@@ -217,16 +218,17 @@ def test_from_the_hosts_memory_a_gpu_is_given_pinned_batches(
 ) -> None:
     config = load_config([*TINY, f"data.path={packed}", "data.pipeline=resident"])
     dataset = open_for(config)
-    monkeypatch.setattr(Room, "of", classmethod(lambda cls, *_: cls(0, 1e12)))
+    monkeypatch.setattr(FreeMemory, "of", classmethod(lambda cls, *_: cls(0, 1e12)))
     pinned, empty = [], torch.empty
 
     def allocated(*size: Any, pin_memory: bool = False, **how: Any) -> torch.Tensor:
         pinned.append(pin_memory)
         return empty(*size, **how)
 
-    hold(config, ON_GPU, dataset, ["test"])
+    decode_to_memory(config, ON_GPU, dataset, ["test"])
     monkeypatch.setattr(resident.torch, "empty", allocated)
-    monkeypatch.setattr(resident, "to_device", lambda tensor, device: tensor)
+    for module in (batch, resident):
+        monkeypatch.setattr(module, "to_device", lambda tensor, device: tensor)
     finish: Any = None
     found = resident.ResidentPipeline(config, ON_GPU, dataset, "test", finish, 2)
     parts = [range(0, 7), range(7, 23)]
@@ -240,7 +242,7 @@ def test_from_the_hosts_memory_a_gpu_is_given_pinned_batches(
 
 def free(monkeypatch: pytest.MonkeyPatch, size: float) -> None:
     """As if so many bytes of this host were free beside the network."""
-    monkeypatch.setattr(resident, "_network_takes", lambda *_: 0.0)
+    monkeypatch.setattr(resident, "_network_bytes", lambda *_: 0.0)
     monkeypatch.setattr(resident, "free_host_memory", lambda: size)
 
 
@@ -249,7 +251,7 @@ def test_images_that_do_not_fit_are_one_error_before_any_is_decoded(
 ) -> None:
     config = tiny("data.pipeline=resident")
     dataset = open_for(config)
-    size = resident.takes(config, dataset, ["train", "test"])
+    size = resident.decoded_bytes(config, dataset, ["train", "test"])
     assert size == 83 * 72 * 72 * 3
     monkeypatch.setattr(resident, "_decode_all", lambda *_: pytest.fail("decoded"))
     free(monkeypatch, size - 1)
@@ -259,7 +261,7 @@ def test_images_that_do_not_fit_are_one_error_before_any_is_decoded(
         r"set data\.pipeline=torch, which gives the same"
     )
     with pytest.raises(MachineError, match=message):
-        hold(config, Topology(), dataset, ["train", "test"])
+        decode_to_memory(config, Topology(), dataset, ["train", "test"])
 
 
 ON_GPU = Topology(device=torch.device("cuda", 0))  # which is not there
@@ -267,7 +269,7 @@ ON_GPU = Topology(device=torch.device("cuda", 0))  # which is not there
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, device: float, host: float, dali: str = "") -> None:
     """As if a GPU had so many bytes free beside the network, and its host so many."""
-    monkeypatch.setattr(Room, "of", classmethod(lambda cls, *_: cls(device, host)))
+    monkeypatch.setattr(FreeMemory, "of", classmethod(lambda cls, *_: cls(device, host)))
 
     def check(index: int | None) -> None:
         assert index == 0
@@ -286,15 +288,15 @@ def test_images_lie_on_the_gpu_else_in_the_hosts_memory(
 ) -> None:  # fmt: skip
     config = tiny("data.pipeline=resident")
     dataset = open_for(config)
-    size = resident.takes(config, dataset, ["train"])
+    size = resident.decoded_bytes(config, dataset, ["train"])
     on_gpu(monkeypatch, device * size, host * size)
     places = []
     monkeypatch.setattr(resident, "_decode_all", lambda *a: places.append(str(a[3])))
     if where == "neither":
         with pytest.raises(MachineError, match="free beside the network on the GPU, and"):
-            hold(config, ON_GPU, dataset, ["train"])
+            decode_to_memory(config, ON_GPU, dataset, ["train"])
     else:
-        hold(config, ON_GPU, dataset, ["train", "train"])
+        decode_to_memory(config, ON_GPU, dataset, ["train", "train"])
         assert places == [where]
 
 
@@ -310,7 +312,7 @@ def test_images_lie_on_the_gpu_else_in_the_hosts_memory(
 def test_what_is_left_for_the_network_is_more_than_its_plan(more: Sequence[str]) -> None:
     config = load_config([*more, "layout.kind=one", "layout.ranks=0"])
     planned = plan(config, 1).of("one").memory["peak"]
-    assert planned < resident._network_takes(config, Topology()) < 10 * planned + 2**30
+    assert planned < resident._network_bytes(config, Topology()) < 10 * planned + 2**30
 
 
 # --- the choice
@@ -330,14 +332,14 @@ def test_auto_on_a_gpu_takes_what_fits(
 ) -> None:  # fmt: skip
     config = tiny("data.pipeline=auto")
     dataset = open_for(config)
-    size = resident.takes(config, dataset, ["train", "test"])
+    size = resident.decoded_bytes(config, dataset, ["train", "test"])
     on_gpu(monkeypatch, device * size, 1e12, dali)
-    found, said = settled(config, ON_GPU, dataset)
+    found, said = choose_pipeline(config, ON_GPU, dataset)
     assert found == dataclasses.replace(
         config, data=dataclasses.replace(config.data, pipeline=kind)
     )
     assert re.search(why, said)
-    assert settled(found, ON_GPU, dataset) == (found, "set")
+    assert choose_pipeline(found, ON_GPU, dataset) == (found, "set")
 
 
 def test_a_run_keeps_the_pipeline_that_it_began_with(tiny: Callable[..., Config]) -> None:

@@ -494,8 +494,8 @@ def test_a_rank_deaf_to_a_signal_has_the_time_it_was_given(
         time.sleep(100)"""
     launcher = f"""if True:
         import sys
-        from alexnet_dist.parallel.spawn import launched
-        launched(sys.executable, 1, 1, "-c", {rank!r})"""
+        from alexnet_dist.parallel.spawn import launch_ranks
+        launch_ranks(sys.executable, 1, 1, "-c", {rank!r})"""
     run = start([], ("-c", launcher))
     while not deaf.exists():
         assert run.process.poll() is None

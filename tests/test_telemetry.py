@@ -20,7 +20,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.evaluation.evaluate import evaluate_engine, seen
+from alexnet_dist.evaluation.evaluate import evaluate_engine, features_and_logits
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
@@ -298,7 +298,8 @@ def test_confusion_and_features_are_those_of_the_evaluation(
     score = evaluate_engine(engine, config, Topology(), dataset, confusion=confusion)
     assert score is not None
     assert (int(confusion.sum()), int(confusion.trace())) == (score.samples, score.correct1)
-    features, logits = seen(engine, config, Topology(), dataset, "test", range(0, 23, 2))
+    samples = range(0, 23, 2)
+    features, logits = features_and_logits(engine, config, Topology(), dataset, "test", samples)
     assert (features.shape, logits.shape) == ((12, units), (12, 10))
     weight, bias = (engine.model.get_parameter(f"{last}.{name}") for name in ("weight", "bias"))
     assert torch.allclose(torch.nn.functional.linear(features, weight, bias), logits, atol=1e-5)

@@ -71,7 +71,7 @@ def bench_maps(config: Config, repeats: int) -> Found:
 def _makers(config: Config, device: torch.device) -> tuple[_Made, _Made, _Made, _Made]:
     """Return what makes maps from those of conv1: ours and torch's, and either LRN alone."""
     model = config.model
-    column, lrn = Column(model, 0, model.columns), model.lrn
+    column, lrn = Column(model, 0), model.lrn
     alpha = alpha_of(lrn, "conv1") if "conv1" in lrn.layers else 1e-4
     torchs = nn.LocalResponseNorm(lrn.size, alpha * lrn.size, lrn.beta, lrn.k)
     normal = torchs if "conv1" in lrn.layers else nn.Identity()

@@ -98,7 +98,7 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> Found:
         for contestant in contestants.values():
             contestant.close()
 
-    macs = multiply_adds(AlexNet(config.model, drawn=False))
+    macs = multiply_adds(AlexNet(config.model, init_weights=False))
     work = _TRAINING * 2 * sum(macs.values()) * config.train.batch
     rates = {name: [flop[name] / run[name] for run in runs] for name in flop}
     pairs = (  # ours, and a reference

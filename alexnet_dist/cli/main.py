@@ -13,7 +13,7 @@ from alexnet_dist import __version__
 from alexnet_dist.cli.streams import reader_left, with_usable
 from alexnet_dist.errors import ConfigError, DatasetError, in_words, printable
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, heard
+from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, signals_heeded
 
 try:
     from alexnet_dist.cli import answers, datasets, measures, results, runs
@@ -48,7 +48,7 @@ def _run(arguments: Sequence[str]) -> int:
             raise _Stopped(signal.Signals(number))
 
     # While training, `train` replaces these handlers by its own.
-    for number in {*heard()} - {signal.SIGINT}:
+    for number in {*signals_heeded()} - {signal.SIGINT}:
         signal.signal(number, stop)
     try:
         here = environment.place()

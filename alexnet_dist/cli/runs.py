@@ -100,7 +100,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.training.tolerance import Unharmed
 
     outcome = loop.train(config, signals)
-    if not outcome.leads:
+    if not outcome.is_rank_0:
         return outcome.exit
     if outcome.exit:
         print(
@@ -156,7 +156,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     found = evaluate_checkpoints(paths, overrides)
-    kept = scores.keep(found)
+    kept = scores.save_score(found)
     if options.predictions:
         found.write(options.predictions)
     if options.json:

@@ -74,8 +74,8 @@ class ModelConfig:
     fc7. A network has at least one convolution, at most nine layers and at least two classes.
     `kernel`, `stride` and `padding` have one number per layer of `conv`; the widths in `conv` and
     `fc` must be divisible by `columns`; every layer named must exist, and `exchange` must not name
-    conv1, which sees the whole image; `pool_average` names only layers of `pool_after`. `init=paper`
-    needs pixels of 0–255 with a mean subtracted."""
+    conv1, which sees the whole image; `pool_average` names only layers of `pool_after`.
+    `init=paper` needs pixels of 0–255 with a mean subtracted."""
 
     columns: Annotated[int, Key("columns of the network: 1 or 2", ge=1, le=2)]
     exchange: Annotated[
@@ -215,8 +215,8 @@ class DataConfig:
 class LayoutConfig:
     """How the network is laid out on ranks. `columns` and `columns_x_replicas` need
     `model.columns=2`; `sharded_fc` needs every fully-connected layer in `model.exchange`; `zero1`
-    and `zero2` support neither `optimizer.kind=lars` nor `train.precision=fp64`; `share_gpu` excludes
-    `device=cpu`."""
+    and `zero2` support neither `optimizer.kind=lars` nor `train.precision=fp64`; `share_gpu`
+    excludes `device=cpu`."""
 
     kind: Annotated[
         Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],

@@ -5,9 +5,11 @@ nothing else. Column ranks exchange these bytes, and a GPU is sent them: an eigh
 float64, half that of bf16. All further processing is `Preprocess`'s, the same for every pipeline.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +17,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.split import IdArray, Split
 from alexnet_dist.parallel.columns import gather_rows
 from alexnet_dist.timing import TIMELINE
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,10 @@ class Metadata:
         return cls(labels, ids, damaged.bool(), packed[:, 3:6], corners, flips)
 
 
+# (patches, corners, flips, lighting) to windows.
+Preprocessor = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Decoded:
     """n samples as a pipeline returns them: bytes, and what is to be done with them.
@@ -125,7 +135,7 @@ class Decoded:
 
     patches: Tensor
     metadata: Tensor
-    preprocess: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    preprocess: Preprocessor
 
     def joined(self, counts: Sequence[int], group: dist.ProcessGroup | None) -> Batch:
         """Join the parts that a replica's column ranks decoded into its batch. Collective.
@@ -152,11 +162,43 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
 
-class Pipeline(Protocol):
-    """Decodes samples of one split and cuts their patches, with no random choices of its own."""
+class Pipeline:
+    """Decodes samples of one split and cuts their patches, with no random choices of its own.
+
+    Attributes:
+        pool: threads that work ahead.
+        prefetch: number of batches prepared ahead.
+    """
+
+    def __init__(
+        self, config: Config, split: Split, device: torch.device, preprocess: Preprocessor,
+        pool: ThreadPoolExecutor,
+    ) -> None:  # fmt: skip
+        self.split, self.device, self.preprocess, self.pool = split, device, preprocess, pool
+        self.canvas, self.crop = config.data.canvas, config.model.crop
+        self.prefetch = config.data.prefetch
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
         """Yield the decoded samples of each entry of the plan, in order, prepared ahead."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Stop the pipeline's threads; batches not yet taken are lost."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+        self.split.close()
+
+    def decoded(self, samples: Samples, read: IdArray, patches: Tensor) -> Decoded:
+        """Return samples with their patches on the device; `read` are those read for them, (n,)."""
+        metadata = to_device(Metadata.pack(samples, read, self.split), self.device)
+        return Decoded(patches, metadata, self.preprocess)
+
+
+def started_ahead(entries: Iterable[S], start: Callable[[S], T], count: int) -> Iterator[T]:
+    """Yield `start(entry)` for each entry, in order; each is started `count` entries ahead."""
+    ahead = deque[T]()
+    for entry in entries:
+        ahead.append(start(entry))
+        if len(ahead) > count:
+            yield ahead.popleft()
+    while ahead:
+        yield ahead.popleft()

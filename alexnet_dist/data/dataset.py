@@ -8,10 +8,11 @@
 None of these files is a pickle.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,26 +137,24 @@ def verify_shards(dataset: Dataset, topology: "Topology") -> None:
     # Each shard once: a training split and what is held out of it share theirs.
     shards = [*{split.shards[n]: (split, n) for split, n in every}.values()]
     for first in range(0, len(shards), topology.world_size):
-        wrong = ""
         own = first + topology.global_rank
-        try:
+        with raised_on_every_rank(topology):
             for split, number in shards[own : own + 1]:
                 split.check_shard(number)
-        except DatasetError as error:
-            wrong = str(error)
-        agree(wrong, topology)
 
 
-def agree(wrong: str, topology: "Topology") -> None:
-    """Raise DatasetError on every rank if any rank passes an error message. Collective.
-
-    Args:
-        wrong: this rank's error message; empty if it has none.
-    """
-    if said := topology.first_said(wrong):
-        error = DatasetError(said)
-        error.on_every_rank = True
-        raise error
+@contextlib.contextmanager
+def raised_on_every_rank(topology: "Topology") -> Iterator[None]:
+    """Raise a DatasetError of any rank's block on every rank, after the block. Collective."""
+    wrong = ""
+    try:
+        yield
+    except DatasetError as error:
+        wrong = str(error)
+    if said := topology.first_message(wrong):
+        failure = DatasetError(said)
+        failure.on_every_rank = True
+        raise failure
 
 
 def open_for(config: Config, trained: Path | None = None) -> Dataset:

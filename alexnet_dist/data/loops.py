@@ -3,13 +3,13 @@
 import ctypes
 import functools
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
-from numba import njit, types
+from numba import types
 
 from alexnet_dist.files import MOST_PIXELS, MOST_SCANS, MOST_SEGMENTS
+from alexnet_dist.network.kernels.numba_loops import compiled
 
 # Messages for the problems that `image_size` returns.
 PROBLEMS = (
@@ -26,13 +26,8 @@ _CRC32 = "alexnet_dist_crc32"  # our name for zlib's crc32, which `can_read` loo
 _crc32: Any = types.ExternalFunction(_CRC32, types.uintp(types.uintp, types.uintp, types.uint32))
 
 
-def released(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of arrays, at its first call, that releases the GIL; cache it on disk."""
-    try:
-        loop: Callable[..., Any] = njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # no folder to cache it in
-        loop = njit(nogil=True)(function)
-    return loop
+# Decorator of a function of arrays: compiled at its first call, and run without holding the GIL.
+without_gil = functools.partial(compiled, nogil=True)
 
 
 @functools.cache
@@ -50,7 +45,7 @@ def can_read() -> bool:
     return True
 
 
-@released
+@without_gil
 def image_size(encoded: Any) -> Any:
     """Return (place in PROBLEMS, height, width) of a JPEG or PNG, (n,) uint8.
 
@@ -85,14 +80,14 @@ def image_size(encoded: Any) -> Any:
     return (0 if height >= 0 else _NEITHER), height, width
 
 
-@released
+@without_gil
 def _png(encoded: Any) -> Any:
     """Whether a file begins as a PNG does."""
     begins = _number(encoded, 0, 4) == 0x89504E47 and _number(encoded, 4, 4) == 0x0D0A1A0A
     return begins and _number(encoded, 12, 4) == 0x49484452  # IHDR
 
 
-@released
+@without_gil
 def _number(encoded: Any, at: Any, size: Any) -> Any:
     """Return a big-endian number of `size` bytes."""
     value = 0
@@ -101,13 +96,13 @@ def _number(encoded: Any, at: Any, size: Any) -> Any:
     return value
 
 
-@released
+@without_gil
 def _alone(marker: Any) -> Any:
     """Whether a marker has no length after it: it stands alone, or is a byte of a scan."""
     return marker <= 1 or marker == 0xFF or 0xD0 <= marker <= 0xD8
 
 
-@released
+@without_gil
 def read(rows: Any, files: Any, starts: Any, out: Any, whole: Any) -> None:
     """Read samples one after another, and check them against the index.
 
@@ -132,7 +127,7 @@ def read(rows: Any, files: Any, starts: Any, out: Any, whole: Any) -> None:
         whole[n] = problem == 0 and height == row.height and width == row.width and within
 
 
-@released
+@without_gil
 def cut(images: Any, samples: Any, corners: Any, out: Any) -> None:
     """Copy a square from each of n images.
 

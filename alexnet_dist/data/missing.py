@@ -54,8 +54,8 @@ def _first_image(folder: Path) -> str:
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names)[:left]:
-            drawn = name == "contact-sheet.png"  # by `inspect`
-            if name.lower().endswith(IMAGE_SUFFIXES) and not drawn:
+            # `inspect` draws a contact sheet beside the data set.
+            if name.lower().endswith(IMAGE_SUFFIXES) and name != "contact-sheet.png":
                 return f"{Path(root, name).relative_to(folder)}"
         left -= len(folders) + len(names)
         if left <= 0:

@@ -36,7 +36,7 @@ class TrainSampler:
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
             ids[chosen] = self._order(int(epoch))[places[chosen]]
-        return self._drawn(ids, epochs)
+        return self._draw(ids, epochs)
 
     def plan(self, first_step: int, last_step: int, slots: range) -> Iterator[Samples]:
         """Return the samples of steps first_step … last_step − 1, lazily."""
@@ -49,7 +49,7 @@ class TrainSampler:
             self._orders[epoch] = philox.permutation(self.config.seed, epoch, self.count)
         return self._orders[epoch]
 
-    def _drawn(self, ids: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> Samples:
+    def _draw(self, ids: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> Samples:
         """Draw windows, flips and lighting for samples (n,), each in its epoch (n,)."""
         data, seed = self.config.data, self.config.seed
         zero = np.zeros_like(ids)

@@ -104,14 +104,14 @@ class Split:
         except ValueError as error:
             raise undecodable(self, [sample], error) from None
 
-    def read_whole(self, samples: IdArray) -> tuple[IdArray, list[Encoded]]:
-        """Do what `whole` does, and log a warning for each damaged sample."""
-        read, encoded, warnings = self.whole(samples)
+    def read_batch(self, samples: IdArray) -> tuple[IdArray, list[Encoded]]:
+        """Do what `read_with_warnings` does, and log the warnings."""
+        read, encoded, warnings = self.read_with_warnings(samples)
         for warning in warnings.values():
             log.warning(warning)
         return read, encoded
 
-    def whole(self, samples: IdArray) -> tuple[IdArray, list[Encoded], dict[int, str]]:
+    def read_with_warnings(self, samples: IdArray) -> tuple[IdArray, list[Encoded], dict[int, str]]:
         """Read samples' encoded images, in one call that does not hold the GIL.
 
         A damaged sample is replaced by the next one that is not.
@@ -132,17 +132,17 @@ class Split:
         starts = np.concatenate([[0], ends])
         buffer, sound = np.empty(starts[-1], np.uint8), np.zeros(len(rows), np.bool_)
         if loops.can_read():
-            loops.read(rows, self._opened(rows["shard"]), starts, buffer, sound)
+            loops.read(rows, self._descriptors_of(rows["shard"]), starts, buffer, sound)
         encoded = [buffer[a:b] for a, b in itertools.pairwise(starts.tolist())]
         read, warnings = samples.copy(), dict[int, str]()
         for place in np.flatnonzero(~sound).tolist():
-            read[place], image, warning = self._next_whole(int(samples[place]))
+            read[place], image, warning = self._read_or_next(int(samples[place]))
             encoded[place] = np.frombuffer(image, np.uint8)
             if warning:
                 warnings[place] = warning
         return read, encoded, warnings
 
-    def _next_whole(self, sample: int) -> tuple[int, bytearray, str]:
+    def _read_or_next(self, sample: int) -> tuple[int, bytearray, str]:
         """Read a sample; where it is damaged, the next one that is not, with a warning.
 
         Returns the sample read, its encoded image, and the warning (empty if none).
@@ -157,7 +157,7 @@ class Split:
                     return other, encoded, f"{error}: sample {other} stands in for it"
             raise DatasetError(f"{error}; nor is any other sample whole") from error
 
-    def _opened(self, shards: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
+    def _descriptors_of(self, shards: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
         """Open these shards where that is possible; return the file descriptors of all shards."""
         for shard in np.unique(shards[self._descriptors[shards] < 0]).tolist():
             with contextlib.suppress(OSError):  # `read` reports it

@@ -1,7 +1,7 @@
 """The `Engine` interface that the training loop uses, and what engines share: losses, gradient
 norms, the check for non-finite values, and checks of checkpoints."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -95,7 +95,7 @@ class Engine(Protocol):
         """Return the tensors whose copies must be bit-identical on every replica."""
 
 
-def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
+def loss_and_counts(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
     """Return the summed cross-entropy, (), and the first three of `StepStats`, (3,) float64; does
     not synchronise the host.
 
@@ -107,7 +107,7 @@ def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor,
     if fused:
         from alexnet_dist.network.kernels import scores
 
-        return scores.scored(logits, labels)
+        return scores.loss_and_counts(logits, labels)
     if logits.dtype != torch.float64:
         logits = logits.float()
     loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -117,14 +117,16 @@ def scored(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor,
 
 
 def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
-    """Make `StepStats` from the counts of `scored` and the batch's damaged samples; the rest 0."""
+    """Make `StepStats` from the counts of a batch and its damaged samples; the rest is 0."""
     stats = F.pad(counts, (0, len(AT) - len(counts)))
     stats[AT.damaged] = batch.damaged.sum()
     return stats
 
 
-def squared_norm(gradients: list[Tensor]) -> Tensor:
-    """Return the squared norm of all gradients together, () float64; bf16 is summed in float32."""
+def squared_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the squared norm of all parameters' gradients together, () float64; bf16 is summed in
+    float32."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms: list[Tensor] = []
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
         of_dtype = [gradient for gradient in gradients if gradient.dtype == dtype]
@@ -154,7 +156,7 @@ def skip_flag(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tens
 
         if not isinstance(scale, Tensor):
             scale = stats.new_full((), scale)
-        skip: Tensor = scores.judged(stats, scale)
+        skip: Tensor = scores.skip_flag(stats, scale)
         return skip
     stats[AT.norm] = stats[AT.norm].sqrt() / not_zero(scale)
     stats[AT.failed] = (~(stats[AT.loss] + stats[AT.norm]).isfinite()).to(stats.dtype)

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import gc
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -17,13 +17,13 @@ from alexnet_dist.engines.base import (
     AT,
     WholeTensors,
     check_fit,
+    loss_and_counts,
     not_zero,
-    scored,
     skip_flag,
     squared_norm,
     with_damaged,
 )
-from alexnet_dist.engines.graph import CapturedStep, beside, captures
+from alexnet_dist.engines.graph import CapturedStep, captures, on_stream
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.network import kernels
 from alexnet_dist.network.layers import Layer
@@ -41,23 +41,23 @@ _WARM_UP_DDP = 11  # with DDP, which times its first 10 steps, and synchronises 
 class TorchEngine:
     """Computes columns on this rank or on a rank each, and replicas with DDP.
 
-    Other engines override its public hooks: `place`, `replicate`, `summing`, `adds`,
-    `for_scoring`, `total`, `split_over`, `whole_sums`.
+    Other engines override its public hooks: `build`, `replicate`, `gradient_sync`, `is_replicated`,
+    `labels_and_slots`, `complete_stats`, `shard_group`, `sum_over_shards`.
     """
 
-    def __init__(self, config: Config, topology: Topology, drawn: bool = True) -> None:
+    def __init__(self, config: Config, topology: Topology, init_weights: bool = True) -> None:
         self.config, self.topology = config, topology
         with topology.device:
-            self.model = self.place(drawn)
+            self.model = self.build(init_weights)
         self.fused = kernels.fused(config.train.execution, topology.device)
-        narrow = self._narrowed() if self.fused else None
+        narrow = self._fuse_layers() if self.fused else None
         parameters = self.model.named_parameters()
-        self.optimizer = Optimizer(config.optimizer, parameters, self.whole_sums, narrow)
+        self.optimizer = Optimizer(config.optimizer, parameters, self.sum_over_shards, narrow)
         self.gradients: dict[str, Tensor] = {}
         self.graphs: dict[bool, CapturedStep] = {}
         graph = self.fused and captures(config.train.execution, topology.device)
         self.stream = torch.cuda.Stream() if graph else None  # None: nothing is captured
-        self.network = self._connected()
+        self.network = self._wrapped()
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
@@ -76,7 +76,7 @@ class TorchEngine:
         one = functools.partial(self._step, keep_gradients=keep_gradients)
         warm_up = _WARM_UP if self.network is self.model else _WARM_UP_DDP
         made = CapturedStep(one, self.optimizer.state_tensors(), batch, stream, warm_up)
-        if all(captured for (captured,) in self.topology.each(made.graph is not None)):
+        if all(captured for (captured,) in self.topology.gather(made.graph is not None)):
             self.graphs[keep_gradients] = made
             return
         self.stream, self.graphs = None, {}
@@ -84,14 +84,15 @@ class TorchEngine:
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         self.network = self.model
         gc.collect()
-        self.network = self._connected()
+        self.network = self._wrapped()
 
-    def _connected(self) -> nn.Module:
+    def _wrapped(self) -> nn.Module:
         """Return the network, wrapped to sum gradients if there are other replicas. Collective."""
         group = self.topology.replica_group
         if group is None:
             return self.model
-        with beside(self.stream):  # autograd accumulates gradients on the stream where DDP was made
+        # Autograd accumulates gradients on the stream where DDP was made.
+        with on_stream(self.stream):
             return self.replicate(group)
 
     def _step(
@@ -101,46 +102,42 @@ class TorchEngine:
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
         stats: Tensor | None = None
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
-            with self.summing(part == parts):
+            with self.gradient_sync(part == parts):
                 with TIMELINE.span("forward"):
                     logits = self.network(windows, slots, step)
-                    loss, counts = scored(logits, labels, self.fused)
+                    loss, counts = loss_and_counts(logits, labels, self.fused)
                 with TIMELINE.span("backward"):
                     loss.backward(_filled(loss, scale / self.config.train.batch))
             stats = counts if stats is None else stats + counts
         assert stats is not None
         if keep_gradients:
-            self.gradients = self._copied(scale)
+            self.gradients = self._kept_gradients(scale)
         # The update is skipped, on all ranks, where the loss or the gradient is not finite.
         with TIMELINE.span("optimizer"):
             stats = with_damaged(stats, batch)
-            self.total(stats)
+            self.complete_stats(stats)
             self.optimizer.step(rate, skip=skip_flag(stats, scale, self.fused))
         return stats
 
-    def total(self, stats: Tensor) -> None:
+    def complete_stats(self, stats: Tensor) -> None:
         """Complete a step's statistics in place: sum them over replicas, and fill in the squared
         norm of the whole network's gradient, which is already summed."""
         summed(stats, self.topology.replica_group)
-        squares = squared_norm(self.gradients_of(self.model.named_parameters()))
+        squares = squared_norm(self.model.parameters())
         stats[AT.norm] = summed(squares, self.topology.column_group)
 
-    def _copied(self, scale: float | Tensor) -> dict[str, Tensor]:
+    def _kept_gradients(self, scale: float | Tensor) -> dict[str, Tensor]:
         """Copy this rank's part of the gradients, divided by `scale`."""
         grads = {name: parameter.grad for name, parameter in self.model.named_parameters()}
         wide = parameter_dtype(self.config.train.precision)
         divide_by = not_zero(scale)
         return {n: grad.to(wide) / divide_by for n, grad in grads.items() if grad is not None}
 
-    def gradients_of(self, parameters: Iterable[tuple[str, Tensor]]) -> list[Tensor]:
-        """Return the gradients of named parameters."""
-        return [parameter.grad for _, parameter in parameters if parameter.grad is not None]
-
-    def place(self, drawn: bool) -> AlexNet:
+    def build(self, init_weights: bool) -> AlexNet:
         """Build this rank's part of the network.
 
         Args:
-            drawn: whether to give it its initial weights.
+            init_weights: whether to give it its initial weights.
         """
         columns = self.topology.column_group
         return AlexNet(
@@ -149,10 +146,10 @@ class TorchEngine:
             columns_here=[self.topology.column] if columns else None,
             exchange=ColumnExchange(columns, self.config.model.classes) if columns else None,
             dtype=parameter_dtype(self.config.train.precision),
-            drawn=drawn,
+            init_weights=init_weights,
         )
 
-    def _narrowed(self) -> dict[str, Tensor]:
+    def _fuse_layers(self) -> dict[str, Tensor]:
         """Switch the layers to the GPU kernels, and return copies of their weights, by name, in the
         dtype that the network computes in; none if that is the weights' own dtype."""
         dtype, copies = DTYPES[self.config.train.precision], {}
@@ -167,10 +164,10 @@ class TorchEngine:
     def _takes_narrow_gradient(self, name: str) -> bool:
         """Whether the update can read a gradient in the narrow dtype that the backward produces.
         Gradients that are summed over micro-batches or replicas are summed in float32."""
-        once = self.config.train.micro_batches == 1 and not self.adds(name)
+        once = self.config.train.micro_batches == 1 and not self.is_replicated(name)
         return once and self.config.optimizer.kind == "sgd"
 
-    def adds(self, name: str) -> bool:
+    def is_replicated(self, name: str) -> bool:
         """Whether a parameter's gradients are summed over replicas."""
         return self.topology.replicas > 1
 
@@ -178,7 +175,7 @@ class TorchEngine:
         """Yield, per micro-batch, windows of this rank, and labels and slots of the samples that it
         scores."""
         n, parts = len(batch.labels), self.config.train.micro_batches
-        labels, slots = self.for_scoring(batch)
+        labels, slots = self.labels_and_slots(batch)
         for part in range(parts):
             rows = slice(part * n // parts, (part + 1) * n // parts)
             yield batch.windows[rows], labels[:, rows].flatten(), slots[:, rows].flatten()
@@ -188,7 +185,7 @@ class TorchEngine:
         topology = self.topology
         return torch.arange(topology.replicas * n, device=topology.device).view(-1, n)
 
-    def for_scoring(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def labels_and_slots(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return labels and slots, (k, n), of the k × n samples that the last layer here scores."""
         return batch.labels[None], self.slots(len(batch.labels))[self.topology.replica, None]
 
@@ -212,10 +209,11 @@ class TorchEngine:
         check_fit(self.config, parameters, optimizer)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(parameters.rows(name, self._rows(name)))
+                parameter.copy_(parameters.rows(name, self._layer(name).rows))
         if optimizer is not None:
-            names = optimizer.shapes()
-            self.optimizer.load({name: optimizer.rows(name, self._rows(name)) for name in names})
+            self.optimizer.load(
+                {n: optimizer.rows(n, self._layer(n).rows) for n in optimizer.shapes()}
+            )
         self.optimizer.narrow_all()
 
     def replicated(self) -> dict[str, Tensor]:
@@ -226,18 +224,18 @@ class TorchEngine:
         return {name: tensor for name, tensor in merged.items() if tensor is not None}
 
     def _merged(self, name: str, part: Tensor) -> Tensor | None:
-        group = self.split_over(name)
+        group = self.shard_group(name)
         holders = dist.get_process_group_ranks(group) if group else [self.topology.global_rank]
         if holders[0] != 0:  # another replica, whose copy is not needed
             return None
-        whole = merge(part, self._layer(name).whole[0], group)
+        whole = merge(part, self._layer(name).whole_shape[0], group)
         return None if whole is None else whole.contiguous()
 
-    def split_over(self, name: str) -> dist.ProcessGroup | None:
+    def shard_group(self, name: str) -> dist.ProcessGroup | None:
         """Return the ranks that each hold rows of a parameter; None if it is whole on this rank."""
         return self.topology.column_group
 
-    def whole_sums(self, sums: Tensor) -> Tensor:
+    def sum_over_shards(self, sums: Tensor) -> Tensor:
         """Sum, (2, weights), over the ranks that hold other rows of the same tensors."""
         return summed(sums, self.topology.column_group)
 
@@ -258,12 +256,12 @@ class TorchEngine:
         dtype = DTYPES[self.config.train.precision]
         windows = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
         nothing = torch.zeros(1, dtype=torch.int64, device=device)
-        _, slots = self.for_scoring(Batch(windows, nothing, nothing, windows, nothing.bool()))
+        _, slots = self.labels_and_slots(Batch(windows, nothing, nothing, windows, nothing.bool()))
         network(windows, slots.flatten()).sum().backward()
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         return network
 
-    def summing(self, now: bool) -> AbstractContextManager[object]:
+    def gradient_sync(self, now: bool) -> AbstractContextManager[object]:
         """Return a context in which a backward sums gradients over replicas only if `now`: in the
         last micro-batch of a step."""
         if isinstance(self.network, DistributedDataParallel) and not now:
@@ -275,9 +273,6 @@ class TorchEngine:
         layer = self.model.get_submodule(name.rpartition("/")[2].partition(".")[0])
         assert isinstance(layer, Layer)
         return layer
-
-    def _rows(self, name: str) -> slice:
-        return self._layer(name).rows
 
 
 def _filled(like: Tensor, value: float | Tensor) -> Tensor:

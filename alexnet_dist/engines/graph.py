@@ -42,7 +42,7 @@ def captures(execution: str, device: torch.device) -> bool:
 
 
 @contextlib.contextmanager
-def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Run the GPU work inside on this stream: after all earlier work of the current stream, and
     before all later. None: run it on the current stream."""
     if stream is None:
@@ -78,22 +78,22 @@ class CapturedStep:
         self.traffic = Traffic()
         copies = {f.name: getattr(batch, f.name).clone() for f in fields(batch)}
         now = torch.zeros((), dtype=torch.int64, device=batch.windows.device)
-        self.given = replace(batch, **copies), now, now.double()
+        self.inputs = replace(batch, **copies), now, now.double()
         # Warm up; the last step counts what a replay will send.
         kept = [tensor.clone() for tensor in state]
-        with beside(stream):
+        with on_stream(stream):
             for left in reversed(range(warm_up)):
                 with contextlib.nullcontext() if left else self.traffic:
-                    step(*self.given)
+                    step(*self.inputs)
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         try:
             # Other threads copy and allocate meanwhile, which must not invalidate the capture.
             with (
-                beside(stream),
+                on_stream(stream),
                 torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"),
                 TIMELINE.captured(bool(self.traffic.sent)) as self.marks,
             ):
-                self.numbers = step(*self.given)
+                self.stats = step(*self.inputs)
             self.graph = graph
             _CAPTURED.add(self)
         except RuntimeError as error:
@@ -107,15 +107,15 @@ class CapturedStep:
     def __call__(self, batch: Batch, step: int, rate: float) -> Tensor:
         assert self.graph is not None
         with TIMELINE.span("step"):
-            given, now, at = self.given
+            inputs, now, at = self.inputs
             for field in fields(batch):
-                getattr(given, field.name).copy_(getattr(batch, field.name))
+                getattr(inputs, field.name).copy_(getattr(batch, field.name))
             now.fill_(step)
             at.fill_(rate)
             self.graph.replay()
-            self.traffic.again()
+            self.traffic.count_replay()
             TIMELINE.replayed(self.marks)
-            return self.numbers.clone()
+            return self.stats.clone()
 
 
 _CAPTURED: weakref.WeakSet[CapturedStep] = weakref.WeakSet()
@@ -130,7 +130,7 @@ def release() -> None:
             step.graph = None
 
 
-class _Bare(nn.Module):
+class _WithoutHooks(nn.Module):
     """A module without the hooks that were registered on it."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -156,7 +156,7 @@ def capture_forward(module: nn.Module, *example: Tensor) -> None:
     module.train()
     try:
         with torch.cuda.stream(torch.cuda.current_stream()):  # a failed capture leaves another
-            graphs = torch.cuda.make_graphed_callables(_Bare(module), example, pool=pool)
+            graphs = torch.cuda.make_graphed_callables(_WithoutHooks(module), example, pool=pool)
     except RuntimeError as error:
         _warn(error)
         abandon_capture(example[0].device, pool)

@@ -5,7 +5,7 @@ graph can be replayed at another rate.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ class Optimizer:
 
     Args:
         parameters: (name, parameter); names end in .weight or .bias.
-        whole_sums: turns sums over this rank's rows, (2, weights), into sums over whole tensors;
-            for LARS.
+        sum_over_shards: turns sums over this rank's rows, (2, weights), into sums over whole
+            tensors; for LARS.
         narrow: by parameter name, copies in the dtype that the network computes in, to be kept up
             to date; None: torch makes the update.
     """
@@ -35,10 +35,10 @@ class Optimizer:
         self,
         config: OptimizerConfig,
         parameters: Iterable[tuple[str, nn.Parameter]],
-        whole_sums: Callable[[Tensor], Tensor] = lambda sums: sums,
+        sum_over_shards: Callable[[Tensor], Tensor] = lambda sums: sums,
         narrow: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.config, self.whole_sums, self.narrow = config, whole_sums, narrow
+        self.config, self.sum_over_shards, self.narrow = config, sum_over_shards, narrow
         named = list(parameters)
         groups = [
             {"params": [p for name, p in named if name.endswith(".bias") == biases]}
@@ -66,7 +66,7 @@ class Optimizer:
             )
             self.optimizer.state[like][kind] = value
         self.dtype = next(iter(self.parameters.values())).dtype
-        self.fixed, self.scaled = self._rates()
+        self.fixed_rates, self.scaled_rates = self._rates()
 
     @property
     def velocity(self) -> bool:
@@ -141,7 +141,7 @@ class Optimizer:
         assert self.narrow is not None
         if self.config.kind == "lars":
             self._scale_layers(rate if self.velocity else 1.0)
-        of_weights, of_biases = (self.fixed + self.scaled * rate).to(self.dtype)
+        of_weights, of_biases = (self.fixed_rates + self.scaled_rates * rate).to(self.dtype)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
             assert parameter.grad is not None
@@ -155,7 +155,7 @@ class Optimizer:
         weights, biases = (group["params"] for group in self.optimizer.param_groups)
         grads, decay = [w.grad for w in weights], self.config.weight_decay
         norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads)]
-        w, g = self.whole_sums(torch.stack(norms).square()).sqrt()
+        w, g = self.sum_over_shards(torch.stack(norms).square()).sqrt()
         trust = torch.where((w > 0) & (g > 0), self.config.trust * w / (g + decay * w), 1.0)
         torch._foreach_add_(grads, weights, alpha=decay)
         torch._foreach_mul_(grads, list((scale * trust).unbind()))
@@ -246,8 +246,7 @@ class Schedule:
             self.stalled, self.drops = 0, self.drops + 1
 
     def state(self) -> dict[str, Any]:
-        kept = asdict(self)
-        return {key: kept[key] for key in ("best_error", "stalled", "drops")}
+        return {key: getattr(self, key) for key in ("best_error", "stalled", "drops")}
 
     def load(self, state: dict[str, Any]) -> None:
         self.best_error, self.stalled, self.drops = (

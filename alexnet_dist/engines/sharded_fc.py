@@ -12,7 +12,7 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.parallel.columns import gathered
-from alexnet_dist.parallel.replicas import ShardExchange, largest, summed
+from alexnet_dist.parallel.replicas import ShardExchange, summed
 
 
 class ShardedFcEngine(TorchEngine):
@@ -25,57 +25,55 @@ class ShardedFcEngine(TorchEngine):
         assert group is not None
         return group
 
-    def place(self, drawn: bool) -> AlexNet:
+    def build(self, init_weights: bool) -> AlexNet:
         return AlexNet(
             self.config.model,
             self.config.seed,
             exchange=ShardExchange(self.shards, self.config.model.classes),
             dtype=parameter_dtype(self.config.train.precision),
             fc_part=(self.topology.replica, self.topology.replicas),
-            drawn=drawn,
+            init_weights=init_weights,
         )
 
-    def split_over(self, name: str) -> dist.ProcessGroup | None:
+    def shard_group(self, name: str) -> dist.ProcessGroup | None:
         return self.shards if name.rpartition("/")[2].startswith("fc") else None
 
-    def for_scoring(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def labels_and_slots(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return gathered(batch.labels, self.shards), self.slots(len(batch.labels))
 
-    def total(self, stats: Tensor) -> None:
+    def complete_stats(self, stats: Tensor) -> None:
         """Fill in the norm, and sum what ranks counted of their own samples; each rank has scored
         the samples of all ranks."""
         named = list(self.model.named_parameters())
-        split = self.gradients_of((n, p) for n, p in named if self.split_over(n))
-        whole = self.gradients_of((n, p) for n, p in named if not self.split_over(n))
-        of_split, of_whole = squared_norm(split), squared_norm(whole)
+        of_split = squared_norm(p for name, p in named if self.shard_group(name))
+        of_whole = squared_norm(p for name, p in named if not self.shard_group(name))
         stats[AT.norm] = of_split + of_whole / self.shards.size()
         summed(stats[AT.damaged :], self.shards)
 
     @torch.no_grad()
     def predict(self, windows: Tensor) -> Tensor:
         n = len(windows)
-        assert self.topology.control is not None
-        most = largest(n, self.topology.control)  # collectives need the same n on all ranks
+        most = int(max(self.topology.gather(n))[0])  # collectives need the same n on all ranks
         windows = torch.cat([windows, windows.new_zeros(most - n, *windows.shape[1:])])
         logits: Tensor = super().predict(windows)
         mine: Tensor = logits.unflatten(0, (-1, most))[self.topology.replica, :n]
         return mine
 
     def replicated(self) -> dict[str, Tensor]:
-        return {n: t for n, t in super().replicated().items() if not self.split_over(n)}
+        return {n: t for n, t in super().replicated().items() if not self.shard_group(n)}
 
-    def whole_sums(self, sums: Tensor) -> Tensor:
+    def sum_over_shards(self, sums: Tensor) -> Tensor:
         names = (name for name, _ in self.model.named_parameters() if name.endswith(".weight"))
         sums = sums.clone()
         for place, name in enumerate(names):
-            if self.adds(name) and self.shards.rank() > 0:  # whole on every rank: count it once
+            if self.is_replicated(name) and self.shards.rank() > 0:  # rank 0 counts it
                 sums[:, place] = 0
         return summed(sums, self.shards)
 
-    def adds(self, name: str) -> bool:
-        return self.split_over(name) is None
+    def is_replicated(self, name: str) -> bool:
+        return self.shard_group(name) is None
 
     def replicate(self, group: dist.ProcessGroup) -> nn.Module:
-        split = [name for name, _ in self.model.named_parameters() if self.split_over(name)]
+        split = [name for name, _ in self.model.named_parameters() if self.shard_group(name)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, split)
         return super().replicate(group)

@@ -16,7 +16,14 @@ from torch.nn.utils import get_total_norm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.engines.base import AT, WholeTensors, check_fit, scored, skip_flag, with_damaged
+from alexnet_dist.engines.base import (
+    AT,
+    WholeTensors,
+    check_fit,
+    loss_and_counts,
+    skip_flag,
+    with_damaged,
+)
 from alexnet_dist.engines.graph import capture_forward, captures
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
@@ -140,7 +147,7 @@ class ZeroEngine:
             rows = slice(part * n // parts, (part + 1) * n // parts)
             with TIMELINE.span("forward"):
                 logits = self.engine(batch.windows[rows], slots[rows], now)
-                loss, counts = scored(logits, batch.labels[rows])
+                loss, counts = loss_and_counts(logits, batch.labels[rows])
             with TIMELINE.span("backward"):
                 self.engine.backward(loss * scale, scale_wrt_gas=False)
             stats = stats + counts
@@ -160,7 +167,7 @@ class ZeroEngine:
         return logits.float()
 
     def parameter(self, name: str) -> Tensor | None:
-        if not self.topology.leads:
+        if not self.topology.is_rank_0:
             return None
         return self.engine.module.get_parameter(name).detach().cpu().clone()  # type: ignore[no-any-return]
 
@@ -224,7 +231,7 @@ class ZeroEngine:
 
     def _cut(self, group: int, flat: Tensor | None) -> dict[str, Tensor]:
         """Cut a flat vector into the parameters' tensors; a scalar is copied to each."""
-        if flat is None or not self.topology.leads:
+        if flat is None or not self.topology.is_rank_0:
             return {}
         return {
             name: (flat[rows].view(shape) if flat.dim() else flat).clone()

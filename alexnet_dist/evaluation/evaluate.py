@@ -1,6 +1,5 @@
 """Evaluate one network or several: every sample counted exactly once, by one window or ten."""
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,13 +12,14 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
-from alexnet_dist.data.pipelines.make import make_pipeline, once
+from alexnet_dist.data.pipelines.make import for_one_pass, make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError, NotFinite
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
+from alexnet_dist.evaluation.predict import with_views
 from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
 from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.precision import allow_tf32
@@ -59,9 +59,9 @@ def evaluate(
     """
     trained = network if isinstance(network, Trained) else load_checkpoint(network)
     changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
-    config = load_config([flat(once(trained.config)) | changes])
+    config = load_config([flat(for_one_pass(trained.config)) | changes])
     topology = connect(config)
-    engine = TorchEngine(config, topology, drawn=False)
+    engine = TorchEngine(config, topology, init_weights=False)
     engine.model.load_state_dict(trained.model.state_dict())
     dataset = open_for(config, trained.checkpoint.path)
     score = evaluate_engine(engine, config, topology, dataset)
@@ -70,13 +70,9 @@ def evaluate(
 
 
 def evaluate_engine(
-    engine: Engine,
-    config: Config,
-    topology: Topology,
-    dataset: Dataset,
-    signals: StopSignals | None = None,
-    confusion: Tensor | None = None,
-) -> Score | None:
+    engine: Engine, config: Config, topology: Topology, dataset: Dataset,
+    signals: StopSignals | None = None, confusion: Tensor | None = None,
+) -> Score | None:  # fmt: skip
     """Score one network on the evaluation split, with the ranks of this run. Collective.
 
     Args:
@@ -99,7 +95,7 @@ def evaluate_engine(
     return _score(sums, config, dataset)
 
 
-def seen(
+def features_and_logits(
     engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
     samples: range,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -110,16 +106,17 @@ def seen(
         (n, units) float32, the units that the last layer sees on this rank; and logits
         (n, classes). Both on the CPU.
     """
-    config = dataclasses.replace(config, evaluate=dataclasses.replace(config.evaluate, views=1))
+    config = with_views(config, 1)
     features: list[Tensor] = []
     *_, last = engine.model.layers()
     products = last.products
 
-    def noted(seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        features.append(side_by_side(seen).flatten(1))
-        return products(seen, weight, bias)
+    # Not by a hook: only here are the inputs those of all columns, after their exchange.
+    def recorded(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        features.append(side_by_side(inputs).flatten(1))
+        return products(inputs, weight, bias)
 
-    last.products = noted  # type: ignore[method-assign]
+    last.products = recorded  # type: ignore[method-assign]
     pipeline = make_pipeline(config, topology, dataset, split)
     size = config.evaluate.batch
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]
@@ -147,7 +144,7 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
     """
     # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
-    configs = [load_config([flat(once(c.config)), *ALONE, *overrides]) for c in found]
+    configs = [load_config([flat(for_one_pass(c.config)), *ALONE, *overrides]) for c in found]
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config, found[0].path)
     for checkpoint, other in zip(found, configs, strict=True):

@@ -1,7 +1,7 @@
 """Load a trained network into one process, whatever layout trained it, to make predictions."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,7 @@ from alexnet_dist.evaluation.predict import (
     logits,
     predictions,
     windows_of,
+    with_views,
 )
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
@@ -37,13 +38,13 @@ class Trained:
             `windows` returns them, and returns logits (n, classes).
         config: the run's config, for one process.
         checkpoint: where the weights come from, with its `path`, `step` and validation `error`.
-        given: the caller named the data set, which need not be the one trained on.
+        data_given: the caller named the data set, which need not be the one trained on.
     """
 
     model: AlexNet
     config: Config
     checkpoint: Checkpoint
-    given: bool = False
+    data_given: bool = False
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -51,7 +52,7 @@ class Trained:
 
         Raises DatasetError where it is missing, or is not the one the network was trained on.
         """
-        if self.given:
+        if self.data_given:
             return open_for(self.config, self.checkpoint.path)
         digest = self.checkpoint.manifest["dataset"]
         return open_trained_on(self.config, digest, self.checkpoint.path)
@@ -100,8 +101,7 @@ class Trained:
             workers: number of processes that read files; with more than one, the main program must
                 be guarded by `if __name__ == "__main__":`.
         """
-        evaluate = replace(self.config.evaluate, views=views or self.config.evaluate.views)
-        config = replace(self.config, evaluate=evaluate)
+        config = with_views(self.config, views or self.config.evaluate.views)
         return predictions(self.model, config, self.dataset, _files(images), workers)
 
     def features(self, images: Images, layer: str = "fc7") -> Tensor:
@@ -115,7 +115,7 @@ class Trained:
 
         Raises DatasetError where an image cannot be read, ConfigError for an unknown layer.
         """
-        config = replace(self.config, evaluate=replace(self.config.evaluate, views=1))
+        config = with_views(self.config, 1)
         return features(self.model, config, self.dataset, _files(images), layer)
 
 
@@ -137,6 +137,6 @@ def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained
     moved = {} if data is None else {"data.path": str(data)}
     config = load_config([flat(found.config) | moved, *ALONE])
     dtype = parameter_dtype(config.train.precision)
-    model = AlexNet(config.model, config.seed, dtype=dtype, drawn=False).eval()
+    model = AlexNet(config.model, config.seed, dtype=dtype, init_weights=False).eval()
     model.load_state_dict(found.parameters().tensors())
-    return Trained(model, config, found, given=data is not None)
+    return Trained(model, config, found, data_given=data is not None)

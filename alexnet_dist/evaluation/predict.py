@@ -5,14 +5,11 @@ file of a data set is that for its packed sample.
 """
 
 import os
-import signal
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +17,10 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.missing import IMAGE_SUFFIXES
-from alexnet_dist.data.prepare.convert import How, RefusedImage, as_packed, convert
+from alexnet_dist.data.prepare.convert import ConvertOptions, RefusedImage, convert, options_of
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import (
@@ -37,7 +35,7 @@ from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES, parameter_dtype
-from alexnet_dist.parallel.spawn import leave_with_parent
+from alexnet_dist.parallel.workers import worker_pool
 from alexnet_dist.plotting import columns_picture
 
 WORTH_A_PROCESS = 500  # images per process that are worth starting it for
@@ -169,8 +167,7 @@ def draw(
     Args:
         out: the PNG to write.
     """
-    evaluate = replace(config.evaluate, views=1)
-    config = replace(config, evaluate=evaluate)
+    config = with_views(config, 1)
     ((_, windows),) = _batches(config, dataset, _device(model), [prediction.path], 1)
     made = activations(model, config, windows, config.model.conv_names)
     maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
@@ -179,6 +176,11 @@ def draw(
     seen = config.model.crop / config.data.canvas
     with written_aside(out) as aside:
         columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
+
+
+def with_views(config: Config, views: Literal[1, 10]) -> Config:
+    """Return the config with so many windows per image."""
+    return replace(config, evaluate=replace(config.evaluate, views=views))
 
 
 def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tensor:
@@ -192,7 +194,7 @@ def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tens
     return preprocess(canvases, corners.expand(n, v, 2).contiguous(), flips.repeat(n, 1), unlit)
 
 
-def canvas_of(path: Path, how: How, side: int) -> Canvas:
+def canvas_of(path: Path, options: ConvertOptions, side: int) -> Canvas:
     """Read an image file, as `prepare` reads it, onto a canvas; raise RefusedImage."""
     if not path.is_file():
         raise RefusedImage("a folder, device or pipe" if path.exists() else "there is no such file")
@@ -203,7 +205,7 @@ def canvas_of(path: Path, how: How, side: int) -> Canvas:
     except ValueError as error:
         raise RefusedImage(f"{error}") from error
     with filled_by(str(path)):
-        image = on_canvas(convert(content, *how).image, side)
+        image = on_canvas(convert(content, *options).image, side)
     canvas: Canvas = image.expand(3, -1, -1).movedim(0, -1).contiguous().numpy()
     return canvas
 
@@ -242,7 +244,7 @@ def _batches(
     dtype = parameter_dtype(config.train.precision)
     preprocess = Preprocess(config, dataset.statistics, device, dtype)
     side, size = config.data.canvas, config.evaluate.batch
-    read = _read(paths, as_packed(dataset), side, workers)
+    read = _read(paths, options_of(dataset), side, workers)
     for first in range(0, len(paths), size):
         part, canvases = [], [np.empty((0, side, side, 3), np.uint8)]
         for path in paths[first : first + size]:
@@ -254,22 +256,20 @@ def _batches(
         yield part, windows_of(config, preprocess, whole)
 
 
-def _read(paths: Sequence[Path], how: How, side: int, workers: int) -> Iterator[Canvas | str]:
+def _read(
+    paths: Sequence[Path], options: ConvertOptions, side: int, workers: int
+) -> Iterator[Canvas | str]:
     """Yield the canvas of each file, or why it was refused; read by so many processes."""
     workers = min(workers, len(paths) // WORTH_A_PROCESS)
     if workers <= 1:
-        yield from (_canvas_or_why(path, how, side) for path in paths)
+        yield from (_canvas_or_why(path, options, side) for path in paths)
         return
-    ahead: deque[Future[Canvas | str]] = deque()
-    # Spawned, since forking a process that has threads can hang.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker, (os.getpid(),))
+    pool = worker_pool(workers)
     try:
-        for path in paths:
-            ahead.append(pool.submit(_canvas_or_why, path, how, side))
-            if len(ahead) > workers * _AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        for future in started_ahead(
+            paths, lambda path: pool.submit(_canvas_or_why, path, options, side), workers * _AHEAD
+        ):
+            yield future.result()
     except BrokenProcessPool as error:
         raise MachineError(
             f"a process that reads images was killed{of_memory()}; ask of fewer images at a time"
@@ -278,16 +278,8 @@ def _read(paths: Sequence[Path], how: How, side: int, workers: int) -> Iterator[
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _canvas_or_why(path: Path, how: How, side: int) -> Canvas | str:
+def _canvas_or_why(path: Path, options: ConvertOptions, side: int) -> Canvas | str:
     try:
-        return canvas_of(path, how, side)
+        return canvas_of(path, options, side)
     except RefusedImage as error:
         return " ".join(f"{error}".split())[:300] or "it cannot be read"
-
-
-def _begin_worker(parent: int) -> None:
-    """Set up a process that reads images: it ignores stop signals, and ends with its parent."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    leave_with_parent(parent)
-    torch.set_num_threads(1)

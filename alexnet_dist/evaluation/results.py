@@ -54,8 +54,8 @@ class Score:
         depend on the counts alone, so that the same counts give the same interval.
         """
         generator = np.random.Generator(np.random.Philox(key=[self.samples, correct]))
-        drawn = generator.binomial(self.samples, correct / self.samples, 10_000) / self.samples
-        low, high = np.percentile(drawn, [2.5, 97.5])
+        resampled = generator.binomial(self.samples, correct / self.samples, 10_000) / self.samples
+        low, high = np.percentile(resampled, [2.5, 97.5])
         return float(low), float(high)
 
     def tags(self) -> dict[str, float]:

@@ -21,7 +21,7 @@ _LONGEST = 2**26  # bytes read of a file
 _NUMBERS = ("samples", "correct1", "correct5", "loss", "top1", "top5", "step", "views")
 
 
-def keep(found: Evaluation) -> Path | None:
+def save_score(found: Evaluation) -> Path | None:
     """Write a score to the run folder of its (first) checkpoint, in place of any under the same
     conditions. The run may be in progress: none of the files that it writes is touched.
 
@@ -62,8 +62,8 @@ def keep(found: Evaluation) -> Path | None:
     return path
 
 
-def kept(run: Path) -> list[Mapping[str, Any]]:
-    """Return the scores in a run folder as `keep` wrote them, oldest first; skip other files."""
+def saved_scores(run: Path) -> list[Mapping[str, Any]]:
+    """Return the scores that `save_score` wrote to a run folder, oldest first; skip other files."""
     found = []
     for path in (run / "evaluations").glob("*.json"):
         with contextlib.suppress(OSError, ValueError):

@@ -13,7 +13,7 @@ from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for, open_trained_on
-from alexnet_dist.data.prepare.convert import SIDE, as_packed
+from alexnet_dist.data.prepare.convert import SIDE, options_of
 from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.network.model import AlexNet
@@ -38,7 +38,7 @@ def write(
             f"--format onnx needs {error.name}: pip install 'alexnet-dist[export]'"
         ) from error
     about = {"config": json.dumps(flat(config))} | _preprocessing(found, config, data)
-    model = AlexNet(config.model, drawn=False).eval()
+    model = AlexNet(config.model, init_weights=False).eval()
     model.load_state_dict(tensors)
     windows = torch.zeros(2, 3, config.model.crop, config.model.crop)
     batch = {"x": {0: torch.export.Dim("batch")}}
@@ -78,7 +78,7 @@ def _preprocessing(found: Checkpoint, config: Config, data: Path | None) -> dict
         return {"preprocessing": json.dumps(how)}
     preprocess = Preprocess(config, dataset.statistics, torch.device("cpu"), torch.float32)
     mean = preprocess.mean if config.data.subtract == "mean_image" else preprocess.mean[:1, :1]
-    keep, how["enlarge"] = as_packed(dataset)
+    keep, how["enlarge"] = options_of(dataset)
     how["stored"] = None if keep else SIDE
     how["mean_shape"] = list(mean.shape)
     return {

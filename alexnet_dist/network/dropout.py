@@ -28,7 +28,9 @@ class Dropout:
     drop: float
     at_test: bool
 
-    def drawn(self, first: int) -> tuple[Tensor, Tensor, int, int, int, float, bool] | None:
+    def kernel_arguments(
+        self, first: int
+    ) -> tuple[Tensor, Tensor, int, int, int, float, bool] | None:
         """Return the arguments with which a kernel draws the mask itself; None outside training."""
         if self.slots is None:
             return None

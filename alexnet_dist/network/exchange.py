@@ -18,15 +18,15 @@ class Exchange(Protocol):
     """Joins the columns of one network. Each list holds one tensor per column on this device."""
 
     def products(
-        self, product: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, product: Products, inputs: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> list[Tensor]:
-        """Apply a layer to the outputs of all columns.
+        """Apply a layer to the outputs of all columns in the layer below.
 
-        The columns' outputs, each (n, own channels, …), are concatenated to (n, all columns'
+        These outputs, each (n, own channels, …), are concatenated to (n, all columns'
         channels, …); the backward sums their gradients over columns.
         """
 
-    def own(self, slots: Tensor) -> Tensor:
+    def own_slots(self, slots: Tensor) -> Tensor:
         """Select, from the slots of all samples that fc6 sees, those of the samples whose maps are
         on this device."""
 
@@ -39,11 +39,11 @@ class OneDevice:
     """The exchange where all columns are on this device."""
 
     def products(
-        self, product: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, product: Products, inputs: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> list[Tensor]:
-        return product([side_by_side(made)], weight, bias)
+        return product([side_by_side(inputs)], weight, bias)
 
-    def own(self, slots: Tensor) -> Tensor:
+    def own_slots(self, slots: Tensor) -> Tensor:
         return slots
 
     def logits(self, parts: list[Tensor]) -> Tensor:

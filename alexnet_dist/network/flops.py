@@ -15,7 +15,7 @@ def training_flops(config: Config) -> int:
     """Return the FLOPs of training on one image: the forward, as many for the gradients of the
     weights, and as many again for those of the layers' inputs, except conv1's."""
     with FakeTensorMode():
-        counted = multiply_adds(AlexNet(config.model, drawn=False))
+        counted = multiply_adds(AlexNet(config.model, init_weights=False))
     forward = {layer.name: 2 * macs for layer, macs in counted.items()}
     return 3 * sum(forward.values()) - forward["conv1"]
 
@@ -24,9 +24,9 @@ def multiply_adds(model: AlexNet) -> dict[Layer, int]:
     """Return each layer's multiply-adds in the forward of one image: output positions × weights."""
     counted: dict[Layer, int] = {}
 
-    def count(layer: nn.Module, seen: Any, made: list[Tensor]) -> None:
+    def count(layer: nn.Module, inputs: Any, outputs: list[Tensor]) -> None:
         assert isinstance(layer, Layer)
-        counted[layer] = made[0][0, 0].numel() * layer.weight.numel()
+        counted[layer] = outputs[0][0, 0].numel() * layer.weight.numel()
 
     hooks = [layer.register_forward_hook(count) for layer in model.layers()]
     side = model.config.crop

@@ -23,7 +23,7 @@ class Layer(nn.Module):
     in the dtype of its input, whatever that of the weights is, and returns one tensor per column.
 
     Args:
-        whole: the weight's shape over all columns.
+        whole_shape: the weight's shape over all columns.
         parts: for each column here, which rows of the whole weight are its own.
 
     Attributes:
@@ -40,37 +40,37 @@ class Layer(nn.Module):
     fused = False
 
     def __init__(
-        self, name: str, whole: tuple[int, ...], parts: Sequence[slice], dtype: torch.dtype
+        self, name: str, whole_shape: tuple[int, ...], parts: Sequence[slice], dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.name, self.whole = name, whole
+        self.name, self.whole_shape = name, whole_shape
         self.rows = slice(parts[0].start, parts[-1].stop)
         self.starts = [part.start for part in parts]
         self.sizes = [part.stop - part.start for part in parts]
-        here = (sum(self.sizes), *whole[1:])
+        here = (sum(self.sizes), *whole_shape[1:])
         self.weight = nn.Parameter(torch.empty(here, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(here[0], dtype=dtype))
 
-    def forward(self, made: list[Tensor], exchange: Exchange | None = None) -> list[Tensor]:
+    def forward(self, inputs: list[Tensor], exchange: Exchange | None = None) -> list[Tensor]:
         """Return this layer's products, without the bias if `fused`.
 
         Args:
-            made: what the columns here made in the layer below.
+            inputs: the outputs of the columns here in the layer below.
             exchange: gives every column the outputs of all columns; None: each sees its own.
         """
-        weight, bias = self.weights(made[0])
+        weight, bias = self.weights(inputs[0])
         if exchange is None:
-            return self.products(made, weight, bias)
-        return exchange.products(self.products, made, weight, bias)
+            return self.products(inputs, weight, bias)
+        return exchange.products(self.products, inputs, weight, bias)
 
-    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    def products(self, inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
         """Multiply inputs by weights, and add the bias unless it is None.
 
         `weight` and `bias` must be all that is learnt here: an exchange between ranks computes
         their gradients in a backward of its own.
 
         Args:
-            seen: one tensor per column here, or a single one that all of them see.
+            inputs: one tensor per column here, or a single one that all of them see.
         """
         raise NotImplementedError
 
@@ -89,19 +89,20 @@ class Layer(nn.Module):
         return list(self.bias.split(self.sizes)) if len(products) > 1 else [self.bias]
 
     def by_column(
-        self, seen: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, inputs: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield input, weight and bias of each column here."""
         if len(self.sizes) == 1:
-            return iter([(seen[0], weight, bias)])
-        each = seen if len(seen) > 1 else seen * len(self.sizes)
+            return iter([(inputs[0], weight, bias)])
+        each = inputs if len(inputs) > 1 else inputs * len(self.sizes)
         biases = [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
         return zip(each, weight.split(self.sizes), biases, strict=True)
 
     def initialise(self, seed: int, std: float, bias: float) -> None:
         """Draw the weight from N(0, std), a function of (seed, name), and fill the bias."""
         name = f"{self.name}.weight"
-        values = philox.initial_weights(seed, name, self.whole, self.rows, std, self.weight.dtype)
+        shape, dtype = self.whole_shape, self.weight.dtype
+        values = philox.initial_weights(seed, name, shape, self.rows, std, dtype)
         with torch.no_grad():
             self.weight.copy_(values)
             self.bias.fill_(bias)
@@ -123,27 +124,27 @@ class Conv(Layer):
     """A convolution: one product per column, each into a tensor of its own."""
 
     def __init__(
-        self, name: str, whole: tuple[int, ...], parts: Sequence[slice], dtype: torch.dtype,
+        self, name: str, whole_shape: tuple[int, ...], parts: Sequence[slice], dtype: torch.dtype,
         stride: int, padding: int, round_up: bool,
     ) -> None:  # fmt: skip
-        super().__init__(name, whole, parts, dtype)
+        super().__init__(name, whole_shape, parts, dtype)
         self.stride, self.padding, self.round_up = stride, padding, round_up
         self.weight.data = self.weight.data.contiguous(memory_format=torch.channels_last)
 
-    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    def products(self, inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
         """Return (n, own maps, h, w) of each column."""
         stride, padding = self.stride, self.padding
-        if self.fused and stride > 1 and not seen[0].requires_grad:  # conv1
-            seen, weight = [self._folded(x) for x in seen], _folded_kernel(weight, stride)
+        if self.fused and stride > 1 and not inputs[0].requires_grad:  # conv1
+            inputs, weight = [self._folded(x) for x in inputs], _folded_kernel(weight, stride)
             stride, padding = 1, 0
         elif self.round_up:
-            seen = [self._padded(x) for x in seen]
-        parts = self.by_column(seen, weight, bias)
+            inputs = [self._padded(x) for x in inputs]
+        parts = self.by_column(inputs, weight, bias)
         return [F.conv2d(x, w, b, stride, padding) for x, w, b in parts]
 
     def _padded(self, x: Tensor) -> Tensor:
         """Add zeros below and to the right, so that the last window begins inside (Caffe)."""
-        kernel = self.whole[-1]
+        kernel = self.whole_shape[-1]
         below, right = (-(s + 2 * self.padding - kernel) % self.stride for s in x.shape[2:])
         return F.pad(x, (0, right, 0, below))
 
@@ -155,10 +156,10 @@ class Conv(Layer):
         """
         from alexnet_dist.network.kernels.windows import fold
 
-        kernel, stride = self.whole[-1], self.stride
+        kernel, stride = self.whole_shape[-1], self.stride
         room = [side + 2 * self.padding - kernel for side in x.shape[2:]]
-        made = [(-(-r // stride) if self.round_up else r // stride) + 1 for r in room]
-        cells = [side + -(-kernel // stride) - 1 for side in made]
+        sides = [(-(-r // stride) if self.round_up else r // stride) + 1 for r in room]
+        cells = [side + -(-kernel // stride) - 1 for side in sides]
         folded: Tensor = fold(x, stride, self.padding, *cells)
         return folded
 
@@ -178,31 +179,30 @@ def _folded_kernel(weight: Tensor, stride: int) -> Tensor:
 class Linear(Layer):
     """A fully-connected layer: one product for all columns here, where they see the same input."""
 
-    def products(self, seen: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    def products(self, inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
         """Return (n, own units) of each column; or, where all see the same input, one tensor,
         (n, units) of all columns here."""
-        seen = [x.flatten(1) for x in seen]  # fc6: (n, 2 · 128 · 6 · 6)
-        inputs = self.whole[1]
-        if seen[0].shape[1] > inputs:  # one tensor of all columns here, each of which sees its own
-            seen = list(seen[0].split(inputs, dim=1))
-        if len(seen) == 1:
-            return [F.linear(seen[0], weight, bias)]
-        return [F.linear(x, w, b) for x, w, b in self.by_column(seen, weight, bias)]
+        inputs = [x.flatten(1) for x in inputs]  # fc6: (n, 2 · 128 · 6 · 6)
+        own = self.whole_shape[1]
+        if inputs[0].shape[1] > own:  # one tensor of all columns here, each of which sees its own
+            inputs = list(inputs[0].split(own, dim=1))
+        if len(inputs) == 1:
+            return [F.linear(inputs[0], weight, bias)]
+        return [F.linear(x, w, b) for x, w, b in self.by_column(inputs, weight, bias)]
 
     def units(
-        self, made: list[Tensor], exchange: Exchange | None, activation: str | None = None,
+        self, inputs: list[Tensor], exchange: Exchange | None, activation: str | None = None,
         dropout: Dropout | None = None,
     ) -> list[Tensor]:  # fmt: skip
         """Apply `forward`, then the activation, then dropout."""
-        products = self(made, exchange)
+        products = self(inputs, exchange)
         parts = zip(products, self.biases(products), self.starts, strict=False)
         return [_units(x, bias, activation, dropout, start) for x, bias, start in parts]
 
 
 def activated(x: Tensor, activation: str) -> Tensor:
     """Apply an activation (relu, tanh or sigmoid) in place, and return x."""
-    made: Tensor = getattr(torch, f"{activation}_")(x)
-    return made
+    return getattr(torch, f"{activation}_")(x)  # type: ignore[no-any-return]
 
 
 def _units(
@@ -221,6 +221,6 @@ def _units(
 
     if dropout is None:
         return units(x, bias, activation)
-    drawn = dropout.drawn(first)
-    made = units(x, bias, activation, drawn)
-    return made if drawn else dropout(made, first)
+    arguments = dropout.kernel_arguments(first)
+    x = units(x, bias, activation, arguments)
+    return x if arguments else dropout(x, first)

@@ -5,9 +5,9 @@
     second column    conv1 ─ conv2 ─┴─ conv3 ─ conv4 ─ conv5 ─┴─ fc6 ─┴─ fc7 ─┴─ fc8
 
 In the paper each column is on a GPU of its own. Here an `AlexNet` holds the columns that are on
-this device: both, or one of them. Where the columns meet, an `Exchange` concatenates what they
-made: with `torch.cat` where both are on one device, with a collective between ranks that hold one
-each. Nothing else in this file knows which of the two it is, and it uses no torch.distributed.
+this device: both, or one of them. Where the columns meet, an `Exchange` concatenates their
+outputs: with `torch.cat` where both are on one device, with a collective between ranks that hold
+one each. Nothing else in this file knows which of the two it is, and it uses no torch.distributed.
 """
 
 import itertools
@@ -30,23 +30,17 @@ from alexnet_dist.partition import share
 
 
 class Column:
-    """One of the network's columns: which outputs of a layer are its own, and what it does with the
-    maps that a convolution made.
+    """One of the network's columns: what it does with the outputs of a convolution.
 
     Args:
         index: this column's number, counted from 0.
-        count: the number of columns in the network.
     """
 
-    def __init__(self, config: ModelConfig, index: int, count: int) -> None:
-        self.config, self.index, self.count = config, index, count
-
-    def rows(self, outputs: int) -> slice:
-        """Return which of a layer's outputs, counted over all columns, are this column's."""
-        return share(outputs, self.index, self.count)
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        self.config, self.index = config, index
 
     def maps(self, layer: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Rectify (§3.1), normalise (§3.3) and pool (§3.4) what a convolution made; changes x.
+        """Rectify (§3.1), normalise (§3.3) and pool (§3.4) a convolution's outputs; changes x.
 
         Args:
             layer: the convolution's name: conv1, …
@@ -123,11 +117,11 @@ class AlexNet(nn.Module):
         config: the network's shape.
         seed: determines initial weights and dropout masks.
         columns_here: indices of the columns on this device: all of them, or one.
-        exchange: joins what the columns made; by default `OneDevice`: all columns are here.
+        exchange: joins the columns' outputs; by default `OneDevice`: all columns are here.
         dtype: of the parameters.
         fc_part: (part, parts): split the fully-connected layers' rows over ranks, and hold this
             part; None: hold the rows of the columns here.
-        drawn: whether to give the parameters their initial values.
+        init_weights: whether to give the parameters their initial values.
 
     Raises:
         ConfigError: pooling leaves no map for the first fully-connected layer.
@@ -141,16 +135,17 @@ class AlexNet(nn.Module):
         exchange: Exchange | None = None,
         dtype: torch.dtype = torch.float32,
         fc_part: tuple[int, int] | None = None,
-        drawn: bool = True,
+        init_weights: bool = True,
     ) -> None:
         super().__init__()
         self.config, self.seed = config, seed
         self.exchange = exchange or OneDevice()
         here = range(config.columns) if columns_here is None else columns_here
-        self.columns = [Column(config, index, config.columns) for index in here]
-        fc_columns = self.columns if fc_part is None else [Column(config, *fc_part)]
+        self.columns = [Column(config, index) for index in here]
+        conv_parts = [(index, config.columns) for index in here]
+        fc_parts = conv_parts if fc_part is None else [fc_part]
 
-        def whole(name: str, outputs: int, inputs: int, *kernel: int) -> tuple[int, ...]:
+        def whole_shape(name: str, outputs: int, inputs: int, *kernel: int) -> tuple[int, ...]:
             """The weight's shape over all columns; a layer without exchange sees its own column."""
             alone = name not in ("conv1", *config.exchange)
             return (outputs, inputs // config.columns if alone else inputs, *kernel)
@@ -164,18 +159,18 @@ class AlexNet(nn.Module):
         # The convolutions: conv1 … conv5.
         maps = zip(config.conv_names, (3, *config.conv[:-1]), config.conv, strict=True)
         kernels = zip(config.kernel, config.stride, config.padding, strict=True)
-        for (name, seen, made), (kernel, stride, padding) in zip(maps, kernels, strict=True):
-            shape = whole(name, made, seen, kernel, kernel)
-            parts = [column.rows(made) for column in self.columns]
+        for (name, inputs, outputs), (kernel, stride, padding) in zip(maps, kernels, strict=True):
+            shape = whole_shape(name, outputs, inputs, kernel, kernel)
+            parts = [share(outputs, *part) for part in conv_parts]
             conv = Conv(name, shape, parts, dtype, stride, padding, config.round_up)
             self.add_module(name, conv)
         # The fully-connected layers: fc6 … fc8.
         sizes = (config.conv[-1] * side**2, *config.fc, config.classes)
-        for name, seen, made in zip(config.fc_names, sizes[:-1], sizes[1:], strict=True):
-            parts = [column.rows(made) for column in fc_columns]
-            self.add_module(name, Linear(name, whole(name, made, seen), parts, dtype))
-        for place, layer in enumerate(self.layers() if drawn else ()):
-            layer.initialise(seed, *_initial(config, place, math.prod(layer.whole[1:])))
+        for name, inputs, outputs in zip(config.fc_names, sizes[:-1], sizes[1:], strict=True):
+            parts = [share(outputs, *part) for part in fc_parts]
+            self.add_module(name, Linear(name, whole_shape(name, outputs, inputs), parts, dtype))
+        for place, layer in enumerate(self.layers() if init_weights else ()):
+            layer.initialise(seed, *_initial(config, place, math.prod(layer.whole_shape[1:])))
 
     def layers(self) -> list[Layer]:
         """Return the layers in order: conv1 … fc8."""
@@ -197,21 +192,21 @@ class AlexNet(nn.Module):
         """
         convs = [layer for layer in self.layers() if isinstance(layer, Conv)]
         fcs = [layer for layer in self.layers() if isinstance(layer, Linear)]
-        # `made` holds one tensor per column; the shapes given here are of the paper's, one column.
-        made = [x]
+        # `outputs` holds one tensor per column; shapes are those of one column of the paper's.
+        outputs = [x]
         for conv in convs:  # (n, 48, 27, 27), (n, 128, 13, 13), (n, 192, 13, 13), …
-            made = conv(made, self._exchange_before(conv))
-            parts = zip(self.columns, made, conv.biases(made), strict=True)
-            made = [column.maps(conv.name, maps, bias) for column, maps, bias in parts]
+            outputs = conv(outputs, self._exchange_before(conv))
+            parts = zip(self.columns, outputs, conv.biases(outputs), strict=True)
+            outputs = [column.maps(conv.name, maps, bias) for column, maps, bias in parts]
         # Dropout before fc6 acts on the maps, of the samples that are on this device.
-        own = None if slots is None else self.exchange.own(slots)
+        own = None if slots is None else self.exchange.own_slots(slots)
         if dropout := self._dropout(fcs[0], own, step):
-            of_columns = zip(self.columns, made, strict=True)
-            made = [column.dropped(maps, dropout) for column, maps in of_columns]
+            of_columns = zip(self.columns, outputs, strict=True)
+            outputs = [column.dropped(maps, dropout) for column, maps in of_columns]
         for fc, after in itertools.pairwise(fcs):  # (n, 2048); all columns here: (n, 4096)
             dropout = self._dropout(after, slots, step)
-            made = fc.units(made, self._exchange_before(fc), self.config.activation, dropout)
-        return self.exchange.logits(fcs[-1].units(made, self._exchange_before(fcs[-1])))
+            outputs = fc.units(outputs, self._exchange_before(fc), self.config.activation, dropout)
+        return self.exchange.logits(fcs[-1].units(outputs, self._exchange_before(fcs[-1])))
 
     def _exchange_before(self, layer: Layer) -> Exchange | None:
         """Return the exchange before a layer; None: each column sees its own alone."""
@@ -236,7 +231,7 @@ class AlexNet(nn.Module):
 def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of every parameter (conv1.weight, …) over all columns; allocates nothing."""
     with torch.device("meta"):
-        named = AlexNet(config, drawn=False).named_parameters()
+        named = AlexNet(config, init_weights=False).named_parameters()
     return {name: tuple(parameter.shape) for name, parameter in named}
 
 

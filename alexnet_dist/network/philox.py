@@ -1,16 +1,16 @@
 """Counter-based random numbers: every draw is a function of its key, not of a generator's state.
 
 Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011). NumPy and
-torch give the same bits for integers and uniforms, because one piece of int64 arithmetic serves
-both; dropout masks on a GPU are drawn by Triton, with the same bits. Normals are computed in
-float64 on the host. A rank computes only the part of a draw that it needs, and to resume a run only
-the step number is needed.
+torch give the same bits, because one piece of int64 arithmetic serves both; dropout masks on a GPU
+are drawn by Triton, with the same bits. Uniforms and normals are computed in float64 on the host. A
+rank computes only the part of a draw that it needs, and to resume a run only the step number is
+needed.
 """
 
 import hashlib
 import math
 from enum import IntEnum
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -74,14 +74,9 @@ def integers(words: Words, limits: Words | int) -> Words:
     return (words * limits) >> 32
 
 
-@overload
-def uniforms(words: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]: ...
-@overload
-def uniforms(words: Tensor) -> Tensor: ...
-def uniforms(words: npt.NDArray[np.int64] | Tensor) -> npt.NDArray[np.float64] | Tensor:
+def uniforms(words: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
     """Map 32-bit words to float64 in (0, 1), never 0 or 1."""
-    wide = words.double() if isinstance(words, Tensor) else words.astype(np.float64)
-    return (wide + 0.5) * 2.0**-32
+    return (words.astype(np.float64) + 0.5) * 2.0**-32
 
 
 def normals(
@@ -119,11 +114,10 @@ def dropout_mask(
     """
     threshold = round(drop * 2**32)
     if slots.is_cuda and kernels.can_be_built():
-        from alexnet_dist.network.kernels.units import dropout_mask as drawn
+        from alexnet_dist.network.kernels.units import dropout_mask as by_kernel
 
         now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
-        of = (slots, now, layer, first, count, seed, threshold)
-        kept: Tensor = drawn(*of)
+        kept: Tensor = by_kernel(slots, now, layer, first, count, seed, threshold)
         return kept
     values = type(slots) is Tensor  # not a fake tensor, as `plan` uses
     if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():

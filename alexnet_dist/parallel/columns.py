@@ -31,12 +31,12 @@ class ColumnExchange:
         self.group, self.classes = group, classes
 
     def products(
-        self, product: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, product: Products, inputs: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> list[Tensor]:
-        maps = made[0].flatten(1) if weight.dim() == 2 else made[0]  # fc6 sees units
+        maps = inputs[0].flatten(1) if weight.dim() == 2 else inputs[0]  # fc6 sees units
         return [product_of_all(product, maps, weight, bias, self.group, dim=1)]
 
-    def own(self, slots: Tensor) -> Tensor:
+    def own_slots(self, slots: Tensor) -> Tensor:
         return slots
 
     def logits(self, parts: list[Tensor]) -> Tensor:
@@ -58,8 +58,7 @@ def product_of_all(
     """
     if not torch.is_grad_enabled():
         return product([_side_by_side(part, group, dim)], weight, bias)[0]
-    made: Tensor = _ProductOfAll.apply(product, part, weight, bias, group, dim)
-    return made
+    return _ProductOfAll.apply(product, part, weight, bias, group, dim)  # type: ignore[no-any-return]
 
 
 def join_logits(logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tensor:
@@ -78,21 +77,21 @@ class _ProductOfAll(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.group, ctx.dim = group, dim
         # Record a graph of this product alone, so that the backward can run it in two parts.
-        given: list[Any] = [_side_by_side(part, group, dim), weight, bias]
-        given = [None if x is None else x.detach().requires_grad_() for x in given]
+        leaves: list[Any] = [_side_by_side(part, group, dim), weight, bias]
+        leaves = [None if x is None else x.detach().requires_grad_() for x in leaves]
         with torch.enable_grad():
-            (made,) = product(given[:1], *given[1:])
-        ctx.given, ctx.made = given, get_gradient_edge(made)
-        return made.detach()
+            (output,) = product(leaves[:1], *leaves[1:])
+        ctx.leaves, ctx.output = leaves, get_gradient_edge(output)
+        return output.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        made, (seen, *weights) = ctx.made, [x for x in ctx.given if x is not None]
-        del ctx.made, ctx.given
+        output, (whole, *weights) = ctx.output, [x for x in ctx.leaves if x is not None]
+        del ctx.output, ctx.leaves
         # First the input's gradient, which the other ranks wait for; then the weights'.
-        (of_seen,) = torch.autograd.grad(made, seen, grads, retain_graph=True)
-        summed = _begin_sum(of_seen, ctx.group, ctx.dim)
-        of_weight, *of_bias = torch.autograd.grad(made, weights, grads)
+        (of_whole,) = torch.autograd.grad(output, whole, grads, retain_graph=True)
+        summed = _begin_sum(of_whole, ctx.group, ctx.dim)
+        of_weight, *of_bias = torch.autograd.grad(output, weights, grads)
         return None, summed(), of_weight, of_bias[0] if of_bias else None, None, None
 
 

@@ -227,13 +227,13 @@ def cpu_flags() -> set[str]:
             for flag in line.partition(":")[2].split()}  # fmt: skip
 
 
-def share_python() -> None:
+def shorten_switch_interval() -> None:
     """Make threads release Python's lock after 0.5 ms instead of 5 ms: the decoding threads and the
     one that feeds the device need it for microseconds, many times a second."""
     sys.setswitchinterval(5e-4)
 
 
-def keep_memory() -> None:
+def keep_freed_memory() -> None:
     """Keep freed memory in the process, since fresh pages cost as much as the arithmetic on them.
 
     Uses glibc's mallopt(3): no mmap for blocks below 1 GiB, no trimming. Elsewhere does nothing.

@@ -37,18 +37,18 @@ class ShardExchange:
         self.group, self.classes = group, classes
 
     def products(
-        self, product: Products, made: list[Tensor], weight: Tensor, bias: Tensor | None
+        self, product: Products, inputs: list[Tensor], weight: Tensor, bias: Tensor | None
     ) -> list[Tensor]:
         """Apply a layer. All columns of the convolutions are here; fc6's and fc7's units are spread
         over all ranks."""
-        if made[0].dim() == 2:
-            return [product_of_all(product, made[0], weight, bias, self.group, dim=1)]
-        maps = side_by_side(made)
+        if inputs[0].dim() == 2:
+            return [product_of_all(product, inputs[0], weight, bias, self.group, dim=1)]
+        maps = side_by_side(inputs)
         if weight.dim() == 4:
             return product([maps], weight, bias)
         return [product_of_all(product, maps.flatten(1), weight, bias, self.group, dim=0)]
 
-    def own(self, slots: Tensor) -> Tensor:
+    def own_slots(self, slots: Tensor) -> Tensor:
         mine: Tensor = slots.unflatten(0, (self.group.size(), -1))[self.group.rank()]
         return mine
 
@@ -137,10 +137,3 @@ def sum_of_bits(tensor: Tensor) -> Tensor:
     paired = flat.numel() % 2 == 0 and flat.storage_offset() % 2 == 0
     wide = torch.int64 if paired or flat.element_size() == 8 else torch.int32
     return flat.view(wide).sum(dtype=torch.int64)
-
-
-def largest(count: int, group: dist.ProcessGroup) -> int:
-    """Return the largest of the ranks' numbers. `group` is a CPU group: the host needs it."""
-    most = torch.tensor(count)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
-    return int(most)

@@ -1,6 +1,5 @@
 """Start a layout's ranks on this host with torchrun's elastic API, when no launcher did."""
 
-import ctypes
 import logging
 import os
 import signal
@@ -23,13 +22,14 @@ from alexnet_dist.compat import elastic_launch
 from alexnet_dist.errors import AlexNetDistError, RanksFailed, in_words, killed_by, printable
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.rendezvous import LOOPBACK, store_at
-from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored, heard
+from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored, signals_heeded
+from alexnet_dist.parallel.workers import signal_at_parents_end
 
 _LAUNCHER = "ALEXNET_DIST_LAUNCHER"  # environment variable: the launcher's process id, for ranks
 
 
 def start(
-    arguments: Sequence[str], ranks: int, folder: Path, told: Callable[[str, int], bool]
+    arguments: Sequence[str], ranks: int, folder: Path, killed: Callable[[str, int], bool]
 ) -> int:  # fmt: skip
     """Run `alexnet-dist ARGUMENTS` on this many ranks, and return the exit code they agreed on.
 
@@ -37,7 +37,7 @@ def start(
 
     Args:
         folder: the run folder, whose run.json says how the ranks stopped.
-        told: called with a description of the ranks that were killed, and the number of earlier
+        killed: called with a description of the ranks that were killed, and the number of earlier
             attempts; returns whether this is still to be printed.
     """
     os.environ[_LAUNCHER] = str(os.getpid())
@@ -45,12 +45,12 @@ def start(
     attempts_before = read_run(folder).get("attempt", 0)
     try:
         with _ended_by_a_second_interrupt():
-            launched(sys.executable, ranks, 120, *command)
+            launch_ranks(sys.executable, ranks, 120, *command)
         return 0
     except ChildFailedError as error:
-        if killed := _killed(error):
-            if told(killed, attempts_before):
-                print(f"{killed}; run again to resume", file=sys.stderr)
+        if dead := _killed_ranks(error):
+            if killed(dead, attempts_before):
+                print(f"{dead}; run again to resume", file=sys.stderr)
             return 1
         return error.get_first_failure()[1].exitcode
     except SignalException as error:
@@ -68,7 +68,7 @@ def start(
         del os.environ[_LAUNCHER]  # what this process starts later has another
 
 
-def _killed(error: ChildFailedError) -> str:
+def _killed_ranks(error: ChildFailedError) -> str:
     """Describe the ranks that were killed by signals; empty if none was. (Others may have failed
     right after, because those were gone.)"""
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
@@ -117,12 +117,12 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """
     try:
         with handlers_restored():
-            results = launched(_mistake_or, ranks, 10, function, *args)
+            results = launch_ranks(_mistake_or, ranks, 10, function, *args)
     except SignalException as error:
         signal.raise_signal(error.sigval)  # now to this program's own handler
         raise
     except ChildFailedError as error:
-        why = _killed(error) or "a rank failed, and said why"
+        why = _killed_ranks(error) or "a rank failed, and said why"
         raise RanksFailed(f"{why} ({function.__name__})") from error
     if isinstance(results[0], AlexNetDistError):
         raise results[0]
@@ -142,7 +142,7 @@ def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
         raise
 
 
-def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dict[int, Any]:
+def launch_ranks(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dict[int, Any]:
     """Run a function, or a command, on this many ranks of this host; return the results by rank.
 
     The ranks meet at a store on the loopback. torchelastic's static rendezvous is given its port,
@@ -162,22 +162,20 @@ def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dic
         "rdzv_endpoint": f"{store.host}:{store.port}",
         "rdzv_configs": {"rank": 0},
         "max_restarts": 0,
-        "signals_to_handle": ",".join(number.name for number in heard()),
+        "signals_to_handle": ",".join(number.name for number in signals_heeded()),
         "logs_specs": DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
     }
     return elastic_launch(config, shutdown_timeout_s, entry, *args)
 
 
 def leave_with_parent(parent: int) -> None:
-    """Ask the kernel to send SIGTERM when the launcher dies, so that this rank saves and exits.
-
-    The kernel sends it once for each of the launcher's threads, so it cannot be SIGINT.
+    """Have SIGTERM sent when the launcher dies, so that this rank saves and exits. It comes once
+    for each of the launcher's threads, so it cannot be SIGINT.
 
     Args:
         parent: this rank's parent process id at start; if the launcher has died since, no signal
             would come, and the rank exits now.
     """
-    set_parent_death_signal = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    signal_at_parents_end(signal.SIGTERM)
     if os.getppid() != int(os.environ.get(_LAUNCHER, parent)):
         os._exit(EXITS[FLAGS[signal.SIGTERM]])

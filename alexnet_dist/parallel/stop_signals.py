@@ -29,7 +29,7 @@ FLAGS = {
 }  # fmt: skip
 
 
-def heard() -> list[signal.Signals]:
+def signals_heeded() -> list[signal.Signals]:
     """Return the signals that ask this process to stop; without SIGHUP under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in FLAGS if number != signal.SIGHUP or not ignored]
@@ -47,7 +47,7 @@ class StopSignals:
         self._pid = os.getpid()
         self._agreed = 0
         self._waiting: tuple[torch.Tensor, dist.Work] | None = None
-        for number in heard():
+        for number in signals_heeded():
             signal.signal(number, self._handle)
 
     def poll(self, topology: "Topology") -> int:

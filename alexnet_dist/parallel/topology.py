@@ -24,7 +24,12 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, SaidByRank0
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.device import cores_of, keep_memory, share_python, take_device
+from alexnet_dist.parallel.device import (
+    cores_of,
+    keep_freed_memory,
+    shorten_switch_interval,
+    take_device,
+)
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check, check_columns_meet, columns_of
 from alexnet_dist.parallel.rendezvous import keep_to_this_host, meet
@@ -72,7 +77,7 @@ class Topology:
         return self.world_size // self.columns
 
     @property
-    def leads(self) -> bool:
+    def is_rank_0(self) -> bool:
         """Whether this rank writes files and prints."""
         return self.global_rank == 0
 
@@ -91,13 +96,13 @@ class Topology:
             return decide()
         outcome: list[Any] = [None, None]
         failure: Exception | None = None
-        if self.leads:
+        if self.is_rank_0:
             try:
                 outcome = [decide(), None]
             except Exception as error:
                 failure = error
                 outcome = [None, error.exit_code if isinstance(error, AlexNetDistError) else 1]
-        outcome = json.loads(self.first_said(json.dumps(outcome) if self.leads else ""))
+        outcome = json.loads(self.first_message(json.dumps(outcome) if self.is_rank_0 else ""))
         if failure is not None:
             raise failure
         if outcome[1] is not None:
@@ -106,7 +111,7 @@ class Topology:
             raise said
         return outcome[0]  # type: ignore[no-any-return]
 
-    def put_off_timeouts(self) -> None:
+    def disable_timeouts(self) -> None:
         """Stop the process groups from timing out: from now on a watchdog looks for ranks that wait
         too long. Unlike the groups' clocks, it knows when a process was suspended."""
         for group in (self.control, self.column_group, self.replica_group):
@@ -117,7 +122,7 @@ class Topology:
         if self.control is not None:
             dist.barrier(self.control)
 
-    def each(self, *numbers: float) -> list[list[float]]:
+    def gather(self, *numbers: float) -> list[list[float]]:
         """Gather every rank's numbers on every rank: (world size, len(numbers)). Collective."""
         if self.control is None:
             return [list(numbers)]
@@ -126,23 +131,22 @@ class Topology:
         all_gather_single(found, mine, self.control)
         return found.view(self.world_size, -1).tolist()
 
-    def first_said(self, text: str) -> str:
+    def first_message(self, text: str) -> str:
         """Return, on every rank, the first non-empty text in rank order; "" if none. Collective."""
         if self.control is None:
             return text
         mine = text.encode(errors="surrogatepass")  # a path may hold any byte
-        for rank, (length,) in enumerate(self.each(len(mine))):
+        for rank, (length,) in enumerate(self.gather(len(mine))):
             if length:
                 words = bytearray(mine if rank == self.global_rank else int(length))
                 dist.broadcast(torch.frombuffer(words, dtype=torch.uint8), rank, self.control)
                 return words.decode(errors="surrogatepass")
         return ""
 
-    def sum(self, counts: Tensor) -> Tensor:
+    def sum(self, counts: Tensor) -> None:
         """Sum a CPU tensor over all ranks, in place. Collective."""
         if self.control is not None:
             dist.all_reduce(counts, group=self.control)
-        return counts
 
 
 def connect(config: Config) -> Topology:
@@ -168,8 +172,8 @@ def connect(config: Config) -> Topology:
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    keep_memory()
-    share_python()
+    keep_freed_memory()
+    shorten_switch_interval()
     if here.world_size == 1:
         return dataclasses.replace(here, device=device)
     # Meet the other ranks.
@@ -185,7 +189,7 @@ def connect(config: Config) -> Topology:
     world, columns = here.world_size, here.columns
     control = _group(range(world), "gloo", timeout)
     if place.node is not None:
-        nodes = dataclasses.replace(here, control=control).each(place.node)
+        nodes = dataclasses.replace(here, control=control).gather(place.node)
         environment.check_even(place.tasks_per_node)  # now, so that rank 0 lives to say it
         check_columns_meet([int(node) for (node,) in nodes], columns)
     by_replica = [

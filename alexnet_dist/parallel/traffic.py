@@ -48,7 +48,7 @@ class Traffic(TorchDispatchMode):
     def total(self) -> int:
         return round(sum(self.sent.values()))
 
-    def again(self) -> None:
+    def count_replay(self) -> None:
         """Add these counts once more to the counters now active: a CUDA graph was replayed."""
         for around in _get_current_dispatch_mode_stack():
             if isinstance(around, Traffic):

@@ -63,7 +63,7 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
         gpu: whether each rank has a GPU; else they share a CPU.
     """
     with pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
-        whole = AlexNet(config.model, drawn=False)
+        whole = AlexNet(config.model, init_weights=False)
         counted = multiply_adds(whole)
         forward = {layer.name: 2 * macs for layer, macs in counted.items()}
         values = {
@@ -143,7 +143,7 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
     # The engine, as it would be on a rank, and one batch.
     topology, how = fake_topology(laid_out, ranks), execution(laid_out, ranks, gpu)
     engine_of = PlannedShards if kind == "sharded_fc" else PlannedEngine
-    engine = engine_of(laid_out, topology, drawn=False)
+    engine = engine_of(laid_out, topology, init_weights=False)
     if how != "eager":
         engine.fuse(narrows)
     engine.memory = memory = MemTracker()
@@ -211,7 +211,7 @@ def _whole_batch(config: Config, ranks: int, gpu: bool) -> Rank:
 def _zero_rank(config: Config, ranks: int, gpu: bool) -> Rank:
     """Return ZeRO's figures: gradients are all-reduced (at stage 2 after every micro-batch),
     updated weights all-gathered; weights and biases are each padded to equal pieces per rank."""
-    layers = AlexNet(config.model, drawn=False).layers()
+    layers = AlexNet(config.model, init_weights=False).layers()
     sizes = [
         sum(layer.get_parameter(kind).numel() for layer in layers) for kind in ("weight", "bias")
     ]

@@ -84,14 +84,14 @@ class PlannedEngine(TorchEngine):
 
     def fuse(self, narrows: bool) -> None:
         """Use a GPU's fused kernels, as the engine does if there is a GPU."""
-        self.fused, copies = True, self._narrowed()
+        self.fused, copies = True, self._fuse_layers()
         if not narrows:  # ZeRO's engine keeps no copies in the computing dtype
             copies = {}
             for layer in self.model.layers():
                 layer.narrow = None
         named = self.model.named_parameters()
         narrow = copies if narrows else None
-        self.optimizer = Optimizer(self.config.optimizer, named, self.whole_sums, narrow)
+        self.optimizer = Optimizer(self.config.optimizer, named, self.sum_over_shards, narrow)
 
     def replicate(self, group: dist.ProcessGroup) -> nn.Module:
         compress = self.config.layout.compress_gradients
@@ -101,13 +101,13 @@ class PlannedEngine(TorchEngine):
                 summed(parameter.grad.bfloat16() if compress else parameter.grad, group)
 
         for name, parameter in self.model.named_parameters():
-            if self.split_over(name) is not group:
+            if self.shard_group(name) is not group:
                 parameter.grad = torch.zeros_like(parameter)
                 self.buckets += (parameter.grad,)
                 parameter.register_post_accumulate_grad_hook(sum_up)
         return self.model
 
-    def summing(self, now: bool) -> AbstractContextManager[object]:
+    def gradient_sync(self, now: bool) -> AbstractContextManager[object]:
         self._last = now
         if self.memory:  # its module statistics cover one forward pass at a time
             self.memory.reset_mod_stats()

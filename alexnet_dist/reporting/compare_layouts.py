@@ -27,7 +27,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.make import once, train_batches
+from alexnet_dist.data.pipelines.make import for_one_pass, train_batches
 from alexnet_dist.engines.base import AT, Engine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
@@ -220,7 +220,7 @@ def _run(config: Config, steps: int, path: Path) -> Run:
     batches.close()
     speed = (steps - 2) * config.train.batch / (time.perf_counter() - begin)
     tensors = engine.whole_tensors()
-    if topology.leads:
+    if topology.is_rank_0:
         path.mkdir(parents=True)
         for name, part in zip(("parameters", "optimizer"), tensors, strict=True):
             save_file(part, path / name)
@@ -256,7 +256,9 @@ def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[
     """Yield this rank's part of each batch, as in the training loop, and the learning rate."""
     dataset = open_for(config)
     schedule = Schedule.of(config, len(dataset.splits[config.data.train_split]))
-    with contextlib.closing(train_batches(once(config), topology, dataset, 0, steps)) as batches:
+    with contextlib.closing(
+        train_batches(for_one_pass(config), topology, dataset, 0, steps)
+    ) as batches:
         for step, batch in enumerate(batches):
             yield batch, schedule.rate(step)
 

@@ -153,7 +153,7 @@ def _dali(config: Config) -> Iterator[Finding]:
 def _disk(config: Config) -> Iterator[Finding]:
     """Check the space for checkpoints, and that the file system has locks and a common clock."""
     with torch.device("meta"):
-        model = AlexNet(config.model, config.seed, drawn=False)
+        model = AlexNet(config.model, config.seed, init_weights=False)
     size = 8 if config.train.precision == "fp64" else 4
     copies = {"adam": 3}.get(config.optimizer.kind, 2)  # weights and the optimiser's tensors
     one = copies * size * sum(p.numel() for p in model.parameters())

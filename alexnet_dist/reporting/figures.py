@@ -19,11 +19,11 @@ from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import ALONE, load_config
 from alexnet_dist.config.schema import flat
 from alexnet_dist.data.dataset import evaluation_split, open_for
-from alexnet_dist.data.pipelines.make import once
+from alexnet_dist.data.pipelines.make import for_one_pass
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, looked_in
-from alexnet_dist.evaluation.evaluate import seen
+from alexnet_dist.evaluation.evaluate import features_and_logits
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
@@ -69,7 +69,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     The training split's features are kept in `figures/features.npy` while they are compared.
     """
     found = checkpoints.at(folder)
-    config = load_config([flat(once(found.config)), *ALONE, *overrides])
+    config = load_config([flat(for_one_pass(found.config)), *ALONE, *overrides])
     dataset, out = open_for(config, found.path), _folder(folder)
     topology = connect(config)
     engine = TorchEngine(config, topology)
@@ -77,7 +77,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
 
     def see(split: str, samples: range) -> tuple[Tensor, Tensor]:
         """Return features and logits of some samples of a split."""
-        return seen(engine, config, topology, dataset, split, samples)
+        return features_and_logits(engine, config, topology, dataset, split, samples)
 
     shown = evaluation_split(config, dataset)
     samples = evenly(len(shown), ANSWERED)

@@ -16,7 +16,7 @@ from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
 from alexnet_dist.evaluation.results import Score
-from alexnet_dist.evaluation.scores import kept
+from alexnet_dist.evaluation.scores import saved_scores
 from alexnet_dist.files import json_object, opened, read_bytes, read_run
 from alexnet_dist.training.metrics_file import read_metrics
 
@@ -105,7 +105,7 @@ def read_run_folder(folder: Path) -> RunRead | None:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
             scores.append(_of_a_file(path, *keys[:2]))
     several = []
-    for one in kept(folder):
+    for one in saved_scores(folder):
         if len(one["of"]) > 1:
             several.append(one)
         else:

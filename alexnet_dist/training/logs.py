@@ -18,11 +18,11 @@ log = logging.getLogger("alexnet_dist")
 
 def configure_logging(topology: Topology) -> None:
     """Log at INFO on rank 0, and at WARNING with a prefix of rank and column on the others."""
-    name = "" if topology.leads else f"[r{topology.global_rank} c{topology.column}] "
+    name = "" if topology.is_rank_0 else f"[r{topology.global_rank} c{topology.column}] "
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable(f"{name}%(message)s"))
     logging.basicConfig(handlers=[handler], force=True)
-    log.setLevel(logging.INFO if topology.leads else logging.WARNING)
+    log.setLevel(logging.INFO if topology.is_rank_0 else logging.WARNING)
 
 
 def opening(

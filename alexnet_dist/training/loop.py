@@ -13,9 +13,9 @@ from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
-from alexnet_dist.data.pipelines.auto import decoders, settled, splits_of
+from alexnet_dist.data.pipelines.auto import choose_pipeline, decoders, splits_of
 from alexnet_dist.data.pipelines.make import train_batches
-from alexnet_dist.data.pipelines.resident import hold
+from alexnet_dist.data.pipelines.resident import decode_to_memory
 from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
@@ -46,13 +46,13 @@ class Outcome:
         exit: 0 if the run reached its last step, else the exit code of the signal that stopped it.
         step: optimiser steps done.
         score: result of the final evaluation; None if the run was stopped or has no evaluation.
-        leads: whether this process is rank 0, which prints.
+        is_rank_0: whether this process is rank 0, which prints.
     """
 
     exit: int
     step: int
     score: Score | None
-    leads: bool
+    is_rank_0: bool
 
 
 def train(config: Config, signals: StopSignals | None = None) -> Outcome:
@@ -98,7 +98,7 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
         raise failed
     newest, _ = store.newest_good(config.folder / "checkpoints")
     reached = Progress() if newest is None else Progress.of(newest.progress)
-    return Outcome(code, reached.step, None if code else reached.score, leads=True)
+    return Outcome(code, reached.step, None if code else reached.score, is_rank_0=True)
 
 
 def _train(config: Config, signals: StopSignals) -> Outcome:
@@ -138,7 +138,7 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     dataset = open_for(resolved)
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
-    resolved, why = settled(resolved, topology, dataset)
+    resolved, why = choose_pipeline(resolved, topology, dataset)
     pipeline = resolved.data.pipeline
     if why == "set" and config.data.pipeline != pipeline:  # resolved from an earlier start
         why = "as before"
@@ -160,7 +160,7 @@ def _run(
     folder.running(progress.step, schedule.last_step)
     log.info(opening(config, topology, progress.step, schedule.last_step, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
-        hold(config, topology, dataset, splits_of(config), signals)
+        decode_to_memory(config, topology, dataset, splits_of(config), signals)
     batches = train_batches(config, topology, dataset, progress.step, schedule.last_step)
 
     # What runs beside the steps: statistics on their way from the device, what is written of them,
@@ -245,4 +245,6 @@ def _run(
         checkpoints.close()
         batches.close()
         telemetry.close()
-    return Outcome(exit_code, progress.step, None if exit_code else progress.score, topology.leads)
+    return Outcome(
+        exit_code, progress.step, None if exit_code else progress.score, topology.is_rank_0
+    )

@@ -75,7 +75,7 @@ class Telemetry:
         classes, wanted = config.model.classes, config.log.pictures and loggers.pictured(config)
         self._draws_confusion = wanted and classes <= MOST_CLASSES
         self._undrawn: tuple[int, Tensor | None] | None = None  # step, and confusion
-        if topology.leads:
+        if topology.is_rank_0:
             path = folder.path / "metrics.jsonl"
             before = metrics_file.cut(path, step, evaluated_step)
             self._loggers = loggers.start(config, metrics_file.rows(before))
@@ -86,7 +86,7 @@ class Telemetry:
                 total=self._last_step, initial=step, disable=not self._terminal,
                 bar_format="{desc} {bar:20}",
             )  # fmt: skip
-        profiled = tuple(config.profile.steps) if topology.leads else ()
+        profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
         self._trace = Trace(profiled, folder.path, self._cuda, self._traced)
         self._trace.stepped(step)
         TIMELINE.start(self._cuda)
@@ -120,8 +120,8 @@ class Telemetry:
 
     def _train(self, step: int, epoch: float, values: Mapping[str, float], took: Took) -> None:
         steps, self._step = step - self._step, step
-        measured = self._topology.each(*_measured(took, self._cuda))
-        if not self._topology.leads:
+        measured = self._topology.gather(*_measured(took, self._cuda))
+        if not self._topology.is_rank_0:
             return
         own, waited, p50, p95, host, device = map(list, zip(*measured, strict=True))
 
@@ -236,7 +236,7 @@ class Telemetry:
 
     def flush(self) -> None:
         """Wait until the points so far are on the disk, before a checkpoint says that they are."""
-        if self._topology.leads:
+        if self._topology.is_rank_0:
             self._append(None)
             with contextlib.suppress(OSError):  # already logged by `_append`
                 os.fsync(self._metrics.fileno())
@@ -249,7 +249,7 @@ class Telemetry:
         self._quarantine.close()
         self._board.close()
         loggers.close(self._loggers, self._finished)
-        if self._topology.leads:
+        if self._topology.is_rank_0:
             with contextlib.suppress(OSError):
                 self._bar.close()
             self._metrics.close()

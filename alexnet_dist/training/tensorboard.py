@@ -23,7 +23,7 @@ from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.evaluation.evaluate import seen
+from alexnet_dist.evaluation.evaluate import features_and_logits
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import (
     Picture,
@@ -66,7 +66,7 @@ class Board:
         self._guard = Unharmed("TensorBoard")
         self._writer: SummaryWriter | None = None
         self._opened: int | None = None
-        if topology.leads and "tensorboard" in config.log.to:
+        if topology.is_rank_0 and "tensorboard" in config.log.to:
             with self._guard:
                 # Opened by file descriptor: the writer opens its file by name at every flush, and
                 # the folder may have been moved.
@@ -113,7 +113,7 @@ class Board:
         pictures: dict[str, Picture] = {}
         if config.log.pictures:
             _, logits = self._seen(engine, samples)
-        if not self._topology.leads:
+        if not self._topology.is_rank_0:
             return pictures
         with self._guard:
             if kernels is not None:
@@ -150,8 +150,8 @@ class Board:
 
     def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
         """Return features and logits of some evaluation samples. Collective."""
-        split = self._config.data.eval_split
-        return seen(engine, self._config, self._topology, self._dataset, split, samples)
+        config, split = self._config, self._config.data.eval_split
+        return features_and_logits(engine, config, self._topology, self._dataset, split, samples)
 
     def _embed(
         self, to: SummaryWriter, name: str, features: Tensor, samples: range, step: int
@@ -197,7 +197,7 @@ def answered(
 
 def image_of(split: Split, sample: int, canvas: int) -> Picture:
     """Return a sample as (canvas, canvas, 3) uint8; a damaged one as the sample that stands in."""
-    _, (encoded,) = split.read_whole(np.array([sample]))
+    _, (encoded,) = split.read_batch(np.array([sample]))
     image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
     picture: Picture = on_canvas(image, canvas).movedim(0, -1).numpy()
     return picture

@@ -59,7 +59,7 @@ class Watchdog:
         self._closed = threading.Event()
         self._store = topology.store
         self._tell("who", {"host": socket.gethostname(), "pid": os.getpid()})
-        topology.put_off_timeouts()
+        topology.disable_timeouts()
         self._pause_s = min(0.9, self._limit_s / 20)
         # [heartbeats of the watchdog's thread, 1 once the watchdog is closed]; the guard reads it.
         self._beats = np.zeros(2, np.int64)
@@ -106,7 +106,7 @@ class Watchdog:
         if self._topology.global_rank == min(stuck):
             verdict = _verdict(stuck, silent, who, self._limit_s)
             log.error(verdict)
-            if self._topology.leads:
+            if self._topology.is_rank_0:
                 self._report(verdict.partition("\n")[0])
             self._tell("said", {})
         else:

@@ -8,7 +8,7 @@ from alexnet_dist.config.from_data import AUTO, NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.pipelines.dali_pipeline import check_dali
-from alexnet_dist.data.pipelines.resident import Room, gb, takes
+from alexnet_dist.data.pipelines.resident import FreeMemory, decoded_bytes, gb
 from alexnet_dist.errors import in_words
 from alexnet_dist.parallel.topology import Topology
 
@@ -21,7 +21,7 @@ def splits_of(config: Config) -> list[str]:
     return [name for name in dict.fromkeys(seen) if name != NO_SPLIT]
 
 
-def settled(config: Config, topology: Topology, dataset: Dataset) -> tuple[Config, str]:
+def choose_pipeline(config: Config, topology: Topology, dataset: Dataset) -> tuple[Config, str]:
     """Return the config with `auto` replaced by a pipeline, alike on every rank, and the reason.
     Collective."""
     if config.data.pipeline != AUTO:
@@ -30,7 +30,8 @@ def settled(config: Config, topology: Topology, dataset: Dataset) -> tuple[Confi
     if topology.device.type == "cpu":  # there decoding is 1 % of a step: docs/log.md
         why = "auto: on a CPU"
     else:
-        size, free = takes(config, dataset, splits_of(config)), Room.of(config, topology).device
+        size = decoded_bytes(config, dataset, splits_of(config))
+        free = FreeMemory.of(config, topology).device
         why = f"auto: images decoded once take {gb(size)} a rank, of {gb(free)} free"
         if size <= SHARE * free:
             kind = "resident"
@@ -43,7 +44,7 @@ def settled(config: Config, topology: Topology, dataset: Dataset) -> tuple[Confi
 
 def decoders(config: Config, topology: Topology) -> str:
     """Return what decodes images for a GPU, for the log; empty where there is nothing to say."""
-    if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.leads:
+    if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.is_rank_0:
         with contextlib.suppress(Exception):  # the pipeline will say so
             return f", {check_dali(topology.device.index)}"
     return ""
@@ -56,4 +57,4 @@ def _dali_fails(topology: Topology) -> str:
         check_dali(topology.device.index)
     except Exception as error:  # of any of its libraries
         wrong = f"{in_words(error) or ' '.join(str(error).split())[:200]}" or repr(error)
-    return topology.first_said(wrong)
+    return topology.first_message(wrong)

@@ -11,18 +11,23 @@ import os
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.preprocess import Canvases, Preprocess
+from alexnet_dist.data.batch import (
+    Decoded,
+    Pipeline,
+    Preprocessor,
+    Samples,
+    started_ahead,
+)
+from alexnet_dist.data.preprocess import Canvases
 from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError
 
@@ -41,7 +46,7 @@ class _Read:
     encoded: Any
 
 
-class DaliPipeline:
+class DaliPipeline(Pipeline):
     """A `Pipeline` on NVIDIA DALI: nvJPEG on a GPU, libjpeg-turbo on a CPU.
 
     Args:
@@ -49,31 +54,21 @@ class DaliPipeline:
     """
 
     def __init__(
-        self,
-        config: Config,
-        split: Split,
-        device: torch.device,
-        preprocess: Preprocess,
+        self, config: Config, split: Split, device: torch.device, preprocess: Preprocessor,
         threads: int,
-    ) -> None:
-        self.split, self.device, self.preprocess, self.threads = split, device, preprocess, threads
-        self.canvas, self.crop = config.data.canvas, config.model.crop
-        self.prefetch = config.data.prefetch
-        self.canvases = Canvases(split.index, self.canvas)
-        self._readers = ThreadPoolExecutor(
-            min(threads, self.prefetch + 1), thread_name_prefix="read"
-        )
+    ) -> None:  # fmt: skip
+        readers = min(threads, config.data.prefetch + 1)
+        pool = ThreadPoolExecutor(readers, thread_name_prefix="read")
+        super().__init__(config, split, device, preprocess, pool)
+        self.threads, self.canvases = threads, Canvases(split.index, self.canvas)
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
         """As `Pipeline.batches`. A graph is built for the first batch, and another one whenever a
         batch is larger than all before it."""
-        reads, larger = self._reads(iter(plan)), list[_Read]()
+        futures = started_ahead(plan, lambda s: self.pool.submit(self._read, s), self.prefetch)
+        reads, larger = (future.result() for future in futures), list[_Read]()
         while (first := larger.pop() if larger else next(reads, None)) is not None:
             yield from self._by_one_graph(itertools.chain([first], reads), larger)
-
-    def close(self) -> None:
-        self._readers.shutdown(wait=True, cancel_futures=True)
-        self.split.close()
 
     def _by_one_graph(self, reads: Iterator[_Read], larger: list[_Read]) -> Iterator[Decoded]:
         """Yield batches up to one that is larger than the first; append that one to `larger`."""
@@ -102,10 +97,11 @@ class DaliPipeline:
                     raise
                 raise undecodable(self.split, inside[0].read.tolist(), error) from error
             while len(inside[0].read) == 0:
-                yield self._decoded(inside.popleft(), empty)
-            yield self._decoded(inside.popleft(), from_dlpack(patches.as_tensor()))
-        while inside:
-            yield self._decoded(inside.popleft(), empty)
+                yield self.decoded(inside[0].samples, inside.popleft().read, empty)
+            done = inside.popleft()
+            yield self.decoded(done.samples, done.read, from_dlpack(patches.as_tensor()))
+        for left in inside:
+            yield self.decoded(left.samples, left.read, empty)
 
     def graph(self, feed: Iterator[Any], batch: int, side: int) -> Any:
         """Make the graph: encoded images to patches (batch, side, side, 3), uint8, on the device.
@@ -179,27 +175,13 @@ class DaliPipeline:
             numbers += [(corner, np.int32), (kept, np.int32)] * self.canvases.cuts
             yield read.encoded, *(np.ascontiguousarray(value, dtype) for value, dtype in numbers)
 
-    def _reads(self, plan: Iterator[Samples]) -> Iterator[_Read]:
-        """Yield what is read for each entry of the plan, ahead of time."""
-        ahead = deque[Future[_Read]]()
-        while True:
-            while len(ahead) <= self.prefetch and (samples := next(plan, None)) is not None:
-                ahead.append(self._readers.submit(self._read, samples))
-            if not ahead:
-                return
-            yield ahead.popleft().result()
-
     def _read(self, samples: Samples) -> _Read:
         from nvidia.dali import tensors
 
-        read, encoded = self.split.read_whole(samples.ids)
+        read, encoded = self.split.read_batch(samples.ids)
         # DALI's own list here, so that the thread that runs the graph need not make it.
         given = tensors.TensorListCPU([tensors.TensorCPU(one) for one in encoded])
         return _Read(samples, read, given)
-
-    def _decoded(self, read: _Read, patches: Tensor) -> Decoded:
-        metadata = Metadata.pack(read.samples, read.read, self.split)
-        return Decoded(patches, to_device(metadata, self.device), self.preprocess)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch, Pipeline
 from alexnet_dist.data.dataset import Dataset
-from alexnet_dist.data.pipelines.auto import settled
+from alexnet_dist.data.pipelines.auto import choose_pipeline
 from alexnet_dist.data.pipelines.resident import ResidentPipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.preprocess import Preprocess
@@ -18,7 +18,7 @@ from alexnet_dist.timing import TIMELINE
 
 def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
     """Return this rank's pipeline over one split, of the kind the config names. Collective."""
-    config, _ = settled(config, topology, dataset)
+    config, _ = choose_pipeline(config, topology, dataset)
     device = topology.device
     preprocess = Preprocess(config, dataset.statistics, device, DTYPES[config.train.precision])
     threads = config.data.workers or topology.cores
@@ -59,7 +59,7 @@ def train_batches(
         pipeline.close()
 
 
-def once(config: Config) -> Config:
+def for_one_pass(config: Config) -> Config:
     """Return the config with a pipeline for one pass over a split: keeping decoded images in memory
     only pays where they are used again."""
     if config.data.pipeline == "dali":

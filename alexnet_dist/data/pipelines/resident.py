@@ -7,7 +7,6 @@ are the bytes that the torch pipeline decodes, so its batches are the same to th
 import dataclasses
 import logging
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,13 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.dataset import Dataset, agree
+from alexnet_dist.data.batch import (
+    Decoded,
+    Metadata,
+    Pipeline,
+    Preprocessor,
+    Samples,
+    started_ahead,
+    to_device,
+)
+from alexnet_dist.data.dataset import Dataset, raised_on_every_rank
 from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import Decoder
-from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.data.split import IdArray, Split
-from alexnet_dist.errors import DatasetError, MachineError
+from alexnet_dist.errors import MachineError
 from alexnet_dist.network.flops import multiply_adds
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
@@ -54,9 +60,17 @@ class Resident:
     read: IdArray
     damaged: Mapping[int, str]
 
+    def read_for(self, samples: Samples) -> IdArray:
+        """Return the samples that were read for these, and log the damaged ones each time, as the
+        other pipelines do."""
+        read = self.read[samples.ids]
+        for sample in samples.ids[read != samples.ids].tolist():
+            log.warning(self.damaged[sample])
+        return read
+
 
 @dataclass(frozen=True)
-class Room:
+class FreeMemory:
     """Bytes that are free for images on every rank, which has an equal share of its host's memory.
 
     Attributes:
@@ -69,23 +83,23 @@ class Room:
     host: float
 
     @classmethod
-    def of(cls, config: Config, topology: Topology) -> "Room":
+    def of(cls, config: Config, topology: Topology) -> "FreeMemory":
         """Measure what is free now, and return the least of all ranks. Collective."""
         place = environment.place() or Place()
-        network = _network_takes(config, topology)
+        network = _network_bytes(config, topology)
         device = host = free_host_memory() / place.local_world
         if topology.device.type == "cuda":
             device = free_gpu_memory(topology.device) - network
         else:
             device = host = host - network
-        return cls(*map(min, zip(*topology.each(device, host), strict=True)))
+        return cls(*map(min, zip(*topology.gather(device, host), strict=True)))
 
 
-def _network_takes(config: Config, topology: Topology) -> float:
+def _network_bytes(config: Config, topology: Topology) -> float:
     """Return a generous bound on the bytes that training and evaluation take on a rank; `plan`
     gives a closer one."""
     with FakeTensorMode():
-        model = AlexNet(config.model, drawn=False)
+        model = AlexNet(config.model, init_weights=False)
         counted = multiply_adds(model)
     values = [macs // layer.weight.numel() * len(layer.weight) for layer, macs in counted.items()]
     # Training keeps all maps for the backward; a forward alone, a few of the largest.
@@ -97,12 +111,12 @@ def _network_takes(config: Config, topology: Topology) -> float:
     return parameters + maps + (2**31 if topology.device.type == "cuda" else 2**29)
 
 
-def takes(config: Config, dataset: Dataset, splits: Iterable[str]) -> int:
+def decoded_bytes(config: Config, dataset: Dataset, splits: Iterable[str]) -> int:
     """Return the size of these splits' images on the canvas, bytes."""
     return sum(len(dataset.splits[name]) for name in splits) * 3 * config.data.canvas**2
 
 
-def hold(
+def decode_to_memory(
     config: Config, topology: Topology, dataset: Dataset, splits: Sequence[str],
     signals: StopSignals | None = None,
 ) -> None:  # fmt: skip
@@ -119,7 +133,7 @@ def hold(
     left = [n for n in dict.fromkeys(splits) if _key(config, topology, n) not in held]
     if not left:
         return
-    size, room = takes(config, dataset, left), Room.of(config, topology)
+    size, room = decoded_bytes(config, dataset, left), FreeMemory.of(config, topology)
     if size <= room.device:
         device = topology.device
     elif size <= room.host:
@@ -169,7 +183,7 @@ def _decode_all(
     buffer = torch.empty((size, side, side, 3), dtype=torch.uint8) if on_device else images[:0]
 
     def decode(samples: range, into: Tensor) -> None:
-        read[samples], encoded, why = split.whole(np.array(samples))
+        read[samples], encoded, why = split.read_with_warnings(np.array(samples))
         damaged.update({samples[place]: words for place, words in why.items()})
         decoder(read[samples], encoded, np.zeros((len(samples), 2), np.int64), into)
 
@@ -177,7 +191,7 @@ def _decode_all(
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
         tqdm(
             total=len(split), unit=" images", desc=f"decoding {split.name}", leave=False,
-            disable=not topology.leads, mininterval=0.5 if sys.stderr.isatty() else 30,
+            disable=not topology.is_rank_0, mininterval=0.5 if sys.stderr.isatty() else 30,
             delay=2,
         ) as bar,
     ):  # fmt: skip
@@ -188,12 +202,8 @@ def _decode_all(
             part = range(first, min(first + size, len(split)))
             into = buffer[: len(part)] if on_device else images[first : part.stop]
             shares = [(part[t::threads], into[t::threads]) for t in range(threads)]
-            wrong = ""
-            try:
+            with raised_on_every_rank(topology):
                 list(pool.map(decode, *zip(*shares, strict=True)))
-            except DatasetError as error:
-                wrong = str(error)
-            agree(wrong, topology)
             if on_device:
                 images[first : part.stop].copy_(into)
             bar.update(len(part))
@@ -201,7 +211,7 @@ def _decode_all(
     return Resident(images, read, damaged)
 
 
-class ResidentPipeline:
+class ResidentPipeline(Pipeline):
     """A `Pipeline` over decoded images. On a GPU that holds them, a batch is gathered there; from
     the host's memory, threads cut batches ahead without holding the GIL.
 
@@ -211,61 +221,48 @@ class ResidentPipeline:
 
     def __init__(
         self, config: Config, topology: Topology, dataset: Dataset, split: str,
-        preprocess: Preprocess, threads: int,
+        preprocess: Preprocessor, threads: int,
     ) -> None:  # fmt: skip
-        self.config, self.topology, self.dataset, self.name = config, topology, dataset, split
-        self.preprocess, self.split = preprocess, dataset.splits[split]
-        self.device = topology.device
-        self.canvas, self.crop = config.data.canvas, config.model.crop
-        self.prefetch = config.data.prefetch
-        self._pool = ThreadPoolExecutor(min(threads, self.prefetch), thread_name_prefix="cut")
+        self.config, self.topology, self.dataset = config, topology, dataset
+        pool = ThreadPoolExecutor(min(threads, config.data.prefetch), thread_name_prefix="cut")
+        super().__init__(config, dataset.splits[split], topology.device, preprocess, pool)
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
         """As `Pipeline.batches`. Collective up to the first batch if the split is not decoded."""
-        hold(self.config, self.topology, self.dataset, [self.name])
-        found: Resident = self.dataset.resident[_key(self.config, self.topology, self.name)]
-        if found.images.device.type == "cpu":
-            yield from self._from_host(found, iter(plan))
+        name = self.split.name
+        decode_to_memory(self.config, self.topology, self.dataset, [name])
+        resident: Resident = self.dataset.resident[_key(self.config, self.topology, name)]
+        if resident.images.device.type == "cpu":
+            yield from self._from_host(resident, plan)
             return
         for samples in plan:
-            metadata = to_device(self._metadata(found, samples), self.device)
+            packed = Metadata.pack(samples, resident.read_for(samples), self.split)
+            metadata = to_device(packed, self.device)
             _, side = samples.patch(self.crop, self.canvas)
-            patches = gathered(found.images, metadata, side)
+            patches = cut_on_device(resident.images, metadata, side)
             yield Decoded(patches, metadata, self.preprocess)
 
     def close(self) -> None:
         """Stop the threads. The images stay with the data set, for the next pipeline."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        self.pool.shutdown(wait=True, cancel_futures=True)
 
-    def _metadata(self, found: Resident, samples: Samples) -> Tensor:
-        """Return the packed metadata of samples, and log the damaged ones each time, as the other
-        pipelines do."""
-        read = found.read[samples.ids]
-        for sample in samples.ids[read != samples.ids].tolist():
-            log.warning(found.damaged[sample])
-        return Metadata.pack(samples, read, self.split)
+    def _from_host(self, resident: Resident, plan: Iterable[Samples]) -> Iterator[Decoded]:
+        images, pinned = resident.images.flatten(2).numpy(), self.device.type == "cuda"
 
-    def _from_host(self, found: Resident, plan: Iterator[Samples]) -> Iterator[Decoded]:
-        ahead: deque[tuple[Tensor, Tensor, Future[None]]] = deque()
-        images, pinned = found.images.flatten(2).numpy(), self.device.type == "cuda"
-        while True:
-            while len(ahead) <= self.prefetch and (samples := next(plan, None)) is not None:
-                corners, side = samples.patch(self.crop, self.canvas)
-                shape = (len(samples.ids), side, side, 3)
-                patches = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
-                into = patches.flatten(2).numpy()
-                cutting = self._pool.submit(cut, images, samples.ids, corners, into)
-                ahead.append((patches, self._metadata(found, samples), cutting))
-            if not ahead:
-                return
-            patches, metadata, cutting = ahead.popleft()
+        def start(samples: Samples) -> tuple[Samples, IdArray, Tensor, Future[None]]:
+            corners, side = samples.patch(self.crop, self.canvas)
+            shape = (len(samples.ids), side, side, 3)
+            patches = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)
+            into = patches.flatten(2).numpy()
+            cutting = self.pool.submit(cut, images, samples.ids, corners, into)
+            return samples, resident.read_for(samples), patches, cutting
+
+        for samples, read, patches, cutting in started_ahead(plan, start, self.prefetch):
             cutting.result()
-            yield Decoded(
-                to_device(patches, self.device), to_device(metadata, self.device), self.preprocess
-            )
+            yield self.decoded(samples, read, to_device(patches, self.device))
 
 
-def gathered(images: Tensor, metadata: Tensor, side: int) -> Tensor:
+def cut_on_device(images: Tensor, metadata: Tensor, side: int) -> Tensor:
     """Cut `Decoded.patches` on the device that holds the images, without making the host wait.
 
     Args:

@@ -6,7 +6,6 @@ hold the GIL. Decoding image by image from Python, threads would wait for the GI
 
 import functools
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -17,15 +16,23 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded, Metadata, Samples, to_device
-from alexnet_dist.data.preprocess import Canvases, Preprocess
+from alexnet_dist.data.batch import (
+    Decoded,
+    Pipeline,
+    Preprocessor,
+    Samples,
+    started_ahead,
+    to_device,
+)
+from alexnet_dist.data.preprocess import Canvases
 from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError, filled_by
 
 _Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]
+_Started = tuple[Samples, IdArray, Tensor, list[Future[None]]]
 
 
-class TorchPipeline:
+class TorchPipeline(Pipeline):
     """A `Pipeline` that decodes with torchvision.
 
     Args:
@@ -33,40 +40,21 @@ class TorchPipeline:
     """
 
     def __init__(
-        self,
-        config: Config,
-        split: Split,
-        device: torch.device,
-        preprocess: Preprocess,
+        self, config: Config, split: Split, device: torch.device, preprocess: Preprocessor,
         threads: int,
-    ) -> None:
-        self.split, self.device, self.preprocess, self.threads = split, device, preprocess, threads
-        self.canvas, self.crop = config.data.canvas, config.model.crop
-        self.prefetch = config.data.prefetch
-        self.decoder = Decoder(split, self.canvas)
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    ) -> None:  # fmt: skip
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        super().__init__(config, split, device, preprocess, pool)
+        self.threads, self.decoder = threads, Decoder(split, self.canvas)
 
     def batches(self, plan: Iterable[Samples]) -> Iterator[Decoded]:
-        ahead: deque[tuple[Samples, IdArray, Tensor, list[Future[None]]]] = deque()
-        plan = iter(plan)
-        while True:
-            while len(ahead) <= self.prefetch and (samples := next(plan, None)) is not None:
-                ahead.append(self._begin(samples))
-            if not ahead:
-                return
-            samples, read, patches, parts = ahead.popleft()
+        started = started_ahead(plan, self._start, self.prefetch)
+        for samples, read, patches, parts in started:
             for part in parts:
                 part.result()
-            metadata = Metadata.pack(samples, read, self.split)
-            yield Decoded(
-                to_device(patches, self.device), to_device(metadata, self.device), self.preprocess
-            )
+            yield self.decoded(samples, read, to_device(patches, self.device))
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-        self.split.close()
-
-    def _begin(self, samples: Samples) -> tuple[Samples, IdArray, Tensor, list[Future[None]]]:
+    def _start(self, samples: Samples) -> _Started:
         """Start to decode samples; return them with the ids read and the patches, both complete
         once every future is done."""
         origins, side = samples.patch(self.crop, self.canvas)
@@ -77,10 +65,10 @@ class TorchPipeline:
 
         def decode(start: int) -> None:
             share = slice(start, n, self.threads)
-            read[share], encoded = self.split.read_whole(samples.ids[share])
+            read[share], encoded = self.split.read_batch(samples.ids[share])
             self.decoder(read[share], encoded, origins[share], patches[share])
 
-        parts = [self._pool.submit(decode, start) for start in range(min(n, self.threads))]
+        parts = [self.pool.submit(decode, start) for start in range(min(n, self.threads))]
         return samples, read, patches, parts
 
 
@@ -89,7 +77,7 @@ class Decoder:
 
     def __init__(self, split: Split, canvas: int) -> None:
         self.split, self.canvases = split, Canvases(split.index, canvas)
-        self._decode = _released()  # here, since Python 3.11 can parse in one thread at a time only
+        self._decode = _compiled()  # here, since Python 3.11 can parse in one thread at a time only
 
     def __call__(
         self, samples: IdArray, encoded: list[Encoded], origins: IdArray, out: Tensor
@@ -145,7 +133,7 @@ def _decode(
 
 
 @functools.cache
-def _released() -> _Decode:
+def _compiled() -> _Decode:
     """Return `_decode` compiled by TorchScript; where there is none, `_decode` itself, with threads
     that wait for the GIL."""
     with warnings.catch_warnings():

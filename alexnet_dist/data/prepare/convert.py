@@ -74,7 +74,7 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
         warnings.simplefilter("ignore")  # about broken EXIF
         try:
             with within_memory(MOST_MEMORY):  # headers do not bound what TIFF and WebP readers take
-                return _stored(*converted(content, keep, enlarge))
+                return _stored(*_convert(content, keep, enlarge))
         except RefusedImage:
             raise
         except UnidentifiedImageError as error:
@@ -85,21 +85,21 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
             raise RefusedImage(f"{type(error).__name__}: {error}") from error
 
 
-class How(NamedTuple):
+class ConvertOptions(NamedTuple):
     """`convert`'s options."""
 
     keep: bool
     enlarge: bool
 
 
-def as_packed(dataset: Dataset) -> How:
+def options_of(dataset: Dataset) -> ConvertOptions:
     """Return the options with which `convert` converts an image as those of a data set were."""
     pixels = dataset.source.get("kind") in ("cifar10", "fashion_mnist")  # stored as they are
     at_side = all(split.uniform(SIDE) for split in dataset.splits.values())
-    return How(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
+    return ConvertOptions(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
 
 
-def converted(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
+def _convert(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
     """Return an image as it is stored: jpg or png, and the encoded image. Raises anything."""
     opened = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = opened.size

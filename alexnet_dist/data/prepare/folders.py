@@ -252,8 +252,8 @@ def _cut(
     cut: dict[str, list[Item]] = {"train": [], "val": []}
     for item in splits["train"]:
         name = item.name[start:].encode("utf-8", "surrogateescape")
-        drawn = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
-        cut["val" if drawn < share else "train"].append(item)
+        uniform = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
+        cut["val" if uniform < share else "train"].append(item)
     if not all(cut.values()):
         raise DatasetError(
             f"--validation {share:g}: of {len(splits['train'])} images it takes {len(cut['val'])}: "

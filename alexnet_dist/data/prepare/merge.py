@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alexnet_dist.data.dataset import VERSION
-from alexnet_dist.data.prepare.shards import Part
+from alexnet_dist.data.prepare.shards import Shard
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import DatasetError
@@ -18,9 +18,9 @@ from alexnet_dist.files import sha256, written_aside
 
 
 def merge(
-    source: Source, identity: Mapping[str, Any], parts: Mapping[str, list[Part]], aside: Path
+    source: Source, identity: Mapping[str, Any], shards: Mapping[str, list[Shard]], aside: Path
 ) -> None:
-    """Write the data set's own files from the parts of all shards.
+    """Write the data set's own files from all shards.
 
     Args:
         identity: of the source, with the options it was packed with.
@@ -33,14 +33,14 @@ def merge(
         "splits": {},
     }
     refused = [
-        entry for split in parts.values() for part in split for entry in part.meta["refused"]
+        entry for split in shards.values() for shard in split for entry in shard.meta["refused"]
     ]
     write_lines(aside / "quarantine.jsonl", map(json.dumps, refused))
-    for split, found in parts.items():
-        index = np.concatenate([np.empty(0, INDEX), *(part.index for part in found)])
+    for split, found in shards.items():
+        index = np.concatenate([np.empty(0, INDEX), *(shard.index for shard in found)])
         write(aside / split / "samples.npy", partial(np.save, arr=index))
-        for number, part in enumerate(found):
-            lines = [f"v1.2 {len(part.meta['lines'])}", *part.meta["lines"]]
+        for number, shard in enumerate(found):
+            lines = [f"v1.2 {len(shard.meta['lines'])}", *shard.meta["lines"]]
             write_lines(aside / split / f"shard-{number:05d}.idx", lines)
         meta["splits"][split] = {
             "samples": len(index),
@@ -48,18 +48,18 @@ def merge(
             "index": described(aside, f"{split}/samples.npy"),
             "shards": [
                 {"file": f"{split}/shard-{number:05d}.tar"}
-                | {"size": part.meta["size"], "sha256": part.meta["sha256"]}
-                for number, part in enumerate(found)
+                | {"size": shard.meta["size"], "sha256": shard.meta["sha256"]}
+                for number, shard in enumerate(found)
             ],
         }
-    mean_image, colours = colour_statistics(parts["train"])
+    mean_image, colours = colour_statistics(shards["train"])
     write(aside / "mean.npy", partial(np.save, arr=mean_image))
     meta |= {"mean_image": described(aside, "mean.npy"), **colours}
     write_lines(aside / "dataset.json", [json.dumps(meta, indent=1)])
 
 
 def colour_statistics(
-    parts: Sequence[Part],
+    shards: Sequence[Shard],
 ) -> tuple[npt.NDArray[np.float32], dict[str, list[Any]]]:
     """Compute the mean image, mean RGB, and eigenvalues and eigenvectors of the covariance.
 
@@ -69,14 +69,14 @@ def colour_statistics(
         The mean image, (h, w, 3) float32, and what dataset.json holds: row i of `eigenvectors`
         belongs to eigenvalue i, the largest first, and its largest component is positive.
     """
-    whole = [part for part in parts if len(part.index)]
+    whole = [shard for shard in shards if len(shard.index)]
     if not whole:
         raise DatasetError("not one training image could be packed")
-    images = sum(len(part.index) for part in whole)
+    images = sum(len(shard.index) for shard in whole)
     sums = np.zeros((1, 1, 3), np.int64)
     products = np.zeros((3, 3), np.int64)
-    for part in whole:
-        own_sums, own_products = part.colour_sums()
+    for shard in whole:
+        own_sums, own_products = shard.colour_sums()
         sums, products = sums + own_sums, products + own_products
     pixels = images * sums.shape[0] * sums.shape[1]
     mean = sums.sum((0, 1)) / pixels
@@ -102,7 +102,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     write(path, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
 
 
-def write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
     """Write a file durably, by a function that is given it opened."""
     with written_aside(path) as aside, aside.open("wb") as file:
-        write(file)
+        save(file)

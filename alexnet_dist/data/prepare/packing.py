@@ -1,26 +1,23 @@
 """Write a source's shards, in parallel where there are many images."""
 
-import ctypes
 import json
 import multiprocessing
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from tqdm import tqdm
 
 from alexnet_dist.data.prepare.merge import write_lines
-from alexnet_dist.data.prepare.shards import Part, Task, read_part, write_shard
+from alexnet_dist.data.prepare.shards import Shard, Task, read_shard, write_shard
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import DatasetError, of_memory
 from alexnet_dist.parallel.device import cores
+from alexnet_dist.parallel.workers import worker_pool
 
 ITEMS_PER_SHARD = 1000
 LEAST_IMAGES = 250  # fewest images per process that are worth starting it for
@@ -56,8 +53,8 @@ def tasks_of(
 
 def write_shards(
     source: Source, tasks: Sequence[Task], folder: Path, max_bad: float | None, workers: int
-) -> dict[str, list[Part]]:
-    """Write the shards that are not yet there; return the parts of all of them by split, in order.
+) -> dict[str, list[Shard]]:
+    """Write the shards that are not yet there; return all shards by split, in order.
 
     Args:
         folder: the data set's.
@@ -67,40 +64,38 @@ def write_shards(
     Raises DatasetError as soon as more images are refused, or where the disk is too small.
     """
     # What an earlier command has written, and whether the rest can be.
-    parts = [read_part(task) for task in progress(tasks, "looking at what is there")]
-    left = [place for place, part in enumerate(parts) if part is None]
+    shards = [read_shard(task) for task in progress(tasks, "looking at what is there")]
+    left = [place for place, shard in enumerate(shards) if shard is None]
     _check_disk(folder, [tasks[place] for place in left])
     images = [len(task.items) for task in tasks]
     total = sum(len(items) for items in source.splits.values())
-    _check_refused(parts, total, max_bad, folder)
+    _check_refused(shards, total, max_bad, folder)
     # Write what is left, in any order.
     with tqdm(
         total=sum(images),
         initial=sum(images) - sum(images[place] for place in left),
         unit=" images", desc="packing", mininterval=_interval_s(),
     ) as bar:  # fmt: skip
-        for place, part in _written(tasks, left, workers):
-            parts[place] = part
+        for place, shard in _written(tasks, left, workers):
+            shards[place] = shard
             bar.update(images[place])
-            _check_refused(parts, total, max_bad, folder)
-    by_split: dict[str, list[Part]] = {split: [] for split in source.splits}
-    for task, written in zip(tasks, parts, strict=True):
+            _check_refused(shards, total, max_bad, folder)
+    by_split: dict[str, list[Shard]] = {split: [] for split in source.splits}
+    for task, written in zip(tasks, shards, strict=True):
         assert written is not None
         by_split[task.folder.name].append(written)
     return by_split
 
 
-def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[tuple[int, Part]]:
-    """Write the tasks at the places in `left`, in several processes; yield each place and its part
+def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[tuple[int, Shard]]:
+    """Write the tasks at the places in `left`, in several processes; yield each place and its shard
     when it is written."""
     images = sum(len(tasks[place].items) for place in left)
     workers = min(workers or cores(), len(left), images // LEAST_IMAGES)
     if workers <= 1:
         yield from ((place, write_shard(tasks[place])) for place in left)
         return
-    # Spawned, since forking a process that has threads can hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _begin_worker, (os.getpid(),)) as pool:
+    with worker_pool(workers) as pool:
         try:
             futures = {pool.submit(write_shard, tasks[place]): place for place in left}
             for future in as_completed(futures):
@@ -116,22 +111,11 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
                 child.terminate()
 
 
-def _begin_worker(parent: int) -> None:
-    """Set up a process that writes shards: it ignores stop signals, and ends with its parent."""
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    set_parent_death_signal = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the call
-        os._exit(1)
-    torch.set_num_threads(1)
-
-
 def _check_refused(
-    parts: list[Part | None], total: int, max_bad: float | None, folder: Path
+    shards: list[Shard | None], total: int, max_bad: float | None, folder: Path
 ) -> None:
     """Raise DatasetError, and list the refused images in a file, where there are too many."""
-    refused = [entry for part in parts if part is not None for entry in part.meta["refused"]]
+    refused = [entry for shard in shards if shard is not None for entry in shard.meta["refused"]]
     allowed = max(_MAX_BAD * total, min(_FEW, total / 10)) if max_bad is None else max_bad * total
     if len(refused) > allowed:
         write_lines(folder / "quarantine.jsonl", map(json.dumps, refused))

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.data.prepare.archives import imagenet
 from alexnet_dist.data.prepare.arrays import FASHION_MNIST, cifar10, fashion_mnist
 from alexnet_dist.data.prepare.folders import folder, imagenette, tiny_imagenet
-from alexnet_dist.data.prepare.made_of import check_same, write_made_of
+from alexnet_dist.data.prepare.imagenet import imagenet
 from alexnet_dist.data.prepare.merge import merge
 from alexnet_dist.data.prepare.packing import tasks_of, write_shards
+from alexnet_dist.data.prepare.provenance import check_same, write_provenance
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import DatasetError, NotAFile
 from alexnet_dist.files import appended, read_bytes, sync, write
@@ -31,12 +31,8 @@ SOURCES: dict[str, Callable[..., Source]] = {
 }  # fmt: skip
 _CUT = ("folder", "cifar10")  # kinds that take --validation
 _ARCHIVES = ("folder", "tiny_imagenet", "imagenette")  # kinds that may be an archive
-_CONTROLS = (
-    "Cc",
-    "Cs",
-    "Zl",
-    "Zp",
-)  # Unicode categories: control, surrogate, line and paragraph separator
+# Unicode categories: control, surrogate, line and paragraph separator.
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 
 
 @dataclass(frozen=True)
@@ -85,17 +81,17 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     # Write shards aside, merge them when all are there, rename the folder last.
     aside = out.with_name(out.name + ".partial")
     try:
-        with held(aside, identity, alone=options.part is None):
+        with locked(aside, identity, alone=options.part is None):
             tasks = tasks_of(source, aside, options.keep, options.part)
-            parts = write_shards(source, tasks, aside, options.max_bad, options.workers)
+            shards = write_shards(source, tasks, aside, options.max_bad, options.workers)
             if options.part is not None:
                 return (
                     f"{aside}: part {options.part[0]} of {options.part[1]} is written; when all "
                     "are, the same command without --part makes the data set of them"
                 )
-            merge(source, identity, parts, aside)
-            metas = [part.meta for split in parts.values() for part in split]
-            write_made_of(aside, ((meta["stamp"], meta["contents"]) for meta in metas))
+            merge(source, identity, shards, aside)
+            metas = [shard.meta for split in shards.values() for shard in split]
+            write_provenance(aside, ((meta["stamp"], meta["contents"]) for meta in metas))
             aside.rename(out)
             sync(out.parent)
             _sweep(out)
@@ -107,8 +103,8 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             "command goes on"
         ) from error
     # A summary for the user.
-    counts = ", ".join(f"{sum(len(p.index) for p in parts[s])} {s}" for s in source.splits)
-    bad = sum(len(part.meta["refused"]) for split in parts.values() for part in split)
+    counts = ", ".join(f"{sum(len(shard.index) for shard in shards[s])} {s}" for s in source.splits)
+    bad = sum(len(shard.meta["refused"]) for split in shards.values() for shard in split)
     refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""
     packed = f"{out}: packed {counts} images of {len(source.classes)} classes{refused}"
     return "\n".join((packed, *source.notes, *_unscored(source)))
@@ -159,7 +155,7 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
 
 
 @contextlib.contextmanager
-def held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None]:
+def locked(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None]:
     """Lock the folder that is being filled: commands that each write a part share it, one that
     writes all has it to itself.
 
@@ -167,9 +163,8 @@ def held(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[None
     """
     aside.mkdir(parents=True, exist_ok=True)
     theirs = [name for name in os.listdir(aside) if not name.startswith(".")]
-    if (
-        theirs and not (aside / ".begun.json").exists()
-    ):  # checked last: another part may just have begun
+    # .begun.json is looked for last: another part may just have begun.
+    if theirs and not (aside / ".begun.json").exists():
         raise DatasetError(f"{aside} holds {theirs[0]!r}, not made by `prepare`: name another OUT")
     with appended(aside / ".lock") as lock:
         try:
@@ -195,8 +190,6 @@ def _sweep(out: Path) -> None:
 
 
 def _sweep_writing(folder: Path) -> None:
-    names = ".writing-*", "*.writing"  # the latter is 0.1.0's
-    for left in (
-        path for name in names for path in (*folder.glob(name), *folder.glob(f"*/{name}"))
-    ):
-        left.unlink(missing_ok=True)
+    for name in (".writing-*", "*.writing"):  # the latter is 0.1.0's
+        for left in (*folder.glob(name), *folder.glob(f"*/{name}")):
+            left.unlink(missing_ok=True)

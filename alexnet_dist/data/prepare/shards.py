@@ -1,8 +1,8 @@
-"""Write one shard: its tar, and beside it its part of the index and of the colour statistics.
+"""Write one shard: its tar, and beside it a summary: its part of the index, its colour statistics.
 
-A shard depends on its items alone. The tar is synced before the part is put in place, so the
-existence of a part shows that the shard is complete. A command that was killed continues from the
-parts.
+A shard depends on its items alone. The tar is synced before the summary is put in place, so the
+existence of a summary shows that the shard is complete. A command that was killed continues from
+these.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +53,7 @@ class Task(NamedTuple):
         return self.folder / f"shard-{self.number:05d}.tar"
 
     @property
-    def part(self) -> Path:
+    def summary(self) -> Path:
         return self.folder / f".shard-{self.number:05d}.npz"
 
 
@@ -64,8 +64,8 @@ class Refused(TypedDict):
     reason: str
 
 
-class PartMeta(TypedDict):
-    """What a part holds besides arrays.
+class ShardMeta(TypedDict):
+    """What a summary holds besides arrays.
 
     Attributes:
         size: size of the tar, bytes.
@@ -83,16 +83,16 @@ class PartMeta(TypedDict):
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """A complete shard.
 
     Attributes:
         index: INDEX records of its samples.
-        path: the part's file, from which the colour sums are read when they are needed.
+        path: the summary, from which the colour sums are read when they are needed.
     """
 
     index: npt.NDArray[np.void]
-    meta: PartMeta
+    meta: ShardMeta
     path: Path
 
     def colour_sums(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -102,47 +102,31 @@ class Part:
             return arrays["sums"].astype(np.int64), arrays["products"]
 
 
-class _Packed(NamedTuple):
-    """What was written to a tar; `Part` and `PartMeta` describe the fields.
-
-    Attributes:
-        records: the index.
-    """
-
-    records: npt.NDArray[np.void]
-    lines: list[str]
-    refused: list[Refused]
-    contents: str
-    sums: npt.NDArray[np.uint32]
-    products: npt.NDArray[np.int64]
-
-
-def write_shard(task: Task) -> Part:
+def write_shard(task: Task) -> Shard:
     """Write a shard durably, replacing whatever a killed process left of it."""
     before = stamp(task.items)
     with written_aside(task.tar) as aside:
-        packed = _write(task, aside)
-        meta = PartMeta(
-            size=aside.stat().st_size, sha256=sha256(aside), lines=packed.lines,
-            refused=packed.refused, stamp=before, contents=packed.contents,
-        )  # fmt: skip
-    with written_aside(task.part) as aside, aside.open("wb") as file:
-        np.savez(file, index=packed.records, sums=packed.sums, products=packed.products,
-                 meta=np.array(json.dumps(meta)))  # fmt: skip
-    return Part(packed.records, meta, task.part)
+        arrays, lines, refused, contents = _write(task, aside)
+        size, hashed = aside.stat().st_size, sha256(aside)
+    meta = ShardMeta(
+        size=size, sha256=hashed, lines=lines, refused=refused, stamp=before, contents=contents
+    )
+    with written_aside(task.summary) as aside, aside.open("wb") as file:
+        np.savez(file, **arrays, meta=np.array(json.dumps(meta)))
+    return Shard(arrays["index"], meta, task.summary)
 
 
-def read_part(task: Task) -> Part | None:
-    """Return the part of a shard that was already written from these items' bytes, or None."""
+def read_shard(task: Task) -> Shard | None:
+    """Return a shard that was already written from these items' bytes, or None."""
     try:
-        with opened(task.part) as file, np.load(file, allow_pickle=False) as found:
+        with opened(task.summary) as file, np.load(file, allow_pickle=False) as found:
             arrays = {name: found[name] for name in ("index", "meta", "sums", "products")}
-        meta: PartMeta = json.loads(str(arrays["meta"]))
+        meta: ShardMeta = json.loads(str(arrays["meta"]))
         if arrays["index"].dtype != INDEX or sha256(task.tar) != meta["sha256"]:
             return None
         same = stamp(task.items) == meta["stamp"] or contents(task.items) == meta["contents"]
-        return Part(arrays["index"], meta, task.part) if same else None
-    except Exception:  # a damaged part can fail in any way; the shard is then written again
+        return Shard(arrays["index"], meta, task.summary) if same else None
+    except Exception:  # a damaged summary can fail in any way; the shard is then written again
         return None
 
 
@@ -179,8 +163,9 @@ def _add_to(digest: "hashlib._Hash", content: bytes) -> None:
     digest.update(content)
 
 
-def _write(task: Task, path: Path) -> _Packed:
-    """Write the tar of a shard."""
+def _write(task: Task, path: Path) -> tuple[dict[str, Any], list[str], list[Refused], str]:
+    """Write the tar of a shard; return the summary's arrays, and `lines`, `refused` and `contents`
+    of its `ShardMeta`."""
     index, refused, lines = [], list[Refused](), []
     sums = np.zeros((0, 0, 3), np.uint32)  # 1,000 images of 255 fit in 32 bits
     products = np.zeros((3, 3), np.int64)
@@ -214,7 +199,8 @@ def _write(task: Task, path: Path) -> _Packed:
                 sums = canvas.astype(np.uint32) if sums.size == 0 else sums + canvas
                 pixels = canvas.reshape(-1, 3).astype(np.float64)
                 products += (pixels.T @ pixels).astype(np.int64)  # exact: below 2**53
-    return _Packed(np.array(index, INDEX), lines, refused, digest.hexdigest(), sums, products)
+    arrays = {"index": np.array(index, INDEX), "sums": sums, "products": products}
+    return arrays, lines, refused, digest.hexdigest()
 
 
 def _read(item: Item) -> tuple[bytes, str]:

@@ -2,7 +2,7 @@
 
 A program is one warp, or more if a pixel has more channels than a warp reads at once. Its lanes run
 along (pixel, chunk of channels), so that a warp's loads and stores are contiguous, 16 bytes per
-lane. A tile is (lanes, channels per chunk) and stays in registers: `apart` and `whole` cost
+lane. A tile is (lanes, channels per chunk) and stays in registers: `unstack` and `stack` cost
 nothing, and a neighbour's values come by shuffles, never through shared memory.
 """
 
@@ -47,19 +47,19 @@ def lanes_of(x: Tensor) -> Lanes:
     return Lanes(chunk, chunks, lanes, lanes // chunks)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which values of this dtype are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @triton.jit
-def widened(values):
+def upcast(values):
     """Convert to float32; float64 stays."""
     return values if values.dtype == tl.float64 else values.to(tl.float32)
 
 
 @triton.jit
-def apart(tile):
+def unstack(tile):
     """Split (lanes, n) into n tensors (lanes,)."""
     lanes: tl.constexpr = tile.shape[0]
     n: tl.constexpr = tile.shape[1]
@@ -67,21 +67,21 @@ def apart(tile):
         return (tile.reshape(lanes),)
     else:
         low, high = tl.split(tl.permute(tile.reshape(lanes, 2, n // 2), (0, 2, 1)))
-        return apart(low) + apart(high)
+        return unstack(low) + unstack(high)
 
 
 @triton.jit
-def whole(parts, n: tl.constexpr):
+def stack(parts, n: tl.constexpr):
     """Join n tensors (lanes,) to (lanes, n)."""
     if n == 1:
         return parts[0].reshape(parts[0].shape[0], 1)
     else:
-        low, high = whole(parts[: n // 2], n // 2), whole(parts[n // 2 :], n // 2)
+        low, high = stack(parts[: n // 2], n // 2), stack(parts[n // 2 :], n // 2)
         return tl.permute(tl.join(low, high), (0, 2, 1)).reshape(low.shape[0], n)
 
 
 @triton.jit
-def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.constexpr):
+def window_sum(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.constexpr):
     """Sum, for each channel, itself and the `half` channels on either side.
 
     part: (lanes,), the index of each lane's chunk within its pixel.
@@ -89,16 +89,16 @@ def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.const
     if half == 0:
         return tile
     else:
-        own, lane = apart(tile), tl.arange(0, tile.shape[0])
+        own, lane = unstack(tile), tl.arange(0, tile.shape[0])
         near = ()
         for i in tl.static_range(-half, chunk + half):
             if i >= 0 and i < chunk:
                 near = near + (own[i],)
             else:
                 there = part + i // chunk
-                known = (there >= 0) & (there < chunks) & (lane + i // chunk < tile.shape[0])
-                source = tl.where(known, lane + i // chunk, lane)
-                near = near + (tl.where(known, tl.gather(own[i % chunk], source, 0), 0.0),)
+                mask = (there >= 0) & (there < chunks) & (lane + i // chunk < tile.shape[0])
+                source = tl.where(mask, lane + i // chunk, lane)
+                near = near + (tl.where(mask, tl.gather(own[i % chunk], source, 0), 0.0),)
         # A window is the end of one block of 2 · half channels and the beginning of the next. With
         # running sums of both, each window takes two or three additions, whatever its size.
         begins, ends = (near[0],), (near[chunk + 2 * half - 1],)
@@ -115,13 +115,13 @@ def around(tile, part, chunk: tl.constexpr, chunks: tl.constexpr, half: tl.const
         sums = ()
         for i in tl.static_range(chunk):
             sums = sums + (ends[i] + begins[i + 2 * half],)
-        return whole(sums, chunk)
+        return stack(sums, chunk)
 
 
 @triton.jit
-def over_pixels(tile, chunk: tl.constexpr, chunks: tl.constexpr, pixels: tl.constexpr):
+def sum_over_pixels(tile, chunk: tl.constexpr, chunks: tl.constexpr, pixels: tl.constexpr):
     """Sum over a program's side-by-side pixels; the result is valid on the first `chunks` lanes."""
-    own, lane = apart(tile), tl.arange(0, tile.shape[0])
+    own, lane = unstack(tile), tl.arange(0, tile.shape[0])
     sums = ()
     for i in tl.static_range(chunk):
         total = own[i]
@@ -129,7 +129,7 @@ def over_pixels(tile, chunk: tl.constexpr, chunks: tl.constexpr, pixels: tl.cons
             source = tl.where(lane < chunks, lane + pixel * chunks, lane)
             total += tl.gather(own[i], source, 0)
         sums = sums + (total,)
-    return whole(sums, chunk)
+    return stack(sums, chunk)
 
 
 @triton.jit
@@ -154,7 +154,7 @@ def activated(z, activation: tl.constexpr):
 
 
 @triton.jit
-def sloped(grad, a, activation: tl.constexpr):
+def activation_grad(grad, a, activation: tl.constexpr):
     """Return the gradient of z, given that of a = f(z)."""
     if activation == "relu":
         return tl.where(a <= 0, 0.0, grad)
@@ -187,7 +187,7 @@ def normalised(
     if size == 0:
         return a
     else:
-        falling, _ = powers(k + alpha * around(a * a, part, chunk, chunks, size // 2), beta)
+        falling, _ = powers(k + alpha * window_sum(a * a, part, chunk, chunks, size // 2), beta)
         return a * falling
 
 
@@ -200,8 +200,8 @@ def normalised_backward(
     if size == 0:
         return grad
     else:
-        d = k + alpha * around(a * a, part, chunk, chunks, size // 2)
+        d = k + alpha * window_sum(a * a, part, chunk, chunks, size // 2)
         falling, inverse = powers(d, beta)
         scaled = grad * falling
-        crossed = around(scaled * (a * inverse), part, chunk, chunks, size // 2)
+        crossed = window_sum(scaled * (a * inverse), part, chunk, chunks, size // 2)
         return scaled - ((2 * alpha * beta) * a) * crossed

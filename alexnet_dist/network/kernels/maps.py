@@ -17,13 +17,13 @@ from torch.library import custom_op
 from alexnet_dist.network.kernels import pooled
 from alexnet_dist.network.kernels.lanes import (
     activated,
+    activation_grad,
     lanes_of,
     normalised,
     normalised_backward,
-    over_pixels,
-    sloped,
-    wide,
-    widened,
+    sum_dtype,
+    sum_over_pixels,
+    upcast,
 )
 from alexnet_dist.network.kernels.pooled import Pool
 
@@ -58,18 +58,18 @@ def maps(
 
 class _Maps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *of: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, *settings: Any) -> Tensor:
         y: Tensor
-        y, places = maps_forward(x, bias, *of)
+        y, places = maps_forward(x, bias, *settings)
         ctx.save_for_backward(x, bias, places)
-        ctx.of = of
+        ctx.settings = settings
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, places = ctx.saved_tensors
-        grad, of_bias = maps_backward(grads[0], x, bias, places, *ctx.of)
-        return grad, None if bias is None else of_bias, *([None] * len(ctx.of))
+        grad, of_bias = maps_backward(grads[0], x, bias, places, *ctx.settings)
+        return grad, None if bias is None else of_bias, *([None] * len(ctx.settings))
 
 
 @custom_op("alexnet_dist::maps", mutates_args=())
@@ -80,7 +80,7 @@ def maps_forward(
     """Return the maps, and each maximum's place in its window: (n, channels, pooled h, pooled w)
     uint8."""
     x, pool = x.contiguous(memory_format=_LAST), Pool(window, stride, round_up)
-    y, places = _made(x, pool)
+    y, places = _outputs(x, pool)
     if pool.window > 1 or pool.stride > 1:
         pooled.forward(x, bias, y, places, activation, size, alpha, beta, k, pool)
         return y, places
@@ -105,7 +105,7 @@ def maps_backward(
     else:
         lanes, pixels = lanes_of(x), x.numel() // x.shape[1]
         programs = triton.cdiv(pixels, lanes.pixels * _EACH * _STEPS)
-        parts = x.new_empty((programs, x.shape[1]), dtype=wide(x.dtype))
+        parts = x.new_empty((programs, x.shape[1]), dtype=sum_dtype(x.dtype))
         maps_backward_kernel[(programs,)](
             grads, x, bias, out, parts, pixels, activation, size, alpha, beta, k, lanes.chunk,
             lanes.chunks, lanes.lanes, _EACH, _STEPS, num_warps=lanes.warps,
@@ -114,23 +114,17 @@ def maps_backward(
 
 
 @maps_forward.register_fake
-def _(
-    x: Tensor, bias: Tensor | None, activation: str, size: int, alpha: float, beta: float,
-    k: float, window: int, stride: int, round_up: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _made(x, Pool(window, stride, round_up))
+def _(x: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
+    return _outputs(x, Pool(*settings[-3:]))
 
 
 @maps_backward.register_fake
-def _(
-    grads: Tensor, x: Tensor, bias: Tensor | None, places: Tensor, activation: str, size: int,
-    alpha: float, beta: float, k: float, window: int, stride: int, round_up: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    of_bias = x.new_empty(0 if bias is None else x.shape[1], dtype=wide(x.dtype))
+def _(grads: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    of_bias = x.new_empty(0 if bias is None else x.shape[1], dtype=sum_dtype(x.dtype))
     return torch.empty_like(x, memory_format=_LAST), of_bias
 
 
-def _made(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
+def _outputs(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:
     """Allocate the maps and the places of their maxima."""
     n, channels, *sides = x.shape
     shape = (n, channels, *(pool.side(side) for side in sides))
@@ -149,8 +143,8 @@ def _at(
     lane = tl.arange(0, lanes)
     pixel = group * side + lane // chunks
     at = pixel.to(tl.int64) * (chunk * chunks) + lane % chunks * chunk
-    known = (lane < side * chunks) & (pixel < pixels)
-    return at[:, None] + tl.arange(0, chunk)[None, :], known[:, None]
+    mask = (lane < side * chunks) & (pixel < pixels)
+    return at[:, None] + tl.arange(0, chunk)[None, :], mask[:, None]
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -166,13 +160,13 @@ def maps_kernel(
         b = tl.load(bias + (part * chunk)[:, None] + tl.arange(0, chunk)[None, :])
     products = ()  # issue all loads before the first use
     for i in tl.static_range(each):
-        at, known = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
-        products = products + (tl.load(x + at, mask=known, other=0.0),)
+        at, mask = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
+        products = products + (tl.load(x + at, mask=mask, other=0.0),)
     for i in tl.static_range(each):
-        at, known = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
-        a = activated(widened(products[i]) + b, activation)
+        at, mask = _at(tl.program_id(0) * each + i, pixels, chunk, chunks, lanes)
+        a = activated(upcast(products[i]) + b, activation)
         out = normalised(a, part, chunk, chunks, size, alpha, beta, k)
-        tl.store(y + at, out.to(y.dtype.element_ty), mask=known)
+        tl.store(y + at, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -191,19 +185,19 @@ def maps_backward_kernel(
         group = (tl.program_id(0) * steps + step) * each
         products, upper = (), ()
         for i in tl.static_range(each):
-            at, known = _at(group + i, pixels, chunk, chunks, lanes)
-            products = products + (tl.load(x + at, mask=known, other=0.0),)
-            upper = upper + (tl.load(grads + at, mask=known, other=0.0),)
+            at, mask = _at(group + i, pixels, chunk, chunks, lanes)
+            products = products + (tl.load(x + at, mask=mask, other=0.0),)
+            upper = upper + (tl.load(grads + at, mask=mask, other=0.0),)
         for i in tl.static_range(each):
-            at, known = _at(group + i, pixels, chunk, chunks, lanes)
-            a = activated(widened(products[i]) + b, activation)
-            grad = widened(upper[i])
+            at, mask = _at(group + i, pixels, chunk, chunks, lanes)
+            a = activated(upcast(products[i]) + b, activation)
+            grad = upcast(upper[i])
             grad = normalised_backward(grad, a, part, chunk, chunks, size, alpha, beta, k)
-            grad = sloped(grad, a, activation)
-            tl.store(out + at, grad.to(out.dtype.element_ty), mask=known)
+            grad = activation_grad(grad, a, activation)
+            tl.store(out + at, grad.to(out.dtype.element_ty), mask=mask)
             total += grad
     if bias is not None:
-        total = over_pixels(total, chunk, chunks, lanes // chunks)
+        total = sum_over_pixels(total, chunk, chunks, lanes // chunks)
         at = tl.program_id(0).to(tl.int64) * (chunk * chunks) + part * chunk
         first = tl.arange(0, lanes) < chunks
         tl.store(parts + at[:, None] + channel, total, mask=first[:, None])

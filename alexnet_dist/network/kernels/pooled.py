@@ -8,14 +8,14 @@ from torch import Tensor
 
 from alexnet_dist.network.kernels.lanes import (
     activated,
-    around,
+    activation_grad,
     lanes_of,
     normalised,
     normalised_backward,
-    over_pixels,
-    sloped,
-    wide,
-    widened,
+    sum_dtype,
+    sum_over_pixels,
+    upcast,
+    window_sum,
 )
 
 _ROWS, _COLUMNS = 3, 3  # pooled values per lane
@@ -64,7 +64,7 @@ def backward(
     lanes, (h, w) = lanes_of(x), x.shape[2:]
     count = len(x) * triton.cdiv(h, pool.stride) * triton.cdiv(w, pool.stride)
     programs = triton.cdiv(count, lanes.pixels * _EACH_BACK)
-    parts = x.new_empty((programs, x.shape[1]), dtype=wide(x.dtype))
+    parts = x.new_empty((programs, x.shape[1]), dtype=sum_dtype(x.dtype))
     pooled_backward_kernel[(programs,)](
         grads, x, bias, places, out, parts, count, activation, size, alpha, beta, k, h, w,
         *places.shape[2:], lanes.chunk, lanes.chunks, lanes.lanes, pool.window, pool.stride,
@@ -89,7 +89,7 @@ def _score(
     a = activated(z, activation)
     if keys and size > 0 and beta == 0.75:  # one root instead of two: a² d^−3/2
         squares = a * a
-        root = tl.rsqrt(k + alpha * around(squares, part, chunk, chunks, size // 2))
+        root = tl.rsqrt(k + alpha * window_sum(squares, part, chunk, chunks, size // 2))
         return (squares * root) * (root * root)
     else:
         return normalised(a, part, chunk, chunks, size, alpha, beta, k)
@@ -97,7 +97,7 @@ def _score(
 
 @triton.jit
 def _row(
-    x, b, row, column, known, part, activation: tl.constexpr, size: tl.constexpr,
+    x, b, row, column, mask, part, activation: tl.constexpr, size: tl.constexpr,
     alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     chunk: tl.constexpr, chunks: tl.constexpr, window: tl.constexpr, stride: tl.constexpr,
     columns: tl.constexpr, edges: tl.constexpr, keys: tl.constexpr,
@@ -107,9 +107,9 @@ def _row(
     channel = tl.arange(0, chunk)[None, :]
     scores = ()
     for i in tl.static_range((columns - 1) * stride + window):
-        inside = (known & (row < h) & (column + i < w))[:, None]
+        inside = (mask & (row < h) & (column + i < w))[:, None]
         at = ((row * w + column + i) * (chunk * chunks))[:, None] + channel
-        z = widened(tl.load(x + at, mask=inside, other=0.0)) + b
+        z = upcast(tl.load(x + at, mask=inside, other=0.0)) + b
         score = _score(z, part, activation, size, alpha, beta, k, chunk, chunks, keys)
         if edges:
             score = tl.where(inside, score, 0.0 if keys else float("-inf"))
@@ -160,7 +160,7 @@ def pooled_kernel(
     lane, channel = tl.arange(0, lanes), tl.arange(0, chunk)[None, :]
     part = lane % chunks
     block = tl.program_id(0) * side + lane // chunks
-    known = (lane < side * chunks) & (block < count)
+    mask = (lane < side * chunks) & (block < count)
     image = block // (along * down)
     i0, j0 = block // along % down * rows, block % along * columns
     wide: tl.constexpr = chunk * chunks
@@ -172,14 +172,14 @@ def pooled_kernel(
     carried = ()
     for r in tl.static_range(shared):
         carried = carried + _row(
-            x, b, i0 * stride + r, j0 * stride, known, part, activation, size, alpha, beta, k,
+            x, b, i0 * stride + r, j0 * stride, mask, part, activation, size, alpha, beta, k,
             h, w, chunk, chunks, window, stride, columns, edges, keys,
         )  # fmt: skip
     for i in range(rows):
         seen = carried
         for r in tl.static_range(shared, window):
             seen = seen + _row(
-                x, b, (i0 + i) * stride + r, j0 * stride, known, part, activation, size, alpha,
+                x, b, (i0 + i) * stride + r, j0 * stride, mask, part, activation, size, alpha,
                 beta, k, h, w, chunk, chunks, window, stride, columns, edges, keys,
             )  # fmt: skip
         for column in tl.static_range(columns):
@@ -201,7 +201,7 @@ def pooled_kernel(
                     value, place = _better(value, place, other, there)
             if activation == "relu":
                 place = tl.where(value <= 0, _NOWHERE, place)
-            inside = (known & (i0 + i < pooled_h) & (j0 + column < pooled_w))[:, None]
+            inside = (mask & (i0 + i < pooled_h) & (j0 + column < pooled_w))[:, None]
             there = made + (((i0 + i) * pooled_w + j0 + column) * wide)[:, None]
             tl.store(y + there, value.to(y.dtype.element_ty), mask=inside)
             tl.store(places + there, place.to(tl.uint8), mask=inside)
@@ -233,7 +233,7 @@ def pooled_backward_kernel(
     total = tl.zeros((lanes, chunk), parts.dtype.element_ty)
     for step in range(each):
         block = (tl.program_id(0) * each + step) * side + lane // chunks
-        known = (lane < side * chunks) & (block < count)
+        mask = (lane < side * chunks) & (block < count)
         image = (block // (along * down)).to(tl.int64)
         i0, j0 = block // along % down, block % along
         begin = image * (pooled_h * pooled_w * wide) + (i0 * pooled_w + j0) * wide
@@ -244,35 +244,35 @@ def pooled_backward_kernel(
         where = ()
         for r in tl.static_range(reach * reach):
             i, j = i0 - r // reach, j0 - r % reach
-            there = (known & (i >= 0) & (i < pooled_h) & (j >= 0) & (j < pooled_w))[:, None]
+            there = (mask & (i >= 0) & (i < pooled_h) & (j >= 0) & (j < pooled_w))[:, None]
             at = made - (r // reach * pooled_w + r % reach) * wide
             upper = upper + (tl.load(grads + at, mask=there, other=0.0),)
             where = where + (tl.load(places + at, mask=there, other=_NOWHERE),)
         products = ()  # issue all loads before the first use
         for pixel in tl.static_range(stride * stride):
             dy, dx = pixel // stride, pixel % stride
-            inside = (known & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
+            inside = (mask & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
             z = tl.load(x + seen + (dy * w + dx) * wide, mask=inside, other=0.0)
             products = products + (z,)
         for pixel in tl.static_range(stride * stride):
             dy, dx = pixel // stride, pixel % stride
             if dy < window and dx < window:
-                grad = tl.where(where[0] == dy * window + dx, widened(upper[0]), 0.0)
+                grad = tl.where(where[0] == dy * window + dx, upcast(upper[0]), 0.0)
             else:
                 grad = tl.zeros((lanes, chunk), parts.dtype.element_ty)
             for r in tl.static_range(1, reach * reach):
                 if r // reach * stride + dy < window and r % reach * stride + dx < window:
                     place = (r // reach * stride + dy) * window + r % reach * stride + dx
-                    grad += tl.where(where[r] == place, widened(upper[r]), 0.0)
-            a = activated(widened(products[pixel]) + b, activation)
+                    grad += tl.where(where[r] == place, upcast(upper[r]), 0.0)
+            a = activated(upcast(products[pixel]) + b, activation)
             grad = normalised_backward(grad, a, part, chunk, chunks, size, alpha, beta, k)
             if activation != "relu":  # whose slope is known from places
-                grad = sloped(grad, a, activation)
-            inside = (known & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
+                grad = activation_grad(grad, a, activation)
+            inside = (mask & (i0 * stride + dy < h) & (j0 * stride + dx < w))[:, None]
             at = seen + (dy * w + dx) * wide
             tl.store(out + at, grad.to(out.dtype.element_ty), mask=inside)
             total += grad
     if bias is not None:
-        total = over_pixels(total, chunk, chunks, side)
+        total = sum_over_pixels(total, chunk, chunks, side)
         at = tl.program_id(0).to(tl.int64) * wide + part * chunk
         tl.store(parts + at[:, None] + channel, total, mask=(lane < chunks)[:, None])

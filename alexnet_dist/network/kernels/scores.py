@@ -12,14 +12,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from alexnet_dist.network.kernels.lanes import wide, widened
+from alexnet_dist.network.kernels.lanes import sum_dtype, upcast
 
 _WARPS = 4
 
 
-def scored(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """As `engines.base.scored`: return the summed cross-entropy, and (3,) float64: it, and the
-    top-1 and top-5 counts.
+def loss_and_counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `engines.base.loss_and_counts`: return the summed cross-entropy, and (3,) float64: it,
+    and the top-1 and top-5 counts.
 
     Args:
         logits: (n, classes).
@@ -47,12 +47,12 @@ class _Scored(torch.autograd.Function):
 def scores_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, (); the counts, (3,); and each row's log-sum-exp, (n,)."""
     logits, labels, (n, classes) = logits.contiguous(), labels.contiguous(), logits.shape
-    of = wide(logits.dtype)
-    log_sums, losses = logits.new_empty(n, dtype=of), logits.new_empty(n, dtype=of)
+    dtype = sum_dtype(logits.dtype)
+    log_sums, losses = logits.new_empty(n, dtype=dtype), logits.new_empty(n, dtype=dtype)
     ranks = labels.new_empty(n)
     block = triton.next_power_of_2(classes)
     ranks_kernel[(n,)](logits, labels, losses, ranks, log_sums, classes, block, num_warps=_WARPS)
-    loss, counts = logits.new_empty((), dtype=of), logits.new_empty(3, dtype=torch.float64)
+    loss, counts = logits.new_empty((), dtype=dtype), logits.new_empty(3, dtype=torch.float64)
     rows = min(1024, triton.next_power_of_2(n))
     counts_kernel[(1,)](losses, ranks, loss, counts, n, rows, num_warps=_WARPS)
     return loss, counts, log_sums
@@ -69,24 +69,24 @@ def scores_backward(grad: Tensor, logits: Tensor, labels: Tensor, log_sums: Tens
     return out
 
 
-@custom_op("alexnet_dist::judged", mutates_args=("stats",))
-def judged(stats: Tensor, scale: Tensor) -> Tensor:
+@custom_op("alexnet_dist::skip_flag", mutates_args=("stats",))
+def skip_flag(stats: Tensor, scale: Tensor) -> Tensor:
     """As `engines.base.skip_flag`; stats and scale are float64."""
     skip = torch.empty((), dtype=torch.float32, device=stats.device)
-    judged_kernel[(1,)](stats, scale, skip, num_warps=1)
+    skip_flag_kernel[(1,)](stats, scale, skip, num_warps=1)
     return skip
 
 
-@judged.register_fake
+@skip_flag.register_fake
 def _(stats: Tensor, scale: Tensor) -> Tensor:
     return stats.new_empty((), dtype=torch.float32)
 
 
 @scores_forward.register_fake
 def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    of, n = wide(logits.dtype), len(logits)
+    dtype, n = sum_dtype(logits.dtype), len(logits)
     counts = logits.new_empty(3, dtype=torch.float64)
-    return logits.new_empty((), dtype=of), counts, logits.new_empty(n, dtype=of)
+    return logits.new_empty((), dtype=dtype), counts, logits.new_empty(n, dtype=dtype)
 
 
 @scores_backward.register_fake
@@ -100,8 +100,8 @@ def ranks_kernel(logits, labels, losses, ranks, log_sums, classes, block: tl.con
     equal scores those with a lower index, and scores that are NaN."""
     row, index = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     here, label = index < classes, tl.load(labels + row)
-    scores = widened(tl.load(logits + row * classes + index, mask=here, other=float("-inf")))
-    own = widened(tl.load(logits + row * classes + label))
+    scores = upcast(tl.load(logits + row * classes + index, mask=here, other=float("-inf")))
+    own = upcast(tl.load(logits + row * classes + label))
     before = ((scores <= own) == 0) | ((scores == own) & (index < label))
     most = tl.max(scores, 0)
     most = tl.where(most == float("-inf"), 0.0, most)
@@ -134,14 +134,14 @@ def scores_backward_kernel(grad, logits, labels, log_sums, out, classes, block: 
     """(softmax(s) − [i = label]) · grad: reads s and writes its gradient, once each."""
     row, index = tl.program_id(0).to(tl.int64), tl.arange(0, block)
     here, label = index < classes, tl.load(labels + row)
-    scores = widened(tl.load(logits + row * classes + index, mask=here, other=0.0))
+    scores = upcast(tl.load(logits + row * classes + index, mask=here, other=0.0))
     share = tl.exp(scores - tl.load(log_sums + row)) - tl.where(index == label, 1.0, 0.0)
     value = share * tl.load(grad)
     tl.store(out + row * classes + index, value.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def judged_kernel(stats, scale, skip):
+def skip_flag_kernel(stats, scale, skip):
     """Complete a handful of numbers in one launch instead of fourteen."""
     by = tl.load(scale)
     norm = tl.sqrt(tl.load(stats + 5)) / tl.where(by == 0, 1.0, by)

@@ -12,18 +12,18 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from alexnet_dist.network.kernels.lanes import activated, sloped, whole, wide, widened
+from alexnet_dist.network.kernels.lanes import activated, activation_grad, stack, sum_dtype, upcast
 
 _FOURS = 64  # Philox counters, of four units each, per program
 _ROWS = 8  # samples per program in the backward
 _WARPS = 2
 _PURPOSE = tl.constexpr(4)  # philox.Purpose.DROPOUT
 
-Dropout = tuple[Tensor, Tensor, int, int, int, float, bool]
+DropoutArguments = tuple[Tensor, Tensor, int, int, int, float, bool]
 
 
 def units(
-    x: Tensor, bias: Tensor | None, activation: str | None, dropout: Dropout | None = None
+    x: Tensor, bias: Tensor | None, activation: str | None, dropout: DropoutArguments | None = None
 ) -> Tensor:
     """Add the bias, activate, and drop units.
 
@@ -36,30 +36,31 @@ def units(
             slots: (n,) int64; step: () int64, both on the device of x.
     """
     if dropout is None:
-        of = (None, None, 0, 0, 0, 0, 1.0)
+        settings = (None, None, 0, 0, 0, 0, 1.0)
     else:
         slots, step, layer, first, seed, drop, at_test = dropout
         scale = 1.0 if at_test else 1 / (1 - drop)
-        of = (slots, step, layer, first, seed, round(drop * 2**32), scale)
-    return _Units.apply(x, bias, activation or "", *of)  # type: ignore[no-any-return]
+        settings = (slots, step, layer, first, seed, round(drop * 2**32), scale)
+    return _Units.apply(x, bias, activation or "", *settings)  # type: ignore[no-any-return]
 
 
 class _Units(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, activation: str, slots: Tensor | None,
-        step: Tensor | None, *of: Any,
+        step: Tensor | None, *settings: Any,
     ) -> Tensor:  # fmt: skip
-        y: Tensor = units_forward(x, bias, activation, slots, step, *of)
+        y: Tensor = units_forward(x, bias, activation, slots, step, *settings)
         ctx.save_for_backward(y, slots, step)
-        ctx.of, ctx.activation, ctx.bias = of, activation, bias is not None
+        ctx.settings, ctx.activation, ctx.bias = settings, activation, bias is not None
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, slots, step = ctx.saved_tensors
-        grad, of_bias = units_backward(grads[0], y, ctx.bias, ctx.activation, slots, step, *ctx.of)
-        return grad, of_bias if ctx.bias else None, *([None] * (3 + len(ctx.of)))
+        settings = ctx.activation, slots, step, *ctx.settings
+        grad, of_bias = units_backward(grads[0], y, ctx.bias, *settings)
+        return grad, of_bias if ctx.bias else None, *([None] * (3 + len(ctx.settings)))
 
 
 @custom_op("alexnet_dist::units", mutates_args=())
@@ -87,7 +88,7 @@ def units_backward(
     grads, (n, count) = grads.contiguous(), y.shape
     slots = None if slots is None else slots.contiguous()
     out, rows = torch.empty_like(y), triton.cdiv(n, _ROWS)
-    parts = y.new_empty((rows, count if has_bias else 0), dtype=wide(y.dtype))
+    parts = y.new_empty((rows, count if has_bias else 0), dtype=sum_dtype(y.dtype))
     units_backward_kernel[(rows, _blocks(first, count))](
         grads, y, out, parts, slots, step, n, layer, first, count, seed, threshold, activation,
         scale, has_bias, _ROWS, _FOURS, num_warps=_WARPS,
@@ -96,19 +97,13 @@ def units_backward(
 
 
 @units_forward.register_fake
-def _(
-    x: Tensor, bias: Tensor | None, activation: str, slots: Tensor | None, step: Tensor | None,
-    layer: int, first: int, seed: int, threshold: int, scale: float,
-) -> Tensor:  # fmt: skip
+def _(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
 @units_backward.register_fake
-def _(
-    grads: Tensor, y: Tensor, has_bias: bool, activation: str, slots: Tensor | None,
-    step: Tensor | None, layer: int, first: int, seed: int, threshold: int, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(y), y.new_empty(y.shape[1] if has_bias else 0, dtype=wide(y.dtype))
+def _(grads: Tensor, y: Tensor, has_bias: bool, *_: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), y.new_empty(y.shape[1] if has_bias else 0, dtype=sum_dtype(y.dtype))
 
 
 @custom_op("alexnet_dist::dropout_mask", mutates_args=())
@@ -125,9 +120,7 @@ def dropout_mask(
 
 
 @dropout_mask.register_fake
-def _(
-    slots: Tensor, step: Tensor, layer: int, first: int, count: int, seed: int, threshold: int,
-) -> Tensor:  # fmt: skip
+def _(slots: Tensor, step: Tensor, layer: int, first: int, count: int, *_: int) -> Tensor:
     return slots.new_empty((len(slots), count), dtype=torch.bool)
 
 
@@ -147,7 +140,7 @@ def _stays(slots, row, step, four, layer, seed, threshold):
         c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32), k0.to(tl.uint32),
         k1.to(tl.uint32),
     )  # fmt: skip
-    return whole((w0, w1, w2, w3), 4).to(tl.int64) >= threshold
+    return stack((w0, w1, w2, w3), 4).to(tl.int64) >= threshold
 
 
 @triton.jit
@@ -170,15 +163,15 @@ def units_kernel(
     row = tl.program_id(0).to(tl.int64)
     four = first // 4 + tl.program_id(1) * fours + tl.arange(0, fours)
     unit = (4 * four - first)[:, None] + tl.arange(0, 4)[None, :]
-    known = (unit >= 0) & (unit < count)
-    z = widened(tl.load(x + row * count + unit, mask=known, other=0.0))
+    mask = (unit >= 0) & (unit < count)
+    z = upcast(tl.load(x + row * count + unit, mask=mask, other=0.0))
     if bias is not None:
-        z += tl.load(bias + unit, mask=known, other=0.0)
+        z += tl.load(bias + unit, mask=mask, other=0.0)
     out = activated(z, activation)
     if slots is not None:
         stays = _stays(slots, row, step, four, layer, seed, threshold)
         out = tl.where(stays, out * scale, 0.0)
-    tl.store(y + row * count + unit, out.to(y.dtype.element_ty), mask=known)
+    tl.store(y + row * count + unit, out.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -193,17 +186,17 @@ def units_backward_kernel(
     total = tl.zeros((fours, 4), parts.dtype.element_ty)
     for i in tl.static_range(rows):
         row = tl.program_id(0).to(tl.int64) * rows + i
-        known = (unit >= 0) & (unit < count) & (row < n)
-        grad = widened(tl.load(grads + row * count + unit, mask=known, other=0.0)) * scale
+        mask = (unit >= 0) & (unit < count) & (row < n)
+        grad = upcast(tl.load(grads + row * count + unit, mask=mask, other=0.0)) * scale
         if activation == "relu" or slots is None:
-            made = widened(tl.load(y + row * count + unit, mask=known, other=0.0))
-            grad = sloped(grad, made, activation)
+            made = upcast(tl.load(y + row * count + unit, mask=mask, other=0.0))
+            grad = activation_grad(grad, made, activation)
         else:
-            made = widened(tl.load(y + row * count + unit, mask=known, other=0.0)) * (1 / scale)
-            grad = sloped(grad, made, activation)
+            made = upcast(tl.load(y + row * count + unit, mask=mask, other=0.0)) * (1 / scale)
+            grad = activation_grad(grad, made, activation)
             there = tl.minimum(row, n - 1)
             grad = tl.where(_stays(slots, there, step, four, layer, seed, threshold), grad, 0.0)
-        tl.store(out + row * count + unit, grad.to(out.dtype.element_ty), mask=known)
+        tl.store(out + row * count + unit, grad.to(out.dtype.element_ty), mask=mask)
         total += grad
     if has_bias:
         at = tl.program_id(0).to(tl.int64) * count + unit

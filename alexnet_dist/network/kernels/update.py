@@ -38,10 +38,7 @@ def _lies(tensor: Tensor) -> list[tuple[int, int]]:
 
 
 @sgd_update.register_fake
-def _(
-    weight: Tensor, velocity: Tensor, grad: Tensor, narrow: Tensor | None, rates: Tensor,
-    skip: Tensor,
-) -> None:  # fmt: skip
+def _(*_: Tensor | None) -> None:
     return None
 
 
@@ -50,14 +47,14 @@ def sgd_kernel(weight, velocity, grad, narrow, rates, skip, count, block: tl.con
     """Read w, v and g, and write w, v and the narrow copy, once each."""
     if tl.load(skip) == 0:
         at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-        known = at < count
+        mask = at < count
         lr, decay, momentum = tl.load(rates), tl.load(rates + 1), tl.load(rates + 2)
-        w = tl.load(weight + at, mask=known)
-        v = tl.load(velocity + at, mask=known)
-        g = tl.load(grad + at, mask=known).to(w.dtype)
+        w = tl.load(weight + at, mask=mask)
+        v = tl.load(velocity + at, mask=mask)
+        g = tl.load(grad + at, mask=mask).to(w.dtype)
         v = momentum * v + (g + decay * w)
         w = w - lr * v
-        tl.store(weight + at, w, mask=known)
-        tl.store(velocity + at, v, mask=known)
+        tl.store(weight + at, w, mask=mask)
+        tl.store(velocity + at, v, mask=mask)
         if narrow is not None:
-            tl.store(narrow + at, w.to(narrow.dtype.element_ty), mask=known)
+            tl.store(narrow + at, w.to(narrow.dtype.element_ty), mask=mask)

@@ -80,16 +80,16 @@ def windows_kernel(
 ):  # fmt: skip
     window = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * block + tl.arange(0, block)  # (crop, crop, 3) in a line
-    known = at < 3 * crop * crop
+    mask = at < 3 * crop * crop
     colour, x, y = at % 3, at // 3 % crop, at // (3 * crop)
     x = tl.where(tl.load(flips + window) != 0, crop - 1 - x, x)
     n = window // views
     row, column = tl.load(inside + 2 * window) + y, tl.load(inside + 2 * window + 1) + x
-    pixel = tl.load(patches + ((n * side + row) * side + column) * 3 + colour, mask=known, other=0)
+    pixel = tl.load(patches + ((n * side + row) * side + column) * 3 + colour, mask=mask, other=0)
     row, column = tl.load(corners + 2 * window) + y, tl.load(corners + 2 * window + 1) + x
-    m = tl.load(mean + (row * canvas + column) * 3 + colour, mask=known, other=0.0)
+    m = tl.load(mean + (row * canvas + column) * 3 + colour, mask=mask, other=0.0)
     lit = pixel.to(m.dtype) - m + tl.load(light + 3 * n + colour)
     scale = tl.load(divide_by + colour)
     # Triton's plain float32 division is not correctly rounded.
     value = lit / scale if m.dtype == tl.float64 else tl.div_rn(lit, scale)
-    tl.store(out + window * 3 * crop * crop + at, value, mask=known)
+    tl.store(out + window * 3 * crop * crop + at, value, mask=mask)

@@ -17,7 +17,7 @@ from alexnet_dist.files import json_object, read_bytes
 _FILE = ".source.json"
 
 
-def write_made_of(folder: Path, shards: Iterable[tuple[str, str]]) -> None:
+def write_provenance(folder: Path, shards: Iterable[tuple[str, str]]) -> None:
     """Record the `stamp` and `contents` of each shard."""
     entries = [{"stamp": stamp, "contents": contents} for stamp, contents in shards]
     write_lines(folder / _FILE, [json.dumps({"shards": entries})])
@@ -61,5 +61,5 @@ def check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) ->
             )
     if moved:
         with contextlib.suppress(OSError):  # the folder may not be ours to write
-            write_made_of(out, zip(now, (contents for _, contents in made), strict=True))
+            write_provenance(out, zip(now, (contents for _, contents in made), strict=True))
     return True
