@@ -18,7 +18,7 @@ from torchvision.io import decode_image
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import open_dataset
-from alexnet_dist.data.prepare import archives
+from alexnet_dist.data.prepare import imagenet as imagenet_module
 from alexnet_dist.data.prepare.convert import convert
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -58,7 +58,9 @@ def readers(testbed: Testbed) -> dict[str, Reader]:
     made.cifar10(root / "cifar10", 2, 2)
     images = list(_images(root / "images"))
     weights = _weights(root / "weights")
-    archives.read_synsets = functools.cache(read_synsets)  # or each trial would start a process
+    imagenet_module.read_synsets = functools.cache(
+        read_synsets
+    )  # or each trial would start a process
     imagenet = _prepares("imagenet", root / "imagenet")
     return {
         "checkpoint": Reader(files_of(last), _verifies),
@@ -146,7 +148,7 @@ def _decodes(folder: Path) -> None:
     """Check that every sample of a packed data set is one that was packed, or a stand-in."""
     dataset = open_dataset(folder)
     for split in dataset.splits.values():
-        _, encoded = split.read_whole(np.arange(len(split)))
+        _, encoded = split.read_batch(np.arange(len(split)))
         for one in encoded:
             decode_image(torch.from_numpy(one))
         split.close()
