@@ -58,9 +58,8 @@ def readers(testbed: Testbed) -> dict[str, Reader]:
     made.cifar10(root / "cifar10", 2, 2)
     images = list(_images(root / "images"))
     weights = _weights(root / "weights")
-    imagenet_module.read_synsets = functools.cache(
-        read_synsets
-    )  # or each trial would start a process
+    # Without this, each trial would start a process.
+    imagenet_module.read_synsets = functools.cache(read_synsets)
     imagenet = _prepares("imagenet", root / "imagenet")
     return {
         "checkpoint": Reader(files_of(last), _verifies),
