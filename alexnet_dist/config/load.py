@@ -17,7 +17,7 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_dist.config.from_data import follow_data
+from alexnet_dist.config.from_data import fill_from_data
 from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.rules import check_combinations
 from alexnet_dist.config.schema import Config, keys
@@ -56,7 +56,7 @@ def load_config(sources: Source | Sequence[Source]) -> Config:
             raise ConfigError(
                 f"{dotted}: no value; configs/base.yaml must hold every key: reinstall"
             )
-    follow_data(values, origin)
+    fill_from_data(values, origin)
     config = build(values)
     check_combinations(config, origin)
     return config
