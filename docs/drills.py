@@ -34,8 +34,8 @@ from alexnet_dist.config.load import configs_folder
 from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import CheckpointError
+from alexnet_dist.files import read_run
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import read_run
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"
 COMMAND = [sys.executable, "-m", "alexnet_dist"]

@@ -17,7 +17,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError, RunFolderError
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.stop_signals import EXITS
-from alexnet_dist.training.metrics_file import read_metrics, telling
+from alexnet_dist.training.metrics_file import accuracies, read_metrics
 from launch.cluster import Cluster, split
 from launch.job import TrainJob, guarded, slurm
 from launch.status import laid_out, queued, status
@@ -219,7 +219,7 @@ def score(configs: Sequence[Config], of: int) -> int:
         print(f"no average: {error}")
     else:
         errors = {"top1": 1 - found.top1, "top5": 1 - found.top5}
-        names = telling(configs[0].model.classes).items()
+        names = accuracies(configs[0].model.classes).items()
         said = ", ".join(f"{name} error {errors[top]:.2%}" for top, name in names)
         print(f"the average of {len(configs)} of {of}: {said}")
     return 0 if len(configs) == of else 1

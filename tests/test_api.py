@@ -108,7 +108,7 @@ def test_a_layout_of_several_ranks_is_started_here(
 ) -> None:
     config = tiny("layout.kind=columns", "train.epochs=1")
     outcome = train(config)
-    assert (outcome.exit, outcome.step, outcome.leads) == (0, 8, True)
+    assert (outcome.exit, outcome.step, outcome.is_rank_0) == (0, 8, True)
     assert outcome.score is not None
     assert outcome.score.samples == 23
     monkeypatch.setattr(spawn, "start", lambda *_: 1)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, add_json, out, path
-from alexnet_dist.config.load import ALONE, load_config, shipped
+from alexnet_dist.config.load import IN_ONE_PROCESS, load_config, shipped
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, printable
 from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
-from alexnet_dist.training.metrics_file import telling
+from alexnet_dist.training.metrics_file import accuracies
 
 if TYPE_CHECKING:
     from alexnet_dist.evaluation.results import Score
@@ -84,10 +84,10 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.checkpoint import store
     from alexnet_dist.reporting import figures
     from alexnet_dist.training import loop
-    from alexnet_dist.training.tolerance import Unharmed
+    from alexnet_dist.training.tolerance import WarnOnce
 
     outcome = loop.train(config, signals)
-    if not outcome.leads:
+    if not outcome.is_rank_0:
         return outcome.exit
     if outcome.exit:
         print(f"{config.folder}: stopped at step {outcome.step}, saved; the same command continues")
@@ -97,7 +97,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     words = _words(score, config.model.classes) if score else "not scored"
     print(f"{config.folder}: done, {outcome.step} steps; {words}")
     print(f"{'best' if score else 'last'} checkpoint: {best.path}")
-    with Unharmed("drawing"):
+    with WarnOnce("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
     if score:
@@ -133,7 +133,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for trained in paths:
         check_trained(trained)
         if (saved := trained / "config.json").is_file():
-            open_for(load_config([saved, *ALONE, *overrides]), trained)
+            open_for(load_config([saved, *IN_ONE_PROCESS, *overrides]), trained)
     from alexnet_dist.evaluation import scores
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
@@ -147,7 +147,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     names, report = " + ".join(str(one.path) for one in found.checkpoints), found.report()
     classes = len(report["classes"])
     print(f"{names}: {_words(found.score, classes)}")
-    for top, name in telling(classes).items():
+    for top, name in accuracies(classes).items():
         low, high = report[f"{top}_interval"]
         print(f"{name} error {1 - report[top]:.2%}, "
               f"95 % of resamples between {1 - high:.2%} and {1 - low:.2%}")  # fmt: skip
@@ -176,6 +176,6 @@ def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _words(score: "Score", classes: int) -> str:
-    top5 = f"top-5 {score.top5:.2%} ({score.correct5}), " if "top5" in telling(classes) else ""
+    top5 = f"top-5 {score.top5:.2%} ({score.correct5}), " if "top5" in accuracies(classes) else ""
     top1 = f"top-1 {score.top1:.2%} ({score.correct1} of {score.samples} right)"
     return f"{top1}, {top5}loss {score.loss:.4f}"

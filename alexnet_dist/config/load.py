@@ -26,7 +26,7 @@ from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml, one_line
 from alexnet_dist.errors import ConfigError
 
 Source = str | Path | Mapping[str, Any]
-ALONE = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")  # run in one process
+IN_ONE_PROCESS = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")
 # Keys that no longer exist, and what to do instead. Saved configs may still hold them.
 RETIRED = {"train.compile": "a GPU's step is fused without it (train.execution): leave it out"}
 _SAVED = "a saved config"

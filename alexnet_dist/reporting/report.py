@@ -27,7 +27,7 @@ from alexnet_dist.reporting.runs import (
     nearest_preset,
     read_run_folder,
 )  # fmt: skip
-from alexnet_dist.training.metrics_file import telling
+from alexnet_dist.training.metrics_file import accuracies
 
 _WORST, _MISTAKES = 20, 10  # classes, and pairs of confused classes, that are shown unfolded
 
@@ -98,7 +98,7 @@ def _ensembles(averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence
         own = _errors([run for run in runs if str(run.folder) in folders], views)
         alone = _spread(own) if own else "–"
         classes = found.get("classes")
-        shown = telling(len(classes) if isinstance(classes, list) else 1000)
+        shown = accuracies(len(classes) if isinstance(classes, list) else 1000)
         errors = [_percent(1 - float(found[t])) if t in shown else "–" for t in ("top1", "top5")]
         rows.append([name, str(len(found["of"])), *errors, alone])
     names = ["average", "of", "top-1", "top-5", "their own top-1"]
@@ -139,9 +139,9 @@ def _errors(runs: Iterable[RunRead], views: int) -> list[float]:
 def _all_runs(runs: Sequence[RunRead]) -> str:
     """Return the table of all scores of all runs."""
     rows = []
-    any_top5 = any("top5" in telling(run.config.model.classes) for run in runs)
+    any_top5 = any("top5" in accuracies(run.config.model.classes) for run in runs)
     for run in runs:
-        tells = telling(run.config.model.classes)
+        tells = accuracies(run.config.model.classes)
         for one in run.scores:
             score, network = one.score, one.which or f"step {one.step}"
             errors = [_with_interval(score.top1, score.top1_interval)]

@@ -46,13 +46,13 @@ class Outcome:
         exit: 0 if the run reached its last step, else the exit code of the signal that stopped it.
         step: optimiser steps done.
         score: result of the final evaluation; None if the run was stopped or has no evaluation.
-        leads: whether this process is rank 0, which prints.
+        is_rank_0: whether this process is rank 0, which prints.
     """
 
     exit: int
     step: int
     score: Score | None
-    leads: bool
+    is_rank_0: bool
 
 
 def train(config: Config, signals: StopSignals | None = None) -> Outcome:
@@ -98,7 +98,7 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
         raise failed
     newest, _ = store.newest_good(config.folder / "checkpoints")
     reached = Progress() if newest is None else Progress.of(newest.progress)
-    return Outcome(code, reached.step, None if code else reached.score, leads=True)
+    return Outcome(code, reached.step, None if code else reached.score, is_rank_0=True)
 
 
 def _train(config: Config, signals: StopSignals) -> Outcome:
