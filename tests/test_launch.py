@@ -608,7 +608,7 @@ def test_what_an_earlier_start_left_is_forgotten(tmp_path: Path) -> None:
     for path in (paths.result_pickle, paths.submitted_pickle):
         path.touch()
         path.with_suffix(".pkl.save_tmp").touch()
-    job.forget_results(paths)
+    job.remove_results(paths)
     assert list(tmp_path.iterdir()) == [paths.submitted_pickle]
 
 

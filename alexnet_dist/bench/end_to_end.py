@@ -4,13 +4,14 @@ evaluation beside its forward passes; the time to the first step; memory over ma
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from alexnet_dist.bench import Found, in_turn, machine, median, ratio
+from alexnet_dist.bench import Result, in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.from_data import NO_SPLIT
@@ -75,7 +76,7 @@ _CONTESTANTS = (
 )  # fmt: skip
 
 
-def bench_end_to_end(config: Config, repeats: int, steps: int) -> Found:
+def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
     """Time contestants in a process each, on the packed data set that the config names.
 
     Args:
@@ -99,13 +100,13 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Found:
     finally:
         for one in contestants.values():
             one.close()
-    runs = [{n: contestants[n].given[0] / run[n] for n in run} for run in seconds]
+    runs = [{n: contestants[n].results[0] / run[n] for n in run} for run in seconds]
     shards, ready, ten_views, ten_ready, alone = _CONTESTANTS
 
     return {
         "ratios": {
             "steps from shards / batch ready": ratio(runs, shards, ready),
-            "steps from shards / the lesser of batch ready and windows alone": median(
+            "steps from shards / the lesser of batch ready and windows alone": statistics.median(
                 run[shards] / min(run[ready], run[alone]) for run in runs
             ),
             "ten views / windows ready": ratio(runs, ten_views, ten_ready),
