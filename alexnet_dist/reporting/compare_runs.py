@@ -7,7 +7,7 @@ from typing import Any
 
 from alexnet_dist.errors import ConfigError, printable
 from alexnet_dist.plotting import figure
-from alexnet_dist.reporting.runs import RunRead, check_replaces, differing, read_run_folder
+from alexnet_dist.reporting.runs import RunResults, check_replaces, differing, read_run_folder
 from alexnet_dist.training.metrics_file import accuracies
 
 _MARK = "alexnet-dist compare"  # in the PNG's text, by which a comparison is known
@@ -72,7 +72,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _draw(runs: Sequence[RunRead], names: Sequence[str], path: Path) -> None:
+def _draw(runs: Sequence[RunResults], names: Sequence[str], path: Path) -> None:
     """Draw loss and top-1 error by epoch: a colour for each run, training thin, evaluation dots."""
     with figure(path, 1, 2, (13, 5), software=_MARK) as axes:
         for place, (run, name) in enumerate(zip(runs, names, strict=True)):
