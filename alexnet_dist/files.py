@@ -16,7 +16,7 @@ import resource
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypedDict, cast
@@ -87,6 +87,13 @@ def write(path: Path, data: bytes) -> None:
     there too, `sync` its folder."""
     with written_aside(path) as aside:
         aside.write_bytes(data)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file atomically: a reader finds the old or the new one, whole. It may not be
+    on the disk yet."""
+    with written_aside(path, durably=False) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 @contextmanager

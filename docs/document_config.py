@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from alexnet_dist.config.from_data import LEAVES
+from alexnet_dist.config.from_data import FROM_DATA
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName, flat
 from launch.cluster import Cluster
@@ -35,7 +35,7 @@ and ~ is the home folder in every path. `alexnet-dist configs` lists what is shi
 def reference() -> str:
     """Return the text of docs/configuration.md."""
     asked = {f"cluster.{key}": value for key, value in vars(Cluster()).items()}
-    values = flat(load_config([])) | LEAVES
+    values = flat(load_config([])) | FROM_DATA
     return HEAD + "".join((*_section(Config, "", values), *_section(Cluster, "cluster.", asked)))
 
 
@@ -47,8 +47,8 @@ def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
     yield "| key | value | default | meaning |\n|---|---|---|---|\n"
     for name in own:
         kind, key = get_args(hints[name])
-        free, default = " ◦" if key.free else "", _shown(values[prefix + name])
-        yield f"| `{prefix}{name}`{free} | {_value(kind, key)} | {default} | {_cell(key.doc)} |\n"
+        mark, default = " ◦" if key.mutable else "", _shown(values[prefix + name])
+        yield f"| `{prefix}{name}`{mark} | {_value(kind, key)} | {default} | {_cell(key.doc)} |\n"
     for field in dataclasses.fields(of):
         if field.name not in own:
             yield from _section(hints[field.name], f"{prefix}{field.name}.", values)

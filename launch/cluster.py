@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import yaml
 
-from alexnet_dist.config.load import configs_folder, flatten, typed
+from alexnet_dist.config.load import configs_folder, flatten, parse_argument
 from alexnet_dist.config.schema import Key
 from alexnet_dist.config.yaml_text import bounded_yaml, one_line
 from alexnet_dist.errors import ConfigError
@@ -69,7 +69,7 @@ def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
             path = _find(value)
             values |= _checked({"cluster": _read(path)}, str(path))
         elif name.startswith("cluster."):
-            values |= _checked(typed(text), "the command line")
+            values |= _checked(parse_argument(text), "the command line")
         else:
             rest.append(text)
     cluster = Cluster(**values)

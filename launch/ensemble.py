@@ -17,18 +17,18 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError, RunFolderError
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.stop_signals import EXITS
-from alexnet_dist.training.metrics_file import read_metrics, telling
+from alexnet_dist.training.metrics_file import accuracies, read_metrics
 from launch.cluster import Cluster, split
 from launch.job import TrainJob, guarded, slurm
 from launch.status import laid_out, queued, status
 from launch.submit import (
-    WORDS,
+    CONFIG_HELP,
     add_where,
-    checked,
+    checked_config,
     executor,
+    removed_if_refused,
     run_here,
     script,
-    swept_if_refused,
     train_command,
 )
 
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
             "python -m launch.ensemble paper/alexnet-2012 name=five cluster=site.yaml --parallel 2",
         ),
     )
-    made.add_argument("config", nargs="+", help=WORDS)
+    made.add_argument("config", nargs="+", help=CONFIG_HELP)
     made.add_argument(
         "--over", action="append", metavar="KEY=VALUES",
         help="1,2,3 or 0..4 (both included), by default seed=0..4; of several, every combination",
@@ -100,7 +100,7 @@ def members_of(run: Sequence[str], over: Sequence[str], cluster: Cluster | None)
         name = re.sub(r"[^\w.-]+", "_", "-".join([base.name, *words]))
         own = [f"{key}={value}" for key, value in keys.items()]
         arguments = [*run, *own, f"name={name}"]
-        members.append(Member(keys, arguments, checked(arguments, cluster)))
+        members.append(Member(keys, arguments, checked_config(arguments, cluster)))
     names = [member.config.name for member in members]
     if len(set(names)) < len(names):
         raise ConfigError(f"--over: two members would be named {max(names, key=names.count)}")
@@ -150,13 +150,13 @@ def _start(
         return 0
     if options.local:
         for number, member in enumerate(left, start=1):
-            print(f"run {number} of {len(left)}: {_words(member)}", flush=True)
+            print(f"run {number} of {len(left)}: {_described(member)}", flush=True)
             code = run_here(member.arguments)
             if code in EXITS.values():
                 print("stopped; the same command goes on", file=sys.stderr)
                 return code
     elif not waiting(name):
-        with swept_if_refused(folder):
+        with removed_if_refused(folder):
             made = executor(cluster, name, folder, parallel)
             with made.batch():
                 jobs = [made.submit(TrainJob(member.arguments)) for member in left]
@@ -169,7 +169,7 @@ def _start(
     return 0
 
 
-def _words(member: Member) -> str:
+def _described(member: Member) -> str:
     """Return a member's folder and its values, as printed."""
     return f"{member.config.folder}, {' '.join(f'{k}={v}' for k, v in member.keys.items())}"
 
@@ -219,7 +219,7 @@ def score(configs: Sequence[Config], of: int) -> int:
         print(f"no average: {error}")
     else:
         errors = {"top1": 1 - found.top1, "top5": 1 - found.top5}
-        names = telling(configs[0].model.classes).items()
+        names = accuracies(configs[0].model.classes).items()
         said = ", ".join(f"{name} error {errors[top]:.2%}" for top, name in names)
         print(f"the average of {len(configs)} of {of}: {said}")
     return 0 if len(configs) == of else 1

@@ -41,7 +41,7 @@ class TrainJob:
 
     def __call__(self) -> int:
         os.umask(PRIVATE)
-        forget_results(JobEnvironment().paths)
+        remove_results(JobEnvironment().paths)
         from alexnet_dist.cli.main import main  # its signal handlers replace Submitit's
 
         code = main(["train", *self.arguments])
@@ -54,7 +54,7 @@ class TrainJob:
         return DelayedSubmission(self)
 
 
-def forget_results(paths: JobPaths) -> None:
+def remove_results(paths: JobPaths) -> None:
     """Remove a result that an earlier start of this rank left, complete or not.
 
     Submitit refuses to write beside an incomplete one, and would take an old one for the job's.

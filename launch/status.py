@@ -52,7 +52,7 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     state, job = str(run["state"]), run.get("job")
     if (queue or {}).get(job or "") in ("PENDING", "REQUEUED"):
         state = "queued"
-    elif state in ("starting", "running") and not _lives(run, queue):
+    elif state in ("starting", "running") and not _is_alive(run, queue):
         state = "killed"
     step, last = int(run.get("newest_step") or 0), run.get("last_step")
     kept_s, rested_s, now = float(run.get("kept_s") or 0), run.get("rested_s", 0.0), time.time()
@@ -76,7 +76,7 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     }
 
 
-def _lives(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
+def _is_alive(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
     """Return whether the process of a run that has not ended still exists, as far as can be
     answer."""
     if run.get("job") and queue is not None:

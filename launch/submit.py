@@ -30,7 +30,9 @@ from launch.job import PRIVATE, TrainJob, check_placement, check_private, guarde
 _NEVER = 1_000_000  # time-outs before Submitit gives up: the run limits its own idle restarts
 # What Submitit writes before it knows the number of the job, which then takes the place of the hex.
 _NOT_YET_A_JOB = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
-WORDS = "as for `alexnet-dist train`, and cluster=FILE, cluster.KEY=VALUE (docs/configuration.md)"
+CONFIG_HELP = (
+    "as for `alexnet-dist train`, and cluster=FILE, cluster.KEY=VALUE (docs/configuration.md)"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
             "python -m launch.submit demo name=try --local",
         ),
     )
-    made.add_argument("config", nargs="+", help=WORDS)
+    made.add_argument("config", nargs="+", help=CONFIG_HELP)
     add_where(made)
     return made
 
@@ -55,7 +57,7 @@ def add_where(to: argparse.ArgumentParser) -> None:
     to.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
 
 
-def checked(arguments: Sequence[str], cluster: Cluster | None) -> Config:
+def checked_config(arguments: Sequence[str], cluster: Cluster | None) -> Config:
     """Load and check a run's config; raises what its ranks would, on a cluster or (None) here."""
     config = load_config(arguments)
     if cluster is not None:
@@ -70,7 +72,7 @@ def checked(arguments: Sequence[str], cluster: Cluster | None) -> Config:
     return config
 
 
-def asked(cluster: Cluster, name: str, folder: Path, parallel: int) -> dict[str, Any]:
+def job_parameters(cluster: Cluster, name: str, folder: Path, parallel: int) -> dict[str, Any]:
     """Return the parameters of a job for Submitit's executor.
 
     Args:
@@ -109,7 +111,7 @@ def script(cluster: Cluster, name: str, folder: Path, parallel: int, jobs: int) 
     folder = folder.absolute()
     command = shlex.join([sys.executable, "-u", "-m", "submitit.core._submit", str(folder)])
     count = jobs if jobs > 1 else None
-    words = asked(cluster, name, folder, parallel)
+    words = job_parameters(cluster, name, folder, parallel)
     return _make_sbatch_string(command=command, folder=folder, map_count=count, **words)
 
 
@@ -128,12 +130,12 @@ def executor(cluster: Cluster, name: str, folder: Path, parallel: int) -> submit
         made = submitit.SlurmExecutor(folder.absolute(), max_num_timeout=_NEVER)
     except RuntimeError as error:
         raise ConfigError(f"{error} Run on this machine with --local") from error
-    made.update_parameters(**asked(cluster, name, folder, parallel))
+    made.update_parameters(**job_parameters(cluster, name, folder, parallel))
     return made
 
 
 @contextmanager
-def swept_if_refused(folder: Path) -> Iterator[None]:
+def removed_if_refused(folder: Path) -> Iterator[None]:
     """Remove what a submission leaves in `folder` (RUN/launch) if Slurm refuses it, and those of
     the folders up to output_dir that it created.
 
@@ -163,7 +165,7 @@ def main(arguments: Sequence[str]) -> int:
     """Submit a run, train it here, or print its batch script."""
     options = parser().parse_args(arguments)
     cluster, run = split(options.config)
-    config = checked(run, None if options.local else cluster)
+    config = checked_config(run, None if options.local else cluster)
     folder = config.folder / "launch"
     if options.dry_run:
         text = script(cluster, config.name, folder, parallel=1, jobs=1)
@@ -171,7 +173,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0
     if options.local:
         return run_here(run)
-    with swept_if_refused(folder):
+    with removed_if_refused(folder):
         job = executor(cluster, config.name, folder, parallel=1).submit(TrainJob(run))
     again = shlex.join(["python", "-m", "launch.submit", *arguments])
     print(

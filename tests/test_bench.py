@@ -202,7 +202,7 @@ def test_a_gpus_ratios_are_of_what_they_name(
 
     class Took:
         def __init__(self, name: str, config: Config, pieces: int) -> None:
-            self.name, self.given, self.peak = name, [2.0**40], 3e9
+            self.name, self.results, self.peak = name, [2.0**40], 3e9
             self.seconds = 0.001 * (len(name) + config.train.batch)
             made.append((config.train.batch, name, pieces))
 

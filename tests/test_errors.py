@@ -33,12 +33,13 @@ from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import ConfigError, MachineError, RanksFailed, filled_by, in_words
+from alexnet_dist.files import read_run
 from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel import environment, rendezvous, spawn, topology
 from alexnet_dist.parallel.device import take_device
 from alexnet_dist.parallel.stop_signals import handlers_restored
-from alexnet_dist.training.run_folder import RunFolder, read_run
+from alexnet_dist.training.run_folder import RunFolder
 
 Tiny = Callable[..., Config]
 Patch = pytest.MonkeyPatch

@@ -89,7 +89,7 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
     )
     for look in (
         lambda: evaluate_checkpoints([run], data),
-        lambda: figures.draw_answers(run, data),
+        lambda: figures.draw_fig4(run, data),
     ):
         with pytest.raises(ConfigError, match=said):
             look()
@@ -99,7 +99,7 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
     )
     for look in (
         lambda: evaluate_checkpoints([run], cut),
-        lambda: figures.draw_answers(run, cut),
+        lambda: figures.draw_fig4(run, cut),
     ):
         with pytest.raises(CheckpointError, match=said):
             look()

@@ -38,12 +38,12 @@ from alexnet_dist.files import (
     read_run,
     sha256,
     sweep_writing,
+    write_json,
     written_aside,
 )
 from alexnet_dist.formats.convert import import_weights
 from alexnet_dist.tensor_files import TensorFile, save_tensors
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.tolerance import write_json
 
 SHORT = ("layout.kind=one", "train.epochs=0.5", "train.precision=fp32")
 ONE = Options(workers=1)

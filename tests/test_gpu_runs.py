@@ -14,7 +14,7 @@ from test_run import RUN, Started, ended_state, start
 from test_watchdog import STUCK
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.training.run_folder import read_run
+from alexnet_dist.files import read_run
 
 __all__ = ["start"]  # a fixture
 

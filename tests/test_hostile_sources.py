@@ -36,9 +36,9 @@ from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.prepare import list_source
 from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import AlexNetDistError, ConfigError, DatasetError
-from alexnet_dist.files import json_object, read_bytes, within_memory
+from alexnet_dist.files import json_object, read_bytes, read_run, within_memory
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import RunFolder, read_run
+from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.state import Progress
 
 ROOT = Path(__file__).parent.parent

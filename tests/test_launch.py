@@ -24,12 +24,13 @@ from alexnet_dist.cli import main
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
+from alexnet_dist.files import read_run
 from alexnet_dist.parallel import environment, topology
 from alexnet_dist.parallel.device import cores_of, take_device
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check_columns_meet
 from alexnet_dist.parallel.stop_signals import StopSignals
-from alexnet_dist.training.run_folder import RunFolder, read_run
+from alexnet_dist.training.run_folder import RunFolder
 from launch import cluster, ensemble, job, status, submit
 
 STEP = {
@@ -607,7 +608,7 @@ def test_what_an_earlier_start_left_is_forgotten(tmp_path: Path) -> None:
     for path in (paths.result_pickle, paths.submitted_pickle):
         path.touch()
         path.with_suffix(".pkl.save_tmp").touch()
-    job.forget_results(paths)
+    job.remove_results(paths)
     assert list(tmp_path.iterdir()) == [paths.submitted_pickle]
 
 

@@ -136,7 +136,7 @@ def test_a_logger_that_fails_is_said_once_and_ends_nothing(
         return Failing()
 
     monkeypatch.setattr(loggers, "_Csv", make)
-    monkeypatch.setattr(loggers, "_WAIT_S", 0.2)
+    monkeypatch.setattr(loggers, "_CLOSE_S", 0.2)
     outcome = train(tiny(*SHORT, "log.to=[csv]"))
     said = [line for line in capfd.readouterr().err.splitlines() if "log.to=csv" in line]
     ended.set()

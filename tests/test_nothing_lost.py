@@ -23,12 +23,13 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.cli import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, NotFinite, RunFolderError
+from alexnet_dist.files import read_run
 from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.reporting import page as pages
 from alexnet_dist.reporting.report import report
 from alexnet_dist.training import metrics_file, telemetry
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import RunFolder, read_run
+from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.state import Progress
 from launch import status
 
@@ -328,7 +329,7 @@ def test_a_moved_folders_run_leaves_another_in_its_place_alone(tiny: Tiny) -> No
     second.take()
     second.report("running", step=7)
     with pytest.raises(RunFolderError, match="was moved to"):
-        first.still_held()
+        first.check_held()
     first.report("failed", exit=1, reason="moved")
     assert read_run(second.path)["state"] == "running"
     assert read_run(second.path.with_name("moved"))["reason"] == "moved"

@@ -18,13 +18,13 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ReplicasDiffer
+from alexnet_dist.files import read_run
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel import replicas
 from alexnet_dist.parallel.replicas import check_replicas
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import read_run
 
 
 def config_of(kind: str) -> Config:

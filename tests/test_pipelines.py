@@ -33,9 +33,9 @@ from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.files import read_run
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import read_run
 
 PIPELINES = ("torch", "dali", "resident")
 

@@ -24,13 +24,13 @@ from alexnet_dist.data.pipelines.resident import FreeMemory, cut_on_device, deco
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import MachineError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.files import read_run
 from alexnet_dist.parallel import device
 from alexnet_dist.parallel.stop_signals import StopSignals, handlers_restored
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import read_run
 
 KINDS = ("torch", "resident")
 

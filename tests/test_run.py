@@ -25,8 +25,8 @@ from forks import Fork
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
+from alexnet_dist.files import read_run
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import read_run
 
 # 60 images, 8 a step, 8 epochs: 60 steps; evaluations after every 15; a save every 4.
 RUN = [

@@ -29,12 +29,13 @@ from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, CrashLoop, Damaged, NotFinite, RunFolderError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.files import read_run
 from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
 from alexnet_dist.timing import TIMELINE
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import RunFolder, read_run
+from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.telemetry import Telemetry
 
 
@@ -306,17 +307,17 @@ def test_a_folder_that_vanished_is_made_again(
 ) -> None:
     folder = RunFolder(tiny())
     folder.take()
-    folder.still_held()
+    folder.check_held()
     assert not caplog.text
     shutil.rmtree(folder.path)
-    folder.still_held()
+    folder.check_held()
     assert "has vanished, with all that was saved in it: made again" in caplog.text
     assert json.loads((folder.path / "config.json").read_text())["seed"] == 0
     shutil.rmtree(folder.path)
     other = RunFolder(tiny())
     other.take()
     with pytest.raises(RunFolderError, match="is in use by process"):
-        folder.still_held()
+        folder.check_held()
 
 
 def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(

@@ -14,7 +14,7 @@ from conftest import on_ranks
 
 from alexnet_dist.bench.layouts import OnRank
 from alexnet_dist.cli.main import main
-from alexnet_dist.config.load import ALONE, load_config
+from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel import device, spawn
@@ -180,7 +180,7 @@ def test_a_rank_that_needs_more_than_its_share_is_refused_before_it_starts(tiny:
 
 def test_it_is_no_part_of_what_defines_a_run(tiny: Tiny) -> None:
     assert fingerprint(tiny(*SHARED)) == fingerprint(tiny())
-    assert not load_config([flat(tiny(*SHARED)), *ALONE]).layout.share_gpu
+    assert not load_config([flat(tiny(*SHARED)), *IN_ONE_PROCESS]).layout.share_gpu
     with pytest.raises(ConfigError, match=r"share_gpu=True: layout\.device=cpu uses no GPU"):
         tiny("layout.device=cpu", "layout.share_gpu=true")
 

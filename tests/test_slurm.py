@@ -20,7 +20,7 @@ import pytest
 from conftest import TINY
 from test_run import ended_state
 
-from alexnet_dist.training.run_folder import read_run
+from alexnet_dist.files import read_run
 
 ROOT = Path(__file__).parent.parent
 DEVCLUSTER = ROOT / "slurm" / "devcluster"

@@ -19,7 +19,7 @@ from shared import SHARED
 from test_run import Started, ended_state
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.training.run_folder import read_run
+from alexnet_dist.files import read_run
 
 pytestmark = [
     pytest.mark.drill,

@@ -12,8 +12,8 @@ from conftest import TINY, alexnet_dist, as_overrides
 from test_run import RUN, Started
 
 from alexnet_dist.config.schema import Config
+from alexnet_dist.files import read_run
 from alexnet_dist.training.metrics_file import read_metrics
-from alexnet_dist.training.run_folder import read_run
 
 FOREVER = ["train.epochs=1000", "evaluate.every_epochs=1000", "layout.timeout_s=5"]
 STUCK = """

@@ -1,7 +1,8 @@
 """`bench`: how fast parts of the program are, against references timed in the same run.
 
 References and ours take turns, and medians of the passes are compared: a single time says as much
-about the machine as about the program, so only the ratios are claims. Every part returns a `Found`.
+about the machine as about the program, so only the ratios are claims. Every part returns a
+`Result`.
 """
 
 import statistics
@@ -11,7 +12,7 @@ from typing import Any, Required, TypedDict
 from alexnet_dist.parallel import device
 
 
-class Found(TypedDict, total=False):
+class Result(TypedDict, total=False):
     """What a part measured: the keys of its JSON.
 
     Attributes:
@@ -52,33 +53,29 @@ def machine(workers: int) -> dict[str, Any]:
     return {**device.machine(), "workers": workers}
 
 
-def median(values: Iterable[float]) -> float:
-    return statistics.median(values)
-
-
 def ratio(runs: Iterable[Mapping[str, float]], a: str, b: str) -> float:
     """Return the median over the repeats of one pass's figure divided by another's."""
-    return median(run[a] / run[b] for run in runs)
+    return statistics.median(run[a] / run[b] for run in runs)
 
 
-def table(found: Found) -> str:
+def table(result: Result) -> str:
     """Return what a part measured as a text table."""
-    names = found["runs"][0].keys()
-    heading = f"{found['unit']}, median of {len(found['runs'])}"
+    names = result["runs"][0].keys()
+    heading = f"{result['unit']}, median of {len(result['runs'])}"
     lines = [f"{heading:44}{'least':>10}{'most':>10}"]
     for name in names:
-        values = [run[name] for run in found["runs"]]
-        middle = f"{name:32}{median(values):12,.4g}"
+        values = [run[name] for run in result["runs"]]
+        middle = f"{name:32}{statistics.median(values):12,.4g}"
         lines.append(f"{middle}{min(values):10,.4g}{max(values):10,.4g}")
     lines += ["", "ratios, medians of pairs"]
-    lines += [f"{name:44}{value:8.3f}" for name, value in found["ratios"].items()]
-    lines += ["", *(f"{name:44}{value:10,.2f}" for name, value in found["ceilings"].items())]
-    if "losses" in found:
+    lines += [f"{name:44}{value:8.3f}" for name, value in result["ratios"].items()]
+    lines += ["", *(f"{name:44}{value:10,.2f}" for name, value in result["ceilings"].items())]
+    if "losses" in result:
         lines += ["", "loss of a first step without dropout, nats"]
-        lines += [f"{name:44}{value:10,.5f}" for name, value in found["losses"].items()]
-    if "differences" in found:
+        lines += [f"{name:44}{value:10,.5f}" for name, value in result["losses"].items()]
+    if "differences" in result:
         lines += ["", "torch and dali, grey levels apart"]
-        lines += [f"{name:44}{value:10,.3f}" for name, value in found["differences"].items()]
-    lines += ["", ", ".join(f"{key} {value}" for key, value in found["machine"].items())]
-    lines += [found["unseen"]] if found.get("unseen") else []
+        lines += [f"{name:44}{value:10,.3f}" for name, value in result["differences"].items()]
+    lines += ["", ", ".join(f"{key} {value}" for key, value in result["machine"].items())]
+    lines += [result["unseen"]] if result.get("unseen") else []
     return "\n".join(lines)

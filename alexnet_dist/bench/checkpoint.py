@@ -5,7 +5,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from alexnet_dist.bench import Found, machine, median
+from alexnet_dist.bench import Result, machine
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.writer import Saver
@@ -19,7 +19,7 @@ _STEPS = 5  # steps without a save, and the least number with one
 _BETWEEN = 100  # the ratio is given for one save in so many steps
 
 
-def bench_checkpoint(config: Config, repeats: int) -> Found:
+def bench_checkpoint(config: Config, repeats: int) -> Result:
     """Time steps on synthetic images in one process, with and without a save to a temporary
     folder.
 
@@ -39,7 +39,7 @@ def bench_checkpoint(config: Config, repeats: int) -> Found:
             runs.append(run)
         size = sum(p.stat().st_size for p in checkpoints.steps(folder)[-1].iterdir())
     runs = runs[1:]
-    lost = median(run["lost to a save"] / (_BETWEEN * run["step"]) for run in runs)
+    lost = statistics.median(run["lost to a save"] / (_BETWEEN * run["step"]) for run in runs)
     return {
         "ratios": {f"lost to one save in {_BETWEEN} steps / those steps": lost},
         "ceilings": {"a checkpoint, MB": size / 1e6},

@@ -37,10 +37,12 @@ class Contestant:
     def __init__(
         self, module: str, name: str, config: Config, pieces: int = 2, plain: bool = False
     ) -> None:
-        self.name, self.pieces, self.given = name, pieces, list[float]()
+        self.name, self.pieces = name, pieces
+        self.results: list[float] = []  # of each pass, that of its first piece
         self.peak = 0  # bytes of GPU memory allocated at the peak
         code = (
-            f"from alexnet_dist.bench import contestants as c; c.serve{module, name, flat(config)}"
+            "from alexnet_dist.bench.contestants import serve; "
+            f"serve({module!r}, {name!r}, {flat(config)!r})"
         )
         environment = dict(os.environ)
         if plain:
@@ -58,8 +60,8 @@ class Contestant:
         answer = self._process.stdout.readline()
         if not answer:
             raise ConfigError(f"bench: {self.name!r} failed; it has said why")
-        seconds, given, self.peak = json.loads(answer)
-        self.given.append(given)
+        seconds, result, self.peak = json.loads(answer)
+        self.results.append(result)
         return float(seconds)
 
     def memory(self) -> int:
@@ -82,9 +84,9 @@ def serve(module: str, name: str, config: dict[str, Any]) -> None:
     for line in sys.stdin:
         pieces = int(line)
         begin = time.perf_counter()
-        given, peak = [work() for _ in range(pieces)], 0
+        results, peak = [work() for _ in range(pieces)], 0
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         took = time.perf_counter() - begin
-        print(json.dumps([took / pieces, float(given[0]), peak]), file=answers, flush=True)
+        print(json.dumps([took / pieces, float(results[0]), peak]), file=answers, flush=True)

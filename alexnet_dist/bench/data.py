@@ -2,6 +2,7 @@
 
 import functools
 import operator
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from alexnet_dist.bench import Found, Pass, in_turn, machine, median, ratio, references
+from alexnet_dist.bench import Pass, Result, in_turn, machine, ratio, references
 from alexnet_dist.bench.decoders import differences
 from alexnet_dist.bench.index import index_cost
 from alexnet_dist.config.load import load_config
@@ -32,7 +33,7 @@ _FEW = 4  # threads that decode, in a pass besides the one with all
 _BY_FEW = f"torch, decoded by {_FEW} threads"
 
 
-def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> Found:
+def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> Result:
     """Time every pipeline on the images of a folder, and ImageFolder and the bare decoders.
 
     Args:
@@ -74,8 +75,11 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
     return {
         "ratios": _ratios(runs, packed),
         "ceilings": {
-            "bare decode, images/s": median(a["bare decode"] for a in runs),
-            **{f"{kind}, the loop's own time, µs a batch": median(own[kind]) for kind in _KINDS},
+            "bare decode, images/s": statistics.median(a["bare decode"] for a in runs),
+            **{
+                f"{kind}, the loop's own time, µs a batch": statistics.median(own[kind])
+                for kind in _KINDS
+            },
             **index_cost(1_281_167, config.train.batch),
         },
         "differences": apart,

@@ -4,17 +4,18 @@ evaluation beside its forward passes; the time to the first step; memory over ma
 import itertools
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from alexnet_dist.bench import Found, in_turn, machine, median, ratio
+from alexnet_dist.bench import Result, in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.from_data import NO_SPLIT
-from alexnet_dist.config.load import ALONE, load_config
+from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -75,7 +76,7 @@ _CONTESTANTS = (
 )  # fmt: skip
 
 
-def bench_end_to_end(config: Config, repeats: int, steps: int) -> Found:
+def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
     """Time contestants in a process each, on the packed data set that the config names.
 
     Args:
@@ -85,7 +86,7 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Found:
         ratios (medians of pairs; of memory), ceilings (seconds to the first step, memory), machine,
         and every pass's images/s.
     """
-    config = load_config([flat(config), *ALONE])
+    config = load_config([flat(config), *IN_ONE_PROCESS])
     ten = load_config([flat(config), f"evaluate.views={_VIEWS}"])
     # Many more steps than the batches that are decoded ahead while others have their turn.
     many = (16 if gpus(config) else 4) * config.data.prefetch
@@ -99,13 +100,13 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Found:
     finally:
         for one in contestants.values():
             one.close()
-    runs = [{n: contestants[n].given[0] / run[n] for n in run} for run in seconds]
+    runs = [{n: contestants[n].results[0] / run[n] for n in run} for run in seconds]
     shards, ready, ten_views, ten_ready, alone = _CONTESTANTS
 
     return {
         "ratios": {
             "steps from shards / batch ready": ratio(runs, shards, ready),
-            "steps from shards / the lesser of batch ready and windows alone": median(
+            "steps from shards / the lesser of batch ready and windows alone": statistics.median(
                 run[shards] / min(run[ready], run[alone]) for run in runs
             ),
             "ten views / windows ready": ratio(runs, ten_views, ten_ready),

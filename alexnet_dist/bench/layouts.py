@@ -1,9 +1,10 @@
 """`bench layouts`: every layout on this host's ranks, with the same global batch."""
 
+import statistics
 import time
 from dataclasses import dataclass
 
-from alexnet_dist.bench import Found, machine, median, ratio
+from alexnet_dist.bench import Result, machine, ratio
 from alexnet_dist.bench.kernel_times import profiled
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.load import load_config
@@ -41,7 +42,7 @@ class OnRank:
     exchange: float
 
 
-def bench_layouts(config: Config, count: int, repeats: int) -> Found:
+def bench_layouts(config: Config, count: int, repeats: int) -> Result:
     """Time the training steps of every layout that can have so many ranks, and of one process with
     the threads of all ranks. Each pass starts its ranks anew; only steps are timed.
 
@@ -68,11 +69,11 @@ def bench_layouts(config: Config, count: int, repeats: int) -> Found:
     ceilings = {"ranks": float(count)}
     for kind in configs:
         first = [one[kind][0] for one in passes]
-        if kernels := median(rank.kernels for rank in first):
+        if kernels := statistics.median(rank.kernels for rank in first):
             ceilings[f"{kind}, kernels a step"] = kernels
         if kind != "one":
             ceilings[f"{kind}, MB sent a step"] = first[0].sent / 1e6
-        share = median(rank.exchange for rank in first)
+        share = statistics.median(rank.exchange for rank in first)
         if share and (kernels or kind not in layouts.ZERO_STAGES):  # on a CPU, ZeRO's are unseen
             ceilings[f"{kind}, collectives, % of a step"] = 100 * share
     return {

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from alexnet_dist.bench import Found, Pass, in_turn, machine, ratio
+from alexnet_dist.bench import Pass, Result, in_turn, machine, ratio
 from alexnet_dist.config.schema import Config
 from alexnet_dist.network import kernels
 from alexnet_dist.network.lrn import alpha_of, local_response_norm
@@ -18,7 +18,7 @@ from alexnet_dist.parallel.topology import connect
 _Made = Callable[[Tensor, Tensor], Tensor]  # makes maps from a column's maps and its biases
 
 
-def bench_maps(config: Config, repeats: int) -> Found:
+def bench_maps(config: Config, repeats: int) -> Result:
     """Time ours in bf16 and fp32, torch's modules in fp32, and a copy of the maps, on a batch of
     maps as conv1 makes them, a tensor for each column: (batch, 48, 55, 55) in the paper's network.
 

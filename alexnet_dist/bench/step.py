@@ -2,11 +2,12 @@
 alexnet in each form in which it is used."""
 
 import logging
+import statistics
 from collections.abc import Sequence
 
 import torch
 
-from alexnet_dist.bench import Found, in_turn, machine, median, ratio
+from alexnet_dist.bench import Result, in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.trainers import Eager, device_of, ours, plain, product_of
 from alexnet_dist.config.load import load_config
@@ -51,7 +52,7 @@ _BEST = f"{_TORCHVISION}, {_FORMS[-1]}"  # the fastest form in which it is used
 _ON_A_GPU = ("ours, tf32", *(f"{who}, {how}" for who in ("eager", _TORCHVISION) for how in _FORMS))
 
 
-def bench_step(config: Config, repeats: int, batches: Sequence[int] = ()) -> Found:
+def bench_step(config: Config, repeats: int, batches: Sequence[int] = ()) -> Result:
     """Time training steps of the config's network in one process, on a GPU if there is one, and of
     its references.
 
@@ -78,7 +79,7 @@ def bench_step(config: Config, repeats: int, batches: Sequence[int] = ()) -> Fou
     return found | {"losses": losses}
 
 
-def _timed(config: Config, repeats: int, names: Sequence[str]) -> Found:
+def _timed(config: Config, repeats: int, names: Sequence[str]) -> Result:
     """Time these contestants."""
     # The same number of images in a pass for any batch; on a GPU a pass takes half a second.
     pieces = max(5, 50 * 128 // config.train.batch) if device_of(config).type == "cuda" else 2
@@ -93,7 +94,7 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> Found:
                 log.warning(f"{error}: left out")
                 contestants.pop(name).close()
         runs = in_turn(dict(contestants), repeats)
-        flop = {n: one.given[0] for n, one in contestants.items() if n.startswith("matrix")}
+        flop = {n: one.results[0] for n, one in contestants.items() if n.startswith("matrix")}
     finally:
         for contestant in contestants.values():
             contestant.close()
@@ -110,21 +111,21 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> Found:
     ratios["ours, bf16 / the same without LRN"] = ratio(runs, _NO_LRN, _OURS)
     if _BEST in runs[0]:
         ratios[f"{_OURS} / {_BEST}, by seconds"] = ratio(runs, _OURS, _BEST)
-    ratios["ours, bf16 / bf16 matrix product, by FLOP"] = median(
+    ratios["ours, bf16 / bf16 matrix product, by FLOP"] = statistics.median(
         work / run[_OURS] / rate for run, rate in zip(runs, rates[_PRODUCT], strict=True)
     )
     if device_of(config).type == "cuda":
         if peak := peak_flops(torch.cuda.get_device_name()):
-            ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = median(
+            ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = statistics.median(
                 work / run[_OURS] / peak for run in runs
             )
         planned = plan(load_config([flat(config), "train.precision=bf16"]), 1, gpu=True)
         memory = planned.of("one").memory["peak"]
         ratios["ours, bf16, peak memory / planned"] = contestants[_OURS].peak / memory
-    decodes = median(config.train.batch / run[_OURS] for run in runs)
+    decodes = statistics.median(config.train.batch / run[_OURS] for run in runs)
     return {
         "ratios": ratios,
-        "ceilings": {f"{n}, GFLOP/s": median(rate) / 1e9 for n, rate in rates.items()}
+        "ceilings": {f"{n}, GFLOP/s": statistics.median(rate) / 1e9 for n, rate in rates.items()}
         | {f"images/s to decode for {_OURS}": decodes},
         "machine": machine(config.data.workers),
         "unit": "seconds a step",
@@ -139,7 +140,7 @@ def first_losses(config: Config) -> dict[str, float]:
     try:
         for one in contestants:
             one()
-        return {one.name: one.given[0] for one in contestants}
+        return {one.name: one.results[0] for one in contestants}
     finally:
         for one in contestants:
             one.close()

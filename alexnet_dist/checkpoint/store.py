@@ -161,7 +161,7 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     a folder that is named after another step.
     """
     found: Checkpoint | None = None
-    wrong: list[Damaged] = []
+    damaged: list[Damaged] = []
     paths = [folder / name for name in listed(folder) if NAME.fullmatch(name)]
     for path in sorted(paths, key=lambda p: (step_of(p), p.name[0] != "."), reverse=True):
         # Older ones matter only where the manifest names another step than the folder does.
@@ -170,21 +170,21 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
         try:
             checkpoint = verify(path)
         except Damaged as error:
-            wrong += [error] if found is None else []
+            damaged += [error] if found is None else []
         else:
             found = found or checkpoint
-    return found, wrong
+    return found, damaged
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     """Return what `newest` returns; raise CheckpointError where there are checkpoints and all are
     damaged."""
-    found, wrong = newest(folder)
-    if wrong and found is None:
+    found, damaged = newest(folder)
+    if damaged and found is None:
         raise CheckpointError(
-            f"{folder}: none of {len(wrong)} checkpoints is good ({wrong[0]}): restore one"
+            f"{folder}: none of {len(damaged)} checkpoints is good ({damaged[0]}): restore one"
         )
-    return found, wrong
+    return found, damaged
 
 
 def best(folder: Path) -> Checkpoint:

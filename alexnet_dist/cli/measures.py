@@ -12,7 +12,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, looked_in, printable
 
 if TYPE_CHECKING:
-    from alexnet_dist.bench import Found
+    from alexnet_dist.bench import Result
 
 
 def add(command: AddCommand) -> None:
@@ -174,8 +174,8 @@ def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         apart = decoders.bench_differences(options.folder, options.images, options.overrides)
         print(json.dumps(apart) if options.json else decoders.lines(apart))
         return 0
-    found = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
-    return _bench(found, options)
+    result = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
+    return _print_bench(result, options)
 
 
 def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -183,34 +183,40 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     shared = getattr(options, "shared", [])
     config = load_config(["layout.kind=one", *options.config, *shared])
     match options.part:
-        case "step":
-            from alexnet_dist.bench import kernel_times, step
+        case "step" if options.kernels:
+            from alexnet_dist.bench.kernel_times import bench_kernels, kernel_lines
 
-            if options.kernels:
-                times = kernel_times.bench_kernels(config, options.repeats)
-                print(json.dumps(times) if options.json else kernel_times.kernel_lines(times))
-                return 0
-            return _bench(step.bench_step(config, options.repeats, options.batch), options)
+            times = bench_kernels(config, options.repeats)
+            print(json.dumps(times) if options.json else kernel_lines(times))
+            return 0
+        case "step":
+            from alexnet_dist.bench.step import bench_step
+
+            result = bench_step(config, options.repeats, options.batch)
         case "maps":
-            from alexnet_dist.bench.maps import bench_maps as bench
+            from alexnet_dist.bench.maps import bench_maps
+
+            result = bench_maps(config, options.repeats)
         case "layouts":
             from alexnet_dist.bench.layouts import bench_layouts
 
-            return _bench(bench_layouts(config, options.ranks, options.repeats), options)
+            result = bench_layouts(config, options.ranks, options.repeats)
         case "end-to-end":
             from alexnet_dist.bench.end_to_end import bench_end_to_end
 
-            return _bench(bench_end_to_end(config, options.repeats, options.steps), options)
+            result = bench_end_to_end(config, options.repeats, options.steps)
         case _:
-            from alexnet_dist.bench.checkpoint import bench_checkpoint as bench
-    return _bench(bench(config, options.repeats), options)
+            from alexnet_dist.bench.checkpoint import bench_checkpoint
+
+            result = bench_checkpoint(config, options.repeats)
+    return _print_bench(result, options)
 
 
-def _bench(found: "Found", options: argparse.Namespace) -> int:
+def _print_bench(result: "Result", options: argparse.Namespace) -> int:
     """Print what a benchmark measured, as JSON or as a table."""
     from alexnet_dist import bench
 
-    print(json.dumps(found) if options.json else bench.table(found))
+    print(json.dumps(result) if options.json else bench.table(result))
     return 0
 
 
@@ -278,23 +284,27 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     elif options.machine:
         machine = machines.read_machine(options.machine)
     named = options.gpus and machines.Cluster.of(options.gpus, machine)
-    at = named or forecast.here(config, machine)
+    cluster = named or forecast.here(config, machine)
     if options.curve:
-        if at is None:
+        if cluster is None:
             raise ConfigError(
                 "--curve: this machine's GPUs are of a kind with no known figures: name a known "
                 "kind by --gpus"
             )
-        rows = scaling.curve(config, at)
-        scaling.draw(rows, at, options.curve)
+        rows = scaling.curve(config, cluster)
+        scaling.draw(rows, cluster, options.curve)
         print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
         return 0
-    wanted = named.total if named else layouts.ranks_wanted(config, device.gpus(config))
-    ranks = options.ranks or wanted
+
+    # What a rank needs, and how fast it would be on the cluster, if that is known.
+    would_start = named.total if named else layouts.ranks_wanted(config, device.gpus(config))
+    ranks = options.ranks or would_start
     planned = (
-        dry_run.plan_on(config, ranks, at.machine) if at else dry_run.plan(config, ranks, gpu=True)
+        dry_run.plan_on(config, ranks, cluster.machine)
+        if cluster
+        else dry_run.plan(config, ranks, gpu=True)
     )
-    outlook, why = (
+    predicted, why = (
         None,
         (
             "this machine's GPUs are of a kind with no known figures: name a known kind, as in "
@@ -302,20 +312,20 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         ),
     )
     try:
-        outlook = forecast.forecast(planned, config, at) if at else None
+        predicted = forecast.forecast(planned, config, cluster) if cluster else None
     except ConfigError as error:
         if named:
             raise
         why = str(error)
+
     if options.json:
-        print(json.dumps(planned.to_json() | (outlook.to_json() if outlook else {})))
+        print(json.dumps(planned.to_json() | (predicted.to_json() if predicted else {})))
         return 0
     lines = text.plan_lines(planned)
-    lines += (
-        text.forecast_lines(outlook, config.layout.kind)
-        if outlook
-        else ["", f"no prediction: {why}"]
-    )
+    if predicted:
+        lines += text.forecast_lines(predicted, config.layout.kind)
+    else:
+        lines += ["", f"no prediction: {why}"]
     print("\n".join(lines))
     return 0
 

@@ -76,7 +76,7 @@ def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for column, value in enumerate(draws.colour(options.run_folder), start=1):
         print(f"column {column}: {value:.3f} of its kernels' energy is colour")
     if options.fig4:
-        drawn += draws.draw_answers(options.run_folder, options.overrides)
+        drawn += draws.draw_fig4(options.run_folder, options.overrides)
     print("\n".join(map(str, drawn)))
     return 0
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, add_json, out, path
-from alexnet_dist.config.load import ALONE, load_config, shipped
+from alexnet_dist.config.load import IN_ONE_PROCESS, load_config, shipped
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, printable
 from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
-from alexnet_dist.training.metrics_file import telling
+from alexnet_dist.training.metrics_file import accuracies
 
 if TYPE_CHECKING:
-    from alexnet_dist.evaluation.results import Score
+    from alexnet_dist.evaluation.results import Evaluation, Score
+    from alexnet_dist.training.loop import Outcome
 
 _CLASSES = 10  # classes with the highest error, and pairs most often confused, that are printed
 
@@ -93,34 +94,39 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         print(signals.last_words, end="", file=sys.stderr)
         return signals.exit_code
 
-    from alexnet_dist.checkpoint import store
-    from alexnet_dist.reporting import figures
     from alexnet_dist.training import loop
-    from alexnet_dist.training.state import Progress
-    from alexnet_dist.training.tolerance import Unharmed
 
     outcome = loop.train(config, signals)
-    if not outcome.is_rank_0:
-        return outcome.exit
+    if outcome.is_rank_0:
+        _print_end(config, outcome)
+    return outcome.exit
+
+
+def _print_end(config: Config, outcome: "Outcome") -> None:
+    """Print how a run ended, and where its results are; draw its figures if it is done."""
+    from alexnet_dist.checkpoint import store
+    from alexnet_dist.reporting import figures
+    from alexnet_dist.training.state import Progress
+    from alexnet_dist.training.tolerance import WarnOnce
+
     if outcome.exit:
         print(
             f"{config.folder}: stopped at step {outcome.step}, saved; run the same command to "
             "resume"
         )
-        return outcome.exit
+        return
     best = store.best(config.folder / "checkpoints")
     score = outcome.score
-    words = _words(score, config.model.classes) if score else "not scored"
+    words = _in_words(score, config.model.classes) if score else "not scored"
     print(f"{config.folder}: done, {outcome.step} steps; {words}")
     other = Progress.of(best.progress).score if score and best.step != outcome.step else None
-    its = f": {_words(other, config.model.classes)}" if other else ""
+    its = f": {_in_words(other, config.model.classes)}" if other else ""
     print(f"{'best' if score else 'last'} checkpoint: {best.path}{its}")
-    with Unharmed("drawing"):
+    with WarnOnce("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
     if score:
         print(f"next: alexnet-dist evaluate {config.folder} --views 10")
-    return outcome.exit
 
 
 def _check_sources(config: Config) -> None:
@@ -139,7 +145,6 @@ def _check_sources(config: Config) -> None:
 
 def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Evaluate one checkpoint, or the average prediction of several."""
-
     overrides = [text for text in options.path if "=" in text]
     paths = [path(text) for text in options.path if "=" not in text]
     if not paths:
@@ -151,21 +156,29 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for trained in paths:
         check_trained(trained)
         if (saved := trained / "config.json").is_file():
-            open_for(load_config([saved, *ALONE, *overrides]), trained)
+            open_for(load_config([saved, *IN_ONE_PROCESS, *overrides]), trained)
     from alexnet_dist.evaluation import scores
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
-    found = evaluate_checkpoints(paths, overrides)
-    kept = scores.save_score(found)
+    result = evaluate_checkpoints(paths, overrides)
+    kept = scores.save_score(result)
     if options.predictions:
-        found.write(options.predictions)
+        result.write(options.predictions)
     if options.json:
-        print(json.dumps(found.report()))
+        print(json.dumps(result.report()))
         return 0
-    names, report = " + ".join(str(one.path) for one in found.checkpoints), found.report()
+    _print_score(result)
+    if kept:
+        print(f"saved: {kept}")
+    return 0
+
+
+def _print_score(result: "Evaluation") -> None:
+    """Print a score, with intervals, the worst classes and the most frequent mistakes."""
+    names, report = " + ".join(str(one.path) for one in result.checkpoints), result.report()
     classes = len(report["classes"])
-    print(f"{names}: {_words(found.score, classes)}")
-    for top, name in telling(classes).items():
+    print(f"{names}: {_in_words(result.score, classes)}")
+    for top, name in accuracies(classes).items():
         low, high = report[f"{top}_interval"]
         print(f"{name} error {1 - report[top]:.2%}, "
               f"95 % of resamples between {1 - high:.2%} and {1 - low:.2%}")  # fmt: skip
@@ -177,9 +190,6 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     for row in report["mistakes"][:_CLASSES]:
         of, taken_for = printable(row["of"]), printable(row["taken_for"])
         print(f"{row['samples']:8} {of} mistaken for {taken_for}")
-    if kept:
-        print(f"saved: {kept}")
-    return 0
 
 
 def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -193,7 +203,7 @@ def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _words(score: "Score", classes: int) -> str:
-    top5 = f"top-5 {score.top5:.2%} ({score.correct5}), " if "top5" in telling(classes) else ""
+def _in_words(score: "Score", classes: int) -> str:
+    top5 = f"top-5 {score.top5:.2%} ({score.correct5}), " if "top5" in accuracies(classes) else ""
     top1 = f"top-1 {score.top1:.2%} ({score.correct1} of {score.samples} right)"
     return f"{top1}, {top5}loss {score.loss:.4f}"

@@ -17,16 +17,16 @@ from typing import Any, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alexnet_dist.config.from_data import follow_data
+from alexnet_dist.config.from_data import fill_from_data
 from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.rules import check_combinations
 from alexnet_dist.config.schema import Config, keys
-from alexnet_dist.config.values import Typed, checked, parsed
+from alexnet_dist.config.values import Typed, check_value, parse
 from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml, one_line
 from alexnet_dist.errors import ConfigError
 
 Source = str | Path | Mapping[str, Any]
-ALONE = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")  # run in one process
+IN_ONE_PROCESS = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")
 # Keys that no longer exist, and what to do instead. Saved configs may still hold them.
 RETIRED = {"train.compile": "leave it out; train.execution says how a GPU runs a step"}
 _SAVED = "a saved config"
@@ -50,7 +50,7 @@ def load_config(sources: Source | Sequence[Source]) -> Config:
             raise ConfigError(
                 f"{dotted}: configs/base.yaml has no value for this key: install alexnet_dist again"
             )
-    follow_data(values, origin)
+    fill_from_data(values, origin)
     config = build(values)
     check_combinations(config, origin)
     return config
@@ -137,7 +137,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     text = str(source)
     own = Path(os.path.expanduser(text))
     if "=" in text and not _is_file(own):
-        return "the command line", typed(text)
+        return "the command line", parse_argument(text)
     shipped_names = (configs_folder() / text, configs_folder() / f"{text}.yaml")
     path = next(filter(_is_file, (own, *shipped_names)), None)
     if path is None:
@@ -158,7 +158,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     return str(path), layer  # type: ignore[return-value]
 
 
-def typed(text: str) -> dict[str, Typed]:
+def parse_argument(text: str) -> dict[str, Typed]:
     """Parse a `key=value` argument."""
     key, _, value = text.partition("=")
     if not re.fullmatch(r"[A-Za-z_][\w.]*", key):
@@ -190,14 +190,14 @@ def flatten(
         for name, value in node.items():
             dotted = f"{prefix}{name}"
             if dotted in known:
-                yield dotted, checked(dotted, value, *known[dotted], source)
+                yield dotted, check_value(dotted, value, *known[dotted], source)
                 continue
             if dotted in RETIRED:
                 if source != _SAVED and Path(source).name != "config.json":
                     raise ConfigError(f"{source}: {dotted} is no longer a key: {RETIRED[dotted]}")
                 continue
             section = dotted in sections and isinstance(value, Typed | dict)
-            inside = parsed(value, dotted) if section and isinstance(value, Typed) else value
+            inside = parse(value, dotted) if section and isinstance(value, Typed) else value
             if section and isinstance(inside, dict):
                 yield from walk(inside, dotted + ".")
             elif dotted in sections:

@@ -1,8 +1,8 @@
 """The config schema: frozen dataclasses that declare every key.
 
 A key's type, unit and bounds are declared here; its default is in `configs/base.yaml`, which holds
-every key, so that the whole recipe can be read in one place. Keys marked `free` may change between
-two starts of a run; all others define the run and are part of a checkpoint's fingerprint.
+every key, so that the whole recipe can be read in one place. Keys marked `mutable` may change
+between two starts of a run; all others define the run and are part of a checkpoint's fingerprint.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ class Key:
     """A key's meaning, with its unit and its bounds (`ge`: at least, `gt`: more than, …).
 
     Attributes:
-        free: the key may change between two starts of a run.
+        mutable: it may change between two starts of a run, and is not in the fingerprint.
         one_for_all: a list may be given as one value, which then holds for every item.
         path: the value is the path of a file or folder; ~ is expanded.
     """
@@ -27,7 +27,7 @@ class Key:
     gt: float | None = None
     le: float | None = None
     lt: float | None = None
-    free: bool = False
+    mutable: bool = False
     one_for_all: bool = False
     path: bool = False
 
@@ -159,7 +159,7 @@ class DataConfig:
     `model.init=paper` needs `divide_by=[1,1,1]` and a `subtract` other than nothing."""
 
     path: Annotated[
-        str, Key("packed data set, made by `alexnet-dist prepare`", free=True, path=True)
+        str, Key("packed data set, made by `alexnet-dist prepare`", mutable=True, path=True)
     ]
     train_split: Annotated[str, Key("split to train on")]
     hold_out: Annotated[
@@ -175,16 +175,16 @@ class DataConfig:
     pipeline: Annotated[
         Literal["auto", "resident", "dali", "torch"],
         Key("resident: decode images once and keep them in memory; dali: decode with DALI (nvJPEG "
-            "on a GPU); torch: with torchvision in threads; auto: see docs/data.md", free=True),
+            "on a GPU); torch: with torchvision in threads; auto: see docs/data.md", mutable=True),
     ]  # fmt: skip
     workers: Annotated[
-        int, Key("decoding threads per rank; 0 = the rank's cores", ge=0, le=256, free=True)
+        int, Key("decoding threads per rank; 0 = the rank's cores", ge=0, le=256, mutable=True)
     ]
-    prefetch: Annotated[int, Key("batches decoded ahead", ge=1, le=64, free=True)]
-    verify_hashes: Annotated[bool, Key("hash every shard before the first step", free=True)]
+    prefetch: Annotated[int, Key("batches decoded ahead", ge=1, le=64, mutable=True)]
+    verify_hashes: Annotated[bool, Key("hash every shard before the first step", mutable=True)]
     max_damaged: Annotated[
         float,
-        Key("share of a split that may be found damaged in an epoch", ge=0, le=1, free=True),
+        Key("share of a split that may be found damaged in an epoch", ge=0, le=1, mutable=True),
     ]
     canvas: Annotated[int, Key("side of the image windows are cut from, pixels", ge=8)]
     random_crop: Annotated[bool, Key("train on random windows; otherwise on the centre window")]
@@ -201,7 +201,8 @@ class DataConfig:
     mean_from: Annotated[
         str,
         Key("mean_image: a .npy of (height, width, 3) grey levels, red first, used instead of the "
-            "data set's own, or none; part of the fingerprint by its hash", free=True, path=True),
+            "data set's own, or none; part of the fingerprint by its hash", mutable=True,
+            path=True),
     ]  # fmt: skip
     mean_sha256: Annotated[
         str, Key("SHA-256 that file must have; any = the one it has when the run starts")
@@ -220,31 +221,31 @@ class LayoutConfig:
 
     kind: Annotated[
         Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],
-        Key("how replicas and columns are laid out on ranks: docs/layouts.md", free=True),
+        Key("how replicas and columns are laid out on ranks: docs/layouts.md", mutable=True),
     ]
     ranks: Annotated[
         int,
         Key("number of ranks; 0 = the launcher's, or without one a rank per GPU, or the fewest "
-            "that fit", ge=0, free=True),
+            "that fit", ge=0, mutable=True),
     ]  # fmt: skip
     compress_gradients: Annotated[
         bool, Key("sum gradients over replicas in bf16: half the bytes, 8 bits of precision")
     ]
     deepspeed: Annotated[
         str,
-        Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours, or none", free=True,
+        Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours, or none", mutable=True,
             path=True),
     ]  # fmt: skip
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
-        Key("auto: a GPU for each rank where there are enough, otherwise the CPU", free=True),
+        Key("auto: a GPU for each rank where there are enough, otherwise the CPU", mutable=True),
     ]
     share_gpu: Annotated[
         bool, Key("let ranks share GPUs where there are fewer GPUs than ranks: docs/layouts.md",
-                  free=True)
+                  mutable=True)
     ]  # fmt: skip
-    threads: Annotated[int, Key("compute threads per rank; 0 = its cores", ge=0, free=True)]
-    timeout_s: Annotated[int, Key("longest time one rank waits for another, s", ge=1, free=True)]
+    threads: Annotated[int, Key("compute threads per rank; 0 = its cores", ge=0, mutable=True)]
+    timeout_s: Annotated[int, Key("longest time one rank waits for another, s", ge=1, mutable=True)]
 
 
 @dataclass(frozen=True)
@@ -302,7 +303,7 @@ class TrainConfig:
     init_from: Annotated[
         str,
         Key("run or checkpoint whose weights to start from, or none; part of the fingerprint by "
-            "their hash", free=True, path=True),
+            "their hash", mutable=True, path=True),
     ]  # fmt: skip
     init_sha256: Annotated[
         str, Key("SHA-256 those weights must have; any = the one they have when the run starts")
@@ -311,17 +312,17 @@ class TrainConfig:
         tuple[LayerName, ...], Key("layers not taken from there but initialised as in a new run")
     ]
     micro_batches: Annotated[
-        int, Key("parts in which a rank computes its batch, to save memory", ge=1, free=True)
+        int, Key("parts in which a rank computes its batch, to save memory", ge=1, mutable=True)
     ]
     max_skipped: Annotated[
         int,
         Key("updates skipped because loss or gradient was not finite, before the run stops", ge=0,
-            free=True),
+            mutable=True),
     ]  # fmt: skip
     compare_replicas_every: Annotated[
         int,
         Key("compare the replicas' weights bit for bit this often, steps, and before each save; "
-            "0 = only before a save", ge=0, free=True),
+            "0 = only before a save", ge=0, mutable=True),
     ]  # fmt: skip
     precision: Annotated[
         Literal["bf16", "tf32", "fp32", "fp64"],
@@ -329,13 +330,13 @@ class TrainConfig:
             "a GPU (Ampere or newer) round their inputs to 11 bits; fp64: weights too"),
     ]  # fmt: skip
     deterministic: Annotated[
-        bool, Key("GPU: use only kernels whose results repeat bit for bit", free=True)
+        bool, Key("GPU: use only kernels whose results repeat bit for bit", mutable=True)
     ]
     execution: Annotated[
         Literal["graph", "fused", "eager"],
         Key("how a GPU runs a step: graph, one CUDA graph of fused kernels and NCCL's exchanges "
             "(ZeRO: up to DeepSpeed's own step); fused, the same kernels one by one; eager, "
-            "torch's operators", free=True),
+            "torch's operators", mutable=True),
     ]  # fmt: skip
 
 
@@ -350,7 +351,7 @@ class EvaluateConfig:
     views: Annotated[
         Literal[1, 10], Key("windows per image: the centre window, or the paper's ten")
     ]
-    batch: Annotated[int, Key("images at a time, all ranks together", ge=1, free=True)]
+    batch: Annotated[int, Key("images at a time, all ranks together", ge=1, mutable=True)]
 
 
 @dataclass(frozen=True)
@@ -358,22 +359,23 @@ class CheckpointConfig:
     """Which checkpoints are saved and kept. They are written in the background."""
 
     every_steps: Annotated[
-        int, Key("save this often, steps; also at a new best and at the end", ge=1, free=True)
+        int, Key("save this often, steps; also at a new best and at the end", ge=1, mutable=True)
     ]
     keep_last: Annotated[
-        int, Key("number of newest checkpoints to keep; the best is kept too", ge=1, free=True)
+        int, Key("number of newest checkpoints to keep; the best is kept too", ge=1, mutable=True)
     ]
     keep_every_steps: Annotated[
-        int, Key("keep checkpoints at multiples of this step for good; 0 = none", ge=0, free=True)
+        int,
+        Key("keep checkpoints at multiples of this step for good; 0 = none", ge=0, mutable=True),
     ]
     max_idle_restarts: Annotated[
         int, Key("failures in a row without a new checkpoint before a start is refused", ge=0,
-                 free=True),
+                 mutable=True),
     ]  # fmt: skip
     begin_anew: Annotated[
         bool,
         Key("start again from step 0 where all checkpoints of a run are damaged or missing; "
-            "otherwise that is an error", free=True),
+            "otherwise that is an error", mutable=True),
     ]  # fmt: skip
 
 
@@ -384,21 +386,21 @@ class LogConfig:
     to: Annotated[
         tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...],
         Key("loggers besides metrics.jsonl; all but csv take pictures too: docs/tensorboard.md",
-            free=True),
+            mutable=True),
     ]  # fmt: skip
-    every_steps: Annotated[int, Key("log this often, steps", ge=1, free=True)]
+    every_steps: Annotated[int, Key("log this often, steps", ge=1, mutable=True)]
     histograms_every_steps: Annotated[
         int,
         Key("TensorBoard: histograms of each layer's weights and gradients this often, steps; "
-            "0 = never", ge=0, free=True),
+            "0 = never", ge=0, mutable=True),
     ]  # fmt: skip
     pictures: Annotated[
-        bool, Key("TensorBoard: pictures of answers and confusion at each evaluation", free=True)
+        bool, Key("TensorBoard: pictures of answers and confusion at each evaluation", mutable=True)
     ]
     embedding: Annotated[
         int,
         Key("TensorBoard: number of test images in the projector at the end; 0 = none", ge=0,
-            le=10_000, free=True),
+            le=10_000, mutable=True),
     ]  # fmt: skip
 
 
@@ -408,8 +410,9 @@ class ProfileConfig:
 
     steps: Annotated[
         tuple[int, ...],
-        Key("first and last step traced by torch's profiler on rank 0; []: none", ge=1, free=True),
-    ]
+        Key("first and last step traced by torch's profiler on rank 0; []: none", ge=1,
+            mutable=True),
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -417,8 +420,8 @@ class Config:
     """A run. `name` has at most 100 letters, digits, '.', '_' and '-', and starts with a letter or
     digit."""
 
-    name: Annotated[str, Key("the run's name: its folder under output_dir", free=True)]
-    output_dir: Annotated[str, Key("folder that holds the run folders", free=True, path=True)]
+    name: Annotated[str, Key("the run's name: its folder under output_dir", mutable=True)]
+    output_dir: Annotated[str, Key("folder that holds the run folders", mutable=True, path=True)]
     seed: Annotated[int, Key("seed of everything random in the run", ge=0, lt=2**32)]
     model: ModelConfig
     data: DataConfig
@@ -470,5 +473,5 @@ def fingerprint(config: Config) -> dict[str, Any]:
     values = flat(config)
     if config.schedule.kind != "polynomial":
         del values["train.epochs"]
-    free = {dotted for dotted, _, key in keys() if key.free}
-    return {dotted: value for dotted, value in values.items() if dotted not in free}
+    mutable = {dotted for dotted, _, key in keys() if key.mutable}
+    return {dotted: value for dotted, value in values.items() if dotted not in mutable}

@@ -19,7 +19,7 @@ class Typed(str):
     """The text of a value as the user typed it, not yet converted to its key's type."""
 
 
-def parsed(text: Typed, dotted: str) -> Any:
+def parse(text: Typed, dotted: str) -> Any:
     """Parse the text typed for a list or a section as YAML whose scalars stay `Typed`."""
 
     def leaves(node: Any) -> Any:
@@ -36,14 +36,14 @@ def parsed(text: Typed, dotted: str) -> Any:
         ) from error
 
 
-def _converted(text: Typed, kind: Any, dotted: str) -> Any:
+def _convert(text: Typed, kind: Any, dotted: str) -> Any:
     """Convert typed text to its key's type; return the text itself where that is impossible."""
     if get_origin(kind) is Literal:
         return next((choice for choice in get_args(kind) if str(choice) == text), text)
     if get_origin(kind) is tuple:
-        return parsed(text, dotted)
+        return parse(text, dotted)
     if get_origin(kind) is dict:
-        mapping = isinstance(parsed(text, dotted), dict)
+        mapping = isinstance(parse(text, dotted), dict)
         return yaml.safe_load(text) if mapping else text
     if kind is bool:
         return _WORDS.get(text.lower(), text)
@@ -56,7 +56,7 @@ def _converted(text: Typed, kind: Any, dotted: str) -> Any:
         return text
 
 
-def checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
+def check_value(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
     """Return the value as its key's type; raise ConfigError where it does not fit type or bounds.
 
     Args:
@@ -70,7 +70,7 @@ def checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         return ConfigError(f"{source}: {dotted}={shown}: must be {rule} ({key.doc})")
 
     if isinstance(value, Typed):
-        value = _converted(value, kind, dotted)
+        value = _convert(value, kind, dotted)
     if get_origin(kind) is tuple:
         item = get_args(kind)[0]
         if key.one_for_all and isinstance(value, int | float | Typed):
@@ -78,7 +78,7 @@ def checked(dotted: str, value: Any, kind: Any, key: Key, source: str) -> Any:
         if not isinstance(value, list):
             nothing = value in (None, "none", "off", False) or isinstance(value, dict)
             raise wrong("a list, as in []" if nothing else f"a list, as in [{value}]")
-        return tuple(checked(dotted, v, item, key, source) for v in value)
+        return tuple(check_value(dotted, v, item, key, source) for v in value)
     if get_origin(kind) is Literal:
         choices = get_args(kind)
         if not any(type(value) is type(choice) and value == choice for choice in choices):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.config.load import ALONE, load_config
+from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
 from alexnet_dist.data.pipelines.make import for_one_pass, make_pipeline
@@ -144,7 +144,9 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
     """
     # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
-    configs = [load_config([flat(for_one_pass(c.config)), *ALONE, *overrides]) for c in found]
+    configs = [
+        load_config([flat(for_one_pass(c.config)), *IN_ONE_PROCESS, *overrides]) for c in found
+    ]
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config, found[0].path)
     for checkpoint, other in zip(found, configs, strict=True):

@@ -111,24 +111,24 @@ def collectives(planned: Plan, kind: str) -> list[Collective]:
     return found
 
 
-def transfer_s(one: Collective, at: Cluster) -> float:
+def transfer_s(one: Collective, cluster: Cluster) -> float:
     """Return the seconds that a collective takes.
 
     A ring crosses each node's border once, so that the group's share of all of the node's links
     carries it; an all-to-all leaves by each device's own link.
     """
-    machine, here = at.machine, max(1, at.devices // one.stride)
+    machine, here = cluster.machine, max(1, cluster.devices // one.stride)
     if one.group <= 1:
         return 0.0
-    if one.group <= here or at.nodes == 1:
+    if one.group <= here or cluster.nodes == 1:
         return one.size / machine.link + one.calls * one.hops * machine.latency_s
-    share = machine.node_link * (1 if one.name == "all-to-all" else here) / at.devices
+    share = machine.node_link * (1 if one.name == "all-to-all" else here) / cluster.devices
     slowest = min(machine.link, share)
     return one.size / slowest + one.calls * one.hops * machine.node_latency_s
 
 
 def predict(
-    planned: Plan, kind: str, at: Cluster, pipeline: str = "", factor: float = 1.0,
+    planned: Plan, kind: str, cluster: Cluster, pipeline: str = "", factor: float = 1.0,
     basis: str = "",
 ) -> Prediction:  # fmt: skip
     """Predict a layout's step on a cluster.
@@ -138,7 +138,7 @@ def predict(
         factor: measured computing time divided by this model's.
         basis: where the factor comes from, in words.
     """
-    machine, precision = at.machine, planned.recipe["train.precision"]
+    machine, precision = cluster.machine, planned.recipe["train.precision"]
     ranks = planned.ranks_of(kind)
     if precision not in machine.peak:
         raise ConfigError(
@@ -146,22 +146,22 @@ def predict(
             f"{', '.join(machine.peak)}: set one of these"
         )
     fused = machine.fused and planned.of(kind).passes is not None
-    parts = _by_kernels(planned, kind, machine) if fused else _by_operators(planned, kind, at)
+    parts = _by_kernels(planned, kind, machine) if fused else _by_operators(planned, kind, cluster)
     parts = {name: seconds * factor for name, seconds in parts.items()}
     parts |= {"exchange": 0.0, "all-reduce": 0.0}
     for one in collectives(planned, kind):
         if one.name == "all-reduce" and machine.overlap and kind not in ZERO:
             backward = parts["arithmetic"] + parts["maps"]
-            parts["all-reduce"] = _exposed(planned, kind, one, at, backward)
+            parts["all-reduce"] = _exposed(planned, kind, one, cluster, backward)
             continue
-        seconds = transfer_s(one, at)
+        seconds = transfer_s(one, cluster)
         if one.name == "all-to-all" and machine.fused:  # others ran programs without it
             seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
         parts["all-reduce" if kind in ZERO or one.name == "all-reduce" else "exchange"] += seconds
     training = sum(parts.values())
     # On a CPU, all cores decode for the ranks, which share them.
-    share = 1 if machine.overlap else at.total / ranks
-    decode = planned.batch / ranks / share / decoding(planned, at, pipeline).images_per_s
+    share = 1 if machine.overlap else cluster.total / ranks
+    decode = planned.batch / ranks / share / decoding(planned, cluster, pipeline).images_per_s
     step = max(training, decode) if machine.overlap else training + decode
     parts["decode"] = decode
     return Prediction(
@@ -175,11 +175,11 @@ def predict(
     )
 
 
-def _by_operators(planned: Plan, kind: str, at: Cluster) -> dict[str, float]:
+def _by_operators(planned: Plan, kind: str, cluster: Cluster) -> dict[str, float]:
     """Return a rank's seconds of computing with torch's operators, by part."""
-    machine, precision = at.machine, planned.recipe["train.precision"]
+    machine, precision = cluster.machine, planned.recipe["train.precision"]
     ranks = planned.ranks_of(kind)
-    counted = quantities(planned, kind, 1.0 if machine.overlap else at.total / ranks)
+    counted = quantities(planned, kind, 1.0 if machine.overlap else cluster.total / ranks)
     exact = machine.fused and precision == "fp32"
     rate = machine.peak[precision] * (REACHED[precision] if exact else machine.reached)
     return {
@@ -237,12 +237,12 @@ class Decoding:
     basis: str
 
 
-def decoding(planned: Plan, at: Cluster, pipeline: str = "") -> Decoding:
+def decoding(planned: Plan, cluster: Cluster, pipeline: str = "") -> Decoding:
     """Return how fast a pipeline (by default the config's) decodes for one device.
 
     Images are assumed to be stored at canvas size.
     """
-    machine, wanted = at.machine, pipeline or planned.recipe["data.pipeline"]
+    machine, wanted = cluster.machine, pipeline or planned.recipe["data.pipeline"]
     pixels: float = (256 / planned.recipe["data.canvas"]) ** 2
     gpu = machine.overlap and (machine.decode or machine.decode_by_cuda)
     if wanted == "auto":
@@ -269,7 +269,9 @@ def threads(machine: Machine) -> float:
     return min(machine.cores * CORE_DECODES, locked)
 
 
-def _exposed(planned: Plan, kind: str, all_reduce: Collective, at: Cluster, step_s: float) -> float:
+def _exposed(
+    planned: Plan, kind: str, all_reduce: Collective, cluster: Cluster, step_s: float
+) -> float:
     """Return the seconds of gradient all-reduces that do not overlap the backward pass. Each
     layer's starts when its gradient is ready and the previous layer's has been sent."""
     flops, whole = planned.forward_flops_per_image, planned.training_flops_per_image
@@ -281,7 +283,7 @@ def _exposed(planned: Plan, kind: str, all_reduce: Collective, at: Cluster, step
     for name in reversed(list(flops)):
         now += step_s * (1 if name == "conv1" else 2) * flops[name] / whole
         part = all_reduce.size * summed[name] / sum(summed.values())
-        sent = max(now, sent) + transfer_s(replace(all_reduce, size=part, calls=1), at)
+        sent = max(now, sent) + transfer_s(replace(all_reduce, size=part, calls=1), cluster)
     return max(0.0, sent - now)
 
 

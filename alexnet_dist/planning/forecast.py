@@ -90,16 +90,17 @@ def here(config: Config, machine: Machine | None) -> Cluster | None:
     return Cluster(found, count) if found else None
 
 
-def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
+def forecast(planned: Plan, config: Config, cluster: Cluster) -> Forecast:
     """Predict what a plan means on a cluster.
 
     Raises:
         ConfigError: the plan has more ranks than the cluster has GPUs.
     """
-    machine, ranks = at.machine, planned.ranks
-    if machine.overlap and ranks > at.total:
+    machine, ranks = cluster.machine, planned.ranks
+    if machine.overlap and ranks > cluster.total:
         raise ConfigError(
-            f"{ranks} ranks on {at.total} × {machine.name}: give --gpus as many, or fewer --ranks"
+            f"{ranks} ranks on {cluster.total} × {machine.name}: give --gpus as many, or fewer "
+            "--ranks"
         )
     images, kept, source, missing = _images(config)
     layouts = {} if ranks == 1 else {"alone": planned.alone}
@@ -112,29 +113,30 @@ def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
     predicted: dict[str, Prediction] = {}
     for kind in layouts:
         factor, basis = correction(planned, kind, machine)
-        one = predict(planned, kind, at, pipeline, factor, basis)
+        one = predict(planned, kind, cluster, pipeline, factor, basis)
         too_large = machine.capacity and needs[kind] > machine.capacity
         room = f"{needs[kind] / 1e9:.1f} GB of {machine.capacity / 1e9:.0f}"
         hours = config.train.epochs * images / one.images_per_s / 3600
         predicted[kind] = dataclasses.replace(one, hours=hours, too_large=room if too_large else "")
     best = recommended(predicted)
+    training = predicted.get(best or planned.layout)
     return Forecast(
-        machine={"name": machine.name, "source": machine.source, "devices": at.devices,
-                 "nodes": at.nodes},
+        machine={"name": machine.name, "source": machine.source, "devices": cluster.devices,
+                 "nodes": cluster.nodes},
         images_per_epoch=images,
         images_source=source,
         data_missing=missing,
         epochs=config.train.epochs,
         predicted=predicted,
         recommended=best,
-        decode=_decoding(planned, at, pipeline, why, best, predicted.get(best or planned.layout)),
+        decode=_decoding(planned, cluster, pipeline, why, best, training),
         schedule=schedule(config, images),
         measured=_measured(config, planned, predicted),
     )  # fmt: skip
 
 
 def _decoding(
-    planned: Plan, at: Cluster, pipeline: str, why: str, best: str | None,
+    planned: Plan, cluster: Cluster, pipeline: str, why: str, best: str | None,
     training: Prediction | None,
 ) -> DecodingForecast:  # fmt: skip
     """Return what decodes the images of the recommended layout, and what it must achieve.
@@ -144,11 +146,11 @@ def _decoding(
         best: the recommended layout.
         training: its prediction, or that of the config's layout; None if neither is possible.
     """
-    machine, needs = at.machine, training.training_images_per_s if training else 0.0
-    devices = 1 if machine.overlap and best == "alone" else at.total
-    by = decoding(planned, at, pipeline)
+    machine, needs = cluster.machine, training.training_images_per_s if training else 0.0
+    devices = 1 if machine.overlap and best == "alone" else cluster.total
+    by = decoding(planned, cluster, pipeline)
     decoded = by.images_per_s * devices
-    dali = decoding(planned, at, "dali") if machine.overlap else None
+    dali = decoding(planned, cluster, "dali") if machine.overlap else None
     one_gpu = dali.images_per_s if dali and dali.how.startswith("the GPU") else 0.0
     return DecodingForecast(
         pipeline=by.pipeline,
@@ -157,9 +159,9 @@ def _decoding(
         images_per_s=needs,
         decoded_images_per_s=None if math.isinf(decoded) else decoded,
         host_cores=needs / CORE_DECODES,
-        host_cores_there=machine.cores * at.total,
+        host_cores_there=machine.cores * cluster.total,
         gpus=needs / one_gpu if one_gpu else None,
-        by_threads_images_per_s=decoding(planned, at, "torch").images_per_s * devices,
+        by_threads_images_per_s=decoding(planned, cluster, "torch").images_per_s * devices,
         basis=by.basis,
     )
 

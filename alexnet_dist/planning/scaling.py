@@ -16,11 +16,11 @@ from alexnet_dist.plotting import figure
 _MOST = 1024
 
 
-def curve(config: Config, at: Cluster, most: int = _MOST) -> list[dict[str, Any]]:
+def curve(config: Config, cluster: Cluster, most: int = _MOST) -> list[dict[str, Any]]:
     """Predict each layout on 1, 2, 4 … devices with train.batch images on each.
 
     Args:
-        at: the kind of devices, and how many a node has; its number of nodes does not matter.
+        cluster: the kind of devices, and how many a node has; its number of nodes does not matter.
 
     Returns:
         Rows of layout, ranks, images_per_s of training without decoding, efficiency (images/s
@@ -29,13 +29,13 @@ def curve(config: Config, at: Cluster, most: int = _MOST) -> list[dict[str, Any]
     rows, base, ranks = [], 0.0, 1
     while ranks <= most:
         size = [f"train.batch={config.train.batch * ranks}", "layout.ranks=0"]
-        planned = plan_on(load_config([flat(config), *size]), ranks, at.machine)
-        nodes = -(-ranks // at.devices)
-        there = Cluster(at.machine, min(at.devices, ranks), nodes)
+        planned = plan_on(load_config([flat(config), *size]), ranks, cluster.machine)
+        nodes = -(-ranks // cluster.devices)
+        there = Cluster(cluster.machine, min(cluster.devices, ranks), nodes)
         for kind in KINDS:
             if isinstance(planned.layouts[kind], Misfit):
                 continue
-            factor, _ = correction(planned, kind, at.machine)
+            factor, _ = correction(planned, kind, cluster.machine)
             found = predict(planned, kind, there, factor=factor)
             speed = found.training_images_per_s
             base = base or speed
@@ -62,7 +62,7 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     return text
 
 
-def draw(rows: Sequence[dict[str, Any]], at: Cluster, path: Path) -> None:
+def draw(rows: Sequence[dict[str, Any]], cluster: Cluster, path: Path) -> None:
     """Draw the curves."""
     with figure(path, 1, 2, (12, 4.5)) as axes:
         speeds, shares = axes[0]
@@ -75,7 +75,7 @@ def draw(rows: Sequence[dict[str, Any]], at: Cluster, path: Path) -> None:
             shares.semilogx(ranks, [100 * row["efficiency"] for row in found], "o-", label=kind)
         one = rows[0]["images_per_s"]
         speeds.loglog([1, _MOST], [one, one * _MOST], ":", color="grey", label="ideal")
-        title = f"{at.machine.name}, {at.devices} a node"
+        title = f"{cluster.machine.name}, {cluster.devices} a node"
         speeds.set(xlabel="devices", ylabel="images/s", title=title)
         shares.set(
             xlabel="devices", ylabel="efficiency, %", title="÷ devices × one", ylim=(0, None)

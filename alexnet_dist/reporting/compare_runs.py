@@ -7,8 +7,8 @@ from typing import Any
 
 from alexnet_dist.errors import ConfigError, printable
 from alexnet_dist.plotting import figure
-from alexnet_dist.reporting.runs import RunRead, check_replaces, differing, read_run_folder
-from alexnet_dist.training.metrics_file import telling
+from alexnet_dist.reporting.runs import RunResults, check_replaces, differing, read_run_folder
+from alexnet_dist.training.metrics_file import accuracies
 
 _MARK = "alexnet-dist compare"  # in the PNG's text, by which a comparison is known
 
@@ -39,7 +39,7 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
     }  # fmt: skip
     rows = [[key, *map(str, values)] for key, values in differ.items()]
     text = _table(["key", *names], rows) if rows else "their configs are equal"
-    with_top5 = ["top5" in telling(run.config.model.classes) for run in runs]
+    with_top5 = ["top5" in accuracies(run.config.model.classes) for run in runs]
     scores = []
     for run, name, top5 in zip(runs, names, with_top5, strict=True):
         for one in run.scores:
@@ -72,7 +72,7 @@ def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _draw(runs: Sequence[RunRead], names: Sequence[str], path: Path) -> None:
+def _draw(runs: Sequence[RunResults], names: Sequence[str], path: Path) -> None:
     """Draw loss and top-1 error by epoch: a colour for each run, training thin, evaluation dots."""
     with figure(path, 1, 2, (13, 5), software=_MARK) as axes:
         for place, (run, name) in enumerate(zip(runs, names, strict=True)):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
-from alexnet_dist.config.load import ALONE, load_config
+from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import flat
 from alexnet_dist.data.dataset import evaluation_split, open_for
 from alexnet_dist.data.pipelines.make import for_one_pass
@@ -27,8 +27,8 @@ from alexnet_dist.evaluation.evaluate import features_and_logits
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
-from alexnet_dist.training.metrics_file import read_metrics, telling
-from alexnet_dist.training.tensorboard import ANSWERED, answered, evenly, image_of
+from alexnet_dist.training.metrics_file import accuracies, read_metrics
+from alexnet_dist.training.tensorboard import ANSWERED, draw_answers, evenly, image_of
 
 _QUERIES, _NEIGHBOURS = 5, 6  # rows and neighbours of Fig. 4, right
 CHUNK = 4096  # rows of the memory map that are compared at a time
@@ -62,14 +62,14 @@ def colour(folder: Path) -> list[float]:
     return chroma(conv1, newest.config.model.columns)
 
 
-def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
+def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     """Draw Fig. 4: the five likeliest classes of eight evaluation images, and, for five of them,
     the six training images whose features before the last layer (fc7) are nearest.
 
     The training split's features are kept in `figures/features.npy` while they are compared.
     """
     found = checkpoints.at(folder)
-    config = load_config([flat(for_one_pass(found.config)), *ALONE, *overrides])
+    config = load_config([flat(for_one_pass(found.config)), *IN_ONE_PROCESS, *overrides])
     dataset, out = open_for(config, found.path), _folder(folder)
     topology = connect(config)
     engine = TorchEngine(config, topology)
@@ -82,7 +82,7 @@ def draw_answers(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     shown = evaluation_split(config, dataset)
     samples = evenly(len(shown), ANSWERED)
     features, logits = see(config.data.eval_split, samples)
-    _write(answered(shown, samples, dataset.classes, logits, config), out / "fig4-left.png")
+    _write(draw_answers(shown, samples, dataset.classes, logits, config), out / "fig4-left.png")
 
     known, path = dataset.splits[config.data.train_split], out / "features.npy"
     kept = np.lib.format.open_memmap(path, "w+", np.float32, (len(known), features.shape[1]))
@@ -207,7 +207,7 @@ def _curves(folder: Path, classes: int, path: Path) -> None:
             chosen = [point for point in points if point["kind"] == kind]
             epochs = [point["epoch"] for point in chosen]
             left.plot(epochs, [point["loss"] for point in chosen], style, label=kind)
-            for top, name in telling(classes).items():
+            for top, name in accuracies(classes).items():
                 errors = [100 * (1 - point[top]) for point in chosen]
                 right.plot(epochs, errors, style, label=f"{kind}, {name}")
         for column in (1, 2):

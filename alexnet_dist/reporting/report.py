@@ -20,19 +20,19 @@ from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures, page
 from alexnet_dist.reporting.published import PUBLISHED, preset_of
 from alexnet_dist.reporting.runs import (
-    RunRead,
+    RunResults,
     Scored,
     check_replaces,
     confusion_of,
     nearest_preset,
     read_run_folder,
 )  # fmt: skip
-from alexnet_dist.training.metrics_file import telling
+from alexnet_dist.training.metrics_file import accuracies
 
 _WORST, _MISTAKES = 20, 10  # classes, and pairs of confused classes, that are shown unfolded
 
 
-def _group(run: RunRead) -> str:
+def _group(run: RunResults) -> str:
     """Return a run's name without the number of its seed."""
     return re.sub(r"[-_]\d+$", "", run.folder.name)
 
@@ -48,12 +48,12 @@ def report(folders: Sequence[Path], out: Path) -> str:
     """
     check_replaces(out, page.BEGINNING.encode(), "report")
     folders = [folder for folder in folders if folder != out]
-    averaged = [found for path in folders if (found := _averaged(path)) is not None]
+    averaged = [found for path in folders if (found := _read_average(path)) is not None]
     files = len(averaged)
     read = (read_run_folder(folder) for folder in folders)
     runs = sorted((run for run in read if run and run.scores), key=lambda run: run.folder.name)
     averaged += [(_average_name(one), one) for run in runs for one in run.averages]
-    groups: dict[str, list[RunRead]] = {}
+    groups: dict[str, list[RunResults]] = {}
     for run in runs:
         groups.setdefault(_group(run), []).append(run)
     parts = [
@@ -72,7 +72,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
     return f"{out}: {len(runs)} runs" + (f"; {over} hold no evaluated run" if over else "")
 
 
-def _averaged(path: Path) -> tuple[str, Mapping[str, Any]] | None:
+def _read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
     """Return the name and content of a file that `evaluate --json` wrote for several networks."""
     try:
         found = json_object(read_bytes(path))
@@ -89,59 +89,61 @@ def _average_name(one: Mapping[str, Any]) -> str:
     return f"{' + '.join(names)}, {one['split']}, views-{one['views']}"
 
 
-def _ensembles(averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[RunRead]) -> str:
+def _ensembles(
+    averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[RunResults]
+) -> str:
     """Return a table of averages of several networks, beside the mean of their own errors."""
     rows = []
     for name, found in averaged:
         views = int(name.rpartition("views-")[2]) if re.search(r"views-\d+$", name) else 1
         folders = {str(Path(path).parent.parent) for path in found["of"]}
         own = _errors([run for run in runs if str(run.folder) in folders], views)
-        alone = _spread(own) if own else "–"
+        alone = _mean_and_deviation(own) if own else "–"
         classes = found.get("classes")
-        shown = telling(len(classes) if isinstance(classes, list) else 1000)
+        shown = accuracies(len(classes) if isinstance(classes, list) else 1000)
         errors = [_percent(1 - float(found[t])) if t in shown else "–" for t in ("top1", "top5")]
         rows.append([name, str(len(found["of"])), *errors, alone])
     names = ["average", "of", "top-1", "top-5", "their own top-1"]
     return "<h2>Averages of networks</h2>" + page.table(names, rows)
 
 
-def _published(groups: Mapping[str, Sequence[RunRead]]) -> str:
+def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
     """Return a table of the published results, each beside the runs of its preset."""
     rows = []
     for row in PUBLISHED:
         ours = [runs for group, runs in groups.items() if row.preset == preset_of(group) != ""]
-        beside = "<br>".join(_in_words(runs) for runs in ours)
+        beside = "<br>".join(_group_in_words(runs) for runs in ours)
         if not beside and row.preset:
             beside = f"recipe complete (paper/{row.preset}), not run: needs {row.data.split()[0]}"
         rows.append(
-            [row.what, row.data, _number(row.top1), _number(row.top5), beside or "not ours"]
+            [row.what, row.data, _or_dash(row.top1), _or_dash(row.top5), beside or "not ours"]
         )
     names = ["what", "data", "top-1", "top-5", "ours"]
     return "<h2>Published</h2>" + page.table(names, rows, raw=4)
 
 
-def _in_words(runs: Sequence[RunRead]) -> str:
+def _group_in_words(runs: Sequence[RunResults]) -> str:
     """Return a group's name, data and errors for each number of views, as HTML."""
     data = html.escape(runs[0].config.data.path)
     found = [f"{html.escape(_group(runs[0]))} on {data}, n = {len(runs)}:"]
     for views in sorted({v for run in runs for v in run.views}):
         errors = _errors(runs, views)
-        found.append(f"{_spread(errors)} ({views} view{'s' * (views > 1)})")
+        found.append(f"{_mean_and_deviation(errors)} ({views} view{'s' * (views > 1)})")
     unfinished = sum(run.state != "finished" for run in runs)
     return " ".join(found) + (f" — {unfinished} not finished" if unfinished else "")
 
 
-def _errors(runs: Iterable[RunRead], views: int) -> list[float]:
+def _errors(runs: Iterable[RunResults], views: int) -> list[float]:
     """Return the top-1 errors (shares) of the runs that were scored with so many views."""
     return [1 - run.views[views].top1 for run in runs if views in run.views]
 
 
-def _all_runs(runs: Sequence[RunRead]) -> str:
+def _all_runs(runs: Sequence[RunResults]) -> str:
     """Return the table of all scores of all runs."""
     rows = []
-    any_top5 = any("top5" in telling(run.config.model.classes) for run in runs)
+    any_top5 = any("top5" in accuracies(run.config.model.classes) for run in runs)
     for run in runs:
-        tells = telling(run.config.model.classes)
+        tells = accuracies(run.config.model.classes)
         for one in run.scores:
             score, network = one.score, one.which or f"step {one.step}"
             errors = [_with_interval(score.top1, score.top1_interval)]
@@ -159,7 +161,7 @@ def _all_runs(runs: Sequence[RunRead]) -> str:
     return "<h2>Runs</h2>" + page.table(names, rows)
 
 
-def _one_run(run: RunRead) -> Iterable[str]:
+def _one_run(run: RunResults) -> Iterable[str]:
     """Yield what distinguishes a run from its nearest preset, its classes and its pictures."""
     yield f"<h2>{html.escape(run.folder.name)}</h2>"
     preset, differ = nearest_preset(run.config)
@@ -207,7 +209,7 @@ def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
         yield page.table(["of", "taken for", "samples"], mistakes)
 
 
-def _ablations(groups: Mapping[str, Sequence[RunRead]], aside: Path) -> Iterable[str]:
+def _ablations(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[str]:
     """Yield a bar chart for each data set that several variants were trained on."""
     by_data: dict[str, dict[str, list[float]]] = {}
     for group, runs in groups.items():
@@ -223,7 +225,7 @@ def _ablations(groups: Mapping[str, Sequence[RunRead]], aside: Path) -> Iterable
             yield f"<h2>Variants on {html.escape(data)}</h2>{page.image(path)}"
 
 
-def _fig1(groups: Mapping[str, Sequence[RunRead]], aside: Path) -> Iterable[str]:
+def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[str]:
     """Yield the curves of each activation function at its best rate, and all rates in a table."""
     chosen: dict[str, tuple[float, str, list[Path]]] = {}
     rows = []
@@ -264,11 +266,11 @@ def _percent(share: float) -> str:
     return f"{100 * share:.2f}"
 
 
-def _number(value: float | None) -> str:
+def _or_dash(value: float | None) -> str:
     return "–" if value is None else f"{value:g}"
 
 
-def _spread(errors: Sequence[float]) -> str:
+def _mean_and_deviation(errors: Sequence[float]) -> str:
     """Return the mean of errors (shares) in %, with the standard deviation if there are several."""
     percent = [100 * error for error in errors]
     spread = f" ± {statistics.stdev(percent):.2f}" if len(percent) > 1 else ""

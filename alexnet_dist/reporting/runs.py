@@ -52,7 +52,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class RunRead:
+class RunResults:
     """The content of a run folder: points of metrics.jsonl, and scores, those of training first.
 
     Attributes:
@@ -81,7 +81,7 @@ class RunRead:
         )
 
 
-def read_run_folder(folder: Path) -> RunRead | None:
+def read_run_folder(folder: Path) -> RunResults | None:
     """Read a run folder; None if it has no config, or one that cannot be read."""
     try:
         config = load_config([json_object(read_bytes(folder / "config.json"))])
@@ -90,15 +90,12 @@ def read_run_folder(folder: Path) -> RunRead | None:
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
     except (OSError, ValueError, KeyError, TypeError, AlexNetDistError):
         return None
-    every = [(step, score) for point, score in evaluated if (step := point["step"])]
-    best = max(every, key=lambda one: (one[1].top1, -one[0]), default=None)
-    last = every[-1] if every else None
-    names = {last[0]: "last"} if last else {}
-    names |= {best[0]: "best" if best[0] not in names else "best and last"} if best else {}
+    by_step = {point["step"]: score for point, score in evaluated if point["step"]}
+    names = _best_and_last(by_step)
     where = f"{_date(found.get('updated'))}, in training on {found.get('host', '?')}"
     keys = config.data.eval_split, config.data.path, int(config.evaluate.views)
     scores = [
-        Scored(name, step, *keys, dict(every)[step], where, {}, None)
+        Scored(name, step, *keys, by_step[step], where, {}, None)
         for step, name in sorted(names.items())
     ]
     for path in sorted(folder.glob("evaluation-views-*.json")):
@@ -110,7 +107,16 @@ def read_run_folder(folder: Path) -> RunRead | None:
             several.append(one)
         else:
             scores.append(_scored(one, names.get(one["step"], "")))
-    return RunRead(folder, config, points, scores, several, str(found.get("state", "")))
+    return RunResults(folder, config, points, scores, several, str(found.get("state", "")))
+
+
+def _best_and_last(by_step: Mapping[int, Score]) -> dict[int, str]:
+    """Return what the best (the earliest of equals) and the last scored step are called."""
+    if not by_step:
+        return {}
+    best = max(by_step, key=lambda step: (by_step[step].top1, -step))
+    *_, last = by_step
+    return {last: "last"} | {best: "best and last" if best == last else "best"}
 
 
 def _of_a_file(path: Path, split: str, data: str) -> Scored:

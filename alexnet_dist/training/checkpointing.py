@@ -80,7 +80,7 @@ class RunCheckpoints:
                 )
             check_values(found.parameters(), found.optimizer())
         path = store.continue_from(folder.checkpoints, found, damaged)
-        folder.begins_at(0 if found is None else found.step)
+        folder.resumes_at(0 if found is None else found.step)
         folder.save_config()
         return None if path is None else str(path)
 
@@ -101,7 +101,7 @@ class RunCheckpoints:
         error = None if evaluated is None else 1 - evaluated.top1
 
         def write() -> None:
-            self._folder.still_held()
+            self._folder.check_held()
             at, keep, best = self._folder.checkpoints, self._config.checkpoint, state["best_step"]
             store.save(at, self._config, self._digest, parameters, optimizer, state, error)
             store.prune(at, keep.keep_last, keep.keep_every_steps, best)

@@ -14,7 +14,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,14 +22,14 @@ from alexnet_dist import files
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.plotting import Picture
-from alexnet_dist.training.tolerance import Unharmed
+from alexnet_dist.training.tolerance import WarnOnce
 
 log = logging.getLogger(__name__)
 
 PROJECT = "alexnet-dist"  # wandb's project, MLflow's experiment, if the environment names no other
-_PACKAGES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
-_WAIT_S = 20  # at the end, for calls that are still queued: a stopped job is soon killed
-_WAITING = 10_000  # calls queued at most
+_MODULES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
+_CLOSE_S = 20  # to wait at the end for queued calls: a stopped job is soon killed
+_MOST_QUEUED = 10_000  # calls
 _PARAMS = 100  # parameters that MLflow takes in one call
 Row = Mapping[str, float]  # "step", and numbers by tag
 
@@ -47,7 +47,7 @@ class Logger(Protocol):
 def check_installed(config: Config) -> None:
     """Raise ConfigError if log.to names a logger that is not installed, or that has no key."""
     for name in config.log.to:
-        module, package = _PACKAGES.get(name, ("csv", ""))
+        module, package = _MODULES.get(name, ("csv", ""))
         if importlib.util.find_spec(module) is None:
             raise ConfigError(
                 f"log.to={list(config.log.to)}: {name} is not installed in this Python: "
@@ -69,7 +69,7 @@ def pictured(config: Config) -> bool:
     return any(name != "csv" for name in config.log.to)
 
 
-def start(config: Config, before: Sequence[Row]) -> "list[InThread]":
+def start(config: Config, before: Sequence[Row]) -> "list[LoggerThread]":
     """Start the loggers of log.to other than TensorBoard; each continues its own record of the run.
 
     Args:
@@ -80,15 +80,17 @@ def start(config: Config, before: Sequence[Row]) -> "list[InThread]":
         "wandb": lambda: _Wandb(config),
         "mlflow": lambda: _Mlflow(config),
     }
-    return [InThread(name, makes[name]) for name in dict.fromkeys(config.log.to) if name in makes]
+    return [
+        LoggerThread(name, makes[name]) for name in dict.fromkeys(config.log.to) if name in makes
+    ]
 
 
-class InThread:
+class LoggerThread:
     """Runs a logger's calls in order in a thread; only its first failure is logged."""
 
     def __init__(self, name: str, make: Callable[[], Logger]) -> None:
-        self._name, self._guard = name, Unharmed(f"log.to={name}")
-        self._calls: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(_WAITING)
+        self._name, self._guard = name, WarnOnce(f"log.to={name}")
+        self._calls: queue.Queue[Callable[[Logger], None] | None] = queue.Queue(_MOST_QUEUED)
         self._given_up = False
         self._thread = threading.Thread(target=self._run, args=[make], name=name, daemon=True)
         self._thread.start()
@@ -102,20 +104,20 @@ class InThread:
         self._given_up = True
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._later(lambda to: to.scalars(step, values))
+        self._queue(lambda to: to.scalars(step, values))
 
     def pictures(self, step: int, pictures: Mapping[str, Picture]) -> None:
         for tag, picture in pictures.items():
-            self._later(partial(_picture, step=step, tag=tag, picture=picture))
+            self._queue(methodcaller("picture", step, tag, picture))
 
-    def _later(self, call: Callable[[Logger], None]) -> None:
+    def _queue(self, call: Callable[[Logger], None]) -> None:
         if not self._given_up:
             with self._guard:
                 self._calls.put_nowait(call)
 
     def finish(self, finished: bool) -> None:
         """Close the logger after the calls that are queued; no call may follow."""
-        self._later(lambda to: to.close(finished))
+        self._queue(lambda to: to.close(finished))
         with self._guard:
             self._calls.put_nowait(None)
 
@@ -123,20 +125,16 @@ class InThread:
         """Wait for the queued calls, until time.monotonic() reaches `until`."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            log.warning(f"log.to={self._name} did not take all of it within {_WAIT_S} s")
+            log.warning(f"log.to={self._name} did not take all of it within {_CLOSE_S} s")
 
 
-def close(all_of_them: Sequence[InThread], finished: bool) -> None:
-    """Close all loggers, within _WAIT_S in all."""
-    until = time.monotonic() + _WAIT_S
-    for logger in all_of_them:
+def close(threads: Sequence[LoggerThread], finished: bool) -> None:
+    """Close all loggers, within _CLOSE_S in all."""
+    until = time.monotonic() + _CLOSE_S
+    for logger in threads:
         logger.finish(finished)
-    for logger in all_of_them:
+    for logger in threads:
         logger.wait(until)
-
-
-def _picture(to: Logger, step: int, tag: str, picture: Picture) -> None:
-    to.picture(step, tag, picture)
 
 
 class _Csv:
@@ -183,11 +181,11 @@ class _Wandb:
 
         self._image = wandb.Image
         self._run = wandb.init(
-            id=_kept(config.folder / "wandb.id", lambda: secrets.token_hex(4)),
+            id=_stored_id(config.folder / "wandb.id", lambda: secrets.token_hex(4)),
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=config.name, dir=config.folder, config=flat(config), resume="allow",
             allow_val_change=True,
-            settings=wandb.Settings(silent=True, console="off", finish_timeout=_WAIT_S - 5.0),
+            settings=wandb.Settings(silent=True, console="off", finish_timeout=_CLOSE_S - 5.0),
         )  # fmt: skip
         # wandb's own step may only rise, but a run that was killed repeats some of its steps.
         self._run.define_metric("step", hidden=True)
@@ -230,7 +228,7 @@ class _Mlflow:
                 self._client.log_batch(run, params=keys[first : first + _PARAMS])
             return run
 
-        self._id = _kept(config.folder / "mlflow.id", make)
+        self._id = _stored_id(config.folder / "mlflow.id", make)
         self._client.update_run(self._id, status="RUNNING")
         log.info(f"mlflow: run {self._id} in {uri}")
 
@@ -246,7 +244,7 @@ class _Mlflow:
         self._client.set_terminated(self._id, "FINISHED" if finished else "KILLED")
 
 
-def _kept(path: Path, make: Callable[[], str]) -> str:
+def _stored_id(path: Path, make: Callable[[], str]) -> str:
     """Return the id in a file; if there is none, make one and write it there."""
     known = files.read_bytes(path).decode().strip() if path.exists() else ""
     if not known:

@@ -17,7 +17,7 @@ _SCORES = ("epoch", "loss", "top1", "top5")
 _KINDS = {"train": _SCORES, "eval": (*_SCORES, "correct1", "samples"), "speed": ("images_per_s",)}
 
 
-def telling(classes: int) -> dict[str, str]:
+def accuracies(classes: int) -> dict[str, str]:
     """Return the metrics worth showing of "top1" and "top5", with their names for people. Among
     five classes or fewer, every label is one of the five likeliest, and top-5 says nothing."""
     return {"top1": "top-1", "top5": "top-5"} if classes > 5 else {"top1": "top-1"}

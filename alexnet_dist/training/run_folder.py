@@ -17,11 +17,10 @@ from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
-from alexnet_dist.files import RunState, appended, sweep_writing
-from alexnet_dist.files import read_run as read_run
+from alexnet_dist.files import RunState, appended, read_run, sweep_writing, write_json
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
-from alexnet_dist.training.tolerance import warn_if_unwritable, write_json
+from alexnet_dist.training.tolerance import warn_if_unwritable
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +50,8 @@ class RunFolder:
         self.config, self.path = config, config.folder
         self.checkpoints = self.path / "checkpoints"
         self._run: RunState = {}
-        self._before: RunState = {}  # run.json of the previous attempt
-        self._since = 0.0  # time.monotonic() of the last checkpoint, or of the first step
+        self._previous: RunState = {}  # run.json of the previous attempt
+        self._last_save_s = 0.0  # time.monotonic() of the last checkpoint, or of the first step
         self._lock: FileIO | None = None
 
     def take(self) -> None:
@@ -73,7 +72,7 @@ class RunFolder:
         RunFolderError if the folder cannot be read.
         """
         before, now = read_run(self.path), time.time()
-        self._before = before
+        self._previous = before
         newest = max((step_of(path) for path in steps(self.checkpoints)), default=0)
         # A stop that asks to be resumed (exit code 75) counts as well: the time limit of a job may
         # be shorter than its start-up.
@@ -118,7 +117,7 @@ class RunFolder:
                 "checkpoint.begin_anew=true to begin at step 0 beside what is left"
             )
 
-    def begins_at(self, step: int) -> None:
+    def resumes_at(self, step: int) -> None:
         """Note the step of the checkpoint that this attempt resumes from; 0 if there is none."""
         self._run |= {"resumed_at": step, "newest_step": step}
 
@@ -151,11 +150,11 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
 
-    def still_held(self) -> None:
+    def check_held(self) -> None:
         """Check that the folder is still this process's before writing to it. If it has vanished,
         create it again; raises RunFolderError if it was moved, or another process holds it."""
         assert self._lock is not None
-        if (at := self._lies_at()) is None:
+        if (at := self._current_path()) is None:
             log.warning(f"{self.path} has vanished, with all that was saved in it: made again")
             self._lock.close()
             self._hold()
@@ -168,7 +167,7 @@ class RunFolder:
                 "output_dir="
             )
 
-    def _lies_at(self) -> Path | None:
+    def _current_path(self) -> Path | None:
         """Return where the folder that this process holds lies now; None if it was deleted."""
         assert self._lock is not None
         held, path = os.fstat(self._lock.fileno()), self.path / "lock"
@@ -202,15 +201,15 @@ class RunFolder:
             self._run.update({"state": state, "updated": time.time()})
             self._run.update(more)
             held = self._lock is not None and not self._lock.closed
-            path = ((self._lies_at() if held else None) or self.path) / "run.json"
+            path = ((self._current_path() if held else None) or self.path) / "run.json"
             with warn_if_unwritable(path):
                 write_json(path, self._run)
 
     def failed(self, code: int, reason: str, known: bool) -> None:
         """Note that this attempt failed. A finished run that was asked for something impossible
         before its first step stays finished."""
-        if self._run.get("state") == "starting" and self._before.get("state") == "finished":
-            write_json(self.path / "run.json", self._before)
+        if self._run.get("state") == "starting" and self._previous.get("state") == "finished":
+            write_json(self.path / "run.json", self._previous)
         else:
             self.report("failed", exit=code, reason=reason, known=known)
 
@@ -240,13 +239,13 @@ class RunFolder:
 
     def running(self, step: int, last_step: int) -> None:
         """Note that the first step of this attempt begins."""
-        self._since = time.monotonic()
+        self._last_save_s = time.monotonic()
         self.report("running", step=step, last_step=last_step)
 
     def saved(self, step: int) -> None:
         """Note that a checkpoint is on the disk; the time since the last one counts as kept."""
         now = time.monotonic()
-        kept_s, self._since = self._run["kept_s"] + now - self._since, now
+        kept_s, self._last_save_s = self._run["kept_s"] + now - self._last_save_s, now
         self.report("running", newest_step=step, kept_s=round(kept_s, 3))
 
     def goodput(self) -> float:
@@ -254,7 +253,7 @@ class RunFolder:
         count: those in a checkpoint, and those since. NaN unless this process holds the folder."""
         if not self._run:
             return math.nan
-        counts_s = self._run["kept_s"] + time.monotonic() - self._since
+        counts_s = self._run["kept_s"] + time.monotonic() - self._last_save_s
         asked_for = time.time() - self._run["first_started"] - self._run["rested_s"]
         # A clock that was set back must not give more than 1.
         return float(counts_s / max(asked_for, counts_s, 1e-9))

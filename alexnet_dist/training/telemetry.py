@@ -36,7 +36,7 @@ from alexnet_dist.timing import SPANS, TIMELINE, Took
 from alexnet_dist.training import loggers, metrics_file
 from alexnet_dist.training.bottleneck import STRAGGLES, verdict
 from alexnet_dist.training.logs import log, quarantine
-from alexnet_dist.training.metrics_file import telling
+from alexnet_dist.training.metrics_file import accuracies
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.tensorboard import Board
 from alexnet_dist.training.trace import Trace
@@ -62,15 +62,15 @@ class Telemetry:
         self._schedule, self._last_step = schedule, schedule.last_step
         self._step = step  # of the last log point
         self._flops = training_flops(config)  # per image
-        stored = dataset.splits[config.data.train_split].uniform(config.data.canvas)
-        self._circumstances = config, topology.cores, stored, self._cuda  # for `verdict`
+        train_split = dataset.splits[config.data.train_split]
+        self._stored_at_canvas = train_split.uniform(config.data.canvas)
         self._classes = config.model.classes
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
         self._mfu: float | None = None
         self._quarantine = quarantine(folder.path / "quarantine.jsonl")
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
-        self._loggers: list[loggers.InThread] = []
+        self._loggers: list[loggers.LoggerThread] = []
         self._finished = False
         classes, wanted = config.model.classes, config.log.pictures and loggers.pictured(config)
         self._draws_confusion = wanted and classes <= MOST_CLASSES
@@ -139,16 +139,14 @@ class Telemetry:
         shares = took.shares()
         self._since_evaluation += took.seconds
         self._slowest = speed["straggler"], int(speed["straggler_rank"])
-        words = verdict(
-            shares | {"data": speed["data_wait"]}, self._slowest, *self._circumstances, self._mfu
-        )
+        words = self._verdict(shares | {"data": speed["data_wait"]})
         times = {"own_s": own, "step_p50_s": p50, "step_p95_s": p95}
         ranks = {name: values[:_MOST_RANKS] for name, values in times.items()}
-        more = {"time": shares, "memory": memory, "ranks": ranks, "verdict": words}
         self._write(
             {"kind": "train", "step": step, "epoch": epoch, **values},
-            {"kind": "speed", "step": step, **speed, **more},
-        )
+            {"kind": "speed", "step": step, **speed, "time": shares, "memory": memory,
+             "ranks": ranks, "verdict": words},
+        )  # fmt: skip
         left_s = (self._last_step - step) * took.training / max(1, steps)
         line = self._progress_line(step, epoch, values, speed, left_s)
         if self._terminal:
@@ -167,7 +165,7 @@ class Telemetry:
         Args:
             left_s: seconds of training left.
         """
-        tops = [f"{name} {values[top]:.1%}" for top, name in telling(self._classes).items()]
+        tops = [f"{name} {values[top]:.1%}" for top, name in accuracies(self._classes).items()]
         left = time.gmtime(left_s)
         parts = [
             f"epoch {epoch:.2f}", f"step {step}/{self._last_step}", f"loss {values['loss']:.4f}",
@@ -193,7 +191,7 @@ class Telemetry:
             colours = enumerate(chroma(kernels, self._config.model.columns), start=1)
             values |= {f"chroma_{column}": value for column, value in colours}
             self._write({"kind": "eval", "step": step, "epoch": epoch, **values})
-            tops = [f"{name} {values[top]:.2%}" for top, name in telling(self._classes).items()]
+            tops = [f"{name} {values[top]:.2%}" for top, name in accuracies(self._classes).items()]
             self._say(
                 f"epoch {epoch:.2f}  step {step}/{self._last_step}  evaluation: {'  '.join(tops)}  "
                 f"loss {score.loss:.4f}  ({score.correct1} of {score.samples} right)"
@@ -215,6 +213,13 @@ class Telemetry:
                 self._finished = True
                 self._board.end(engine, step)
 
+    def _verdict(self, shares: Mapping[str, float]) -> str:
+        """Return what limits the speed, given each span's share of the time."""
+        return verdict(
+            shares, self._slowest, self._config, self._topology.cores, self._stored_at_canvas,
+            self._cuda, self._mfu,
+        )  # fmt: skip
+
     def _say_where_time_went(self, step: int) -> None:
         """Log how the time since the last evaluation divides among spans, and what helps."""
         total, seconds = self._since_evaluation.total(), self._since_evaluation
@@ -222,7 +227,7 @@ class Telemetry:
             return
         shares = {name: seconds[name] / total for name in SPANS}
         most = sorted(SPANS, key=lambda name: -shares[name])[:4]
-        words = verdict(shares, self._slowest, *self._circumstances, self._mfu)
+        words = self._verdict(shares)
         self._say(f"time: {', '.join(f'{n} {shares[n]:.0%}' for n in most)}; {words}")
         table = "\n".join(f"| {name} | {shares[name]:.1%} |" for name in SPANS)
         text = f"{words}\n\n| span | share of the time |\n|---|---|\n{table}"

@@ -34,15 +34,17 @@ from alexnet_dist.plotting import (
     kernel_picture,
 )
 from alexnet_dist.timing import SPANS
-from alexnet_dist.training.tolerance import Unharmed
+from alexnet_dist.training.tolerance import WarnOnce
 
 ANSWERED = 8  # evaluation images whose predictions are drawn
 _VALUES = 65_536  # values of a tensor, evenly spaced, that go into a histogram
-# Keys by which runs are compared: TensorBoard shows the first five in alphabetical order.
-_KEYS = ("layout.kind", "model.dropout", "optimizer.kind", "schedule.rate", "seed", "train.batch",
-         "train.epochs")  # fmt: skip
-_COMPARED = ("eval/top1", "eval/top5", "eval/loss", "train/loss", "speed/images_per_s")
-_FIRST = {"loss": "Loss/{}", "top1": "Error/{}_top1", "top5": "Error/{}_top5"}
+# Keys by which HPARAMS compares runs: TensorBoard shows the first five in alphabetical order.
+_HPARAMS = (
+    "layout.kind", "model.dropout", "optimizer.kind", "schedule.rate", "seed", "train.batch",
+    "train.epochs",
+)  # fmt: skip
+_HPARAM_METRICS = ("eval/top1", "eval/top5", "eval/loss", "train/loss", "speed/images_per_s")
+_FIRST_TAGS = {"loss": "Loss/{}", "top1": "Error/{}_top1", "top5": "Error/{}_top5"}
 
 
 class Board:
@@ -58,20 +60,20 @@ class Board:
         dataset: Dataset, step: int,
     ) -> None:  # fmt: skip
         self._folder, self._config, self._topology = folder, config, topology
-        shown = config.data.eval_split  # without one, the training split, of which nothing is shown
+        own = config.data.eval_split  # without one, the training split, of which nothing is shown
         self._dataset = dataset
-        self._split = dataset.splits.get(shown, dataset.splits[config.data.train_split])
+        self._split = dataset.splits.get(own, dataset.splits[config.data.train_split])
         self._names = split_names(config)
         self._classes = [drawable(name) for name in dataset.classes]
-        self._guard = Unharmed("TensorBoard")
+        self._guard = WarnOnce("TensorBoard")
         self._writer: SummaryWriter | None = None
-        self._opened: int | None = None
+        self._descriptor: int | None = None  # of the folder
         if topology.is_rank_0 and "tensorboard" in config.log.to:
             with self._guard:
                 # Opened by file descriptor: the writer opens its file by name at every flush, and
                 # the folder may have been moved.
-                self._opened = os.open(folder, os.O_PATH)
-                own = f"/proc/self/fd/{self._opened}"
+                self._descriptor = os.open(folder, os.O_PATH)
+                own = f"/proc/self/fd/{self._descriptor}"
                 self._writer = SummaryWriter(own, purge_step=step + 1)
             self.draw(lambda to: _begin(to, config, schedule, step))
 
@@ -90,9 +92,9 @@ class Board:
             for tag, value in values.items():
                 to.add_scalar(tag, value, step)
                 kind, _, name = tag.partition("/")
-                if kind in self._names and name in _FIRST:
+                if kind in self._names and name in _FIRST_TAGS:
                     first = value if name == "loss" else 1 - value
-                    to.add_scalar(_FIRST[name].format(self._names[kind]), first, step)
+                    to.add_scalar(_FIRST_TAGS[name].format(self._names[kind]), first, step)
 
         self.draw(draw)
 
@@ -120,7 +122,7 @@ class Board:
                 pictures["kernels/conv1"] = kernel_picture(kernels, config.model.columns)
             name = self._names["eval"]
             if config.log.pictures:
-                answers = answered(self._split, samples, self._classes, logits, config)
+                answers = draw_answers(self._split, samples, self._classes, logits, config)
                 pictures[f"answers/{name}"] = answers
             if confusion is not None:
                 pictures[f"confusion/{name}"] = confusion_picture(confusion, self._classes)
@@ -144,8 +146,8 @@ class Board:
 
     def close(self) -> None:
         self.draw(lambda to: to.close())
-        if self._opened is not None:
-            os.close(self._opened)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
         self._split.close()
 
     def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
@@ -159,10 +161,10 @@ class Board:
         """Write features, labels and thumbnails for the projector."""
         shutil.rmtree(self._folder / f"{step:05d}" / name, ignore_errors=True)
         labels = [self._classes[y] for y in self._split.labels(np.array(samples))]
-        images = torch.cat([self._small(sample) for sample in samples])
+        images = torch.cat([self._thumbnail(sample) for sample in samples])
         to.add_embedding(features, labels, images, step, name)
 
-    def _small(self, sample: int) -> Tensor:
+    def _thumbnail(self, sample: int) -> Tensor:
         """Return a sample as a thumbnail, (1, 3, 32, 32) float in [0, 1]."""
         image = image_of(self._split, sample, self._config.data.canvas)
         whole = torch.from_numpy(image).movedim(-1, 0)[None] / 255
@@ -180,7 +182,7 @@ def evenly(size: int, count: int) -> range:
     return range(0, size, max(1, size // count))[:count] if count else range(0)
 
 
-def answered(
+def draw_answers(
     split: Split, samples: range, classes: Sequence[str], logits: Tensor, config: Config
 ) -> Picture:
     """Draw samples of a split with the five likeliest classes of each (Fig. 4, left)."""
@@ -210,7 +212,10 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
     times = ["Multiline", [f"time/{name}" for name in SPANS]]
     rates = ["Multiline", ["train/rate", "schedule/rate"]]
     curves = {
-        title: ["Multiline", [_FIRST[key].format(name) for name in split_names(config).values()]]
+        title: [
+            "Multiline",
+            [_FIRST_TAGS[key].format(name) for name in split_names(config).values()],
+        ]
         for title, key in (("loss", "loss"), ("top-1 error", "top1"), ("top-5 error", "top5"))
     }
     more = {"where the time goes": times, "rate, as planned": rates}
@@ -228,8 +233,8 @@ def _hparams(config: Config) -> tuple[Any, Any, Any]:
     """Return the three summaries of TensorBoard's HPARAMS tab: keys and metrics to compare runs by,
     this run's values, and that it ended."""
     values = flat(config)
-    own = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _KEYS}
-    parts: tuple[Any, Any, Any] = hparams(own, dict.fromkeys(_COMPARED, 0))
+    own = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _HPARAMS}
+    parts: tuple[Any, Any, Any] = hparams(own, dict.fromkeys(_HPARAM_METRICS, 0))
     return parts
 
 
@@ -239,14 +244,14 @@ def _histograms(
     """Write a parameter's histogram, and its gradient's norm and histogram."""
     weights, gradient = whole
     if weights is not None:
-        to.add_histogram(f"weights/{name}", _some(weights), step)
+        to.add_histogram(f"weights/{name}", _thinned(weights), step)
     if gradient is not None:
         to.add_scalar(f"gradient_norm/{name}", gradient.norm().item(), step)
         if gradient.isfinite().all():
-            to.add_histogram(f"gradients/{name}", _some(gradient), step)
+            to.add_histogram(f"gradients/{name}", _thinned(gradient), step)
 
 
-def _some(values: Tensor) -> Tensor:
+def _thinned(values: Tensor) -> Tensor:
     """Return at most about 2 × _VALUES values of a tensor, evenly spaced."""
     flat_values = values.flatten()
     return flat_values[:: max(1, len(flat_values) // _VALUES)]

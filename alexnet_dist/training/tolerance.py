@@ -1,20 +1,16 @@
 """What a run writes but can do without: its failures are warnings, and the run goes on."""
 
-import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
-
-from alexnet_dist.files import written_aside
 
 log = logging.getLogger(__name__)
 
 
-class Unharmed:
+class WarnOnce:
     """Context for drawing and logging, whose failures must not end a run: the first is logged as a
     warning, and the run goes on."""
 
@@ -43,9 +39,3 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a JSON file atomically: a reader finds the old or the new one, whole."""
-    with written_aside(path, durably=False) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile
 
 from alexnet_dist.files import written_aside
-from alexnet_dist.training.tolerance import Unharmed
+from alexnet_dist.training.tolerance import WarnOnce
 
 
 class Trace:
@@ -47,7 +47,7 @@ class Trace:
         profiler.stop()
         first, last = self._steps
         path = self._folder / f"trace-{first}-{last}.json.gz"
-        with Unharmed(f"the trace {path}"):
+        with WarnOnce(f"the trace {path}"):
             with written_aside(path, durably=False) as aside:
                 profiler.export_chrome_trace(str(aside))
             by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"

@@ -58,7 +58,7 @@ class Watchdog:
         self._limit_s = 0.8 * limit_s  # the rest is for the diagnosis, before collectives time out
         self._closed = threading.Event()
         self._store = topology.store
-        self._tell("who", {"host": socket.gethostname(), "pid": os.getpid()})
+        self._post("who", {"host": socket.gethostname(), "pid": os.getpid()})
         topology.disable_timeouts()
         self._pause_s = min(0.9, self._limit_s / 20)
         # [heartbeats of the watchdog's thread, 1 once the watchdog is closed]; the guard reads it.
@@ -82,12 +82,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Beat until closed; end the process once the loop has stood still for the limit."""
-        seen, still_s, looked = self._rounds(), 0.0, time.monotonic()
+        seen, still_s, last_look = self._rounds(), 0.0, time.monotonic()
         while not self._closed.wait(self._pause_s):
             self._beats[0] += 1
-            now, before, looked = self._rounds(), looked, time.monotonic()
+            now, before, last_look = self._rounds(), last_look, time.monotonic()
             # A longer gap than that means that this process itself was stopped.
-            still_s += min(looked - before, 2 * self._pause_s)
+            still_s += min(last_look - before, 2 * self._pause_s)
             if now != seen:
                 seen, still_s = now, 0.0
             elif still_s > self._limit_s:
@@ -97,36 +97,36 @@ class Watchdog:
 
     def _end(self, rounds: int) -> None:
         """Find the rank that holds up the run. The first stuck rank logs it, for all."""
-        self._tell("stuck", {"rounds": rounds, **_place()})
+        self._post("stuck", {"rounds": rounds, **_where()})
         time.sleep(self._limit_s / 20 + 0.5)  # until the other stuck ranks have reported
         ranks = range(self._topology.world_size)
-        stuck = {rank: told for rank in ranks if (told := self._told("stuck", rank))}
-        who = {rank: self._told("who", rank) or {} for rank in ranks}
+        stuck = {rank: told for rank in ranks if (told := self._read("stuck", rank))}
+        who = {rank: self._read("who", rank) or {} for rank in ranks}
         silent = [rank for rank in ranks if rank not in stuck]
         if self._topology.global_rank == min(stuck):
             verdict = _verdict(stuck, silent, who, self._limit_s)
             log.error(verdict)
             if self._topology.is_rank_0:
                 self._report(verdict.partition("\n")[0])
-            self._tell("said", {})
+            self._post("said", {})
         else:
             deadline = time.monotonic() + 5
-            while not self._told("said", min(stuck)) and time.monotonic() < deadline:
+            while not self._read("said", min(stuck)) and time.monotonic() < deadline:
                 time.sleep(0.05)
         for rank in silent:
             if who[rank].get("host") == socket.gethostname():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(who[rank]["pid"], signal.SIGKILL)  # it would not react to SIGTERM
 
-    def _tell(self, what: str, content: dict[str, Any]) -> None:
-        """Store what this rank has to tell under a key; the other ranks read it by `_told`."""
+    def _post(self, what: str, content: dict[str, Any]) -> None:
+        """Leave a message for the other ranks, which read it by `_read`."""
         if self._store is not None:
             self._store.set(f"{what}/{self._topology.global_rank}", json.dumps(content))
 
-    def _told(self, what: str, rank: int) -> dict[str, Any] | None:
-        """Return what a rank has told under a key; None if nothing."""
+    def _read(self, what: str, rank: int) -> dict[str, Any] | None:
+        """Return the message that a rank has left under this key; None if it has left none."""
         if self._store is None:
-            return {"rounds": 0, **_place()} if what == "stuck" else {"pid": os.getpid()}
+            return {"rounds": 0, **_where()} if what == "stuck" else {"pid": os.getpid()}
         key = f"{what}/{rank}"
         return dict(json.loads(self._store.get(key))) if self._store.check([key]) else None
 
@@ -170,7 +170,7 @@ def _verdict(
     return "\n".join(lines)
 
 
-def _place() -> dict[str, Any]:
+def _where() -> dict[str, Any]:
     """Return where this process's main thread is ("stack": its innermost frames and those of this
     package), and whether it waits for other ranks there ("waits"; a backward pass may)."""
     frame = sys._current_frames()[threading.main_thread().ident or 0]
