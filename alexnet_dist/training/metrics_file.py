@@ -5,12 +5,16 @@ Readers of a run folder (`report`, `plan`, `launch`) import only this, which nee
 
 import contextlib
 import json
+import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.files import is_count, json_object, opened, written_aside
+from alexnet_dist.files import appended, is_count, json_object, opened, written_aside
+
+log = logging.getLogger(__name__)
 
 # For each kind of point, the numbers that are read again: a line without them is not a point.
 _SCORES = ("epoch", "loss", "top1", "top5")
@@ -75,6 +79,35 @@ def line(point: Mapping[str, Any]) -> bytes:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(finite(dict(point)), allow_nan=False).encode() + b"\n"
+
+
+class Writer:
+    """Appends points to metrics.jsonl. What a full disk refuses is kept in memory, and tried again
+    with the next point."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = appended(path)
+        self._unwritten = b""
+
+    def append(self, point: Mapping[str, Any]) -> None:
+        self._unwritten += line(point)
+        self._write()
+
+    def _write(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            log.warning(f"NOT WRITTEN YET, the run goes on: {self._file.name}: {error}")
+
+    def flush(self) -> None:
+        """Wait until the points are on the disk, as far as it has room for them."""
+        self._write()
+        with contextlib.suppress(OSError):  # already logged
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ repeated; times and memory do not, and are in lines of their own (`"kind": "spee
 
 import contextlib
 import logging
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,6 @@ from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.evaluation.results import Score
-from alexnet_dist.files import appended
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
@@ -78,9 +76,8 @@ class Telemetry:
         if topology.is_rank_0:
             path = folder.path / "metrics.jsonl"
             before = metrics_file.cut(path, step, evaluated_step)
+            self._metrics = metrics_file.Writer(path)
             self._loggers = loggers.start(config, metrics_file.rows(before))
-            self._metrics = appended(path)
-            self._unwritten = b""
             self._terminal = sys.stderr is not None and sys.stderr.isatty()
             self._bar = tqdm(
                 total=self._last_step, initial=step, disable=not self._terminal,
@@ -242,9 +239,7 @@ class Telemetry:
     def flush(self) -> None:
         """Wait until the points so far are on the disk, before a checkpoint says that they are."""
         if self._topology.is_rank_0:
-            self._append(None)
-            with contextlib.suppress(OSError):  # already logged by `_append`
-                os.fsync(self._metrics.fileno())
+            self._metrics.flush()
             self._board.draw(lambda to: to.flush())
 
     def close(self) -> None:
@@ -277,22 +272,12 @@ class Telemetry:
     def _write(self, *points: Mapping[str, Any]) -> None:
         """Write the points of one step to metrics.jsonl, TensorBoard and the loggers."""
         for point in points:
-            self._append(point)
+            self._metrics.append(point)
         for row in metrics_file.rows(points):
             step, values = int(row.pop("step")), row
             self._board.scalars(step, values)
             for logger in self._loggers:
                 logger.scalars(step, values)
-
-    def _append(self, point: Mapping[str, Any] | None) -> None:
-        """Append a point to metrics.jsonl; what a full disk refuses is kept in memory and tried
-        again with the next point (or by None)."""
-        self._unwritten += b"" if point is None else metrics_file.line(point)
-        try:
-            while self._unwritten:
-                self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
-        except OSError as error:
-            log.warning(f"NOT WRITTEN YET, the run goes on: {self._metrics.name}: {error}")
 
 
 def _measured(took: Took, cuda: bool) -> tuple[float, ...]:
