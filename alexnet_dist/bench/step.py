@@ -3,7 +3,7 @@ alexnet in each form in which it is used."""
 
 import logging
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -102,26 +102,12 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> Result:
     macs = multiply_adds(AlexNet(config.model, init_weights=False))
     work = _TRAINING * 2 * sum(macs.values()) * config.train.batch
     rates = {name: [flop[name] / run[name] for run in runs] for name in flop}
-    pairs = (  # ours, and a reference
-        (_OURS, "eager, fp32"), ("ours, fp32", "eager, fp32"), (_OURS, f"{_TORCHVISION}, fp32"),
-        ("ours, fp32", "eager, fp32, no TF32"), ("ours, tf32", "eager, fp32"),
-        (_OURS, f"eager, {_FORMS[-1]}"), (_OURS, _BEST),
-    )  # fmt: skip
-    ratios = {f"{a} / {b}": ratio(runs, b, a) for a, b in pairs if {a, b} <= {*runs[0]}}
-    ratios["ours, bf16 / the same without LRN"] = ratio(runs, _NO_LRN, _OURS)
-    if _BEST in runs[0]:
-        ratios[f"{_OURS} / {_BEST}, by seconds"] = ratio(runs, _OURS, _BEST)
+    ratios = _ratios(runs)
     ratios["ours, bf16 / bf16 matrix product, by FLOP"] = statistics.median(
         work / run[_OURS] / rate for run, rate in zip(runs, rates[_PRODUCT], strict=True)
     )
     if device_of(config).type == "cuda":
-        if peak := peak_flops(torch.cuda.get_device_name()):
-            ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = statistics.median(
-                work / run[_OURS] / peak for run in runs
-            )
-        planned = plan(load_config([flat(config), "train.precision=bf16"]), 1, gpu=True)
-        memory = planned.of("one").memory["peak"]
-        ratios["ours, bf16, peak memory / planned"] = contestants[_OURS].peak / memory
+        ratios |= _gpu_ratios(config, runs, work, contestants[_OURS].peak)
     decodes = statistics.median(config.train.batch / run[_OURS] for run in runs)
     return {
         "ratios": ratios,
@@ -131,6 +117,39 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> Result:
         "unit": "seconds a step",
         "runs": runs,
     }
+
+
+def _ratios(runs: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the ratios of ours to its references, by speed unless they say otherwise."""
+    pairs = (  # ours, and a reference
+        (_OURS, "eager, fp32"), ("ours, fp32", "eager, fp32"), (_OURS, f"{_TORCHVISION}, fp32"),
+        ("ours, fp32", "eager, fp32, no TF32"), ("ours, tf32", "eager, fp32"),
+        (_OURS, f"eager, {_FORMS[-1]}"), (_OURS, _BEST),
+    )  # fmt: skip
+    ratios = {f"{a} / {b}": ratio(runs, b, a) for a, b in pairs if {a, b} <= {*runs[0]}}
+    ratios["ours, bf16 / the same without LRN"] = ratio(runs, _NO_LRN, _OURS)
+    if _BEST in runs[0]:
+        ratios[f"{_OURS} / {_BEST}, by seconds"] = ratio(runs, _OURS, _BEST)
+    return ratios
+
+
+def _gpu_ratios(
+    config: Config, runs: Sequence[Mapping[str, float]], work: float, peak_memory: int
+) -> dict[str, float]:
+    """Return the ratios of ours to what the GPU's data sheet and the plan say.
+
+    Args:
+        work: FLOP of a step.
+        peak_memory: bytes of GPU memory that our step took at its peak.
+    """
+    ratios = {}
+    if peak := peak_flops(torch.cuda.get_device_name()):
+        ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = statistics.median(
+            work / run[_OURS] / peak for run in runs
+        )
+    planned = plan(load_config([flat(config), "train.precision=bf16"]), 1, gpu=True)
+    memory = planned.of("one").memory["peak"]
+    return ratios | {"ours, bf16, peak memory / planned": peak_memory / memory}
 
 
 def first_losses(config: Config) -> dict[str, float]:

@@ -81,8 +81,6 @@ def table(text: str) -> Path:
 
 def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Print or write the likeliest classes of image files; return 1 if some could not be read."""
-    from tqdm import tqdm
-
     from alexnet_dist.evaluation.load import load_checkpoint
     from alexnet_dist.evaluation.predict import draw, images_in
     from alexnet_dist.parallel.device import cores
@@ -101,26 +99,10 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     trained = load_checkpoint(options.checkpoint, options.data)
     _take_device(trained)
     quiet = options.csv or options.json or options.out
-    refused = []
-
-    def checked() -> Iterator["Prediction"]:
-        """Yield predictions as they are made; images that cannot be read are reported at once."""
-        with tqdm(
-            total=len(paths), unit=" images", desc="predicting", leave=False,
-            disable=len(paths) <= trained.config.evaluate.batch
-            or (not quiet and sys.stdout.isatty()),
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-        ) as bar:  # fmt: skip
-            for prediction in trained.predictions(paths, options.views, cores()):
-                bar.update()
-                if prediction.refused:
-                    refused.append(prediction)
-                    with bar.external_write_mode(sys.stderr):
-                        why = printable(f"{prediction.path}: {prediction.refused}")
-                        print(f"alexnet-dist: {why}", file=sys.stderr)
-                yield prediction
-
-    kept = list(checked()) if options.picture else checked()
+    refused: list[Prediction] = []
+    hidden = len(paths) <= trained.config.evaluate.batch or (not quiet and sys.stdout.isatty())
+    made = _watched(trained.predictions(paths, options.views, cores()), len(paths), hidden, refused)
+    kept = list(made) if options.picture else made
     views = options.views or trained.config.evaluate.views
     with _file(options.out) as file:
         if not quiet:
@@ -139,6 +121,31 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         counted = f"{len(paths) - len(refused)} of {len(paths)} images classified"
         print(f"{counted}{written}{bad}{passed_over}", file=sys.stderr)
     return 1 if refused else 0
+
+
+def _watched(
+    predictions: Iterable["Prediction"], total: int, hidden: bool, refused: list["Prediction"]
+) -> Iterator["Prediction"]:
+    """Yield predictions as they are made, beside a progress bar; images that cannot be read are
+    reported at once, and added to `refused`.
+
+    Args:
+        hidden: whether to do without the bar.
+    """
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total, unit=" images", desc="predicting", leave=False, disable=hidden,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    ) as bar:  # fmt: skip
+        for prediction in predictions:
+            bar.update()
+            if prediction.refused:
+                refused.append(prediction)
+                with bar.external_write_mode(sys.stderr):
+                    why = printable(f"{prediction.path}: {prediction.refused}")
+                    print(f"alexnet-dist: {why}", file=sys.stderr)
+            yield prediction
 
 
 def _take_device(trained: "Trained") -> None:
