@@ -83,8 +83,8 @@ def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
 
 def _checked(layer: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return the keys of a mapping without `cluster.`, checked as a config's keys are."""
-    found = flatten(layer, source, Cluster, "cluster.")
-    return {dotted.removeprefix("cluster."): value for dotted, value in found}
+    values = flatten(layer, source, Cluster, "cluster.")
+    return {dotted.removeprefix("cluster."): value for dotted, value in values}
 
 
 def _find(name: str) -> Path:
@@ -101,17 +101,17 @@ def _find(name: str) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     """Return a cluster file's content; raises ConfigError if it is no mapping."""
     try:
-        found = yaml.safe_load(bounded_yaml(path))
+        content = yaml.safe_load(bounded_yaml(path))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             f"{path}: not a YAML file of keys and values: {one_line(error)}"
         ) from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: holds a {type(found).__name__}; write keys and values")
-    return found
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}; write keys and values")
+    return content
 
 
 def keys_of_refusal(words: str) -> str:
     """Return the keys that a refusal by Slurm is about; empty if they are not known."""
-    found = next((keys for about, keys in _ABOUT.items() if about in words.lower()), "")
-    return ", ".join(f"cluster.{key}" for key in found.split(", ") if found)
+    about = next((keys for word, keys in _ABOUT.items() if word in words.lower()), "")
+    return ", ".join(f"cluster.{key}" for key in about.split(", ") if about)

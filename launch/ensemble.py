@@ -65,8 +65,8 @@ def parser() -> argparse.ArgumentParser:
 def values_of(over: str) -> tuple[str, list[str]]:
     """Return the key and the values of an --over option; raises ConfigError."""
     key, _, text = over.partition("=")
-    if found := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
-        values = [str(value) for value in range(int(found[1]), int(found[2]) + 1)]
+    if span := re.fullmatch(r"(-?\d+)\.\.(-?\d+)", text):
+        values = [str(value) for value in range(int(span[1]), int(span[2]) + 1)]
     else:
         values = [value for value in re.split(r",(?![^\[{]*[\]}])", text) if value]
     if not key or len(set(values)) != len(values) or not values:
@@ -214,14 +214,14 @@ def score(configs: Sequence[Config], of: int) -> int:
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     try:
-        found = evaluate_checkpoints([config.folder for config in configs]).score
+        average = evaluate_checkpoints([config.folder for config in configs]).score
     except ConfigError as error:  # the members differ in data.path, or in views
         print(f"no average: {error}")
     else:
-        errors = {"top1": 1 - found.top1, "top5": 1 - found.top5}
+        errors = {"top1": 1 - average.top1, "top5": 1 - average.top5}
         names = accuracies(configs[0].model.classes).items()
-        said = ", ".join(f"{name} error {errors[top]:.2%}" for top, name in names)
-        print(f"the average of {len(configs)} of {of}: {said}")
+        words = ", ".join(f"{name} error {errors[top]:.2%}" for top, name in names)
+        print(f"the average of {len(configs)} of {of}: {words}")
     return 0 if len(configs) == of else 1
 
 

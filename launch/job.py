@@ -167,8 +167,8 @@ def job_state() -> str:
     answer = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
     if re.search(r"\bPreemptTime=\d", answer):
         return "PREEMPTED"
-    found = re.search(r"\bJobState=(\w+)", answer)
-    return found[1] if found else "UNKNOWN"
+    match = re.search(r"\bJobState=(\w+)", answer)
+    return match[1] if match else "UNKNOWN"
 
 
 def requeue() -> None:

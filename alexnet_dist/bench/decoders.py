@@ -81,7 +81,7 @@ def differences(
 ) -> dict[str, Difference]:
     """Return the differences by class between the canvases that both pipelines decode from a
     training split, of at most so many images."""
-    found: dict[str, Difference] = {}
+    by_class: dict[str, Difference] = {}
     total, size = min(most, len(dataset.splits["train"])), config.evaluate.batch
     batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
     configs = [
@@ -96,10 +96,10 @@ def differences(
         for label in np.unique(labels).tolist():
             here = labels == label
             one, name = Difference.of(ours[here], theirs[here]), dataset.classes[label]
-            found[name] = found[name] + one if name in found else one
+            by_class[name] = by_class[name] + one if name in by_class else one
     for pipeline in pipelines:
         pipeline.close()
-    return found
+    return by_class
 
 
 def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
     config = load_config(["layout.kind=one", *overrides])
     topology, side = connect(config), config.data.canvas
     of_each = max(1, images // (2 * len(_KINDS)))
-    found: dict[str, dict[str, float]] = {}
+    by_kind: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
         for stored, size in (("at size", (side, side)), ("resized", _LARGE)):
             source = Path(scratch) / stored
@@ -134,30 +134,30 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
             out = Path(scratch) / f"{stored}, packed"
             prepare("folder", source, out, Options(keep=True))
             parts = differences(config, topology, open_dataset(out), images)
-            found |= {f"{stored}, {kind}": parts[kind].figures() for kind in _KINDS}
+            by_kind |= {f"{stored}, {kind}": parts[kind].figures() for kind in _KINDS}
     worst = {
         f"{stored}, worst of all kinds: {what}": max(
-            (abs(one[what]) for name, one in found.items() if name.startswith(stored))
+            (abs(one[what]) for name, one in by_kind.items() if name.startswith(stored))
         )
         for stored in ("at size", "resized")
         for what in ("99.9th percentile", "largest", "mean on edges", "red", "green", "blue")
     }
     return {
         "ratios": {},
-        "differences": found,
+        "differences": by_kind,
         "machine": machine(config.data.workers),
         "unit": "grey levels",
-        "runs": [{name: one["mean"] for name, one in found.items()} | worst],
+        "runs": [{name: one["mean"] for name, one in by_kind.items()} | worst],
     }
 
 
-def lines(found: dict[str, Any]) -> str:
+def lines(result: dict[str, Any]) -> str:
     """Return what `bench_differences` found as text."""
-    rows = found["differences"]
+    rows = result["differences"]
     heads = next(iter(rows.values()))
     text = [f"DALI less torchvision, grey levels{'':7}" + "".join(f"{h:>18}" for h in heads)]
     for name, one in rows.items():
         cells = "".join(f"{value:18,.4g}" for value in one.values())
         text.append(f"{name:41}{cells}")
     text += ["red, green and blue are signed means", ""]
-    return "\n".join([*text, ", ".join(f"{k} {v}" for k, v in found["machine"].items())])
+    return "\n".join([*text, ", ".join(f"{k} {v}" for k, v in result["machine"].items())])

@@ -92,11 +92,11 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
     many = (16 if gpus(config) else 4) * config.data.prefetch
     pieces = {n: 4 if n.startswith("ten") else many for n in _CONTESTANTS}
     contestants = {n: Contestant("end_to_end", n, ten, pieces[n]) for n in _CONTESTANTS}
-    found: dict[str, float] = {}
+    memory: dict[str, float] = {}
     try:
         seconds = in_turn(dict(contestants), repeats)
         if steps:
-            found = _memory(contestants["steps from shards"], config, steps)
+            memory = _memory(contestants["steps from shards"], config, steps)
     finally:
         for one in contestants.values():
             one.close()
@@ -110,7 +110,7 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
                 run[shards] / min(run[ready], run[alone]) for run in runs
             ),
             "ten views / windows ready": ratio(runs, ten_views, ten_ready),
-            **{name: value for name, value in found.items() if "/" in name},
+            **{name: value for name, value in memory.items() if "/" in name},
         },
         "ceilings": {
             "start to first step, s": _first_step(config),
@@ -119,7 +119,7 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
                 if gpus(config)
                 else {}
             ),
-            **{name: value for name, value in found.items() if "/" not in name},
+            **{name: value for name, value in memory.items() if "/" not in name},
         },
         "machine": machine(config.data.workers),
         "unit": "images/s",

@@ -68,8 +68,8 @@ def grouped(
 
 def _group(name: str, kind: str) -> str:
     """Return the group of a kernel or operator."""
-    found = (group for group, of in _GROUPS.items() if re.search(of[kind], name))
-    return next(found, "others")
+    groups = (group for group, of in _GROUPS.items() if re.search(of[kind], name))
+    return next(groups, "others")
 
 
 def bench_kernels(config: Config, steps: int) -> dict[str, Any]:
@@ -108,16 +108,16 @@ def profiled(work: Work, steps: int, kind: str) -> list[tuple[str, float, float]
     return sorted(kernels, key=lambda kernel: -kernel[1])
 
 
-def kernel_lines(found: dict[str, Any], most: int = 40) -> str:
+def kernel_lines(result: dict[str, Any], most: int = 40) -> str:
     """Return what `bench_kernels` found as text, with the `most` costliest kernels."""
-    kernels, ratios = found["kernels"], found["ratios"]
+    kernels, ratios = result["kernels"], result["ratios"]
     lines = [f"{'µs a step':>10}{'calls':>8}{'share':>7}"]
     lines += [f"{us:10,.0f}{calls:8,.1f}{ratios[f'{name} / all']:7.1%}  {name}"
-              for name, (us, calls) in found["groups"].items() if calls]  # fmt: skip
+              for name, (us, calls) in result["groups"].items() if calls]  # fmt: skip
     whole = sum(us for _, us, _, _ in kernels)
     lines += [
         f"{whole:10,.0f}{sum(calls for _, _, calls, _ in kernels):8,.1f}{1:7.1%}  all",
-        f"{found['elapsed']:10,.0f}{'':15}  elapsed, without the profiler",
+        f"{result['elapsed']:10,.0f}{'':15}  elapsed, without the profiler",
         "",
         "convolutions and products are "
         f"{ratios['convolutions and products / all']:.0%} of the kernels' time, and "

@@ -119,10 +119,10 @@ def _steps(config: Config) -> OnRank:
     seconds = (time.perf_counter() - begin) / _STEPS
     if topology.device.type == "cpu":
         return OnRank(seconds, sent, 0.0, of_a_cpu)
-    found = profiled(lambda: engine.train_step(batch, 0, 1e-4), _STEPS, "cuda")
-    collectives = sum(us for name, us, _ in found if "nccl" in name.lower())
-    kernels = sum(calls for _, _, calls in found)
-    return OnRank(seconds, sent, kernels, collectives / sum(us for _, us, _ in found))
+    profile = profiled(lambda: engine.train_step(batch, 0, 1e-4), _STEPS, "cuda")
+    collectives = sum(us for name, us, _ in profile if "nccl" in name.lower())
+    kernels = sum(calls for _, _, calls in profile)
+    return OnRank(seconds, sent, kernels, collectives / sum(us for _, us, _ in profile))
 
 
 def _counted(config: Config, topology: Topology) -> tuple[int, float]:

@@ -68,15 +68,15 @@ def bench_step(config: Config, repeats: int, batches: Sequence[int] = ()) -> Res
                       for n in batches or (config.train.batch,)]  # fmt: skip
     gpu = device_of(config).type == "cuda"
     losses = first_losses(first)
-    found = _timed(first, repeats, (*_CONTESTANTS, *(_ON_A_GPU if gpu else ())))
+    result = _timed(first, repeats, (*_CONTESTANTS, *(_ON_A_GPU if gpu else ())))
     for other in others:
         more = _timed(other, repeats, (_OURS, _NO_LRN, _PRODUCT, *((_BEST,) if gpu else ())))
         at = f", batch {other.train.batch}"
-        found["ratios"] |= {name + at: value for name, value in more["ratios"].items()}
-        found["ceilings"] |= {name + at: value for name, value in more["ceilings"].items()}
-        for run, beside in zip(found["runs"], more["runs"], strict=True):
+        result["ratios"] |= {name + at: value for name, value in more["ratios"].items()}
+        result["ceilings"] |= {name + at: value for name, value in more["ceilings"].items()}
+        for run, beside in zip(result["runs"], more["runs"], strict=True):
             run |= {name + at: seconds for name, seconds in beside.items()}
-    return found | {"losses": losses}
+    return result | {"losses": losses}
 
 
 def _timed(config: Config, repeats: int, names: Sequence[str]) -> Result:

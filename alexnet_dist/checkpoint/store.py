@@ -145,9 +145,9 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors durably, and read them back: safetensors ignores errors of closing the file."""
     save_tensors(path, tensors)
     sync(path)
-    found = TensorFile(path)
+    written = TensorFile(path)
     for name, tensor in tensors.items():
-        if not torch.equal(found.rows(name, slice(None)), tensor):
+        if not torch.equal(written.rows(name, slice(None)), tensor):
             raise OSError(f"{path}: {name} does not read back as it was written")
 
 
@@ -160,31 +160,31 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     Raises CheckpointError where there may be a better one: a newer one cannot be read, or one is in
     a folder that is named after another step.
     """
-    found: Checkpoint | None = None
+    good: Checkpoint | None = None
     damaged: list[Damaged] = []
     paths = [folder / name for name in listed(folder) if NAME.fullmatch(name)]
     for path in sorted(paths, key=lambda p: (step_of(p), p.name[0] != "."), reverse=True):
         # Older ones matter only where the manifest names another step than the folder does.
-        if found is not None and claimed_step(path) in (step_of(path), None):
+        if good is not None and claimed_step(path) in (step_of(path), None):
             continue
         try:
             checkpoint = verify(path)
         except Damaged as error:
-            damaged += [error] if found is None else []
+            damaged += [error] if good is None else []
         else:
-            found = found or checkpoint
-    return found, damaged
+            good = good or checkpoint
+    return good, damaged
 
 
 def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     """Return what `newest` returns; raise CheckpointError where there are checkpoints and all are
     damaged."""
-    found, damaged = newest(folder)
-    if damaged and found is None:
+    good, damaged = newest(folder)
+    if damaged and good is None:
         raise CheckpointError(
             f"{folder}: none of {len(damaged)} checkpoints is good ({damaged[0]}): restore one"
         )
-    return found, damaged
+    return good, damaged
 
 
 def best(folder: Path) -> Checkpoint:
@@ -235,9 +235,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) 
         )
 
 
-def continue_from(
-    folder: Path, found: Checkpoint | None, damaged: Sequence[Damaged]
-) -> Path | None:
+def continue_from(folder: Path, good: Checkpoint | None, damaged: Sequence[Damaged]) -> Path | None:
     """Prepare the folder of a run that continues from what `newest` returned; return the
     checkpoint's path, which may be new, or None where there is none.
 
@@ -245,21 +243,21 @@ def continue_from(
     """
     for error in damaged:
         put_aside(error.args[0], "damaged")
-    if found is None:
+    if good is None:
         sweep(folder)
         return None
     for name in traces(folder):
         step = claimed_step(folder / name)
         own = NAME.fullmatch(name) or name.startswith("damaged-")
-        if not own and step is not None and step > found.step:
+        if not own and step is not None and step > good.step:
             log.warning(
-                f"not used: {folder / name} holds step {step}, newer than {found.step}: to go on "
+                f"not used: {folder / name} holds step {step}, newer than {good.step}: to go on "
                 f"from it, stop this run and rename it to step-{step:08d}, if that is free"
             )
-    path = found.path
+    path = good.path
     if path.name[0] == ".":  # its replacement is damaged, or its removal was interrupted
-        path = path.rename(folder / f"step-{found.step:08d}")
-    sweep(folder, found.step)
+        path = path.rename(folder / f"step-{good.step:08d}")
+    sweep(folder, good.step)
     return path
 
 

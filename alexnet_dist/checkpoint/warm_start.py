@@ -35,8 +35,8 @@ def resolved(config: Config) -> Config:
     if data.mean_sha256 == "any" and not unrecorded:
         data = dataclasses.replace(data, mean_sha256=mean_sha256(config))
     if train.init_from != "none":
-        path, found = (last and _started_from(train, last.train)) or _weights(train)
-        train = dataclasses.replace(train, init_from=path, init_sha256=found)
+        path, digest = (last and _started_from(train, last.train)) or _weights(train)
+        train = dataclasses.replace(train, init_from=path, init_sha256=digest)
     return dataclasses.replace(config, data=data, train=train)
 
 
@@ -66,13 +66,13 @@ def _weights(train: TrainConfig) -> tuple[str, str]:
         source = checkpoints.at(Path(train.init_from))
     except CheckpointError as error:
         raise CheckpointError(f"train.init_from={train.init_from!r}: {error}") from error
-    found = str(source.manifest["files"]["model.safetensors"]["sha256"])
-    if train.init_sha256 not in ("any", found):
+    digest = str(source.manifest["files"]["model.safetensors"]["sha256"])
+    if train.init_sha256 not in ("any", digest):
         raise ConfigError(
-            f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {found}: name the "
+            f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {digest}: name the "
             "weights this run is to begin from, or set train.init_sha256=any"
         )
-    return str(source.path), found
+    return str(source.path), digest
 
 
 class InitialWeights:

@@ -91,12 +91,12 @@ def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.data import inspect as data
 
     sheet = options.sheet or options.data / "contact-sheet.png"
-    found = data.inspect(options.data, None if options.quick else sheet)
+    summary = data.inspect(options.data, None if options.quick else sheet)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(summary))
     else:
-        for what, finding in found.items():
+        for what, finding in summary.items():
             rows = finding.items() if isinstance(finding, dict) else ()
-            told = ", ".join(f"{k} {v}" for k, v in rows) or finding
-            print(printable(f"{what:22}{told}"))
+            shown = ", ".join(f"{k} {v}" for k, v in rows) or finding
+            print(printable(f"{what:22}{shown}"))
     return 0

@@ -117,7 +117,7 @@ def picture(text: str) -> Path:
 
 def part(text: str) -> tuple[int, int]:
     """Parse I/N, as in --part 2/8."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r}: must be I/N, as in 2/8, the second of eight")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])

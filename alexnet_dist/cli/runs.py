@@ -194,12 +194,12 @@ def _print_score(result: "Evaluation") -> None:
 
 def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Print the shipped configs, each with the first sentence of its file."""
-    found = shipped()
+    known = shipped()
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(known))
         return 0
-    width = max(map(len, found))
-    print("\n".join(f"{name:{width}}  {what}" for name, what in found.items()))
+    width = max(map(len, known))
+    print("\n".join(f"{name:{width}}  {what}" for name, what in known.items()))
     return 0
 
 

@@ -107,9 +107,9 @@ def needed(config: Config, ranks: int) -> int:
     images that it keeps there; raises ConfigError if the layout cannot have so many ranks."""
     layouts.check(config, ranks)
     with pretended(ranks), FakeTensorMode(allow_non_fake_inputs=True):
-        found = _rank(config, config.layout.kind, ranks, gpu=True)
-    assert isinstance(found, Rank)
-    return found.memory["peak"]
+        rank = _rank(config, config.layout.kind, ranks, gpu=True)
+    assert isinstance(rank, Rank)
+    return rank.memory["peak"]
 
 
 def gpu_memory(rank: Rank) -> int:
@@ -199,13 +199,13 @@ def _whole_batch(config: Config, ranks: int, gpu: bool) -> Rank:
     divides = config.train.batch % (ranks * config.train.micro_batches) == 0
     if config.train.batch > 512 and divides and not gpu:
         config, times = load_config([flat(config), f"train.batch={share}"]), ranks
-    found = _rank(config, "one", 1, gpu)
-    assert isinstance(found, Rank)
-    memory = {name: size for name, size in found.memory.items() if name != "peak"}
+    rank = _rank(config, "one", 1, gpu)
+    assert isinstance(rank, Rank)
+    memory = {name: size for name, size in rank.memory.items() if name != "peak"}
     for name in ("activations", "temporary", "windows"):
         memory[name] = memory.get(name, 0) * times
-    batch = found.batch_per_replica * times
-    return dataclasses.replace(found, batch_per_replica=batch, memory=_with_peak(memory))
+    batch = rank.batch_per_replica * times
+    return dataclasses.replace(rank, batch_per_replica=batch, memory=_with_peak(memory))
 
 
 def _zero_rank(config: Config, ranks: int, gpu: bool) -> Rank:

@@ -47,11 +47,11 @@ def fit(measured: Sequence[Measured]) -> Machine:
     scale = matrix.max(0).clip(1e-300)
     weights = np.ones(len(rows))
     for _ in range(30):  # reweighted towards least absolute errors, so that outliers count little
-        found, _ = nnls(matrix / scale * weights[:, None], weights)
-        weights = 1 / np.sqrt(np.abs(matrix / scale @ found - 1).clip(0.02))
-    cost = dict(zip(names, found / scale, strict=True))
+        solution, _ = nnls(matrix / scale * weights[:, None], weights)
+        weights = 1 / np.sqrt(np.abs(matrix / scale @ solution - 1).clip(0.02))
+    cost = dict(zip(names, solution / scale, strict=True))
     precision = measured[0].planned.recipe["train.precision"]
-    off = np.median(np.abs(matrix / scale @ found - 1))
+    off = np.median(np.abs(matrix / scale @ solution - 1))
     return dataclasses.replace(
         MACHINES["cpu"],
         peak={precision: 1 / max(cost["flops"], 1e-18)},
@@ -90,10 +90,10 @@ def read_bench(path: Path) -> list[Measured]:
     """Read the layouts in the output of `bench layouts --json`, each at its fastest pass: slower
     ones were disturbed by other programs."""
     try:
-        found = json.loads(read_bytes(path))
-        config, cores = load_config([found["recipe"]]), int(found["machine"]["cores"])
-        runs, ranks = found["runs"], int(found["ceilings"]["ranks"])
-        gpu = found["machine"]["gpu"]
+        output = json.loads(read_bytes(path))
+        config, cores = load_config([output["recipe"]]), int(output["machine"]["cores"])
+        runs, ranks = output["runs"], int(output["ceilings"]["ranks"])
+        gpu = output["machine"]["gpu"]
         speeds = {kind: max(run[kind] for run in runs) for kind in runs[0]}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ConfigError(

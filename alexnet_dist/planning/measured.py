@@ -56,14 +56,14 @@ def correction(
     """
     rank, precision = planned.of(kind), planned.recipe["train.precision"]
     ranks = planned.ranks_of(kind)
-    found = [
+    comparable = [
         step for step in (read_steps() if steps is None else steps)
         if (step.precision, step.execution) == (precision, rank.execution) and known(step.card)
     ]  # fmt: skip
-    if not machine.fused or not found:
+    if not machine.fused or not comparable:
         return 1.0, ""
-    own = [step for step in found if known(step.card) == machine]
-    taken = {step.batch: step for step in own or found[-1:]}  # of each batch, the newest
+    own = [step for step in comparable if known(step.card) == machine]
+    taken = {step.batch: step for step in own or comparable[-1:]}  # of each batch, the newest
     batch = planned.batch / ranks
     below = max((b for b in taken if b <= batch), default=min(taken))
     above = min((b for b in taken if b >= batch), default=max(taken))
@@ -71,7 +71,7 @@ def correction(
     share = math.log(batch / below) / math.log(above / below) if above > below else 0.0
     factor = math.exp(ends[0] + share * (ends[1] - ends[0]))
     if not own:
-        return factor, f"not run; by a step on {found[-1].card}"
+        return factor, f"not run; by a step on {comparable[-1].card}"
     same = ranks == 1 and below == above == batch and _is_papers(planned)
     batches = ", ".join(map(str, sorted(taken)))
     return factor, "measured" if same else f"by steps measured of batch {batches}"
@@ -89,8 +89,8 @@ def _ratio(step: Step) -> float:
     machine = known(step.card)
     assert machine is not None, step.card
     planned = _planned(step.batch, step.precision, step.execution)
-    found = predict(planned, "one", Cluster(machine, 1))
-    return step.ms * 1e-3 * found.training_images_per_s / step.batch
+    predicted = predict(planned, "one", Cluster(machine, 1))
+    return step.ms * 1e-3 * predicted.training_images_per_s / step.batch
 
 
 @functools.cache

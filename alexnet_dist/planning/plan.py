@@ -78,9 +78,9 @@ class Plan:
 
     def of(self, kind: str) -> Rank:
         """Return a layout that fits, or `alone`."""
-        found = self.alone if kind == "alone" else self.layouts[kind]
-        assert isinstance(found, Rank), kind
-        return found
+        rank = self.alone if kind == "alone" else self.layouts[kind]
+        assert isinstance(rank, Rank), kind
+        return rank
 
     def ranks_of(self, kind: str) -> int:
         """Return the number of ranks that a layout, or `alone`, uses."""
@@ -115,5 +115,5 @@ class Prediction:
     too_large: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        found = dataclasses.asdict(self)
-        return found if self.too_large else {k: v for k, v in found.items() if k != "too_large"}
+        fields = dataclasses.asdict(self)
+        return fields if self.too_large else {k: v for k, v in fields.items() if k != "too_large"}

@@ -36,13 +36,13 @@ def curve(config: Config, cluster: Cluster, most: int = _MOST) -> list[dict[str,
             if isinstance(planned.layouts[kind], Misfit):
                 continue
             factor, _ = correction(planned, kind, cluster.machine)
-            found = predict(planned, kind, there, factor=factor)
-            speed = found.training_images_per_s
+            prediction = predict(planned, kind, there, factor=factor)
+            speed = prediction.training_images_per_s
             base = base or speed
             rows.append({
                 "layout": kind, "ranks": ranks, "images_per_s": speed,
                 "efficiency": speed / ranks / base,
-                "bottleneck": bottleneck({**found.parts_s, "decode": 0.0}, beside=True),
+                "bottleneck": bottleneck({**prediction.parts_s, "decode": 0.0}, beside=True),
             })  # fmt: skip
         ranks *= 2
     return rows
@@ -53,10 +53,10 @@ def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     kinds = [kind for kind in KINDS if kind != "one" and any(r["layout"] == kind for r in rows)]
     text = [f"| devices | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds)]
     for ranks in sorted({row["ranks"] for row in rows}):
-        found = {row["layout"]: row for row in rows if row["ranks"] == ranks}
+        by_kind = {row["layout"]: row for row in rows if row["ranks"] == ranks}
         cells = [
-            f"{found[kind]['images_per_s']:,.0f} ({found[kind]['efficiency']:.0%})"
-            if kind in found else "" for kind in kinds
+            f"{by_kind[kind]['images_per_s']:,.0f} ({by_kind[kind]['efficiency']:.0%})"
+            if kind in by_kind else "" for kind in kinds
         ]  # fmt: skip
         text.append(f"| {ranks} | {' | '.join(cells)} |")
     return text
@@ -67,12 +67,12 @@ def draw(rows: Sequence[dict[str, Any]], cluster: Cluster, path: Path) -> None:
     with figure(path, 1, 2, (12, 4.5)) as axes:
         speeds, shares = axes[0]
         for kind in KINDS:
-            found = [row for row in rows if row["layout"] == kind]
-            if kind == "one" or not found:
+            own = [row for row in rows if row["layout"] == kind]
+            if kind == "one" or not own:
                 continue
-            ranks = [row["ranks"] for row in found]
-            speeds.loglog(ranks, [row["images_per_s"] for row in found], "o-", label=kind)
-            shares.semilogx(ranks, [100 * row["efficiency"] for row in found], "o-", label=kind)
+            ranks = [row["ranks"] for row in own]
+            speeds.loglog(ranks, [row["images_per_s"] for row in own], "o-", label=kind)
+            shares.semilogx(ranks, [100 * row["efficiency"] for row in own], "o-", label=kind)
         one = rows[0]["images_per_s"]
         speeds.loglog([1, _MOST], [one, one * _MOST], ":", color="grey", label="ideal")
         title = f"{cluster.machine.name}, {cluster.devices} a node"

@@ -18,8 +18,8 @@ def check(config: Config, ranks: int) -> None:
         raise ConfigError(problem)
     if not config.layout.share_gpu or (each := device.ranks_per_gpu(config, ranks)) < 2:
         return
-    found = (torch.cuda.get_device_properties(i) for i in range(device.gpus(config)))
-    least = min(found, key=lambda gpu: gpu.total_memory)
+    properties = (torch.cuda.get_device_properties(i) for i in range(device.gpus(config)))
+    least = min(properties, key=lambda gpu: gpu.total_memory)
     share = device.memory_share(least.total_memory, each)
     need = memory(config, ranks)
     if need > share:

@@ -18,15 +18,15 @@ def plan_lines(planned: Plan) -> list[str]:
         f"on {planned.ranks} rank(s), a batch of {planned.batch} in all; of a rank, a step:",
         f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
     ]
-    for kind, found in planned.layouts.items():
-        if isinstance(found, Misfit):
-            text.append(f"{kind:20}{found.problem}")
+    for kind, rank in planned.layouts.items():
+        if isinstance(rank, Misfit):
+            text.append(f"{kind:20}{rank.problem}")
             continue
-        sent = [f"{name} {size / 1e6:,.1f}" for name, size in found.bytes.items()]
+        sent = [f"{name} {size / 1e6:,.1f}" for name, size in rank.bytes.items()]
         text.append(
-            f"{kind:20}{found.batch_per_replica:6}{found.parameters:12,}"
-            f"{found.memory['peak'] / 1e6:11,.0f} MB"
-            f"{found.bytes.get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
+            f"{kind:20}{rank.batch_per_replica:6}{rank.parameters:12,}"
+            f"{rank.memory['peak'] / 1e6:11,.0f} MB"
+            f"{rank.bytes.get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
         )
     own = planned.layouts[planned.layout]
     if isinstance(own, Misfit):
@@ -38,7 +38,7 @@ def plan_lines(planned: Plan) -> list[str]:
 
 def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     """Return a forecast as lines of text; `own` is the config's layout."""
-    machine, found = outlook.machine, outlook.predicted
+    machine, predicted = outlook.machine, outlook.predicted
     devices, nodes = int(machine["devices"]), int(machine["nodes"])
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
     hours = f"{outlook.epochs:g} epochs"
@@ -46,8 +46,8 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
             f"({machine['source']}):",
             f"{'':20}{'images/s':>10}{'× one':>8}{hours:>12}{'step, ms':>10}  of it, ms",
             ]  # fmt: skip
-    base = found.get("alone") or found.get("one")
-    for kind, one in found.items():
+    base = predicted.get("alone") or predicted.get("one")
+    for kind, one in predicted.items():
         parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
         listed = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in parts if s > 0.01 * one.step_s)
         name = "one, on one device" if kind == "alone" else kind
@@ -58,7 +58,7 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
             + (f"; DOES NOT FIT: {one.too_large}" if one.too_large else "")
         )
     bases: dict[str, list[str]] = {}
-    for kind, one in found.items():
+    for kind, one in predicted.items():
         bases.setdefault(one.basis, []).append("one" if kind == "alone" else kind)
     text.append("times of steps: " + "; ".join(
         f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
@@ -67,7 +67,7 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     if best is None:
         text.append("recommended: none fits; a smaller train.batch, or more train.micro_batches")
     else:
-        speed = found[best]
+        speed = predicted[best]
         text.append(
             f"recommended: {'one, on one device' if best == 'alone' else best}: "
             f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
@@ -113,9 +113,9 @@ def plot(points: list[tuple[float, float]], height: int = 7) -> list[str]:
     top = max(rates) or 1.0
     rows = [round(rate / top * (height - 1)) for rate in rates]
     labels = {height - 1: f"{top:.3g}", 0: "0"}
-    drawn = [
+    lines = [
         f"{labels.get(row, ''):>8} |" + "".join("*" if at == row else " " for at in rows)
         for row in reversed(range(height))
     ]
     ends = f"0{points[-1][0]:>{len(points) - 1}.3g}"
-    return ["learning rate, by epoch", *drawn, f"{'':8} +{'-' * len(points)}", f"{'':10}{ends}"]
+    return ["learning rate, by epoch", *lines, f"{'':8} +{'-' * len(points)}", f"{'':10}{ends}"]

@@ -117,7 +117,7 @@ def chosen(config: Config, names: str | None) -> list[Config]:
     Raises:
         ConfigError: a layout is unknown, or the config cannot have it.
     """
-    found = [_with(config, kind="one", ranks=1)]
+    configs = [_with(config, kind="one", ranks=1)]
     for name in names.split(",") if names else _DEFAULTS:
         kind, _, count = name.strip().partition(":")
         if not count.isdecimal() and count:
@@ -132,24 +132,24 @@ def chosen(config: Config, names: str | None) -> list[Config]:
                 raise
             continue
         if kind != "one":
-            found.append(one)
-    for one in found:
+            configs.append(one)
+    for one in configs:
         shared_gpus.check(_bounded(one), one.layout.ranks)
-    return on_devices_alike(found)
+    return on_devices_alike(configs)
 
 
-def on_devices_alike(found: Sequence[Config]) -> list[Config]:
+def on_devices_alike(configs: Sequence[Config]) -> list[Config]:
     """Move all layouts to the CPU if this host has enough GPUs for some of them only, and they may
     not be shared: otherwise their numbers could not be compared."""
-    here, most = gpus(found[0]), max(one.layout.ranks for one in found)
-    layout = found[0].layout
+    here, most = gpus(configs[0]), max(one.layout.ranks for one in configs)
+    layout = configs[0].layout
     if 0 < here < most and layout.device == "auto" and not layout.share_gpu:
         log.warning(
             f"{here} GPU(s) here, and {most} ranks would need their own: all on the CPU; "
             "--share-gpu puts all on what is here"
         )
-        return [_with(one, device="cpu") for one in found]
-    return list(found)
+        return [_with(one, device="cpu") for one in configs]
+    return list(configs)
 
 
 def compare(
@@ -176,7 +176,7 @@ def _row(
     runs["own"] = (config, min(steps, _SPEED_STEPS))
     if zero:
         del runs["bounded"]
-    found, update = spawn.call(measure, config.layout.ranks, runs, path, zero)[0]
+    results, update = spawn.call(measure, config.layout.ranks, runs, path, zero)[0]
     difference = update if zero else _difference(path / "bounded", oracle / "bounded")
     only = ("parameters",)
     drift = None if path == oracle else _difference(path / "fp32", oracle / "fp32", only)
@@ -185,12 +185,12 @@ def _row(
     row = Row(
         config.layout.kind,
         config.layout.ranks,
-        found["fp32" if zero else "bounded"].losses[-1],
+        results["fp32" if zero else "bounded"].losses[-1],
         difference,
         bound,
         difference <= bound,
-        round(found["own"].images_per_s, 1),
-        found["own"].bytes_per_step,
+        round(results["own"].images_per_s, 1),
+        results["own"].bytes_per_step,
         ranks_per_gpu(config, config.layout.ranks),
     )
     return row, drift, floor
@@ -201,8 +201,8 @@ def measure(
 ) -> tuple[dict[str, Run], float]:
     """Run each config for its number of steps, on each rank; rank 0 saves the whole tensors in
     `path`/NAME. With `zero`, also measure the largest difference of a single update."""
-    found = {name: _run(config, steps, path / name) for name, (config, steps) in runs.items()}
-    return found, _updates(*runs["fp32"]) if zero else 0.0
+    results = {name: _run(config, steps, path / name) for name, (config, steps) in runs.items()}
+    return results, _updates(*runs["fp32"]) if zero else 0.0
 
 
 def _run(config: Config, steps: int, path: Path) -> Run:

@@ -96,14 +96,14 @@ def _layout(config: Config) -> Iterator[Finding]:
 def _exchange(config: Config) -> Iterator[Finding]:
     """Start two processes, and let them communicate over each backend that the run would use."""
     for backend in ("gloo", "nccl") if ranks_per_gpu(config, 2) else ("gloo",):
-        found = spawn.call(_meet, 2, backend, config)
-        wrong = [word for word in found if isinstance(word, str)]
+        answers = spawn.call(_meet, 2, backend, config)
+        wrong = [word for word in answers if isinstance(word, str)]
         if wrong:
             names = {"gloo": "unset GLOO_SOCKET_IFNAME, and see that the loopback is up (ip link)",
                      "nccl": "NCCL_DEBUG=INFO says why; try NCCL_P2P_DISABLE=1"}  # fmt: skip
             yield Finding(f"exchange, {backend}", wrong[0], names[backend], broken=True)
         else:
-            speed = f"8 MiB summed in {max(map(float, found)) * 1e3:.1f} ms"
+            speed = f"8 MiB summed in {max(map(float, answers)) * 1e3:.1f} ms"
             yield Finding(f"exchange, {backend}", f"2 ranks gathered and summed rightly; {speed}")
 
 
@@ -183,14 +183,14 @@ def _data(folder: Path, named: bool) -> Finding:
     if not named and not (folder / "dataset.json").exists():
         return Finding("data", f"{folder} is not there; `alexnet-dist prepare` makes data sets")
     try:
-        found = inspect(folder, None)
+        summary = inspect(folder, None)
     except (AlexNetDistError, OSError) as error:
         return Finding("data", f"{folder}: not sound", f"{in_words(error) or error}", broken=True)
-    splits = [f"{name} {part['samples']}" for name, part in found.items()
+    splits = [f"{name} {part['samples']}" for name, part in summary.items()
               if isinstance(part, dict)]  # fmt: skip
     disk = shutil.disk_usage(folder).free / 1e9
     return Finding(
         "data",
-        f"{folder}: {found['classes']} classes, {', '.join(splits)} images; sizes right, some "
+        f"{folder}: {summary['classes']} classes, {', '.join(splits)} images; sizes right, some "
         f"decoded (all: `alexnet-dist inspect {folder}`); {disk:.1f} GB free",
     )

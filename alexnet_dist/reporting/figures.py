@@ -48,10 +48,10 @@ def draw(folder: Path) -> list[Path]:
 
 
 def _newest(folder: Path) -> Checkpoint:
-    found, _ = checkpoints.newest_good(folder / "checkpoints")
-    if found is None:
+    newest, _ = checkpoints.newest_good(folder / "checkpoints")
+    if newest is None:
         raise CheckpointError(f"{folder} has no checkpoint to draw{looked_in(folder)}")
-    return found
+    return newest
 
 
 def colour(folder: Path) -> list[float]:
@@ -68,12 +68,12 @@ def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
 
     The training split's features are kept in `figures/features.npy` while they are compared.
     """
-    found = checkpoints.at(folder)
-    config = load_config([flat(for_one_pass(found.config)), *IN_ONE_PROCESS, *overrides])
-    dataset, out = open_for(config, found.path), _folder(folder)
+    checkpoint = checkpoints.at(folder)
+    config = load_config([flat(for_one_pass(checkpoint.config)), *IN_ONE_PROCESS, *overrides])
+    dataset, out = open_for(config, checkpoint.path), _folder(folder)
     topology = connect(config)
     engine = TorchEngine(config, topology)
-    engine.load(found.parameters(), None)
+    engine.load(checkpoint.parameters(), None)
 
     def see(split: str, samples: range) -> tuple[Tensor, Tensor]:
         """Return features and logits of some samples of a split."""

@@ -49,14 +49,14 @@ def packages(config: Config) -> Iterator[Finding]:
         if needed.marker is not None and not needed.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = metadata.version(needed.name)
+            version = metadata.version(needed.name)
         except metadata.PackageNotFoundError:
-            found = "missing"
-        if found != "missing" and needed.specifier.contains(found, prereleases=True):
-            there.append(f"{needed.name} {found}")
+            version = "missing"
+        if version != "missing" and needed.specifier.contains(version, prereleases=True):
+            there.append(f"{needed.name} {version}")
         else:
             remedy = f"{text} is needed: make venv, or pip install '{text}'"
-            yield Finding(needed.name, found, remedy, broken=True)
+            yield Finding(needed.name, version, remedy, broken=True)
     yield Finding("packages", ", ".join(there))
 
 

@@ -48,7 +48,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
     """
     check_replaces(out, page.BEGINNING.encode(), "report")
     folders = [folder for folder in folders if folder != out]
-    averaged = [found for path in folders if (found := _read_average(path)) is not None]
+    averaged = [average for path in folders if (average := _read_average(path)) is not None]
     files = len(averaged)
     read = (read_run_folder(folder) for folder in folders)
     runs = sorted((run for run in read if run and run.scores), key=lambda run: run.folder.name)
@@ -75,12 +75,12 @@ def report(folders: Sequence[Path], out: Path) -> str:
 def _read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
     """Return the name and content of a file that `evaluate --json` wrote for several networks."""
     try:
-        found = json_object(read_bytes(path))
-        several = len([Path(one) for one in found["of"]]) > 1
-        several &= 0 <= found["top1"] <= 1 and 0 <= found["top5"] <= 1
+        average = json_object(read_bytes(path))
+        several = len([Path(one) for one in average["of"]]) > 1
+        several &= 0 <= average["top1"] <= 1 and 0 <= average["top5"] <= 1
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return (path.stem, found) if several else None
+    return (path.stem, average) if several else None
 
 
 def _average_name(one: Mapping[str, Any]) -> str:
@@ -94,15 +94,15 @@ def _ensembles(
 ) -> str:
     """Return a table of averages of several networks, beside the mean of their own errors."""
     rows = []
-    for name, found in averaged:
+    for name, average in averaged:
         views = int(name.rpartition("views-")[2]) if re.search(r"views-\d+$", name) else 1
-        folders = {str(Path(path).parent.parent) for path in found["of"]}
+        folders = {str(Path(path).parent.parent) for path in average["of"]}
         own = _errors([run for run in runs if str(run.folder) in folders], views)
         alone = _mean_and_deviation(own) if own else "–"
-        classes = found.get("classes")
+        classes = average.get("classes")
         shown = accuracies(len(classes) if isinstance(classes, list) else 1000)
-        errors = [_percent(1 - float(found[t])) if t in shown else "–" for t in ("top1", "top5")]
-        rows.append([name, str(len(found["of"])), *errors, alone])
+        errors = [_percent(1 - float(average[t])) if t in shown else "–" for t in ("top1", "top5")]
+        rows.append([name, str(len(average["of"])), *errors, alone])
     names = ["average", "of", "top-1", "top-5", "their own top-1"]
     return "<h2>Averages of networks</h2>" + page.table(names, rows)
 
@@ -125,12 +125,12 @@ def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
 def _group_in_words(runs: Sequence[RunResults]) -> str:
     """Return a group's name, data and errors for each number of views, as HTML."""
     data = html.escape(runs[0].config.data.path)
-    found = [f"{html.escape(_group(runs[0]))} on {data}, n = {len(runs)}:"]
+    parts = [f"{html.escape(_group(runs[0]))} on {data}, n = {len(runs)}:"]
     for views in sorted({v for run in runs for v in run.views}):
         errors = _errors(runs, views)
-        found.append(f"{_mean_and_deviation(errors)} ({views} view{'s' * (views > 1)})")
+        parts.append(f"{_mean_and_deviation(errors)} ({views} view{'s' * (views > 1)})")
     unfinished = sum(run.state != "finished" for run in runs)
-    return " ".join(found) + (f" — {unfinished} not finished" if unfinished else "")
+    return " ".join(parts) + (f" — {unfinished} not finished" if unfinished else "")
 
 
 def _errors(runs: Iterable[RunResults], views: int) -> list[float]:

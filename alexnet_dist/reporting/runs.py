@@ -86,13 +86,13 @@ def read_run_folder(folder: Path) -> RunResults | None:
     try:
         config = load_config([json_object(read_bytes(folder / "config.json"))])
         points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
-        found = read_run(folder)
+        run = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
     except (OSError, ValueError, KeyError, TypeError, AlexNetDistError):
         return None
     by_step = {point["step"]: score for point, score in evaluated if point["step"]}
     names = _best_and_last(by_step)
-    where = f"{_date(found.get('updated'))}, in training on {found.get('host', '?')}"
+    where = f"{_date(run.get('updated'))}, in training on {run.get('host', '?')}"
     keys = config.data.eval_split, config.data.path, int(config.evaluate.views)
     scores = [
         Scored(name, step, *keys, by_step[step], where, {}, None)
@@ -107,7 +107,7 @@ def read_run_folder(folder: Path) -> RunResults | None:
             several.append(one)
         else:
             scores.append(_scored(one, names.get(one["step"], "")))
-    return RunResults(folder, config, points, scores, several, str(found.get("state", "")))
+    return RunResults(folder, config, points, scores, several, str(run.get("state", "")))
 
 
 def _best_and_last(by_step: Mapping[int, Score]) -> dict[int, str]:
@@ -121,19 +121,19 @@ def _best_and_last(by_step: Mapping[int, Score]) -> dict[int, str]:
 
 def _of_a_file(path: Path, split: str, data: str) -> Scored:
     """Read what `evaluate --json` printed of the best network, before `evaluate` saved scores."""
-    found = json.loads(read_bytes(path))
+    printed = json.loads(read_bytes(path))
     views = int(path.stem.rpartition("-")[2])
     where = f"{_date(path.stat().st_mtime)}, in {path.name}"
-    step = int(Path(found["of"][0]).name.removeprefix("step-"))
-    return Scored("best", step, split, data, views, _score(found), where, {}, None)
+    step = int(Path(printed["of"][0]).name.removeprefix("step-"))
+    return Scored("best", step, split, data, views, _score(printed), where, {}, None)
 
 
-def _score(found: Mapping[str, Any]) -> Score:
+def _score(values: Mapping[str, Any]) -> Score:
     """Return a score from JSON; raises KeyError, TypeError or ValueError if it is not one."""
-    samples, right, among = (int(found[key]) for key in ("samples", "correct1", "correct5"))
+    samples, right, among = (int(values[key]) for key in ("samples", "correct1", "correct5"))
     if samples < 1:
         raise ValueError("no samples")
-    return Score(samples, right, among, float(found["loss"]))
+    return Score(samples, right, among, float(values["loss"]))
 
 
 def _scored(one: Mapping[str, Any], which: str) -> Scored:
@@ -174,12 +174,12 @@ def differing(configs: Sequence[Config]) -> dict[str, list[Any]]:
 @cache
 def _shipped() -> dict[str, dict[str, Any]]:
     """Return the keys that define a run, for every shipped config by name."""
-    found = {}
+    configs = {}
     for path in sorted(configs_folder().rglob("*.yaml")):
         if path.parent.name != "cluster":  # those are of launch, not of runs
             name = path.relative_to(configs_folder()).with_suffix("").as_posix()
-            found[name] = _defining(load_config([path]))
-    return found
+            configs[name] = _defining(load_config([path]))
+    return configs
 
 
 def _defining(config: Config) -> dict[str, Any]:

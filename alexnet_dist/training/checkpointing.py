@@ -49,11 +49,11 @@ class RunCheckpoints:
             if self._config.train.init_from != "none":
                 self._engine.load(warm_start.InitialWeights(self._config), None)
             return Progress()
-        found = store.read(Path(path))
-        self._engine.load(found.parameters(), found.optimizer())
+        checkpoint = store.read(Path(path))
+        self._engine.load(checkpoint.parameters(), checkpoint.optimizer())
         try:
-            self._schedule.load(found.progress["schedule"])
-            progress = Progress.of(found.progress)
+            self._schedule.load(checkpoint.progress["schedule"])
+            progress = Progress.of(checkpoint.progress)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}/progress.json: not what a run writes ({error!r}): move that checkpoint "
@@ -66,21 +66,21 @@ class RunCheckpoints:
         """Return the path of the checkpoint to load, None if there is none, and prepare the folder
         for the run to continue from it. Called on rank 0."""
         config, folder, last_step = self._config, self._folder, self._schedule.last_step
-        found, damaged = store.newest(folder.checkpoints)
+        newest, damaged = store.newest(folder.checkpoints)
         for error in damaged:
             log.warning(f"not used: {error}")
-        if found is None:
+        if newest is None:
             folder.check_begins()
         else:
-            store.check_same_run(found, config, self._digest)
-            if found.step > last_step:
+            store.check_same_run(newest, config, self._digest)
+            if newest.step > last_step:
                 raise ConfigError(
                     f"train.epochs={config.train.epochs:g}: ends at step {last_step}, and the run "
-                    f"in {folder.path} is at step {found.step}: raise it, or give another name="
+                    f"in {folder.path} is at step {newest.step}: raise it, or give another name="
                 )
-            check_values(found.parameters(), found.optimizer())
-        path = store.continue_from(folder.checkpoints, found, damaged)
-        folder.resumes_at(0 if found is None else found.step)
+            check_values(newest.parameters(), newest.optimizer())
+        path = store.continue_from(folder.checkpoints, newest, damaged)
+        folder.resumes_at(0 if newest is None else newest.step)
         folder.save_config()
         return None if path is None else str(path)
 

@@ -51,19 +51,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(ValueError):
             point = json_object(line)
-            found = {key: math.nan if value is None else value for key, value in point.items()}
-            if _is_point(found):
-                points.append(found)
+            values = {key: math.nan if value is None else value for key, value in point.items()}
+            if _is_point(values):
+                points.append(values)
     return points
 
 
-def _is_point(found: Mapping[str, Any]) -> bool:
+def _is_point(values: Mapping[str, Any]) -> bool:
     """Return whether a line is a point: a known kind, a step, and the numbers that readers use."""
-    kind, step = str(found.get("kind")), found.get("step")
+    kind, step = str(values.get("kind")), values.get("step")
     if kind not in _KINDS or type(step) is not int or not is_count(step):
         return False
-    used = [found.get(name, "missing") for name in _KINDS[kind]]
-    used += [value for name, value in found.items() if name.startswith("chroma_")]
+    used = [values.get(name, "missing") for name in _KINDS[kind]]
+    used += [value for name, value in values.items() if name.startswith("chroma_")]
     return all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in used)
 
 

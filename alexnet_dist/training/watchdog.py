@@ -100,7 +100,7 @@ class Watchdog:
         self._post("stuck", {"rounds": rounds, **_where()})
         time.sleep(self._limit_s / 20 + 0.5)  # until the other stuck ranks have reported
         ranks = range(self._topology.world_size)
-        stuck = {rank: told for rank in ranks if (told := self._read("stuck", rank))}
+        stuck = {rank: message for rank in ranks if (message := self._read("stuck", rank))}
         who = {rank: self._read("who", rank) or {} for rank in ranks}
         silent = [rank for rank in ranks if rank not in stuck]
         if self._topology.global_rank == min(stuck):
@@ -153,7 +153,7 @@ def _verdict(
     limit_s: float,
 ) -> str:  # fmt: skip
     """Return a report: its first line says who holds up the run, the others hold stacks."""
-    order = {rank: (told["rounds"], told["waits"]) for rank, told in stuck.items()}
+    order = {rank: (message["rounds"], message["waits"]) for rank, message in stuck.items()}
     behind = [rank for rank, place in order.items() if place == min(order.values())]
     at_fault = silent or (behind if len(behind) < len(stuck) else [])
     names = [f"{r} (process {who[r].get('pid')} on {who[r].get('host', 'this host')})" for r in
@@ -166,7 +166,7 @@ def _verdict(
         what = f"no step for {limit_s:g} s on any rank: {', '.join(names)}"
     lines = [f"{what}; the run ends (layout.timeout_s), start it again to resume"]
     lines += [f"rank {rank}: {_from_outside(who[rank])}" for rank in silent]
-    lines += [f"rank {rank} is in\n{told['stack']}" for rank, told in sorted(stuck.items())]
+    lines += [f"rank {rank} is in\n{message['stack']}" for rank, message in sorted(stuck.items())]
     return "\n".join(lines)
 
 
@@ -195,7 +195,7 @@ def _from_outside(process: dict[str, Any]) -> str:
         return "where it is, py-spy would tell, were it installed"
     command = [spy, "dump", "--nonblocking", "--pid", str(process["pid"])]
     try:
-        found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=5)
+        dump = subprocess.run(command, check=False, capture_output=True, text=True, timeout=5)
     except subprocess.TimeoutExpired:
         return "py-spy did not answer either"
-    return found.stdout or found.stderr
+    return dump.stdout or dump.stderr
