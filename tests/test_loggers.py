@@ -162,7 +162,7 @@ def test_tensorboards_thread_may_fail_and_the_run_ends_as_ever(
     assert capfd.readouterr().err.count("TensorBoard failed, the run goes on") == 1
 
 
-@pytest.mark.parametrize("what", ["confusion_picture", "answered", "_histograms", "image_of"])
+@pytest.mark.parametrize("what", ["confusion_picture", "draw_answers", "_histograms", "image_of"])
 def test_a_picture_that_fails_costs_that_picture(
     what: str, tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
