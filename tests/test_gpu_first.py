@@ -37,7 +37,10 @@ def captured(step: Callable[[], None], warm_up: int = 2, stream: Any = None) -> 
     with on_stream(stream):
         for _ in range(warm_up):
             step()
-    with on_stream(stream), torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"):
+    with (
+        on_stream(stream),
+        torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"),
+    ):
         step()
     GRAPHS.append(graph)
     return graph.replay
