@@ -133,7 +133,7 @@ def test_who_decodes_is_by_pipeline_card_and_size() -> None:
     assert assumed(load_config(config), MACHINES["h100"], few, 2e9)[0] == "resident"
     kind, why = assumed(load_config(config), MACHINES["h100"], many, 2e9)
     assert (kind, why) == (
-        "dali", "auto: images decoded once take 251.89 GB a rank, of 78.00 GB free",
+        "dali", "auto: decoded images would take 251.89 GB per rank, of 78.00 GB free",
     )  # fmt: skip
     assert assumed(load_config(config), MACHINES["cpu"], few, 2e9)[0] == "torch"
     own = load_config([*config, "data.pipeline=torch"])

@@ -354,13 +354,13 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         json.dumps({"data": {"path": str(packed)}, "model": {"classes": 9}})
     )
     cases = [
-        (["train", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["train", "demo", data, "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["train", "demo", data, "model.classes=9"], 2, "train a new network on it with model.cl"),
         (["train", "demo", "data.path=/nowhere"], 1, "/nowhere/dataset.json is missing"),
         (["train", "demo", data, "train.init_from=runs/no"], 1, "train.init_from='runs/no': runs"),
         (["train", "demo", "lr=1"], 2, "did you mean schedule.rate?"),
         (["evaluate", "runs/no"], 1, "runs/no is neither a run folder nor a checkpoint in "),
-        (["evaluate", str(run), "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["evaluate", str(run), "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=9"),
         (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
         (["figures", "runs/no"], 1, "neither a run folder"),
@@ -368,7 +368,7 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),
         (["plan", "runs/no"], 2, "'runs/no' is neither a config file nor key=value"),
         (["plan", "demo", "--gpus", "h100:8", "lr=1"], 2, "did you mean schedule.rate?"),
-        (["compare", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["compare", "demo", data, "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["bench", "step", "lr=1"], 2, "did you mean schedule.rate?"),
         (["doctor", "lr=1"], 2, "did you mean schedule.rate?"),
     ]

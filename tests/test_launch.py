@@ -272,7 +272,7 @@ def test_shipped_clusters_load(name: str) -> None:
         (["cluster.nodes=0"], r"cluster\.nodes=0: must be at least 1"),
         (["cluster.gpus_per_node=-1"], r"cluster\.gpus_per_node=-1: must be at least 0"),
         (["cluster.time_min=2"], r"cluster\.signal_s=120: .* limit of cluster\.time_min=2 minutes"),
-        (["cluster.setup=["], r"cluster\.setup=\[: '\[' is not a YAML value"),
+        (["cluster.setup=["], r"cluster\.setup=\[: '\[' is not valid YAML"),
         (["cluster.sbatch=long"], r"cluster\.sbatch=long: must be keys and values, as in \{qos:"),
         (["cluster.mem=8"], r"unknown key cluster\.mem; did you mean cluster\.memory_gb\?"),
     ],
@@ -292,10 +292,10 @@ def test_a_cluster_file_that_would_grow_is_refused(tmp_path: Path) -> None:
 def test_a_cluster_says_what_its_keys_say(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("time_min: 1:20\n")
-    with pytest.raises(ConfigError, match=r"mine\.yaml: .*1:20 is another number to YAML"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml: .*YAML would read 1:20 as another"):
         cluster.split([f"cluster={file}"])
     file.write_text("account: 007\n")
-    with pytest.raises(ConfigError, match=r"007 is another number to YAML.* in quotes"):
+    with pytest.raises(ConfigError, match=r"YAML would read 007 as another number.* in quotes"):
         cluster.split([f"cluster={file}"])
     made, _ = cluster.split(["cluster.account=007", "cluster.sbatch={qos: long, exclusive: true}",
                              "cluster.setup=[module load cuda, ulimit -n 9]"])  # fmt: skip
