@@ -353,7 +353,7 @@ def full_disk(ground: Ground, count: int, dice: random.Random) -> Iterator[Row]:
             fill.unlink()
             code, output = run.end()
             row.trials += 1
-            row.recovered += code == 0 and "NOT SAVED, the run goes on" in output
+            row.recovered += code == 0 and "NOT SAVED, but the run continues" in output
             row.holds &= bool(newest and kept and kept.step >= newest.step)
         row.identical = ended_state(small / name) == ground.whole("columns")
     yield row
@@ -438,7 +438,7 @@ def wrong_numbers(ground: Ground, count: int, dice: random.Random) -> Iterator[R
             at = ground.saved(name) + dice.randint(1, 9)
             ended = patched(ground, layout, name, "poison", at)
             row.trials += 1
-            said = f"step {at + 1}: its loss is nan" in ended.stderr
+            said = f"step {at + 1}: the loss is nan" in ended.stderr
             row.recovered += said and ended.returncode == 1 and ground.saved(name) <= at
         row.identical = ground.finish(layout, name)
         yield row
@@ -453,7 +453,7 @@ def flipped_bits(ground: Ground, count: int, dice: random.Random) -> Iterator[Ro
             at = ground.saved(name) + dice.randint(1, 9)
             ended = patched(ground, layout, name, "flip", at)
             row.trials += 1
-            said = "replicas are no longer equal to the bit: conv2.weight of rank" in ended.stderr
+            said = "replicas are no longer bitwise equal: conv2.weight of rank" in ended.stderr
             row.recovered += said and ended.returncode == 1 and ground.saved(name) <= at
         row.identical = ground.finish(layout, name)
         yield row

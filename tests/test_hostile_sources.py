@@ -124,7 +124,7 @@ def test_a_pickle_takes_no_more_memory_than_its_size(content: bytes) -> None:
     ("content", "said"),
     [
         (b"\x80\x02}" + b"}" * 2**22 + b".", "more than 262,144 opcodes"),
-        (b"\x80\x02}" + b"(\x8a\x09" + b"\xff" * 8 + b"\0" + b"K\0u.", "no such file needs"),
+        (b"\x80\x02}" + b"(\x8a\x09" + b"\xff" * 8 + b"\0" + b"K\0u.", "such a file does not need"),
         # The same million letters to bytes, again and again.
         (b"\x80\x02}(" + pickle.dumps("a" * 10**6, 2)[2:-1] + b"q\1c_codecs\nencode\nq\2"
          + b"h\2h\1U\1x\x86R" * 5000 + b"u.", "more bytes than its own length"),

@@ -60,7 +60,7 @@ def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> 
 def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
     assert environment.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
     assert environment.tasks_per_node("4") == (4,)
-    with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=two: not as Slurm"):
+    with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=two: must be as Slurm"):
         environment.tasks_per_node("two")
 
 
@@ -71,7 +71,7 @@ def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
         ("columns_x_replicas", (2, 2), ""),
         ("one", (1,), ""),
         ("columns", (1,), ""),  # a task alone starts its own ranks
-        ("replicas", (2, 1), "every node must have as many"),
+        ("replicas", (2, 1), "every node must have the same number"),
         ("columns_x_replicas", (1, 1, 1, 1), "ask for cluster.tasks_per_node=2"),
         ("columns_x_replicas", (3, 3), "ask for cluster.tasks_per_node=2"),
         ("columns", (2, 2), "takes 2 ranks"),

@@ -127,7 +127,7 @@ def test_features_are_what_layers_make(own: Trained) -> None:
         own.features(files, "fc9")
     with pytest.raises(DatasetError, match=r"missing\.jpg: there is no such file: leave it out"):
         own.features([files[0], "missing.jpg"])
-    with pytest.raises(ConfigError, match="no image was named"):
+    with pytest.raises(ConfigError, match="name at least one image"):
         own.features([])
 
 

@@ -44,7 +44,7 @@ def resolved(config: Config) -> Config:
     if train.init_sha256 not in ("any", found):
         raise ConfigError(
             f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {found}: name the "
-            "weights this run is to begin from, or set train.init_sha256=any"
+            "weights that this run is to start from, or set train.init_sha256=any"
         )
     begun = dataclasses.replace(train, init_from=str(source.path), init_sha256=found)
     return dataclasses.replace(config, train=begun)

@@ -99,7 +99,8 @@ def forecast(planned: Plan, config: Config, at: Cluster) -> Forecast:
     machine, ranks = at.machine, planned.ranks
     if machine.overlap and ranks > at.total:
         raise ConfigError(
-            f"{ranks} ranks on {at.total} × {machine.name}: give --gpus as many, or fewer --ranks"
+            f"{ranks} ranks do not fit on {at.total} × {machine.name}: give more --gpus, or fewer "
+            "--ranks"
         )
     images, kept, source, missing = _images(config)
     places = {} if ranks == 1 else {"alone": planned.alone}
@@ -161,9 +162,9 @@ def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[
         return "torch", "auto, on a CPU"
     size, free = 3.0 * config.data.canvas**2 * kept, machine.capacity - needs
     if not (machine.decode or machine.decode_by_cuda):
-        return "torch", "auto: DALI is not for this GPU"
+        return "torch", "auto: DALI cannot decode on this GPU"
     kind = "resident" if size <= SHARE * free else "dali"
-    return kind, f"auto: images decoded once take {gb(size)} a rank, of {gb(free)} free"
+    return kind, f"auto: decoded images would take {gb(size)} per rank, of {gb(free)} free"
 
 
 def recommended(found: Mapping[str, Prediction]) -> str | None:
@@ -197,7 +198,7 @@ def _images(config: Config) -> tuple[int, int, str, str]:
         kept = sum(len(splits[name]) for name in splits_of(config) if name in splits)
         return len(splits[config.data.train_split]), kept, config.data.path, ""
     except DatasetError as error:
-        source = f"ILSVRC-2012's: {config.data.path} is no data set here"
+        source = f"ILSVRC-2012's, because {config.data.path} holds no data set"
         return _ILSVRC_2012[0], sum(_ILSVRC_2012), source, f"{error}"
 
 
@@ -251,12 +252,14 @@ def lines(outlook: Forecast, own: str) -> list[str]:
     bases: dict[str, list[str]] = {}
     for kind, one in found.items():
         bases.setdefault(one.basis, []).append("one" if kind == "alone" else kind)
-    text.append("times of steps: " + "; ".join(
+    text.append("basis of the times: " + "; ".join(
         f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
     ))  # fmt: skip
     best, decode = outlook.recommended, outlook.decode
     if best is None:
-        text.append("recommended: none fits; a smaller train.batch, or more train.micro_batches")
+        text.append(
+            "recommended: none, because none fits: lower train.batch, or raise train.micro_batches"
+        )
     else:
         speed = found[best]
         text.append(
@@ -264,9 +267,9 @@ def lines(outlook: Forecast, own: str) -> list[str]:
             f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
             f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
             f"its bottleneck: {speed.bottleneck}"
-            + (" (yours)" if best == own else f"; yours, {own}, see above")
+            + (" (yours)" if best == own else f"; for yours, {own}, see above")
         )
-    text.append(f"decoding: training takes {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
+    text.append(f"decoding: training needs {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
     if outlook.data_missing:
         text.append(f"no data set: {printable(outlook.data_missing)}")
     text += ["", *plot(outlook.schedule)]
@@ -274,7 +277,7 @@ def lines(outlook: Forecast, own: str) -> list[str]:
         text += [
             "",
             f"measured in {run['folder']}: {run['images_per_s']:,.0f} images/s, waiting for data "
-            f"{run['data_wait']:.0%} (median of {run['points']} points); predicted: "
+            f"{run['data_wait']:.0%} of the time (median of {run['points']} points); predicted: "
             f"{run['predicted_to_measured']:.2f} of that",
         ]
     return text
@@ -288,7 +291,10 @@ def _decoded(decode: Appetite) -> str:
     if decode.gpus is None:
         return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
     if decode.pipeline != "torch":
-        by += f"; threads of data.pipeline=torch give {decode.by_threads_images_per_s:,.0f}"
+        by += (
+            "; the threads of data.pipeline=torch would decode "
+            f"{decode.by_threads_images_per_s:,.0f}"
+        )
     return by
 
 

@@ -104,8 +104,8 @@ MACHINES = {
     ),
     "h200": _card(
         "H200 SXM 141 GB", PEAK_FLOPS["H200"], _H200_FP32, 4.8e12, 141e9, _LINK * 450e9, 50e9, 16.0,
-        "what it reached of its data sheet and its decoders were measured on one; links not run: a "
-        "DGX H200's NVLink 4 and 8 × 400 Gb/s", 7,
+        "its links were not measured but are a DGX H200's NVLink 4 and 8 × 400 Gb/s; how much of "
+        "its data sheet it reaches, and its decoders, were measured on one", 7,
     ),
     "h100": _card(
         "H100 SXM 80 GB", PEAK_FLOPS["H100"], 67e12, 3.35e12, 80e9, _LINK * 450e9, 50e9, 14.0,
@@ -114,41 +114,41 @@ MACHINES = {
     "a100": dataclasses.replace(
         _card(
             "A100 SXM 80 GB", PEAK_FLOPS["A100"], 19.5e12, 2.04e12, 80e9, _LINK * 300e9, 25e9, 16.0,
-            "data sheet, not run; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; by operators, "
-            "16,487 images/s published of one", 5,
+            "data sheet, not run; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; one reached "
+            "16,487 images/s with torch's operators, as published", 5,
         ),
         step_s=1e-3,
     ),
     "l40s": _card(
         "L40S 48 GB", PEAK_FLOPS["L40S"], 91.6e12, 864e9, 48e9, _PCIE4, 25e9, 8.0,
-        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 200 Gb/s, supposed; nothing is "
-        "known here of its JPEG engines", 0,
+        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 200 Gb/s is assumed; its JPEG "
+        "engines are not known", 0,
     ),
     "a10": _card(
         "A10 24 GB", PEAK_FLOPS["A10"], 31.2e12, 600e9, 24e9, _PCIE4, 12.5e9, 8.0,
-        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s is assumed",
     ),
     "t4": _card(
         "T4 16 GB", 0.0, 8.1e12, 300e9, 16e9, _LINK * 16e9, 12.5e9, 8.0,
-        "data sheet, not run; it has neither bf16 nor TF32; PCIe 3; a host of 64 cores and "
-        "8 × 100 Gb/s, supposed",
+        "data sheet, not run; it has neither bf16 nor TF32; PCIe 3; a host of 64 cores and 8 × "
+        "100 Gb/s is assumed",
     ),
     "rtx4090": _card(
         "RTX 4090 24 GB", PEAK_FLOPS["4090"], 82.6e12, 1.008e12, 24e9, _PCIE4, 12.5e9, 8.0,
-        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+        "data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s is assumed",
     ),
     "v100": Machine(
         "V100 SXM2 16 GB", {"bf16": 125e12, "fp32": 15.7e12}, 0.378, 0.9e12, 1e-3,
         _LINK * 150e9, 3e-6, _LINK * 7e9, 6e-6,
-        "data sheet, not run; it has no bf16, its fp16 stands there: a run wants fp32; NVLink 2, "
-        "and between nodes the 56 Gb/s of the published 512; reached: 9,319 images/s published of "
-        "one; 40 cores of 8; no fused kernels",
+        "data sheet, not run; it has no bf16: its fp16 speed is used, but a run needs fp32; "
+        "NVLink 2, and between nodes the 56 Gb/s of the published 512; one reached 9,319 "
+        "images/s, as published; 40 cores for 8; no fused kernels",
         0.0, 5.0, 16e9, lrn_passes=_LRN, decode_by_cuda=_BY_CUDA * 15.7e12 / _H200_FP32,
     ),
     "k20": Machine(
         "K20", {"fp32": 3.52e12}, 0.40, 208e9, 1e-3, 6e9, 2e-5, 12e9, 5e-5,
-        "data sheet; Krizhevsky 2014: PCIe 2 at 6 GB/s between 4 of a socket (a node, here), half "
-        "of it between sockets; reached: its 98 hours on one",
+        "data sheet; as in Krizhevsky 2014: PCIe 2 at 6 GB/s between the 4 of a socket (here, a "
+        "node), half of it between sockets; reached: his 98 hours on one",
         0.0, 2.0, 5e9, lrn_passes=_LRN_THEN,
     ),
     "gtx580": Machine(
@@ -194,8 +194,8 @@ class Cluster:
         kind = kind if kind in MACHINES else f"rtx{kind}"
         if kind not in MACHINES or min(numbers) < 1:
             raise ConfigError(
-                f"--gpus {text}: write KIND, KIND:DEVICES, DEVICESxKIND or KIND:DEVICESxNODES, as "
-                f"in h100:8x4, with a kind of {', '.join(MACHINES)}"
+                f"--gpus {text}: must be KIND, KIND:DEVICES, DEVICESxKIND or KIND:DEVICESxNODES, "
+                f"as in h100:8x4, with one of the kinds {', '.join(MACHINES)}"
             )
         return cls(machine or MACHINES[kind], *numbers)
 
@@ -223,7 +223,7 @@ def read_machine(path: Path) -> Machine:
         return Machine(**json.loads(read_bytes(path)))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"--machine {path}: not a machine that plan --fit wrote: {error}"
+            f"--machine {path}: is not a machine that plan --fit wrote: {error}"
         ) from error
 
 

@@ -122,10 +122,11 @@ def lines(planned: Plan) -> list[str]:
     text += [f"{name:8}{layers[name]:12,}{flops[name] / 1e6:21,.1f}" for name in layers]
     text += [
         f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
-        f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP an image, "
-        f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP a step",
+        f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP per image, "
+        f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP per step",
         "",
-        f"on {planned.ranks} rank(s), a batch of {planned.batch} in all; of a rank, a step:",
+        f"on {planned.ranks} rank(s) with a batch of {planned.batch} in all, for each rank and "
+        "step:",
         f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
     ]
     for kind, found in planned.layouts.items():
@@ -141,6 +142,6 @@ def lines(planned: Plan) -> list[str]:
     own = planned.layouts[planned.layout]
     if isinstance(own, Misfit):
         return text
-    text += ["", f"memory of a rank of {planned.layout}, MB at its peak:"]
+    text += ["", f"memory of a rank with {planned.layout}, MB at its peak:"]
     text += [f"  {name:18}{size / 1e6:10,.1f}" for name, size in own.memory.items()]
     return text

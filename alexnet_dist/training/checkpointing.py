@@ -43,9 +43,9 @@ def resume(
             checkpoints.check_same_run(found, config, digest)
             if found.step > schedule.last_step:
                 raise ConfigError(
-                    f"train.epochs={config.train.epochs:g}: ends at step {schedule.last_step}, and "
-                    f"the run in {folder.path} is at step {found.step}: raise it, or give another "
-                    "name="
+                    f"train.epochs={config.train.epochs:g}: ends at step {schedule.last_step}, "
+                    f"but the run in {folder.path} is already at step {found.step}: raise it, or "
+                    "give another name="
                 )
             check_values(found.parameters(), found.optimizer())
         path = checkpoints.settle(folder.checkpoints, found, wrong)
@@ -65,8 +65,8 @@ def resume(
         return Progress.of(found.progress)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"{path}/progress.json: not what a run writes ({error!r}): move that checkpoint out of "
-            "the run folder to go on from the one before"
+            f"{path}/progress.json: is not what a run writes ({error!r}): move that checkpoint "
+            "out of the run folder to resume from the one before"
         ) from error
 
 

@@ -108,7 +108,9 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
         file.flush()
         code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
-        failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
+        failed = RanksFailed(
+            f"{config.folder}: a rank ended with exit code {code}, and reported why"
+        )
         failed.exit_code = code
         raise failed
     newest, _ = checkpoints.newest_good(config.folder / "checkpoints")
@@ -228,7 +230,8 @@ def _run(
                     if not math.isfinite(score.loss):
                         raise NotFinite(
                             f"the evaluation after step {step} gave a loss of {score.loss}: "
-                            "nothing was saved since. Lower schedule.rate, or warm up longer"
+                            "nothing has been saved since the last checkpoint. Lower "
+                            "schedule.rate, or warm up longer"
                         )
                     progress.observe(score, schedule)
                     telemetry.evaluation(step, epoch, score, engine)
@@ -306,7 +309,7 @@ def _opening(
     if config.data.eval_split == NO_SPLIT:
         unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept\n"
         if config.schedule.kind == "plateau":
-            unscored = unscored[:-1] + ", and the rate of schedule.kind=plateau never falls\n"
+            unscored = unscored[:-1] + ", and the rate of schedule.kind=plateau never drops\n"
     return (
         f"{folder.path} {begins}: {last} steps, {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "

@@ -73,9 +73,9 @@ class Progress:
         numbers = [made.best_error, *made.interval, *(vars(score).values() if score else ())]
         counts = [made.step, made.evaluated_step, made.damaged, made.skipped, made.best_step or 0]
         if len(made.interval) != 5 or not all(type(n) in (int, float) for n in numbers):
-            raise ValueError("numbers that are none")
+            raise ValueError("some of its numbers are not numbers")
         if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("counts that are none")
+            raise ValueError("some of its counts are not counts")
         return made
 
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
@@ -119,18 +119,19 @@ class Progress:
         if stats.failed:
             kept = folder.keep_batch(one.batch, step, topology.global_rank)
             what = (
-                f"step {step}: its loss is {stats.loss / size:.4g} and its gradient's norm "
-                f"{stats.norm:.4g}: the update was not made, its batch is in {kept.parent}"
+                f"step {step}: the loss is {stats.loss / size:.4g} and the gradient norm "
+                f"{stats.norm:.4g}: this update was skipped, and its batch is kept in "
+                f"{kept.parent}"
             )
             if self.skipped >= config.train.max_skipped:
                 raise NotFinite(
-                    f"{what}; {self.skipped} left out before, train.max_skipped="
-                    f"{config.train.max_skipped}. Lower schedule.rate, warm up longer, or look at "
-                    "the data"
+                    f"{what}; {self.skipped} skipped before, "
+                    f"train.max_skipped={config.train.max_skipped}. Lower schedule.rate, warm up "
+                    "longer, or look at the data"
                 )
             self.skipped += 1
             log.warning(
-                f"{what}; left out {self.skipped} of train.max_skipped={config.train.max_skipped}"
+                f"{what}; skipped {self.skipped} of train.max_skipped={config.train.max_skipped}"
             )
             return
         for place, value in enumerate(

@@ -29,8 +29,8 @@ class Unharmed:
             return False
         if not self._said:
             log.warning(
-                f"{self._what} failed, the run goes on without (this is said once): "
-                f"{type(error).__name__}: {error}"
+                f"{self._what} failed, but the run continues without it (further failures are not "
+                f"reported): {type(error).__name__}: {error}"
             )
         self._said = True
         return True
@@ -42,7 +42,7 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
+        log.warning(f"NOT WRITTEN, but the run continues: {path}: {error}")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
