@@ -171,7 +171,7 @@ def facts(commit: str | None) -> dict[str, Any]:
         try:
             commit = commit_of(*MEASURED)
         except (OSError, subprocess.CalledProcessError):
-            sys.exit("git says of no commit that this is: say it yourself, COMMIT=NAME")
+            sys.exit("git cannot say which commit this is: name it, COMMIT=NAME")
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         driver = subprocess.check_output(query, text=True, timeout=30).split()[0]
@@ -372,13 +372,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all")
-    parser.add_argument("--commit", help="that this is; what git says, if left out")
-    parser.add_argument("--within", type=float, default=570, help="seconds, in all")
+    parser.add_argument("part", nargs="*", help=f"one or more of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--commit", help="the commit that is measured (default: git's)")
     parser.add_argument(
-        "--document", action="store_true", help="write docs/performance.md's tables"
+        "--within", type=float, default=570, help="stop after this many seconds (default: 570)"
     )
-    parser.add_argument("--photographs", type=Path, help="make them in this folder")
+    parser.add_argument(
+        "--document", action="store_true", help="only write the tables of docs/performance.md"
+    )
+    parser.add_argument(
+        "--photographs", type=Path, help="only make the photographs, in this folder"
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and end what was started
     if unknown := {*options.part} - {*PARTS}:

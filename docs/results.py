@@ -249,12 +249,15 @@ def _hindered(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
     given = sources(row, done, bench)
     needed = [*row.of, *([row.variant.begins] if row.variant.begins else [])]
     if given is None:
-        return "what it is chosen by, begins from or averages is not there yet"
+        return "the run it is chosen by, starts from or averages is missing"
     if gone := [name for name in needed if not (bench.runs / name / "checkpoints").exists()]:
-        return f"{gone[0]}'s network is not here; without its row in {bench.rows.name} it would be"
+        return (
+            f"{gone[0]}'s network is missing, and its row in {bench.rows.name} keeps it from being "
+            "trained again"
+        )
     path = Path(_config(given).data.path)
     there = (ROOT / path / "dataset.json").exists()
-    return "" if there else f"{path} is not there: docs/results.md says how to make it"
+    return "" if there else f"{path} is missing: docs/results.md says how to make it"
 
 
 def _config(given: Sequence[str]) -> Any:
@@ -290,7 +293,7 @@ def _log(row: Row, kind: str, bench: Bench) -> Path:
 
 def _started(row: Row, bench: Bench) -> contextlib.AbstractContextManager[Any]:
     """Start a row in a process of its own."""
-    print(f"{row.name}: begins", flush=True)
+    print(f"{row.name}: starts", flush=True)
     _log(row, "out", bench).parent.mkdir(parents=True, exist_ok=True)
     small = ["--small", str(bench.small)] if bench.small else []
     command = [sys.executable, __file__, "--row", row.name, *small]
@@ -315,7 +318,7 @@ def one_row(name: str, bench: Bench) -> None:
 def _kept(row: Row, failed: str, done: Mapping[str, Any], machine: str, bench: Bench) -> bool:
     """Record a row that has ended; return False if it failed."""
     if failed.startswith("not done"):
-        print(f"{row.name}: stopped; the same command goes on", flush=True)
+        print(f"{row.name}: stopped; run the same command to continue", flush=True)
         return True
     given = sources(row, done, bench) or []
     command = ["evaluate", *map(bench.shown, row.of)] if row.of else ["train", *given]
@@ -534,15 +537,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("part", nargs="*", help=f"of {', '.join(PARTS)}; all")
-    parser.add_argument("--commit", help="that this is; what git says, if left out")
-    parser.add_argument("--within", type=float, default=math.inf, help="seconds, in all")
+    parser.add_argument("part", nargs="*", help=f"one or more of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--commit", help="the commit that is measured (default: git's)")
+    parser.add_argument(
+        "--within", type=float, default=math.inf, help="stop after this many seconds"
+    )
     parser.add_argument(
         "--small", type=Path, metavar="FOLDER",
-        help="of small data sets: see that rows run, an eighth of each network, some steps",
+        help="try all rows on small data sets, with an eighth of each network, for a few steps",
     )  # fmt: skip
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--document", action="store_true", help="write the pages' tables")
+    parser.add_argument(
+        "--document", action="store_true", help="only write the tables of the pages"
+    )
     options = parser.parse_args()
     if unknown := {*options.part} - {*PARTS}:
         parser.error(f"{', '.join(sorted(unknown))}: a part is one of {', '.join(PARTS)}")
@@ -558,7 +565,7 @@ def main() -> int:
     try:
         commit = options.commit or commit_of(*MEASURED)
     except (OSError, subprocess.CalledProcessError):
-        sys.exit("git says of no commit that this is: say it yourself, COMMIT=NAME")
+        sys.exit("git cannot say which commit this is: name it, COMMIT=NAME")
     bench = Bench.of(small, commit=commit, within=options.within)
     return 0 if measure(options.part or PARTS, bench) else 1
 

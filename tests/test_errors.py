@@ -228,7 +228,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (peer_lost, r"connection to another rank is lost.* to resume from the last checkpoint"),
         (no_space, r"No space left on device.*: make room, or name another disk by output_dir="),
         (not_ours, r"/proc/run: cannot be written .*: set output_dir= or name="),
-        (no_locks, r"file system has no locks .*set output_dir= to another file system, or mount it with"),
+        (no_locks, r"file system has no locks .*set output_dir= to another file system, or"),
         (too_many_files, r"'shard-00000\.tar': raise the limit on open files: ulimit -n"),
         (data_elsewhere, r"data/imagenet/dataset\.json is missing in /.*: make .* set data\.path"),
         (run_elsewhere, r"runs/demo is neither .* checkpoint in /.*: name runs/NAME"),

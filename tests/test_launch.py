@@ -211,7 +211,7 @@ def test_a_job_whose_ranks_never_began_is_tried_again_within_a_bound(
         assert job.after(137, config) == 0
         assert len(requeued) == restart + 1
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    with pytest.raises(RunFolderError, match=r"starts in a row saved nothing.*left with 137"):
+    with pytest.raises(RunFolderError, match=r"starts in a row saved nothing.*ended with 137"):
         job.after(137, config)
     assert len(requeued) == 3
     assert job.after(2, tiny("name=mistake")) == 2  # the ranks have said which
@@ -258,7 +258,10 @@ def test_shipped_clusters_load(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["cluster=nowhere"], r"cluster=nowhere: no such file, nor one of dev, template"),
+        (
+            ["cluster=nowhere"],
+            r"cluster=nowhere: there is no such file, and it is not one of dev, template",
+        ),
         (
             ["cluster.node=1"],
             r"command line: unknown key cluster\.node; did you mean cluster\.node",
@@ -271,7 +274,10 @@ def test_shipped_clusters_load(name: str) -> None:
         ),
         (["cluster.nodes=0"], r"cluster\.nodes=0: must be at least 1"),
         (["cluster.gpus_per_node=-1"], r"cluster\.gpus_per_node=-1: must be at least 0"),
-        (["cluster.time_min=2"], r"cluster\.signal_s=120: .* limit of cluster\.time_min=2 minutes"),
+        (
+            ["cluster.time_min=2"],
+            r"cluster\.signal_s=120: must be less than the 2 minutes of cluster\.time_min",
+        ),
         (["cluster.setup=["], r"cluster\.setup=\[: '\[' is not valid YAML"),
         (["cluster.sbatch=long"], r"cluster\.sbatch=long: must be keys and values, as in \{qos:"),
         (["cluster.mem=8"], r"unknown key cluster\.mem; did you mean cluster\.memory_gb\?"),
@@ -309,7 +315,7 @@ def test_values_of_an_ensemble() -> None:
     assert ensemble.values_of("model.dropout=0.3,0.5") == ("model.dropout", ["0.3", "0.5"])
     assert ensemble.values_of("model.fc=[8,8],[4,4]") == ("model.fc", ["[8,8]", "[4,4]"])
     for wrong in ("seed", "seed=", "seed=1,1", "seed=4..0"):
-        with pytest.raises(ConfigError, match=r"write KEY=0\.\.4"):
+        with pytest.raises(ConfigError, match=r"must be KEY=0\.\.4"):
             ensemble.values_of(wrong)
 
 
@@ -329,7 +335,7 @@ def test_several_keys_are_combined(run: list[str]) -> None:
         "some-dropout-0.3-seed-0", "some-dropout-0.5-seed-1",
     ]  # fmt: skip
     assert (found[3].config.model.dropout, found[3].config.seed) == (0.5, 1)
-    with pytest.raises(ConfigError, match="seed, seed: each key once"):
+    with pytest.raises(ConfigError, match="seed, seed: name each key once"):
         ensemble.members_of(run, ["seed=0,1", "seed=2,3"], None)
     with pytest.raises(ConfigError, match=r"two members would be named some-fc-_36_28_"):
         ensemble.members_of(run, ["model.fc=[36,28],[36 ,28]"], None)
@@ -357,7 +363,7 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
         line.split()[1:4] for line in said.splitlines() if re.search(r"-seed-\d +\d +fin", line)
     ]
     assert rows == [["0", "finished", "2/2"], ["1", "finished", "2/2"]]
-    assert re.search(r"some-seed-7  7     not begun  -     -  +-", said)
+    assert re.search(r"some-seed-7  7     not started  -     -  +-", said)
     assert "  best top-1 error  last\n" in said
     assert "run 2 of 3: " in said
     assert "the average of 2 of 3: top-1 error " in said
@@ -525,7 +531,7 @@ def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
     failed = row({}, state="failed", reason="first line\nstack")
     assert failed["why"] == "first line"
     assert "first line" in status.table([failed])
-    with pytest.raises(RunFolderError, match=r"no run\.json here"):
+    with pytest.raises(RunFolderError, match=r"has no run\.json"):
         status.status(tmp_path / "nowhere", {})
 
 
@@ -543,10 +549,10 @@ def test_status_passes_over_what_lies_beside_runs(
     said = capsys.readouterr()
     assert re.findall(r"^\S+", said.out, re.M) == ["run", str(config.folder)]
     beside = ", ".join(str(tmp_path / name) for name in ("mlruns", "report.html"))
-    assert said.err == f"passed over, not of a run: {beside}\n"
+    assert said.err == f"skipped, not a run folder: {beside}\n"
     for named in (["mlruns"], [config.name, "typo"]):
         assert status.main([str(tmp_path / name) for name in named]) == 1
-        assert f"{tmp_path / named[-1]}: no run.json here" in capsys.readouterr().err
+        assert f"{tmp_path / named[-1]}: has no run.json" in capsys.readouterr().err
 
 
 def test_a_container_without_scontrol_says_how_to_go_on(

@@ -158,7 +158,7 @@ def test_status_goes_on_past_a_damaged_run(
     out, err = capsys.readouterr()
     assert code == 1
     assert "finished" in out
-    assert f"launch: {tmp_path / 'none'}: no run.json here" in err
+    assert f"launch: {tmp_path / 'none'}: has no run.json" in err
     assert "Traceback" not in err
 
 

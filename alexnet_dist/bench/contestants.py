@@ -57,7 +57,7 @@ class Contestant:
         print(self.pieces, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise ConfigError(f"bench: {self.name!r} failed; it has said why")
+            raise ConfigError(f"bench: {self.name!r} failed, and has reported why")
         seconds, given, self.peak = json.loads(answer)
         self.given.append(given)
         return float(seconds)
