@@ -163,8 +163,8 @@ def columns_picture(
         _show_maps(axes[:, 1:], maps)
         picture.figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         picture.figure.supxlabel(
-            f"Of each layer the {_ACROSS * _DOWN} maps with the largest sums, each scaled to "
-            "its own largest value, darkest. Dashed: what the network sees.",
+            f"For each layer, the {_ACROSS * _DOWN} maps with the largest sums, each scaled to "
+            "its own largest value (darkest). Dashed: what the network sees.",
             fontsize=14, color="0.3",
         )  # fmt: skip
 

@@ -73,7 +73,7 @@ def test_a_layout_that_cannot_be_is_one_clear_line(command: list[str]) -> None:
         ("replicas:3", "train.batch=8: must be divisible by 3 replicas"),
         ("sharded_fc:3", "cannot be split over 3 ranks, only over 2, 4"),
         ("rows:2", "layout.kind=rows"),
-        ("replicas:many", "write LAYOUT or LAYOUT:RANKS"),
+        ("replicas:many", "must be LAYOUT or LAYOUT:RANKS"),
     ],
 )
 def test_a_wrong_choice_of_layouts_says_why(layouts: str, message: str) -> None:

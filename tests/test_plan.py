@@ -58,7 +58,7 @@ def test_a_plan_is_read_by_people() -> None:
     assert "launcher" not in result.stdout  # none was there
     unpredicted = alexnet_dist("plan", "demo", "train.precision=fp64")
     assert unpredicted.returncode == 0, unpredicted.stderr
-    assert "no prediction: train.precision=fp64: no figure for" in unpredicted.stdout
+    assert "no prediction: train.precision=fp64: no speed is known for" in unpredicted.stdout
 
 
 def formula(config: Config, ranks: int) -> dict[str, int]:

@@ -340,7 +340,7 @@ def test_a_verdict_says_what_to_do(
     ("mfu", "more", "said"),
     [
         (0.2, [], "^computing 90%"),
-        (0.013, ["data.pipeline=torch"], r"^the GPU does 1\.3% .* data\.pipeline=dali"),
+        (0.013, ["data.pipeline=torch"], r"^the GPU reaches 1\.3% .* data\.pipeline=dali"),
         (0.013, ["data.pipeline=dali", "train.execution=fused"], r"train\.execution=graph"),
         (0.013, ["data.pipeline=dali"], r": a larger train\.batch$"),
         (0.013, ["data.pipeline=dali", "layout.kind=zero1"], r": a larger train\.batch$"),

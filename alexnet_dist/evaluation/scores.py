@@ -57,7 +57,7 @@ def save_score(found: Evaluation) -> Path | None:
         files.write(path, json.dumps(content).encode() + b"\n")
         files.sync(out)
     except OSError as error:
-        log.warning(f"not kept, this score is printed alone: {path}: {error}")
+        log.warning(f"this score is printed, but could not be saved: {path}: {error}")
         return None
     return path
 

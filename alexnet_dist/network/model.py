@@ -153,8 +153,8 @@ class AlexNet(nn.Module):
         side = final_side(config)
         if side < 1:
             raise ConfigError(
-                f"model.crop={config.crop}, model.pool={list(config.pool)}: no map left for "
-                f"{config.fc_names[0]}: raise model.crop or pool less"
+                f"model.crop={config.crop}, model.pool={list(config.pool)}: nothing is left of "
+                f"the maps for {config.fc_names[0]}: raise model.crop, or pool less"
             )
         # The convolutions: conv1 … conv5.
         maps = zip(config.conv_names, (3, *config.conv[:-1]), config.conv, strict=True)

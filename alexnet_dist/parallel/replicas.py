@@ -121,9 +121,9 @@ def check_replicas(tensors: Mapping[str, Tensor], topology: Topology, step: int)
         found.append(f"{list(tensors)[index]} of rank {ranks}")
     if found:
         raise ReplicasDiffer(
-            f"step {step}: replicas are no longer equal to the bit: {', '.join(found[:8])}. Memory "
-            "or arithmetic failed there; nothing was saved since: start again, elsewhere if it "
-            "comes back"
+            f"step {step}: replicas are no longer bitwise equal: {', '.join(found[:8])}. Memory "
+            "or arithmetic failed there; nothing was saved since: start again, on other hardware "
+            "if it recurs"
         )
 
 

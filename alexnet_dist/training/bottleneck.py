@@ -29,7 +29,7 @@ def verdict(
     elif data.pipeline == "resident":  # it only crops
         faster = "more cores for each rank"
     elif not stored_at_canvas and data.canvas == 256:  # the size that `prepare` stores
-        faster = "prepare the images without --keep, so that they are not resized at each step"
+        faster = "prepare the images without --keep, so that they need no resizing at each step"
     elif cuda and data.pipeline == "torch":
         faster = "data.pipeline=dali decodes on the GPU"
     else:
@@ -40,7 +40,7 @@ def verdict(
         else "layout.compress_gradients=true halves the bytes"
     )
     if data.pipeline == "torch":
-        fewer = "data.pipeline=dali, whose threads do without Python's lock"
+        fewer = "data.pipeline=dali, whose threads do not need Python's lock"
     elif config.train.execution != "graph":
         fewer = "train.execution=graph, or a larger train.batch"
     else:
@@ -61,7 +61,7 @@ def verdict(
     span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
     if shares[span] < may:
         if mfu is not None and mfu < STARVED and config.train.precision == "bf16":
-            return f"the GPU does {mfu:.1%} of what it could, and may wait for Python: {fewer}"
+            return f"the GPU reaches {mfu:.1%} of its peak, and may be waiting for Python: {fewer}"
         spans = ("windows", "forward", "backward", "optimizer", "step")
         computing = sum(shares[name] for name in spans)
         return f"computing {computing:.0%} of the time: nothing else holds it up"

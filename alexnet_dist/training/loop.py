@@ -93,7 +93,9 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
         file.flush()
         code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
-        failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
+        failed = RanksFailed(
+            f"{config.folder}: a rank ended with exit code {code}, and reported why"
+        )
         failed.exit_code = code
         raise failed
     newest, _ = store.newest_good(config.folder / "checkpoints")

@@ -292,7 +292,7 @@ class Telemetry:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:
-            log.warning(f"NOT WRITTEN YET, the run goes on: {self._metrics.name}: {error}")
+            log.warning(f"NOT WRITTEN YET, but the run continues: {self._metrics.name}: {error}")
 
 
 def _measured(took: Took, cuda: bool) -> tuple[float, ...]:

@@ -32,11 +32,11 @@ def choose_pipeline(config: Config, topology: Topology, dataset: Dataset) -> tup
     else:
         size = decoded_bytes(config, dataset, splits_of(config))
         free = FreeMemory.of(config, topology).device
-        why = f"auto: images decoded once take {gb(size)} a rank, of {gb(free)} free"
+        why = f"auto: decoded images would take {gb(size)} per rank, of {gb(free)} free"
         if size <= SHARE * free:
             kind = "resident"
         elif wrong := _dali_fails(topology):
-            why += f", and DALI does not decode here: {wrong}"
+            why += f", and DALI cannot decode here: {wrong}"
         else:
             kind = "dali"
     return replace(config, data=replace(config.data, pipeline=kind)), why
