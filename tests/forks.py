@@ -95,6 +95,9 @@ def run(arguments: Sequence[str]) -> None:
 def fork_ranks() -> None:
     """Make torchrun's API fork ranks that run a function, instead of starting new Pythons: from a
     server that is itself a fork of this process, made before there are threads."""
+    server = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        return  # done before
     address = connection.arbitrary_address("AF_UNIX")
     (until_left, held), listener = os.pipe(), socket.socket(socket.AF_UNIX)
     listener.bind(address)
@@ -107,7 +110,6 @@ def fork_ranks() -> None:
             os._exit(0)
     os.close(until_left)
     listener.close()
-    server = forkserver._forkserver
     server._forkserver_pid, server._forkserver_alive_fd = pid, held
     server._forkserver_address = address
     spawn.elastic_launch = lambda config, *more: elastic_launch(

@@ -100,6 +100,6 @@ def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None
     assert missing in result.stderr
     made = result.stderr.partition("`alexnet-dist ")[2].partition("`")[0].split()
     assert made[-1] == "data/demo"
-    done = alexnet_dist(*made, cwd=tmp_path)
+    done = alexnet_dist(*made, "--workers", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "demo" / "dataset.json").exists()
