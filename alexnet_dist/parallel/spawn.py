@@ -149,7 +149,10 @@ def launched(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) -> dic
     finds that this process serves it, and opens none of its own: those would listen on every
     interface, and its c10d rendezvous unpickles what it finds there.
     """
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # ours says it
+    from torch.distributed.elastic.agent.server import api  # sets its logger's level when loaded
+
+    for name in ("torch.distributed.elastic", api.__name__):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # ours says it
     store = store_at(LOOPBACK, timedelta(minutes=1))  # lives as long as the ranks
     config = {
         "min_nodes": 1,
