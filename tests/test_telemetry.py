@@ -28,6 +28,7 @@ from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.loop import train
+from alexnet_dist.training.metrics import in_hours
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder
 
@@ -361,6 +362,11 @@ def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("NVIDIA GeForce GTX 580") is None
+
+
+def test_a_run_of_more_than_a_year_says_so() -> None:
+    assert in_hours(400 * 24 * 3600 + 3 * 60 + 7) == "9600:03:07"
+    assert in_hours(0.9) == "0:00:00"
 
 
 def test_goodput_is_what_counts_of_all_the_time(

@@ -126,7 +126,7 @@ def _on(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) 
             return Misfit(f"takes {takes}: on {ranks} fit {', '.join(fitting)}")
         layouts.check(laid_out, ranks)
     except ConfigError as error:
-        return Misfit(str(error))
+        return Misfit(str(error).removeprefix("the command line: "))  # which named no such layout
     if kind in layouts.ZERO_STAGES:
         return _zero(laid_out, ranks, gpu)
     topology, how = fake_topology(laid_out, ranks), execution(laid_out, ranks, gpu)

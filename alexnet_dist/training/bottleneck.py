@@ -10,7 +10,7 @@ STARVED = 0.02  # of a GPU's bf16 peak; below it, the GPU mostly waits
 
 def verdict(
     shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
-    stored_at_canvas: bool, cuda: bool, mfu: float | None = None,
+    within_canvas: bool, cuda: bool, mfu: float | None = None,
 ) -> str:  # fmt: skip
     """Return what limits the speed of training, with advice: a slow rank; else the span that
     exceeds its acceptable share most; else a GPU that is hardly used; else nothing.
@@ -19,7 +19,7 @@ def verdict(
         shares: share of the time by span, the names of `timing.SPANS`.
         slowest: the longest own work of a rank divided by the median rank's, and that rank.
         cores: CPU cores for each rank of this host.
-        stored_at_canvas: whether every training image is stored at canvas size.
+        within_canvas: whether no training image is stored larger than the canvas.
         cuda: whether the run is on GPUs.
         mfu: share of the GPUs' peak that is used; None if it is not known.
     """
@@ -28,7 +28,7 @@ def verdict(
         faster = f"data.workers={cores}"
     elif data.pipeline == "resident":  # it only crops
         faster = "more cores for each rank"
-    elif not stored_at_canvas and data.canvas == 256:  # the size that `prepare` stores
+    elif not within_canvas and data.canvas == 256:  # the size that `prepare` stores
         faster = "prepare the images without --keep, so that they are not resized at each step"
     elif cuda and data.pipeline == "torch":
         faster = "data.pipeline=dali decodes on the GPU"

@@ -9,7 +9,6 @@ import logging
 import os
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -60,8 +59,8 @@ class Telemetry:
     ) -> None:  # fmt: skip
         self._config, self._folder, self._topology = config, folder, topology
         self._step, self._last_step, self._flops = step, schedule.last_step, flops
-        stored = dataset.splits[config.data.train_split].uniform(config.data.canvas)
-        self._circumstances = config, topology.cores, stored, self._cuda  # for `verdict`
+        small = dataset.splits[config.data.train_split].within(config.data.canvas)
+        self._circumstances = config, topology.cores, small, self._cuda  # for `verdict`
         self._classes = config.model.classes
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
@@ -160,7 +159,6 @@ class Telemetry:
             left_s: seconds of training left.
         """
         tops = [f"{name} {values[top]:.1%}" for top, name in telling(self._classes).items()]
-        left = time.gmtime(left_s)
         parts = [
             f"epoch {epoch:.2f}", f"step {step}/{self._last_step}", f"loss {values['loss']:.4f}",
             *tops, f"rate {values['rate']:.2e}", f"{speed['images_per_s']:.0f} images/s",
@@ -168,7 +166,7 @@ class Telemetry:
             *([f"MFU {self._mfu:.0%}"] if self._mfu else []),
             *([f"damaged {values['damaged']:.0f}"] if values["damaged"] else []),
             *_straggler_in_words(speed),
-            f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}",
+            f"ETA {in_hours(left_s)}",
         ]  # fmt: skip
         return "  ".join(parts)
 
@@ -270,6 +268,12 @@ class Telemetry:
                 self._unwritten = self._unwritten[self._metrics.write(self._unwritten) :]
         except OSError as error:
             log.warning(f"NOT WRITTEN YET, the run goes on: {self._metrics.name}: {error}")
+
+
+def in_hours(seconds: float) -> str:
+    """Return a time as H:MM:SS, with as many hours as there are."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _measured(took: Took, cuda: bool) -> tuple[float, ...]:
