@@ -352,6 +352,7 @@ def test_a_slow_rank_comes_first_but_not_before_data() -> None:
     said = verdict(CALM | {"exchange": 0.6}, (1.64, 3), *facts)
     assert said == "rank 3 takes 1.6 times the median: look at what else runs there"
     assert verdict(CALM | {"data": 0.2}, (1.64, 3), *facts).startswith("waiting for data 20%")
+    assert verdict(CALM | {"evaluate": 0.7}, (1.64, 3), *facts).startswith("evaluating 70%")
 
 
 def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
