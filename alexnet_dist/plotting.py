@@ -46,11 +46,13 @@ def kernel_picture(kernels: Tensor, columns: int) -> Picture:
         kernels: (maps, 3, k, k).
 
     Returns:
-        (height, width, 3); each kernel is stretched to the full range, and enlarged three times.
+        (height, width, 3); each kernel is stretched to the full range, and enlarged three times, or
+        more where it is smaller than the paper's 11 × 11.
     """
+    zoom = max(3, round(33 / kernels.shape[-1]))
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     unit = ((kernels - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
-    pixels = np.rint(unit * 255).astype(np.uint8).repeat(3, axis=1).repeat(3, axis=2)
+    pixels = np.rint(unit * 255).astype(np.uint8).repeat(zoom, axis=1).repeat(zoom, axis=2)
     tiles = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     blocks = []
     for block in np.array_split(tiles, columns):

@@ -86,7 +86,10 @@ def _obstacle(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
     if arguments is None:
         return "the run it is chosen by, starts from or averages is missing"
     if gone := [name for name in row.needs if not (bench.runs / name / "checkpoints").exists()]:
-        return f"{gone[0]}'s network is missing, and its row in {bench.rows.name} keeps it from being trained again"
+        return (
+            f"{gone[0]}'s network is missing, and its row in {bench.rows.name} keeps it from "
+            "being trained again"
+        )
     path = Path(config_of(arguments).data.path)
     there = (ROOT / path / "dataset.json").exists()
     return "" if there else f"{path} is missing: docs/results.md says how to make it"

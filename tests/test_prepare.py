@@ -69,6 +69,7 @@ def test_imagenet_is_read_in_place_from_its_tars(imagenet: Path, tmp_path: Path)
     assert [name.split()[0] for name in dataset.classes] == sorted(made.WNIDS)
     assert dataset.classes[0] == "n01440764 tench, Tinca tinca"
     assert dataset.splits["train"].uniform(256)
+    assert dataset.splits["train"].within(256)
     train = dataset.splits["train"].labels(np.arange(24))
     assert train.tolist() == [sorted(made.WNIDS).index(w) for w in made.WNIDS for _ in range(6)]
     # The ground truth is of the images' numbers, whatever their order in the tar.

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from alexnet_dist.training.metrics import in_hours
 from conftest import alexnet_dist, as_overrides
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -357,6 +358,7 @@ def test_a_slow_rank_comes_first_but_not_before_data() -> None:
     said = verdict(CALM | {"exchange": 0.6}, (1.64, 3), *facts)
     assert said == "rank 3 takes 1.6 times the median: look at what else runs there"
     assert verdict(CALM | {"data": 0.2}, (1.64, 3), *facts).startswith("waiting for data 20%")
+    assert verdict(CALM | {"evaluate": 0.7}, (1.64, 3), *facts).startswith("evaluating 70%")
 
 
 def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
@@ -367,6 +369,11 @@ def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("NVIDIA GeForce GTX 580") is None
+
+
+def test_a_run_of_more_than_a_year_says_so() -> None:
+    assert in_hours(400 * 24 * 3600 + 3 * 60 + 7) == "9600:03:07"
+    assert in_hours(0.9) == "0:00:00"
 
 
 def test_goodput_is_what_counts_of_all_the_time(

@@ -248,8 +248,8 @@ class LayoutConfig:
     ]
     deepspeed: Annotated[
         str,
-        Key("zero1, zero2: a DeepSpeed config (JSON) whose keys override ours, or none", mutable=True,
-            path=True),
+        Key("zero1, zero2: a DeepSpeed config (JSON) whose keys override ours, or none",
+            mutable=True, path=True),
     ]  # fmt: skip
     device: Annotated[
         Literal["auto", "cpu", "cuda"],

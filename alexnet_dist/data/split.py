@@ -65,6 +65,11 @@ class Split:
         """Whether every image is a square of this side, pixels."""
         return bool((self.index["height"] == side).all() and (self.index["width"] == side).all())
 
+    def within(self, side: int) -> bool:
+        """Whether no image is stored larger than this, as `prepare` stores them without --keep: its
+        shorter side, pixels."""
+        return bool((np.minimum(self.index["height"], self.index["width"]) <= side).all())
+
     def check_shard(self, number: int) -> None:
         """Raise DatasetError where a shard has changed since it was packed."""
         check_hash(self.shards[number], self.sha256s[number])

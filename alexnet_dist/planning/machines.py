@@ -106,8 +106,8 @@ MACHINES = {
     "h200": _card(
         "H200 SXM 141 GB", bf16=PEAK_FLOPS["H200"], fp32=_H200_FP32, memory=4.8e12, capacity=141e9,
         link=_LINK * 450e9, nic=50e9, cores=16.0, engines=7,
-        source="its links were not measured but are a DGX H200's NVLink 4 and 8 × 400 Gb/s; how much "
-        "of its data sheet it reaches, and its decoders, were measured on one",
+        source="its links were not measured but are a DGX H200's NVLink 4 and 8 × 400 Gb/s; how "
+        "much of its data sheet it reaches, and its decoders, were measured on one",
     ),
     "h100": _card(
         "H100 SXM 80 GB", bf16=PEAK_FLOPS["H100"], fp32=67e12, memory=3.35e12, capacity=80e9,
@@ -155,8 +155,8 @@ MACHINES = {
         "K20", peak={"fp32": 3.52e12}, reached=0.40, memory=208e9, step_s=1e-3, link=6e9,
         latency_s=2e-5, node_link=12e9, node_latency_s=5e-5, cores=2.0, capacity=5e9,
         lrn_passes=_LRN_THEN,
-        source="data sheet; as in Krizhevsky 2014: PCIe 2 at 6 GB/s between the 4 of a socket (here, "
-        "a node), half of it between sockets; reached: his 98 hours on one",
+        source="data sheet; as in Krizhevsky 2014: PCIe 2 at 6 GB/s between the 4 of a socket "
+        "(here, a node), half of it between sockets; reached: his 98 hours on one",
     ),
     "gtx580": Machine(
         "GTX 580 3 GB", peak={"fp32": 1.58e12}, reached=0.33, memory=192e9, step_s=1e-3, link=5e9,

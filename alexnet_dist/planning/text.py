@@ -15,7 +15,8 @@ def plan_lines(planned: Plan) -> list[str]:
         f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP per image, "
         f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP per step",
         "",
-        f"on {planned.ranks} rank(s), with a batch of {planned.batch} in all, for each rank and step:",
+        f"on {planned.ranks} rank(s) with a batch of {planned.batch} in all, for each rank and "
+        "step:",
         f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
     ]
     for kind, found in planned.layouts.items():
@@ -99,7 +100,10 @@ def _decoded(decode: DecodingForecast) -> str:
     if decode.gpus is None:
         return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
     if decode.pipeline != "torch":
-        by += f"; the threads of data.pipeline=torch would decode {decode.by_threads_images_per_s:,.0f}"
+        by += (
+            "; the threads of data.pipeline=torch would decode "
+            f"{decode.by_threads_images_per_s:,.0f}"
+        )
     return by
 
 
