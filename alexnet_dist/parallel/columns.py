@@ -89,10 +89,10 @@ class _ProductOfAll(torch.autograd.Function):
         output, (whole, *weights) = ctx.output, [x for x in ctx.leaves if x is not None]
         del ctx.output, ctx.leaves
         # First the input's gradient, which the other ranks wait for; then the weights'.
-        (of_whole,) = torch.autograd.grad(output, whole, grads, retain_graph=True)
-        summed = _begin_sum(of_whole, ctx.group, ctx.dim)
-        of_weight, *of_bias = torch.autograd.grad(output, weights, grads)
-        return None, summed(), of_weight, of_bias[0] if of_bias else None, None, None
+        (whole_grad,) = torch.autograd.grad(output, whole, grads, retain_graph=True)
+        summed = _begin_sum(whole_grad, ctx.group, ctx.dim)
+        weight_grad, *bias_grad = torch.autograd.grad(output, weights, grads)
+        return None, summed(), weight_grad, bias_grad[0] if bias_grad else None, None, None
 
 
 class _JoinLogits(torch.autograd.Function):

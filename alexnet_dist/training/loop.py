@@ -21,8 +21,12 @@ from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
-from alexnet_dist.data.pipelines.auto import choose_pipeline, decoders, splits_of
-from alexnet_dist.data.pipelines.make import train_batches
+from alexnet_dist.data.pipelines.make import (
+    choose_pipeline,
+    decoder_in_words,
+    splits_of,
+    train_batches,
+)
 from alexnet_dist.data.pipelines.resident import decode_to_memory
 from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.graph import release
@@ -138,7 +142,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     as_before = asked != config.data.pipeline  # the run began with another one, and keeps it
     config, why = choose_pipeline(config, topology, dataset)
     decoding = f"data.pipeline={config.data.pipeline} ({'as before' if as_before else why})"
-    decoding += decoders(config, topology)
+    decoding += decoder_in_words(config, topology)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
