@@ -99,8 +99,7 @@ class _JoinLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tensor:
         ctx.rows = share(classes, group.rank(), group.size())
-        counts = [_count(share(classes, c, group.size())) for c in range(group.size())]
-        return gather_rows(logits.t(), counts, group).t()
+        return gather_rows(logits.t(), _counts(classes, group), group).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -137,8 +136,10 @@ def _begin_sum(whole: Tensor, group: dist.ProcessGroup, dim: int) -> Callable[[]
     return summed
 
 
-def _count(rows: slice) -> int:
-    return int(rows.stop - rows.start)
+def _counts(rows: int, group: dist.ProcessGroup) -> list[int]:
+    """Return how many of these rows each rank of a group has."""
+    size = group.size()
+    return [len(range(rows)[share(rows, rank, size)]) for rank in range(size)]
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -174,7 +175,7 @@ def merge(part: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor | 
     """
     if group is None or part.dim() == 0:
         return part.detach().to("cpu", copy=True)  # the next step changes the parameter itself
-    counts = [_count(share(rows, column, group.size())) for column in range(group.size())]
+    counts = _counts(rows, group)
     padded = part.new_zeros((max(counts), *part.shape[1:]))
     padded[: part.shape[0]] = part.detach()
     parts = [torch.empty_like(padded) for _ in counts] if group.rank() == 0 else None
