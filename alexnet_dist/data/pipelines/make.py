@@ -10,12 +10,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch, Pipeline
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline, check_dali
-from alexnet_dist.data.pipelines.resident import (
-    FreeMemory,
-    ResidentPipeline,
-    decoded_bytes,
-    gb,
-)
+from alexnet_dist.data.pipelines.resident import FreeMemory, ResidentPipeline, decoded_bytes, gb
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.data.sampler import TrainSampler
