@@ -19,7 +19,7 @@ from alexnet_dist.compat import abandon_capture, all_gather_single
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.engines.ddp import _WARM_UP_DDP
-from alexnet_dist.engines.graph import beside
+from alexnet_dist.engines.graph import on_stream
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16
 from alexnet_dist.parallel.topology import Topology, connect
@@ -34,10 +34,10 @@ def captured(step: Callable[[], None], warm_up: int = 2, stream: Any = None) -> 
     if not torch.cuda.is_available():
         return step
     stream, graph = stream or torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with beside(stream):
+    with on_stream(stream):
         for _ in range(warm_up):
             step()
-    with beside(stream), torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"):
+    with on_stream(stream), torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"):
         step()
     GRAPHS.append(graph)
     return graph.replay
@@ -135,7 +135,7 @@ def after_a_failure(config: Config) -> tuple[bool, float, int]:
     device, failed = connect(config).device, False
     pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
     try:
-        with beside(stream), torch.cuda.graph(
+        with on_stream(stream), torch.cuda.graph(
             torch.cuda.CUDAGraph(), pool, stream, capture_error_mode="thread_local"
         ):  # fmt: skip
             torch.ones(10, device=device).sum().item()
@@ -145,7 +145,7 @@ def after_a_failure(config: Config) -> tuple[bool, float, int]:
     before = torch.cuda.memory_reserved()
     for _ in range(20):
         used = torch.zeros(2**22, device=device)
-        with beside(stream):
+        with on_stream(stream):
             used.record_stream(stream)
         del used
         torch.cuda.synchronize()
@@ -224,7 +224,7 @@ def step_of(how: str, mine: Tensor, made: Tensor, topology: Topology, stream: An
     group = topology.replica_group
     assert group is not None
     both, swapped = mine.new_empty(4, 64), torch.empty_like(mine)
-    with beside(stream):
+    with on_stream(stream):
         linear = nn.Linear(64, 64, bias=False, device=mine.device)
         if how.startswith("ddp"):
             network = DistributedDataParallel(

@@ -323,7 +323,7 @@ def test_what_no_header_tells_is_bounded_by_memory(monkeypatch: pytest.MonkeyPat
     def as_a_decoder_may(content: bytes, keep: bool, enlarge: bool) -> tuple[str, bytes]:
         return "png", np.empty(2**33, np.uint8)[:0].tobytes()  # more than any heap kept
 
-    monkeypatch.setattr(convert_module, "converted", as_a_decoder_may)
+    monkeypatch.setattr(convert_module, "_convert", as_a_decoder_may)
     with pytest.raises(RefusedImage, match="it takes more than 1,073,741,824 bytes to read"):
         convert(b"any", keep=False)
 

@@ -17,9 +17,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data import batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines import auto, resident
-from alexnet_dist.data.pipelines.auto import choose_pipeline
-from alexnet_dist.data.pipelines.make import make_pipeline, train_batches
+from alexnet_dist.data.pipelines import make, resident
+from alexnet_dist.data.pipelines.make import choose_pipeline, make_pipeline, train_batches
 from alexnet_dist.data.pipelines.resident import FreeMemory, cut_on_device, decode_to_memory
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import MachineError
@@ -278,7 +277,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: float, host: float, dali: st
         if dali:
             raise RuntimeError(dali)
 
-    monkeypatch.setattr(auto, "check_dali", check)
+    monkeypatch.setattr(make, "check_dali", check)
 
 
 @pytest.mark.parametrize(

@@ -169,14 +169,14 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
         labels = torch.cat([part.cpu() for _, part in outputs])
     score = _finite(_score(_summed(average, labels), config, dataset), *paths)
-    how = Conditions(
+    conditions = Conditions(
         split=config.data.eval_split,
         views=config.evaluate.views,
         data=str(dataset.folder),
         data_sha256=dataset.digest,
         changed=_changed(found[0].config, config),
     )
-    return Evaluation(score, tuple(found), dataset.classes, average, labels, how)
+    return Evaluation(score, tuple(found), dataset.classes, average, labels, conditions)
 
 
 def _changed(trained: Config, config: Config) -> dict[str, Any]:

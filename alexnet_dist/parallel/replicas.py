@@ -15,11 +15,7 @@ from torch.futures import Future
 
 from alexnet_dist.errors import ReplicasDiffer
 from alexnet_dist.network.exchange import Products, side_by_side
-from alexnet_dist.parallel.columns import (
-    gathered,
-    join_logits,
-    product_of_all,
-)
+from alexnet_dist.parallel.columns import gathered, join_logits, product_of_all
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
 

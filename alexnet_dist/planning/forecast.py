@@ -14,7 +14,7 @@ from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.auto import SHARE, splits_of
+from alexnet_dist.data.pipelines.make import SHARE, splits_of
 from alexnet_dist.data.pipelines.resident import gb
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError, DatasetError

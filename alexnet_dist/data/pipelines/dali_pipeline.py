@@ -20,13 +20,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import (
-    Decoded,
-    Pipeline,
-    Preprocessor,
-    Samples,
-    started_ahead,
-)
+from alexnet_dist.data.batch import Decoded, Pipeline, Preprocessor, Samples, started_ahead
 from alexnet_dist.data.preprocess import Canvases
 from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError

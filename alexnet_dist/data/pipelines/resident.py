@@ -87,7 +87,7 @@ class FreeMemory:
         """Measure what is free now, and return the least of all ranks. Collective."""
         place = environment.place() or Place()
         network = _network_bytes(config, topology)
-        device = host = free_host_memory() / place.local_world
+        host = free_host_memory() / place.local_world
         if topology.device.type == "cuda":
             device = free_gpu_memory(topology.device) - network
         else:

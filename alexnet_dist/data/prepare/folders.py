@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alexnet_dist.data.missing import IMAGE_SUFFIXES, SPLIT_FOLDERS
 from alexnet_dist.data.prepare.containers import Listing, hidden, list_files, read_content
-from alexnet_dist.data.prepare.sources import Item, Source
+from alexnet_dist.data.prepare.sources import Item, Source, some
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import MOST_ENCODED
 
@@ -15,7 +15,6 @@ _STARTS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL
 )
 _FIRST = 16  # bytes that tell whether a file is an image
-_NAMED = 3  # names given as examples
 _LAY = "put the images of each class in a folder of its own, PATH/CLASS/*, or PATH/train/CLASS/*"
 IMAGENETTE = {
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
@@ -37,7 +36,7 @@ class _LeftOut:
 
     def note(self) -> tuple[str, ...]:
         """Return a line that lists them, if there are any."""
-        parts = [f"{why}: {len(names)} ({_some(names)})" for why, names in self.names.items()]
+        parts = [f"{why}: {len(names)} ({some(names)})" for why, names in self.names.items()]
         return (f"left out: {'; '.join(parts)}",) if parts else ()
 
 
@@ -76,7 +75,7 @@ def folder(path: Path, validation: float = 0) -> Source:
         splits = _cut(path, splits, validation, len(names["train"]) and len(names["train"]) + 1)
         held = {item.label for item in splits["val"]}
         if never := [name for name in classes if label[name] not in held]:
-            notes += (f"no validation images of {_some(never)}",)
+            notes += (f"no validation images of {some(never)}",)
     return Source("folder", classes, splits, notes=notes)
 
 
@@ -85,7 +84,7 @@ def imagenette(path: Path) -> Source:
     found = folder(path)
     if found.classes != tuple(IMAGENETTE):
         raise DatasetError(
-            f"{path}: its classes are {_some(found.classes)}, not Imagenette's ten: use `prepare "
+            f"{path}: its classes are {some(found.classes)}, not Imagenette's ten: use `prepare "
             "folder`"
         )
     classes = tuple(f"{wnid} {words}" for wnid, words in IMAGENETTE.items())
@@ -125,10 +124,6 @@ def _label_of(wnid: str, label: Mapping[str, int], item: Item, path: Path) -> in
     if wnid not in label:
         raise DatasetError(f"{path}: {item.name} has the class {wnid!r}, which is not in wnids.txt")
     return label[wnid]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def _shown(listing: Listing, left: _LeftOut) -> Listing:

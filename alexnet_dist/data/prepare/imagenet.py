@@ -13,10 +13,10 @@ from alexnet_dist.data.prepare.sources import (
     needed,
     open_tar,
     read_member,
+    some,
 )
 from alexnet_dist.errors import DatasetError
 
-_NAMED = 3  # missing files that an error names
 _MOST_TRUTH = 2**20  # bytes of the file of validation classes, which has 245,000
 
 
@@ -70,9 +70,8 @@ def imagenet(path: Path) -> Source:
 def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> None:
     """Raise DatasetError where a tar lacks files that the devkit lists."""
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
         raise DatasetError(
-            f"{tar}: {len(missing)} of the devkit's {count} {what} are missing ({named}): "
+            f"{tar}: {len(missing)} of the devkit's {count} {what} are missing ({some(missing)}): "
             "download it again, and compare its MD5 with image-net.org's"
         )
 

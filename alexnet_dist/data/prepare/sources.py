@@ -162,3 +162,8 @@ def needed(path: Path, which: str) -> Path:
     if not path.is_file():
         raise DatasetError(f"{path} is missing: it is one {which}")
     return path
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, for a message."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
