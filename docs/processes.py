@@ -101,7 +101,7 @@ def scratch(name: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def temporary_files_in(folder: Path) -> Iterator[None]:
     """Let this process, and what it starts, make its temporary files in a folder."""
-    own = multiprocessing.current_process()._config
+    own = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     environment, known, sockets = os.environ.get("TMPDIR"), tempfile.tempdir, own.get("tempdir")
     os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
     own["tempdir"] = str(folder)  # else multiprocessing makes one, and fails at exit if it is gone

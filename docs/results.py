@@ -106,7 +106,8 @@ def _expected_s(row: Row, rows: Rows, machine: str, bench: Bench) -> float:
               if (one["part"], one["machine"]) == same and "images_per_s" in one]  # fmt: skip
     meta = json.loads((ROOT / config.data.path / "dataset.json").read_text())
     images = meta["splits"][config.data.train_split]["samples"] * (1 - config.data.hold_out)
-    return START_S + config.train.epochs * images / (speeds[-1] if speeds else row.variant.speed)
+    speed = float(speeds[-1]) if speeds else row.variant.speed
+    return START_S + float(config.train.epochs * images / speed)
 
 
 def _started(row: Row, bench: Bench) -> contextlib.AbstractContextManager[Any]:

@@ -186,7 +186,7 @@ def storm(testbed: Testbed, options: argparse.Namespace, until: float) -> bool:
         left = {what: trials_left([row for row in rows if row["what"] == what], targets[what])
                 for what in options.only or targets}  # fmt: skip
         what = max(left, key=lambda what: left[what] / targets[what])
-        numbers = itertools.islice(numbers_left(rows, what), max(1, left[what]))
+        numbers: Iterator[int] = itertools.islice(numbers_left(rows, what), max(1, left[what]))
         if options.number is not None:
             numbers = iter([options.number])
         elif left[what] == 0:
