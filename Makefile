@@ -57,6 +57,7 @@ check: $(READY) ## check style, types and package layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	MYPYPATH=docs:tests $(BIN)/mypy --implicit-reexport --follow-imports=silent docs/*.py tests/test_gpu*.py
 	$(BIN)/lint-imports
 
 format: $(READY) ## fix style where possible

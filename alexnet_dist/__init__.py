@@ -14,8 +14,8 @@ __all__ = ["AlexNet", "evaluate", "load_checkpoint", "load_config", "train"]
 
 if sys.version_info < (3, 11):  # noqa: UP036 (a checkout can be run by any Python)
     sys.exit(
-        f"alexnet-dist: this is Python {sys.version.split()[0]}, and 3.11 or newer is needed: make "
-        "the environment with it, python3.11 -m venv .venv, and install there"
+        f"alexnet-dist: this is Python {sys.version.split()[0]}, but it needs 3.11 or newer: make "
+        "the environment with that, python3.11 -m venv .venv, and install there"
     )
 
 if TYPE_CHECKING:

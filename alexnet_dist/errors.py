@@ -118,12 +118,12 @@ def of_memory() -> str:
     """Return the end of a sentence about a process that was killed: whether the kernel has killed
     any here for lack of memory since this program started. Empty where it does not count them."""
     if (kills := _memory_kills()) != _KILLS_BEFORE:
-        return ", and the kernel counts a process here that it ended for memory"
-    return " from outside the run: the kernel ended none for memory" if kills else ""
+        return ", and the kernel has killed a process here for lack of memory"
+    return " from outside the run: the kernel killed none for lack of memory" if kills else ""
 
 
 # Patterns searched for in a library error's "TYPE: TEXT", and what the user is told instead.
-_PLAN = "`alexnet-dist plan CONFIG` says what a rank takes"
+_PLAN = "`alexnet-dist plan CONFIG` says what a rank needs"
 COMPILER = "install gcc and Python's headers (on Debian: gcc python3-dev), or set CC"
 RANK_LOST = "the connection to another rank is lost"
 _FULL = r"\w*MemoryError|.*(DefaultCPUAllocator|Cannot allocate memory|std::bad_alloc)"
@@ -135,36 +135,36 @@ _TRANSLATIONS = (
      "this machine's memory is full: raise train.micro_batches, lower evaluate.batch, "
      f"data.prefetch or data.workers; {_PLAN}"),
     (r"EADDRINUSE|[Aa]ddress already in use",
-     "the port at which ranks meet is taken: set MASTER_PORT to another, or let `alexnet-dist "
-     "train` start the ranks of one host, at a free one"),
+     "the port where the ranks meet is taken: set MASTER_PORT to another, or let `alexnet-dist "
+     "train` start the ranks of one host, which finds a free one"),
     (r"^gaierror|Cannot assign requested address",
-     "the name of this node is not an address that it has: set GLOO_SOCKET_IFNAME to the interface "
-     "at which other nodes reach it, or mend /etc/hosts"),
+     "this node's name does not resolve to one of its addresses: set GLOO_SOCKET_IFNAME to the "
+     "interface that other nodes can reach, or correct /etc/hosts"),
     (r"environment variable MASTER_\w+ expected",
-     "RANK and WORLD_SIZE say that a launcher started this, and it did not say where ranks meet: "
-     "set MASTER_ADDR and MASTER_PORT, start by torchrun, or unset RANK to run alone"),
+     "RANK and WORLD_SIZE say that a launcher started this, but not where the ranks meet: set "
+     "MASTER_ADDR and MASTER_PORT, start with torchrun, or unset RANK to run alone"),
     (r"waiting for clients|client socket has timed out|socketStartConnect|No route to host|"
      r"wait timeout after",
-     "the ranks did not meet within layout.timeout_s: start all of them, with one MASTER_ADDR and "
-     "MASTER_PORT, which every node must reach"),
+     "the ranks did not meet within layout.timeout_s: start all of them, with the same "
+     "MASTER_ADDR and MASTER_PORT, which every node must be able to reach"),
     (r"Connection (closed|reset) by peer|NCCL communicator was abort",
-     f"{RANK_LOST}: it, or its node, has ended, and says why itself; the same command goes on from "
-     "the last checkpoint"),
+     f"{RANK_LOST}: it or its node has ended, and reports why itself; run the same command to "
+     "resume from the last checkpoint"),
     (r"Failed to find C compiler|CalledProcessError.*(cuda_utils|triton)",
      f"a GPU's kernels cannot be built: {COMPILER}"),
     (r"inline_container.*unexpected pos|PytorchStreamWriter failed writing",
-     "the file could not be written whole: make room, or name another disk"),
+     "the file could not be written completely: make room, or name another disk"),
     (r"NVIDIA driver|CUDA driver version|libcuda\.so|no kernel image is available",
-     "torch and this GPU's driver do not fit: update the driver, or install the torch that is "
-     "built for it (pytorch.org); `alexnet-dist doctor` names both"),
+     "torch and this GPU's driver do not match: update the driver, or install the torch that is "
+     "built for it (pytorch.org); `alexnet-dist doctor` shows both"),
 )  # fmt: skip
 _REMEDIES = {  # what to do about a system call's error
     errno.ENOSPC: "make room, or name another disk by output_dir= or data.path=",
-    errno.EFBIG: "raise the limit of a file's size: ulimit -f unlimited",
+    errno.EFBIG: "raise the limit on file sizes: ulimit -f unlimited",
     errno.EDQUOT: "make room, or name another disk by output_dir= or data.path=",
-    errno.EACCES: "name a folder that is yours, by output_dir= or data.path=",
-    errno.EROFS: "name a folder that can be written, by output_dir=",
-    errno.EMFILE: "raise the limit of open files: ulimit -n 65536",
+    errno.EACCES: "name a folder of your own, by output_dir= or data.path=",
+    errno.EROFS: "name a folder that is writable, by output_dir=",
+    errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
     errno.ENOMEM: "free memory, or lower data.workers and data.prefetch",
 }
 _PACKAGES = {  # the package that provides a module, where their names differ
@@ -184,7 +184,7 @@ def in_words(error: Exception) -> AlexNetDistError | None:
         top = name.partition(".")[0]
         return MachineError(
             f"{name} is not installed in this Python: pip install {_PACKAGES.get(top, top)}, or "
-            "everything by `make venv`, and start .venv/bin/alexnet-dist"
+            "install everything with `make venv` and start .venv/bin/alexnet-dist"
         )
     text = " ".join(str(error).split("Exception raised from")[0].split())[:300]
     from_rust = re.search(r"\(os error (\d+)\)$", text)  # as in safetensors
@@ -195,7 +195,9 @@ def in_words(error: Exception) -> AlexNetDistError | None:
         named = {signal.strsignal(number): number for number in signal.Signals}
         number = named.get(worker[1])
         how = killed_by(number) if number else f"killed ({worker[1]})"
-        return MachineError(f"a process that decodes images was {how}; the same command goes on")
+        return MachineError(
+            f"a process that decodes images was {how}; run the same command to resume"
+        )
     for pattern, words in _TRANSLATIONS:
         if re.search(pattern, f"{type(error).__name__}: {text}"):
             return MachineError(f"{words} ({text})")
@@ -222,13 +224,13 @@ def cannot_be_read(path: Path, error: OSError) -> str:
     whose, mode = _owner(path)
     match error.errno:
         case errno.EACCES | errno.EPERM:
-            remedy = f"start as {whose}, or have {whose} let you read it (chmod)"
+            remedy = f"run as {whose}, or have {whose} let you read it (chmod)"
         case errno.EMFILE | errno.ENOMEM:
             remedy = _REMEDIES[error.errno]
         case errno.EINVAL if isinstance(error, NotAFile):
             remedy = "put a file in its place, then start again"
         case _:
-            remedy = "look after the disk or the mount that it lies on, then start again"
+            remedy = "check the disk or mount that it is on, then start again"
     return (
         f"{path} cannot be read ({error.strerror or error}; owner {whose}, mode {mode}): nothing "
         f"was changed; {remedy}"
@@ -262,7 +264,7 @@ def filled_by(name: str) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MachineError(
-            f"{name!r}: this machine's memory is full where it was read ({reason}): free memory, "
+            f"{name!r}: this machine ran out of memory while reading it ({reason}): free memory, "
             "start fewer processes, or leave it out"
         ) from error
 

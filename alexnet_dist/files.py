@@ -241,7 +241,7 @@ def check_opcodes(file: IO[bytes], most: int) -> None:
         if isinstance(argument, int):
             memo = opcode.name in ("PUT", "BINPUT", "LONG_BINPUT")
             if argument.bit_length() > 60 or (memo and argument > most):
-                raise ValueError("a number or memo that no such file needs")
+                raise ValueError("a number or memo that such a file does not need")
 
 
 @contextmanager

@@ -46,11 +46,13 @@ def kernel_picture(kernels: Tensor, columns: int) -> Picture:
         kernels: (maps, 3, k, k).
 
     Returns:
-        (height, width, 3); each kernel is stretched to the full range, and enlarged three times.
+        (height, width, 3); each kernel is stretched to the full range, and enlarged three times, or
+        more where it is smaller than the paper's 11 × 11.
     """
+    zoom = max(3, round(33 / kernels.shape[-1]))
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     unit = ((kernels - low) / (high - low).clamp_min(1e-12)).movedim(1, -1).numpy()
-    pixels = np.rint(unit * 255).astype(np.uint8).repeat(3, axis=1).repeat(3, axis=2)
+    pixels = np.rint(unit * 255).astype(np.uint8).repeat(zoom, axis=1).repeat(zoom, axis=2)
     tiles = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
     blocks = []
     for block in np.array_split(tiles, columns):
@@ -163,8 +165,8 @@ def columns_picture(
         _show_maps(axes[:, 1:], maps)
         picture.figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
         picture.figure.supxlabel(
-            f"Of each layer the {_ACROSS * _DOWN} maps with the largest sums, each scaled to "
-            "its own largest value, darkest. Dashed: what the network sees.",
+            f"For each layer, the {_ACROSS * _DOWN} maps with the largest sums, each scaled to "
+            "its own largest value (darkest). Dashed: what the network sees.",
             fontsize=14, color="0.3",
         )  # fmt: skip
 

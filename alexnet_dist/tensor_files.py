@@ -44,8 +44,8 @@ class TensorFile:
         for name, tensor in slices.items():
             if tensor.get_dtype() not in _FLOATS:
                 raise CheckpointError(
-                    f"{self.path}: {name} holds {tensor.get_dtype()}, and a network's tensors are "
-                    "floating-point numbers"
+                    f"{self.path}: {name} holds {tensor.get_dtype()}, but a network's tensors "
+                    "hold floating-point numbers"
                 )
         return {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
 
@@ -72,7 +72,7 @@ def misfit(there: Mapping[str, Shape], here: Mapping[str, Shape]) -> str | None:
     for name in (*here, *sorted({*there} - {*here})):
         if there.get(name) != here.get(name):
             found, wanted = (list(of[name]) if name in of else "not" for of in (there, here))
-            return f"{name} is {found} there, and {wanted} here"
+            return f"{name} is {found} there, but {wanted} here"
     return None
 
 

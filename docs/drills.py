@@ -42,9 +42,11 @@ def main() -> int:
     """Run the drills; return 1 unless all of it is as it should be."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--full", action="store_true", help="as often as docs/reliability.md says")
-    parser.add_argument("--only", action="append", choices=DRILLS, help="one drill, or several")
+    parser.add_argument(
+        "--only", action="append", choices=DRILLS, help="only this drill; may be repeated"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file that rows are appended to")
+    parser.add_argument("--json", type=Path, help="file to append rows to")
     options = parser.parse_args()
     rows = []
     with scratch("drills") as folder:

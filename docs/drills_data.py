@@ -83,7 +83,7 @@ def full_disk(testbed: Testbed, count: int, dice: random.Random) -> Iterator[Row
             fill.unlink()
             code, output = run.end()
             row.trials += 1
-            row.recovered += code == 0 and "NOT SAVED, the run goes on" in output
+            row.recovered += code == 0 and "NOT SAVED, but the run continues" in output
             row.holds &= bool(newest and kept and kept.step >= newest.step)
         row.identical = final_state(small / name) == testbed.undisturbed("columns")
     yield row
@@ -145,12 +145,12 @@ def wrong_numbers(testbed: Testbed, count: int, dice: random.Random) -> Iterator
     """A batch of NaN on one rank: no rank applies it, and nothing of it is saved."""
     for layout in LAYOUTS:
         row, name = Row("poisoned batch", layout), f"poisoned-{layout}"
-        yield _found_at_once(testbed, row, name, "poison", "step {}: its loss is nan", count, dice)
+        yield _found_at_once(testbed, row, name, "poison", "step {}: the loss is nan", count, dice)
 
 
 def flipped_bits(testbed: Testbed, count: int, dice: random.Random) -> Iterator[Row]:
     """A bit of a parameter that flips on one of several replicas is found before the next save."""
-    said = "replicas are no longer equal to the bit: conv2.weight of rank"
+    said = "replicas are no longer bitwise equal: conv2.weight of rank"
     for layout in ("replicas", "columns_x_replicas"):
         row, name = Row("flipped bit", layout), f"flipped-{layout}"
         yield _found_at_once(testbed, row, name, "flip", said, count, dice)

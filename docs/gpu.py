@@ -157,9 +157,11 @@ def main() -> int:
     """Measure, or write the page; see the module's docstring."""
     parser = part_parser(__doc__, PARTS, within=570)
     parser.add_argument(
-        "--document", action="store_true", help="write docs/performance.md's tables"
+        "--document", action="store_true", help="only write the tables of docs/performance.md"
     )
-    parser.add_argument("--photographs", type=Path, help="make them in this folder")
+    parser.add_argument(
+        "--photographs", type=Path, help="only make the photographs, in this folder"
+    )
     options = parse_parts(parser, PARTS)
     processes.exit_at_sigterm()  # and end what was started
     if options.photographs:

@@ -48,7 +48,7 @@ def commit_of(*measured: str) -> str:
             return commit + ("+" if said("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
         pass
-    sys.exit("git says of no commit that this is: say it yourself, COMMIT=NAME")
+    sys.exit("git cannot say which commit this is: name it, COMMIT=NAME")
 
 
 # --- pages
@@ -107,9 +107,11 @@ def part_parser(
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("part", nargs="*", help=f"of {', '.join(parts)}; all")
-    parser.add_argument("--commit", help="that this is; what git says, if left out")
-    parser.add_argument("--within", type=float, default=within, help="seconds, in all")
+    parser.add_argument("part", nargs="*", help=f"one or more of {', '.join(parts)} (default: all)")
+    parser.add_argument("--commit", help="the commit that is measured (default: git's)")
+    parser.add_argument(
+        "--within", type=float, default=within, help=f"stop after this many seconds ({within:g})"
+    )
     return parser
 
 

@@ -3,6 +3,7 @@ and temporary folders that are removed even if the program is killed."""
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import shutil
 import signal
@@ -87,17 +88,31 @@ def scratch(name: str) -> Iterator[Path]:
         with contextlib.suppress(OSError), _locked(left):
             shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as made:
-        folder, before = Path(made), (dict(os.environ), tempfile.tempdir)
-        os.environ |= {_MARK: uuid.uuid4().hex, "TMPDIR": made}
-        tempfile.tempdir = made
-        try:
-            with _locked(folder):
+        folder, mark = Path(made), uuid.uuid4().hex
+        with _locked(folder), temporary_files_in(folder):
+            os.environ[_MARK] = mark
+            try:
                 yield folder
-        finally:
-            _kill_marked(os.environ[_MARK])
-            os.environ.clear()
-            os.environ.update(before[0])
-            tempfile.tempdir = before[1]
+            finally:
+                del os.environ[_MARK]
+                _kill_marked(mark)
+
+
+@contextlib.contextmanager
+def temporary_files_in(folder: Path) -> Iterator[None]:
+    """Let this process, and what it starts, make its temporary files in a folder."""
+    own = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    environment, known, sockets = os.environ.get("TMPDIR"), tempfile.tempdir, own.get("tempdir")
+    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+    own["tempdir"] = str(folder)  # else multiprocessing makes one, and fails at exit if it is gone
+    try:
+        yield
+    finally:
+        tempfile.tempdir, own["tempdir"] = known, sockets
+        if environment is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = environment
 
 
 @contextlib.contextmanager

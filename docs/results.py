@@ -84,12 +84,15 @@ def _obstacle(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
     """Return why a row cannot be trained yet; "" if it can."""
     arguments = sources(row, done, bench)
     if arguments is None:
-        return "what it is chosen by, begins from or averages is not there yet"
+        return "the run it is chosen by, starts from or averages is missing"
     if gone := [name for name in row.needs if not (bench.runs / name / "checkpoints").exists()]:
-        return f"{gone[0]}'s network is not here; without its row in {bench.rows.name} it would be"
+        return (
+            f"{gone[0]}'s network is missing, and its row in {bench.rows.name} keeps it from "
+            "being trained again"
+        )
     path = Path(config_of(arguments).data.path)
     there = (ROOT / path / "dataset.json").exists()
-    return "" if there else f"{path} is not there: docs/results.md says how to make it"
+    return "" if there else f"{path} is missing: docs/results.md says how to make it"
 
 
 def _expected_s(row: Row, rows: Rows, machine: str, bench: Bench) -> float:
@@ -103,12 +106,13 @@ def _expected_s(row: Row, rows: Rows, machine: str, bench: Bench) -> float:
               if (one["part"], one["machine"]) == same and "images_per_s" in one]  # fmt: skip
     meta = json.loads((ROOT / config.data.path / "dataset.json").read_text())
     images = meta["splits"][config.data.train_split]["samples"] * (1 - config.data.hold_out)
-    return START_S + config.train.epochs * images / (speeds[-1] if speeds else row.variant.speed)
+    speed = float(speeds[-1]) if speeds else row.variant.speed
+    return START_S + float(config.train.epochs * images / speed)
 
 
 def _started(row: Row, bench: Bench) -> contextlib.AbstractContextManager[Any]:
     """Start a row in a process of its own."""
-    print(f"{row.name}: begins", flush=True)
+    print(f"{row.name}: starts", flush=True)
     output, errors = bench.log(row, "out"), bench.log(row, "err")
     output.parent.mkdir(parents=True, exist_ok=True)
     small = ["--small", str(bench.small)] if bench.small else []
@@ -119,7 +123,7 @@ def _started(row: Row, bench: Bench) -> contextlib.AbstractContextManager[Any]:
 def _record(row: Row, failed: str, done: Mapping[str, Any], machine: str, bench: Bench) -> bool:
     """Record a row that has ended; return False if it failed."""
     if failed.startswith("not done"):
-        print(f"{row.name}: stopped; the same command goes on", flush=True)
+        print(f"{row.name}: stopped; run the same command to continue", flush=True)
         return True
     # Append what the row's process printed last, or why there is nothing.
     arguments = sources(row, done, bench) or []
@@ -167,10 +171,12 @@ def main() -> int:
     parser = part_parser(__doc__, PARTS, within=math.inf)
     parser.add_argument(
         "--small", type=Path, metavar="FOLDER",
-        help="of small data sets: see that rows run, an eighth of each network, some steps",
+        help="try all rows on small data sets, with an eighth of each network, for a few steps",
     )  # fmt: skip
     parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--document", action="store_true", help="write the pages' tables")
+    parser.add_argument(
+        "--document", action="store_true", help="only write the tables of the pages"
+    )
     options = parse_parts(parser, PARTS)
     small = options.small and options.small.resolve()
     if options.document:

@@ -186,7 +186,7 @@ def storm(testbed: Testbed, options: argparse.Namespace, until: float) -> bool:
         left = {what: trials_left([row for row in rows if row["what"] == what], targets[what])
                 for what in options.only or targets}  # fmt: skip
         what = max(left, key=lambda what: left[what] / targets[what])
-        numbers = itertools.islice(numbers_left(rows, what), max(1, left[what]))
+        numbers: Iterator[int] = itertools.islice(numbers_left(rows, what), max(1, left[what]))
         if options.number is not None:
             numbers = iter([options.number])
         elif left[what] == 0:
@@ -216,12 +216,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--within", type=float, default=86400, help="seconds, in all")
-    parser.add_argument("--slice", type=float, default=100, help="seconds of a row; 100")
-    parser.add_argument("--only", action="append", default=[], help="one kind of trial, or several")
-    parser.add_argument("--number", type=int, help="this one alone, with --only; no row is written")
-    parser.add_argument("--rows", type=Path, default=ROWS, help="docs/drills.jsonl, if left out")
-    parser.add_argument("--document", action="store_true", help="write reliability.md's tables")
+    parser.add_argument("--within", type=float, default=86400, help="stop after this many seconds")
+    parser.add_argument(
+        "--slice", type=float, default=100, help="seconds that each row covers (default: 100)"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], help="only this kind of trial; may be repeated"
+    )
+    parser.add_argument(
+        "--number", type=int, help="with --only: only this trial; no row is written"
+    )
+    parser.add_argument(
+        "--rows",
+        type=Path,
+        default=ROWS,
+        help="file to append rows to (default: docs/drills.jsonl)",
+    )
+    parser.add_argument(
+        "--document", action="store_true", help="only write the tables of reliability.md"
+    )
     options = parser.parse_args()
     if options.document:
         PAGE.write()

@@ -31,27 +31,31 @@ class Cluster:
 
     nodes: Annotated[int, Key("nodes of the job", ge=1)] = 1
     tasks_per_node: Annotated[
-        int, Key("ranks on each node, one a GPU; a replica's columns share a node", ge=1)
+        int, Key("ranks on each node, one per GPU; a replica's columns share a node", ge=1)
     ] = 1
-    gpus_per_node: Annotated[int, Key("GPUs of each node; 0 where Slurm hands out none", ge=0)] = 0
-    cpus_per_task: Annotated[int, Key("cores of a rank: images are decoded on them", ge=1)] = 1
+    gpus_per_node: Annotated[
+        int, Key("GPUs of each node; 0 if Slurm does not hand out any", ge=0)
+    ] = 0
+    cpus_per_task: Annotated[int, Key("cores per rank; images are decoded on them", ge=1)] = 1
     memory_gb: Annotated[
-        int, Key("memory of each node, GB (sbatch's --mem); 0 = what the site gives", ge=0)
+        int, Key("memory of each node, GB (sbatch's --mem); 0 = the site's default", ge=0)
     ] = 0
     time_min: Annotated[
-        int, Key("limit of one start, minutes; a longer run goes on by itself", ge=1)
+        int,
+        Key("time limit of one start, minutes; a longer run is requeued until it is done", ge=1),
     ] = 60
     signal_s: Annotated[
-        int, Key("so long before the limit the run saves, s; Slurm may be 60 early", ge=1)
+        int, Key("how long before the time limit the run saves, s; Slurm may be 60 early", ge=1)
     ] = 120
     partition: Annotated[str, Key("Slurm's partition; empty: the site's default")] = ""
-    account: Annotated[str, Key("who pays; empty: the site's default")] = ""
+    account: Annotated[str, Key("the account to charge; empty: the site's default")] = ""
     comment: Annotated[str, Key("for the site's books")] = ""
     sbatch: Annotated[
-        dict[str, Any], Key("any other option of sbatch; true for one without a value")
+        dict[str, Any], Key("any other options of sbatch; true for one without a value")
     ] = field(default_factory=dict)
     setup: Annotated[
-        tuple[str, ...], Key("lines of shell before the ranks start, as in [module load cuda]")
+        tuple[str, ...],
+        Key("lines of shell to run before the ranks start, as in [module load cuda]"),
     ] = ()
 
 
@@ -75,8 +79,8 @@ def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
     cluster = Cluster(**values)
     if cluster.signal_s >= 60 * cluster.time_min:
         raise ConfigError(
-            f"cluster.signal_s={cluster.signal_s}: seconds before the limit of cluster.time_min="
-            f"{cluster.time_min} minutes: must be fewer than those of the limit"
+            f"cluster.signal_s={cluster.signal_s}: must be less than the {cluster.time_min} "
+            "minutes of cluster.time_min"
         )
     return cluster, rest
 
@@ -94,7 +98,7 @@ def _find(name: str) -> Path:
     path = next((path for path in candidates if path.is_file()), None)
     if path is None:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise ConfigError(f"cluster={name}: no such file, nor one of {known}")
+        raise ConfigError(f"cluster={name}: there is no such file, and it is not one of {known}")
     return path
 
 
@@ -107,7 +111,7 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path}: not a YAML file of keys and values: {one_line(error)}"
         ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: holds a {type(content).__name__}; write keys and values")
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, not keys and values")
     return content
 
 

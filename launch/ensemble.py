@@ -39,9 +39,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.ensemble",
-        description="Train one run for each value of a key, or for each combination of several, as "
-        "one Slurm array or here. Run again, it starts only what is unfinished; when nothing is "
-        "left, or with --evaluate, it scores the average of those that finished.",
+        description="Train one run for each value of a key, or for each combination of several, "
+        "as one Slurm array or on this machine. If run again, it starts only what is "
+        "unfinished; when nothing is left, or with --evaluate, it scores the average "
+        "of the runs that finished.",
         examples=(
             "python -m launch.ensemble demo --over seed=0..4 --local",
             "python -m launch.ensemble demo --over model.dropout=0.3,0.5 --over seed=0..2 --local",
@@ -51,12 +52,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("config", nargs="+", help=CONFIG_HELP)
     made.add_argument(
         "--over", action="append", metavar="KEY=VALUES",
-        help="1,2,3 or 0..4 (both included), by default seed=0..4; of several, every combination",
+        help="1,2,3 or 0..4 (both ends included), by default seed=0..4; with several, every "
+             "combination",
     )  # fmt: skip
-    made.add_argument("--parallel", type=count, metavar="N", help="how many Slurm runs at once")
-    made.add_argument("--evaluate", action="store_true", help="start nothing, score what is there")
+    made.add_argument("--parallel", type=count, metavar="N", help="how many Slurm runs at a time")
     made.add_argument(
-        "--wait", action="store_true", help="stay until the queue is done, then score"
+        "--evaluate", action="store_true", help="start nothing, score the runs that have finished"
+    )
+    made.add_argument(
+        "--wait", action="store_true", help="wait until the jobs have ended, then score"
     )
     add_where(made)
     return made
@@ -70,7 +74,7 @@ def values_of(over: str) -> tuple[str, list[str]]:
     else:
         values = [value for value in re.split(r",(?![^\[{]*[\]}])", text) if value]
     if not key or len(set(values)) != len(values) or not values:
-        raise ConfigError(f"--over {over}: write KEY=0..4 or KEY=1,2,3, each value once")
+        raise ConfigError(f"--over {over}: must be KEY=0..4 or KEY=1,2,3, with each value once")
     return key, values
 
 
@@ -92,7 +96,7 @@ def members_of(run: Sequence[str], over: Sequence[str], cluster: Cluster | None)
     """Return a member for each combination of values, each checked; raises ConfigError."""
     axes = dict(found := [values_of(text) for text in over])
     if len(axes) < len(found):
-        raise ConfigError(f"--over: {', '.join(key for key, _ in found)}: each key once")
+        raise ConfigError(f"--over: {', '.join((key for key, _ in found))}: name each key once")
     base, members = load_config(run), []
     for values in itertools.product(*axes.values()):
         keys = dict(zip(axes, values, strict=True))
@@ -111,7 +115,9 @@ def main(arguments: Sequence[str]) -> int:
     """Start what is unfinished, print how the members stand, and score them when all are done."""
     options = parser().parse_args(arguments)
     if options.local and (options.parallel or options.wait):
-        raise ConfigError("--local: trains one run after another: leave out --parallel and --wait")
+        raise ConfigError(
+            "--local: trains one run after another, so leave out --parallel and --wait"
+        )
     cluster, run = split(options.config)
     over = options.over or ["seed=0..4"]
     members = members_of(run, over, None if options.local else cluster)
@@ -126,7 +132,10 @@ def main(arguments: Sequence[str]) -> int:
     if any(not member.finished for member in members) and not (
         options.wait or options.evaluate or options.local
     ):
-        print("when they have ended, the same command starts what is unfinished, or scores all")
+        print(
+            "when they have ended, run the same command to start what is unfinished, or to "
+            "score all"
+        )
         return 0
     return score([member.config for member in members if member.finished], len(members))
 
@@ -153,7 +162,7 @@ def _start(
             print(f"run {number} of {len(left)}: {_described(member)}", flush=True)
             code = run_here(member.arguments)
             if code in EXITS.values():
-                print("stopped; the same command goes on", file=sys.stderr)
+                print("stopped; run the same command to resume", file=sys.stderr)
                 return code
     elif not waiting(name):
         with removed_if_refused(folder):
@@ -186,7 +195,7 @@ def table(members: Sequence[Member]) -> str:
             steps = f"{now['step']}/{now['last_step'] or '?'}"
             lines.append((*row, str(now["state"]), steps, *_errors(member.config.folder)))
         else:
-            lines.append((*row, "not begun", "-", "-", "-"))
+            lines.append((*row, "not started", "-", "-", "-"))
     return laid_out(lines)
 
 
@@ -204,7 +213,9 @@ def waiting(name: str) -> bool:
         if answer is not None or shutil.which("squeue") is None:
             return bool(answer)
         time.sleep(3)
-    raise RunFolderError(f"{name}: squeue does not answer: whether its jobs are done is not known")
+    raise RunFolderError(
+        f"{name}: squeue does not answer, so whether its jobs have ended is unknown"
+    )
 
 
 def score(configs: Sequence[Config], of: int) -> int:

@@ -69,8 +69,9 @@ def check_private(folder: Path) -> None:
     about = folder.stat()
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise RunFolderError(
-            f"{folder}: others may write here (owner {about.st_uid}, mode {about.st_mode & 0o777:o}"
-            "), and a job runs the pickles it finds: chown it to you, chmod go-w"
+            f"{folder}: others may write here (owner {about.st_uid}, mode "
+            f"{about.st_mode & 511:o}), but a job runs the pickles in it: chown it to you, chmod "
+            "go-w"
         )
 
 
@@ -95,9 +96,10 @@ def check_placement(config: Config, tasks: tuple[int, ...]) -> None:
     columns = layouts.columns_of(config)
     if tasks[0] % columns:
         raise ConfigError(
-            f"layout.kind={config.layout.kind}: the {columns} columns of a replica share a node, "
-            f"and each of {len(tasks)} nodes has {tasks[0]} tasks: ask for cluster.tasks_per_node="
-            f"{columns} (sbatch: --ntasks-per-node={columns}) or a multiple of it"
+            f"layout.kind={config.layout.kind}: the {columns} columns of a replica must share a "
+            f"node, but each of the {len(tasks)} nodes has {tasks[0]} tasks: ask for "
+            f"cluster.tasks_per_node={columns} (sbatch: --ntasks-per-node={columns}) or a "
+            "multiple of it"
         )
 
 
@@ -118,7 +120,7 @@ def after(code: int, config: Config) -> int:
         # Raises if another job holds the folder, or if too many starts have failed before.
         folder = RunFolder(config)
         folder.take()
-        folder.report("failed", exit=1, reason=f"its ranks left with {code} before it began")
+        folder.report("failed", exit=1, reason=f"its ranks ended with {code} before it began")
         run = read_run(config.folder)
     again, why = verdict(run, job_state())
     print(f"{config.folder}: {why}{': requeued' if again else ''}", flush=True)
@@ -136,14 +138,17 @@ def verdict(run: Mapping[str, object], job: str) -> tuple[bool, str]:
     """
     state, exit_code, step = run["state"], run.get("exit"), run.get("step")
     if job == "CANCELLED":
-        return False, f"cancelled at step {step}; the same command resumes"
+        return False, f"cancelled at step {step}; submit it again to resume"
     match state:
         case "finished":
             return False, "finished"
         case "stopped" if exit_code == 75 or job == "PREEMPTED":
             return True, f"stopped and saved at step {step}"
         case "stopped":
-            return False, f"stopped at step {step} with {exit_code}; the same command resumes"
+            return (
+                False,
+                f"stopped at step {step} with exit code {exit_code}; submit it again to resume",
+            )
         case "failed" if run.get("known"):
             return False, f"failed: {run.get('reason')}"
         case "failed":
@@ -181,9 +186,8 @@ def requeue() -> None:
         refused = str(error)
     if refused:
         raise RunFolderError(
-            f"scontrol requeue {own_name()}: {refused}: submit the "
-            "same command again, it resumes; sbatch --requeue allows this, unless the site forbids "
-            "it"
+            f"scontrol requeue {own_name()}: {refused}: submit the same command again to resume; "
+            "sbatch --requeue allows this, unless the site forbids it"
         )
 
 
@@ -208,16 +212,18 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.job",
-        description="What a batch script runs before the ranks of a run start, and when they have "
-        "left: slurm/train.sbatch, or Submitit's.",
+        description="Runs in a batch script (slurm/train.sbatch, or Submitit's) before the ranks "
+        "of a run start, and after they have ended.",
     )
     command = commands_of(made, "COMMAND")
-    sub = command("before", _before, "look at config, data and placement, before srun")
+    sub = command("before", _before, "check config, data and placement, before srun")
     sub.add_argument("config", nargs="+", help="as for `alexnet-dist train`")
-    sub = command("after", _after, "requeue the job, or end it, by run.json")
+    sub = command("after", _after, "requeue the job or end it, as run.json says")
     sub.add_argument("code", type=int, help="srun's exit code")
     sub.add_argument("config", nargs="*", help="as for `alexnet-dist train`")
-    sub.add_argument("--submitted", type=path, metavar="FOLDER", help="of a job that is pickled")
+    sub.add_argument(
+        "--submitted", type=path, metavar="FOLDER", help="folder of a job that Submitit pickled"
+    )
     return made
 
 
@@ -245,7 +251,7 @@ def _guarded(main: Callable[[Sequence[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
     except KeyboardInterrupt:
-        print("launch: interrupted; jobs go on", file=sys.stderr)
+        print("launch: interrupted; jobs that were submitted continue", file=sys.stderr)
         return 130
     except FailedJobError as error:  # its text is sbatch's
         keys = keys_of_refusal(str(error))

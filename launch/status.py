@@ -22,7 +22,7 @@ class NoRun(RunFolderError):
     """A path is not a run folder."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(f"{path}: no run.json here: name run folders, as in runs/demo")
+        super().__init__(f"{path}: has no run.json: name run folders, as in runs/demo")
 
 
 COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")
@@ -48,7 +48,7 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     if not run:
         raise NoRun(folder)
     if "state" not in run:
-        raise RunFolderError(f"{folder}: its run.json does not say how it stands: it is damaged")
+        raise RunFolderError(f"{folder}: its run.json is damaged: it has no state")
     state, job = str(run["state"]), run.get("job")
     if (queue or {}).get(job or "") in ("PENDING", "REQUEUED"):
         state = "queued"
@@ -96,11 +96,14 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.status",
-        description="How runs stand, by run.json and, where Slurm is, its queue.",
+        description="Show the state of runs, from run.json and, where there is Slurm, its queue.",
         examples=("python -m launch.status runs/demo runs/second --json",),
     )
     made.add_argument(
-        "run_folder", type=path, nargs="+", help="as in runs/*; what else lies there is passed over"
+        "run_folder",
+        type=path,
+        nargs="+",
+        help="run folders, as in runs/*; anything else is skipped",
     )
     add_json(made, "list")
     return made
@@ -125,7 +128,7 @@ def main(arguments: Sequence[str]) -> int:
     elif rows:
         print(table(rows))
     if others:
-        print(f"passed over, not of a run: {', '.join(map(str, others))}", file=sys.stderr)
+        print(f"skipped, not a run folder: {', '.join(map(str, others))}", file=sys.stderr)
     return 1 if wrong or not rows else 0
 
 

@@ -31,7 +31,7 @@ _NEVER = 1_000_000  # time-outs before Submitit gives up: the run limits its own
 # What Submitit writes before it knows the number of the job, which then takes the place of the hex.
 _NOT_YET_A_JOB = re.compile(r"[0-9a-f]{32}\.pkl|\.submission_file_[0-9a-f]{32}\.sh")
 CONFIG_HELP = (
-    "as for `alexnet-dist train`, and cluster=FILE, cluster.KEY=VALUE (docs/configuration.md)"
+    "as for `alexnet-dist train`, and cluster=FILE or cluster.KEY=VALUE (docs/configuration.md)"
 )
 
 
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser of this program."""
     made = Parser(
         prog="python -m launch.submit",
-        description="Submit a run to Slurm, or train it on this machine in the same words.",
+        description="Submit a run to Slurm, or train it on this machine with the same arguments.",
         examples=(
             "python -m launch.submit paper/alexnet-2012 name=mine cluster=site.yaml",
             "python -m launch.submit demo name=job cluster=dev cluster.nodes=1 --dry-run",
@@ -53,8 +53,10 @@ def parser() -> argparse.ArgumentParser:
 
 def add_where(to: argparse.ArgumentParser) -> None:
     """Add the options that say where runs go."""
-    to.add_argument("--local", action="store_true", help="train here and now, without Slurm")
-    to.add_argument("--dry-run", action="store_true", help="print the batch script, submit nothing")
+    to.add_argument("--local", action="store_true", help="train on this machine now, without Slurm")
+    to.add_argument(
+        "--dry-run", action="store_true", help="print the batch script, and submit nothing"
+    )
 
 
 def checked_config(arguments: Sequence[str], cluster: Cluster | None) -> Config:
@@ -129,7 +131,7 @@ def executor(cluster: Cluster, name: str, folder: Path, parallel: int) -> submit
     try:
         made = submitit.SlurmExecutor(folder.absolute(), max_num_timeout=_NEVER)
     except RuntimeError as error:
-        raise ConfigError(f"{error} Run on this machine with --local") from error
+        raise ConfigError(f"{error} To run on this machine instead, add --local") from error
     made.update_parameters(**job_parameters(cluster, name, folder, parallel))
     return made
 

@@ -1,13 +1,17 @@
 """Shared fixtures: a tiny network and data set, and real processes to run them in."""
 
+import contextlib
 import faulthandler
+import getpass
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -18,11 +22,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import forks
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from forks import Fork
 from made import write_idx
+from processes import temporary_files_in
 from torch.distributed import distributed_c10d
 
 from alexnet_dist.config.load import load_config
@@ -60,9 +66,29 @@ LONG = (
 )  # fmt: skip
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Remove what test runs that were killed have left, after an hour; pytest waits three days."""
+    if hasattr(config, "workerinput"):
+        return
+    for lock in Path(tempfile.gettempdir()).glob(f"pytest-of-{getpass.getuser()}/*/.lock"):
+        with contextlib.suppress(OSError, ValueError):
+            old = time.time() - lock.stat().st_mtime > 3600
+            if old and not psutil.pid_exists(int(lock.read_text())):
+                shutil.rmtree(lock.parent, ignore_errors=True)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: first.get(item.path.name, len(LONG)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Those of tests, and of processes that they kill, go where pytest removes them."""
+    folder = tmp_path_factory.mktemp("tmp")
+    with temporary_files_in(folder):
+        yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -16,16 +16,17 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
+from alexnet_dist.compat import elastic_launch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import AlexNetDistError
-from alexnet_dist.parallel import layouts
+from alexnet_dist.parallel import layouts, spawn
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["warm"])
@@ -77,15 +78,43 @@ class Fork:
 
 def command(arguments: Sequence[str], **where: Any) -> Fork:
     """`alexnet-dist ARGUMENTS`."""
-    return Fork(_command, arguments, **where)
+    return Fork(run, arguments, **where)
 
 
-def _command(arguments: Sequence[str]) -> None:
+def run(arguments: Sequence[str]) -> None:
+    """Run `alexnet-dist ARGUMENTS` in this process, which exits; ranks are forks of it."""
     for _ in range(_ranks_of(arguments)):
         _Rank.waiting.append(_forked())
     subprocess_handler.Popen = _Rank  # torchrun's API starts ranks by it
+    if arguments[0] in ("compare", "bench"):
+        fork_ranks()
     sys.argv = ["alexnet-dist", *arguments]
     runpy.run_module("alexnet_dist", run_name="__main__", alter_sys=True)
+
+
+def fork_ranks() -> None:
+    """Make torchrun's API fork ranks that run a function, instead of starting new Pythons: from a
+    server that is itself a fork of this process, made before there are threads."""
+    server = forkserver._forkserver
+    if server._forkserver_pid is not None:
+        return  # done before
+    address = connection.arbitrary_address("AF_UNIX")
+    (until_left, held), listener = os.pipe(), socket.socket(socket.AF_UNIX)
+    listener.bind(address)
+    listener.listen()
+    if not (pid := os.fork()):
+        os.close(held)
+        try:
+            forkserver.main(listener.detach(), until_left, [])
+        finally:
+            os._exit(0)
+    os.close(until_left)
+    listener.close()
+    server._forkserver_pid, server._forkserver_alive_fd = pid, held
+    server._forkserver_address = address
+    spawn.elastic_launch = lambda config, *more: elastic_launch(
+        config | {"start_method": "forkserver"}, *more
+    )
 
 
 def _ranks_of(arguments: Sequence[str]) -> int:
@@ -118,7 +147,7 @@ def _forked() -> tuple[int, socket.socket]:
     os.environ.update(environment)
     code: Any = 1
     try:
-        _command(arguments)
+        run(arguments)
         code = 0
     except SystemExit as left:
         code = left.code

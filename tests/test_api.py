@@ -112,7 +112,7 @@ def test_a_layout_of_several_ranks_is_started_here(
     assert outcome.score is not None
     assert outcome.score.samples == 23
     monkeypatch.setattr(spawn, "start", lambda *_: 1)
-    with pytest.raises(RanksFailed, match="a rank ended with exit code 1, and said why"):
+    with pytest.raises(RanksFailed, match="a rank ended with exit code 1, and reported why"):
         train(config)
 
 

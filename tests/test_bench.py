@@ -75,7 +75,7 @@ def test_bench_data_says_how_far_apart_the_decoders_are(
     assert means["resized, worst of all kinds: largest"] >= 1
     assert "resized, quality 90, grey" in decoders.lines(found)
     assert main(["bench", "data", str(tmp_path / "source" / "val"), "--differences"]) == 2
-    assert "no .jpg, .jpeg or .png lies there" in capfd.readouterr().err
+    assert "has no .jpg, .jpeg or .png" in capfd.readouterr().err
 
 
 def test_a_difference_has_its_sign_its_edges_and_its_tail() -> None:

@@ -86,7 +86,9 @@ def test_none_good_is_an_error_and_none_at_all_is_not(
 ) -> None:
     assert checkpoints.newest_good(tmp_path) == (None, [])
     (save(tmp_path, tiny(), 1) / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints is good .*: restore one"):
+    with pytest.raises(
+        CheckpointError, match=r"none of its 1 checkpoints is valid .*: restore one"
+    ):
         checkpoints.newest_good(tmp_path)
 
 
@@ -140,7 +142,7 @@ def test_the_best_and_the_last_are_kept(tiny: Callable[..., Config], tmp_path: P
         "step-00000002", "step-00000004", "step-00000005",
     ]  # fmt: skip
     assert checkpoints.best(tmp_path).step == 2
-    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint yet: the run saves"):
+    with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint yet: a run saves"):
         checkpoints.best(tmp_path / "checkpoints")
 
 
@@ -182,7 +184,9 @@ def test_tensors_that_are_not_finite_are_not_saved(
 ) -> None:
     bad = {"conv1.bias": torch.tensor([1.0, float("nan")])}
     for parameters, buffers in ((bad, BUFFERS), (TENSORS, bad)):
-        with pytest.raises(NotFinite, match=r"conv1\.bias is not finite; not saved"):
+        with pytest.raises(
+            NotFinite, match=r"conv1\.bias is not finite: this checkpoint was not saved"
+        ):
             checkpoints.save(tmp_path, tiny(), "d", parameters, buffers, {"step": 1}, None)
     assert not list(tmp_path.iterdir())
 
@@ -208,7 +212,7 @@ def test_another_runs_checkpoint_is_refused_by_key(
     checkpoints.check_same_run(found, tiny("layout.kind=one", "log.every_steps=7"), "digest")
     with pytest.raises(ConfigError, match=r"another run \(seed: 0 there, 3 here\): give"):
         checkpoints.check_same_run(found, tiny("seed=3"), "digest")
-    with pytest.raises(ConfigError, match=r"data\.path: another data set there"):
+    with pytest.raises(ConfigError, match=r"data\.path: it had another data set"):
         checkpoints.check_same_run(found, tiny(), "other")
 
 
@@ -255,7 +259,9 @@ def test_a_good_checkpoint_in_a_folder_of_another_step_is_an_error_that_changes_
         case "copied":
             shutil.copytree(eight, twelve)
     before = contents(tmp_path)
-    said = r"holds a good checkpoint, of step [48]; nothing was changed.*: (mv -nT \S+ \S+)$"
+    said = (
+        r"holds a valid checkpoint of another step,  [48]; nothing was changed.*: (mv -nT \S+ \S+)$"
+    )
     for _ in range(3):
         with pytest.raises(CheckpointError, match=said) as raised:
             checkpoints.newest(folder)
@@ -347,7 +353,9 @@ def test_another_versions_checkpoint_is_not_damaged(
     manifest = json.loads(path.read_text()) | {"version": 2}
     manifest["sha256"] = checkpoints.own_sha256(manifest)
     path.write_text(json.dumps(manifest))
-    with pytest.raises(CheckpointError, match=r"version 2, and this program reads 1") as raised:
+    with pytest.raises(
+        CheckpointError, match=r"version 2, but this program reads version 1"
+    ) as raised:
         checkpoints.newest(tmp_path)
     assert not isinstance(raised.value, Damaged)
 
@@ -378,7 +386,7 @@ def test_a_newer_checkpoint_of_a_name_of_ones_own_is_not_passed_over_in_silence(
         path.rename(path.with_name(name or path.name))
     checkpoints.continue_from(tmp_path, *checkpoints.newest(tmp_path))
     (said,) = caplog.messages
-    assert f"{tmp_path}/step-6 holds step 6, newer than 4: to go on from it, stop this run" in said
+    assert f"{tmp_path}/step-6 holds step 6, newer than 4: to resume from it, stop this run" in said
     assert len(checkpoints.traces(tmp_path)) == 3
 
 

@@ -1,14 +1,19 @@
 """`alexnet-dist compare`, as a user runs it."""
 
 import json
-import os
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, alexnet_dist
+from forks import Fork
+from torch import Tensor
+from torch.futures import Future
 
 from alexnet_dist.config.load import load_config
+from alexnet_dist.engines import ddp
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.reporting.compare_layouts import chosen
 
@@ -38,23 +43,23 @@ def test_columns_replicas_and_zero_hold_and_are_one_json_list(command: list[str]
     assert rows[1]["max_difference"] > 0  # other sums: not a network held against itself
 
 
+def of_own_gradients(arguments: list[str]) -> None:
+    """Run a command whose replicas each keep their own gradients."""
+
+    def keep(group: dist.ProcessGroup, bucket: dist.GradBucket) -> Future[Tensor]:
+        kept: Future[Tensor] = Future()
+        kept.set_result(bucket.buffer())
+        return kept
+
+    ddp.sum_bucket = keep
+    forks.run(arguments)
+
+
 def test_a_layout_that_is_wrong_does_not_hold(command: list[str], tmp_path: Path) -> None:
-    """Replicas that each keep their own gradients, by a patch that every process imports."""
-    (tmp_path / "sitecustomize.py").write_text(
-        "import sys\n"
-        "if 'compare' in sys.argv or 'spawn_main' in ' '.join(sys.orig_argv):\n"
-        "    import alexnet_dist.parallel.replicas as replicas\n"
-        "    def keep(group, bucket):\n"
-        "        future = replicas.Future()\n"
-        "        future.set_result(bucket.buffer())\n"
-        "        return future\n"
-        "    replicas.sum_bucket = keep\n"
-    )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    arguments = [*command, "--layouts", "replicas:2"]
-    result = alexnet_dist(*arguments, env=environment)
-    assert result.returncode == 1, result.stderr
-    heading, one, replicas = result.stdout.splitlines()
+    output, errors = prints = tmp_path / "output", tmp_path / "errors"
+    compare = Fork(of_own_gradients, [*command, "--layouts", "replicas:2"], prints=prints)
+    assert compare.wait(timeout=300) == 1, errors.read_text()
+    heading, one, replicas = output.read_text().splitlines()
     assert heading.split()[:2] == ["layout", "ranks"]
     assert " yes " in one
     assert " NO " in replicas
@@ -73,7 +78,7 @@ def test_a_layout_that_cannot_be_is_one_clear_line(command: list[str]) -> None:
         ("replicas:3", "train.batch=8: must be divisible by 3 replicas"),
         ("sharded_fc:3", "cannot be split over 3 ranks, only over 2, 4"),
         ("rows:2", "layout.kind=rows"),
-        ("replicas:many", "write LAYOUT or LAYOUT:RANKS"),
+        ("replicas:many", "must be LAYOUT or LAYOUT:RANKS"),
     ],
 )
 def test_a_wrong_choice_of_layouts_says_why(layouts: str, message: str) -> None:
@@ -95,6 +100,6 @@ def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None
     assert missing in result.stderr
     made = result.stderr.partition("`alexnet-dist ")[2].partition("`")[0].split()
     assert made[-1] == "data/demo"
-    done = alexnet_dist(*made, cwd=tmp_path)
+    done = alexnet_dist(*made, "--workers", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "data" / "demo" / "dataset.json").exists()

@@ -127,14 +127,14 @@ def test_who_decodes_is_by_pipeline_card_and_size() -> None:
         assert decoding(counted(1), at, "torch").images_per_s == pytest.approx(rate)
     assert of("a10", "dali")[0] == "the GPU's CUDA cores"
     assert of("k20", "dali")[0].endswith("share Python's lock")
-    assert of("h100", "resident") == ("each image once, at the start", float("inf"))
+    assert of("h100", "resident") == ("each image is decoded once, at the start", float("inf"))
     # DALI on an H100 gives more than threads do.
     assert of("h100", "dali")[1] > 10 * of("h100", "torch")[1]
     few, many = 10_000, 1_281_167
     assert assumed(load_config(config), MACHINES["h100"], few, 2e9)[0] == "resident"
     kind, why = assumed(load_config(config), MACHINES["h100"], many, 2e9)
     assert (kind, why) == (
-        "dali", "auto: images decoded once take 251.89 GB a rank, of 78.00 GB free",
+        "dali", "auto: decoded images would take 251.89 GB per rank, of 78.00 GB free",
     )  # fmt: skip
     assert assumed(load_config(config), MACHINES["cpu"], few, 2e9)[0] == "torch"
     own = load_config([*config, "data.pipeline=torch"])
@@ -211,7 +211,7 @@ def test_a_fit_finds_the_machine_that_took_the_seconds() -> None:
         )
     assert found.link == pytest.approx(there.link, rel=0.01)
     assert found.step_s == pytest.approx(there.step_s, rel=0.01)
-    with pytest.raises(ConfigError, match="4 measured steps do not fix"):
+    with pytest.raises(ConfigError, match="4 measured steps are too few to fit"):
         fit(measured[:4])
 
 
@@ -413,7 +413,7 @@ def test_a_schedule_is_drawn() -> None:
 
 @pytest.mark.parametrize("text", ["p100:8", "h100:0", "h100:8x", "h100:-1", "", "0xh100", "8x"])
 def test_a_cluster_that_is_none_says_how_to_write_one(text: str) -> None:
-    with pytest.raises(ConfigError, match=rf"--gpus {text}: write KIND, .*as in h100:8x4"):
+    with pytest.raises(ConfigError, match=rf"--gpus {text}: must be KIND, .*as in h100:8x4"):
         Cluster.of(text)
 
 
@@ -531,13 +531,15 @@ def test_a_batch_held_out_is_predicted_of_each_card() -> None:
 def test_what_cannot_be_foretold_is_one_line() -> None:
     config = tiny("layout.kind=replicas", "train.precision=bf16")
     planned = plan(config, 2)
-    with pytest.raises(ConfigError, match="bf16: no figure for K20, only for fp32: set one of"):
+    with pytest.raises(
+        ConfigError, match="bf16: no speed is known for K20, only for fp32: set one of"
+    ):
         forecast(planned, config, Cluster.of("k20:2"))
     with pytest.raises(ConfigError, match="2 ranks on 1 × H100"):
         forecast(planned, config, Cluster.of("h100"))
-    with pytest.raises(ConfigError, match=r"--fit .*: not what `bench layouts --json` prints"):
+    with pytest.raises(ConfigError, match=r"--fit .*: is not what `bench layouts --json` prints"):
         read_bench(Path(__file__))
-    with pytest.raises(ConfigError, match=r"--machine .*: not a machine that plan --fit wrote"):
+    with pytest.raises(ConfigError, match=r"--machine .*: is not a machine that plan --fit wrote"):
         machines.read_machine(Path(__file__))
 
 

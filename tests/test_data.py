@@ -107,7 +107,7 @@ def test_preparing_again_gives_the_same_bytes_or_says_done(tmp_path: Path) -> No
         assert path.is_dir() or path.read_bytes() == other.read_bytes()
     assert "already prepared" in prepare("fashion_mnist", idx, tmp_path / "a")
     other = write_idx(tmp_path / "idx2", 31, 10)
-    with pytest.raises(DatasetError, match="of other files or options: name another OUT"):
+    with pytest.raises(DatasetError, match="made from other files or with other options: name"):
         prepare("fashion_mnist", other, tmp_path / "a")
 
 
@@ -138,7 +138,7 @@ def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -
     root = tmp_path / named.partition("/train")[0]
     line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(DatasetError, match=r"these are images .*, not a packed data set") as caught:
+    with pytest.raises(DatasetError, match=r"holds images .*, not a packed data set") as caught:
         open_dataset(given)
     assert f"`{line}`" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -157,15 +157,18 @@ def test_every_command_says_that_images_are_images(
     found = {one.what: one for one in doctor.examine(config, named=True)}
     for said in (result.stderr, found["data"].remedy):
         assert f"`alexnet-dist prepare folder {photos} {photos}-packed`" in said
-        assert said.count("these are images") == 1
+        assert said.count("holds images") == 1
 
 
 def test_prepare_never_fills_or_names_for_removal_what_it_did_not_make(tmp_path: Path) -> None:
     source = made.image_folder(tmp_path / "photos", 2, 1)
     taken = made.image_folder(tmp_path / "out.partial", 1, 1)
     for out, said in (
-        (tmp_path / "out", "out.partial holds '.*', not made by `prepare`: name another OUT"),
-        (source, "is there, and is not a packed data set: name another OUT"),
+        (
+            tmp_path / "out",
+            "out.partial holds '.*', which `prepare` did not make: name another OUT",
+        ),
+        (source, "exists, but is not a packed data set: name another OUT"),
     ):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(DatasetError, match=said):
@@ -192,7 +195,7 @@ def test_no_message_advises_to_remove_anything() -> None:
         ("train-images-idx3", lambda raw: None, "has neither .*ubyte.gz nor .*dataset-fashion"),
         ("train-images-idx3", lambda raw: gzip.compress(raw)[:-9], "cannot be read"),
         ("train-images-idx3", lambda raw: b"hello", "cannot be read"),
-        ("train-labels-idx1", lambda raw: gzip.compress(raw[:-1]), "29 values, its header says"),
+        ("train-labels-idx1", lambda raw: gzip.compress(raw[:-1]), "29 values, but its header"),
         ("train-labels-idx1", lambda raw: gzip.compress(b"\0\0\x0d\1" + raw[4:]), "not an IDX"),
         ("train-labels-idx1", lambda raw: gzip.compress(raw[:-1] + b"\x0a"), "labels up to 10"),
         ("t10k-labels-idx1", lambda raw: gzip.compress(b"\0\0\x08\1\0\0\0\1\0"), "1 labels"),
@@ -271,7 +274,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("torn dataset.json", lambda r: (r / "dataset.json").write_text('{"ver'), "cannot be read"),
     ("a list", lambda r: (r / "dataset.json").write_text("[]"), "a list, not an object"),
     ("no splits", edit_json(lambda m: m.pop("splits")), "is damaged .*'splits'"),
-    ("another version", edit_json(lambda m: m.update(version=9)), "version 9, and this program"),
+    ("another version", edit_json(lambda m: m.update(version=9)), "version 9, but this program"),
     ("no shard", lambda r: (r / "train/shard-00000.tar").unlink(), "shard-00000.tar cannot be"),
     ("short shard", lambda r: (r / "train/shard-00000.tar").write_bytes(b"x"), "1 bytes, dataset"),
     ("flipped shard", flip("train/shard-00000.tar", 600), "shard-00000.tar: SHA-256"),
@@ -285,7 +288,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("count", edit_json(lambda m: m["splits"]["train"].update(samples=9)), "60 samples, dataset"),
     ("pickle", pickled, "object in 1 dimensions"),
     ("../", edit_json(lambda m: m["splits"]["train"]["shards"][0].update(file="../x.tar")),
-     r"refused the file name '\.\./x\.tar'"),
+     r"names a file that it may not, '\.\./x\.tar'"),
     ("absolute", edit_json(lambda m: m["mean_image"].update(file="/etc/x.npy")), "refused the"),
 ]  # fmt: skip
 
@@ -361,10 +364,10 @@ def test_a_batch_is_read_as_each_of_its_samples_is(
     for place, sample in ((1, 7), (2, 20), (4, 50), (5, 59)):
         with pytest.raises(DatasetError) as alone:
             read(split, sample)
-        assert why[place] == f"{alone.value}: sample {found[place]} stands in for it"
+        assert why[place] == f"{alone.value}: sample {found[place]} is used instead"
     split.close()
     (root / "train/shard-00000.tar").unlink()
-    with pytest.raises(DatasetError, match=r"sample 3 .*cannot be read .*nor is any other sample"):
+    with pytest.raises(DatasetError, match=r"sample 3 .*cannot be read .*no other sample"):
         split.read_with_warnings(np.array([3]))
 
 
@@ -433,7 +436,7 @@ def test_classes_and_the_evaluation_split_follow_the_data(
         (tmp_path / "dataset.json").write_text(json.dumps(meta | {"splits": splits}))
         assert tiny(*LEFT, f"data.path={tmp_path}").data.eval_split == taken
     (tmp_path / "dataset.json").write_text(json.dumps(meta | {"classes": ["cat"]}))
-    with pytest.raises(ConfigError, match=r"dataset\.json: model\.classes=1: there is nothing to"):
+    with pytest.raises(ConfigError, match=r"dataset\.json: model\.classes=1: a network needs"):
         tiny(*LEFT, f"data.path={tmp_path}")
 
 

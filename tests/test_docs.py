@@ -10,17 +10,18 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY, alexnet_dist
+from conftest import TINY
+from forks import Fork
 from made import image_folder
 
-from alexnet_dist.cli.main import build_parser
+from alexnet_dist.cli.main import build_parser, main
 from alexnet_dist.config.load import RETIRED, load_config
 from alexnet_dist.config.schema import keys
 from alexnet_dist.parallel.layouts import check
@@ -179,6 +180,20 @@ def test_every_key_is_in_the_reference_as_it_is() -> None:
     assert told == made["reference"](), "docs/configuration.md is out of date: make docs"
 
 
+def in_a_process(function: Callable[..., object], *args: object) -> str:
+    """What a function prints in a process of its own, in this folder; it must end well."""
+    output, errors = prints = Path("output"), Path("errors")
+    process = Fork(function, *args, prints=prints)
+    assert process.wait(timeout=300) == 0, errors.read_text()
+    return output.read_text()
+
+
+def run_all(commands: list[list[str]]) -> None:
+    """Run `alexnet-dist` with each of these arguments."""
+    for arguments in commands:
+        assert main(arguments) == 0, arguments
+
+
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as the documents suppose it: `my-images` of three classes, and a table of them."""
@@ -202,8 +217,7 @@ def test_your_own_images_to_the_end(place: Path) -> None:
     assert [words[0] for words in typed] == [
         "prepare", "inspect", "train", "evaluate", "figures", "report", "export"
     ]  # fmt: skip
-    program = f"from alexnet_dist.cli.main import main\nfor a in {typed!r}: assert main(a) == 0, a"
-    subprocess.run([sys.executable, "-c", program], check=True)  # one start for all of them
+    in_a_process(run_all, typed)
     for made in ("data/mine/contact-sheet.png", "runs/own/figures/kernels.png"):
         assert (place / made).stat().st_size > 1000
     (example,) = blocks(ROOT / "docs/checkpoints.md", "python")
@@ -219,8 +233,10 @@ def test_your_own_images_to_the_end(place: Path) -> None:
 
 def test_the_source_that_is_shown_packs(place: Path) -> None:
     (example,) = blocks(ROOT / "docs/extending.md", "python")
-    said = subprocess.check_output([sys.executable, "-c", example], text=True)
-    assert said == "data/table: packed 43 train, 5 val images of 3 classes\n"
+    assert (
+        in_a_process(exec, example, {})
+        == "data/table: packed 43 train, 5 val images of 3 classes\n"
+    )
 
 
 def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Path) -> None:
@@ -233,14 +249,19 @@ def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Pa
     for patch in patches:
         apply = ["git", "apply", "-C1", "-"]
         subprocess.run(apply, input=patch, cwd=tmp_path, env=outside, text=True, check=True)
-    own = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(tmp_path)}}
-    planned = alexnet_dist("plan", *TINY, "layout.kind=hooks", "--ranks", "2", "--json", **own)
-    assert "bytes" in json.loads(planned.stdout)["layouts"]["hooks"], planned.stderr
-    arguments = ["compare", *TINY, f"data.path={packed}", "model.gain=[conv1,conv3]"]
-    arguments += ["--layouts", "columns:2,hooks:2", "--steps", "3"]
-    result = alexnet_dist(*arguments, **own)
+    planned = ["plan", *TINY, "layout.kind=hooks", "--ranks", "2", "--json"]
+    compared = ["compare", *TINY, f"data.path={packed}", "model.gain=[conv1,conv3]"]
+    compared += ["--layouts", "columns:2,hooks:2", "--steps", "3"]
+    # In one Python that imports the copy; ranks are forks of it.
+    program = "import forks, warm; from alexnet_dist.cli.main import main\n"
+    program += f"forks.fork_ranks(); main({planned}); print(flush=True); forks.run({compared})"
+    own = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}"}
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=own, check=False,
+                            capture_output=True, text=True, timeout=300)  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = [line.split() for line in result.stdout.splitlines()[1:]]
+    plan, _, table = result.stdout.partition("\n\n")
+    assert "bytes" in json.loads(plan)["layouts"]["hooks"]
+    rows = [line.split() for line in table.splitlines()[1:]]
     assert [row[0] for row in rows] == ["one", "columns", "hooks"]
     assert all(float(row[3]) > 0 and row[5] == "yes" for row in rows[1:])
 

@@ -47,7 +47,7 @@ def test_doctor_says_what_a_run_would_use(tiny: Callable[..., Config]) -> None:
     assert {"python", "cpu", "memory", "allocator", "slurm", "disk", "clock"} <= said.keys()
     assert f"torch {metadata.version('torch')}" in said["packages"]
     assert said["layout"].startswith("columns: 2 process(es) on the CPU, 1 thread(s) each, over gl")
-    assert "2 ranks gathered and summed rightly" in said["exchange, gloo"]
+    assert "2 ranks gathered and summed correctly" in said["exchange, gloo"]
     assert "decodes on the CPU" in said["dali"]
     assert "10 classes, train 60, test 23 images" in said["data"]
 
@@ -131,7 +131,7 @@ def no_dali(patch: Patch, tmp_path: Path) -> None:
         (no_dali, "dali", "nvidia-dali-cuda120", False),
         (half_a_core, "cpu quota", "set layout.threads=1", False),
         (no_bf16, "bf16", "train.precision=fp32", False),
-        (one_gpu, "layout", "layout.kind=one uses the GPU", False),
+        (one_gpu, "layout", "layout.kind=one would use the GPU", False),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -213,24 +213,24 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
     [
         (out_of_gpu_memory, r"GPU's memory is full: raise train\.micro_batches, lower"),
         (out_of_memory, r"this machine's memory is full: raise train\.micro_batches.*tried to all"),
-        (no_gpu, r"layout\.device=cuda: 1 ranks .* 0 are here; set layout\.device=auto .*doctor"),
-        (one_gpu_for_two_columns, r"2 ranks .* need a GPU each, and 1 are here; "),
-        (tf32_on_a_cpu, r"train\.precision=tf32: only a GPU has it, .*precision=fp32 or bf16$"),
-        (bf16_on_an_old_gpu, r"bf16: Tesla V100 is of compute capability 7\.0, .*precision=fp32$"),
+        (no_gpu, r"layout\.device=cuda: 1 ranks .* but it has 0; set layout\.device=auto .*doctor"),
+        (one_gpu_for_two_columns, r"2 ranks .* need a GPU each, but it has 1; "),
+        (tf32_on_a_cpu, r"train\.precision=tf32: only GPUs have it, .*precision=fp32 or bf16$"),
+        (bf16_on_an_old_gpu, r"bf16: needs .*, but Tesla V100 has 7\.0: .*precision=fp32$"),
         (dali_without_driver, r"data\.pipeline=dali: no pipeline .* on cuda:0 .*pipeline=torch"),
         (dali_not_installed, r"nvidia\.dali is not installed .*pip install nvidia-dali-cuda120"),
         (onnx_not_installed, r"--format onnx needs onnx: pip install 'alexnet-dist\[export\]'"),
-        (driver_too_old, r"torch and this GPU's driver do not fit: update the driver, or install"),
+        (driver_too_old, r"torch and this GPU's driver do not match: update the driver, or "),
         (no_compiler, r"kernels cannot be built: install gcc and Python's headers .*Debian"),
-        (port_taken, r"port at which ranks meet is taken: set MASTER_PORT to another, or "),
+        (port_taken, r"port where the ranks meet is taken: set MASTER_PORT to another, or "),
         (rank_1_never_comes, r"did not meet within layout\.timeout_s: start all.*1/2 clients"),
-        (node_without_its_name, r"name of this node is not .* set GLOO_SOCKET_IFNAME to .*192\.0"),
+        (node_without_its_name, r"this node's name does not .* set GLOO_SOCKET_IFNAME to .*192\.0"),
         (no_address, r"RANK and WORLD_SIZE say .* set MASTER_ADDR and MASTER_PORT.*unset"),
-        (peer_lost, r"connection to another rank is lost.* goes on from the last checkpoint"),
+        (peer_lost, r"connection to another rank is lost.* to resume from the last checkpoint"),
         (no_space, r"No space left on device.*: make room, or name another disk by output_dir="),
         (not_ours, r"/proc/run: cannot be written .*: set output_dir= or name="),
-        (no_locks, r"file system has no locks .*set output_dir= to another, or mount it with"),
-        (too_many_files, r"'shard-00000\.tar': raise the limit of open files: ulimit -n"),
+        (no_locks, r"file system has no locks .*set output_dir= to another file system, or"),
+        (too_many_files, r"'shard-00000\.tar': raise the limit on open files: ulimit -n"),
         (data_elsewhere, r"data/imagenet/dataset\.json is missing in /.*: make .* set data\.path"),
         (run_elsewhere, r"runs/demo is neither .* checkpoint in /.*: name runs/NAME"),
     ],
@@ -250,7 +250,7 @@ def test_a_failure_is_one_line_that_says_what_to_do(
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: no")])
 def test_full_memory_names_the_input_that_was_read(error: Exception) -> None:
-    said = r"'train/ant/0\.jpg': this machine's memory is full where it was read"
+    said = r"'train/ant/0\.jpg': this machine ran out of memory while reading it"
     with pytest.raises(MachineError, match=said), filled_by("train/ant/0.jpg"):
         raise error
     with pytest.raises(RuntimeError, match="another"), filled_by("train/ant/0.jpg"):
@@ -298,7 +298,7 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     device = take_device(tiny("layout.device=auto"), environment.Place(0, 2, 0, 2))
     assert device.type == "cpu"
-    assert "2 ranks and 1 GPU(s) here: computing on the CPU; to use what is there" in caplog.text
+    assert "2 ranks but only 1 GPU(s): computing on the CPU; to use the GPU(s)" in caplog.text
 
 
 def test_options_and_keys_come_in_any_order() -> None:
@@ -355,13 +355,13 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         json.dumps({"data": {"path": str(packed)}, "model": {"classes": 9}})
     )
     cases = [
-        (["train", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["train", "demo", data, "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["train", "demo", data, "model.classes=9"], 2, "train a new network on it with model.cl"),
         (["train", "demo", "data.path=/nowhere"], 1, "/nowhere/dataset.json is missing"),
         (["train", "demo", data, "train.init_from=runs/no"], 1, "train.init_from='runs/no': runs"),
         (["train", "demo", "lr=1"], 2, "did you mean schedule.rate?"),
         (["evaluate", "runs/no"], 1, "runs/no is neither a run folder nor a checkpoint in "),
-        (["evaluate", str(run), "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["evaluate", str(run), "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=9"),
         (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
         (["figures", "runs/no"], 1, "neither a run folder"),
@@ -369,7 +369,7 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),
         (["plan", "runs/no"], 2, "'runs/no' is neither a config file nor key=value"),
         (["plan", "demo", "--gpus", "h100:8", "lr=1"], 2, "did you mean schedule.rate?"),
-        (["compare", "demo", data, "data.eval_split=vla"], 2, "has the splits train, test"),
+        (["compare", "demo", data, "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["bench", "step", "lr=1"], 2, "did you mean schedule.rate?"),
         (["doctor", "lr=1"], 2, "did you mean schedule.rate?"),
     ]
@@ -410,7 +410,7 @@ def test_what_fails_on_a_rank_started_here_is_said(capfd: pytest.CaptureFixture[
     with pytest.raises(ConfigError, match="every rank's"):
         spawn.call(_fails_on_rank_1, 2, ConfigError("every rank's"))
     assert "every rank's" not in capfd.readouterr().err
-    with pytest.raises(RanksFailed, match="a rank failed, and said why"):
+    with pytest.raises(RanksFailed, match="a rank failed, and reported why"):
         spawn.call(_fails_on_rank_1, 2, OSError(errno.ENOSPC, "No space left"))
     assert "[r1] [Errno 28] No space left: make room" in capfd.readouterr().err
 
@@ -435,7 +435,7 @@ def test_a_signal_while_ranks_work_reaches_this_programs_own_handler() -> None:
 @pytest.mark.parametrize(
     ("before", "said"),
     [
-        ("sys.version_info = (3, 10, 4, 'final', 0)", "3.11 or newer is needed: make the environ"),
+        ("sys.version_info = (3, 10, 4, 'final', 0)", "it needs 3.11 or newer: make the environ"),
         ("sys.modules['yaml'] = None", "yaml is not installed in this Python: pip install pyyaml"),
         ("sys.platform = 'darwin'", "this is darwin, but it runs only on Linux"),
     ],
@@ -466,10 +466,13 @@ def test_memory_is_blamed_only_where_the_kernel_counts_a_kill(
 ) -> None:
     worker = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     for counted, said in (
-        ([0, 2], "killed by SIGKILL from outside the run: the kernel ended none for memory"),
+        (
+            [0, 2],
+            "killed by SIGKILL from outside the run: the kernel killed none for lack of memory",
+        ),
         (
             [0, 3],
-            "killed by SIGKILL, and the kernel counts a process here that it ended for memory",
+            "killed by SIGKILL, and the kernel has killed a process here for lack of memory",
         ),
         ([], "killed by SIGKILL"),
     ):

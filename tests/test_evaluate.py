@@ -179,4 +179,4 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
 
     monkeypatch.setattr(scores.files, "write", full)
     assert scores.save_score(again) is None
-    assert "not kept, this score is printed alone" in caplog.text
+    assert "this score is printed, but could not be saved" in caplog.text

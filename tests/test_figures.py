@@ -15,7 +15,7 @@ from made import image_folder
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.prepare.prepare import Options, prepare
-from alexnet_dist.plotting import chroma, confusion_picture, distinct
+from alexnet_dist.plotting import chroma, confusion_picture, distinct, kernel_picture
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.report import PUBLISHED, report
 from alexnet_dist.training.loop import train
@@ -27,6 +27,12 @@ def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:
     opponent = torch.tensor([1.0, -1.0, 0.0])[None, :, None, None] * torch.randn(8, 1, 5, 5)
     assert chroma(torch.cat([grey, opponent]), 2) == pytest.approx([0, 1], abs=1e-6)
     assert chroma(torch.randn(500, 3, 11, 11), 1) == pytest.approx([2 / 3], abs=0.01)
+
+
+def test_small_kernels_are_drawn_as_large_as_the_papers() -> None:
+    sides = [kernel_picture(torch.randn(6, 3, k, k), 1).shape[0] for k in (11, 5, 3)]
+    assert sides[0] == 3 * (33 + 2)
+    assert all(100 <= side <= 120 for side in sides)
 
 
 def test_nearest_rows_are_those_of_all_distances(
@@ -119,6 +125,20 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert f"<td>tiny-ensemble-views-1</td><td>2</td><td>{error:.2f}</td>" in page
     assert "<td>tiny-fig1-relu</td><td>1</td><td>never</td>" in page
     assert "epochs to 25 % training error" in page
+
+
+def test_curves_of_a_run_without_evaluations_name_none(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("layout.kind=one", "train.epochs=1", "log.every_steps=1", "data.eval_split=none")
+    assert train(config).exit == 0
+    named: list[str] = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.legend",
+        lambda axes, *_, **__: named.extend(axes.get_legend_handles_labels()[1]),
+    )
+    figures.draw(config.folder)
+    assert named == ["train", "train, top-1", "train, top-5"]
 
 
 def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def test_plain_folders_at_any_depth_and_what_lies_beside_is_named(tmp_path: Path
     assert said == [
         f"{tmp_path / 'out'}: packed 8 train images of 2 classes",
         "left out: hidden: 3 (.git, __MACOSX, bee/.DS_Store); beside class folders: 1 (labels.csv)"
-        "; no image by its first bytes: 2 (bee/notes.txt, empty/readme.txt); without images: 2 "
+        "; no image, by its first bytes: 2 (bee/notes.txt, empty/readme.txt); without images: 2 "
         "(bare/, empty/)",
-        "no split to evaluate on: --validation 0.1 into another OUT makes one",
+        "no split to evaluate on: to make one, prepare into another OUT with --validation 0.1",
     ]
     assert open_dataset(tmp_path / "out").classes == ("ant", "bee")
     assert more["bee/winter/2020/deep.jpg"] in stored(tmp_path / "out", "train")
@@ -130,14 +130,18 @@ def test_a_share_is_cut_by_names_and_stays_when_others_come(tmp_path: Path) -> N
 
 def test_shares_that_cannot_be_are_named(tmp_path: Path) -> None:
     source = made.image_folder(tmp_path / "source", 1, 1)
-    with pytest.raises(DatasetError, match=r"--validation 0\.1: .* has validation images: leave"):
+    with pytest.raises(
+        DatasetError, match=r"--validation 0\.1: .* has its own validation images: leave"
+    ):
         prepare("folder", source, tmp_path / "out", Options(validation=0.1))
     few = classes(tmp_path / "few", 1)
-    with pytest.raises(DatasetError, match=r"--validation 1e-05: of 2 images it takes 0: some are"):
+    with pytest.raises(
+        DatasetError, match=r"--validation 1e-05: would take 0 of 2 images: some must"
+    ):
         prepare("folder", few, tmp_path / "out", Options(validation=1e-5))
     said = alexnet_dist("prepare", "folder", str(few), str(tmp_path / "out"), "--validation", "2")
     assert said.returncode == 1
-    assert "--validation 2: a share between 0 and 1" in said.stderr
+    assert "--validation 2: must be a share between 0 and 1" in said.stderr
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "VAL", "Valid"])
@@ -165,11 +169,17 @@ def test_images_without_classes_are_left_out_and_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        (["cat/1.jpg"], "one class only, cat: there is nothing to tell apart: lay the images"),
-        (["train/cat/1.jpg", "val/cat/1.jpg"], r"train: one class only, cat"),
-        (["1.jpg", "2.jpg"], "no folders in it that hold images: lay the images of each class in"),
-        (["val/cat/1.jpg", "cat/1.jpg", "dog/1.jpg"], "no folder train/ in it, though val/: lay"),
-        (["train/cat/1.jpg", "train/dog/1.jpg", "val/owl/1.jpg"], "val/owl: a class that train/ d"),
+        (
+            ["cat/1.jpg"],
+            "has only one class, cat, but a network needs two to tell apart: put the images",
+        ),
+        (["train/cat/1.jpg", "val/cat/1.jpg"], r"train: has only one class, cat"),
+        (["1.jpg", "2.jpg"], "none of its folders holds images: put the images of each class in"),
+        (["val/cat/1.jpg", "cat/1.jpg", "dog/1.jpg"], "has val/, but no folder train/: put"),
+        (
+            ["train/cat/1.jpg", "train/dog/1.jpg", "val/owl/1.jpg"],
+            "val/owl: train/ has no such class",
+        ),
     ],
 )
 def test_folders_that_are_no_classes_are_said_to_be(
@@ -263,10 +273,10 @@ def test_what_an_archive_should_not_hold_is_refused(tmp_path: Path) -> None:
     reasons = {entry["name"]: entry["reason"] for entry in refused}
     assert reasons == {
         "ant/link.jpg": "a link or device in the archive, not a file",
-        "ant/../../up.jpg": "a name that leaves its folder",
-        "../up.jpg": "a name that leaves its folder",
-        "/tmp/up.jpg": "a name that leaves its folder",
-        "ant/bz.jpg": "encrypted, or packed by another method than deflate",
+        "ant/../../up.jpg": "a name that leads out of its folder",
+        "../up.jpg": "a name that leads out of its folder",
+        "/tmp/up.jpg": "a name that leads out of its folder",
+        "ant/bz.jpg": "encrypted, or compressed by another method than deflate",
     }
     assert not list(tmp_path.parent.glob("up.jpg"))
 
@@ -276,7 +286,7 @@ def test_a_zip_that_lies_about_sizes_is_read_no_further(tmp_path: Path) -> None:
         archive.writestr("ant/1.jpg", bytes(2**24))
     (item,) = list_files(tmp_path / "a.zip").files
     assert len(read_content(item)) == 2**24
-    with pytest.raises(ValueError, match="101 bytes where 100 were listed"):
+    with pytest.raises(ValueError, match="101 bytes, but 100 were listed"):
         read_content(item._replace(size=100))  # unpacks one byte more, and no other
     with pytest.raises(ValueError, match="more than"):
         read_content(item._replace(packed=2**40))
@@ -347,11 +357,11 @@ def test_tiny_imagenet_as_given_out(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("wnids.txt", None, "no file wnids.txt in it: it is not Tiny ImageNet"),
-        ("wnids.txt", b"n01440764\n", "has the class 'n01443537', which wnids.txt does not name"),
+        ("wnids.txt", None, "has no file wnids.txt: it is not Tiny ImageNet"),
+        ("wnids.txt", b"n01440764\n", "has the class 'n01443537', which is not in wnids.txt"),
         ("val/val_annotations.txt", b"val_0.JPEG\tn01440764\n", "val_1.JPEG has the class ''"),
-        ("val/val_annotations.txt", b"val_0.JPEG\n", "cannot be read whole"),
-        ("words.txt", b"\xff\xfe\t", "cannot be read whole"),
+        ("val/val_annotations.txt", b"val_0.JPEG\n", "cannot be read completely"),
+        ("words.txt", b"\xff\xfe\t", "cannot be read completely"),
     ],
 )
 def test_a_tiny_imagenet_that_is_not_whole_is_named(
@@ -378,7 +388,7 @@ def test_imagenettes_archive_has_names_for_its_classes(tmp_path: Path) -> None:
     assert open_dataset(tmp_path / "out").classes[4] == "n03028079 church"
     shutil.rmtree(source / "train" / "n03028079")
     shutil.rmtree(source / "val" / "n03028079")
-    with pytest.raises(DatasetError, match="not Imagenette's ten: give it to `prepare folder`"):
+    with pytest.raises(DatasetError, match="not Imagenette's ten: use `prepare folder`"):
         prepare("imagenette", source, tmp_path / "out2", ONE)
 
 
@@ -443,7 +453,7 @@ def test_a_run_without_a_split_to_evaluate_on_ends_well(tmp_path: Path, layout: 
     assert again.returncode == 0, again.stderr
     scored = alexnet_dist("evaluate", str(run))
     assert scored.returncode == 2
-    assert "data.eval_split=none: there is nothing to score on: name one of" in scored.stderr
+    assert "data.eval_split=none: there is no split to score on: name one of" in scored.stderr
     scored = alexnet_dist("evaluate", str(run), "data.eval_split=train")
     assert scored.returncode == 0, scored.stderr
     assert "step-00000009: top-1" in scored.stdout

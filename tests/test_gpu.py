@@ -23,6 +23,7 @@ from alexnet_dist.data.pipelines.make import make_pipeline, train_batches
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engines.base import on_host
+from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.network import philox
 from alexnet_dist.network.lrn import local_response_norm
@@ -46,11 +47,10 @@ def test_dropout_masks_are_the_cpus_bits() -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_normalisation_is_the_cpus(dtype: torch.dtype, bound: float) -> None:
     maps, upper = torch.randn(2, 4, 96, 27, 27, dtype=dtype) * 50
-    constants = {"size": 5, "alpha": 1e-4, "beta": 0.75, "k": 2.0}
     found = []
     for device in ("cpu", "cuda"):
         leaf = maps.to(device, copy=True).requires_grad_()
-        ours = local_response_norm(leaf, **constants)
+        ours = local_response_norm(leaf, size=5, alpha=1e-4, beta=0.75, k=2.0)
         ours.backward(upper.to(device))
         assert leaf.grad is not None
         found.append([ours.detach().cpu(), leaf.grad.cpu()])
@@ -148,6 +148,7 @@ def steps_by_each(config: Config, overrides: list[str]) -> dict[str, dict[str, t
         one = load_config([flat(config), *overrides, how])
         topology = connect(one)
         engine, batch = make_engine(one, topology), batch or made_batch(one, topology.device)
+        assert isinstance(engine, TorchEngine)
         made = {}
         for step in range(6):
             rate = 0.001 * (step + 1)

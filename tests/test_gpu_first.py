@@ -18,7 +18,7 @@ from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.compat import abandon_capture, all_gather_single
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.engines.ddp import _WARM_UP_DDP
+from alexnet_dist.engines.ddp import _WARM_UP_DDP, TorchEngine
 from alexnet_dist.engines.graph import on_stream
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16
@@ -37,10 +37,8 @@ def captured(step: Callable[[], None], warm_up: int = 2, stream: Any = None) -> 
     with on_stream(stream):
         for _ in range(warm_up):
             step()
-    with (
-        on_stream(stream),
-        torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local"),
-    ):
+    capturing = torch.cuda.graph(graph, None, stream, capture_error_mode="thread_local")
+    with on_stream(stream), capturing:
         step()
     GRAPHS.append(graph)
     return graph.replay
@@ -58,6 +56,7 @@ def numbers(config: Config) -> list[float]:
     engine, batch = make_engine(config, topology), made_batch(config, topology.device)
     made = [engine.train_step(batch, step, 0.001).tolist() for step in range(3)]
     if config.train.execution == "graph":
+        assert isinstance(engine, TorchEngine)
         assert list(engine.graphs) == [False], "the step was not captured"
     return [value for step in made for value in step]
 
@@ -174,7 +173,8 @@ def narrow_gradients(config: Config) -> tuple[str, bool, float]:
     connect(config)
     weight = nn.Parameter(torch.ones(64, 64, device="cuda"))
     weight.grad_dtype = torch.bfloat16
-    x, places = torch.ones(8, 64, device="cuda", dtype=torch.bfloat16), []
+    x = torch.ones(8, 64, device="cuda", dtype=torch.bfloat16)
+    places: list[int] = []
 
     def step() -> None:
         weight.grad = None

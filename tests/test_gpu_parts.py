@@ -64,7 +64,7 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(
     child += "time.sleep(99)'], start_new_session=True); print(p.pid, flush=True); p.wait()"
     tested = "tests/test_gpu.py::test_a[x y] PASSED [ 5%]\n[gw1] [ 9%] FAILED tests/test_gpu.py::b"
     hangs = "tests/t.py::a[x y] \ntests/t.py::b \n[gw0] [ 50%] PASSED tests/t.py::a[x y] "
-    less = "the step could not be captured as a CUDA graph, and is launched kernel by kernel"
+    less = "the step could not be captured as a CUDA graph, so its kernels are launched one by one"
     parts = {
         "slow": Part([["-c", child]], 3),
         "broken": Part([["-c", "raise SystemExit('no such option')"], says("{}")], 60),
@@ -123,7 +123,7 @@ def test_what_compare_prints_is_read() -> None:
         holds = difference <= bound
         row = Row(kind, ranks, 2.3, difference, bound, holds, speed, 12_345_678, 2)
         printed.append(line(row, drift, floor))
-    assert of_compare("\n".join([*printed, "images/s are of a card"])) == {
+    assert of_compare("\n".join([*printed, "images/s are those of a card"])) == {
         "largest difference": {
             "one, 1 rank(s)": 0, "columns, 2 rank(s)": 1.3e-15, "zero1, 2 rank(s)": 2e-3
         },

@@ -271,14 +271,14 @@ DICTIONARIES = b"\x80\x02}" + b"}" * 2**22 + b"l."
 @pytest.mark.parametrize(
     ("kind", "content", "said"),
     [
-        ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_DEFLATED), "bytes are packed in it"),
+        ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_DEFLATED), "it unpacks to"),
         ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_STORED), "more than 32,768 opcodes"),
         ("torchvision", DICTIONARIES, "more than 32,768 opcodes"),
         ("torchvision", zipped(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x08\x85R.", 0),
          "is not a state dict"),
         ("caffe", b"\x12\0" * 2**20, "more than 65,536 fields"),
         ("caffe", b"\x12\x80\x80\x40" + b"\x3a\0" * 2**19, "more than 65,536 fields|cut short"),
-        ("caffe", b"\xff" * 11, "a number that does not end"),
+        ("caffe", b"\xff" * 11, "a number without an end"),
     ],
     ids=["packed", "zip", "before 1.6", "bytearray", "layers", "blobs", "number"],
 )  # fmt: skip

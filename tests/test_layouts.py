@@ -404,7 +404,7 @@ def test_what_deepspeed_refuses_is_one_line(tiny: Callable[..., Config], tmp_pat
     config = tiny("layout.kind=zero1", f"layout.deepspeed={tmp_path}/theirs.json")
     result = alexnet_dist("train", *as_overrides(config))
     assert result.returncode == 2
-    assert "theirs.json': DeepSpeed refuses: Invalid communication_data_type" in result.stderr
+    assert "theirs.json': DeepSpeed refuses it: Invalid communication_data_type" in result.stderr
     assert "Traceback" not in result.stderr
 
 

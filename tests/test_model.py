@@ -159,7 +159,7 @@ def test_shares_are_even_and_cover_all() -> None:
 
 
 def test_a_network_whose_maps_vanish_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"model\.crop=67.*no map left"):
+    with pytest.raises(ConfigError, match=r"model\.crop=67.*nothing is left"):
         AlexNet(load_config([*TINY, "model.pool=[5,3]"]).model)
 
 

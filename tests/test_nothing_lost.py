@@ -88,7 +88,7 @@ def test_outputs_that_are_not_finite_are_no_score(
     for form in ([], ["--json"]):
         code, out, err = said(capsys, "evaluate", str(run), *form)
         assert (code, out) == (1, "")
-        assert "outputs that are not finite (a loss of nan): nothing can be said of it" in err
+        assert "the network's outputs are not finite (loss nan), so it cannot be scored" in err
         assert "Traceback" not in err
     with pytest.raises(NotFinite, match="a loss of nan"):
         evaluate(run, views=1)
@@ -159,7 +159,7 @@ def test_status_goes_on_past_a_damaged_run(
     out, err = capsys.readouterr()
     assert code == 1
     assert "finished" in out
-    assert f"launch: {tmp_path / 'none'}: no run.json here" in err
+    assert f"launch: {tmp_path / 'none'}: has no run.json" in err
     assert "Traceback" not in err
 
 
@@ -359,14 +359,14 @@ def forged(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
     [
         ("sgd", "momentum_buffer/conv2.weight", None, "is not there"),
         ("sgd", "momentum_buffer/conv2.weight", (0,), r"is \[0\] there"),
-        ("sgd", "momentum_buffer/conv2.weight", torch.float16, "is torch.float16, and a run"),
+        ("sgd", "momentum_buffer/conv2.weight", torch.float16, "is torch.float16, but a run"),
         ("sgd", "momentum_buffer/conv2.weight", NAN, "is not finite"),
         ("adam", "exp_avg_sq/fc6.bias", -1.0, "is negative"),
         ("adam", "exp_avg/fc6.bias", float("inf"), "is not finite"),
         ("adam", "step/fc8.weight", -1.0, "is negative"),
-        ("adam", "step/fc8.weight", 2.5, "is no whole number"),
+        ("adam", "step/fc8.weight", 2.5, "is not a whole number"),
         ("adam", "step/fc8.weight", NAN, "is not finite"),
-        ("adam", "step/fc8.weight", torch.float64, "is torch.float64, and a run"),
+        ("adam", "step/fc8.weight", torch.float64, "is torch.float64, but a run"),
         ("adam", "step/fc8.weight", (2,), r"is \[2\] there"),
     ],
 )

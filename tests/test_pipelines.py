@@ -266,7 +266,11 @@ class Codec:
     [
         (True, True, "on the GPU, by its JPEG decoder and its CUDA cores"),
         (False, True, "on the GPU, by its CUDA cores"),
-        (RuntimeError("no driver"), RuntimeError("no\ndriver"), "on the CPU, though for the GPU"),
+        (
+            RuntimeError("no driver"),
+            RuntimeError("no\ndriver"),
+            "on the CPU, although there is a GPU",
+        ),
     ],
 )
 def test_what_decodes_on_a_gpu_is_found_out_and_a_fall_back_is_said_once(
@@ -290,7 +294,8 @@ def test_what_decodes_on_a_gpu_is_found_out_and_a_fall_back_is_said_once(
     else:
         assert len(warned) == 1
         assert (
-            "decoded on the CPU, for none of the GPU's decoders takes them (no driver)" in warned[0]
+            "decoded on the CPU, because none of the GPU's decoders can be used (no driver)"
+            in warned[0]
         )
 
 
@@ -398,7 +403,7 @@ def test_a_run_bears_so_much_damage_and_stops_past_it(
     borne = run(config, "name=borne", "data.max_damaged=0.06")
     assert borne.returncode == 0, borne.stderr
     assert "sample 4 of split 'train' (offset" in borne.stderr
-    assert "does not match its checksum: sample 5 stands in for it" in borne.stderr
+    assert "does not match its checksum: sample 5 is used instead" in borne.stderr
     points = read_metrics(tmp_path / "runs" / "borne")
     per_step = [point["damaged"] for point in points if point["kind"] == "train"]
     assert per_step[2] == per_step[5] == 2, "counted anew in each epoch"
@@ -472,7 +477,7 @@ def test_what_decodes_as_nothing_is_named(stored: dict[str, Path], tmp_path: Pat
         ours = dataclasses.replace(dataset, splits={"train": bad})
         pipeline = make_pipeline(config, Topology(), ours, "train")
         plan = TrainSampler(config, 4, dataset.statistics).plan(0, 2, range(4))
-        with pytest.raises(ValueError, match=r"sample .*cannot be decoded, though as it was pack"):
+        with pytest.raises(ValueError, match=r"sample .*cannot be decoded, although its bytes are"):
             list(pipeline.batches(plan))
         pipeline.close()
 
@@ -481,7 +486,7 @@ def test_what_decodes_as_nothing_is_named(stored: dict[str, Path], tmp_path: Pat
 def test_an_image_larger_than_its_index_says_is_not_decoded(
     stored: dict[str, Path], tmp_path: Path, pipeline: str
 ) -> None:
-    """Its checksum fits. It is named, counted, and another stands in for it, as for any damage."""
+    """Its checksum fits. It is named, counted, and another is used instead, as for any damage."""
     import zlib
 
     dataset = open_dataset(stored["256"])

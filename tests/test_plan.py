@@ -58,7 +58,7 @@ def test_a_plan_is_read_by_people() -> None:
     assert "launcher" not in result.stdout  # none was there
     unpredicted = alexnet_dist("plan", "demo", "train.precision=fp64")
     assert unpredicted.returncode == 0, unpredicted.stderr
-    assert "no prediction: train.precision=fp64: no figure for" in unpredicted.stdout
+    assert "no prediction: train.precision=fp64: no speed is known for" in unpredicted.stdout
 
 
 def formula(config: Config, ranks: int) -> dict[str, int]:
@@ -191,6 +191,9 @@ def test_a_layout_that_does_not_fit_says_what_does() -> None:
     assert columns.problem == "takes 2 ranks: on 3 fit replicas, zero1, zero2, sharded_fc"
     assert planned.of("replicas").bytes["total"] > 0
     assert any("on 3 fit replicas" in line for line in plan_lines(planned))
+    alone = plan(config_of("one", "model.columns=1", "model.exchange=[]"), 2).layouts["columns"]
+    assert isinstance(alone, Misfit)
+    assert alone.problem.startswith("layout.kind='columns': there is nothing to split")
 
 
 MEASURE = """

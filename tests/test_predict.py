@@ -127,7 +127,7 @@ def test_features_are_what_layers_make(own: Trained) -> None:
         own.features(files, "fc9")
     with pytest.raises(DatasetError, match=r"missing\.jpg: there is no such file: leave it out"):
         own.features([files[0], "missing.jpg"])
-    with pytest.raises(ConfigError, match="no image was named"):
+    with pytest.raises(ConfigError, match="name at least one image"):
         own.features([])
 
 
@@ -172,7 +172,7 @@ def test_a_bad_image_is_named_and_the_others_go_on(own: Trained, holiday: Path) 
     assert "alexnet-dist: holiday/empty.jpg: the file is empty" in told
     assert "alexnet-dist: no.jpg: there is no such file" in told
     assert re.search(r"holiday/half.jpg: the JPEG is cut short", result.stderr)
-    assert re.search(r"holiday/text.PNG: none of JPEG, PNG", result.stderr)
+    assert re.search(r"holiday/text.PNG: not one of JPEG, PNG", result.stderr)
     assert told[-1] == (
         "2 of 6 images classified, written to out.csv; 4 could not be read (named above); "
         "other files skipped: 1"

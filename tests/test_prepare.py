@@ -69,6 +69,7 @@ def test_imagenet_is_read_in_place_from_its_tars(imagenet: Path, tmp_path: Path)
     assert [name.split()[0] for name in dataset.classes] == sorted(made.WNIDS)
     assert dataset.classes[0] == "n01440764 tench, Tinca tinca"
     assert dataset.splits["train"].uniform(256)
+    assert dataset.splits["train"].within(256)
     train = dataset.splits["train"].labels(np.arange(24))
     assert train.tolist() == [sorted(made.WNIDS).index(w) for w in made.WNIDS for _ in range(6)]
     # The ground truth is of the images' numbers, whatever their order in the tar.
@@ -103,7 +104,7 @@ def test_folders_of_other_names_are_known(tmp_path: Path) -> None:
     (source / "train" / "ant" / ".DS_Store").write_text("not an image")
     assert "6 train, 3 val images of 3" in prepare("folder", source, tmp_path / "out", ONE)
     (source / "validation" / "ant").rename(source / "validation" / "dog")
-    with pytest.raises(DatasetError, match=r"dog: a class that train/ does not have"):
+    with pytest.raises(DatasetError, match=r"dog: train/ has no such class"):
         prepare("folder", source, tmp_path / "out2", ONE)
 
 
@@ -115,15 +116,17 @@ def test_folders_of_other_names_are_known(tmp_path: Path) -> None:
         ("imagenet", lambda p: made.tar_of(p / "ILSVRC2012_devkit_t12.tar.gz", {"x": b""}, "w:gz"),
          "is not ILSVRC-2012's devkit"),
         ("imagenet", lambda p: made.tar_of(p / "ILSVRC2012_img_train.tar", {"n1.tar": b""}),
-         r"'n1\.tar' is not a class's tar"),
+         r"'n1\.tar' is not one of the devkit's"),
         ("imagenet", lambda p: made.tar_of(p / "ILSVRC2012_img_val.tar", {"cat.JPEG": b"x"}),
-         r"'cat\.JPEG': not a validation image"),
-        ("cifar10", lambda p: (p / "cifar-10-batches-py/data_batch_3").unlink(), "is missing: one"),
+         r"'cat\.JPEG': not one of the devkit's"),
+        ("cifar10", lambda p: (p / "cifar-10-batches-py/data_batch_3").unlink(),
+         "is missing: it is one"),
         ("cifar10", lambda p: (p / "cifar-10-batches-py/data_batch_3").write_bytes(b"x"),
          "data_batch_3 is not a pickle of CIFAR-10"),
-        ("folder", lambda p: shutil.rmtree(p / "train"), "no folder train/ in it"),
-        ("folder", lambda p: [shutil.rmtree(c) for c in (p / "train").iterdir()], "no folders in"),
-        ("folder", shutil.rmtree, "is not a folder: name the one"),
+        ("folder", lambda p: shutil.rmtree(p / "train"), "no folder train/"),
+        ("folder", lambda p: [shutil.rmtree(c) for c in (p / "train").iterdir()],
+         "none of its folders"),
+        ("folder", shutil.rmtree, "is not a folder: name the folder"),
     ],
 )  # fmt: skip
 def test_a_source_that_is_not_whole_is_named(
@@ -207,7 +210,7 @@ def test_hostile_members_are_refused_by_name_and_nothing_is_written_outside(tmp_
     for name in ("link.JPEG", "hard.JPEG", "device.JPEG", "pipe.JPEG"):
         assert reasons[name] == "a link, device or hole in the archive, not a file"
     for name in ("/tmp/absolute.JPEG", "../../up.JPEG"):
-        assert reasons[name] == "a name that leaves its folder"
+        assert reasons[name] == "a name that leads out of its folder"
 
 
 # --- oddities
@@ -269,11 +272,11 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"hello, this is a text file, not an image", "none of JPEG, PNG"),
+        (b"hello, this is a text file, not an image", "not one of JPEG, PNG"),
         (made.encoded(made.photograph(1))[:-700], "the JPEG is cut short"),
         (made.encoded(made.photograph(1), "PNG")[:400], "the PNG is cut short"),
         (made.png_of(60_000, 60_000), "Image size .3600000000 pixels. exceeds limit"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "none of JPEG, PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not one of JPEG, PNG"),
     ],
     ids=["empty", "text", "truncated JPEG", "truncated PNG", "bomb", "PostScript"],
 )
@@ -320,7 +323,7 @@ def test_what_no_header_tells_is_bounded_by_memory(monkeypatch: pytest.MonkeyPat
     def as_a_decoder_may(content: bytes, keep: bool, enlarge: bool) -> tuple[str, bytes]:
         return "png", np.empty(2**33, np.uint8)[:0].tobytes()  # more than any heap kept
 
-    monkeypatch.setattr(convert_module, "converted", as_a_decoder_may)
+    monkeypatch.setattr(convert_module, "_convert", as_a_decoder_may)
     with pytest.raises(RefusedImage, match="it takes more than 1,073,741,824 bytes to read"):
         convert(b"any", keep=False)
 
@@ -422,7 +425,7 @@ def test_odd_names_and_bad_images_are_quarantined_and_the_rest_is_packed(tmp_pat
     names = [entry["name"] for entry in refused]
     assert "train/cat/bad\nname é.JPEG" in names
     assert os.fsdecode(b"train/cat/\xff\xfe.JPEG") in names
-    assert "none of JPEG, PNG" in refused[names.index("train/cat/bad\nname é.JPEG")]["reason"]
+    assert "not one of JPEG, PNG" in refused[names.index("train/cat/bad\nname é.JPEG")]["reason"]
 
 
 # --- statistics, readers of others
@@ -537,7 +540,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
         run.wait(timeout=120)
     assert kills >= 1
     again = subprocess.run(arguments(many, out), capture_output=True, text=True, check=True)
-    assert "already prepared from these files, and whole" in again.stdout
+    assert "already prepared from these files, and complete" in again.stdout
     assert contents(out) == whole
 
 
@@ -550,7 +553,9 @@ def test_parts_make_the_same_bytes(many: Path, whole: dict[str, bytes], tmp_path
     ]  # fmt: skip
     for i, part in enumerate(parts, start=1):
         said, _ = part.communicate(timeout=120)
-        assert f"part {i} of 3 is written; when all are, the same command without --part" in said
+        assert (
+            f"part {i} of 3 is written; when all are, run the same command without --part" in said
+        )
     assert not out.exists()
     merged = subprocess.run(arguments(many, out), capture_output=True, text=True, check=True)
     assert "270 train" in merged.stdout
@@ -563,10 +568,12 @@ def test_two_at_once_and_other_options_are_refused(
     source = made.image_folder(tmp_path / "source", 2, 1)
     with (
         prepare_module.locked(tmp_path / "out.partial", {"kind": "folder"}, alone=True),
-        pytest.raises(DatasetError, match="another prepare is at work there"),
+        pytest.raises(DatasetError, match="another prepare is writing there"),
     ):
         prepare("folder", source, tmp_path / "out", ONE)
-    with pytest.raises(DatasetError, match="begun from other files or options: give the same"):
+    with pytest.raises(
+        DatasetError, match="begun from other files or with other options: use those"
+    ):
         prepare("folder", source, tmp_path / "out", ONE)
 
 
@@ -576,7 +583,7 @@ def test_a_full_disk_is_noticed_before_it_is_full(
     source = made.image_folder(tmp_path / "source", 2, 1)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(DatasetError, match=r"GB are needed, 0\.0 GB are free: make room"):
+    with pytest.raises(DatasetError, match=r"GB, but 0\.0 GB are free: make room"):
         prepare("folder", source, tmp_path / "out", ONE)
 
 
@@ -584,7 +591,7 @@ def test_a_full_disk_is_noticed_before_it_is_full(
 def test_a_part_is_i_of_n(part: str, tmp_path: Path) -> None:
     result = alexnet_dist("prepare", "folder", str(tmp_path), str(tmp_path / "o"), "--part", part)
     assert result.returncode == 2
-    assert f"argument --part: {part!r}: write I/N" in result.stderr
+    assert f"argument --part: {part!r}: must be I/N" in result.stderr
 
 
 # --- inspect

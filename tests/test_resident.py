@@ -17,9 +17,8 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data import batch
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines import auto, resident
-from alexnet_dist.data.pipelines.auto import choose_pipeline
-from alexnet_dist.data.pipelines.make import make_pipeline, train_batches
+from alexnet_dist.data.pipelines import make, resident
+from alexnet_dist.data.pipelines.make import choose_pipeline, make_pipeline, train_batches
 from alexnet_dist.data.pipelines.resident import FreeMemory, cut_on_device, decode_to_memory
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import MachineError
@@ -147,7 +146,9 @@ def test_a_run_on_either_is_the_same_run(tiny: Callable[..., Config]) -> None:
         assert result.returncode == 0, result.stderr
         assert f"by data.pipeline={pipeline} (set)" in result.stderr
         metrics.append([p for p in read_metrics(config.folder) if p["kind"] != "speed"])
-    assert "train and test: 0.00 GB of decoded images a rank, in the host's memory" in result.stderr
+    assert (
+        "train and test: 0.00 GB of decoded images per rank, in the host's memory" in result.stderr
+    )
     assert metrics[0] == metrics[1]
     assert sum(point["kind"] == "eval" for point in metrics[0]) == 3
     # Looked at once, its images are decoded as they come.
@@ -256,8 +257,8 @@ def test_images_that_do_not_fit_are_one_error_before_any_is_decoded(
     monkeypatch.setattr(resident, "_decode_all", lambda *_: pytest.fail("decoded"))
     free(monkeypatch, size - 1)
     message = (
-        r"data\.pipeline=resident: the images \(60 of 'train' and 23 of 'test'\) take 0\.00 GB a "
-        r"rank on the canvas of data\.canvas=72: 0\.00 GB of the host's memory are free for each: "
+        r"data\.pipeline=resident: the decoded images \(60 of 'train' and 23 of 'test'\) take 0\."
+        r"00 GB per rank at data\.canvas=72, but 0\.00 GB of the host's memory are free for each: "
         r"set data\.pipeline=torch, which gives the same"
     )
     with pytest.raises(MachineError, match=message):
@@ -276,7 +277,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch, device: float, host: float, dali: st
         if dali:
             raise RuntimeError(dali)
 
-    monkeypatch.setattr(auto, "check_dali", check)
+    monkeypatch.setattr(make, "check_dali", check)
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_images_lie_on_the_gpu_else_in_the_hosts_memory(
     places = []
     monkeypatch.setattr(resident, "_decode_all", lambda *a: places.append(str(a[3])))
     if where == "neither":
-        with pytest.raises(MachineError, match="free beside the network on the GPU, and"):
+        with pytest.raises(MachineError, match="free on the GPU beside the network, and"):
             decode_to_memory(config, ON_GPU, dataset, ["train"])
     else:
         decode_to_memory(config, ON_GPU, dataset, ["train", "train"])
@@ -321,9 +322,9 @@ def test_what_is_left_for_the_network_is_more_than_its_plan(more: Sequence[str])
 @pytest.mark.parametrize(
     ("device", "dali", "kind", "why"),
     [
-        (2.1, "", "resident", r"images decoded once take 0\.00 GB a rank, of 0\.00 GB free$"),
+        (2.1, "", "resident", r"decoded images would take 0\.00 GB per rank, of 0\.00 GB free$"),
         (1.9, "", "dali", "free$"),
-        (1.9, "no driver", "torch", "free, and DALI does not decode here: no driver$"),
+        (1.9, "no driver", "torch", "free, and DALI cannot decode here: no driver$"),
     ],
 )
 def test_auto_on_a_gpu_takes_what_fits(

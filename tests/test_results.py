@@ -158,7 +158,7 @@ def test_rows_are_passed_over_once_done_and_tried_again_where_they_failed(
     assert not results.measure(["cifar10"], bench)
     said = capsys.readouterr().out
     assert "cifar10-choose-1: failed: exit 1: no such key" in said
-    assert "cifar10-0: left: what it is chosen by" in said
+    assert "cifar10-0: left: the run it is chosen by" in said
     assert kept.exists()
     played(choices)
     assert results.measure(["cifar10"], bench)
@@ -191,7 +191,7 @@ def test_time_that_is_short_leaves_rows_and_stops_gently(
     assert results.measure(["cifar10"], Bench.of(bench.small, within=4))
     assert time.monotonic() - begin < 15
     assert (bench.small / "saved").exists()
-    assert "cifar10-choose-0: stopped; the same command goes on" in capsys.readouterr().out
+    assert "cifar10-choose-0: stopped; run the same command to continue" in capsys.readouterr().out
     assert not bench.rows.exists()
 
 

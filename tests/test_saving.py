@@ -68,7 +68,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_while_an_older_one_rem
     saver.begin(write)
     saver.close()
     assert not saver.failed
-    assert "NOT SAVED, the run goes on: the disk is full" in caplog.text
+    assert "NOT SAVED, but the run continues: the disk is full" in caplog.text
     with pytest.raises(CheckpointError, match="the disk is full"):
         saver.finish()
     saver.finish()
@@ -138,7 +138,7 @@ def test_a_crash_loop_is_broken_and_says_why(tiny: Callable[..., Config]) -> Non
     for idle in (0, 1, 2):
         attempt(config, "failed", reason="CUDA error: illegal access")
         assert read_run(config.folder)["idle_restarts"] == idle
-    refused = r"3 starts in a row saved nothing after step 16; the last: CUDA error: ill"
+    refused = r"3 starts in a row saved nothing after step 16; the last one: CUDA error: ill"
     kept = []  # as a notebook keeps tracebacks; the folder is let go all the same
     for _ in range(2):
         with pytest.raises(CrashLoop, match=rf"{refused}.*max_idle_restarts=3 \(now 2\)") as e:
@@ -189,9 +189,9 @@ def test_a_run_whose_checkpoints_are_lost_never_begins_anew_unless_told_to(
     folder = kept().folder / "checkpoints"
     away = folder.rename(folder.with_name("away"))
     told = r"restore one, give this run another name=, or set checkpoint\.begin_anew=true"
-    refused(kept(), rf"run\.json tells of step 8.*{told}")
+    refused(kept(), rf"run\.json says that there was one of step 8.*{told}")
     shutil.copytree(away, folder / "from-backup")
-    refused(kept(), rf"run\.json tells of step 8.*{told}")
+    refused(kept(), rf"run\.json says that there was one of step 8.*{told}")
     shutil.copytree(away / LEFT[1], folder / "step-8")
     refused(kept(), rf"\(step-8\).*{told}")
     for name in LEFT:
@@ -311,7 +311,7 @@ def test_a_folder_that_vanished_is_made_again(
     assert not caplog.text
     shutil.rmtree(folder.path)
     folder.check_held()
-    assert "has vanished, with all that was saved in it: made again" in caplog.text
+    assert "has vanished, with all that was saved in it: created again" in caplog.text
     assert json.loads((folder.path / "config.json").read_text())["seed"] == 0
     shutil.rmtree(folder.path)
     other = RunFolder(tiny())
@@ -347,7 +347,7 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
             telemetry.flush()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert f"NOT WRITTEN YET, the run goes on: {metrics}" in caplog.text
+    assert f"NOT WRITTEN YET, but the run continues: {metrics}" in caplog.text
     step(3)
     telemetry.close()
     written = [p["step"] for p in read_metrics(folder.path) if p["kind"] != "eval"]

@@ -115,10 +115,10 @@ def test_what_a_rank_may_still_take_is_of_its_share(monkeypatch: Patch) -> None:
 @pytest.mark.parametrize(
     ("gpus", "nccl", "ranks", "said"),
     [
-        (0, (2, 30, 7), 2, "no GPU is here to share: set layout.share_gpu=false to compute on the"),
-        (1, (2, 29, 2), 2, r"2 ranks and 1 GPU\(s\) here, and NCCL 2\.29\.2 gives a GPU to one "
-         r"rank alone: install torch 2\.14, whose NCCL 2\.30 shares it"),
-        (1, (), 2, "and NCCL is missing, which gives"),
+        (0, (2, 30, 7), 2, "this machine has no GPU to share: set layout.share_gpu=false to"),
+        (1, (2, 29, 2), 2, r"2 ranks but only 1 GPU\(s\), and NCCL 2\.29\.2 cannot give a "
+         r"GPU to several ranks: install torch 2\.14, whose NCCL 2\.30 can"),
+        (1, (), 2, "and NCCL is missing, which cannot give"),
         (2, (2, 27, 5), 2, ""),  # nothing is shared
         (1, (2, 27, 5), 1, ""),
         (1, (2, 30, 3), 4, ""),
@@ -214,7 +214,7 @@ def test_without_a_gpu_each_command_says_one_line(
         assert main([*command.split(), "demo", *keys, *share]) == 2
     said = capfd.readouterr()
     assert said.err.count("\n") == 1
-    assert "layout.share_gpu=true: no GPU is here to share" in said.err
+    assert "layout.share_gpu=true: this machine has no GPU to share" in said.err
     assert not tiny().folder.exists()
 
 
@@ -225,7 +225,7 @@ def test_layouts_are_compared_on_the_gpu_that_they_share(tiny: Tiny, monkeypatch
         assert [one.layout.device for one in found] == ["auto"] * 3
         assert [ranks_per_gpu(one, one.layout.ranks) for one in found] == [1, 2, 4]
         said = shared_gpus.unseen(found[-1], 4)
-        assert "of NVIDIA H100 80GB HBM3, shared by up to 4 ranks" in said
+        assert "of NVIDIA H100 80GB HBM3, which up to 4 ranks share" in said
         assert "`alexnet-dist plan CONFIG --gpus h100:4`" in said
         assert not shared_gpus.unseen(found[0], 1)
     with with_gpus(1, memory=10**6), pytest.raises(ConfigError, match="fp64, and 2 ranks on"):
@@ -243,13 +243,15 @@ def test_images_per_s_are_said_to_be_of_a_shared_gpu(
     with with_gpus(1):
         assert main(["compare", "demo", *keys]) == 0
         *_, last = capfd.readouterr().out.splitlines()
-        assert last.startswith("images/s are of NVIDIA H100 80GB HBM3, shared by up to 2 ranks")
+        assert last.startswith(
+            "images/s are those of NVIDIA H100 80GB HBM3, which up to 2 ranks share"
+        )
         assert main(["compare", "demo", *keys, "--json"]) == 0
         assert [row["ranks_per_gpu"] for row in json.loads(capfd.readouterr().out)] == [1, 2]
         monkeypatch.setattr(spawn, "call", lambda *_: [OnRank(1.0, 2_000_000, 150.0, 0.25)])
         assert main(["bench", "layouts", "demo", "--share-gpu", "--repeats", "1"]) == 0
         printed = capfd.readouterr().out
-    assert "shared by up to 2 ranks" in printed.splitlines()[-1]
+    assert "up to 2 ranks share" in printed.splitlines()[-1]
     assert re.search(r"^columns, kernels a step +150\.00$", printed, re.M)
     assert re.search(r"^columns, MB sent a step +2\.00$", printed, re.M)
     assert re.search(r"^zero1, collectives, % of a step +25\.00$", printed, re.M)
@@ -268,7 +270,7 @@ def test_doctor_tells_what_would_be_shared_and_why_it_cannot_be(tiny: Tiny) -> N
     with with_gpus(1, nccl=(2, 27, 5)):
         (only,) = doctor._layout(config)
         assert only.broken
-        assert "NCCL 2.27.5 gives a GPU to one rank alone" in only.remedy
+        assert "NCCL 2.27.5 cannot give a GPU to several" in only.remedy
     with with_gpus(1):
         first, *_ = doctor._layout(tiny("layout.device=auto"))
         assert first.remedy.endswith("layout.share_gpu=true")

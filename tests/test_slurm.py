@@ -374,7 +374,10 @@ def test_what_cannot_run_is_said_once_and_not_tried_again(cluster: Cluster) -> N
     wrong = {
         "layout.kind=sharded": (ON_ONE_NODE, "layout.kind"),
         "layout.kind=columns_x_replicas": (("--nodes=2", "--ntasks-per-node=1"), "share a node"),
-        "layout.kind=replicas": (("--nodes=2", "--ntasks=3"), "every node must have as many"),
+        "layout.kind=replicas": (
+            ("--nodes=2", "--ntasks=3"),
+            "every node must have the same number",
+        ),
         "data.path=nowhere": (ON_ONE_NODE, "nowhere"),
     }
     jobs = {

@@ -30,6 +30,7 @@ from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder
+from alexnet_dist.training.telemetry import in_hours
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
 CONVOLUTIONS = ["model.fc=[]", "model.dropout_before=[]", "model.exchange=[conv3,fc6]",
@@ -340,7 +341,7 @@ def test_a_verdict_says_what_to_do(
     ("mfu", "more", "said"),
     [
         (0.2, [], "^computing 90%"),
-        (0.013, ["data.pipeline=torch"], r"^the GPU does 1\.3% .* data\.pipeline=dali"),
+        (0.013, ["data.pipeline=torch"], r"^the GPU reaches 1\.3% .* data\.pipeline=dali"),
         (0.013, ["data.pipeline=dali", "train.execution=fused"], r"train\.execution=graph"),
         (0.013, ["data.pipeline=dali"], r": a larger train\.batch$"),
         (0.013, ["data.pipeline=dali", "layout.kind=zero1"], r": a larger train\.batch$"),
@@ -357,6 +358,7 @@ def test_a_slow_rank_comes_first_but_not_before_data() -> None:
     said = verdict(CALM | {"exchange": 0.6}, (1.64, 3), *facts)
     assert said == "rank 3 takes 1.6 times the median: look at what else runs there"
     assert verdict(CALM | {"data": 0.2}, (1.64, 3), *facts).startswith("waiting for data 20%")
+    assert verdict(CALM | {"evaluate": 0.7}, (1.64, 3), *facts).startswith("evaluating 70%")
 
 
 def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
@@ -367,6 +369,11 @@ def test_flops_are_those_of_the_plan_and_peaks_are_found_by_name(
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("NVIDIA GeForce GTX 580") is None
+
+
+def test_a_run_of_more_than_a_year_says_so() -> None:
+    assert in_hours(400 * 24 * 3600 + 3 * 60 + 7) == "9600:03:07"
+    assert in_hours(0.9) == "0:00:00"
 
 
 def test_goodput_is_what_counts_of_all_the_time(

@@ -59,7 +59,7 @@ class Contestant:
         print(self.pieces, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
-            raise ConfigError(f"bench: {self.name!r} failed; it has said why")
+            raise ConfigError(f"bench: {self.name!r} failed, and has reported why")
         seconds, result, self.peak = json.loads(answer)
         self.results.append(result)
         return float(seconds)

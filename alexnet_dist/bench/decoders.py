@@ -116,7 +116,7 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
     """
     names = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not names:
-        raise ConfigError(f"{folder}: no .jpg, .jpeg or .png lies there: name a folder of some")
+        raise ConfigError(f"{folder}: has no .jpg, .jpeg or .png: name a folder that has")
     config = load_config(["layout.kind=one", *overrides])
     topology, side = connect(config), config.data.canvas
     of_each = max(1, images // (2 * len(_KINDS)))

@@ -101,7 +101,7 @@ def _fitting(config: Config, count: int) -> dict[str, Config]:
             configs[kind] = other
     configs = dict(zip(configs, on_devices_alike(list(configs.values())), strict=True))
     if len(configs) == 1:
-        raise ConfigError(f"--ranks {count}: no layout fits on them with this config")
+        raise ConfigError(f"--ranks {count}: no layout of this config fits that number")
     return configs
 
 

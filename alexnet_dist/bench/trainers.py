@@ -29,7 +29,7 @@ class Eager(nn.Module):
         model = config.model
         self.model, lrn = model, model.lrn
         if len(model.conv) != 5:
-            raise ConfigError(f"model.conv={list(model.conv)}: bench step has five layers in mind")
+            raise ConfigError(f"model.conv={list(model.conv)}: bench step needs five layers")
         c1, c2, c3, c4, c5 = model.conv
         shapes = ((3, c1, 11, 4, 0), (c1, c2, 5, 1, 2), (c2, c3, 3, 1, 1), (c3, c4, 3, 1, 1),
                   (c4, c5, 3, 1, 1))  # fmt: skip

@@ -82,8 +82,8 @@ def save(
         # This takes a fifth of the time of isfinite().all().
         if not all(end.isfinite() for end in tensor.aminmax()):
             raise NotFinite(
-                f"step {progress['step']}: {name} is not finite; not saved, older checkpoints are. "
-                "Lower schedule.rate, warm up longer, or look at the data"
+                f"step {progress['step']}: {name} is not finite: this checkpoint was not saved, "
+                "but older ones are. Lower schedule.rate, warm up longer, or look at the data"
             )
     manifest = {
         "version": VERSION,
@@ -134,7 +134,9 @@ def _write(
     if claimed_step(final) == manifest["step"]:  # saved again, after an evaluation
         final.rename(folder / f".old-{final.name}")
     elif os.path.lexists(final):
-        log.warning(f"{final} was there, and is not of that step: now {put_aside(final, 'kept')}")
+        log.warning(
+            f"{final} existed, but is not of that step: it is now {put_aside(final, 'kept')}"
+        )
     aside.rename(final)
     sync(folder)
     sweep(folder, manifest["step"])
@@ -148,7 +150,7 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     written = TensorFile(path)
     for name, tensor in tensors.items():
         if not torch.equal(written.rows(name, slice(None)), tensor):
-            raise OSError(f"{path}: {name} does not read back as it was written")
+            raise OSError(f"{path}: {name} could not be read back as it was written")
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
@@ -182,7 +184,7 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     good, damaged = newest(folder)
     if damaged and good is None:
         raise CheckpointError(
-            f"{folder}: none of {len(damaged)} checkpoints is good ({damaged[0]}): restore one"
+            f"{folder}: none of its {len(damaged)} checkpoints is valid ({damaged[0]}): restore one"
         )
     return good, damaged
 
@@ -203,10 +205,10 @@ def best(folder: Path) -> Checkpoint:
             log.warning(f"not used: {error}")
     if not steps(folder):
         raise CheckpointError(
-            f"{folder}: no checkpoint yet: the run saves every checkpoint.every_steps steps, after "
-            "an evaluation that is the best so far, and when it stops"
+            f"{folder}: no checkpoint yet: a run saves one every checkpoint.every_steps steps, "
+            "after its best evaluation so far, and when it stops"
         )
-    raise CheckpointError(f"{folder}: none of its checkpoints is good")
+    raise CheckpointError(f"{folder}: none of its checkpoints is valid")
 
 
 def at(path: Path) -> Checkpoint:
@@ -227,7 +229,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) 
         if theirs.get(key) != ours.get(key)
     ]
     if checkpoint.manifest["dataset"] != dataset_digest:
-        differ.append("data.path: another data set there")
+        differ.append("data.path: it had another data set")
     if differ:
         raise ConfigError(
             f"{checkpoint.path} belongs to another run ({'; '.join(differ)}): "
@@ -251,8 +253,8 @@ def continue_from(folder: Path, good: Checkpoint | None, damaged: Sequence[Damag
         own = NAME.fullmatch(name) or name.startswith("damaged-")
         if not own and step is not None and step > good.step:
             log.warning(
-                f"not used: {folder / name} holds step {step}, newer than {good.step}: to go on "
-                f"from it, stop this run and rename it to step-{step:08d}, if that is free"
+                f"not used: {folder / name} holds step {step}, newer than {good.step}: to resume "
+                f"from it, stop this run and rename it to step-{step:08d}, if that name is free"
             )
     path = good.path
     if path.name[0] == ".":  # its replacement is damaged, or its removal was interrupted

@@ -79,7 +79,7 @@ class Checkpoint:
         """Open its parameters; raise CheckpointError unless they fit its config's network."""
         file = TensorFile(self.path / "model.safetensors")
         if wrong := misfit(file.shapes(), whole_shapes(self.config.model)):
-            raise CheckpointError(f"{file}: not what a run writes: {wrong}, by its own config")
+            raise CheckpointError(f"{file}: does not fit its own config: {wrong}")
         return file
 
     def optimizer(self) -> TensorFile:
@@ -99,16 +99,16 @@ def verify(path: Path) -> Checkpoint:
     try:
         manifest = json_object(read_bytes(path / name))
         if manifest["sha256"] != own_sha256(manifest):
-            raise Damaged(path, f"{name}: its SHA-256 differs from its own")
+            raise Damaged(path, f"{name}: its SHA-256 differs from the one it holds itself")
         if manifest["version"] != VERSION:
             raise CheckpointError(
-                f"{path}: version {manifest['version']!r}, and this program reads {VERSION}: go on "
-                "with the program that wrote it"
+                f"{path}: version {manifest['version']!r}, but this program reads version "
+                f"{VERSION}: continue with the program that wrote it"
             )
         for name in FILES:
             expected, size = manifest["files"][name], (path / name).stat().st_size
             if size != expected["size"]:
-                raise Damaged(path, f"{name}: {size} bytes, wrote {expected['size']}")
+                raise Damaged(path, f"{name}: {size} bytes, but {expected['size']} were written")
             if sha256(path / name) != expected["sha256"]:
                 raise Damaged(path, f"{name}: its SHA-256 differs from what was written")
         progress = json_object(read_bytes(path / "progress.json"))
@@ -129,7 +129,7 @@ def _check_meaning(checkpoint: Checkpoint) -> None:
     sound = type(step) is int and step >= 0 and checkpoint.progress.get("step") == step
     sound &= error is None or (type(error) in (int, float) and 0 <= error <= 1)
     if not (sound and isinstance(manifest.get("config"), dict)):
-        raise CheckpointError(f"{path / 'manifest.json'}: not what a run writes")
+        raise CheckpointError(f"{path / 'manifest.json'}: is not what a run writes")
     for name in ("model.safetensors", "optimizer.safetensors"):
         TensorFile(path / name)
     if NAME.fullmatch(path.name) and step_of(path) != step:
@@ -137,13 +137,14 @@ def _check_meaning(checkpoint: Checkpoint) -> None:
         if os.path.lexists(right):
             to, why = (
                 free_path(path.parent.parent / path.name),
-                f"{right} is there too: move it out",
+                f"{right} exists too: move it out of the run",
             )
         else:
-            to, why = right, "Give it its name"
+            to, why = right, "Give it its own name"
         move = shlex.join(["mv", "-nT", str(path), str(to)])
         raise CheckpointError(
-            f"{path} holds a good checkpoint, of step {step}; nothing was changed. {why}: {move}"
+            f"{path} holds a valid checkpoint of another step, {step}; nothing was changed. "
+            f"{why}: {move}"
         )
 
 

@@ -70,7 +70,7 @@ def _weights(train: TrainConfig) -> tuple[str, str]:
     if train.init_sha256 not in ("any", digest):
         raise ConfigError(
             f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {digest}: name the "
-            "weights this run is to begin from, or set train.init_sha256=any"
+            "weights that this run is to start from, or set train.init_sha256=any"
         )
     return str(source.path), digest
 

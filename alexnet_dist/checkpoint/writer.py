@@ -65,4 +65,4 @@ class Saver:
             self._error, self.failed = error, True  # first, since `_remains` may fail too
             self.failed = not (isinstance(error, CheckpointError) and self._remains())
             if not self.failed:
-                log.warning(f"NOT SAVED, the run goes on: {error}")
+                log.warning(f"NOT SAVED, but the run continues: {error}")

@@ -202,7 +202,7 @@ def flatten(
                 yield from walk(inside, dotted + ".")
             elif dotted in sections:
                 raise ConfigError(
-                    f"{source}: {dotted}={value!r}: {dotted} is a section, with keys "
+                    f"{source}: {dotted}={value!r}: {dotted} is a section: set one of its keys, "
                     f"{', '.join(k for k in known if k.startswith(dotted + '.'))}"
                 )
             else:

@@ -48,7 +48,7 @@ class LrnConfig:
     layers: Annotated[tuple[ConvName, ...], Key("layers followed by normalisation")]
     size: Annotated[int, Key("n: number of adjacent maps summed over", ge=1)]
     alpha: Annotated[
-        tuple[float, ...], Key("α of each of these layers, or of all", ge=0, one_for_all=True)
+        tuple[float, ...], Key("α of each of these layers, or one for all", ge=0, one_for_all=True)
     ]
     beta: Annotated[float, Key("β", gt=0)]
     k: Annotated[float, Key("k", gt=0)]
@@ -62,7 +62,10 @@ class SpatialNormConfig:
     """The released code's second normalisation, over neighbouring pixels of a map (`cnorm2`):
     b = a / (1 + α/n² Σ a²)^β, summed over n × n pixels. `size` must be odd."""
 
-    layers: Annotated[tuple[ConvName, ...], Key("layers followed by it, after lrn")]
+    layers: Annotated[
+        tuple[ConvName, ...],
+        Key("layers followed by this normalisation, after lrn where they have both"),
+    ]
     size: Annotated[int, Key("n: side of the square summed over, pixels", ge=1)]
     alpha: Annotated[float, Key("α", ge=0)]
     beta: Annotated[float, Key("β", gt=0)]
@@ -83,15 +86,15 @@ class ModelConfig:
     ]
     classes: Annotated[
         int,
-        Key("number of classes; 0 = that of the data set, or 1000 while there is no data set",
+        Key("number of classes; 0 = as many as the data set has, or 1000 if there is none",
             ge=0),
     ]  # fmt: skip
     crop: Annotated[int, Key("side of the window conv1 sees, pixels", ge=8)]
     conv: Annotated[tuple[int, ...], Key("maps of conv1, conv2, …, all columns together", ge=1)]
-    kernel: Annotated[tuple[int, ...], Key("side of their kernels, pixels", ge=1)]
-    stride: Annotated[tuple[int, ...], Key("their strides, pixels", ge=1)]
+    kernel: Annotated[tuple[int, ...], Key("side of each layer's kernels, pixels", ge=1)]
+    stride: Annotated[tuple[int, ...], Key("stride of each layer, pixels", ge=1)]
     padding: Annotated[
-        tuple[int, ...], Key("zero padding on each side of their input, pixels", ge=0)
+        tuple[int, ...], Key("zero padding on each side of each layer's input, pixels", ge=0)
     ]
     fc: Annotated[
         tuple[int, ...],
@@ -132,11 +135,11 @@ class ModelConfig:
     ]  # fmt: skip
     init_std: Annotated[
         tuple[float, ...],
-        Key("paper: standard deviation of each layer's weights, or of all", ge=0,
+        Key("paper: standard deviation of each layer's weights, or one for all", ge=0,
             one_for_all=True),
     ]  # fmt: skip
     init_bias: Annotated[
-        tuple[float, ...], Key("paper: bias of each layer, or of all", one_for_all=True)
+        tuple[float, ...], Key("paper: bias of each layer, or one for all", one_for_all=True)
     ]
 
     @property
@@ -178,15 +181,26 @@ class DataConfig:
             "on a GPU); torch: with torchvision in threads; auto: see docs/data.md", mutable=True),
     ]  # fmt: skip
     workers: Annotated[
-        int, Key("decoding threads per rank; 0 = the rank's cores", ge=0, le=256, mutable=True)
+        int,
+        Key(
+            "decoding threads per rank; 0 = one for each of the rank's cores",
+            ge=0,
+            le=256,
+            mutable=True,
+        ),
     ]
     prefetch: Annotated[int, Key("batches decoded ahead", ge=1, le=64, mutable=True)]
     verify_hashes: Annotated[bool, Key("hash every shard before the first step", mutable=True)]
     max_damaged: Annotated[
         float,
-        Key("share of a split that may be found damaged in an epoch", ge=0, le=1, mutable=True),
+        Key(
+            "share of a split's samples that may be found damaged in an epoch",
+            ge=0,
+            le=1,
+            mutable=True,
+        ),
     ]
-    canvas: Annotated[int, Key("side of the image windows are cut from, pixels", ge=8)]
+    canvas: Annotated[int, Key("side of the image that windows are cut from, pixels", ge=8)]
     random_crop: Annotated[bool, Key("train on random windows; otherwise on the centre window")]
     flip: Annotated[bool, Key("mirror half of the training windows")]
     lighting: Annotated[float, Key("standard deviation of α in PCA lighting; 0 = off", ge=0)]
@@ -200,12 +214,13 @@ class DataConfig:
     ]
     mean_from: Annotated[
         str,
-        Key("mean_image: a .npy of (height, width, 3) grey levels, red first, used instead of the "
-            "data set's own, or none; part of the fingerprint by its hash", mutable=True,
+        Key("with subtract=mean_image: a .npy of (height, width, 3) grey levels, red first, to "
+            "subtract instead of the data set's own mean image, or none; part of the fingerprint "
+            "by its hash", mutable=True,
             path=True),
     ]  # fmt: skip
     mean_sha256: Annotated[
-        str, Key("SHA-256 that file must have; any = the one it has when the run starts")
+        str, Key("SHA-256 that this file must have; any = whatever it has when the run starts")
     ]
     divide_by: Annotated[
         tuple[float, ...], Key("divisors of red, green and blue, grey levels", gt=0)
@@ -225,16 +240,16 @@ class LayoutConfig:
     ]
     ranks: Annotated[
         int,
-        Key("number of ranks; 0 = the launcher's, or without one a rank per GPU, or the fewest "
-            "that fit", ge=0, mutable=True),
+        Key("number of ranks; 0 = as many as the launcher started; without a launcher, one per "
+            "GPU, or the fewest that the layout allows", ge=0, mutable=True),
     ]  # fmt: skip
     compress_gradients: Annotated[
         bool, Key("sum gradients over replicas in bf16: half the bytes, 8 bits of precision")
     ]
     deepspeed: Annotated[
         str,
-        Key("zero1, zero2: a DeepSpeed config (JSON) laid over ours, or none", mutable=True,
-            path=True),
+        Key("zero1, zero2: a DeepSpeed config (JSON) whose keys override ours, or none",
+            mutable=True, path=True),
     ]  # fmt: skip
     device: Annotated[
         Literal["auto", "cpu", "cuda"],
@@ -244,7 +259,9 @@ class LayoutConfig:
         bool, Key("let ranks share GPUs where there are fewer GPUs than ranks: docs/layouts.md",
                   mutable=True)
     ]  # fmt: skip
-    threads: Annotated[int, Key("compute threads per rank; 0 = its cores", ge=0, mutable=True)]
+    threads: Annotated[
+        int, Key("compute threads per rank; 0 = one for each of its cores", ge=0, mutable=True)
+    ]
     timeout_s: Annotated[int, Key("longest time one rank waits for another, s", ge=1, mutable=True)]
 
 
@@ -288,7 +305,7 @@ class ScheduleConfig:
     ]
     at_epochs: Annotated[tuple[float, ...], Key("steps: epochs at which the rate drops", gt=0)]
     patience: Annotated[int, Key("plateau: evaluations without a lower error before a drop", ge=1)]
-    max_drops: Annotated[int, Key("plateau: most drops of a run; paper: 3", ge=0)]
+    max_drops: Annotated[int, Key("plateau: largest number of drops in a run; paper: 3", ge=0)]
     power: Annotated[float, Key("polynomial: rate × (1 − progress)^power", gt=0)]
     warmup_epochs: Annotated[float, Key("linear warm-up from 0, epochs", ge=0)]
 
@@ -306,23 +323,29 @@ class TrainConfig:
             "their hash", mutable=True, path=True),
     ]  # fmt: skip
     init_sha256: Annotated[
-        str, Key("SHA-256 those weights must have; any = the one they have when the run starts")
+        str,
+        Key("SHA-256 that those weights must have; any = whatever they have when the run starts"),
     ]
     init_new: Annotated[
-        tuple[LayerName, ...], Key("layers not taken from there but initialised as in a new run")
+        tuple[LayerName, ...],
+        Key("layers to initialise as in a new run, instead of taking their weights from there"),
     ]
     micro_batches: Annotated[
-        int, Key("parts in which a rank computes its batch, to save memory", ge=1, mutable=True)
+        int,
+        Key(
+            "number of parts in which a rank computes its batch, to save memory", ge=1, mutable=True
+        ),
     ]
     max_skipped: Annotated[
         int,
-        Key("updates skipped because loss or gradient was not finite, before the run stops", ge=0,
+        Key("updates that may be skipped because the loss or gradient is not finite, before the "
+            "run stops", ge=0,
             mutable=True),
     ]  # fmt: skip
     compare_replicas_every: Annotated[
         int,
-        Key("compare the replicas' weights bit for bit this often, steps, and before each save; "
-            "0 = only before a save", ge=0, mutable=True),
+        Key("steps between bitwise comparisons of the replicas' weights, which are also compared "
+            "before each save; 0 = only then", ge=0, mutable=True),
     ]  # fmt: skip
     precision: Annotated[
         Literal["bf16", "tf32", "fp32", "fp64"],
@@ -346,12 +369,16 @@ class EvaluateConfig:
 
     every_epochs: Annotated[
         float,
-        Key("evaluate this often, epochs, and at the end; where the end is near, only then", gt=0),
+        Key(
+            "epochs between evaluations; the last follows the last step, and replaces one "
+            "shortly before",
+            gt=0,
+        ),
     ]
     views: Annotated[
         Literal[1, 10], Key("windows per image: the centre window, or the paper's ten")
     ]
-    batch: Annotated[int, Key("images at a time, all ranks together", ge=1, mutable=True)]
+    batch: Annotated[int, Key("images evaluated at a time, all ranks together", ge=1, mutable=True)]
 
 
 @dataclass(frozen=True)
@@ -359,22 +386,23 @@ class CheckpointConfig:
     """Which checkpoints are saved and kept. They are written in the background."""
 
     every_steps: Annotated[
-        int, Key("save this often, steps; also at a new best and at the end", ge=1, mutable=True)
+        int, Key("steps between saves; also at a new best and at the end", ge=1, mutable=True)
     ]
     keep_last: Annotated[
         int, Key("number of newest checkpoints to keep; the best is kept too", ge=1, mutable=True)
     ]
     keep_every_steps: Annotated[
         int,
-        Key("keep checkpoints at multiples of this step for good; 0 = none", ge=0, mutable=True),
+        Key("keep checkpoints at multiples of this step permanently; 0 = none", ge=0, mutable=True),
     ]
     max_idle_restarts: Annotated[
-        int, Key("failures in a row without a new checkpoint before a start is refused", ge=0,
+        int, Key("failures in a row without a new checkpoint that are allowed, before a start is "
+                 "refused", ge=0,
                  mutable=True),
     ]  # fmt: skip
     begin_anew: Annotated[
         bool,
-        Key("start again from step 0 where all checkpoints of a run are damaged or missing; "
+        Key("start again from step 0 if all checkpoints of a run are damaged or missing; "
             "otherwise that is an error", mutable=True),
     ]  # fmt: skip
 
@@ -385,14 +413,14 @@ class LogConfig:
 
     to: Annotated[
         tuple[Literal["tensorboard", "csv", "wandb", "mlflow"], ...],
-        Key("loggers besides metrics.jsonl; all but csv take pictures too: docs/tensorboard.md",
+        Key("loggers besides metrics.jsonl; all but csv also get pictures: docs/tensorboard.md",
             mutable=True),
     ]  # fmt: skip
-    every_steps: Annotated[int, Key("log this often, steps", ge=1, mutable=True)]
+    every_steps: Annotated[int, Key("steps between log lines", ge=1, mutable=True)]
     histograms_every_steps: Annotated[
         int,
-        Key("TensorBoard: histograms of each layer's weights and gradients this often, steps; "
-            "0 = never", ge=0, mutable=True),
+        Key("TensorBoard: steps between histograms of each layer's weights and gradients; 0 = "
+            "never", ge=0, mutable=True),
     ]  # fmt: skip
     pictures: Annotated[
         bool, Key("TensorBoard: pictures of answers and confusion at each evaluation", mutable=True)
@@ -420,7 +448,9 @@ class Config:
     """A run. `name` has at most 100 letters, digits, '.', '_' and '-', and starts with a letter or
     digit."""
 
-    name: Annotated[str, Key("the run's name: its folder under output_dir", mutable=True)]
+    name: Annotated[
+        str, Key("the run's name, and that of its folder under output_dir", mutable=True)
+    ]
     output_dir: Annotated[str, Key("folder that holds the run folders", mutable=True, path=True)]
     seed: Annotated[int, Key("seed of everything random in the run", ge=0, lt=2**32)]
     model: ModelConfig

@@ -32,7 +32,7 @@ def parse(text: Typed, dotted: str) -> Any:
         return leaves(yaml.BaseLoader(text).get_single_data())
     except NOT_YAML as error:
         raise ConfigError(
-            f"{dotted}={text}: {str(text)!r} is not a YAML value: {one_line(error)}"
+            f"{dotted}={text}: {str(text)!r} is not valid YAML: {one_line(error)}"
         ) from error
 
 

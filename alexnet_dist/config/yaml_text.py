@@ -43,14 +43,14 @@ def check_yaml(text: str, of_file: bool = False) -> None:
             raise ValueError("has aliases (*name)")
         if isinstance(event, yaml.ScalarEvent):
             if depth == 0 and of_file:
-                raise ValueError("a lone value")
+                raise ValueError("a single value")
             if event.implicit[0] and not event.style and _ODD_NUMBER.fullmatch(event.value):
                 raise ValueError(
-                    f"{event.value} is another number to YAML: write it in decimal, without "
-                    "leading zeros, or in quotes where it is text"
+                    f"YAML would read {event.value} as another number: write it in decimal, "
+                    "without leading zeros, or in quotes if it is text"
                 )
         if depth > _DEEPEST:
-            raise ValueError(f"nested deeper than {_DEEPEST}")
+            raise ValueError(f"nested more than {_DEEPEST} levels deep")
     if text.count("${") > _MOST_INTERPOLATIONS:
         raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations (${{…}})")
 

@@ -91,7 +91,7 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     try:
         if meta["version"] != VERSION:
             raise DatasetError(
-                f"{path}: version {meta['version']!r}, and this program reads {VERSION}: "
+                f"{path}: version {meta['version']!r}, but this program reads version {VERSION}: "
                 "prepare the data set again"
             )
         source = dict(meta["source"])
@@ -118,7 +118,9 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     colours = statistics.mean_rgb, statistics.eigenvalues, statistics.eigenvectors
     sound = [a.shape for a in colours] == [(3,), (3,), (3, 3)] and all(map(_finite, colours))
     if not sound or statistics.mean_image.shape[2] != 3 or not _finite(statistics.mean_image):
-        raise DatasetError(f"{path}: colour statistics are not numbers: prepare it again")
+        raise DatasetError(
+            f"{path}: its colour statistics are not numbers: prepare the data set again"
+        )
     digest = hashlib.sha256(text).hexdigest()
     return Dataset(folder, digest, source, classes, statistics, splits)
 
@@ -179,7 +181,7 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
             continue
         if name not in dataset.splits:
             raise ConfigError(
-                f"{key}={name!r}: {dataset.folder} has the splits {', '.join(dataset.splits)}"
+                f"{key}={name!r}: {dataset.folder} has only the splits {', '.join(dataset.splits)}"
             )
         if len(dataset.splits[name]) == 0:
             raise DatasetError(f"{key}={name!r}: the split is empty")
@@ -224,8 +226,9 @@ def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:
     folder = Path(config.data.path)
     if not (folder / "dataset.json").exists() or open_dataset(folder).digest != digest:
         raise DatasetError(
-            f"data.path={str(folder)!r}: the data set that {trained} was trained on is not there: "
-            "say where it lies, --data FOLDER; from Python load_checkpoint(path, data=FOLDER)"
+            f"data.path={str(folder)!r}: the data set that {trained} was trained on is missing: "
+            "say where it is now with --data FOLDER, or in Python load_checkpoint(path, "
+            "data=FOLDER)"
         )
     return open_for(config, trained)
 
@@ -234,7 +237,7 @@ def evaluation_split(config: Config, dataset: Dataset) -> Split:
     """Return the split a network is scored on; raise ConfigError where the config names none."""
     if config.data.eval_split == NO_SPLIT:
         raise ConfigError(
-            f"data.eval_split={NO_SPLIT}: there is nothing to score on: name one of "
+            f"data.eval_split={NO_SPLIT}: there is no split to score on: name one of "
             f"{dataset.folder}'s splits, {', '.join(dataset.splits)}, or another data.path= with "
             "data.eval_split=auto"
         )

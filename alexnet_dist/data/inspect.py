@@ -54,7 +54,9 @@ def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
     try:
         _contact_sheet(dataset, sheet)
     except OSError as error:
-        raise DatasetError(f"{sheet} cannot be written: {error}; give --sheet FILE") from error
+        raise DatasetError(
+            f"{sheet} cannot be written: {error}; name another file by --sheet"
+        ) from error
     found["contact sheet"] = str(sheet)
     return found
 
@@ -67,8 +69,8 @@ def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
         _, _, _, _, _, *size = split.index[sample].tolist()
         if list(image.shape[1:]) != size or image.shape[0] not in (1, 3):
             raise DatasetError(
-                f"split {split.name!r}: sample {sample} is {tuple(image.shape)}, the index says "
-                f"{size}: prepare the data set again"
+                f"split {split.name!r}: sample {sample} is {tuple(image.shape)}, but the index "
+                f"says {size}: prepare the data set again"
             )
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:

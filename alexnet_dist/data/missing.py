@@ -30,8 +30,8 @@ def not_packed(folder: Path) -> DatasetError:
         if not {"val", "test"} & {_split_of(p) for p in root.iterdir()}:
             line += ["--validation", "0.1"]
         return DatasetError(
-            f"{folder}{looked_in(folder)}: these are images ({images}), not a packed data set: "
-            f"pack them with `{shlex.join(line)}`, where each class has its own folder, and set "
+            f"{folder}{looked_in(folder)}: holds images ({images}), not a packed data set: pack "
+            f"them with `{shlex.join(line)}`, if each class has a folder of its own, and set "
             f"data.path={root}-packed"
         )
     demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
@@ -39,7 +39,7 @@ def not_packed(folder: Path) -> DatasetError:
     out = "OUT` and set data.path=OUT" if folder.exists() else f"{folder}`"
     return DatasetError(
         f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
-        f"{source} {out}, or set data.path to where it lies"
+        f"{source} {out}, or set data.path to where it is"
     )
 
 

@@ -249,10 +249,12 @@ def _read_mean(path: Path, expected: str) -> npt.NDArray[np.float32]:
     except DatasetError:
         raise
     except (OSError, ValueError) as error:
-        raise DatasetError(f"data.mean_from={path}: cannot be read as .npy: {error}") from error
+        raise DatasetError(
+            f"data.mean_from={path}: cannot be read as a .npy file: {error}"
+        ) from error
     if mean.dtype.kind != "f" or mean.ndim != 3 or mean.shape[2] != 3:
         raise DatasetError(
-            f"data.mean_from={path}: {mean.dtype} of shape {mean.shape}, expected floats of "
+            f"data.mean_from={path}: {mean.dtype} of shape {mean.shape}, but must be floats of "
             "(height, width, 3)"
         )
     floats: npt.NDArray[np.float32] = mean.astype(np.float32)

@@ -65,6 +65,11 @@ class Split:
         """Whether every image is a square of this side, pixels."""
         return bool((self.index["height"] == side).all() and (self.index["width"] == side).all())
 
+    def within(self, side: int) -> bool:
+        """Whether no image is stored larger than this, as `prepare` stores them without --keep: its
+        shorter side, pixels."""
+        return bool((np.minimum(self.index["height"], self.index["width"]) <= side).all())
+
     def check_shard(self, number: int) -> None:
         """Raise DatasetError where a shard has changed since it was packed."""
         check_hash(self.shards[number], self.sha256s[number])
@@ -98,8 +103,8 @@ class Split:
             found = size_of(encoded)
             if found != (height, width) or height * width > MOST_PIXELS:
                 raise ValueError(
-                    f"its header says {found[1]} × {found[0]} pixels, the index {width} × {height},"
-                    f" of at most {MOST_PIXELS:,}"
+                    f"its header says {found[1]} × {found[0]} pixels, the index {width} × "
+                    f"{height}; at most {MOST_PIXELS:,} are allowed"
                 )
         except ValueError as error:
             raise undecodable(self, [sample], error) from None
@@ -154,8 +159,8 @@ class Split:
                 other = (sample + ahead) % len(self)
                 with contextlib.suppress(DatasetError):
                     encoded = self.read(other)
-                    return other, encoded, f"{error}: sample {other} stands in for it"
-            raise DatasetError(f"{error}; nor is any other sample whole") from error
+                    return other, encoded, f"{error}: sample {other} is used instead"
+            raise DatasetError(f"{error}; no other sample is undamaged either") from error
 
     def _descriptors_of(self, shards: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:
         """Open these shards where that is possible; return the file descriptors of all shards."""
@@ -184,8 +189,8 @@ def undecodable(split: Split, ids: Sequence[int], error: Exception) -> DatasetEr
     """Return the error for samples that match their checksums and still cannot be decoded."""
     which = f"sample {ids[0]}" if len(ids) == 1 else f"a sample among {', '.join(map(str, ids))}"
     return DatasetError(
-        f"{split.shards[0].parent}: {which} cannot be decoded, though as it was packed "
-        f"({' '.join(str(error).split())[:200]}): see `alexnet-dist inspect`"
+        f"{split.shards[0].parent}: {which} cannot be decoded, although its bytes are as they "
+        f"were packed ({' '.join(str(error).split())[:200]}): see `alexnet-dist inspect`"
     )
 
 
@@ -202,7 +207,9 @@ def open_split(folder: Path, name: str, meta: Mapping[str, Any], classes: int) -
     shards = tuple(path_of(folder, shard) for shard in meta["shards"])
     where = f"{folder / str(meta['index']['file'])}"
     if len(index) != meta["samples"]:
-        raise DatasetError(f"{where}: {len(index)} samples, dataset.json says {meta['samples']}")
+        raise DatasetError(
+            f"{where}: {len(index)} samples, but dataset.json says {meta['samples']}"
+        )
     if len(index) and index["label"].max() >= classes:
         bad = int(np.argmax(index["label"] >= classes))
         raise DatasetError(
@@ -219,5 +226,5 @@ def open_split(folder: Path, name: str, meta: Mapping[str, Any], classes: int) -
                 "prepare the data set again"
             )
         if not (index["height"].all() and index["width"].all()):
-            raise DatasetError(f"{where}: an image without pixels: prepare the data set again")
+            raise DatasetError(f"{where}: an image has no pixels: prepare the data set again")
     return Split(name, shards, index, tuple(str(shard["sha256"]) for shard in meta["shards"]))

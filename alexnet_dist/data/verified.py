@@ -21,7 +21,7 @@ def path_of(folder: Path, entry: Mapping[str, Any]) -> Path:
     """
     name = str(entry["file"])
     if not re.fullmatch(r"([A-Za-z0-9_-]+/)?[A-Za-z0-9_-]+\.(tar|npy)", name):
-        raise DatasetError(f"{folder / 'dataset.json'}: refused the file name {name!r}")
+        raise DatasetError(f"{folder / 'dataset.json'}: names a file that it may not, {name!r}")
     path = folder / name
     try:
         size = path.stat().st_size
@@ -31,7 +31,8 @@ def path_of(folder: Path, entry: Mapping[str, Any]) -> Path:
         ) from error
     if size != entry["size"]:
         raise DatasetError(
-            f"{path}: {size} bytes, dataset.json says {entry['size']}: prepare the data set again"
+            f"{path}: {size} bytes, but dataset.json says {entry['size']}: prepare the data set "
+            "again"
         )
     return path
 
@@ -40,8 +41,8 @@ def check_hash(path: Path, expected: str) -> None:
     """Raise DatasetError where the SHA-256 of a file is not the expected one."""
     if (found := sha256(path)) != expected:
         raise DatasetError(
-            f"{path}: SHA-256 {found[:12]}…, dataset.json says {str(expected)[:12]}…: "
-            "it was changed or damaged; prepare the data set again"
+            f"{path}: SHA-256 {found[:12]}…, but dataset.json says {str(expected)[:12]}…: it was "
+            "changed or damaged; prepare the data set again"
         )
 
 
@@ -58,7 +59,7 @@ def load_array(folder: Path, entry: Mapping[str, Any], dtype: np.dtype[Any], dim
         raise DatasetError(f"{path} is not an array: {error}") from error
     if array.dtype == dtype and array.ndim == dims:
         return array
-    raise DatasetError(f"{path}: {array.dtype} in {array.ndim} dimensions, expected {dtype}")
+    raise DatasetError(f"{path}: {array.dtype} in {array.ndim} dimensions, but must be {dtype}")
 
 
 def read_array(path: Path) -> npt.NDArray[Any]:

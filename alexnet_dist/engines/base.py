@@ -170,8 +170,9 @@ def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors 
     if wrong := misfit(parameters.shapes(), shapes):
         last = config.model.layer_names[-1]
         raise CheckpointError(
-            f"{parameters} is of another network: {wrong}. Leave model.* as it was trained; to "
-            f"fine-tune it as this one, train.init_from=CHECKPOINT 'train.init_new=[{last}]'"
+            f"{parameters} is of another network: {wrong}. Leave model.* as it was trained, or "
+            "fine-tune it as this network with train.init_from=CHECKPOINT "
+            f"'train.init_new=[{last}]'"
         )
     if optimizer is None:
         return
@@ -193,18 +194,18 @@ def check_values(parameters: WholeTensors, optimizer: WholeTensors) -> None:
             dtypes[name] = values.dtype
             wanted = torch.float32 if kind == "step" else dtypes.get(of, values.dtype)
             if values.dtype != wanted:
-                wrong = f"is {values.dtype}, and a run writes {wanted}"
+                wrong = f"is {values.dtype}, but a run writes {wanted}"
             elif not values.isfinite().all():
                 wrong = "is not finite"
             elif kind in ("step", "exp_avg_sq") and (values < 0).any():
                 wrong = "is negative"
             elif kind == "step" and (values != values.floor()).any():
-                wrong = "is no whole number"
+                wrong = "is not a whole number"
             else:
                 continue
             raise CheckpointError(
                 f"{file}: {name} {wrong}: restore this checkpoint, or move it out of the run "
-                "folder to go on from the one before"
+                "folder to resume from the one before"
             )
 
 

@@ -177,6 +177,6 @@ def _warn(error: RuntimeError) -> None:
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(_PACKAGE)]
     where = f" ({Path(ours[-1].filename).name}:{ours[-1].lineno})" if ours else ""
     log.warning(
-        "the step could not be captured as a CUDA graph, and is launched kernel by kernel: "
-        f"{' '.join(str(first).split())}{where}; train.execution=fused does without"
+        "the step could not be captured as a CUDA graph, so its kernels are launched one by one: "
+        f"{' '.join(str(first).split())}{where}; train.execution=fused does not try"
     )

@@ -119,8 +119,8 @@ class Optimizer:
         is to be multiplied by the schedule's learning rate."""
         config, device = self.config, next(iter(self.parameters.values())).device
         # LARS has added the decay of weights to the gradient.
-        of_weights = 0.0 if config.kind == "lars" else config.weight_decay
-        groups = ((1.0, of_weights), (config.bias_rate, config.weight_decay * config.bias_decay))
+        weight_decay = 0.0 if config.kind == "lars" else config.weight_decay
+        groups = ((1.0, weight_decay), (config.bias_rate, config.weight_decay * config.bias_decay))
         if self.velocity:
             fixed = [[rate, 0.0, config.momentum] for rate, _ in groups]
             scaled = [[0.0, decay, 0.0] for _, decay in groups]
@@ -141,11 +141,11 @@ class Optimizer:
         assert self.narrow is not None
         if self.config.kind == "lars":
             self._scale_layers(rate if self.velocity else 1.0)
-        of_weights, of_biases = (self.fixed_rates + self.scaled_rates * rate).to(self.dtype)
+        weight_rates, bias_rates = (self.fixed_rates + self.scaled_rates * rate).to(self.dtype)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
             assert parameter.grad is not None
-            rates = of_biases if name.endswith(".bias") else of_weights
+            rates = bias_rates if name.endswith(".bias") else weight_rates
             sgd_update(parameter, velocity, parameter.grad, self.narrow.get(name), rates, skip)
 
     @torch.no_grad()

@@ -45,9 +45,9 @@ class ShardedFcEngine(TorchEngine):
         """Fill in the norm, and sum what ranks counted of their own samples; each rank has scored
         the samples of all ranks."""
         named = list(self.model.named_parameters())
-        of_split = squared_norm(p for name, p in named if self.shard_group(name))
-        of_whole = squared_norm(p for name, p in named if not self.shard_group(name))
-        stats[AT.norm] = of_split + of_whole / self.shards.size()
+        split_norm = squared_norm(p for name, p in named if self.shard_group(name))
+        whole_norm = squared_norm(p for name, p in named if not self.shard_group(name))
+        stats[AT.norm] = split_norm + whole_norm / self.shards.size()
         summed(stats[AT.damaged :], self.shards)
 
     @torch.no_grad()
@@ -65,9 +65,9 @@ class ShardedFcEngine(TorchEngine):
     def sum_over_shards(self, sums: Tensor) -> Tensor:
         names = (name for name, _ in self.model.named_parameters() if name.endswith(".weight"))
         sums = sums.clone()
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             if self.is_replicated(name) and self.shards.rank() > 0:  # rank 0 counts it
-                sums[:, place] = 0
+                sums[:, index] = 0
         return summed(sums, self.shards)
 
     def is_replicated(self, name: str) -> bool:

@@ -264,5 +264,7 @@ class ZeroEngine:
             if theirs == "none":
                 raise
             reason = " ".join(str(error).split())
-            raise ConfigError(f"layout.deepspeed={theirs!r}: DeepSpeed refuses: {reason}") from None
+            raise ConfigError(
+                f"layout.deepspeed={theirs!r}: DeepSpeed refuses it: {reason}"
+            ) from None
         return engine

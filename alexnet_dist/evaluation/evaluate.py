@@ -154,9 +154,9 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
             here, there = flat(other)[key], flat(config)[key]
             if here != there:
                 model = key.startswith("model.")
-                remedy = "it must be the same" if model else f"give {key}=VALUE, if that fits both"
+                remedy = "it must be the same" if model else f"set {key}=VALUE, if it suits both"
                 raise ConfigError(
-                    f"{checkpoint.path}: {key}={here!r}, and {there!r} in {found[0].path}: to "
+                    f"{checkpoint.path}: {key}={here!r}, but {there!r} in {found[0].path}: to "
                     f"average them {remedy}"
                 )
     # One network after another, so that only one is in memory.
@@ -169,14 +169,14 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
         labels = torch.cat([part.cpu() for _, part in outputs])
     score = _finite(_score(_summed(average, labels), config, dataset), *paths)
-    how = Conditions(
+    conditions = Conditions(
         split=config.data.eval_split,
         views=config.evaluate.views,
         data=str(dataset.folder),
         data_sha256=dataset.digest,
         changed=_changed(found[0].config, config),
     )
-    return Evaluation(score, tuple(found), dataset.classes, average, labels, how)
+    return Evaluation(score, tuple(found), dataset.classes, average, labels, conditions)
 
 
 def _changed(trained: Config, config: Config) -> dict[str, Any]:
@@ -191,8 +191,8 @@ def _finite(score: Score, *networks: Path) -> Score:
     """Return a score; raise NotFinite where its loss, and so a network's output, is not finite."""
     if not math.isfinite(score.loss):
         raise NotFinite(
-            f"{' + '.join(map(str, networks))}: outputs that are not finite (a loss of "
-            f"{score.loss}): nothing can be said of it. Evaluate an earlier checkpoint, or look at "
+            f"{' + '.join(map(str, networks))}: the network's outputs are not finite (loss "
+            f"{score.loss}), so it cannot be scored: evaluate an earlier checkpoint, or look at "
             "the data and its mean"
         )
     return score

@@ -90,7 +90,7 @@ def predictions(
             own = None if refused else next(shares)
             if own is not None and not own.isfinite().all():
                 raise NotFinite(
-                    f"{path}: the network's outputs are not finite: ask an earlier checkpoint"
+                    f"{path}: the network's outputs are not finite: use an earlier checkpoint"
                 )
             yield Prediction(path, dataset.classes, own, refused)
 
@@ -111,14 +111,14 @@ def features(
                 raise DatasetError(f"{path}: {refused}: leave it out")
         outputs.append(side_by_side(activations(model, config, windows, [layer])[layer]).cpu())
     if not outputs:
-        raise ConfigError(f"features of {layer!r}: no image was named")
+        raise ConfigError(f"features of {layer!r}: name at least one image")
     return torch.cat(outputs)
 
 
 def check_layer(model: AlexNet, layer: str) -> None:
     """Raise ConfigError where the network has no such layer."""
     if layer not in (names := model.config.layer_names):
-        raise ConfigError(f"layer {layer!r}: this network has {', '.join(names)}")
+        raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
 
 
 @torch.no_grad()
@@ -272,7 +272,7 @@ def _read(
             yield future.result()
     except BrokenProcessPool as error:
         raise MachineError(
-            f"a process that reads images was killed{of_memory()}; ask of fewer images at a time"
+            f"a process that reads images was killed{of_memory()}; name fewer images at a time"
         ) from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -96,7 +96,7 @@ class Evaluation:
     classes: tuple[str, ...]
     probabilities: Tensor
     labels: Tensor
-    how: Conditions = field(default_factory=Conditions)
+    conditions: Conditions = field(default_factory=Conditions)
 
     def confusion(self) -> Tensor:
         """Return (classes, classes) int64: samples of the row's class predicted as the column's."""
@@ -111,16 +111,16 @@ class Evaluation:
         score, confusion = self.score, self.confusion()
         wrong = confusion - confusion.diag().diag()
         worst = wrong.flatten().topk(min(10, wrong.numel()))
-        pairs = [divmod(place, len(self.classes)) for place in worst.indices.tolist()]
+        pairs = [divmod(index, len(self.classes)) for index in worst.indices.tolist()]
         return {
             **score.tags(),
             "top1_interval": score.top1_interval,
             "top5_interval": score.top5_interval,
             "of": [str(checkpoint.path) for checkpoint in self.checkpoints],
-            **self.how,
+            **self.conditions,
             "classes": [
-                {"name": name, "samples": int(row.sum()), "right": int(row[place])}
-                for place, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
+                {"name": name, "samples": int(row.sum()), "right": int(row[index])}
+                for index, (name, row) in enumerate(zip(self.classes, confusion, strict=True))
             ],
             "mistakes": [
                 {"of": self.classes[a], "taken_for": self.classes[b], "samples": count}

@@ -32,7 +32,7 @@ def save_score(found: Evaluation) -> Path | None:
     if first.path.parent.name != "checkpoints":
         return None
     out = first.path.parent.parent / "evaluations"
-    how = found.how
+    how = found.conditions
     split = re.sub(r"[^\w.-]", "_", how["split"])
     name = f"step-{first.step:08d}-{split}-views-{how['views']}"
     # Conditions that differ from the run's own get a hash in the file's name.
@@ -57,7 +57,7 @@ def save_score(found: Evaluation) -> Path | None:
         files.write(path, json.dumps(content).encode() + b"\n")
         files.sync(out)
     except OSError as error:
-        log.warning(f"not kept, this score is printed alone: {path}: {error}")
+        log.warning(f"this score is printed, but could not be saved: {path}: {error}")
         return None
     return path
 

@@ -83,7 +83,9 @@ def read_mean(path: Path) -> Floats:
     mean = _array(_parsed("BlobProto", path), path)
     planes = mean.reshape(mean.shape[-3:]) if mean.ndim >= 3 else mean
     if planes.ndim != 3 or len(planes) != 3:
-        raise CheckpointError(f"{path}: a mean of shape {mean.shape}, expected 3 × height × width")
+        raise CheckpointError(
+            f"{path}: a mean of shape {mean.shape}, but must be 3 × height × width"
+        )
     return np.ascontiguousarray(planes[::-1].transpose(1, 2, 0))
 
 
@@ -127,7 +129,7 @@ def _check_fields(content: memoryview, kind: str, left: int) -> int:
         left -= 1
         if size is None:  # bytes, a message, or packed numbers, of which each has a byte at least
             if key & 7 != 2 or number > len(content) - at:
-                raise ValueError("a field that is cut short, or of no known kind")
+                raise ValueError("a field that is cut short, or of an unknown kind")
             of, size = messages.get(key >> 3, ""), number
             if of in _FIELDS:
                 left = _check_fields(content[at : at + size], of, left)
@@ -149,7 +151,7 @@ def _varint(content: memoryview, at: int) -> tuple[int, int]:
         value |= (byte & 127) << 7 * place
         if byte < 128:
             return value, at + place + 1
-    raise ValueError("a number that does not end")
+    raise ValueError("a number without an end")
 
 
 def _array(blob: Any, path: Path) -> Floats:

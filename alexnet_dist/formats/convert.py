@@ -46,11 +46,11 @@ def import_weights(
     holds a run already, or the format cannot hold this network.
     """
     if checkpoints.traces(out / "checkpoints"):
-        raise ConfigError(f"{out}: holds a run already: name a folder that is to be made")
+        raise ConfigError(f"{out}: already holds a run: name a new folder")
     # The network's config; Caffe's mean image becomes a file of the run.
     if mean is not None:
         if kind != "caffe":
-            raise ConfigError(f"--mean {mean}: only with --format caffe")
+            raise ConfigError(f"--mean {mean}: is only for --format caffe")
         packed = io.BytesIO()
         np.save(packed, caffe.read_mean(mean))
         digest = hashlib.sha256(packed.getvalue()).hexdigest()
@@ -63,14 +63,14 @@ def import_weights(
     wanted = whole_shapes(config.model)
     if wrong := misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted):
         raise CheckpointError(
-            f"{path}: {wrong}, by the config: name the preset it is of (paper/torchvision-2014, "
-            "paper/caffe-alexnet, paper/caffenet) and model.classes"
+            f"{path}: {wrong}, by the config: name the preset that fits it "
+            "(paper/torchvision-2014, paper/caffe-alexnet, paper/caffenet), and set model.classes"
         )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise CheckpointError(f"{path}: {name} holds {tensor.dtype}: save it as float32")
         if not tensor.isfinite().all():
-            raise CheckpointError(f"{path}: {name} is not finite: take weights of an earlier step")
+            raise CheckpointError(f"{path}: {name} is not finite: use weights of an earlier step")
     # A checkpoint of step 0.
     whole = {name: tensors[name].float().contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
@@ -92,7 +92,7 @@ def export_weights(kind: str, source: Path, out: Path, data: Path | None = None)
     Raises CheckpointError; ConfigError where the other program has no such network.
     """
     if data is not None and kind != "onnx":
-        raise ConfigError(f"--data {data}: only with --format onnx")
+        raise ConfigError(f"--data {data}: is only for --format onnx")
     found = checkpoints.at(source)
     config = found.config
     tensors = {name: tensor.float() for name, tensor in found.parameters().tensors().items()}

@@ -74,7 +74,7 @@ def _preprocessing(found: Checkpoint, config: Config, data: Path | None) -> dict
     except DatasetError as error:
         if data is not None:
             raise
-        log.warning(f"exported without a mean image and names of classes: {error}")
+        log.warning(f"exported without a mean image and class names: {error}")
         return {"preprocessing": json.dumps(how)}
     preprocess = Preprocess(config, dataset.statistics, torch.device("cpu"), torch.float32)
     mean = preprocess.mean if config.data.subtract == "mean_image" else preprocess.mean[:1, :1]

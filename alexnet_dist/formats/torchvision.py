@@ -46,7 +46,7 @@ def read(path: Path, config: Config) -> dict[str, Tensor]:
         if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
             keys = f", but of {', '.join(map(str, found))[:200]}" if isinstance(found, dict) else ""
             raise CheckpointError(
-                f"{path} is no dict of tensors{keys}: save the model's state_dict() alone"
+                f"{path} is not a dict of tensors{keys}: save only the model's state_dict()"
             )
     names = {b: a for a, b in _names(config).items()}
     return {names.get(name, name): tensor for name, tensor in found.items()}
@@ -76,11 +76,11 @@ def _check_archive(file: BinaryIO) -> None:
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > 2 * file.seek(0, os.SEEK_END) + 2**20:  # torch does not compress
-            raise ValueError(f"{unpacked:,} bytes are packed in it")
+            raise ValueError(f"it unpacks to {unpacked:,} bytes")
         if (wrong := archive.testzip()) is not None:
             raise ValueError(
                 f"{wrong} in it does not match its checksum: it was damaged, or saved without "
-                "(torch.serialization.set_crc32_options): copy it, or save it, again"
+                "checksums (torch.serialization.set_crc32_options): copy or save it again"
             )
         for name in archive.namelist():
             if name.endswith("data.pkl"):
@@ -97,12 +97,12 @@ def _check_network(config: Config) -> None:
         if ours[key] != wanted[key]:
             raise ConfigError(
                 f"{key}={_shown(ours[key])}: torchvision's alexnet has {_shown(wanted[key])}, and "
-                "would compute something else: use --format onnx, or safetensors"
+                "would compute something else: use --format onnx or safetensors"
             )
     if final_side(config.model) != final_side(theirs):
         raise ConfigError(
-            f"model.crop={config.model.crop}: it leaves maps of {final_side(config.model)} pixels "
-            f"for fc6, and torchvision's alexnet has {final_side(theirs)}: use --format onnx, or "
+            f"model.crop={config.model.crop}: leaves maps of {final_side(config.model)} pixels "
+            f"for fc6, but torchvision's alexnet has {final_side(theirs)}: use --format onnx or "
             "safetensors"
         )
 

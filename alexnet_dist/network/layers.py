@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from alexnet_dist.network import philox
 from alexnet_dist.network.dropout import Dropout
 from alexnet_dist.network.exchange import Exchange
+from alexnet_dist.network.shapes import windows_along
 
 
 class Layer(nn.Module):
@@ -157,9 +158,9 @@ class Conv(Layer):
         from alexnet_dist.network.kernels.windows import fold
 
         kernel, stride = self.whole_shape[-1], self.stride
-        room = [side + 2 * self.padding - kernel for side in x.shape[2:]]
-        sides = [(-(-r // stride) if self.round_up else r // stride) + 1 for r in room]
-        cells = [side + -(-kernel // stride) - 1 for side in sides]
+        sides = [side + 2 * self.padding for side in x.shape[2:]]
+        windows = [windows_along(side, kernel, stride, self.round_up) for side in sides]
+        cells = [count + -(-kernel // stride) - 1 for count in windows]
         folded: Tensor = fold(x, stride, self.padding, *cells)
         return folded
 

@@ -153,8 +153,8 @@ class AlexNet(nn.Module):
         side = final_side(config)
         if side < 1:
             raise ConfigError(
-                f"model.crop={config.crop}, model.pool={list(config.pool)}: no map left for "
-                f"{config.fc_names[0]}: raise model.crop or pool less"
+                f"model.crop={config.crop}, model.pool={list(config.pool)}: nothing is left of "
+                f"the maps for {config.fc_names[0]}: raise model.crop, or pool less"
             )
         # The convolutions: conv1 … conv5.
         maps = zip(config.conv_names, (3, *config.conv[:-1]), config.conv, strict=True)
@@ -169,8 +169,8 @@ class AlexNet(nn.Module):
         for name, inputs, outputs in zip(config.fc_names, sizes[:-1], sizes[1:], strict=True):
             parts = [share(outputs, *part) for part in fc_parts]
             self.add_module(name, Linear(name, whole_shape(name, outputs, inputs), parts, dtype))
-        for place, layer in enumerate(self.layers() if init_weights else ()):
-            layer.initialise(seed, *_initial(config, place, math.prod(layer.whole_shape[1:])))
+        for index, layer in enumerate(self.layers() if init_weights else ()):
+            layer.initialise(seed, *_initial(config, index, math.prod(layer.whole_shape[1:])))
 
     def layers(self) -> list[Layer]:
         """Return the layers in order: conv1 … fc8."""
@@ -235,20 +235,20 @@ def whole_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in named}
 
 
-def _initial(config: ModelConfig, place: int, fan_in: int) -> tuple[float, float]:
+def _initial(config: ModelConfig, index: int, fan_in: int) -> tuple[float, float]:
     """Return the standard deviation of a layer's initial weights, and the value of its biases.
 
     Args:
-        place: the layer's number, counted from 0.
+        index: the layer's number, counted from 0.
         fan_in: the number of inputs of each of its outputs.
     """
     if config.init == "he":
         # He et al. (2015): the scale of the maps stays the same through the layers. conv1 starts
         # small, so that what it learns is visible.
-        last = place == len(config.layer_names) - 1
-        return (math.sqrt((1.0 if last else 2.0) / fan_in) if place else 0.01), 0.0
+        last = index == len(config.layer_names) - 1
+        return (math.sqrt((1.0 if last else 2.0) / fan_in) if index else 0.01), 0.0
 
     def of(values: tuple[float, ...]) -> float:
-        return values[place] if len(values) > 1 else values[0]
+        return values[index] if len(values) > 1 else values[0]
 
     return of(config.init_std), of(config.init_bias)

@@ -15,20 +15,27 @@ def map_sides(config: ModelConfig) -> list[tuple[int, int]]:
 
     The list ends with the first side below 1, which no network can have.
     """
-
-    def steps(room: int, stride: int) -> int:
-        return (-(-room // stride) if config.round_up else room // stride) + 1
-
     side, sides = config.crop, []
     shapes = zip(config.kernel, config.stride, config.padding, strict=True)
     for name, (kernel, stride, padding) in zip(config.conv_names, shapes, strict=True):
-        made = side = steps(side + 2 * padding - kernel, stride)
+        made = side = windows_along(side + 2 * padding, kernel, stride, config.round_up)
         if name in config.pool_after:
             window, apart = config.pool
-            side = steps(made - window, apart)
-            # torch lets no pooling window begin beyond the edge.
-            side -= config.round_up and (side - 1) * apart >= made
+            side = pooled_side(made, window, apart, config.round_up)
         sides.append((made, side))
         if side < 1:
             break
     return sides
+
+
+def windows_along(side: int, window: int, stride: int, round_up: bool) -> int:
+    """Return the number of windows along a side, pixels; rounded up, the last reaches beyond it."""
+    room = side - window
+    return (-(-room // stride) if round_up else room // stride) + 1
+
+
+def pooled_side(side: int, window: int, stride: int, round_up: bool) -> int:
+    """Return the number of pooling windows along a side, each of which must begin inside it, as for
+    `F.max_pool2d`."""
+    count = windows_along(side, window, stride, round_up)
+    return count - (round_up and (count - 1) * stride >= side)

@@ -30,8 +30,8 @@ def summary(config: ModelConfig, layers: Sequence[Layer]) -> str:
         pool = [f"pool {config.pool[0]}/{config.pool[1]}"] * (layer.name in config.pool_after)
         then = [*pool, *norm] if config.pool_before_lrn else [*norm, *pool]
         if layer.name != config.layer_names[-1]:
-            place = len(then) if layer.name in config.activation_last else 0
-            then.insert(place, config.activation)
+            index = len(then) if layer.name in config.activation_last else 0
+            then.insert(index, config.activation)
         count = layer.weight.numel() + layer.bias.numel()
         rows.append((layer.name, seen, makes, ", ".join(then), f"{shape}", f"{count:,}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

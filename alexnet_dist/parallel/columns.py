@@ -89,18 +89,17 @@ class _ProductOfAll(torch.autograd.Function):
         output, (whole, *weights) = ctx.output, [x for x in ctx.leaves if x is not None]
         del ctx.output, ctx.leaves
         # First the input's gradient, which the other ranks wait for; then the weights'.
-        (of_whole,) = torch.autograd.grad(output, whole, grads, retain_graph=True)
-        summed = _begin_sum(of_whole, ctx.group, ctx.dim)
-        of_weight, *of_bias = torch.autograd.grad(output, weights, grads)
-        return None, summed(), of_weight, of_bias[0] if of_bias else None, None, None
+        (whole_grad,) = torch.autograd.grad(output, whole, grads, retain_graph=True)
+        summed = _begin_sum(whole_grad, ctx.group, ctx.dim)
+        weight_grad, *bias_grad = torch.autograd.grad(output, weights, grads)
+        return None, summed(), weight_grad, bias_grad[0] if bias_grad else None, None, None
 
 
 class _JoinLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, group: dist.ProcessGroup, classes: int) -> Tensor:
         ctx.rows = share(classes, group.rank(), group.size())
-        counts = [_count(share(classes, c, group.size())) for c in range(group.size())]
-        return gather_rows(logits.t(), counts, group).t()
+        return gather_rows(logits.t(), _counts(classes, group), group).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -137,8 +136,10 @@ def _begin_sum(whole: Tensor, group: dist.ProcessGroup, dim: int) -> Callable[[]
     return summed
 
 
-def _count(rows: slice) -> int:
-    return int(rows.stop - rows.start)
+def _counts(rows: int, group: dist.ProcessGroup) -> list[int]:
+    """Return how many of these rows each rank of a group has."""
+    size = group.size()
+    return [len(range(rows)[share(rows, rank, size)]) for rank in range(size)]
 
 
 def gather_rows(rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup) -> Tensor:
@@ -174,7 +175,7 @@ def merge(part: Tensor, rows: int, group: dist.ProcessGroup | None) -> Tensor | 
     """
     if group is None or part.dim() == 0:
         return part.detach().to("cpu", copy=True)  # the next step changes the parameter itself
-    counts = [_count(share(rows, column, group.size())) for column in range(group.size())]
+    counts = _counts(rows, group)
     padded = part.new_zeros((max(counts), *part.shape[1:]))
     padded[: part.shape[0]] = part.detach()
     parts = [torch.empty_like(padded) for _ in counts] if group.rank() == 0 else None

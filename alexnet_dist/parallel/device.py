@@ -59,15 +59,15 @@ def share_problem(config: Config, ranks: int) -> str:
         return ""
     if not (found := gpus(config)):
         return (
-            "layout.share_gpu=true: no GPU is here to share: set layout.share_gpu=false to compute "
-            "on the CPU; `alexnet-dist doctor` says why there is none"
+            "layout.share_gpu=true: this machine has no GPU to share: set layout.share_gpu=false "
+            "to compute on the CPU; `alexnet-dist doctor` says why there is none"
         )
     if ranks <= found or (version := nccl_version()) >= NCCL_SHARES_FROM:
         return ""
     return (
-        f"layout.share_gpu=true: {ranks} ranks and {found} GPU(s) here, and NCCL "
-        f"{'.'.join(map(str, version)) or 'is missing, which'} gives a GPU to one rank alone: "
-        "install torch 2.14, whose NCCL 2.30 shares it, or set layout.share_gpu=false"
+        f"layout.share_gpu=true: {ranks} ranks but only {found} GPU(s), and NCCL "
+        f"{'.'.join(map(str, version)) or 'is missing, which'} cannot give a GPU to several "
+        "ranks: install torch 2.14, whose NCCL 2.30 can, or set layout.share_gpu=false"
     )
 
 
@@ -120,13 +120,13 @@ def own_device(config: Config, place: Place) -> torch.device:
                 remedy = (", or layout.share_gpu=true" if found
                           else "; `alexnet-dist doctor` says why there is none")  # fmt: skip
                 raise ConfigError(
-                    f"layout.device=cuda: {ranks} ranks on this host need a GPU each, and {found} "
-                    f"are here; set layout.device=auto or layout.kind=one{remedy}"
+                    f"layout.device=cuda: {ranks} ranks on this host need a GPU each, but it has "
+                    f"{found}; set layout.device=auto or layout.kind=one{remedy}"
                 )
             if found and place.rank == 0:
                 log.warning(
-                    f"{ranks} ranks and {found} GPU(s) here: computing on the CPU; to use what is "
-                    "there, set layout.kind=one, layout.ranks to as many, or layout.share_gpu=true"
+                    f"{ranks} ranks but only {found} GPU(s): computing on the CPU; to use the "
+                    f"GPU(s), set layout.kind=one, layout.ranks={found}, or layout.share_gpu=true"
                 )
             return torch.device("cpu")
         case 1:
@@ -150,7 +150,7 @@ def precision_problem(precision: str, device: torch.device) -> str:
         if precision != "tf32":
             return ""
         return (
-            "train.precision=tf32: only a GPU has it, and this run computes on the CPU: set "
+            "train.precision=tf32: only GPUs have it, but this run computes on the CPU: set "
             "train.precision=fp32 or bf16"
         )
     capability = torch.cuda.get_device_capability(device)
@@ -158,9 +158,9 @@ def precision_problem(precision: str, device: torch.device) -> str:
     if capability >= first:
         return ""
     return (
-        f"train.precision={precision}: {torch.cuda.get_device_name(device)} is of compute "
-        f"capability {capability[0]}.{capability[1]}, and {precision} begins with "
-        f"{first[0]}.{first[1]}: set train.precision=fp32"
+        f"train.precision={precision}: needs compute capability {first[0]}.{first[1]}, but "
+        f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: set "
+        "train.precision=fp32"
     )
 
 

@@ -85,7 +85,7 @@ def tasks_per_node(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if found is None:
-            raise ConfigError(f"SLURM_TASKS_PER_NODE={text}: not as Slurm writes it: 2(x3),1")
+            raise ConfigError(f"SLURM_TASKS_PER_NODE={text}: must be as Slurm writes it: 2(x3),1")
         counts += [int(found[1])] * int(found[2] or 1)
     return tuple(counts)
 
@@ -94,6 +94,7 @@ def check_even(tasks: tuple[int, ...]) -> None:
     """Raise ConfigError if nodes have different numbers of tasks."""
     if len(set(tasks)) > 1:
         raise ConfigError(
-            f"Slurm put {', '.join(map(str, tasks))} tasks on {len(tasks)} nodes: every node must "
-            "have as many: ask for --nodes and --ntasks-per-node, not for --ntasks alone"
+            f"Slurm put {', '.join(map(str, tasks))} tasks on {len(tasks)} nodes, but every node "
+            "must have the same number: ask for --nodes and --ntasks-per-node, not only for "
+            "--ntasks"
         )

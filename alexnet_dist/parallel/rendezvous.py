@@ -75,9 +75,9 @@ def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | N
     while not (path.parent.is_dir() and path.name in os.listdir(path.parent)):
         if time.monotonic() > deadline:
             raise RunFolderError(
-                f"{path}: rank 0 did not leave its address within layout.timeout_s="
-                f"{config.layout.timeout_s:g}: is output_dir={config.output_dir} shared by all "
-                "nodes?"
+                f"{path}: rank 0 did not write its address there within "
+                f"layout.timeout_s={config.layout.timeout_s:g}: is output_dir={config.output_dir} "
+                "shared by all nodes?"
             )
         time.sleep(0.05)
     address, port = read_bytes(path).decode().split()

@@ -15,11 +15,7 @@ from torch.futures import Future
 
 from alexnet_dist.errors import ReplicasDiffer
 from alexnet_dist.network.exchange import Products, side_by_side
-from alexnet_dist.parallel.columns import (
-    gathered,
-    join_logits,
-    product_of_all,
-)
+from alexnet_dist.parallel.columns import gathered, join_logits, product_of_all
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
 
@@ -121,9 +117,9 @@ def check_replicas(tensors: Mapping[str, Tensor], topology: Topology, step: int)
         found.append(f"{list(tensors)[index]} of rank {ranks}")
     if found:
         raise ReplicasDiffer(
-            f"step {step}: replicas are no longer equal to the bit: {', '.join(found[:8])}. Memory "
-            "or arithmetic failed there; nothing was saved since: start again, elsewhere if it "
-            "comes back"
+            f"step {step}: replicas are no longer bitwise equal: {', '.join(found[:8])}. Memory "
+            "or arithmetic failed there; nothing was saved since: start again, on other hardware "
+            "if it recurs"
         )
 
 

@@ -122,7 +122,7 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
         signal.raise_signal(error.sigval)  # now to this program's own handler
         raise
     except ChildFailedError as error:
-        why = _killed_ranks(error) or "a rank failed, and said why"
+        why = _killed_ranks(error) or "a rank failed, and reported why"
         raise RanksFailed(f"{why} ({function.__name__})") from error
     if isinstance(results[0], AlexNetDistError):
         raise results[0]

@@ -142,7 +142,7 @@ def predict(
     ranks = planned.ranks_of(kind)
     if precision not in machine.peak:
         raise ConfigError(
-            f"train.precision={precision}: no figure for {machine.name}, only for "
+            f"train.precision={precision}: no speed is known for {machine.name}, only for "
             f"{', '.join(machine.peak)}: set one of these"
         )
     fused = machine.fused and planned.of(kind).passes is not None
@@ -249,15 +249,15 @@ def decoding(planned: Plan, cluster: Cluster, pipeline: str = "") -> Decoding:
         wanted = "dali" if gpu else "torch"
     basis = "measured" if machine == MACHINES["h200"] else "not run"
     if wanted == "resident":
-        return Decoding(wanted, "each image once, at the start", math.inf, basis)
+        return Decoding(wanted, "each image is decoded once, at the start", math.inf, basis)
     if not machine.overlap:
-        return Decoding(wanted, "a core", machine.decode or CORE_DECODES, "measured")
+        return Decoding(wanted, "per core", machine.decode or CORE_DECODES, "measured")
     if wanted == "dali" and machine.decode:
         how, rate = "the GPU's hardware decoder", machine.decode
     elif wanted == "dali" and machine.decode_by_cuda:
         how, rate = "the GPU's CUDA cores", machine.decode_by_cuda
     else:
-        how, rate = f"{machine.cores:g} cores a GPU, which share Python's lock", threads(machine)
+        how, rate = f"{machine.cores:g} cores per GPU, which share Python's lock", threads(machine)
         pixels = min(1.0, pixels)  # for small images, overhead dominates
     return Decoding(wanted, how, rate * pixels, basis)
 

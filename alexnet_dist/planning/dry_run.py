@@ -137,7 +137,7 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
             return Misfit(f"takes {takes}; on {ranks}, {', '.join(fitting)} would fit")
         layouts.check(laid_out, ranks)
     except ConfigError as error:
-        return Misfit(str(error))
+        return Misfit(str(error).removeprefix("the command line: "))  # which named no such layout
     if kind in layouts.ZERO_STAGES:
         return _zero_rank(laid_out, ranks, gpu)
     # The engine, as it would be on a rank, and one batch.

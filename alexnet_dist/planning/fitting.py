@@ -39,8 +39,8 @@ def fit(measured: Sequence[Measured]) -> Machine:
     rows = [_row(one) for one in measured]
     if len(rows) <= len(names):
         raise ConfigError(
-            f"--fit: {len(rows)} measured steps do not fix {len(names)} numbers: give several "
-            "files of bench layouts, of different batches"
+            f"--fit: {len(rows)} measured steps are too few to fit {len(names)} numbers: give "
+            "several outputs of bench layouts, for different batches"
         )
     matrix = np.array([[row[name] / one.seconds for name in names]
                        for row, one in zip(rows, measured, strict=True)])  # fmt: skip
@@ -97,10 +97,10 @@ def read_bench(path: Path) -> list[Measured]:
         speeds = {kind: max(run[kind] for run in runs) for kind in runs[0]}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ConfigError(
-            f"--fit {path}: not what `bench layouts --json` prints: {error!r}"
+            f"--fit {path}: is not what `bench layouts --json` prints: {error!r}"
         ) from error
     if gpu:
-        raise ConfigError(f"--fit {path}: measured on {gpu}; only CPUs are fitted")
+        raise ConfigError(f"--fit {path}: was measured on {gpu}, but only CPUs can be fitted")
     planned = plan(config, ranks)
     return [
         Measured(planned, "alone" if kind == "one" else kind, cores, config.train.batch / speed)

@@ -14,7 +14,7 @@ from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.auto import SHARE, splits_of
+from alexnet_dist.data.pipelines.make import SHARE, splits_of
 from alexnet_dist.data.pipelines.resident import gb
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError, DatasetError
@@ -99,8 +99,8 @@ def forecast(planned: Plan, config: Config, cluster: Cluster) -> Forecast:
     machine, ranks = cluster.machine, planned.ranks
     if machine.overlap and ranks > cluster.total:
         raise ConfigError(
-            f"{ranks} ranks on {cluster.total} × {machine.name}: give --gpus as many, or fewer "
-            "--ranks"
+            f"{ranks} ranks do not fit on {cluster.total} × {machine.name}: give more --gpus, or "
+            "fewer --ranks"
         )
     images, kept, source, missing = _images(config)
     layouts = {} if ranks == 1 else {"alone": planned.alone}
@@ -180,9 +180,9 @@ def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[
         return "torch", "auto, on a CPU"
     size, free = 3.0 * config.data.canvas**2 * kept, machine.capacity - needs
     if not (machine.decode or machine.decode_by_cuda):
-        return "torch", "auto: DALI is not for this GPU"
+        return "torch", "auto: DALI cannot decode on this GPU"
     kind = "resident" if size <= SHARE * free else "dali"
-    return kind, f"auto: images decoded once take {gb(size)} a rank, of {gb(free)} free"
+    return kind, f"auto: decoded images would take {gb(size)} per rank, of {gb(free)} free"
 
 
 def recommended(found: Mapping[str, Prediction]) -> str | None:
@@ -216,7 +216,7 @@ def _images(config: Config) -> tuple[int, int, str, str]:
         kept = sum(len(splits[name]) for name in splits_of(config) if name in splits)
         return len(splits[config.data.train_split]), kept, config.data.path, ""
     except DatasetError as error:
-        source = f"ILSVRC-2012's: {config.data.path} is no data set here"
+        source = f"ILSVRC-2012's, because {config.data.path} holds no data set"
         return _ILSVRC_2012[0], sum(_ILSVRC_2012), source, f"{error}"
 
 

@@ -106,8 +106,8 @@ MACHINES = {
     "h200": _card(
         "H200 SXM 141 GB", bf16=PEAK_FLOPS["H200"], fp32=_H200_FP32, memory=4.8e12, capacity=141e9,
         link=_LINK * 450e9, nic=50e9, cores=16.0, engines=7,
-        source="what it reached of its data sheet and its decoders were measured on one; links not "
-        "run: a DGX H200's NVLink 4 and 8 × 400 Gb/s",
+        source="its links were not measured but are a DGX H200's NVLink 4 and 8 × 400 Gb/s; how "
+        "much of its data sheet it reaches, and its decoders, were measured on one",
     ),
     "h100": _card(
         "H100 SXM 80 GB", bf16=PEAK_FLOPS["H100"], fp32=67e12, memory=3.35e12, capacity=80e9,
@@ -117,46 +117,46 @@ MACHINES = {
     "a100": _card(
         "A100 SXM 80 GB", bf16=PEAK_FLOPS["A100"], fp32=19.5e12, memory=2.04e12, capacity=80e9,
         link=_LINK * 300e9, nic=25e9, cores=16.0, engines=5, step_s=1e-3,
-        source="data sheet, not run; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; by "
-        "operators, 16,487 images/s published of one",
+        source="data sheet, not run; a DGX A100's NVLink 3, 8 × 200 Gb/s and 128 cores; one "
+        "reached 16,487 images/s with torch's operators, as published",
     ),
     "l40s": _card(
         "L40S 48 GB", bf16=PEAK_FLOPS["L40S"], fp32=91.6e12, memory=864e9, capacity=48e9,
         link=_PCIE4, nic=25e9, cores=8.0,
-        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 200 Gb/s, supposed; "
-        "nothing is known here of its JPEG engines",
+        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 200 Gb/s is assumed; "
+        "its JPEG engines are not known",
     ),
     "a10": _card(
         "A10 24 GB", bf16=PEAK_FLOPS["A10"], fp32=31.2e12, memory=600e9, capacity=24e9,
         link=_PCIE4, nic=12.5e9, cores=8.0,
-        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s is assumed",
     ),
     "t4": _card(
         "T4 16 GB", bf16=0.0, fp32=8.1e12, memory=300e9, capacity=16e9,
         link=_LINK * 16e9, nic=12.5e9, cores=8.0,
         source="data sheet, not run; it has neither bf16 nor TF32; PCIe 3; a host of 64 cores and "
-        "8 × 100 Gb/s, supposed",
+        "8 × 100 Gb/s is assumed",
     ),
     "rtx4090": _card(
         "RTX 4090 24 GB", bf16=PEAK_FLOPS["4090"], fp32=82.6e12, memory=1.008e12, capacity=24e9,
         link=_PCIE4, nic=12.5e9, cores=8.0,
-        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s, supposed",
+        source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s is assumed",
     ),
     "v100": Machine(
         "V100 SXM2 16 GB", peak={"bf16": 125e12, "fp32": 15.7e12}, reached=0.378, memory=0.9e12,
         step_s=1e-3, link=_LINK * 150e9, latency_s=3e-6, node_link=_LINK * 7e9,
         node_latency_s=6e-6, cores=5.0, capacity=16e9, lrn_passes=_LRN,
         decode_by_cuda=_BY_CUDA * 15.7e12 / _H200_FP32,
-        source="data sheet, not run; it has no bf16, its fp16 stands there: a run wants fp32; "
-        "NVLink 2, and between nodes the 56 Gb/s of the published 512; reached: 9,319 images/s "
-        "published of one; 40 cores of 8; no fused kernels",
+        source="data sheet, not run; it has no bf16: its fp16 speed is used, but a run needs "
+        "fp32; NVLink 2, and between nodes the 56 Gb/s of the published 512; one reached 9,319 "
+        "images/s, as published; 40 cores for 8; no fused kernels",
     ),
     "k20": Machine(
         "K20", peak={"fp32": 3.52e12}, reached=0.40, memory=208e9, step_s=1e-3, link=6e9,
         latency_s=2e-5, node_link=12e9, node_latency_s=5e-5, cores=2.0, capacity=5e9,
         lrn_passes=_LRN_THEN,
-        source="data sheet; Krizhevsky 2014: PCIe 2 at 6 GB/s between 4 of a socket (a node, "
-        "here), half of it between sockets; reached: its 98 hours on one",
+        source="data sheet; as in Krizhevsky 2014: PCIe 2 at 6 GB/s between the 4 of a socket "
+        "(here, a node), half of it between sockets; reached: his 98 hours on one",
     ),
     "gtx580": Machine(
         "GTX 580 3 GB", peak={"fp32": 1.58e12}, reached=0.33, memory=192e9, step_s=1e-3, link=5e9,
@@ -202,8 +202,8 @@ class Cluster:
         kind = kind if kind in MACHINES else f"rtx{kind}"
         if kind not in MACHINES or min(numbers) < 1:
             raise ConfigError(
-                f"--gpus {text}: write KIND, KIND:DEVICES, DEVICESxKIND or KIND:DEVICESxNODES, as "
-                f"in h100:8x4, with a kind of {', '.join(MACHINES)}"
+                f"--gpus {text}: must be KIND, KIND:DEVICES, DEVICESxKIND or KIND:DEVICESxNODES, "
+                f"as in h100:8x4, with one of the kinds {', '.join(MACHINES)}"
             )
         return cls(machine or MACHINES[kind], *numbers)
 
@@ -231,7 +231,7 @@ def read_machine(path: Path) -> Machine:
         return Machine(**json.loads(read_bytes(path)))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"--machine {path}: not a machine that plan --fit wrote: {error}"
+            f"--machine {path}: is not a machine that plan --fit wrote: {error}"
         ) from error
 
 

@@ -25,7 +25,7 @@ def check(config: Config, ranks: int) -> None:
     if need > share:
         raise ConfigError(
             f"layout.share_gpu=true: a rank of layout.kind={config.layout.kind} needs about "
-            f"{need / 1e9:.1f} GB in train.precision={config.train.precision}, and {each} ranks on "
+            f"{need / 1e9:.1f} GB in train.precision={config.train.precision}, but {each} ranks on "
             f"{least.name} ({least.total_memory / 1e9:.0f} GB) have {share / 1e9:.1f} GB each: "
             "raise train.micro_batches, lower train.batch, or start fewer ranks"
         )
@@ -46,7 +46,7 @@ def unseen(config: Config, ranks: int) -> str:
     name = torch.cuda.get_device_name()
     kind = kind_of(name) or "KIND"
     return (
-        f"images/s are of {name}, shared by up to {each} ranks in turn: not those of a GPU each, "
-        "nor do bytes cross a link here; of both `alexnet-dist plan CONFIG --gpus "
-        f"{kind}:{ranks}` has an estimate"
+        f"images/s are those of {name}, which up to {each} ranks share in turn, not of a GPU for "
+        f"each, and no bytes cross a link; `alexnet-dist plan CONFIG --gpus {kind}:{ranks}` "
+        "estimates both"
     )

@@ -12,10 +12,11 @@ def plan_lines(planned: Plan) -> list[str]:
     text += [f"{name:8}{layers[name]:12,}{flops[name] / 1e6:21,.1f}" for name in layers]
     text += [
         f"{'all':8}{sum(layers.values()):12,}{sum(flops.values()) / 1e6:21,.1f}",
-        f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP an image, "
-        f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP a step",
+        f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP per image, "
+        f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP per step",
         "",
-        f"on {planned.ranks} rank(s), a batch of {planned.batch} in all; of a rank, a step:",
+        f"on {planned.ranks} rank(s) with a batch of {planned.batch} in all, for each rank and "
+        "step:",
         f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
     ]
     for kind, rank in planned.layouts.items():
@@ -31,7 +32,7 @@ def plan_lines(planned: Plan) -> list[str]:
     own = planned.layouts[planned.layout]
     if isinstance(own, Misfit):
         return text
-    text += ["", f"memory of a rank of {planned.layout}, MB at its peak:"]
+    text += ["", f"memory of a rank with {planned.layout}, MB at its peak:"]
     text += [f"  {name:18}{size / 1e6:10,.1f}" for name, size in own.memory.items()]
     return text
 
@@ -60,12 +61,14 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     bases: dict[str, list[str]] = {}
     for kind, one in predicted.items():
         bases.setdefault(one.basis, []).append("one" if kind == "alone" else kind)
-    text.append("times of steps: " + "; ".join(
+    text.append("basis of the times: " + "; ".join(
         f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
     ))  # fmt: skip
     best, decode = outlook.recommended, outlook.decode
     if best is None:
-        text.append("recommended: none fits; a smaller train.batch, or more train.micro_batches")
+        text.append(
+            "recommended: none, because none fits: lower train.batch, or raise train.micro_batches"
+        )
     else:
         speed = predicted[best]
         text.append(
@@ -73,9 +76,9 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
             f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
             f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
             f"its bottleneck: {speed.bottleneck}"
-            + (" (yours)" if best == own else f"; yours, {own}, see above")
+            + (" (yours)" if best == own else f"; for yours, {own}, see above")
         )
-    text.append(f"decoding: training takes {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
+    text.append(f"decoding: training needs {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
     if outlook.data_missing:
         text.append(f"no data set: {printable(outlook.data_missing)}")
     text += ["", *plot(outlook.schedule)]
@@ -97,7 +100,10 @@ def _decoded(decode: DecodingForecast) -> str:
     if decode.gpus is None:
         return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
     if decode.pipeline != "torch":
-        by += f"; threads of data.pipeline=torch give {decode.by_threads_images_per_s:,.0f}"
+        by += (
+            "; the threads of data.pipeline=torch would decode "
+            f"{decode.by_threads_images_per_s:,.0f}"
+        )
     return by
 
 

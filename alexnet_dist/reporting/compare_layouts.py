@@ -121,7 +121,7 @@ def chosen(config: Config, names: str | None) -> list[Config]:
     for name in names.split(",") if names else _DEFAULTS:
         kind, _, count = name.strip().partition(":")
         if not count.isdecimal() and count:
-            raise ConfigError(f"--layouts {name}: write LAYOUT or LAYOUT:RANKS, as in replicas:2")
+            raise ConfigError(f"--layouts {name}: must be LAYOUT or LAYOUT:RANKS, as in replicas:2")
         try:
             one = _with(config, kind=kind, ranks=int(count or 0))
             wanted = layouts.ranks_wanted(one, gpus=0)
@@ -145,8 +145,8 @@ def on_devices_alike(configs: Sequence[Config]) -> list[Config]:
     layout = configs[0].layout
     if 0 < here < most and layout.device == "auto" and not layout.share_gpu:
         log.warning(
-            f"{here} GPU(s) here, and {most} ranks would need their own: all on the CPU; "
-            "--share-gpu puts all on what is here"
+            f"only {here} GPU(s) for up to {most} ranks: all layouts run on the CPU; with "
+            "--share-gpu, all run on the GPU(s)"
         )
         return [_with(one, device="cpu") for one in configs]
     return list(configs)

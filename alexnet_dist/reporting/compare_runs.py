@@ -52,7 +52,7 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
             ])  # fmt: skip
     tops = ["top-1 error", *(["top-5"] if any(with_top5) else [])]
     heading = ["run", "network", "step", "split", "views", *tops, "loss", "when"]
-    text += "\n\n" + (_table(heading, scores) if scores else "none of them was evaluated")
+    text += "\n\n" + (_table(heading, scores) if scores else "none of them has been evaluated")
     return comparison, f"{text}\n\ncurves: {picture}"
 
 

@@ -52,7 +52,7 @@ def examine(config: Config, named: bool) -> Iterator[Finding]:
         try:
             yield from check(config)
         except Exception as error:  # a failed check is a finding too
-            remedy = "mend what it says; a run may fail by it too"
+            remedy = "fix what it says; a run may fail for the same reason"
             yield Finding(name, f"{in_words(error) or repr(error)}", remedy, broken=True)
     yield _data(Path(config.data.path), named)
 
@@ -73,15 +73,16 @@ def _layout(config: Config) -> Iterator[Finding]:
         on, why = f"a GPU{each}", f"{here} GPU(s) here"
     else:
         on, why = f"the CPU, {threads} thread(s){each}", f"{here or 'no'} GPU(s) here"
-        why += ", and a rank needs its own" if here else ""
+        why += ", but each rank needs its own" if here else ""
     by = f", over {'NCCL' if own else 'gloo'}" if count > 1 else ""
     forced = config.layout.device == "cuda" and not own
     yield Finding(
         "layout",
         f"{config.layout.kind}: {count} process(es) on {on}{by} ({why}); {config.train.precision}; "
         f"images by data.pipeline={config.data.pipeline}",
-        "layout.device=cuda asks for more: set it to auto" if forced
-        else "layout.kind=one uses the GPU; so do ranks that share it: layout.share_gpu=true"
+        "set layout.device=auto: there are too few GPUs for layout.device=cuda" if forced
+        else "layout.kind=one would use the GPU, and so would ranks that share it: "
+             "layout.share_gpu=true"
         if here and not own else "",
         broken=forced,
     )  # fmt: skip
@@ -100,11 +101,11 @@ def _exchange(config: Config) -> Iterator[Finding]:
         wrong = [word for word in answers if isinstance(word, str)]
         if wrong:
             names = {"gloo": "unset GLOO_SOCKET_IFNAME, and see that the loopback is up (ip link)",
-                     "nccl": "NCCL_DEBUG=INFO says why; try NCCL_P2P_DISABLE=1"}  # fmt: skip
+                     "nccl": "set NCCL_DEBUG=INFO to see why; try NCCL_P2P_DISABLE=1"}  # fmt: skip
             yield Finding(f"exchange, {backend}", wrong[0], names[backend], broken=True)
         else:
             speed = f"8 MiB summed in {max(map(float, answers)) * 1e3:.1f} ms"
-            yield Finding(f"exchange, {backend}", f"2 ranks gathered and summed rightly; {speed}")
+            yield Finding(f"exchange, {backend}", f"2 ranks gathered and summed correctly; {speed}")
 
 
 def _meet(backend: str, config: Config) -> float | str:
@@ -129,7 +130,11 @@ def _meet(backend: str, config: Config) -> float | str:
         seconds = time.perf_counter() - begin
         dist.destroy_process_group()
         both = gathered.view(2, -1).mean(1).tolist()
-        return seconds if (total, both) == (3, [1, 2]) else f"wrong: sum {total}, gathered {both}"
+        return (
+            seconds
+            if (total, both) == (3, [1, 2])
+            else f"wrong: the sum is {total}, and {both} were gathered"
+        )
     except Exception as error:
         return f"{in_words(error) or error}".partition("\n")[0]
 
@@ -171,7 +176,7 @@ def _disk(config: Config) -> Iterator[Finding]:
             file.flush()
             ahead = os.fstat(file.fileno()).st_mtime - time.time()
     except OSError as error:
-        remedy = "set output_dir= to a folder that is yours, on a file system with locks"
+        remedy = "set output_dir= to a folder of your own, on a file system with locks"
         yield Finding("run folders", f"{folder}: {error.strerror}", remedy, broken=True)
         return
     remedy = "set both clocks by NTP: restarts and make compare times" if abs(ahead) > 2 else ""
@@ -181,16 +186,17 @@ def _disk(config: Config) -> Iterator[Finding]:
 def _data(folder: Path, named: bool) -> Finding:
     """Check the data set: sizes of all files, and that some images decode."""
     if not named and not (folder / "dataset.json").exists():
-        return Finding("data", f"{folder} is not there; `alexnet-dist prepare` makes data sets")
+        return Finding("data", f"{folder} does not exist; `alexnet-dist prepare` makes data sets")
     try:
         summary = inspect(folder, None)
     except (AlexNetDistError, OSError) as error:
-        return Finding("data", f"{folder}: not sound", f"{in_words(error) or error}", broken=True)
+        return Finding("data", f"{folder}: not usable", f"{in_words(error) or error}", broken=True)
     splits = [f"{name} {part['samples']}" for name, part in summary.items()
               if isinstance(part, dict)]  # fmt: skip
     disk = shutil.disk_usage(folder).free / 1e9
     return Finding(
         "data",
-        f"{folder}: {summary['classes']} classes, {', '.join(splits)} images; sizes right, some "
-        f"decoded (all: `alexnet-dist inspect {folder}`); {disk:.1f} GB free",
+        f"{folder}: {summary['classes']} classes, {', '.join(splits)} images; file sizes are "
+        f"right, and some images were decoded (`alexnet-dist inspect {folder}` checks all); "
+        f"{disk:.1f} GB free",
     )

@@ -205,6 +205,8 @@ def _curves(folder: Path, classes: int, path: Path) -> None:
         left, right, colours = axes[0]
         for kind, style in (("train", "-"), ("eval", "o-")):
             chosen = [point for point in points if point["kind"] == kind]
+            if not chosen:
+                continue
             epochs = [point["epoch"] for point in chosen]
             left.plot(epochs, [point["loss"] for point in chosen], style, label=kind)
             for top, name in accuracies(classes).items():
@@ -216,6 +218,8 @@ def _curves(folder: Path, classes: int, path: Path) -> None:
             if values:
                 epochs = [point["epoch"] for point in chosen]
                 colours.plot(epochs, values, "o-", label=f"column {column}")
+        if not colours.lines:  # it is measured at evaluations, and there was none
+            colours.set_visible(False)
         left.set(xlabel="epoch", ylabel="loss, nats", title=folder.name)
         right.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
         colours.set(xlabel="epoch", ylabel="colour in conv1's kernels", ylim=(0, 1))

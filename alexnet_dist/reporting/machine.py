@@ -67,19 +67,19 @@ def processor(config: Config) -> Iterator[Finding]:
     does = ", ".join(kinds) or platform.machine()
     yield Finding(
         "cpu",
-        f"{may_use} of {os.cpu_count()} cores may be used; {does}; "
-        f"torch computes by {torch.backends.cpu.get_cpu_capability()}",
+        f"{may_use} of {os.cpu_count()} cores are usable; {does}; torch computes with "
+        f"{torch.backends.cpu.get_cpu_capability()}",
     )
     quota = _cores_of_quota()
     if quota and quota < may_use:
-        remedy = f"set layout.threads={max(1, int(quota))}, or give the container more"
-        yield Finding("cpu quota", f"{quota:g} cores' time for {may_use} cores", remedy)
+        remedy = f"set layout.threads={max(1, int(quota))}, or raise the container's quota"
+        yield Finding("cpu quota", f"the time of {quota:g} cores for {may_use} cores", remedy)
     if not {"avx512_bf16", "amx_bf16", "bf16"} & flags and not gpus(config):
         if config.train.precision == "bf16":
             remedy = "try train.precision=fp32, which may be faster here"
             yield Finding("bf16", "this processor has no bf16 instructions", remedy)
     else:
-        yield Finding("bf16", "by the device's own instructions")
+        yield Finding("bf16", "in hardware")
 
 
 def _cores_of_quota() -> float | None:
@@ -100,19 +100,23 @@ def memory(config: Config) -> Iterator[Finding]:
     if preloaded:
         yield Finding("allocator", f"{preloaded[0]}, which keeps freed memory by its own rules")
     elif hasattr(ctypes.CDLL(None), "mallopt"):
-        yield Finding("allocator", "glibc's, which a run tells to keep what it frees")
+        yield Finding("allocator", "glibc's; a run tells it to keep freed memory")
     else:
-        remedy = "preload jemalloc, or use an image with glibc: fresh pages cost much time"
+        remedy = "preload jemalloc, or use an image with glibc: getting fresh pages is slow"
         yield Finding("allocator", "not glibc's", remedy)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     low = files != resource.RLIM_INFINITY and files < 1024
     yield Finding("open files", f"at most {files}", "ulimit -n 65536" if low else "", files < 128)
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        yield Finding("address space", "bounded", "ulimit -v unlimited: CUDA and DALI reserve much")
+        yield Finding(
+            "address space",
+            "bounded",
+            "ulimit -v unlimited: CUDA and DALI reserve much",
+        )
     if torch.cuda.device_count() > 1:
         locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         bounded = locked != resource.RLIM_INFINITY
-        remedy = "ulimit -l unlimited, where nodes meet over InfiniBand" if bounded else ""
+        remedy = "ulimit -l unlimited, if nodes communicate over InfiniBand" if bounded else ""
         yield Finding("locked memory", f"at most {locked}" if bounded else "unbounded", remedy)
         shared = shutil.disk_usage("/dev/shm").free
         remedy = "docker run --shm-size=1g: NCCL needs it" if shared < 256 * _MB else ""
@@ -139,22 +143,22 @@ def graphics(config: Config) -> Iterator[Finding]:
         return
     if DRIVER.exists() or shutil.which("nvidia-smi"):
         driver = DRIVER.read_text().splitlines()[0] if DRIVER.exists() else "an NVIDIA driver"
-        wants = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA at all"
+        wants = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
         yield Finding(
-            "gpus", f"torch sees none, though there is {driver}; this torch is built for {wants}",
-            "update the driver, or install the torch built for it (pytorch.org); in a container "
-            "start it with --gpus all; look at CUDA_VISIBLE_DEVICES", broken=True,
+            "gpus", f"torch sees none, although there is {driver}; this torch is built for {wants}",
+            "update the driver, or install the torch that is built for it (pytorch.org); start a "
+            "container with --gpus all; check CUDA_VISIBLE_DEVICES", broken=True,
         )  # fmt: skip
         return
     wanted = config.layout.device == "cuda"
     remedy = "set layout.device=auto, or use a machine with a GPU" if wanted else ""
-    yield Finding("gpus", "none, nor a driver for one", remedy, broken=wanted)
+    yield Finding("gpus", "none, and no driver for one", remedy, broken=wanted)
 
 
 def compiler() -> Finding:
     """Report the C compiler that Triton needs to build GPU kernels."""
     if lack := kernels.lacking():
-        return Finding("kernels", f"not to be built: {lack}; steps are slower", COMPILER)
+        return Finding("kernels", f"cannot be built: {lack}; steps are slower", COMPILER)
     return Finding("kernels", f"built by Triton with {kernels.compiler()}")
 
 
@@ -172,6 +176,6 @@ def clock(config: Config) -> Iterator[Finding]:
     """Report whether the clock is synchronised."""
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))  # struct timex, modes=0
     loose = state in (-1, 5)  # TIME_ERROR
-    remedy = "run chrony or ntpd, where several nodes write logs to be compared" if loose else ""
+    remedy = "run chrony or ntpd, if logs of several nodes are to be compared" if loose else ""
     now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    yield Finding("clock", f"{now}, {'not ' if loose else ''}held by NTP", remedy)
+    yield Finding("clock", f"{now}, {'not ' if loose else ''}synchronised by NTP", remedy)

@@ -58,8 +58,8 @@ def report(folders: Sequence[Path], out: Path) -> str:
         groups.setdefault(_group(run), []).append(run)
     parts = [
         "<h1>alexnet_dist: runs, and the paper's results</h1>",
-        "<p>Errors in %, in brackets 95 % intervals; means ± deviation over n runs. Only equal "
-        "data can be compared.</p>",
+        "<p>Errors in %, with 95 % intervals in brackets; means ± deviation over n runs. Only "
+        "results on the same data can be compared.</p>",
         _all_runs(runs),
         *([_ensembles(averaged, runs)] if averaged else []),
     ]

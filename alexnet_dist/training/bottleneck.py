@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from alexnet_dist.config.schema import Config
+from alexnet_dist.timing import APART
 
 STRAGGLES = 1.3  # a slow rank: its own work takes this many times the median rank's
 STARVED = 0.02  # of a GPU's bf16 peak; below it, the GPU mostly waits
@@ -10,16 +11,17 @@ STARVED = 0.02  # of a GPU's bf16 peak; below it, the GPU mostly waits
 
 def verdict(
     shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
-    stored_at_canvas: bool, cuda: bool, mfu: float | None = None,
+    within_canvas: bool, cuda: bool, mfu: float | None = None,
 ) -> str:  # fmt: skip
-    """Return what limits the speed of training, with advice: a slow rank; else the span that
-    exceeds its acceptable share most; else a GPU that is hardly used; else nothing.
+    """Return what limits the speed of training, with advice: a slow rank, unless most time goes
+    besides training; else the span that exceeds its acceptable share most; else a GPU that is
+    hardly used; else nothing.
 
     Args:
         shares: share of the time by span, the names of `timing.SPANS`.
         slowest: the longest own work of a rank divided by the median rank's, and that rank.
         cores: CPU cores for each rank of this host.
-        stored_at_canvas: whether every training image is stored at canvas size.
+        within_canvas: whether no training image is stored larger than the canvas.
         cuda: whether the run is on GPUs.
         mfu: share of the GPUs' peak that is used; None if it is not known.
     """
@@ -28,8 +30,8 @@ def verdict(
         faster = f"data.workers={cores}"
     elif data.pipeline == "resident":  # it only crops
         faster = "more cores for each rank"
-    elif not stored_at_canvas and data.canvas == 256:  # the size that `prepare` stores
-        faster = "prepare the images without --keep, so that they are not resized at each step"
+    elif not within_canvas and data.canvas == 256:  # the size that `prepare` stores
+        faster = "prepare the images without --keep, so that they need no resizing at each step"
     elif cuda and data.pipeline == "torch":
         faster = "data.pipeline=dali decodes on the GPU"
     else:
@@ -40,7 +42,7 @@ def verdict(
         else "layout.compress_gradients=true halves the bytes"
     )
     if data.pipeline == "torch":
-        fewer = "data.pipeline=dali, whose threads do without Python's lock"
+        fewer = "data.pipeline=dali, whose threads do not need Python's lock"
     elif config.train.execution != "graph":
         fewer = "train.execution=graph, or a larger train.batch"
     else:
@@ -56,12 +58,13 @@ def verdict(
         ("other", 0.2, "waiting for Python", "fewer train.micro_batches, or a larger train.batch"),
     )  # fmt: skip
     times, rank = slowest
-    if times >= STRAGGLES and shares["data"] < 0.1:
+    besides = sum(shares[name] for name in APART)
+    if times >= STRAGGLES and shares["data"] < 0.1 and besides < 0.5:
         return f"rank {rank} takes {times:.1f} times the median: look at what else runs there"
     span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
     if shares[span] < may:
         if mfu is not None and mfu < STARVED and config.train.precision == "bf16":
-            return f"the GPU does {mfu:.1%} of what it could, and may wait for Python: {fewer}"
+            return f"the GPU reaches {mfu:.1%} of its peak, and may be waiting for Python: {fewer}"
         spans = ("windows", "forward", "backward", "optimizer", "step")
         computing = sum(shares[name] for name in spans)
         return f"computing {computing:.0%} of the time: nothing else holds it up"

@@ -56,8 +56,8 @@ class RunCheckpoints:
             progress = Progress.of(checkpoint.progress)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
-                f"{path}/progress.json: not what a run writes ({error!r}): move that checkpoint "
-                "out of the run folder to go on from the one before"
+                f"{path}/progress.json: is not what a run writes ({error!r}): move that checkpoint "
+                "out of the run folder to resume from the one before"
             ) from error
         self._newest = progress.step, progress.evaluated_step
         return progress
@@ -75,8 +75,9 @@ class RunCheckpoints:
             store.check_same_run(newest, config, self._digest)
             if newest.step > last_step:
                 raise ConfigError(
-                    f"train.epochs={config.train.epochs:g}: ends at step {last_step}, and the run "
-                    f"in {folder.path} is at step {newest.step}: raise it, or give another name="
+                    f"train.epochs={config.train.epochs:g}: ends at step {last_step}, but the "
+                    f"run in {folder.path} is already at step {newest.step}: raise it, or give "
+                    "another name="
                 )
             check_values(newest.parameters(), newest.optimizer())
         path = store.continue_from(folder.checkpoints, newest, damaged)

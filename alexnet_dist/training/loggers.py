@@ -59,8 +59,8 @@ def check_installed(config: Config) -> None:
         asked = wandb.setup().settings.mode == "online"
         if asked and not wandb.login(prompt=False, verify=False):
             raise ConfigError(
-                f"log.to={list(config.log.to)}: wandb has no key: type `wandb login`, set "
-                "WANDB_API_KEY, or set WANDB_MODE=offline to keep it in the run folder"
+                f"log.to={list(config.log.to)}: wandb has no key: run `wandb login`, set "
+                "WANDB_API_KEY, or set WANDB_MODE=offline to log only to the run folder"
             )
 
 
@@ -125,7 +125,7 @@ class LoggerThread:
         """Wait for the queued calls, until time.monotonic() reaches `until`."""
         self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
-            log.warning(f"log.to={self._name} did not take all of it within {_CLOSE_S} s")
+            log.warning(f"log.to={self._name} could not take everything within {_CLOSE_S} s")
 
 
 def close(threads: Sequence[LoggerThread], finished: bool) -> None:

@@ -42,7 +42,7 @@ def opening(
     if config.data.eval_split == NO_SPLIT:
         unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept"
         if config.schedule.kind == "plateau":
-            unscored += ", and the rate of schedule.kind=plateau never falls"
+            unscored += ", and the rate of schedule.kind=plateau never drops"
         unscored += "\n"
     return (
         f"{config.folder} {begins}: {last_step} steps, {config.model.columns} column(s) on "

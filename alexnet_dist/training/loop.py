@@ -13,8 +13,12 @@ from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
-from alexnet_dist.data.pipelines.auto import choose_pipeline, decoders, splits_of
-from alexnet_dist.data.pipelines.make import train_batches
+from alexnet_dist.data.pipelines.make import (
+    choose_pipeline,
+    decoder_in_words,
+    splits_of,
+    train_batches,
+)
 from alexnet_dist.data.pipelines.resident import decode_to_memory
 from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
@@ -93,7 +97,9 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
         file.flush()
         code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
-        failed = RanksFailed(f"{config.folder}: a rank ended with exit code {code}, and said why")
+        failed = RanksFailed(
+            f"{config.folder}: a rank ended with exit code {code}, and reported why"
+        )
         failed.exit_code = code
         raise failed
     newest, _ = store.newest_good(config.folder / "checkpoints")
@@ -142,7 +148,11 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     pipeline = resolved.data.pipeline
     if why == "set" and config.data.pipeline != pipeline:  # resolved from an earlier start
         why = "as before"
-    return resolved, dataset, f"data.pipeline={pipeline} ({why}){decoders(resolved, topology)}"
+    return (
+        resolved,
+        dataset,
+        f"data.pipeline={pipeline} ({why}){decoder_in_words(resolved, topology)}",
+    )
 
 
 def _run(

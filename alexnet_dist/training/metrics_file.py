@@ -98,7 +98,7 @@ class Writer:
             while self._unwritten:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            log.warning(f"NOT WRITTEN YET, the run goes on: {self._file.name}: {error}")
+            log.warning(f"NOT WRITTEN YET, but the run continues: {self._file.name}: {error}")
 
     def flush(self) -> None:
         """Wait until the points are on the disk, as far as it has room for them."""

@@ -110,9 +110,9 @@ class RunFolder:
         """
         left, newest = traces(self.checkpoints), self._run["newest_step"]
         if (left or newest) and not self.config.checkpoint.begin_anew:
-            tells = ", ".join(left[:3]) or f"run.json tells of step {newest}"
+            tells = ", ".join(left[:3]) or f"run.json says that there was one of step {newest}"
             raise CheckpointError(
-                f"{self.checkpoints}: none of its checkpoints is good ({tells}), and nothing was "
+                f"{self.checkpoints}: none of its checkpoints is valid ({tells}), and nothing was "
                 "changed: restore one, give this run another name=, or set "
                 "checkpoint.begin_anew=true to begin at step 0 beside what is left"
             )
@@ -136,13 +136,13 @@ class RunFolder:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise RunFolderError(
-                    f"{self.path}: its file system has no locks ({error.strerror}), which keep a "
-                    "run to one job: set output_dir= to another, or mount it with them (NFS: "
-                    "without nolock)"
+                    f"{self.path}: its file system has no locks ({error.strerror}), which keep "
+                    "two jobs out of one run: set output_dir= to another file system, or mount "
+                    "it with locks (NFS: without nolock)"
                 ) from error
             raise RunFolderError(
-                f"{error.filename or self.path}: cannot be written ({error.strerror}): "
-                "set output_dir= or name="
+                f"{error.filename or self.path}: cannot be written ({error.strerror}): set "
+                "output_dir= or name="
             ) from error
 
     def close(self) -> None:
@@ -155,16 +155,16 @@ class RunFolder:
         create it again; raises RunFolderError if it was moved, or another process holds it."""
         assert self._lock is not None
         if (at := self._current_path()) is None:
-            log.warning(f"{self.path} has vanished, with all that was saved in it: made again")
+            log.warning(f"{self.path} has vanished, with all that was saved in it: created again")
             self._lock.close()
             self._hold()
             self.save_config()
         elif at != self.path:
             raise RunFolderError(
                 f"{self.path} was moved to {at} while this run writes to it: the run ends, and "
-                f"nothing was written elsewhere. Move it back and the same command goes on from "
-                "the last checkpoint, or give the command the folder's new place, by name= and "
-                "output_dir="
+                "nothing was written elsewhere. Move it back and run the same command to resume "
+                "from the last checkpoint, or give the command the folder's new place by name= "
+                "and output_dir="
             )
 
     def _current_path(self) -> Path | None:
@@ -188,7 +188,7 @@ class RunFolder:
         if idle > most:
             loop = CrashLoop(
                 f"{self.path}: {idle} starts in a row saved nothing after step "
-                f"{self._run['newest_step']}; the last: {last}. Mend that, then start with "
+                f"{self._run['newest_step']}; the last one: {last}. Fix that, then start with "
                 f"checkpoint.max_idle_restarts={idle} (now {most})"
             )
             self.report("failed", exit=loop.exit_code, reason=last, known=True)
@@ -234,7 +234,7 @@ class RunFolder:
                     self._run = run
                     self.report("failed", exit=1, reason=reason, known=False)
         except (OSError, RunFolderError) as error:
-            log.warning(f"{self.path / 'run.json'} cannot say that {reason}: {error}")
+            log.warning(f"{self.path / 'run.json'} could not record that {reason}: {error}")
         return True
 
     def running(self, step: int, last_step: int) -> None:

@@ -69,9 +69,9 @@ class Progress:
         numbers = [made.best_error, *made.interval, *(vars(score).values() if score else ())]
         counts = [made.step, made.evaluated_step, made.damaged, made.skipped, made.best_step or 0]
         if len(made.interval) != 5 or not all(type(n) in (int, float) for n in numbers):
-            raise ValueError("numbers that are none")
+            raise ValueError("some of its numbers are not numbers")
         if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("counts that are none")
+            raise ValueError("some of its counts are not counts")
         return made
 
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
@@ -97,7 +97,8 @@ class Progress:
         if not math.isfinite(score.loss):
             raise NotFinite(
                 f"the evaluation after step {self.step} gave a loss of {score.loss}: "
-                "nothing was saved since. Lower schedule.rate, or warm up longer"
+                "nothing has been saved since the last checkpoint. Lower schedule.rate, or warm "
+                "up longer"
             )
         self.evaluated_step, self.score = self.step, score
         schedule.observe(1 - score.top1)
@@ -151,13 +152,15 @@ class PendingSteps:
             return
         kept = self._folder.keep_batch(batch, step, self._topology.global_rank)
         what = (
-            f"step {step}: its loss is {stats.loss / size:.4g} and its gradient's norm "
-            f"{stats.norm:.4g}: the update was not made, its batch is in {kept.parent}"
+            f"step {step}: the loss is {stats.loss / size:.4g} and the gradient norm "
+            f"{stats.norm:.4g}: this update was skipped, and its batch is kept in "
+            f"{kept.parent}"
         )
         if progress.skipped >= train.max_skipped:
             raise NotFinite(
-                f"{what}; {progress.skipped} left out before, train.max_skipped="
-                f"{train.max_skipped}. Lower schedule.rate, warm up longer, or look at the data"
+                f"{what}; {progress.skipped} skipped before, "
+                f"train.max_skipped={train.max_skipped}. Lower schedule.rate, warm up "
+                "longer, or look at the data"
             )
         progress.skipped += 1
-        log.warning(f"{what}; left out {progress.skipped} of train.max_skipped={train.max_skipped}")
+        log.warning(f"{what}; skipped {progress.skipped} of train.max_skipped={train.max_skipped}")

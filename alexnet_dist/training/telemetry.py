@@ -8,7 +8,6 @@ import contextlib
 import logging
 import statistics
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -61,7 +60,7 @@ class Telemetry:
         self._step = step  # of the last log point
         self._flops = training_flops(config)  # per image
         train_split = dataset.splits[config.data.train_split]
-        self._stored_at_canvas = train_split.uniform(config.data.canvas)
+        self._none_larger = train_split.within(config.data.canvas)  # than the canvas
         self._classes = config.model.classes
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
@@ -163,7 +162,6 @@ class Telemetry:
             left_s: seconds of training left.
         """
         tops = [f"{name} {values[top]:.1%}" for top, name in accuracies(self._classes).items()]
-        left = time.gmtime(left_s)
         parts = [
             f"epoch {epoch:.2f}", f"step {step}/{self._last_step}", f"loss {values['loss']:.4f}",
             *tops, f"rate {values['rate']:.2e}", f"{speed['images_per_s']:.0f} images/s",
@@ -171,7 +169,7 @@ class Telemetry:
             *([f"MFU {self._mfu:.0%}"] if self._mfu else []),
             *([f"damaged {values['damaged']:.0f}"] if values["damaged"] else []),
             *_straggler_in_words(speed),
-            f"ETA {(left.tm_yday - 1) * 24 + left.tm_hour}{time.strftime(':%M:%S', left)}",
+            f"ETA {in_hours(left_s)}",
         ]  # fmt: skip
         return "  ".join(parts)
 
@@ -213,7 +211,7 @@ class Telemetry:
     def _verdict(self, shares: Mapping[str, float]) -> str:
         """Return what limits the speed, given each span's share of the time."""
         return verdict(
-            shares, self._slowest, self._config, self._topology.cores, self._stored_at_canvas,
+            shares, self._slowest, self._config, self._topology.cores, self._none_larger,
             self._cuda, self._mfu,
         )  # fmt: skip
 
@@ -278,6 +276,12 @@ class Telemetry:
             self._board.scalars(step, values)
             for logger in self._loggers:
                 logger.scalars(step, values)
+
+
+def in_hours(seconds: float) -> str:
+    """Return a time as H:MM:SS, with as many hours as there are."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _measured(took: Took, cuda: bool) -> tuple[float, ...]:

@@ -25,8 +25,8 @@ class WarnOnce:
             return False
         if not self._said:
             log.warning(
-                f"{self._what} failed, the run goes on without (this is said once): "
-                f"{type(error).__name__}: {error}"
+                f"{self._what} failed, but the run continues without it (further failures are not "
+                f"reported): {type(error).__name__}: {error}"
             )
         self._said = True
         return True
@@ -38,4 +38,4 @@ def warn_if_unwritable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        log.warning(f"NOT WRITTEN, the run goes on: {path}: {error}")
+        log.warning(f"NOT WRITTEN, but the run continues: {path}: {error}")

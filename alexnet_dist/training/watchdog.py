@@ -192,10 +192,10 @@ def _from_outside(process: dict[str, Any]) -> str:
     if process.get("host") != socket.gethostname():
         return f"on another host: look there with py-spy dump --pid {process.get('pid')}"
     if spy is None:
-        return "where it is, py-spy would tell, were it installed"
+        return "install py-spy to see where it is"
     command = [spy, "dump", "--nonblocking", "--pid", str(process["pid"])]
     try:
         dump = subprocess.run(command, check=False, capture_output=True, text=True, timeout=5)
     except subprocess.TimeoutExpired:
-        return "py-spy did not answer either"
+        return "py-spy could not read its stack either"
     return dump.stdout or dump.stderr

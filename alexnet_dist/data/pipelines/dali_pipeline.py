@@ -20,13 +20,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import (
-    Decoded,
-    Pipeline,
-    Preprocessor,
-    Samples,
-    started_ahead,
-)
+from alexnet_dist.data.batch import Decoded, Pipeline, Preprocessor, Samples, started_ahead
 from alexnet_dist.data.preprocess import Canvases
 from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError
@@ -200,7 +194,7 @@ class GpuDecoders:
 
     def __str__(self) -> str:
         by = ["its JPEG decoder"] * self.hardware + ["its CUDA cores"] * self.cores
-        return f"on the GPU, by {' and '.join(by)}" if by else "on the CPU, though for the GPU"
+        return f"on the GPU, by {' and '.join(by)}" if by else "on the CPU, although there is a GPU"
 
 
 def on_a_gpu(device: torch.device) -> dict[str, Any]:
@@ -231,8 +225,8 @@ def gpu_decoders(device: int) -> GpuDecoders:
         return GpuDecoders(hardware, cores)
     lack = lack or "nvImageCodec gives no reason"
     log.warning(
-        f"data.pipeline=dali: images are decoded on the CPU, for none of the GPU's decoders takes "
-        f"them ({lack}): update the GPU's driver"
+        "data.pipeline=dali: images are decoded on the CPU, because none of the GPU's decoders "
+        f"can be used ({lack}): update the GPU's driver"
     )
     return GpuDecoders(hardware, cores, lack)
 

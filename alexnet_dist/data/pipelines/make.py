@@ -1,19 +1,70 @@
-"""Make the pipeline that a config names, and the batches of a training run."""
+"""Choose and make the pipeline of a run, and make the batches that it trains on."""
 
-import dataclasses
+import contextlib
 from collections.abc import Generator
+from dataclasses import replace
+from typing import Literal
 
+from alexnet_dist.config.from_data import AUTO, NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch, Pipeline
 from alexnet_dist.data.dataset import Dataset
-from alexnet_dist.data.pipelines.auto import choose_pipeline
-from alexnet_dist.data.pipelines.resident import ResidentPipeline
+from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline, check_dali
+from alexnet_dist.data.pipelines.resident import FreeMemory, ResidentPipeline, decoded_bytes, gb
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.data.sampler import TrainSampler
+from alexnet_dist.errors import in_words
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
+
+SHARE = 0.5  # of the memory left free by the network, which decoded images may take
+
+
+def splits_of(config: Config) -> list[str]:
+    """Return the splits that a run reads."""
+    seen = config.data.train_split, config.data.eval_split
+    return [name for name in dict.fromkeys(seen) if name != NO_SPLIT]
+
+
+def choose_pipeline(config: Config, topology: Topology, dataset: Dataset) -> tuple[Config, str]:
+    """Return the config with data.pipeline=auto replaced by what suits this machine and data set,
+    alike on every rank, and the reason. Collective."""
+    if config.data.pipeline != AUTO:
+        return config, "set"
+    kind: Literal["resident", "dali", "torch"] = "torch"
+    if topology.device.type == "cpu":  # there decoding is 1 % of a step: docs/log.md
+        why = "auto: on a CPU"
+    else:
+        size = decoded_bytes(config, dataset, splits_of(config))
+        free = FreeMemory.of(config, topology).device
+        why = f"auto: decoded images would take {gb(size)} per rank, of {gb(free)} free"
+        if size <= SHARE * free:
+            kind = "resident"
+        elif wrong := _dali_fails(topology):
+            why += f", and DALI cannot decode here: {wrong}"
+        else:
+            kind = "dali"
+    return replace(config, data=replace(config.data, pipeline=kind)), why
+
+
+def decoder_in_words(config: Config, topology: Topology) -> str:
+    """Return what decodes images for a GPU, for the log; empty where there is nothing to say."""
+    if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.is_rank_0:
+        with contextlib.suppress(Exception):  # the pipeline will say so
+            return f", {check_dali(topology.device.index)}"
+    return ""
+
+
+def _dali_fails(topology: Topology) -> str:
+    """Return why DALI cannot decode on a rank's GPU; empty if it can on all ranks. Collective."""
+    wrong = ""
+    try:
+        check_dali(topology.device.index)
+    except Exception as error:  # of any of its libraries
+        wrong = f"{in_words(error) or ' '.join(str(error).split())[:200]}" or repr(error)
+    return topology.first_message(wrong)
 
 
 def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: str) -> Pipeline:
@@ -24,10 +75,8 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
     threads = config.data.workers or topology.cores
     if config.data.pipeline == "resident":
         return ResidentPipeline(config, topology, dataset, split, preprocess, threads)
-    own = dataclasses.replace(dataset.splits[split])  # a copy, with files of its own to close
+    own = replace(dataset.splits[split])  # a copy, with files of its own to close
     if config.data.pipeline == "dali":
-        from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline
-
         return DaliPipeline(config, own, device, preprocess, threads)
     return TorchPipeline(config, own, device, preprocess, threads)
 
@@ -64,4 +113,4 @@ def for_one_pass(config: Config) -> Config:
     only pays where they are used again."""
     if config.data.pipeline == "dali":
         return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, pipeline="torch"))
+    return replace(config, data=replace(config.data, pipeline="torch"))

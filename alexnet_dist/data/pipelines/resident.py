@@ -87,7 +87,7 @@ class FreeMemory:
         """Measure what is free now, and return the least of all ranks. Collective."""
         place = environment.place() or Place()
         network = _network_bytes(config, topology)
-        device = host = free_host_memory() / place.local_world
+        host = free_host_memory() / place.local_world
         if topology.device.type == "cuda":
             device = free_gpu_memory(topology.device) - network
         else:
@@ -140,13 +140,13 @@ def decode_to_memory(
         device = _CPU
     else:
         gpu = topology.device.type == "cuda"
-        there = f"{gb(room.device)} are free beside the network on the GPU, and " if gpu else ""
+        there = f"{gb(room.device)} are free on the GPU beside the network, and " if gpu else ""
         images = " and ".join(f"{len(dataset.splits[name]):,} of {name!r}" for name in left)
         error = MachineError(
-            f"data.pipeline=resident: the images ({images}) take {gb(size)} a rank on the canvas "
-            f"of data.canvas={config.data.canvas}: {there}{gb(room.host)} of the host's memory are "
-            "free for each: set data.pipeline=torch, which gives the same batches, or start fewer "
-            "ranks on this host"
+            f"data.pipeline=resident: the decoded images ({images}) take {gb(size)} per rank at "
+            f"data.canvas={config.data.canvas}, but {there}{gb(room.host)} of the host's memory "
+            "are free for each: set data.pipeline=torch, which gives the same batches, or start "
+            "fewer ranks on this host"
         )
         error.on_every_rank = True
         raise error
@@ -156,7 +156,7 @@ def decode_to_memory(
             return
         held[_key(config, topology, name)] = found
     where = "the GPU's memory" if device.type == "cuda" else "the host's memory"
-    log.info(f"{' and '.join(left)}: {gb(size)} of decoded images a rank, in {where}")
+    log.info(f"{' and '.join(left)}: {gb(size)} of decoded images per rank, in {where}")
 
 
 def _key(config: Config, topology: Topology, split: str) -> tuple[str, int, torch.device]:

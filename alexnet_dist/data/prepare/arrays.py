@@ -142,7 +142,7 @@ def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
         check_opcodes(io.BytesIO(content), _MOST_OPCODES)
         values = _OnlyArrays(content).load()
         if not isinstance(values, dict):
-            raise pickle.UnpicklingError("it is no dictionary")
+            raise pickle.UnpicklingError("it is not a dictionary")
         return {
             key: _array(value) if isinstance(value, _Bytes) else value
             for key, value in values.items()
@@ -169,8 +169,8 @@ def fashion_mnist(path: Path) -> Source:
         labels = read_idx(labels_file, dims=1)
         if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
             raise DatasetError(
-                f"{labels_file}: {len(labels)} labels up to {labels.max(initial=0)}, for "
-                f"{len(images)} images of {len(FASHION_MNIST_CLASSES)} classes"
+                f"{labels_file}: {len(labels)} labels up to {labels.max(initial=0)}, but there "
+                f"are {len(images)} images of {len(FASHION_MNIST_CLASSES)} classes"
             )
         splits[split] = [
             Item(f"{stem}/{number:05d}", int(label), pixels=image)
@@ -193,7 +193,7 @@ def read_idx(path: Path, dims: int) -> Pixels:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     if len(raw) != math.prod(shape):
         more = " or more" if len(raw) > math.prod(shape) else ""
-        raise DatasetError(f"{path}: {len(raw)} values{more}, its header says {shape}")
+        raise DatasetError(f"{path}: {len(raw)} values{more}, but its header says {shape}")
     return np.frombuffer(raw, np.uint8).reshape(shape)
 
 
@@ -202,7 +202,7 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
     images, *pixels = shape
     if math.prod(max(1, size) for size in shape) > _MOST or images > _MOST_IMAGES:
         raise DatasetError(
-            f"{path}: its header says {shape}, more than {_MOST:,} values or {_MOST_IMAGES:,} "
+            f"{path}: its header says {shape}: more than {_MOST:,} values or {_MOST_IMAGES:,} "
             "images"
         )
     if 0 in pixels or max(pixels, default=1) > LONGEST_SIDE or math.prod(pixels) > MOST_PIXELS:

@@ -128,7 +128,7 @@ def members(tar: tarfile.TarFile, path: Path, start: int = 0) -> Iterator[Item]:
     """Yield the files of a tar that begins at byte `start` of the file at `path`."""
     whole = path.stat().st_size
     for item in _members(tar, start):
-        past = "the archive ends before it does" if item.offset + item.size > whole else ""
+        past = "the archive ends in the middle of it" if item.offset + item.size > whole else ""
         yield item._replace(path=str(path), refused=item.refused or past)
     check_end(tar, path)
 
@@ -142,7 +142,7 @@ def _members(tar: tarfile.TarFile, start: int) -> Iterator[Item]:
         if not member.isreg() or member.issparse():
             refused = "a link, device or hole in the archive, not a file"
         elif _leaves(name):
-            refused = "a name that leaves its folder"
+            refused = "a name that leads out of its folder"
         yield Item(name, 0, "", start + member.offset_data, member.size, refused=refused)
 
 
@@ -155,7 +155,7 @@ def check_end(tar: tarfile.TarFile, path: Path) -> None:
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise DatasetError(f"{path}: its archive is damaged or cut at byte {tar.offset}")
+        raise DatasetError(f"{path}: the archive is damaged or cut short at byte {tar.offset}")
 
 
 def _gzipped(path: Path) -> Iterator[Item]:
@@ -166,13 +166,13 @@ def _gzipped(path: Path) -> Iterator[Item]:
             for item in _named(_members(tar, 0)):
                 if item.offset + item.size > _MOST_UNPACKED:
                     raise DatasetError(
-                        f"{path}: it unpacks to more than {_MOST_UNPACKED:,} bytes: unpack it, and "
-                        "name the folder"
+                        f"{path}: it unpacks to more than {_MOST_UNPACKED:,} bytes: unpack it "
+                        "yourself, and name the folder"
                     )
                 yield item._replace(path=str(path), packing="gzip")
             while rest := stream.read(2**20):
                 if rest.strip(b"\0") or stream.tell() > _MOST_UNPACKED:
-                    raise DatasetError(f"{path}: its archive is damaged at byte {tar.offset}")
+                    raise DatasetError(f"{path}: the archive is damaged at byte {tar.offset}")
 
 
 def _zipped(path: Path) -> Iterator[Item]:
@@ -185,9 +185,9 @@ def _zipped(path: Path) -> Iterator[Item]:
             if stat.S_IFMT(one.external_attr >> 16) not in (0, stat.S_IFREG):
                 refused = "a link or device in the archive, not a file"
             elif _leaves(one.filename):
-                refused = "a name that leaves its folder"
+                refused = "a name that leads out of its folder"
             elif one.flag_bits & 1 or one.compress_type not in (_STORED, _DEFLATED):
-                refused = "encrypted, or packed by another method than deflate"
+                refused = "encrypted, or compressed by another method than deflate"
             yield Item(one.filename, 0, str(path), one.header_offset, one.file_size,
                        refused=refused, packing="zip", packed=one.compress_size,
                        crc32=one.CRC)  # fmt: skip
@@ -199,15 +199,15 @@ def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
     Raises ValueError where they are not as listed or more than `most`, OSError as usual.
     """
     if max(item.size, item.packed) > most:
-        raise ValueError(f"{max(item.size, item.packed):,} bytes: more than {most:,}")
+        raise ValueError(f"{max(item.size, item.packed):,} bytes, more than {most:,}")
     try:
         content = _read(item)
     except (EOFError, zlib.error, struct.error) as error:
         raise ValueError(f"cannot be unpacked: {error}") from error
     if len(content) != item.size:
-        raise ValueError(f"{len(content)} bytes where {item.size} were listed")
+        raise ValueError(f"{len(content)} bytes, but {item.size} were listed")
     if item.crc32 not in (None, zlib.crc32(content)):
-        raise ValueError("does not match its checksum in the archive: copy that again")
+        raise ValueError("does not match its checksum in the archive: copy the archive again")
     return content
 
 

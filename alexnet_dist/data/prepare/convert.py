@@ -78,7 +78,7 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
         except RefusedImage:
             raise
         except UnidentifiedImageError as error:
-            raise RefusedImage(f"none of {', '.join(_FORMATS)}") from error
+            raise RefusedImage(f"not one of {', '.join(_FORMATS)}") from error
         except MemoryError as error:
             raise RefusedImage(f"it takes more than {MOST_MEMORY:,} bytes to read") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported
@@ -157,7 +157,7 @@ def _check_scans(jpeg: bytes) -> None:
         simplejpeg.decode_jpeg(jpeg, "GRAY", min_height=1, min_width=1, min_factor=1)
     except ValueError as error:  # other warnings and errors are left to the decoder
         if "premature end" in f"{error}".lower():
-            raise RefusedImage("the JPEG is cut short: copy it again from where it came") from error
+            raise RefusedImage("the JPEG is cut short: copy it again from its source") from error
 
 
 def _check_tiff(opened: Image.Image, content: bytes) -> None:
@@ -187,7 +187,9 @@ def _inflated(packed: bytes, left: int) -> int:
         try:
             left -= len(unpack.decompress(packed, 2**20))
         except zlib.error as error:
-            raise RefusedImage(f"the TIFF is damaged ({error}): copy it again") from error
+            raise RefusedImage(
+                f"the TIFF is damaged ({error}): copy it again from its source"
+            ) from error
         if left < 0:
             raise RefusedImage(f"it unpacks to more than {MOST_MEMORY:,} bytes")
         packed = unpack.unconsumed_tail

@@ -34,10 +34,10 @@ def read_synsets(content: bytes) -> list[Synset]:
             command, input=content, check=False, capture_output=True, timeout=120
         )
     except subprocess.TimeoutExpired:
-        raise ValueError("meta.mat: reading it does not end") from None
+        raise ValueError("meta.mat: reading it took too long") from None
     if child.returncode:
         said = child.stderr.decode(errors="replace").split("\n")[-2:][0]
-        raise ValueError(f"meta.mat: its reader ended with {child.returncode} {said}")
+        raise ValueError(f"meta.mat: its reader ended with code {child.returncode} {said}")
     return [Synset(int(n), str(wnid), str(words)) for n, wnid, words in json.loads(child.stdout)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alexnet_dist.data.missing import IMAGE_SUFFIXES, SPLIT_FOLDERS
 from alexnet_dist.data.prepare.containers import Listing, hidden, list_files, read_content
-from alexnet_dist.data.prepare.sources import Item, Source
+from alexnet_dist.data.prepare.sources import Item, Source, some
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import MOST_ENCODED
 
@@ -15,8 +15,7 @@ _STARTS = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n\x1a\n|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP", re.DOTALL
 )
 _FIRST = 16  # bytes that tell whether a file is an image
-_NAMED = 3  # names given as examples
-_LAY = "lay the images of each class in a folder of its own, PATH/CLASS/*, or PATH/train/CLASS/*"
+_LAY = "put the images of each class in a folder of its own, PATH/CLASS/*, or PATH/train/CLASS/*"
 IMAGENETTE = {
     "n01440764": "tench", "n02102040": "English springer", "n02979186": "cassette player",
     "n03000684": "chain saw", "n03028079": "church", "n03394916": "French horn",
@@ -37,7 +36,7 @@ class _LeftOut:
 
     def note(self) -> tuple[str, ...]:
         """Return a line that lists them, if there are any."""
-        parts = [f"{why}: {len(names)} ({_some(names)})" for why, names in self.names.items()]
+        parts = [f"{why}: {len(names)} ({some(names)})" for why, names in self.names.items()]
         return (f"left out: {'; '.join(parts)}",) if parts else ()
 
 
@@ -76,7 +75,7 @@ def folder(path: Path, validation: float = 0) -> Source:
         splits = _cut(path, splits, validation, len(names["train"]) and len(names["train"]) + 1)
         held = {item.label for item in splits["val"]}
         if never := [name for name in classes if label[name] not in held]:
-            notes += (f"no validation images of {_some(never)}",)
+            notes += (f"no validation images of {some(never)}",)
     return Source("folder", classes, splits, notes=notes)
 
 
@@ -85,8 +84,8 @@ def imagenette(path: Path) -> Source:
     found = folder(path)
     if found.classes != tuple(IMAGENETTE):
         raise DatasetError(
-            f"{path}: its classes are {_some(found.classes)}, not Imagenette's ten: give it to "
-            "`prepare folder`"
+            f"{path}: its classes are {some(found.classes)}, not Imagenette's ten: use `prepare "
+            "folder`"
         )
     classes = tuple(f"{wnid} {words}" for wnid, words in IMAGENETTE.items())
     return Source("imagenette", classes, found.splits, notes=found.notes)
@@ -100,7 +99,7 @@ def tiny_imagenet(path: Path) -> Source:
 
     def lines(name: str) -> list[str]:
         if name not in files:
-            raise DatasetError(f"{path}: no file {name} in it: it is not Tiny ImageNet")
+            raise DatasetError(f"{path}: has no file {name}: it is not Tiny ImageNet")
         return read_content(files[name]).decode().splitlines()
 
     words = dict(line.split("\t", 1) for line in lines("words.txt") if "\t" in line)
@@ -123,14 +122,8 @@ def tiny_imagenet(path: Path) -> Source:
 
 def _label_of(wnid: str, label: Mapping[str, int], item: Item, path: Path) -> int:
     if wnid not in label:
-        raise DatasetError(
-            f"{path}: {item.name} has the class {wnid!r}, which wnids.txt does not name"
-        )
+        raise DatasetError(f"{path}: {item.name} has the class {wnid!r}, which is not in wnids.txt")
     return label[wnid]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
 
 
 def _shown(listing: Listing, left: _LeftOut) -> Listing:
@@ -173,7 +166,7 @@ def _split_folders(path: Path, tops: Sequence[str]) -> dict[str, str]:
             found[split] = top
     if found and "train" not in found:
         raise DatasetError(
-            f"{path}: no folder train/ in it, though {', '.join(found.values())}/: {_LAY}"
+            f"{path}: has {', '.join(found.values())}/, but no folder train/: {_LAY}"
         )
     return {split: found[split] for split in ("train", "val", "test") if split in found}
 
@@ -196,7 +189,7 @@ def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
         else:
             others.append(shown.name)
     left.add("beside class folders", loose)
-    left.add("no image by its first bytes", others)
+    left.add("no image, by its first bytes", others)
     held = {name for name, _ in found}
     empty = [f"{top}{name}/" for name in part.tops() if name not in held]
     left.add("without images", empty or ([] if found or not top else [top]))
@@ -231,16 +224,15 @@ def _check_classes(
     """
     where = path / names["train"]
     if not classes:
-        raise DatasetError(f"{where}: no folders in it that hold images: {_LAY}")
+        raise DatasetError(f"{where}: none of its folders holds images: {_LAY}")
     if len(classes) == 1:
         raise DatasetError(
-            f"{where}: one class only, {classes[0]}: there is nothing to tell apart: {_LAY}"
+            f"{where}: has only one class, {classes[0]}, but a network needs two to tell apart: "
+            f"{_LAY}"
         )
     for split, images in found.items():
         for name in sorted(_classes(images) - {*classes}):
-            raise DatasetError(
-                f"{path / names[split] / name}: a class that {names['train']}/ does not have"
-            )
+            raise DatasetError(f"{path / names[split] / name}: {names['train']}/ has no such class")
 
 
 def _cut(
@@ -248,7 +240,9 @@ def _cut(
 ) -> dict[str, list[Item]]:
     """Move a share of `train` to `val`, by the hash of each name from character `start` on."""
     if "val" in splits:
-        raise DatasetError(f"--validation {share:g}: {path} has validation images: leave it out")
+        raise DatasetError(
+            f"--validation {share:g}: {path} has its own validation images: leave the option out"
+        )
     cut: dict[str, list[Item]] = {"train": [], "val": []}
     for item in splits["train"]:
         name = item.name[start:].encode("utf-8", "surrogateescape")
@@ -256,7 +250,7 @@ def _cut(
         cut["val" if uniform < share else "train"].append(item)
     if not all(cut.values()):
         raise DatasetError(
-            f"--validation {share:g}: of {len(splits['train'])} images it takes {len(cut['val'])}: "
-            "some are to be trained on, some to be validated on"
+            f"--validation {share:g}: would take {len(cut['val'])} of {len(splits['train'])} "
+            "images: some must be left to train on, and some to validate on"
         )
     return {**splits, **cut}

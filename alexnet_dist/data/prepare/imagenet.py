@@ -13,17 +13,17 @@ from alexnet_dist.data.prepare.sources import (
     needed,
     open_tar,
     read_member,
+    some,
 )
 from alexnet_dist.errors import DatasetError
 
-_NAMED = 3  # missing files that an error names
 _MOST_TRUTH = 2**20  # bytes of the file of validation classes, which has 245,000
 
 
 def imagenet(path: Path) -> Source:
     """List ILSVRC-2012 as downloaded: two tars and the devkit. Classes are sorted by WordNet id."""
     train, val, devkit = (
-        needed(path / f"ILSVRC2012_{name}", "of the three that image-net.org gives out")
+        needed(path / f"ILSVRC2012_{name}", "of the three files that image-net.org offers")
         for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")
     )
     # The devkit says which classes there are, and the validation images' classes.
@@ -37,7 +37,9 @@ def imagenet(path: Path) -> Source:
         for member in outer:
             wnid = member.name.removesuffix(".tar")
             if wnid not in label or not member.isreg():
-                raise DatasetError(f"{train}: {member.name!r} is not a class's tar of the devkit")
+                raise DatasetError(
+                    f"{train}: {member.name!r} is not one of the devkit's class tars"
+                )
             if wnid in seen:
                 raise DatasetError(f"{train}: {member.name!r} is in it twice: download it again")
             seen.add(wnid)
@@ -60,7 +62,7 @@ def imagenet(path: Path) -> Source:
     left = [name for name in wanted if name not in names]
     _check_whole(val, left, len(wanted), "validation images")
     if len(listed) > len(wanted):
-        raise DatasetError(f"{val}: {len(listed)} images of {len(wanted)}: download it again")
+        raise DatasetError(f"{val}: has {len(listed)} images, not {len(wanted)}: download it again")
     classes = tuple(f"{wnid} {words[wnid]}" for wnid in ids)
     return Source("imagenet", classes, {"train": items, "val": validation}, enlarge=True)
 
@@ -68,10 +70,9 @@ def imagenet(path: Path) -> Source:
 def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> None:
     """Raise DatasetError where a tar lacks files that the devkit lists."""
     if missing:
-        named = ", ".join(missing[:_NAMED]) + (", …" if len(missing) > _NAMED else "")
         raise DatasetError(
-            f"{tar}: without {len(missing)} of the devkit's {count} {what} ({named}): download it "
-            "again, and compare its MD5 with image-net.org's"
+            f"{tar}: {len(missing)} of the devkit's {count} {what} are missing ({some(missing)}): "
+            "download it again, and compare its MD5 with image-net.org's"
         )
 
 
@@ -84,7 +85,8 @@ def _truth(truth: Sequence[str], name: str) -> str:
     number = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", name)
     if number is None or not 1 <= int(number[1]) <= len(truth):
         raise DatasetError(
-            f"{name!r}: not a validation image of the devkit's {len(truth)}, ILSVRC2012_val_…JPEG"
+            f"{name!r}: not one of the devkit's {len(truth)} validation images, "
+            "ILSVRC2012_val_…JPEG"
         )
     return truth[int(number[1]) - 1]
 

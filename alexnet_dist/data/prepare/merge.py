@@ -71,7 +71,7 @@ def colour_statistics(
     """
     whole = [shard for shard in shards if len(shard.index)]
     if not whole:
-        raise DatasetError("not one training image could be packed")
+        raise DatasetError("none of the training images could be packed")
     images = sum(len(shard.index) for shard in whole)
     sums = np.zeros((1, 1, 3), np.int64)
     products = np.zeros((3, 3), np.int64)

@@ -64,7 +64,7 @@ def write_shards(
     Raises DatasetError as soon as more images are refused, or where the disk is too small.
     """
     # What an earlier command has written, and whether the rest can be.
-    shards = [read_shard(task) for task in progress(tasks, "looking at what is there")]
+    shards = [read_shard(task) for task in progress(tasks, "checking what is already packed")]
     left = [place for place, shard in enumerate(shards) if shard is None]
     _check_disk(folder, [tasks[place] for place in left])
     images = [len(task.items) for task in tasks]
@@ -102,8 +102,8 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise DatasetError(
-                f"a process that packs images was killed{of_memory()}; the same command "
-                "goes on, with fewer --workers if need be"
+                f"a process that packs images was killed{of_memory()}; run the same command to "
+                "continue, with fewer --workers if it happens again"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -122,10 +122,9 @@ def _check_refused(
         shown = "; ".join(f"{entry['name']!r}: {entry['reason']}" for entry in refused[:3])
         share = "" if max_bad is None else f" {max_bad:g}"
         raise DatasetError(
-            f"--max-bad{share}: {len(refused)} of {total} images cannot be packed, "
-            f"more than {int(allowed)} ({shown}): "
-            f"all found so far are in {folder / 'quarantine.jsonl'}; mend them and name another "
-            "OUT, or raise --max-bad"
+            f"--max-bad{share}: {len(refused)} of {total} images cannot be packed, more than "
+            f"{int(allowed)} ({shown}): all found so far are listed in "
+            f"{folder / 'quarantine.jsonl'}; repair them and name another OUT, or raise --max-bad"
         )
 
 
@@ -139,8 +138,8 @@ def _check_disk(folder: Path, left: list[Task]) -> None:
     free = shutil.disk_usage(folder).free
     if free < need:
         raise DatasetError(
-            f"{folder}: about {need / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free: make "
-            "room, or name a folder on another disk"
+            f"{folder}: needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} "
+            "GB are free: make room, or name a folder on another disk"
         )
 
 

@@ -77,7 +77,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
         compared = check_same(out, identity, tasks_of(source, out, options.keep, options.part))
         _sweep(out)
         like = "these files" if compared else "files of these names and sizes"
-        return f"{out}: already prepared from {like}, and whole"
+        return f"{out}: already prepared from {like}, and complete"
     # Write shards aside, merge them when all are there, rename the folder last.
     aside = out.with_name(out.name + ".partial")
     try:
@@ -87,7 +87,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             if options.part is not None:
                 return (
                     f"{aside}: part {options.part[0]} of {options.part[1]} is written; when all "
-                    "are, the same command without --part makes the data set of them"
+                    "are, run the same command without --part to merge them into the data set"
                 )
             merge(source, identity, shards, aside)
             metas = [shard.meta for split in shards.values() for shard in split]
@@ -99,8 +99,8 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
         raise
     except OSError as error:
         raise DatasetError(
-            f"{out} cannot be written: {error}; what was made waits in {aside}, and the same "
-            "command goes on"
+            f"{out} cannot be written: {error}; what is done is kept in {aside}, and the same "
+            "command continues"
         ) from error
     # A summary for the user.
     counts = ", ".join(f"{sum(len(shard.index) for shard in shards[s])} {s}" for s in source.splits)
@@ -114,7 +114,11 @@ def _unscored(source: Source) -> tuple[str, ...]:
     """Return a line of advice where there is no split to evaluate on."""
     if {"val", "test"} & {*source.splits}:
         return ()
-    more = ": --validation 0.1 into another OUT makes one" if source.kind in _CUT else ""
+    more = (
+        ": to make one, prepare into another OUT with --validation 0.1"
+        if source.kind in _CUT
+        else ""
+    )
     return (f"no split to evaluate on{more}",)
 
 
@@ -125,16 +129,18 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
     """
     if path is None:
         if kind != "fashion_mnist":
-            raise DatasetError(f"prepare {kind}: say where it lies: prepare {kind} PATH OUT")
+            raise DatasetError(
+                f"prepare {kind}: name the folder or archive: prepare {kind} PATH OUT"
+            )
         path = FASHION_MNIST
     archive = kind in _ARCHIVES and path.is_file()
     if kind != "fashion_mnist" and not path.is_dir() and not archive:
-        raise DatasetError(f"{path} is not a folder: name the one that holds {kind}'s files")
+        raise DatasetError(f"{path} is not a folder: name the folder that holds {kind}'s files")
     cut = {"validation": validation} if validation else {}
     if cut and (kind not in _CUT or not 0 < validation < 1):
         raise DatasetError(
-            f"--validation {validation:g}: a share between 0 and 1, for {' or '.join(_CUT)}; "
-            "leave it out"
+            f"--validation {validation:g}: must be a share between 0 and 1, and only for "
+            f"{' or '.join(_CUT)}; leave it out otherwise"
         )
     try:
         source = SOURCES[kind](path, **cut)
@@ -142,7 +148,7 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
         raise
     except Exception as error:  # a hostile archive can fail in any way
         reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise DatasetError(f"{path} cannot be read whole: {reason}") from error
+        raise DatasetError(f"{path} cannot be read completely: {reason}") from error
     for name in source.classes:
         if any(unicodedata.category(sign) in _CONTROLS for sign in name):
             raise DatasetError(
@@ -165,16 +171,19 @@ def locked(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[No
     theirs = [name for name in os.listdir(aside) if not name.startswith(".")]
     # .begun.json is looked for last: another part may just have begun.
     if theirs and not (aside / ".begun.json").exists():
-        raise DatasetError(f"{aside} holds {theirs[0]!r}, not made by `prepare`: name another OUT")
+        raise DatasetError(
+            f"{aside} holds {theirs[0]!r}, which `prepare` did not make: name another OUT"
+        )
     with appended(aside / ".lock") as lock:
         try:
             fcntl.flock(lock, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise DatasetError(f"{aside}: another prepare is at work there: wait for it") from error
+            raise DatasetError(f"{aside}: another prepare is writing there: wait for it") from error
         begun, ours = aside / ".begun.json", json.dumps(identity, sort_keys=True)
         if begun.exists() and read_bytes(begun) != ours.encode():
             raise DatasetError(
-                f"{aside} was begun from other files or options: give the same, or name another OUT"
+                f"{aside} was begun from other files or with other options: use those again, or "
+                "name another OUT"
             )
         write(begun, ours.encode())
         if alone:

@@ -36,13 +36,15 @@ def check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) ->
         Whether bytes could be compared; False where `out` was made before they were recorded.
     """
     if not (out / "dataset.json").exists():
-        raise DatasetError(f"{out} is there, and is not a packed data set: name another OUT")
+        raise DatasetError(f"{out} exists, but is not a packed data set: name another OUT")
     try:
         found = open_dataset(out, verify_hashes=True)
     except DatasetError as error:
-        raise DatasetError(f"{error}: name another OUT, since {out} is there") from error
+        raise DatasetError(f"{error}: name another OUT, since {out} exists") from error
     if found.source != identity:
-        raise DatasetError(f"{out} holds a data set of other files or options: name another OUT")
+        raise DatasetError(
+            f"{out} holds a data set made from other files or with other options: name another OUT"
+        )
     try:
         before = json_object(read_bytes(out / _FILE))["shards"]
         made = [(str(shard["stamp"]), str(shard["contents"])) for shard in before]
@@ -56,7 +58,7 @@ def check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) ->
         items = tasks[place].items
         if contents(items) != made[place][1]:
             raise DatasetError(
-                f"{out} holds a data set of other files: their bytes differ between "
+                f"{out} holds a data set made from other files: their bytes differ between "
                 f"{items[0].name!r} and {items[-1].name!r}: name another OUT"
             )
     if moved:

@@ -101,7 +101,7 @@ class _Member(tarfile.TarInfo):
         """Round a size up to blocks, as tarfile does; raise DatasetError where it is hostile."""
         named = self.type in (b"x", b"g", b"X", b"L", b"K")
         if count < 0 or (named and count > _MOST_HEADER):
-            raise DatasetError(f"{self.name!r}: a member of {count} bytes in its tar's header")
+            raise DatasetError(f"{self.name!r}: its tar's header gives it {count} bytes")
         return super()._block(count)  # type: ignore[misc,no-any-return]
 
     def _proc_member(self, tar: _Tar) -> tarfile.TarInfo:
@@ -115,7 +115,7 @@ class _Member(tarfile.TarInfo):
             digits = _DIGITS.search(tar.fileobj.read(self._block(self.size)))
             tar.fileobj.seek(here)
         if digits or tar.headers > _MOST_HEADERS or tar.global_bytes > _MOST_HEADER:
-            raise DatasetError(f"{self.name!r}: pax headers that no file needs in its tar's header")
+            raise DatasetError(f"{self.name!r}: unusual pax headers in its tar")
         return super()._proc_member(tar)  # type: ignore[misc,no-any-return]
 
     def _apply_pax_info(self, *args: Any) -> None:
@@ -145,9 +145,9 @@ def read_member(tar: tarfile.TarFile, name: str, path: Path, most: int = LARGEST
     try:
         found = tar.getmember(name)
     except KeyError:
-        raise DatasetError(f"{path}: no file {name} in it") from None
+        raise DatasetError(f"{path}: has no file {name}") from None
     if not found.isreg() or found.size > most:
-        raise DatasetError(f"{path}: {name} is no file of at most {most:,} bytes")
+        raise DatasetError(f"{path}: {name} is not a file of at most {most:,} bytes")
     file = tar.extractfile(found)
     assert file is not None
     return file.read()
@@ -160,5 +160,10 @@ def needed(path: Path, which: str) -> Path:
         which: what the file is one of, for the error.
     """
     if not path.is_file():
-        raise DatasetError(f"{path} is missing: one {which}")
+        raise DatasetError(f"{path} is missing: it is one {which}")
     return path
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first names, for a message."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")

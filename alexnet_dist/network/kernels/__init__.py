@@ -37,8 +37,8 @@ def can_be_built() -> bool:
     """Whether Triton can build GPU kernels here; logs a warning if not."""
     if lack := lacking():
         log.warning(
-            f"no kernels for this GPU: {lack}; the same run goes on by torch's operators, at half "
-            f"the speed or less: {COMPILER}, or set train.execution=eager"
+            f"no kernels for this GPU: {lack}; the run uses torch's operators, at half the speed "
+            f"or less: {COMPILER}, or set train.execution=eager"
         )
     return not lack
 

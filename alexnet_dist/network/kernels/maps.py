@@ -68,8 +68,8 @@ class _Maps(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, places = ctx.saved_tensors
-        grad, of_bias = maps_backward(grads[0], x, bias, places, *ctx.settings)
-        return grad, None if bias is None else of_bias, *([None] * len(ctx.settings))
+        grad, bias_grad = maps_backward(grads[0], x, bias, places, *ctx.settings)
+        return grad, None if bias is None else bias_grad, *([None] * len(ctx.settings))
 
 
 @custom_op("alexnet_dist::maps", mutates_args=())
@@ -120,8 +120,8 @@ def _(x: Tensor, bias: Tensor | None, *settings: Any) -> tuple[Tensor, Tensor]:
 
 @maps_backward.register_fake
 def _(grads: Tensor, x: Tensor, bias: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
-    of_bias = x.new_empty(0 if bias is None else x.shape[1], dtype=sum_dtype(x.dtype))
-    return torch.empty_like(x, memory_format=_LAST), of_bias
+    bias_grad = x.new_empty(0 if bias is None else x.shape[1], dtype=sum_dtype(x.dtype))
+    return torch.empty_like(x, memory_format=_LAST), bias_grad
 
 
 def _outputs(x: Tensor, pool: Pool) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from alexnet_dist.network.kernels.lanes import (
     upcast,
     window_sum,
 )
+from alexnet_dist.network.shapes import pooled_side
 
 _ROWS, _COLUMNS = 3, 3  # pooled values per lane
 _EACH_BACK = 4  # blocks of stride × stride pixels per lane
@@ -34,11 +35,7 @@ class Pool:
     round_up: bool
 
     def side(self, side: int) -> int:
-        """Return the number of windows along a side, as `F.max_pool2d` counts them."""
-        if not self.round_up:
-            return (side - self.window) // self.stride + 1
-        count = -(-(side - self.window) // self.stride) + 1
-        return count - ((count - 1) * self.stride >= side)  # each must begin inside
+        return pooled_side(side, self.window, self.stride, self.round_up)
 
 
 def forward(

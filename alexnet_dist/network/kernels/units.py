@@ -59,8 +59,8 @@ class _Units(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         y, slots, step = ctx.saved_tensors
         settings = ctx.activation, slots, step, *ctx.settings
-        grad, of_bias = units_backward(grads[0], y, ctx.bias, *settings)
-        return grad, of_bias if ctx.bias else None, *([None] * (3 + len(ctx.settings)))
+        grad, bias_grad = units_backward(grads[0], y, ctx.bias, *settings)
+        return grad, bias_grad if ctx.bias else None, *([None] * (3 + len(ctx.settings)))
 
 
 @custom_op("alexnet_dist::units", mutates_args=())
