@@ -142,7 +142,7 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     result = alexnet_dist("evaluate", str(run), "--views", "10")
     assert result.returncode == 0, result.stderr
     path = run / "evaluations" / "step-00000008-test-views-10.json"
-    assert result.stdout.splitlines()[-1] == f"kept: {path}"
+    assert result.stdout.splitlines()[-1] == f"saved: {path}"
     assert (run / "run.json").read_bytes() == before
     holder.close()
 
