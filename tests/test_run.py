@@ -225,7 +225,10 @@ def test_every_layout_killed_ends_as_if_it_never_was(
 def test_a_finished_run_says_so_and_changes_nothing(
     command: Callable[..., list[str]], runs: Path, whole: Whole
 ) -> None:
-    assert "batch 8 global, 8 a replica, 4 decoded a rank; 2 micro-batch(es) of 4" in whole.errors
+    assert (
+        "batch 8 in all, 8 per replica, in 2 micro-batch(es) of 4; each rank decodes 4"
+        in whole.errors
+    )
     shutil.copytree(whole.folder, runs / "done")
     again = alexnet_dist(*command("done", MICRO))
     assert again.returncode == 0, again.stderr
