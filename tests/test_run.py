@@ -207,7 +207,7 @@ def test_every_layout_killed_ends_as_if_it_never_was(
               "train.micro_batches=2", "model.fc=[1024,512]"]  # fmt: skip
     whole = alexnet_dist(*command("whole", *layout))
     assert whole.returncode == 0, whole.stderr
-    assert f"batch 12 global, {12 // (ranks // (2 if 'columns' in kind else 1))} a replica" in (
+    assert f"batch 12 in all, {12 // (ranks // (2 if 'columns' in kind else 1))} per replica" in (
         whole.stderr
     )
     run = start(command("killed", *layout))
