@@ -230,7 +230,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (not_ours, r"/proc/run: cannot be written .*: set output_dir= or name="),
         (no_locks, r"file system has no locks .*set output_dir= to another file system, or"),
         (too_many_files, r"'shard-00000\.tar': raise the limit on open files: ulimit -n"),
-        (data_elsewhere, r"data/imagenet/dataset\.json is missing \(looked in /.*: make .* data\.path"),
+        (data_elsewhere, r"data/imagenet/dataset\.json is missing \(looked in /.*: make .* data"),
         (run_elsewhere, r"runs/demo is neither .* checkpoint \(looked in /.*: name runs/NAME"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -399,7 +399,10 @@ def test_a_mistake_that_only_ranks_see_is_one_line(
         pytest.skip("here are GPUs")
     assert main.main(["compare", *as_overrides(config), "--layouts", "one"]) == 2
     said = capfd.readouterr().err
-    assert "alexnet-dist: layout.device=cuda: 1 ranks on this host need a GPU each" in said
+    assert (
+        "alexnet-dist: the command line: layout.device=cuda: 1 ranks on this host need a GPU each"
+        in said
+    )
     assert "Traceback" not in said
 
 
