@@ -96,7 +96,7 @@ def test_rows_are_computed_on_devices_alike(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None:
     result = alexnet_dist("compare", "demo", cwd=tmp_path)
     assert result.returncode == 1
-    missing = f"data/demo/dataset.json is missing in {tmp_path}: make the data set with"
+    missing = f"data/demo/dataset.json is missing (looked in {tmp_path}): make the data set with"
     assert missing in result.stderr
     made = result.stderr.partition("`alexnet-dist ")[2].partition("`")[0].split()
     assert made[-1] == "data/demo"

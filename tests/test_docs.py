@@ -267,9 +267,9 @@ def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Pa
 
 
 def test_the_design_places_every_module() -> None:
-    rooms = (ROOT / "docs/design.md").read_text().partition("## Rooms")[2].partition("## ")[0]
+    packages = (ROOT / "docs/design.md").read_text().partition("## Packages")[2].partition("## ")[0]
     for path in (ROOT / "alexnet_dist").rglob("[a-z]*.py"):
-        assert re.search(rf"\b{path.stem}\b", rooms), f"docs/design.md, Rooms: {path.stem}"
+        assert re.search(rf"\b{path.stem}\b", packages), f"docs/design.md, Packages: {path.stem}"
 
 
 def test_every_module_has_a_docstring() -> None:

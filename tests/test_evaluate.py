@@ -72,7 +72,7 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
         assert tuple(kept["classes"]) == open_for(both.checkpoints[0].config).classes
     said = alexnet_dist(*command).stdout
     assert "95 % of resamples between" in said
-    assert "taken for" in said
+    assert "mistaken for" in said
 
 
 def test_a_network_is_never_cut_to_the_classes_of_other_data(
@@ -95,7 +95,7 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
             look()
     cut = [*data, "model.classes=3"]
     said = (
-        r"model\.safetensors is of another network: fc8\.weight is \[10, 28\] there, and \[3, 28\]"
+        r"model\.safetensors is of another network: fc8\.weight is \[10, 28\] there, but \[3, 28\]"
     )
     for look in (
         lambda: evaluate_checkpoints([run], cut),
@@ -142,7 +142,7 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     result = alexnet_dist("evaluate", str(run), "--views", "10")
     assert result.returncode == 0, result.stderr
     path = run / "evaluations" / "step-00000008-test-views-10.json"
-    assert result.stdout.splitlines()[-1] == f"kept: {path}"
+    assert result.stdout.splitlines()[-1] == f"saved: {path}"
     assert (run / "run.json").read_bytes() == before
     holder.close()
 

@@ -207,7 +207,7 @@ def test_every_layout_killed_ends_as_if_it_never_was(
               "train.micro_batches=2", "model.fc=[1024,512]"]  # fmt: skip
     whole = alexnet_dist(*command("whole", *layout))
     assert whole.returncode == 0, whole.stderr
-    assert f"batch 12 global, {12 // (ranks // (2 if 'columns' in kind else 1))} a replica" in (
+    assert f"batch 12 in all, {12 // (ranks // (2 if 'columns' in kind else 1))} per replica" in (
         whole.stderr
     )
     run = start(command("killed", *layout))
@@ -225,7 +225,10 @@ def test_every_layout_killed_ends_as_if_it_never_was(
 def test_a_finished_run_says_so_and_changes_nothing(
     command: Callable[..., list[str]], runs: Path, whole: Whole
 ) -> None:
-    assert "batch 8 global, 8 a replica, 4 decoded a rank; 2 micro-batch(es) of 4" in whole.errors
+    assert (
+        "batch 8 in all, 8 per replica, in 2 micro-batch(es) of 4; each rank decodes 4"
+        in whole.errors
+    )
     shutil.copytree(whole.folder, runs / "done")
     again = alexnet_dist(*command("done", MICRO))
     assert again.returncode == 0, again.stderr
