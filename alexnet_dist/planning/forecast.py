@@ -240,7 +240,7 @@ def lines(outlook: Forecast, own: str) -> list[str]:
     base = found.get("alone") or found.get("one")
     for kind, one in found.items():
         parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
-        listed = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in parts if s > 0.01 * one.step_s)
+        listed = ", ".join(f"{name} {_ms(s)}" for name, s in parts if s > 0.01 * one.step_s)
         name = "one, on one device" if kind == "alone" else kind
         times = one.images_per_s / base.images_per_s if base else 1.0
         text.append(
@@ -290,6 +290,11 @@ def _decoded(decode: Appetite) -> str:
     if decode.pipeline != "torch":
         by += f"; threads of data.pipeline=torch give {decode.by_threads_images_per_s:,.0f}"
     return by
+
+
+def _ms(seconds: float) -> str:
+    """Return milliseconds with three digits, or as many as they have before the point."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.9995 else f"{1e3 * seconds:.3g}"
 
 
 def _hours(hours: float) -> str:

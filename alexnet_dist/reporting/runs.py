@@ -70,15 +70,19 @@ class RunRead:
     def views(self) -> Mapping[int, Score]:
         """The newest score of the best network on its own data, for each number of views."""
         return {one.views: one.score for one in self.scores
-                if one.which.startswith("best") and not one.changed}  # fmt: skip
+                if one.which.startswith("best") and not one.changed
+                and one.split == self.config.data.eval_split}  # fmt: skip
 
     @property
     def detailed(self) -> Scored | None:
-        """The saved score of the best network with the most views; the newest of equals."""
+        """The saved score of the best network, on its own split, with the most views; the newest of
+        equals."""
         own = [one for one in self.scores if one.kept is not None and not one.changed]
+        split = self.config.data.eval_split
         return max(
-            own, key=lambda one: (one.which.startswith("best"), one.step, one.views), default=None
-        )
+            own, default=None,
+            key=lambda one: (one.which.startswith("best"), one.step, one.split == split, one.views),
+        )  # fmt: skip
 
 
 def read_run_folder(folder: Path) -> RunRead | None:
