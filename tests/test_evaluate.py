@@ -155,6 +155,13 @@ def test_a_run_counts_by_its_own_split_and_data(
     assert (found.detailed.split, found.detailed.changed) == ("test", {})
     assert any(f"with data.path={other}" in one.circumstances for one in found.scores)
 
+    imported = tmp_path / "imported"  # `import` makes a checkpoint alone
+    for folder in ("checkpoints", "evaluations"):
+        shutil.copytree(config.folder / folder, imported / folder)
+    alone = read_run_folder(imported)
+    assert alone is not None
+    assert len(alone.scores) == 3
+
 
 def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     two_runs: list[Path], tiny: Callable[..., Config], tmp_path: Path,

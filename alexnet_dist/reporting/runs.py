@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
@@ -86,9 +87,12 @@ class RunRead:
 
 
 def read_run_folder(folder: Path) -> RunRead | None:
-    """Read a run folder; None if it has no config, or one that cannot be read."""
+    """Read a run folder, or what `import` made; None if it has no config that can be read."""
     try:
-        config = load_config([json_object(read_bytes(folder / "config.json"))])
+        if (saved := folder / "config.json").is_file():
+            config = load_config([json_object(read_bytes(saved))])
+        else:  # imported: it was not trained here
+            config = checkpoints.at(folder).config
         points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         found = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
