@@ -270,5 +270,5 @@ def filled_by(name: str) -> Iterator[None]:
 
 
 def looked_in(path: Path) -> str:
-    """Return " in DIRECTORY" for a relative path, to say in a message where it was looked for."""
-    return "" if path.is_absolute() else f" in {Path.cwd()}"
+    """Return " (looked in DIRECTORY)" for a relative path, to end what a message says of it."""
+    return "" if path.is_absolute() else f" (looked in {Path.cwd()})"

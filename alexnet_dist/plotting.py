@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,11 @@ from alexnet_dist.files import written_aside
 
 Picture = npt.NDArray[np.uint8]  # (height, width, 3)
 MOST_CLASSES = 2000  # most classes of a confusion matrix, which has their square of cells
-_FONT = ImageFont.load_default(12)
+_FONT = ImageFont.truetype(  # matplotlib's, found without loading it; Pillow's own knows no ä or é
+    Path(str(getattr(find_spec("matplotlib"), "origin", ""))).parent
+    / "mpl-data/fonts/ttf/DejaVuSans.ttf",
+    11,
+)
 _ACROSS, _DOWN = 4, 6  # grid of maps shown of each layer of a column
 _HUES = ("#0969da", "#bc4c00")  # the columns' colours, as in docs/images/columns.svg
 _NAMED = 50  # most classes whose names are drawn beside a confusion matrix

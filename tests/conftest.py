@@ -222,19 +222,30 @@ def alexnet_dist(
     *arguments: str, fresh: bool = False, **where: Any
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would; `fresh` by a Python that has imported nothing yet."""
-    if fresh or "env" in where:
-        command = [sys.executable, "-m", "alexnet_dist", *arguments]
-        return subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=300, **where
-        )
+    if not fresh:
+        return in_a_fork(forks.run, arguments, **where)
+    command = [sys.executable, "-m", "alexnet_dist", *arguments]
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, **where
+    )
+
+
+def in_a_fork(
+    function: Callable[..., object], *args: Any, **where: Any
+) -> subprocess.CompletedProcess[str]:
+    """Call a module's function in a process that has imported everything.
+
+    Args:
+        where: as of Fork: `cwd`, `environment`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         prints = Path(folder) / "output", Path(folder) / "errors"
-        process = forks.command(arguments, prints=prints, **where)
+        process = Fork(function, *args, prints=prints, **where)
         try:
             code = process.wait(timeout=300)
         finally:
             process.kill()
-        return subprocess.CompletedProcess(arguments, code, *(path.read_text() for path in prints))
+        return subprocess.CompletedProcess(args, code, *(path.read_text() for path in prints))
 
 
 def as_overrides(config: Config) -> Sequence[str]:

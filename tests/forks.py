@@ -86,7 +86,7 @@ def run(arguments: Sequence[str]) -> None:
     for _ in range(_ranks_of(arguments)):
         _Rank.waiting.append(_forked())
     subprocess_handler.Popen = _Rank  # torchrun's API starts ranks by it
-    if arguments[0] in ("compare", "bench"):
+    if arguments[0] in ("compare", "bench", "doctor"):
         fork_ranks()
     sys.argv = ["alexnet-dist", *arguments]
     runpy.run_module("alexnet_dist", run_name="__main__", alter_sys=True)

@@ -260,7 +260,7 @@ def test_a_good_checkpoint_in_a_folder_of_another_step_is_an_error_that_changes_
             shutil.copytree(eight, twelve)
     before = contents(tmp_path)
     said = (
-        r"holds a valid checkpoint of another step,  [48]; nothing was changed.*: (mv -nT \S+ \S+)$"
+        r"holds a valid checkpoint of another step, [48]; nothing was changed.*: (mv -nT \S+ \S+)$"
     )
     for _ in range(3):
         with pytest.raises(CheckpointError, match=said) as raised:

@@ -7,8 +7,7 @@ import forks
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import TINY, alexnet_dist
-from forks import Fork
+from conftest import TINY, alexnet_dist, in_a_fork
 from torch import Tensor
 from torch.futures import Future
 
@@ -55,11 +54,10 @@ def of_own_gradients(arguments: list[str]) -> None:
     forks.run(arguments)
 
 
-def test_a_layout_that_is_wrong_does_not_hold(command: list[str], tmp_path: Path) -> None:
-    output, errors = prints = tmp_path / "output", tmp_path / "errors"
-    compare = Fork(of_own_gradients, [*command, "--layouts", "replicas:2"], prints=prints)
-    assert compare.wait(timeout=300) == 1, errors.read_text()
-    heading, one, replicas = output.read_text().splitlines()
+def test_a_layout_that_is_wrong_does_not_hold(command: list[str]) -> None:
+    result = in_a_fork(of_own_gradients, [*command, "--layouts", "replicas:2"])
+    assert result.returncode == 1, result.stderr
+    heading, one, replicas = result.stdout.splitlines()
     assert heading.split()[:2] == ["layout", "ranks"]
     assert " yes " in one
     assert " NO " in replicas
@@ -96,7 +94,7 @@ def test_rows_are_computed_on_devices_alike(monkeypatch: pytest.MonkeyPatch) -> 
 def test_without_its_data_the_demo_says_how_to_make_them(tmp_path: Path) -> None:
     result = alexnet_dist("compare", "demo", cwd=tmp_path)
     assert result.returncode == 1
-    missing = f"data/demo/dataset.json is missing in {tmp_path}: make the data set with"
+    missing = f"data/demo/dataset.json is missing (looked in {tmp_path}): make the data set with"
     assert missing in result.stderr
     made = result.stderr.partition("`alexnet-dist ")[2].partition("`")[0].split()
     assert made[-1] == "data/demo"

@@ -535,7 +535,7 @@ def test_what_cannot_be_foretold_is_one_line() -> None:
         ConfigError, match="bf16: no speed is known for K20, only for fp32: set one of"
     ):
         forecast(planned, config, Cluster.of("k20:2"))
-    with pytest.raises(ConfigError, match="2 ranks on 1 × H100"):
+    with pytest.raises(ConfigError, match="2 ranks do not fit on 1 × H100"):
         forecast(planned, config, Cluster.of("h100"))
     with pytest.raises(ConfigError, match=r"--fit .*: is not what `bench layouts --json` prints"):
         read_bench(Path(__file__))

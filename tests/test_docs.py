@@ -10,15 +10,14 @@ import runpy
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY
-from forks import Fork
+from conftest import TINY, in_a_fork
 from made import image_folder
 
 from alexnet_dist.cli.main import build_parser, main
@@ -180,14 +179,6 @@ def test_every_key_is_in_the_reference_as_it_is() -> None:
     assert told == made["reference"](), "docs/configuration.md is out of date: make docs"
 
 
-def in_a_process(function: Callable[..., object], *args: object) -> str:
-    """What a function prints in a process of its own, in this folder; it must end well."""
-    output, errors = prints = Path("output"), Path("errors")
-    process = Fork(function, *args, prints=prints)
-    assert process.wait(timeout=300) == 0, errors.read_text()
-    return output.read_text()
-
-
 def run_all(commands: list[list[str]]) -> None:
     """Run `alexnet-dist` with each of these arguments."""
     for arguments in commands:
@@ -217,7 +208,8 @@ def test_your_own_images_to_the_end(place: Path) -> None:
     assert [words[0] for words in typed] == [
         "prepare", "inspect", "train", "evaluate", "figures", "report", "export"
     ]  # fmt: skip
-    in_a_process(run_all, typed)
+    ended = in_a_fork(run_all, typed)
+    assert ended.returncode == 0, ended.stderr
     for made in ("data/mine/contact-sheet.png", "runs/own/figures/kernels.png"):
         assert (place / made).stat().st_size > 1000
     (example,) = blocks(ROOT / "docs/checkpoints.md", "python")
@@ -233,10 +225,8 @@ def test_your_own_images_to_the_end(place: Path) -> None:
 
 def test_the_source_that_is_shown_packs(place: Path) -> None:
     (example,) = blocks(ROOT / "docs/extending.md", "python")
-    assert (
-        in_a_process(exec, example, {})
-        == "data/table: packed 43 train, 5 val images of 3 classes\n"
-    )
+    ended = in_a_fork(exec, example, {})
+    assert ended.stdout == "data/table: packed 43 train, 5 val images of 3 classes\n", ended.stderr
 
 
 def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Path) -> None:
@@ -267,9 +257,9 @@ def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Pa
 
 
 def test_the_design_places_every_module() -> None:
-    rooms = (ROOT / "docs/design.md").read_text().partition("## Rooms")[2].partition("## ")[0]
+    packages = (ROOT / "docs/design.md").read_text().partition("## Packages")[2].partition("## ")[0]
     for path in (ROOT / "alexnet_dist").rglob("[a-z]*.py"):
-        assert re.search(rf"\b{path.stem}\b", rooms), f"docs/design.md, Rooms: {path.stem}"
+        assert re.search(rf"\b{path.stem}\b", packages), f"docs/design.md, Packages: {path.stem}"
 
 
 def test_every_module_has_a_docstring() -> None:

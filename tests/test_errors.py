@@ -231,8 +231,8 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (not_ours, r"/proc/run: cannot be written .*: set output_dir= or name="),
         (no_locks, r"file system has no locks .*set output_dir= to another file system, or"),
         (too_many_files, r"'shard-00000\.tar': raise the limit on open files: ulimit -n"),
-        (data_elsewhere, r"data/imagenet/dataset\.json is missing in /.*: make .* set data\.path"),
-        (run_elsewhere, r"runs/demo is neither .* checkpoint in /.*: name runs/NAME"),
+        (data_elsewhere, r"data/imagenet/dataset\.json is missing \(looked in /.*: make .* data"),
+        (run_elsewhere, r"runs/demo is neither .* checkpoint \(looked in /.*: name runs/NAME"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
@@ -360,7 +360,11 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["train", "demo", "data.path=/nowhere"], 1, "/nowhere/dataset.json is missing"),
         (["train", "demo", data, "train.init_from=runs/no"], 1, "train.init_from='runs/no': runs"),
         (["train", "demo", "lr=1"], 2, "did you mean schedule.rate?"),
-        (["evaluate", "runs/no"], 1, "runs/no is neither a run folder nor a checkpoint in "),
+        (
+            ["evaluate", "runs/no"],
+            1,
+            "runs/no is neither a run folder nor a checkpoint (looked in ",
+        ),
         (["evaluate", str(run), "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=9"),
         (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
@@ -396,7 +400,10 @@ def test_a_mistake_that_only_ranks_see_is_one_line(
         pytest.skip("here are GPUs")
     assert main.main(["compare", *as_overrides(config), "--layouts", "one"]) == 2
     said = capfd.readouterr().err
-    assert "alexnet-dist: layout.device=cuda: 1 ranks on this host need a GPU each" in said
+    assert (
+        "alexnet-dist: the command line: layout.device=cuda: 1 ranks on this host need a GPU each"
+        in said
+    )
     assert "Traceback" not in said
 
 

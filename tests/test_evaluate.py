@@ -22,6 +22,7 @@ from alexnet_dist.evaluation import scores
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 from alexnet_dist.evaluation.results import Evaluation, Score
 from alexnet_dist.reporting import figures
+from alexnet_dist.reporting.runs import RunRead, read_run_folder
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.run_folder import RunFolder
 
@@ -72,7 +73,7 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
         assert tuple(kept["classes"]) == open_for(both.checkpoints[0].config).classes
     said = alexnet_dist(*command).stdout
     assert "95 % of resamples between" in said
-    assert "taken for" in said
+    assert "mistaken for" in said
 
 
 def test_a_network_is_never_cut_to_the_classes_of_other_data(
@@ -95,7 +96,7 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
             look()
     cut = [*data, "model.classes=3"]
     said = (
-        r"model\.safetensors is of another network: fc8\.weight is \[10, 28\] there, and \[3, 28\]"
+        r"model\.safetensors is of another network: fc8\.weight is \[10, 28\] there, but \[3, 28\]"
     )
     for look in (
         lambda: evaluate_checkpoints([run], cut),
@@ -129,6 +130,39 @@ def test_the_bootstraps_interval_is_the_binomials() -> None:
     assert high == pytest.approx(0.8 + 1.96 * deviation, abs=3e-4)
     assert score.interval(8_000) == (low, high)
     assert score.interval(10_000) == (1.0, 1.0)
+
+
+def test_a_run_counts_by_its_own_split_and_data(
+    tiny: Callable[..., Config], packed: Path, tmp_path: Path
+) -> None:
+    config = tiny("layout.kind=one", "train.precision=fp32", "train.epochs=1", "name=own")
+    assert train(config).exit == 0
+    other = shutil.copytree(packed, tmp_path / "other")
+    same = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps(same, indent=1))  # another digest
+
+    def read() -> RunRead:
+        found = read_run_folder(config.folder)
+        assert found is not None
+        return found
+
+    before = read().views
+    for changes in ([], ["data.eval_split=train"], [f"data.path={other}"]):
+        assert scores.keep(evaluate_checkpoints([config.folder], changes)) is not None
+    found = read()
+    assert len(found.scores) == 1 + 3
+    assert {views: score.samples for views, score in found.views.items()} == {1: 23}
+    assert found.views[1].correct1 == before[1].correct1
+    assert found.detailed is not None
+    assert (found.detailed.split, found.detailed.changed) == ("test", {})
+    assert any(f"with data.path={other}" in one.circumstances for one in found.scores)
+
+    imported = tmp_path / "imported"  # `import` makes a checkpoint alone
+    for folder in ("checkpoints", "evaluations"):
+        shutil.copytree(config.folder / folder, imported / folder)
+    alone = read_run_folder(imported)
+    assert alone is not None
+    assert len(alone.scores) == 3
 
 
 def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(

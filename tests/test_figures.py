@@ -177,6 +177,12 @@ def test_names_beside_a_confusion_fit_and_tell_classes_apart() -> None:
     assert confusion_picture(torch.eye(51, dtype=torch.int64), ["c"] * 51).shape == (561, 561, 3)
 
 
+def test_names_are_drawn_beyond_ascii() -> None:
+    once = torch.eye(2, dtype=torch.int64)
+    drawn = [confusion_picture(once, [name, "b"]).tobytes() for name in ("ä", "ö", "é", "я")]
+    assert len(set(drawn)) == 4, "not the same box for each"
+
+
 def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_path: Path) -> None:
     one = ["layout.kind=one", "train.precision=fp32", "train.epochs=1", "log.every_steps=2"]
     folders = []
@@ -201,7 +207,7 @@ def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_pa
     for arguments, said in (
         ([*folders, "--out", mine], f"{mine}: there is such a file, and it is no comparison"),
         (folders[:1], "name another run folder"),
-        ([folders[0], "demo"], "compare demo: not a run folder in "),
+        ([folders[0], "demo"], "compare demo: not a run folder (looked in "),
     ):
         result = alexnet_dist("compare", *arguments)
         assert (result.returncode, result.stderr.count("\n")) == (2, 1)

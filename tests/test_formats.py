@@ -272,7 +272,7 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
         caffe.read_layers(bad)
     save_file({"conv1.weight": torch.zeros(2)}, bad)
     with pytest.raises(
-        CheckpointError, match=r"conv1\.weight is \[2\] there, and \[8, 3, 11, 11\] here"
+        CheckpointError, match=r"conv1\.weight is \[2\] there, but \[8, 3, 11, 11\] here"
     ):
         import_weights("safetensors", bad, tmp_path / "run", sources)
     with pytest.raises(ConfigError, match="is only for --format caffe"):
@@ -285,7 +285,7 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     (tmp_path / "mean").write_bytes(struct.pack("<f", 1.0))
     nothing = Statistics(np.zeros((9, 9, 3), np.float32), np.zeros(3), np.ones(3), np.eye(3))
     config = load_config([*sources, f"data.mean_from={tmp_path / 'mean'}"])
-    with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
+    with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as a \.npy file"):
         Preprocess(config, nothing, torch.device("cpu"), torch.float32)
 
 
@@ -294,9 +294,9 @@ def test_no_part_of_an_imported_network_is_cut_off_or_left_out(tmp_path: Path) -
     config = load_config(sources).model
     sound = {name: torch.zeros(shape) for name, shape in whole_shapes(config).items()}
     for changed, said in (
-        ({"fc8.weight": torch.zeros(9, 12)}, r"fc8\.weight is \[9, 12\] there, and \[5, 12\] here"),
-        ({"conv1.bias": torch.zeros(16)}, r"conv1\.bias is \[16\] there, and \[8\] here"),
-        ({"fc9.bias": torch.zeros(5)}, r"fc9\.bias is \[5\] there, and not here"),
+        ({"fc8.weight": torch.zeros(9, 12)}, r"fc8\.weight is \[9, 12\] there, but \[5, 12\] here"),
+        ({"conv1.bias": torch.zeros(16)}, r"conv1\.bias is \[16\] there, but \[8\] here"),
+        ({"fc9.bias": torch.zeros(5)}, r"fc9\.bias is \[5\] there, but not here"),
         ({"fc8.bias": torch.zeros(5, dtype=torch.int8)}, r"fc8\.bias holds torch\.int8"),
     ):
         save_file(sound | changed, path)
@@ -307,7 +307,7 @@ def test_no_part_of_an_imported_network_is_cut_off_or_left_out(tmp_path: Path) -
         for name in config.layer_names
     }
     for blobs, said in (
-        ([*layers["fc6"], np.zeros(1, "f4")], r"fc6\.blob3 is \[1\] there, and not here"),
+        ([*layers["fc6"], np.zeros(1, "f4")], r"fc6\.blob3 is \[1\] there, but not here"),
         ([np.zeros((2, 1, 20, 8), "f4")], r"fc6\.weight is \[2, 1, 20, 8\] there"),
     ):
         caffe.write_layers(path, "net", layers | {"fc6": blobs})

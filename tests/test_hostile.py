@@ -180,12 +180,12 @@ def test_no_changed_or_missing_byte_is_loaded(
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"conv2.bias": torch.ones(1)}, r"conv2\.bias is \[1\] there, and \[12\] here"),
-        ({"conv2.weight": None}, r"conv2\.weight is not there, and \[12, "),
+        ({"conv2.bias": torch.ones(1)}, r"conv2\.bias is \[1\] there, but \[12\] here"),
+        ({"conv2.weight": None}, r"conv2\.weight is not there, but \[12, "),
         ({"momentum_buffer/conv2.bias": torch.ones(3)}, r"momentum_buffer/conv2\.bias is \[3\] "),
-        ({"conv2.bias": torch.ones(99)}, r"conv2\.bias is \[99\] there, and \[12\] here"),
+        ({"conv2.bias": torch.ones(99)}, r"conv2\.bias is \[99\] there, but \[12\] here"),
         ({"conv1.weight": torch.ones(9, 3, 11, 11)}, r"conv1\.weight is \[9, 3, 11, 11\] there"),
-        ({"fc9.bias": torch.ones(3)}, r"fc9\.bias is \[3\] there, and not here"),
+        ({"fc9.bias": torch.ones(3)}, r"fc9\.bias is \[3\] there, but not here"),
         ({"conv2.bias": torch.ones(12, dtype=torch.int8)}, r"conv2\.bias holds I8"),
         (
             {"momentum_buffer/fc8.bias": torch.ones(99)},
@@ -193,7 +193,7 @@ def test_no_changed_or_missing_byte_is_loaded(
         ),
         ({"momentum_buffer/fc8.bias": torch.tensor(1.0)}, r"momentum_buffer/fc8\.bias is \[\] the"),
         ({"momentum_buffer/fc8.bias": None}, r"momentum_buffer/fc8\.bias is not there"),
-        ({"momentum_buffer/conv9.bias": torch.ones(3)}, r"conv9\.bias is \[3\] there, and not her"),
+        ({"momentum_buffer/conv9.bias": torch.ones(3)}, r"conv9\.bias is \[3\] there, but not her"),
     ],
 )
 def test_tensors_that_do_not_fit_the_network_are_named(
@@ -296,7 +296,7 @@ def test_a_mean_whose_header_lies_is_refused(tiny: Callable[..., Config], tmp_pa
     head = b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999, 999999, 3)}".ljust(118)
     (tmp_path / "mean.npy").write_bytes(b"\x93NUMPY\1\0v\0" + head + bytes(12))
     config = tiny(f"data.mean_from={tmp_path / 'mean.npy'}")
-    with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as \.npy"):
+    with pytest.raises(DatasetError, match=r"data\.mean_from=.*cannot be read as a \.npy file"):
         Preprocess(config, open_dataset(Path(config.data.path)).statistics, torch.device("cpu"),
                torch.float32)  # fmt: skip
 

@@ -1,13 +1,13 @@
 """Non-finite numbers: ranks agree, nothing is applied or saved, and the cause is named."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import forks
 import pytest
 import torch
-from conftest import TINY, as_overrides, on_ranks
+from conftest import TINY, as_overrides, in_a_fork, on_ranks
 from safetensors.torch import load_file
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -146,21 +146,19 @@ def test_bits_of_a_view_from_an_odd_place_are_summed() -> None:
     assert replicas.sum_of_bits(whole[1:5]) != before
 
 
-POISON = """
-import sys
-from alexnet_dist.cli.main import main
-from alexnet_dist.engines.ddp import TorchEngine
+def with_poison(at: set[int], arguments: list[str]) -> None:
+    """Run a command whose batches at some steps hold a NaN."""
+    sound = TorchEngine.train_step
 
-at, sound = {int(step) for step in sys.argv.pop(1).split(",")}, TorchEngine.train_step
+    def train_step(
+        engine: TorchEngine, batch: Batch, step: int, rate: float, *more: Any
+    ) -> torch.Tensor:
+        if step in at:
+            batch.windows[0, 0, 0, 0] = float("nan")
+        return sound(engine, batch, step, rate, *more)
 
-def train_step(engine, batch, step, rate, *more):
-    if step in at:
-        batch.windows[0, 0, 0, 0] = float("nan")
-    return sound(engine, batch, step, rate, *more)
-
-TorchEngine.train_step = train_step
-sys.exit(main())
-"""
+    TorchEngine.train_step = train_step  # type: ignore[method-assign]
+    forks.run(arguments)
 
 
 def test_steps_that_are_not_finite_are_left_out_as_often_as_the_config_allows(
@@ -169,11 +167,8 @@ def test_steps_that_are_not_finite_are_left_out_as_often_as_the_config_allows(
     one = ["layout.kind=one", "train.epochs=2", "checkpoint.every_steps=5", "log.every_steps=1"]
     config = tiny(*one, "name=poisoned", "train.max_skipped=1", "train.precision=fp32")
 
-    def run(at: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", POISON, at, "train", *as_overrides(config)]
-        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-
-    stopped = run("3,8")
+    train = ["train", *as_overrides(config)]
+    stopped = in_a_fork(with_poison, {3, 8}, train)
     assert stopped.returncode == 1
     assert "step 4: the loss is nan and the gradient norm nan: this update was skipped" in (
         stopped.stderr
@@ -188,7 +183,7 @@ def test_steps_that_are_not_finite_are_left_out_as_often_as_the_config_allows(
     assert kept["windows"][0, 0, 0, 0].isnan()
     assert [checkpoints.step_of(p) for p in checkpoints.steps(folder / "checkpoints")] == [5, 8]
     assert read_run(folder)["state"] == "failed"
-    resumed = run("99")
+    resumed = in_a_fork(with_poison, {99}, train)
     assert resumed.returncode == 0, resumed.stderr
     points = [point for point in read_metrics(folder) if point["kind"] == "train"]
     assert [point["skipped"] for point in points] == [0] * 3 + [1] * 12

@@ -2,42 +2,48 @@
 whose name is not the loopback's. Needs iproute2, and root or user namespaces.
 """
 
+import ctypes
 import dataclasses
-import inspect
 import json
+import multiprocessing
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import forks
 import pytest
 import torch.distributed as dist
 from conftest import as_overrides
+from forks import Fork
 from torch.distributed import TCPStore
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.parallel import environment, rendezvous, spawn
 from alexnet_dist.parallel.environment import Place
+from launch import submit
 
 HOST = "10.213.9.1"  # where a stranger on the network finds the host
-HERE = (
-    "unshare", "--map-root-user", "--net", "--uts", "sh", "-ec",
-    f'ip link set lo up; ip address add {HOST}/32 dev lo; hostname {HOST}; exec "$@"', "sh",
-)  # fmt: skip
-ALEXNET_DIST = ("-m", "alexnet_dist")
+NETWORK = f"ip link set lo up; ip address add {HOST}/32 dev lo; hostname {HOST}; ss -Hltnp"
+FORKED = multiprocessing.get_context("fork")
 KINDS = ("columns", "replicas", "sharded_fc", "zero1", "zero2")
 
 
 @pytest.fixture(scope="module")
 def _namespaces() -> None:
     try:
-        subprocess.run([*HERE, "ss", "-Hltnp"], check=True, capture_output=True, timeout=20)
+        subprocess.run(
+            ["unshare", "--map-root-user", "--net", "--uts", "sh", "-ec", NETWORK], check=True,
+            capture_output=True, timeout=20,
+        )  # fmt: skip
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no network namespaces here, or no iproute2: {error}")
 
@@ -45,46 +51,78 @@ def _namespaces() -> None:
 pytestmark = pytest.mark.usefixtures("_namespaces")
 
 
-def on_the_host(*python: str) -> Any:
-    """What a Python on that host prints last, as JSON."""
-    tests = {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
-    done = subprocess.run(
-        [*HERE, sys.executable, *python], check=False, capture_output=True, text=True,
-        timeout=200, env=os.environ | tests,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def on_the_host(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns in a process on that host, and all that it starts; as JSON."""
+    folder = Path(tempfile.mkdtemp())
+    printed, returned = folder / "printed", folder / "returned"
+    process = Fork(_on_the_host, returned, function, args, prints=(printed, printed))
+    try:
+        assert process.wait(timeout=200) == 0, printed.read_text()
+    finally:
+        process.kill()
+    return json.loads(returned.read_text())
+
+
+def _on_the_host(returned: Path, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """As `unshare` does, in this process: one that has a single thread."""
+    user, group = os.getuid(), os.getgid()
+    new_user, new_uts, new_net = 0x10000000, 0x04000000, 0x40000000  # linux/sched.h
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.unshare(new_user | new_uts | new_net) == 0, os.strerror(ctypes.get_errno())
+    for file, line in (
+        ("setgroups", "deny"),
+        ("uid_map", f"0 {user} 1"),
+        ("gid_map", f"0 {group} 1"),
+    ):
+        Path("/proc/self", file).write_text(line)
+    subprocess.run(["sh", "-ec", NETWORK], check=True)
+    returned.write_text(json.dumps(function(*args)))
 
 
 def listens(*started: tuple[dict[str, str], list[str]]) -> dict[str, str]:
-    """Addresses at which anything listened while these environments' Pythons ran, all to a good
-    end; with the line that `ss` gave of one."""
-    code = f"{inspect.getsource(_watch)}\n_watch({started!r})"  # alone: torch takes long to load
-    found: dict[str, str] = on_the_host("-c", code)
+    """Addresses at which anything listened while these commands ran, with more in their
+    environment, all to a good end; with the line that `ss` gave of one."""
+    found: dict[str, str] = on_the_host(_watched, started)
     assert found, "nothing was seen to listen"
     return found
 
 
-def _watch(started):  # type: ignore[no-untyped-def]
-    """On the host: run them all, look ten times a second, print what was seen."""
-    import json
-    import os
-    import subprocess
-    import sys
-    import time
-
-    running = [
-        subprocess.Popen([sys.executable, *words], env=os.environ | more, stdout=sys.stderr)
-        for more, words in started
-    ]
-    seen = {}
-    while None in [process.poll() for process in running]:
+def _watched(started: Sequence[tuple[dict[str, str], list[str]]]) -> dict[str, str]:
+    """On the host: run them all, and look ten times a second."""
+    running = [FORKED.Process(target=_run, args=one) for one in started]
+    for process in running:
+        process.start()
+    seen: dict[str, str] = {}
+    while None in [process.exitcode for process in running]:
         told = subprocess.run(["ss", "-Hltnp"], check=True, capture_output=True, text=True).stdout
         for line in told.splitlines():
             seen.setdefault(line.split()[3].rpartition(":")[0], line)
         time.sleep(0.1)
-    print(json.dumps(seen))
-    sys.exit(max(process.returncode for process in running))
+    assert [process.exitcode for process in running] == [0] * len(running)
+    return seen
+
+
+def _run(more: dict[str, str], words: list[str]) -> None:
+    """In a fork, run `python -m WORDS`."""
+    os.environ.update(more)
+    program, *arguments = words
+    if program == "alexnet_dist":
+        forks.run(arguments)
+    submit.subprocess = SimpleNamespace(Popen=_Training)  # type: ignore[attr-defined]
+    sys.exit(submit.main(arguments))
+
+
+class _Training:
+    """What `submit --local` starts, as a fork."""
+
+    def __init__(self, command: list[str], start_new_session: bool) -> None:
+        assert command[1:3] == ["-m", "alexnet_dist"]
+        self._process = FORKED.Process(target=forks.run, args=(command[3:],))
+        self._process.start()
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
 
 
 def test_what_is_started_on_one_host_listens_on_the_loopback_alone(
@@ -93,7 +131,7 @@ def test_what_is_started_on_one_host_listens_on_the_loopback_alone(
     """Both at once, for speed: `--local` starts `train`, which starts two columns."""
     run = as_overrides(tiny("train.epochs=0.2", "evaluate.every_epochs=1"))
     found = listens(
-        ({}, ["-m", "launch.submit", *run, "--local"]), ({}, [*ALEXNET_DIST, "doctor", *run])
+        ({}, ["launch.submit", *run, "--local"]), ({}, ["alexnet_dist", "doctor", *run])
     )
     assert found.keys() == {"127.0.0.1"}
 
@@ -113,7 +151,7 @@ def test_every_start_listens_on_the_loopback_alone(
     more: list[str], words: list[str], tiny: Callable[..., Config]
 ) -> None:
     run = as_overrides(tiny("train.epochs=0.2"))
-    assert listens(({}, [*ALEXNET_DIST, *more, *run, *words])).keys() == {"127.0.0.1"}
+    assert listens(({}, ["alexnet_dist", *more, *run, *words])).keys() == {"127.0.0.1"}
 
 
 @pytest.mark.parametrize(
@@ -137,7 +175,7 @@ def test_a_step_of_slurm_listens_on_its_nodes_address_alone(
         {"SLURM_PROCID": f"{r}", "SLURM_NODEID": f"{r % nodes}", "SLURM_LOCALID": f"{r // nodes}"}
         for r in range(2)
     ]
-    assert listens(*((step | rank, [*ALEXNET_DIST, "train", *run]) for rank in ranks)).keys() == (
+    assert listens(*((step | rank, ["alexnet_dist", "train", *run]) for rank in ranks)).keys() == (
         addresses
     )
 
@@ -182,12 +220,13 @@ def _stranger(mark: str) -> list[str]:
     return found
 
 
-def attacked(mark: str) -> None:
-    print(json.dumps(spawn.call(_stranger, 1, mark)[0]))
+def attacked(mark: str) -> list[str]:
+    forks.fork_ranks()
+    keys: list[str] = spawn.call(_stranger, 1, mark)[0]
+    return keys
 
 
 def test_a_stranger_neither_lists_the_launchers_keys_nor_runs_his_command(tmp_path: Path) -> None:
     mark = tmp_path / "was here"
-    code = f"import test_open_ports; test_open_ports.attacked({str(mark)!r})"
-    keys = on_the_host("-c", code)
+    keys = on_the_host(attacked, str(mark))
     assert (mark.exists(), keys) == (False, [])

@@ -47,7 +47,7 @@ def test_the_papers_network_is_the_papers() -> None:
     assert (found["layout"], found["ranks"]) == ("columns", 2)
     assert found["layouts"]["columns"]["batch_per_replica"] == 128
     assert found["layouts"]["columns"]["parameters"] == 60_965_224 // 2
-    assert found["layouts"]["one"]["problem"].startswith("takes 1 rank: on 2 fit replicas, ")
+    assert found["layouts"]["one"]["problem"].startswith("takes 1 rank; on 2, replicas, ")
 
 
 def test_a_plan_is_read_by_people() -> None:
@@ -188,9 +188,9 @@ def test_a_layout_that_does_not_fit_says_what_does() -> None:
     planned = plan(config_of("columns"), 3)
     columns = planned.layouts["columns"]
     assert isinstance(columns, Misfit)
-    assert columns.problem == "takes 2 ranks: on 3 fit replicas, zero1, zero2, sharded_fc"
+    assert columns.problem == "takes 2 ranks; on 3, replicas, zero1, zero2, sharded_fc would fit"
     assert planned.of("replicas").bytes["total"] > 0
-    assert any("on 3 fit replicas" in line for line in plan_lines(planned))
+    assert any("on 3, replicas" in line for line in plan_lines(planned))
     alone = plan(config_of("one", "model.columns=1", "model.exchange=[]"), 2).layouts["columns"]
     assert isinstance(alone, Misfit)
     assert alone.problem.startswith("layout.kind='columns': there is nothing to split")

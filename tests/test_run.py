@@ -59,11 +59,13 @@ class Started:
     Args:
         launcher: what a new Python starts it by, where its start is looked at.
         within: a command that runs that elsewhere.
+        begin: what a fork starts it by otherwise.
     """
 
     def __init__(
-        self, arguments: list[str], launcher: tuple[str, ...] = (), within: tuple[str, ...] = ()
-    ) -> None:
+        self, arguments: list[str], launcher: tuple[str, ...] = (), within: tuple[str, ...] = (),
+        begin: Callable[[list[str]], None] = forks.run,
+    ) -> None:  # fmt: skip
         self.printed = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
         file = Path(self.printed.name)
         self.process: Fork | subprocess.Popen[bytes]
@@ -73,7 +75,7 @@ class Started:
                 stdout=file.open("w"), stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         else:
-            self.process = forks.command(arguments, prints=(file, file))
+            self.process = Fork(begin, arguments, prints=(file, file))
 
     def all(self) -> list[psutil.Process]:
         """The launcher and its ranks."""
@@ -122,8 +124,8 @@ class Started:
 def start() -> Iterator[Callable[..., Started]]:
     started: list[Started] = []
 
-    def begin(*args: Any) -> Started:
-        started.append(Started(*args))
+    def begin(*args: Any, **how: Any) -> Started:
+        started.append(Started(*args, **how))
         return started[-1]
 
     yield begin
@@ -207,7 +209,7 @@ def test_every_layout_killed_ends_as_if_it_never_was(
               "train.micro_batches=2", "model.fc=[1024,512]"]  # fmt: skip
     whole = alexnet_dist(*command("whole", *layout))
     assert whole.returncode == 0, whole.stderr
-    assert f"batch 12 global, {12 // (ranks // (2 if 'columns' in kind else 1))} a replica" in (
+    assert f"batch 12 in all, {12 // (ranks // (2 if 'columns' in kind else 1))} per replica" in (
         whole.stderr
     )
     run = start(command("killed", *layout))
@@ -225,7 +227,10 @@ def test_every_layout_killed_ends_as_if_it_never_was(
 def test_a_finished_run_says_so_and_changes_nothing(
     command: Callable[..., list[str]], runs: Path, whole: Whole
 ) -> None:
-    assert "batch 8 global, 8 a replica, 4 decoded a rank; 2 micro-batch(es) of 4" in whole.errors
+    assert (
+        "batch 8 in all, 8 per replica, in 2 micro-batch(es) of 4; each rank decodes 4"
+        in whole.errors
+    )
     shutil.copytree(whole.folder, runs / "done")
     again = alexnet_dist(*command("done", MICRO))
     assert again.returncode == 0, again.stderr
@@ -319,10 +324,15 @@ def test_a_signal_saves_and_leaves_with_its_code(
     assert not any(process.is_running() for process in processes)
 
 
+def under_nohup(arguments: list[str]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    forks.run(arguments)
+
+
 def test_under_nohup_a_hangup_is_ignored(
     command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
 ) -> None:
-    run = start(command("nohup"), FRESH, ("nohup",))
+    run = start(command("nohup"), begin=under_nohup)
     run.wait_for_step(runs / "nohup", 6)
     for process in run.all():
         process.send_signal(signal.SIGHUP)
@@ -331,16 +341,24 @@ def test_under_nohup_a_hangup_is_ignored(
     assert read_run(runs / "nohup")["state"] == "finished"
 
 
+def on_a_terminal(arguments: list[str], terminal: str) -> None:
+    """Of a session leader, the first terminal that it opens is its own."""
+    opened = os.open(terminal, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(opened, stream)
+    sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+    forks.run(arguments)
+
+
 @pytest.mark.parametrize("kind", ["one", "columns"])
 def test_a_run_whose_terminal_is_closed_saves(
     kind: str, command: Callable[..., list[str]], runs: Path
 ) -> None:
     """What it then writes to the terminal is an error (EIO)."""
     arguments = command("closed", f"layout.kind={kind}", "train.epochs=500", "log.every_steps=1")
-    child, terminal = pty.fork()
-    if not child:
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-        os.execv(sys.executable, [sys.executable, *FRESH, *arguments])
+    terminal, its = pty.openpty()
+    elsewhere = runs.parent / "printed"
+    process = Fork(on_a_terminal, arguments, os.ttyname(its), prints=(elsewhere, elsewhere))
     try:
         metrics = runs / "closed" / "metrics.jsonl"
         deadline = time.monotonic() + 120
@@ -348,9 +366,12 @@ def test_a_run_whose_terminal_is_closed_saves(
             if select.select([terminal], [], [], 0.05)[0]:
                 os.read(terminal, 65536)  # or it would wait for us to read
             assert time.monotonic() < deadline
+            assert process.poll() is None
     finally:
         os.close(terminal)
-    os.waitpid(child, 0)
+        os.close(its)
+    process.wait(timeout=120)
+    assert not elsewhere.read_text()
     state = read_run(runs / "closed")
     assert (state["state"], state["exit"]) == ("stopped", 143)
     (*_, saved) = checkpoints.steps(runs / "closed" / "checkpoints")
@@ -559,7 +580,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_saved(
 
 def test_wrong_numbers_of_ranks_are_refused(command: Callable[..., list[str]]) -> None:
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
-    result = alexnet_dist(*command("three"), env=environment)
+    result = alexnet_dist(*command("three"), environment=environment)
     assert result.returncode == 2
     assert "layout.kind=columns takes 2 ranks, but the launcher started 3" in result.stderr
 

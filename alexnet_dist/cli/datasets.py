@@ -21,7 +21,9 @@ def add(command: AddCommand) -> None:
             "alexnet-dist prepare imagenet ilsvrc2012 data/imagenet --workers 16",
         ),
     )  # fmt: skip
-    sub.add_argument("source", choices=_SOURCES)
+    sub.add_argument(
+        "source", choices=_SOURCES, metavar="SOURCE", help=f"one of {', '.join(_SOURCES)}"
+    )
     sub.add_argument(
         "path", type=path, nargs="?",
         help="folder or archive that holds the source's files (fashion_mnist: by default "
@@ -41,7 +43,11 @@ def add(command: AddCommand) -> None:
         "source)",
     )
     sub.add_argument(
-        "--workers", type=int, default=0, help="number of processes (default: 0, one per core)"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of processes (default: 0, one per core)",
     )
     sub.add_argument(
         "--part",

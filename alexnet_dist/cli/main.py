@@ -11,7 +11,7 @@ from types import FrameType
 
 from alexnet_dist import __version__
 from alexnet_dist.cli.streams import reader_left, with_usable
-from alexnet_dist.errors import ConfigError, DatasetError, in_words, printable
+from alexnet_dist.errors import in_words, printable
 from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, signals_heeded
 
@@ -81,8 +81,7 @@ def _say(error: Exception, rank: int, sources: Sequence[str] = ()) -> int:
         time.sleep(1)  # time for rank 0 to print it, before the launcher sees that a rank has ended
     else:
         which = f"alexnet-dist [r{rank}]" if rank else "alexnet-dist"
-        wrong = isinstance(explained, ConfigError | DatasetError)
-        text = (source_of(explained, sources) if wrong else "") + str(explained)
+        text = f"{source_of(explained, sources)}{explained}"
         print(f"{which}: {printable(text)}", file=sys.stderr, flush=True)
     return explained.exit_code
 

@@ -13,7 +13,7 @@ def add(command: AddCommand) -> None:
     """Add these four commands to the parser."""
     sub = command("figures", figures, "draw a run's kernels and learning curves",
                   ("alexnet-dist figures runs/demo --fig4",))  # fmt: skip
-    sub.add_argument("run_folder", type=path)
+    sub.add_argument("run_folder", type=path, help="run folder")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     sub.add_argument(
         "--fig4",
@@ -58,7 +58,7 @@ def add(command: AddCommand) -> None:
         "import", import_, "make a checkpoint from another program's weights",
         ("alexnet-dist import alex.pth runs/theirs paper/torchvision-2014 --format torchvision",),
     )  # fmt: skip
-    sub.add_argument("file", type=path)
+    sub.add_argument("file", type=path, help="file of its weights")
     sub.add_argument("out", type=path, help="run folder to create")
     sub.add_argument(
         "config", nargs="+", help="config of the network that the weights belong to, as for train"

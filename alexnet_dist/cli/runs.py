@@ -185,7 +185,7 @@ def _print_score(result: "Evaluation") -> None:
     rows = [row for row in report["classes"] if row["samples"]]
     rows.sort(key=lambda row: row["right"] / row["samples"])
     for row in rows[:_CLASSES]:
-        print(f"{1 - row['right'] / row['samples']:8.1%} wrong of {row['samples']} "
+        print(f"{1 - row['right'] / row['samples']:8.1%} of {row['samples']} wrong: "
               f"{printable(row['name'])}")  # fmt: skip
     for row in report["mistakes"][:_CLASSES]:
         of, taken_for = printable(row["of"]), printable(row["taken_for"])

@@ -169,12 +169,15 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
         labels = torch.cat([part.cpu() for _, part in outputs])
     score = _finite(_score(_summed(average, labels), config, dataset), *paths)
+    changed = _changed(found[0].config, config)
+    if found[0].manifest["dataset"] not in ("imported", dataset.digest):
+        changed["data.path"] = config.data.path
     conditions = Conditions(
         split=config.data.eval_split,
         views=config.evaluate.views,
         data=str(dataset.folder),
         data_sha256=dataset.digest,
-        changed=_changed(found[0].config, config),
+        changed=changed,
     )
     return Evaluation(score, tuple(found), dataset.classes, average, labels, conditions)
 

@@ -69,7 +69,8 @@ class Conditions(TypedDict, total=False):
     Attributes:
         split, views: as configured.
         data, data_sha256: the data set's folder and digest.
-        changed: keys that define a run and differ from those the network was trained with.
+        changed: keys that define a run and differ from those the network was trained with; and
+            data.path, where that is other data.
     """
 
     split: str

@@ -50,7 +50,9 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     base = predicted.get("alone") or predicted.get("one")
     for kind, one in predicted.items():
         parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
-        listed = ", ".join(f"{name} {1e3 * s:.3g}" for name, s in parts if s > 0.01 * one.step_s)
+        listed = ", ".join(
+            f"{name} {_milliseconds(s)}" for name, s in parts if s > 0.01 * one.step_s
+        )
         name = "one, on one device" if kind == "alone" else kind
         times = one.images_per_s / base.images_per_s if base else 1.0
         text.append(
@@ -105,6 +107,11 @@ def _decoded(decode: DecodingForecast) -> str:
             f"{decode.by_threads_images_per_s:,.0f}"
         )
     return by
+
+
+def _milliseconds(seconds: float) -> str:
+    """Return milliseconds with three digits, or as many as they have before the point."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.9995 else f"{1e3 * seconds:.3g}"
 
 
 def _hours(hours: float) -> str:

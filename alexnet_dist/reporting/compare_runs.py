@@ -78,6 +78,8 @@ def _draw(runs: Sequence[RunResults], names: Sequence[str], path: Path) -> None:
         for place, (run, name) in enumerate(zip(runs, names, strict=True)):
             for kind, style in (("train", {"alpha": 0.5, "lw": 1}), ("eval", {"marker": "o"})):
                 points = [point for point in run.points if point["kind"] == kind]
+                if not points:
+                    continue
                 epochs = [point["epoch"] for point in points]
                 errors = [100 * (1 - point["top1"]) for point in points]
                 label = f"{printable(name)}, {'training' if kind == 'train' else 'evaluation'}"

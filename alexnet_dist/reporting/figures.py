@@ -203,10 +203,11 @@ def _curves(folder: Path, classes: int, path: Path) -> None:
     points = read_metrics(folder)
     with figure(path, 1, 3, (15, 4)) as axes:
         left, right, colours = axes[0]
-        for kind, style in (("train", "-"), ("eval", "o-")):
+        for kind, line in (("train", "-"), ("eval", "o-")):
             chosen = [point for point in points if point["kind"] == kind]
             if not chosen:
                 continue
+            style = line if len(chosen) > 1 else "o"
             epochs = [point["epoch"] for point in chosen]
             left.plot(epochs, [point["loss"] for point in chosen], style, label=kind)
             for top, name in accuracies(classes).items():

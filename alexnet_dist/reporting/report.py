@@ -211,18 +211,18 @@ def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
 
 def _ablations(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[str]:
     """Yield a bar chart for each data set that several variants were trained on."""
-    by_data: dict[str, dict[str, list[float]]] = {}
+    by_data: dict[tuple[str, str], dict[str, list[float]]] = {}
     for group, runs in groups.items():
         for views in sorted({v for run in runs for v in run.views}):
             label = f"{group}, {views} view{'s' * (views > 1)}"
             if "fig1" not in group:
-                errors = _errors(runs, views)
-                by_data.setdefault(runs[0].config.data.path, {})[label] = errors
-    for number, (data, variants) in enumerate(by_data.items()):
+                errors, data = _errors(runs, views), runs[0].config.data
+                by_data.setdefault((data.path, data.eval_split), {})[label] = errors
+    for number, ((of, split), variants) in enumerate(by_data.items()):
         if len(variants) > 1:
             path = aside / f"ablations-{number}.png"
             figures.draw_ablations(variants, path)
-            yield f"<h2>Variants on {html.escape(data)}</h2>{page.image(path)}"
+            yield f"<h2>Variants on {html.escape(f'{of}, {split}')}</h2>{page.image(path)}"
 
 
 def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[str]:
@@ -267,7 +267,9 @@ def _percent(share: float) -> str:
 
 
 def _or_dash(value: float | None) -> str:
-    return "–" if value is None else f"{value:g}"
+    if value is None:
+        return "–"
+    return f"{value:.1f}" if value == round(value, 1) else f"{value:.3f}"
 
 
 def _mean_and_deviation(errors: Sequence[float]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
@@ -70,21 +71,28 @@ class RunResults:
     def views(self) -> Mapping[int, Score]:
         """The newest score of the best network on its own data, for each number of views."""
         return {one.views: one.score for one in self.scores
-                if one.which.startswith("best") and not one.changed}  # fmt: skip
+                if one.which.startswith("best") and not one.changed
+                and one.split == self.config.data.eval_split}  # fmt: skip
 
     @property
     def detailed(self) -> Scored | None:
-        """The saved score of the best network with the most views; the newest of equals."""
+        """The saved score of the best network, on its own split, with the most views; the newest of
+        equals."""
         own = [one for one in self.scores if one.kept is not None and not one.changed]
+        split = self.config.data.eval_split
         return max(
-            own, key=lambda one: (one.which.startswith("best"), one.step, one.views), default=None
-        )
+            own, default=None,
+            key=lambda one: (one.which.startswith("best"), one.step, one.split == split, one.views),
+        )  # fmt: skip
 
 
 def read_run_folder(folder: Path) -> RunResults | None:
-    """Read a run folder; None if it has no config, or one that cannot be read."""
+    """Read a run folder, or what `import` made; None if it has no config that can be read."""
     try:
-        config = load_config([json_object(read_bytes(folder / "config.json"))])
+        if (saved := folder / "config.json").is_file():
+            config = load_config([json_object(read_bytes(saved))])
+        else:  # imported: it was not trained here
+            config = checkpoints.at(folder).config
         points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         run = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]

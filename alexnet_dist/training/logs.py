@@ -47,10 +47,10 @@ def opening(
     return (
         f"{config.folder} {begins}: {last_step} steps, {config.model.columns} column(s) on "
         f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
-        f"threads each), {config.train.precision}\n"
-        f"batch {config.train.batch} global, {replica} a replica, {decoded} decoded a rank; "
-        f"{parts} micro-batch(es) of {replica // parts}; "
-        f"{samples} training images of {config.data.path}, by {decoding}\n"
+        f"thread(s) each), {config.train.precision}\n"
+        f"batch {config.train.batch} in all, {replica} per replica, in {parts} micro-batch(es) of "
+        f"{replica // parts}; each rank decodes {decoded}\n"
+        f"{samples} training images of {config.data.path}, decoded by {decoding}\n"
         f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"
     )
 

@@ -162,9 +162,10 @@ class Telemetry:
             left_s: seconds of training left.
         """
         tops = [f"{name} {values[top]:.1%}" for top, name in accuracies(self._classes).items()]
+        digits = 0 if speed["images_per_s"] >= 10 else 1
         parts = [
             f"epoch {epoch:.2f}", f"step {step}/{self._last_step}", f"loss {values['loss']:.4f}",
-            *tops, f"rate {values['rate']:.2e}", f"{speed['images_per_s']:.0f} images/s",
+            *tops, f"rate {values['rate']:.2e}", f"{speed['images_per_s']:.{digits}f} images/s",
             f"data wait {speed['data_wait']:.0%}",
             *([f"MFU {self._mfu:.0%}"] if self._mfu else []),
             *([f"damaged {values['damaged']:.0f}"] if values["damaged"] else []),
