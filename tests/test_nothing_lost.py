@@ -89,7 +89,7 @@ def test_outputs_that_are_not_finite_are_no_score(
         assert (code, out) == (1, "")
         assert "the network's outputs are not finite (loss nan), so it cannot be scored" in err
         assert "Traceback" not in err
-    with pytest.raises(NotFinite, match="a loss of nan"):
+    with pytest.raises(NotFinite, match="loss nan"):
         evaluate(run, views=1)
     from PIL import Image
 
