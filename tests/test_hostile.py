@@ -243,7 +243,9 @@ def test_a_forged_networks_rows_are_never_cut_whoever_reads_them(
         lambda: figures.draw(config.folder),
         lambda: figures.colour(config.folder),
     ):
-        with pytest.raises(CheckpointError, match=rf"model\.safetensors: not what a run.*{said}"):
+        with pytest.raises(
+            CheckpointError, match=rf"model\.safetensors: does not fit its own.*{said}"
+        ):
             read()
     assert not (tmp_path / "out").exists()
 

@@ -173,7 +173,7 @@ def test_steps_that_are_not_finite_are_left_out_as_often_as_the_config_allows(
     assert "step 4: the loss is nan and the gradient norm nan: this update was skipped" in (
         stopped.stderr
     )
-    assert "left out 1 of train.max_skipped=1" in stopped.stderr
+    assert "skipped 1 of train.max_skipped=1" in stopped.stderr
     assert "step 9: the loss is nan" in stopped.stderr
     assert "1 skipped before, train.max_skipped=1. Lower schedule.rate" in stopped.stderr
     assert "Traceback" not in stopped.stderr

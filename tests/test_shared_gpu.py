@@ -228,7 +228,7 @@ def test_layouts_are_compared_on_the_gpu_that_they_share(tiny: Tiny, monkeypatch
         assert "of NVIDIA H100 80GB HBM3, which up to 4 ranks share" in said
         assert "`alexnet-dist plan CONFIG --gpus h100:4`" in said
         assert not shared_gpus.unseen(found[0], 1)
-    with with_gpus(1, memory=10**6), pytest.raises(ConfigError, match="fp64, and 2 ranks on"):
+    with with_gpus(1, memory=10**6), pytest.raises(ConfigError, match="fp64, but 2 ranks on"):
         compare_layouts.chosen(tiny(*SHARED), "columns:2")
 
 
