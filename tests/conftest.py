@@ -84,7 +84,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Those of tests, and of processes that they kill, go where pytest removes them."""
+    """Those of tests, and of processes that they kill, go where pytest removes them; but what torch
+    has compiled is kept for later runs."""
+    compiled = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled))
     folder = tmp_path_factory.mktemp("tmp")
     with temporary_files_in(folder):
         yield

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import as_overrides
+from conftest import as_overrides, in_a_fork
 from torch.distributed.elastic.multiprocessing import SignalException
 
 import alexnet_dist
@@ -392,19 +393,15 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
     assert result.stdout.split() == [*(str(code) for _, code, _ in cases), "False"]
 
 
-def test_a_mistake_that_only_ranks_see_is_one_line(
-    tiny: Tiny, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mistake_that_only_ranks_see_is_one_line(tiny: Tiny) -> None:
     config = tiny(ALONE, "layout.device=cuda", "layout.ranks=1")
     if torch.cuda.is_available():
         pytest.skip("here are GPUs")
-    assert main.main(["compare", *as_overrides(config), "--layouts", "one"]) == 2
-    said = capfd.readouterr().err
-    assert (
-        "alexnet-dist: the command line: layout.device=cuda: 1 ranks on this host need a GPU each"
-        in said
-    )
-    assert "Traceback" not in said
+    ended = in_a_fork(forks.run, ["compare", *as_overrides(config), "--layouts", "one"])
+    assert ended.returncode == 2
+    said = "the command line: layout.device=cuda: 1 ranks on this host need a GPU each"
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def _fails_on_rank_1(error: Exception) -> None:
@@ -413,13 +410,19 @@ def _fails_on_rank_1(error: Exception) -> None:
     time.sleep(60)  # as a rank that waits for the other; it is ended with it
 
 
-def test_what_fails_on_a_rank_started_here_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+def _fail() -> None:
+    forks.fork_ranks()
     with pytest.raises(ConfigError, match="every rank's"):
         spawn.call(_fails_on_rank_1, 2, ConfigError("every rank's"))
-    assert "every rank's" not in capfd.readouterr().err
     with pytest.raises(RanksFailed, match="a rank failed, and reported why"):
         spawn.call(_fails_on_rank_1, 2, OSError(errno.ENOSPC, "No space left"))
-    assert "[r1] [Errno 28] No space left: make room" in capfd.readouterr().err
+
+
+def test_what_fails_on_a_rank_started_here_is_said() -> None:
+    ended = in_a_fork(_fail)
+    assert ended.returncode == 0, ended.stderr
+    assert "every rank's" not in ended.stderr
+    assert "[r1] [Errno 28] No space left: make room" in ended.stderr
 
 
 def _told_to_stop() -> None:
