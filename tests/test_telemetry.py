@@ -328,7 +328,8 @@ CALM = dict.fromkeys(SPANS, 0.0)
         ({"evaluate": 0.5}, ["evaluate.every_epochs=0.5"], (8, True, True), "every_epochs=1$"),
         ({"checkpoint": 0.3}, ["checkpoint.every_steps=10"], (8, True, True), "every_steps=20$"),
         ({"log": 0.3}, ["log.every_steps=1"], (8, True, True), r"log\.every_steps=2"),
-        ({"other": 0.5}, [], (8, True, True), "^waiting for Python 50%"),
+        ({"other": 0.5}, [], (8, True, True), r"^waiting for Python 50%.*: a larger train\.batch$"),
+        ({"other": 0.5}, ["train.micro_batches=2"], (8, True, True), r"fewer train\.micro_batches"),
     ],
 )  # fmt: skip
 def test_a_verdict_says_what_to_do(

@@ -47,6 +47,8 @@ def verdict(
         fewer = "train.execution=graph, or a larger train.batch"
     else:
         fewer = "a larger train.batch"
+    parts = config.train.micro_batches > 1
+    larger = f"{'fewer train.micro_batches, or ' * parts}a larger train.batch"
     rules = (  # span, acceptable share of the time, in words, what helps
         ("data", 0.1, "waiting for data", faster),
         ("exchange", 0.3, "exchanging between columns", "see what `plan` says of other layouts"),
@@ -55,7 +57,7 @@ def verdict(
         ("checkpoint", 0.1, "saving", f"checkpoint.every_steps={2 * save.every_steps}"),
         ("log", 0.1, "logging", f"log.every_steps={2 * config.log.every_steps}, "
          "log.histograms_every_steps=0"),
-        ("other", 0.2, "waiting for Python", "fewer train.micro_batches, or a larger train.batch"),
+        ("other", 0.2, "waiting for Python", larger),
     )  # fmt: skip
     times, rank = slowest
     besides = sum(shares[name] for name in APART)
