@@ -22,7 +22,7 @@ from alexnet_dist.evaluation import scores
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 from alexnet_dist.evaluation.results import Evaluation, Score
 from alexnet_dist.reporting import figures
-from alexnet_dist.reporting.runs import RunRead, read_run_folder
+from alexnet_dist.reporting.runs import RunResults, read_run_folder
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.run_folder import RunFolder
 
@@ -141,7 +141,7 @@ def test_a_run_counts_by_its_own_split_and_data(
     same = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(same, indent=1))  # another digest
 
-    def read() -> RunRead:
+    def read() -> RunResults:
         found = read_run_folder(config.folder)
         assert found is not None
         return found

@@ -216,8 +216,7 @@ def test_a_good_checkpoint_that_is_misplaced_or_cannot_be_read_stops_a_start(
 ) -> None:
     folder = kept().folder / "checkpoints"
     wrong = (folder / LEFT[1]).rename(folder / "step-00000016")
-    said = rf"another step, 8; nothing was changed.*: mv -nT {wrong} {folder / LEFT[1]}"
-    refused(kept(), said)
+    refused(kept(), rf"another step, 8; nothing was changed.*: mv -nT {wrong} {folder / LEFT[1]}")
     wrong.rename(folder / LEFT[1])
     sound = verify.sha256
 
