@@ -123,7 +123,7 @@ def test_features_are_what_layers_make(own: Trained) -> None:
     at_test = 1 - own.config.model.dropout  # fc8 sees units scaled at test
     assert_close(own.features(images_of(own), "fc7") * at_test, theirs, 1e-5)
 
-    with pytest.raises(ConfigError, match=r"layer 'fc9': this network has conv1, .*fc8"):
+    with pytest.raises(ConfigError, match=r"layer 'fc9': this network has only conv1, .*fc8"):
         own.features(files, "fc9")
     with pytest.raises(DatasetError, match=r"missing\.jpg: there is no such file: leave it out"):
         own.features([files[0], "missing.jpg"])
