@@ -86,7 +86,7 @@ def test_a_recipe_is_chosen_by_what_is_held_out_and_seeds_wait_for_it(bench: Ben
     done["imagenette-pretrain-0"] = {}
     given = sources(tuned, done, real)
     assert "train.init_from=runs/results/imagenette-pretrain-0" in given
-    assert results._obstacle(tuned, done, bench).startswith("imagenette-pretrain-0's network is no")
+    assert results._obstacle(tuned, done, bench).startswith("imagenette-pretrain-0's network is mi")
 
 
 def test_figure_1s_rate_is_the_one_that_comes_first_to_25_percent() -> None:
