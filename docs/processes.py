@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import psutil
 
 _MARK = "ALEXNET_DIST_STARTED"  # in the environment of a command and of all that it starts
+_START_S = 60  # longer than a folder has no lock, after it is made
 ROOT = Path(__file__).parent.parent
 
 
@@ -80,13 +82,14 @@ def exit_at_sigterm() -> None:
 @contextlib.contextmanager
 def scratch(name: str) -> Iterator[Path]:
     """Make a folder for all temporary files of this program and of what it starts; at the end, or
-    at SIGTERM, end those processes and remove it. Folders of the same name that programs left
-    which were killed are removed first: nobody holds their locks."""
+    at SIGTERM, end those processes and remove it. Folders of the same name that killed programs
+    left are removed first: nobody holds their locks, and they are older than a start takes."""
     exit_at_sigterm()
     prefix = f"alexnet-dist-{name}-"
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left, ignore_errors=True)
+            if left.stat().st_mtime < time.time() - _START_S:
+                shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as made:
         folder, mark = Path(made), uuid.uuid4().hex
         with _locked(folder), temporary_files_in(folder):

@@ -148,7 +148,7 @@ def test_a_run_counts_by_its_own_split_and_data(
 
     before = read().views
     for changes in ([], ["data.eval_split=train"], [f"data.path={other}"]):
-        assert scores.keep(evaluate_checkpoints([config.folder], changes)) is not None
+        assert scores.save_score(evaluate_checkpoints([config.folder], changes)) is not None
     found = read()
     assert len(found.scores) == 1 + 3
     assert {views: score.samples for views, score in found.views.items()} == {1: 23}

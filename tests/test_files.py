@@ -1,5 +1,6 @@
 """Only regular files are read and written, never through a link; checksums are verified."""
 
+import logging
 import os
 import random
 import shutil
@@ -132,6 +133,7 @@ def test_a_pipe_in_a_run_folder_is_named_and_kept(
     with pytest.raises((RunFolderError, AlexNetDistError), match=rf"run/{name}.*a pipe, not a fi"):
         train(config)
     assert stat.S_ISFIFO((config.folder / name).stat().st_mode)
+    assert not logging.getLogger("alexnet_dist.data").handlers
 
 
 def test_no_link_leads_out_of_a_run_folder(tiny: Callable[..., Config], tmp_path: Path) -> None:

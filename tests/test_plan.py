@@ -193,7 +193,7 @@ def test_a_layout_that_does_not_fit_says_what_does() -> None:
     assert any("on 3, replicas" in line for line in plan_lines(planned))
     alone = plan(config_of("one", "model.columns=1", "model.exchange=[]"), 2).layouts["columns"]
     assert isinstance(alone, Misfit)
-    assert alone.problem.startswith("layout.kind='columns': there is nothing to split")
+    assert alone.problem.startswith("layout.kind='columns': a network of model.columns=1 cannot")
 
 
 MEASURE = """

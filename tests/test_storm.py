@@ -140,6 +140,7 @@ def test_a_program_that_is_told_to_end_leaves_nothing_and_one_that_was_killed_is
         begun[2].kill()
         begun[2].wait(30)
         assert Path(killed[0]).exists()
+        os.utime(killed[0], (0, 0))
         before = signal.getsignal(signal.SIGTERM)
         with processes.scratch("trial") as folder:
             assert {*tmp_path.iterdir()} == {Path(lives[0]), folder}

@@ -148,11 +148,8 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     pipeline = resolved.data.pipeline
     if why == "set" and config.data.pipeline != pipeline:  # resolved from an earlier start
         why = "as before"
-    return (
-        resolved,
-        dataset,
-        f"data.pipeline={pipeline} ({why}){decoder_in_words(resolved, topology)}",
-    )
+    decoding = f"data.pipeline={pipeline} ({why}){decoder_in_words(resolved, topology)}"
+    return resolved, dataset, decoding
 
 
 def _run(

@@ -65,7 +65,6 @@ class Telemetry:
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
         self._mfu: float | None = None
-        self._quarantine = quarantine(folder.path / "quarantine.jsonl")
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
         self._loggers: list[loggers.LoggerThread] = []
         self._finished = False
@@ -86,6 +85,8 @@ class Telemetry:
         self._trace = Trace(profiled, folder.path, self._cuda, self._traced)
         self._trace.stepped(step)
         TIMELINE.start(self._cuda)
+        # Last, so that where one of the above fails no handler is left in this process.
+        self._quarantine = quarantine(folder.path / "quarantine.jsonl")
 
     @property
     def _cuda(self) -> bool:
