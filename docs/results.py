@@ -70,7 +70,7 @@ def _machine() -> str:
     from alexnet_dist.parallel.device import machine
 
     found = machine()
-    return found["gpu"] or f"{found['cores']} cores of {found['cpu']}"
+    return found["gpu"] or f"{found['cores']} core(s) of {found['cpu']}"
 
 
 def _at_once(variant: Variant) -> int:

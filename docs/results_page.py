@@ -153,10 +153,13 @@ def front(rows: Rows) -> str:
         if alone:
             score = _spread([row["scores"]["10"]["top1"] for row in alone])
             lines.append(table_line(title, score, len(alone), _where(alone)))
-    every = "[Every row](docs/results.md#trainings-on-what-can-be-had)"
+    page = "docs/results.md#trainings-on-what-can-be-had"
     if len(lines) == 1:
-        return f"{every} of `make results` waits for a GPU."
-    return "\n".join([*lines, "", f"{every}."])
+        return (
+            f"No network of `make results` has been scored yet: they need a GPU "
+            f"([what there is so far]({page}))."
+        )
+    return "\n".join([*lines, "", f"[Every row]({page})."])
 
 
 PAGES = (Page(ROOT / "docs/results.md", ROWS, tables), Page(ROOT / "README.md", ROWS, front))
