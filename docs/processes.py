@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 _MARK = "ALEXNET_DIST_STARTED"  # in the environment of a command and of all that it starts
-_START_S = 60  # longer than a folder has no lock, after it is made
+_START_S = 60  # a new folder is locked well within this time
 ROOT = Path(__file__).parent.parent
 
 
