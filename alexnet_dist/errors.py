@@ -16,6 +16,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def counted(number: int, thing: str) -> str:
+    """Return a number with what it counts: "1 process", "2 processes"."""
+    ending = "" if number == 1 else "es" if thing.endswith(("s", "ch")) else "s"
+    return f"{number} {thing}{ending}"
+
+
 class AlexNetDistError(Exception):
     """An error that the user can understand and fix.
 

@@ -227,7 +227,8 @@ def _tiled(maps: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _short(name: str) -> str:
-    return drawable(name.split(",")[0])[:24]
+    short = drawable(name.split(",")[0])
+    return short if len(short) <= 24 else f"{short[:23]}…"
 
 
 def png(picture: Picture) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from alexnet_dist.config.from_data import FROM_DATA
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, ConvName, FcName, Key, LayerName, flat
+from alexnet_dist.config.values import as_typed
 from launch.cluster import Cluster
 
 PATH = Path(__file__).with_name("configuration.md")
@@ -47,7 +48,7 @@ def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
     yield "| key | value | default | meaning |\n|---|---|---|---|\n"
     for name in own:
         kind, key = get_args(hints[name])
-        mark, default = " ◦" if key.mutable else "", _shown(values[prefix + name])
+        mark, default = " ◦" if key.mutable else "", as_typed(values[prefix + name])
         yield f"| `{prefix}{name}`{mark} | {_value(kind, key)} | {default} | {_cell(key.doc)} |\n"
     for field in dataclasses.fields(of):
         if field.name not in own:
@@ -70,13 +71,6 @@ def _value(kind: Any, key: Key) -> str:
     words = [f"{sign} {bound:,.10g}" for sign, bound in bounds.items() if bound is not None]
     names = {int: "whole number", float: "number", bool: "true, false", str: "text"}
     return " ".join([names[kind], ", ".join(words)]).strip()
-
-
-def _shown(value: Any) -> str:
-    """Return a value as it is typed on a command line."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(_shown, value))}]"
-    return str(value).lower() if isinstance(value, bool) else f"{value}".removesuffix(".0")
 
 
 def _cell(text: str) -> str:

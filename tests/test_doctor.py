@@ -46,7 +46,7 @@ def test_doctor_says_what_a_run_would_use(tiny: Callable[..., Config]) -> None:
     said = {one["what"]: one["found"] for one in found["findings"]}
     assert {"python", "cpu", "memory", "allocator", "slurm", "disk", "clock"} <= said.keys()
     assert f"torch {metadata.version('torch')}" in said["packages"]
-    assert said["layout"].startswith("columns: 2 process(es) on the CPU, 1 thread(s) each, over gl")
+    assert said["layout"].startswith("columns: 2 processes on the CPU, 1 thread each, over gl")
     assert "2 ranks gathered and summed correctly" in said["exchange, gloo"]
     assert "decodes on the CPU" in said["dali"]
     assert "10 classes, train 60, test 23 images" in said["data"]
@@ -171,7 +171,7 @@ def test_what_a_run_does_not_use_need_not_work(
     for module in (doctor, machine, device):
         monkeypatch.setattr(module, "gpus", lambda config: 4)
     found = examined("layout.kind=columns_x_replicas", "layout.device=auto")["layout"].found
-    assert found.startswith("columns_x_replicas: 4 process(es) on a GPU each, over NCCL")
+    assert found.startswith("columns_x_replicas: 4 processes on a GPU each, over NCCL")
 
 
 def test_a_quick_look_at_a_data_set_takes_some_of_each(packed: Path, monkeypatch: Patch) -> None:

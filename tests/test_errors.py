@@ -299,7 +299,7 @@ def test_one_gpu_for_two_ranks_is_said_where_it_is_not_asked_for(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     device = take_device(tiny("layout.device=auto"), environment.Place(0, 2, 0, 2))
     assert device.type == "cpu"
-    assert "2 ranks but only 1 GPU(s): computing on the CPU; to use the GPU(s)" in caplog.text
+    assert "2 ranks but only 1 GPU: computing on the CPU; to use the GPU," in caplog.text
 
 
 def test_options_and_keys_come_in_any_order() -> None:

@@ -324,7 +324,7 @@ def test_what_is_left_for_the_network_is_more_than_its_plan(more: Sequence[str])
     [
         (2.1, "", "resident", r"decoded images would take 0\.00 GB per rank, of 0\.00 GB free$"),
         (1.9, "", "dali", "free$"),
-        (1.9, "no driver", "torch", "free, and DALI cannot decode here: no driver$"),
+        (1.9, "no driver", "torch", "free, and DALI cannot decode there: no driver$"),
     ],
 )
 def test_auto_on_a_gpu_takes_what_fits(

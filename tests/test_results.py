@@ -97,7 +97,8 @@ def test_figure_1s_rate_is_the_one_that_comes_first_to_25_percent() -> None:
         one.name: row(one, epochs_to={"50": 1.0, "25": at, "15": None})
         for one, at in zip(own, epochs, strict=False)
     }
-    done[own[3].name] = row(own[3], diverged="a loss of nan")
+    for one in own[3:]:
+        done[one.name] = row(one, diverged="a loss of nan")
     assert chosen(relu, done) == ("schedule.rate=0.01",)
     for one in own[1:3]:  # none of them: the lowest training error
         done[one.name] = row(one, epochs_to={"25": None}, training_error=40.0)

@@ -27,6 +27,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.files import read_run
 from alexnet_dist.training.metrics_file import read_metrics
+from alexnet_dist.training.state import Progress
 
 # 60 images, 8 a step, 8 epochs: 60 steps; evaluations after every 15; a save every 4.
 RUN = [
@@ -228,13 +229,18 @@ def test_a_finished_run_says_so_and_changes_nothing(
     command: Callable[..., list[str]], runs: Path, whole: Whole
 ) -> None:
     assert (
-        "batch 8 in all, 8 per replica, in 2 micro-batch(es) of 4; each rank decodes 4"
+        "batch 8 in all, 8 per replica, in 2 micro-batches of 4; each rank decodes 4"
         in whole.errors
     )
     shutil.copytree(whole.folder, runs / "done")
     again = alexnet_dist(*command("done", MICRO))
     assert again.returncode == 0, again.stderr
     assert "done: done, 60 steps; top-1" in again.stdout
+    best = checkpoints.best(runs / "done" / "checkpoints")
+    score = Progress.of(best.progress).score
+    assert score is not None
+    its = "" if best.step == 60 else f": top-1 {score.top1:.2%} ({score.correct1} of "
+    assert f"best checkpoint: {best.path}{its}" in again.stdout
     assert "next: alexnet-dist evaluate" in again.stdout
     assert ended_state(runs / "done") == whole.state()
 

@@ -201,7 +201,7 @@ def test_a_run_whose_checkpoints_are_lost_never_begins_anew_unless_told_to(
     refused(kept(), rf"\(step-00000004, step-00000008, step-8\).*{told}")
     capfd.readouterr()
     assert train(kept("checkpoint.begin_anew=true", "train.epochs=0.5")).exit == 0
-    assert "begins: 4 steps, 2 column(s) on" in capfd.readouterr().err
+    assert "begins: 4 steps, 2 columns on" in capfd.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["from-backup", "step-8", "step-00000004", *(f"damaged-{name}" for name in LEFT)]
     )

@@ -116,7 +116,7 @@ def test_what_a_rank_may_still_take_is_of_its_share(monkeypatch: Patch) -> None:
     ("gpus", "nccl", "ranks", "said"),
     [
         (0, (2, 30, 7), 2, "this machine has no GPU to share: set layout.share_gpu=false to"),
-        (1, (2, 29, 2), 2, r"2 ranks but only 1 GPU\(s\), and NCCL 2\.29\.2 cannot give a "
+        (1, (2, 29, 2), 2, r"2 ranks but only 1 GPU, and NCCL 2\.29\.2 cannot give a "
          r"GPU to several ranks: install torch 2\.14, whose NCCL 2\.30 can"),
         (1, (), 2, "and NCCL is missing, which cannot give"),
         (2, (2, 27, 5), 2, ""),  # nothing is shared
@@ -262,7 +262,7 @@ def test_doctor_tells_what_would_be_shared_and_why_it_cannot_be(tiny: Tiny) -> N
     with with_gpus(1):
         first, *_, backends = doctor._layout(config)
         assert first.found.startswith(
-            "columns_x_replicas: 4 process(es) on a GPU for up to 4 of them, over NCCL (1 GPU(s) "
+            "columns_x_replicas: 4 processes on a GPU for up to 4 of them, over NCCL (1 GPU "
             "here, shared)"
         )
         assert not first.remedy

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from alexnet_dist.cli.parser import AddCommand, add_json, out, path
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config, shipped
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import CheckpointError, ConfigError, printable
+from alexnet_dist.errors import CheckpointError, ConfigError, counted, printable
 from alexnet_dist.files import check_trained, read_run
 from alexnet_dist.parallel import environment
 from alexnet_dist.training.metrics_file import accuracies
@@ -118,14 +118,14 @@ def _print_end(config: Config, outcome: "Outcome") -> None:
     best = store.best(config.folder / "checkpoints")
     score = outcome.score
     words = _in_words(score, config.model.classes) if score else "not scored"
-    print(f"{config.folder}: done, {outcome.step} steps; {words}")
+    print(f"{config.folder}: done, {counted(outcome.step, 'step')}; {words}")
     other = Progress.of(best.progress).score if score and best.step != outcome.step else None
     its = f": {_in_words(other, config.model.classes)}" if other else ""
     print(f"{'best' if score else 'last'} checkpoint: {best.path}{its}")
     with WarnOnce("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
-    if score:
+    if score and config.data.canvas > config.model.crop:  # else the windows are all alike
         print(f"next: alexnet-dist evaluate {config.folder} --views 10")
 
 

@@ -19,6 +19,13 @@ class Typed(str):
     """The text of a value as the user typed it, not yet converted to its key's type."""
 
 
+def as_typed(value: Any) -> str:
+    """Return a value as it is typed on a command line."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_typed, value))}]"
+    return str(value).lower() if isinstance(value, bool) else f"{value}".removesuffix(".0")
+
+
 def parse(text: Typed, dotted: str) -> Any:
     """Parse the text typed for a list or a section as YAML whose scalars stay `Typed`."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.config.values import as_typed
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.files import MOST_MEMORY, check_opcodes, opened, within_memory
 from alexnet_dist.network.shapes import final_side
@@ -96,8 +97,8 @@ def _check_network(config: Config) -> None:
     for key in _ARCHITECTURE:
         if ours[key] != wanted[key]:
             raise ConfigError(
-                f"{key}={_shown(ours[key])}: torchvision's alexnet has {_shown(wanted[key])}, and "
-                "would compute something else: use --format onnx or safetensors"
+                f"{key}={as_typed(ours[key])}: torchvision's alexnet has {as_typed(wanted[key])}, "
+                "and would compute something else: use --format onnx or safetensors"
             )
     if final_side(config.model) != final_side(theirs):
         raise ConfigError(
@@ -105,10 +106,6 @@ def _check_network(config: Config) -> None:
             f"for fc6, but torchvision's alexnet has {final_side(theirs)}: use --format onnx or "
             "safetensors"
         )
-
-
-def _shown(value: Any) -> str:
-    return f"{list(value) if isinstance(value, tuple) else value}".replace("'", "")
 
 
 def _names(config: Config) -> Mapping[str, str]:

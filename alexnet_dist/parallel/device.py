@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, counted
 from alexnet_dist.network.precision import FIRST_WITH
 from alexnet_dist.parallel.environment import Place
 
@@ -65,7 +65,7 @@ def share_problem(config: Config, ranks: int) -> str:
     if ranks <= found or (version := nccl_version()) >= NCCL_SHARES_FROM:
         return ""
     return (
-        f"layout.share_gpu=true: {ranks} ranks but only {found} GPU(s), and NCCL "
+        f"layout.share_gpu=true: {ranks} ranks but only {counted(found, 'GPU')}, and NCCL "
         f"{'.'.join(map(str, version)) or 'is missing, which'} cannot give a GPU to several "
         "ranks: install torch 2.14, whose NCCL 2.30 can, or set layout.share_gpu=false"
     )
@@ -125,8 +125,8 @@ def own_device(config: Config, place: Place) -> torch.device:
                 )
             if found and place.rank == 0:
                 log.warning(
-                    f"{ranks} ranks but only {found} GPU(s): computing on the CPU; to use the "
-                    f"GPU(s), set layout.kind=one, layout.ranks={found}, or layout.share_gpu=true"
+                    f"{ranks} ranks but only {counted(found, 'GPU')}: computing on the CPU; to use "
+                    f"the GPU, set layout.kind=one, layout.ranks={found}, or layout.share_gpu=true"
                 )
             return torch.device("cpu")
         case 1:

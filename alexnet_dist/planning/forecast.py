@@ -14,8 +14,7 @@ from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.make import SHARE, splits_of
-from alexnet_dist.data.pipelines.resident import gb
+from alexnet_dist.data.pipelines.make import on_gpu, splits_of
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
@@ -73,6 +72,7 @@ class Forecast:
     recommended: str | None
     decode: DecodingForecast
     schedule: list[tuple[float, float]]
+    drops_assumed: bool
     measured: Mapping[str, Any] | None
 
     def to_json(self) -> dict[str, Any]:
@@ -131,6 +131,7 @@ def forecast(planned: Plan, config: Config, cluster: Cluster) -> Forecast:
         recommended=best,
         decode=_decoding(planned, cluster, pipeline, why, best, training),
         schedule=schedule(config, images),
+        drops_assumed=config.schedule.kind == "plateau" and config.schedule.max_drops > 0,
         measured=_measured(config, planned, predicted),
     )  # fmt: skip
 
@@ -178,11 +179,12 @@ def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[
         return wanted, "set"
     if not machine.overlap:
         return "torch", "auto, on a CPU"
-    size, free = 3.0 * config.data.canvas**2 * kept, machine.capacity - needs
-    if not (machine.decode or machine.decode_by_cuda):
-        return "torch", "auto: DALI cannot decode on this GPU"
-    kind = "resident" if size <= SHARE * free else "dali"
-    return kind, f"auto: decoded images would take {gb(size)} per rank, of {gb(free)} free"
+    decodes = machine.decode or machine.decode_by_cuda
+    return on_gpu(
+        3.0 * config.data.canvas**2 * kept,
+        machine.capacity - needs,
+        lambda: "" if decodes else f"it does not support a {machine.name}",
+    )
 
 
 def recommended(found: Mapping[str, Prediction]) -> str | None:

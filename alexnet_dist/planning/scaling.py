@@ -66,13 +66,15 @@ def draw(rows: Sequence[dict[str, Any]], cluster: Cluster, path: Path) -> None:
     """Draw the curves."""
     with figure(path, 1, 2, (12, 4.5)) as axes:
         speeds, shares = axes[0]
-        for kind in KINDS:
+        for place, kind in enumerate(KINDS):
             own = [row for row in rows if row["layout"] == kind]
             if kind == "one" or not own:
                 continue
             ranks = [row["ranks"] for row in own]
-            speeds.loglog(ranks, [row["images_per_s"] for row in own], "o-", label=kind)
-            shares.semilogx(ranks, [100 * row["efficiency"] for row in own], "o-", label=kind)
+            width = 1.0 + 5 * (len(KINDS) - 1 - place) / len(KINDS)  # where lines meet, all show
+            style = {"label": kind, "lw": width, "markersize": width + 3}
+            speeds.loglog(ranks, [row["images_per_s"] for row in own], "o-", **style)
+            shares.semilogx(ranks, [100 * row["efficiency"] for row in own], "o-", **style)
         one = rows[0]["images_per_s"]
         speeds.loglog([1, _MOST], [one, one * _MOST], ":", color="grey", label="ideal")
         title = f"{cluster.machine.name}, {cluster.devices} a node"

@@ -1,6 +1,6 @@
 """What `plan` prints: a plan and a forecast as lines of text."""
 
-from alexnet_dist.errors import printable
+from alexnet_dist.errors import counted, printable
 from alexnet_dist.planning.forecast import DecodingForecast, Forecast
 from alexnet_dist.planning.plan import Misfit, Plan
 
@@ -15,8 +15,8 @@ def plan_lines(planned: Plan) -> list[str]:
         f"training: {planned.training_flops_per_image / 1e9:.2f} GFLOP per image, "
         f"{planned.training_flops_per_image * planned.batch / 1e12:.2f} TFLOP per step",
         "",
-        f"on {planned.ranks} rank(s) with a batch of {planned.batch} in all, for each rank and "
-        "step:",
+        f"on {counted(planned.ranks, 'rank')} with a batch of {planned.batch} in all, for each "
+        "rank and step:",
         f"{'':20}{'batch':>6}{'parameters':>12}{'memory, peak':>14}{'bytes sent':>17}",
     ]
     for kind, rank in planned.layouts.items():
@@ -84,6 +84,8 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     if outlook.data_missing:
         text.append(f"no data set: {printable(outlook.data_missing)}")
     text += ["", *plot(outlook.schedule)]
+    if outlook.drops_assumed:
+        text.append("when the error stalls cannot be known: evenly spaced drops are assumed")
     if run := outlook.measured:
         text += [
             "",

@@ -31,7 +31,7 @@ from alexnet_dist.data.pipelines.make import for_one_pass, train_batches
 from alexnet_dist.engines.base import AT, Engine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, counted
 from alexnet_dist.parallel import layouts, spawn
 from alexnet_dist.parallel.device import gpus, ranks_per_gpu
 from alexnet_dist.parallel.topology import Topology, connect
@@ -145,8 +145,8 @@ def on_devices_alike(configs: Sequence[Config]) -> list[Config]:
     layout = configs[0].layout
     if 0 < here < most and layout.device == "auto" and not layout.share_gpu:
         log.warning(
-            f"only {here} GPU(s) for up to {most} ranks: all layouts run on the CPU; with "
-            "--share-gpu, all run on the GPU(s)"
+            f"only {counted(here, 'GPU')} for up to {most} ranks: all layouts run on the CPU; with "
+            "--share-gpu, all share what is here"
         )
         return [_with(one, device="cpu") for one in configs]
     return list(configs)

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from alexnet_dist.config.values import as_typed
 from alexnet_dist.errors import ConfigError, printable
 from alexnet_dist.plotting import figure
 from alexnet_dist.reporting.runs import RunResults, check_replaces, differing, read_run_folder
@@ -37,7 +38,7 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
         ],
         "picture": str(picture),
     }  # fmt: skip
-    rows = [[key, *map(str, values)] for key, values in differ.items()]
+    rows = [[key, *map(as_typed, values)] for key, values in differ.items()]
     text = _table(["key", *names], rows) if rows else "their configs are equal"
     with_top5 = ["top5" in accuracies(run.config.model.classes) for run in runs]
     scores = []

@@ -17,7 +17,7 @@ from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.inspect import inspect
 from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
-from alexnet_dist.errors import AlexNetDistError, in_words
+from alexnet_dist.errors import AlexNetDistError, counted, in_words
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
 from alexnet_dist.parallel.device import (
@@ -59,26 +59,27 @@ def examine(config: Config, named: bool) -> Iterator[Finding]:
 
 def _layout(config: Config) -> Iterator[Finding]:
     """Report which processes, devices, precision and backends the run would use, and why."""
-    here, may_use = gpus(config), cores()
+    kind, here, may_use = config.layout.kind, gpus(config), cores()
     count = layouts.ranks_wanted(config, here)
     per_gpu, each = ranks_per_gpu(config, count), " each" if count > 1 else ""
     own, shared = per_gpu > 0, per_gpu > 1
     if problem := layouts.problem(config, count) or share_problem(config, count):
-        yield Finding("layout", f"{config.layout.kind} on {count} rank(s)", problem, broken=True)
+        yield Finding("layout", f"{kind} on {counted(count, 'rank')}", problem, broken=True)
         return
     threads = config.layout.threads or max(1, may_use // count)
+    why = f"{counted(here, 'GPU')} here"
     if shared:
-        on, why = f"a GPU for up to {per_gpu} of them", f"{here} GPU(s) here, shared"
+        on, why = f"a GPU for up to {per_gpu} of them", f"{why}, shared"
     elif own:
-        on, why = f"a GPU{each}", f"{here} GPU(s) here"
+        on = f"a GPU{each}"
     else:
-        on, why = f"the CPU, {threads} thread(s){each}", f"{here or 'no'} GPU(s) here"
+        on = f"the CPU, {counted(threads, 'thread')}{each}"
         why += ", but each rank needs its own" if here else ""
     by = f", over {'NCCL' if own else 'gloo'}" if count > 1 else ""
     forced = config.layout.device == "cuda" and not own
     yield Finding(
         "layout",
-        f"{config.layout.kind}: {count} process(es) on {on}{by} ({why}); {config.train.precision}; "
+        f"{kind}: {counted(count, 'process')} on {on}{by} ({why}); {config.train.precision}; "
         f"images by data.pipeline={config.data.pipeline}",
         "set layout.device=auto: there are too few GPUs for layout.device=cuda" if forced
         else "layout.kind=one would use the GPU, and so would ranks that share it: "

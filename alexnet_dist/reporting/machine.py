@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import COMPILER
+from alexnet_dist.errors import COMPILER, counted
 from alexnet_dist.network import kernels
 from alexnet_dist.parallel import environment, layouts
 from alexnet_dist.parallel.device import CGROUP, cores, cpu_flags, gpus, precision_problem
@@ -166,7 +166,7 @@ def slurm(config: Config) -> Iterator[Finding]:
     """Report Slurm's commands, and the job that this is."""
     there = [name for name in ("sbatch", "srun", "scontrol", "sacct") if shutil.which(name)]
     job, restarts = environment.job()
-    within = f"in job {job}, started {restarts + 1} time(s)" if job else "not in a job"
+    within = f"in job {job}, {counted(restarts, 'restart')}" if job else "not in a job"
     missing = {"srun", "scontrol"} - {*there} if there or job else set()
     remedy = f"install Slurm's client: {', '.join(sorted(missing))} missing" if missing else ""
     yield Finding("slurm", f"{', '.join(there)}; {within}" if there else "not here", remedy)

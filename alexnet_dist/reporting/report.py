@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alexnet_dist.config.values import as_typed
 from alexnet_dist.errors import AlexNetDistError
 from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
@@ -165,7 +166,7 @@ def _one_run(run: RunResults) -> Iterable[str]:
     """Yield what distinguishes a run from its nearest preset, its classes and its pictures."""
     yield f"<h2>{html.escape(run.folder.name)}</h2>"
     preset, differ = nearest_preset(run.config)
-    rows = [[key, str(own), str(theirs)] for key, (own, theirs) in differ.items()]
+    rows = [[key, as_typed(own), as_typed(theirs)] for key, (own, theirs) in differ.items()]
     what = f"The shipped config nearest to it is <b>{html.escape(preset)}</b>"
     yield (
         f"<p>{what}; it differs in:</p>" + page.table(["key", "here", preset], rows)

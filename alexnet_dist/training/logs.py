@@ -9,7 +9,7 @@ import torch
 
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import printable
+from alexnet_dist.errors import counted, printable
 from alexnet_dist.files import appended
 from alexnet_dist.parallel.topology import Topology
 
@@ -45,12 +45,13 @@ def opening(
             unscored += ", and the rate of schedule.kind=plateau never drops"
         unscored += "\n"
     return (
-        f"{config.folder} {begins}: {last_step} steps, {config.model.columns} column(s) on "
-        f"{topology.world_size} process(es), {topology.device.type} ({torch.get_num_threads()} "
-        f"thread(s) each), {config.train.precision}\n"
-        f"batch {config.train.batch} in all, {replica} per replica, in {parts} micro-batch(es) of "
-        f"{replica // parts}; each rank decodes {decoded}\n"
-        f"{samples} training images of {config.data.path}, decoded by {decoding}\n"
+        f"{config.folder} {begins}: {counted(last_step, 'step')}, "
+        f"{counted(config.model.columns, 'column')} on {counted(topology.world_size, 'process')}, "
+        f"{topology.device.type} ({counted(torch.get_num_threads(), 'thread')} each), "
+        f"{config.train.precision}\n"
+        f"batch {config.train.batch} in all, {replica} per replica, in "
+        f"{counted(parts, 'micro-batch')} of {replica // parts}; each rank decodes {decoded}\n"
+        f"{counted(samples, 'training image')} of {config.data.path}, decoded by {decoding}\n"
         f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"
     )
 

@@ -1,7 +1,7 @@
 """Choose and make the pipeline of a run, and make the batches that it trains on."""
 
 import contextlib
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Literal
 
@@ -19,7 +19,8 @@ from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
 
-SHARE = 0.5  # of the memory left free by the network, which decoded images may take
+_SHARE = 0.5  # of the memory left free by the network, which decoded images may take
+Kind = Literal["resident", "dali", "torch"]
 
 
 def splits_of(config: Config) -> list[str]:
@@ -33,20 +34,30 @@ def choose_pipeline(config: Config, topology: Topology, dataset: Dataset) -> tup
     alike on every rank, and the reason. Collective."""
     if config.data.pipeline != AUTO:
         return config, "set"
-    kind: Literal["resident", "dali", "torch"] = "torch"
+    kind: Kind = "torch"
     if topology.device.type == "cpu":  # there decoding is 1 % of a step: docs/log.md
         why = "auto: on a CPU"
     else:
         size = decoded_bytes(config, dataset, splits_of(config))
         free = FreeMemory.of(config, topology).device
-        why = f"auto: decoded images would take {gb(size)} per rank, of {gb(free)} free"
-        if size <= SHARE * free:
-            kind = "resident"
-        elif wrong := _dali_fails(topology):
-            why += f", and DALI cannot decode here: {wrong}"
-        else:
-            kind = "dali"
+        kind, why = on_gpu(size, free, lambda: _dali_fails(topology))
     return replace(config, data=replace(config.data, pipeline=kind)), why
+
+
+def on_gpu(size: float, free: float, dali_fails: Callable[[], str]) -> tuple[Kind, str]:
+    """Return what data.pipeline=auto chooses on a GPU, and the reason.
+
+    Args:
+        size: bytes of all decoded images on a rank.
+        free: bytes of its GPU's memory that the network leaves free.
+        dali_fails: returns why DALI cannot decode there; empty if it can.
+    """
+    why = f"auto: decoded images would take {gb(size)} per rank, of {gb(free)} free"
+    if size <= _SHARE * free:
+        return "resident", why
+    if wrong := dali_fails():
+        return "torch", f"{why}, and DALI cannot decode there: {wrong}"
+    return "dali", why
 
 
 def decoder_in_words(config: Config, topology: Topology) -> str:

@@ -135,7 +135,8 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
         path = FASHION_MNIST
     archive = kind in _ARCHIVES and path.is_file()
     if kind != "fashion_mnist" and not path.is_dir() and not archive:
-        raise DatasetError(f"{path} is not a folder: name the folder that holds {kind}'s files")
+        wrong = "is a file: unpack it, and" if path.is_file() else "is not a folder:"
+        raise DatasetError(f"{path} {wrong} name the folder that holds {kind}'s files")
     cut = {"validation": validation} if validation else {}
     if cut and (kind not in _CUT or not 0 < validation < 1):
         raise DatasetError(
