@@ -18,7 +18,7 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
-from alexnet_dist.network.flops import multiply_adds
+from alexnet_dist.network.flops import multiply_adds, training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.traffic import Traffic
@@ -82,9 +82,7 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
                 layer.name: layer.weight.numel() + layer.bias.numel() for layer in whole.layers()
             },
             forward_flops_per_image=forward,
-            # Backward: as much again for the weights' gradients, and for the inputs' gradients of
-            # all layers but the first.
-            training_flops_per_image=3 * sum(forward.values()) - forward["conv1"],
+            training_flops_per_image=training_flops(config),
             map_values_per_image={
                 "all": sum(values.values()),
                 "normalised": sum(values[name] for name in config.model.lrn.layers),
