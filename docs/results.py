@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -35,7 +36,7 @@ GRACE_S = 60  # in which to save and end
 
 def measure(parts: Sequence[str], bench: Bench) -> bool:
     """Train and score the missing rows that fit into the time; return whether none failed."""
-    end, sound, machine = time.monotonic() + bench.within - GRACE_S, True, _machine()
+    end, sound = time.monotonic() + bench.within - GRACE_S, True
     left, tried = planned(parts, bench.small is not None), set[str]()
     while True:
         # Which rows are missing, and what hinders each: others that come first, data, or time.
@@ -45,39 +46,43 @@ def measure(parts: Sequence[str], bench: Bench) -> bool:
         obstacles = {row.name: _obstacle(row, done, bench) for row in left}
         time_left = end - time.monotonic()
         for row in (row for row in left if not obstacles[row.name]):
-            if (takes := _expected_s(row, rows, machine, bench)) > time_left:
+            if (takes := _expected_s(row, rows, bench)) > time_left:
                 obstacles[row.name] = f"it may take {takes:.0f} s"
         fit = [row for row in left if not obstacles[row.name]]
         if not fit:
             break
         # Train the first, and beside it more of its part if its networks are small.
-        first = fit[0].variant
-        batch = [row for row in fit if row.variant.part == first.part][: _at_once(first)]
+        shares = _shares_of_cores(fit[0].variant)
+        batch = [row for row in fit if row.variant.part == fit[0].variant.part][: len(shares)]
         tried |= {row.name for row in batch}
         with contextlib.ExitStack() as ending:
-            running = [ending.enter_context(_started(row, bench)) for row in batch]
+            running = [
+                ending.enter_context(_started(row, cores, bench))
+                for row, cores in zip(batch, shares, strict=False)
+            ]
             for row, process in zip(batch, running, strict=True):
                 failed = processes.failed(process, min(end - time.monotonic(), 1e7))
-                sound &= _record(row, failed, done, machine, bench)
+                sound &= _record(row, failed, done, bench)
     for row in left:
         print(f"{row.name}: left: {obstacles[row.name]}")
     _draw_fig1(bench)
     return sound
 
 
-def _machine() -> str:
-    """Return the name of what trains here."""
+def _machine(variant: Variant) -> str:
+    """Return the name of what trains a row of this variant here."""
+    from alexnet_dist.errors import counted
     from alexnet_dist.parallel.device import machine
 
-    found = machine()
-    return found["gpu"] or f"{found['cores']} core(s) of {found['cpu']}"
+    found, cores = machine(), len(_shares_of_cores(variant)[0])
+    return found["gpu"] or f"{counted(cores, 'core')} of {found['cpu']}"
 
 
-def _at_once(variant: Variant) -> int:
-    """Return how many rows of a variant's part run together: each uses two cores."""
-    from alexnet_dist.parallel.device import cores
-
-    return max(1, min(variant.together, cores() // 2))
+def _shares_of_cores(variant: Variant) -> list[list[int]]:
+    """Divide this machine's cores among the rows of a variant's part that run together."""
+    cores = sorted(os.sched_getaffinity(0))
+    count = min(variant.together, len(cores))
+    return [cores[n * len(cores) // count : (n + 1) * len(cores) // count] for n in range(count)]
 
 
 def _obstacle(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
@@ -95,13 +100,13 @@ def _obstacle(row: Row, done: Mapping[str, Any], bench: Bench) -> str:
     return "" if there else f"{path} is missing: docs/results.md says how to make it"
 
 
-def _expected_s(row: Row, rows: Rows, machine: str, bench: Bench) -> float:
+def _expected_s(row: Row, rows: Rows, bench: Bench) -> float:
     """Return the seconds that a row may take, by the speed of its part's last row on this
     machine."""
     arguments = sources(row, succeeded(rows), bench)
     if row.of or arguments is None:
         return START_S
-    config, same = config_of(arguments), (row.variant.part, machine)
+    config, same = config_of(arguments), (row.variant.part, _machine(row.variant))
     speeds = [one["images_per_s"] for one in rows
               if (one["part"], one["machine"]) == same and "images_per_s" in one]  # fmt: skip
     meta = json.loads((ROOT / config.data.path / "dataset.json").read_text())
@@ -110,17 +115,20 @@ def _expected_s(row: Row, rows: Rows, machine: str, bench: Bench) -> float:
     return START_S + float(config.train.epochs * images / speed)
 
 
-def _started(row: Row, bench: Bench) -> contextlib.AbstractContextManager[Any]:
-    """Start a row in a process of its own."""
+def _started(
+    row: Row, cores: Sequence[int], bench: Bench
+) -> contextlib.AbstractContextManager[Any]:
+    """Start a row in a process of its own, on these cores."""
     print(f"{row.name}: starts", flush=True)
     output, errors = bench.log(row, "out"), bench.log(row, "err")
     output.parent.mkdir(parents=True, exist_ok=True)
     small = ["--small", str(bench.small)] if bench.small else []
-    command = [sys.executable, __file__, "--row", row.name, *small]
+    on = ["--cores", *map(str, cores)]
+    command = [sys.executable, __file__, "--row", row.name, *on, *small]
     return processes.started(command, output, errors, GRACE_S)
 
 
-def _record(row: Row, failed: str, done: Mapping[str, Any], machine: str, bench: Bench) -> bool:
+def _record(row: Row, failed: str, done: Mapping[str, Any], bench: Bench) -> bool:
     """Record a row that has ended; return False if it failed."""
     if failed.startswith("not done"):
         print(f"{row.name}: stopped; run the same command to continue", flush=True)
@@ -129,7 +137,7 @@ def _record(row: Row, failed: str, done: Mapping[str, Any], machine: str, bench:
     arguments = sources(row, done, bench) or []
     command = ["evaluate", *map(bench.shown, row.of)] if row.of else ["train", *arguments]
     about = {"row": row.name, "part": row.variant.part, "variant": row.variant.name,
-             "seed": row.seed, "candidate": row.candidate, "machine": machine,
+             "seed": row.seed, "candidate": row.candidate, "machine": _machine(row.variant),
              "commit": bench.commit, "command": " ".join(["alexnet-dist", *command])}  # fmt: skip
     try:
         if failed:
@@ -174,6 +182,7 @@ def main() -> int:
         help="try all rows on small data sets, with an eighth of each network, for a few steps",
     )  # fmt: skip
     parser.add_argument("--row", help=argparse.SUPPRESS)
+    parser.add_argument("--cores", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument(
         "--document", action="store_true", help="only write the tables of the pages"
     )
@@ -184,6 +193,7 @@ def main() -> int:
             page.write()
         return 0
     if options.row:  # in a process that `measure` started
+        os.sched_setaffinity(0, options.cores)
         print_row(options.row, Bench.of(small))
         return 0
     processes.exit_at_sigterm()  # and end what was started

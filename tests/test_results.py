@@ -1,10 +1,11 @@
 """docs/results.py, which makes docs/results.md, with small data sets and simulated rows."""
 
 import json
+import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,14 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Callable[[Mapping[str, str]], Non
     """Rows by name as Python code, in the place of trainings."""
 
     def play(codes: Mapping[str, str]) -> None:
-        def started(one: Any, bench: Bench) -> Any:
+        def started(one: Any, cores: Sequence[int], bench: Bench) -> Any:
             out, err = (bench.log(one, kind) for kind in ("out", "err"))
             out.parent.mkdir(parents=True, exist_ok=True)
             code = codes.get(one.name, says({"scores": {}, "seconds": 1.0, "steps": 1}))
             return processes.started([sys.executable, "-c", code], out, err, 20)
 
         monkeypatch.setattr(results, "_started", started)
-        monkeypatch.setattr(results, "_machine", lambda: "A card")
+        monkeypatch.setattr(results, "_machine", lambda variant: "A card")
         monkeypatch.setattr(results, "_draw_fig1", lambda bench: None)
 
     return play
@@ -200,7 +201,7 @@ def test_rows_of_small_networks_run_together_and_data_that_is_missing_is_said(
     bench: Bench, played: Callable[[Mapping[str, str]], None],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(results, "_at_once", lambda variant: variant.together)
+    monkeypatch.setattr(results, "_shares_of_cores", lambda variant: [[0]] * variant.together)
     waits = "import pathlib, time\n"
     waits += f"here = pathlib.Path('{bench.small}')\n(here / f'at-{{time.monotonic()}}').touch()\n"
     waits += "while len(list(here.glob('at-*'))) < 4: time.sleep(0.05)"
@@ -214,6 +215,17 @@ def test_rows_of_small_networks_run_together_and_data_that_is_missing_is_said(
     done = {one["row"] for one in read_rows(bench.rows)}
     assert {*names, "fig1-relu-0", "fig1-tanh-0", "fig1-sigmoid-0"} <= done
     assert "imagenette-choose-0: left: " in capsys.readouterr().out
+
+
+def test_rows_that_run_together_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, each in (
+        ({5}, [[5]]),
+        ({0, 1}, [[0], [1]]),
+        ({*range(6)}, [[0], [1, 2], [3], [4, 5]]),
+    ):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: cores)
+        assert results._shares_of_cores(BY_NAME["fig1-relu"]) == each
+        assert results._shares_of_cores(BY_NAME["cifar10"]) == [sorted(cores)]
 
 
 def test_the_tables_show_means_choices_colour_and_commands() -> None:

@@ -16,7 +16,7 @@ from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, signals_heeded
 
 try:
-    from alexnet_dist.cli import datasets, measures, predictions, results, runs
+    from alexnet_dist.cli import benchmarks, datasets, measures, predictions, results, runs
     from alexnet_dist.cli.parser import Parser, commands_of
     from alexnet_dist.config.load import source_of
 except ImportError as error:  # dependencies are missing from this Python
@@ -108,6 +108,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"alexnet-dist {__version__}")
     command = commands_of(parser, "COMMAND")
-    for family in (runs, predictions, datasets, results, measures):
+    for family in (runs, predictions, datasets, results, benchmarks, measures):
         family.add(command)
     return parser

@@ -1,4 +1,4 @@
-"""The commands `bench`, `compare`, `plan` and `doctor`: measure, predict and check."""
+"""The commands `compare`, `plan` and `doctor`: compare, predict and check."""
 
 import argparse
 import json
@@ -7,18 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_dist.cli.parser import AddCommand, Run, add_json, commands_of, count, path, picture
+from alexnet_dist.cli.parser import AddCommand, add_json, add_share_gpu, count, path, picture
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, looked_in, printable
 
 if TYPE_CHECKING:
-    from alexnet_dist.bench import Result
+    from alexnet_dist.planning.machines import Machine
+
+_UNKNOWN_GPU = (
+    "this machine's GPUs are of a kind with no known figures: name a known kind, as in --gpus "
+    "h100:8"
+)
 
 
 def add(command: AddCommand) -> None:
-    """Add these four commands to the parser."""
-    _add_bench(command)
-
+    """Add these commands to the parser."""
     sub = command(
         "compare", compare, "compare a config's layouts with one process, or runs with each other",
         (
@@ -39,7 +42,7 @@ def add(command: AddCommand) -> None:
         default=20,
         help="steps to train on each layout, 3 or more (default: 20)",
     )
-    _add_share_gpu(sub)
+    add_share_gpu(sub)
     sub.add_argument(
         "--out",
         type=picture,
@@ -92,132 +95,6 @@ def add(command: AddCommand) -> None:
     )  # fmt: skip
     sub.add_argument("config", nargs="*", help="the config of a run, as for train")
     add_json(sub)
-
-
-def _add_bench(command: AddCommand) -> None:
-    """Add `bench` with its parts, each a command of its own."""
-    bench = command(
-        "bench", None, "measure one part of the program against references, all in one run",
-        ("alexnet-dist bench step demo", "alexnet-dist bench layouts demo --ranks 2 --json"),
-    )  # fmt: skip
-    parts = commands_of(bench, "PART")
-
-    def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
-        """Add a part with the options that all parts have."""
-        sub = parts(name, run, help)
-        sub.add_argument(
-            "--repeats", type=count, default=5, help="passes over each measurement (default: 5)"
-        )
-        add_json(sub)
-        return sub
-
-    sub = part("data", bench_data, "decoding, against ImageFolder and the bare decoder")
-    sub.add_argument("folder", type=path, help="folder of images to decode, as train/CLASS/*")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
-    sub.add_argument("--images", type=count, default=2000, help="images per pass (default: 2000)")
-    sub.add_argument(
-        "--differences", action="store_true",
-        help="compare instead DALI's pixels with torchvision's, by kind of JPEG",
-    )  # fmt: skip
-
-    for name, help in (
-        ("step", "a training step, against plain PyTorch and torchvision's alexnet"),
-        ("maps", "bias, ReLU, normalisation and pooling of conv1's maps, against torch's"),
-        ("layouts", "every layout on this host's ranks, against one process and replicas"),
-        ("checkpoint", "how long saving a checkpoint holds up the training loop"),
-        (
-            "end-to-end",
-            "training from packed data, against batches that are ready; ten views; start-up; "
-            "memory",
-        ),
-    ):
-        sub = part(name, bench_config, help)
-        sub.set_defaults(part=name)
-        sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
-        if name == "step":
-            sub.add_argument(
-                "--batch",
-                type=count,
-                nargs="+",
-                default=[],
-                help="batch sizes, instead of train.batch; fewer things are timed after the first",
-            )
-            sub.add_argument("--kernels", action="store_true",
-                             help="show instead which kernels take a step's time")  # fmt: skip
-        if name == "layouts":
-            sub.add_argument(
-                "--ranks", type=count, default=2, help="number of ranks on this host (default: 2)"
-            )
-            _add_share_gpu(sub)
-        if name == "end-to-end":
-            sub.add_argument(
-                "--steps",
-                type=int,
-                default=0,
-                help="steps to run while watching memory (default: 0, not watched)",
-            )
-
-
-def _add_share_gpu(sub: argparse.ArgumentParser) -> None:
-    """Add the option --share-gpu."""
-    sub.add_argument(
-        "--share-gpu", dest="shared", action="append_const", const="layout.share_gpu=true",
-        default=[], help="set layout.share_gpu=true: ranks share the GPUs of this host",
-    )  # fmt: skip
-
-
-def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Time decoding, or compare decoders' pixels (`bench data`)."""
-    from alexnet_dist.bench import data, decoders
-
-    if options.differences:
-        apart = decoders.bench_differences(options.folder, options.images, options.overrides)
-        print(json.dumps(apart) if options.json else decoders.lines(apart))
-        return 0
-    result = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
-    return _print_bench(result, options)
-
-
-def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Time the part that options.part names (`bench step`, `bench layouts`, …)."""
-    shared = getattr(options, "shared", [])
-    config = load_config(["layout.kind=one", *options.config, *shared])
-    match options.part:
-        case "step" if options.kernels:
-            from alexnet_dist.bench.kernel_times import bench_kernels, kernel_lines
-
-            times = bench_kernels(config, options.repeats)
-            print(json.dumps(times) if options.json else kernel_lines(times))
-            return 0
-        case "step":
-            from alexnet_dist.bench.step import bench_step
-
-            result = bench_step(config, options.repeats, options.batch)
-        case "maps":
-            from alexnet_dist.bench.maps import bench_maps
-
-            result = bench_maps(config, options.repeats)
-        case "layouts":
-            from alexnet_dist.bench.layouts import bench_layouts
-
-            result = bench_layouts(config, options.ranks, options.repeats)
-        case "end-to-end":
-            from alexnet_dist.bench.end_to_end import bench_end_to_end
-
-            result = bench_end_to_end(config, options.repeats, options.steps)
-        case _:
-            from alexnet_dist.bench.checkpoint import bench_checkpoint
-
-            result = bench_checkpoint(config, options.repeats)
-    return _print_bench(result, options)
-
-
-def _print_bench(result: "Result", options: argparse.Namespace) -> int:
-    """Print what a benchmark measured, as JSON or as a table."""
-    from alexnet_dist import bench
-
-    print(json.dumps(result) if options.json else bench.table(result))
-    return 0
 
 
 def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -273,30 +150,24 @@ def _runs_named(texts: Sequence[str]) -> list[Path] | None:
 
 
 def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Print what a run would need, and the time it would take."""
+    """Print what a run would need, and the time it would take; or how it would scale."""
     config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
-    from alexnet_dist.planning import dry_run, fitting, forecast, machines, scaling, text
+    from alexnet_dist.planning import dry_run, forecast, scaling, text
+    from alexnet_dist.planning.machines import Cluster
 
-    machine = fitting.fitted(options.fit) if options.fit else None
-    if machine and options.machine:
-        machines.write_machine(machine, options.machine)
-    elif options.machine:
-        machine = machines.read_machine(options.machine)
-    named = options.gpus and machines.Cluster.of(options.gpus, machine)
+    machine = _machine(options)
+    named = options.gpus and Cluster.of(options.gpus, machine)
     cluster = named or forecast.here(config, machine)
     if options.curve:
         if cluster is None:
-            raise ConfigError(
-                "--curve: this machine's GPUs are of a kind with no known figures: name a known "
-                "kind by --gpus"
-            )
+            raise ConfigError(f"--curve: {_UNKNOWN_GPU}")
         rows = scaling.curve(config, cluster)
         scaling.draw(rows, cluster, options.curve)
         print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
         return 0
 
-    # What a rank needs, and how fast it would be on the cluster, if that is known.
+    # What a rank needs.
     would_start = named.total if named else layouts.ranks_wanted(config, device.gpus(config))
     ranks = options.ranks or would_start
     planned = (
@@ -304,13 +175,9 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if cluster
         else dry_run.plan(config, ranks, gpu=True)
     )
-    predicted, why = (
-        None,
-        (
-            "this machine's GPUs are of a kind with no known figures: name a known kind, as in "
-            "--gpus h100:8"
-        ),
-    )
+
+    # How fast it would be on the cluster, if that is known.
+    predicted, why = None, _UNKNOWN_GPU
     try:
         predicted = forecast.forecast(planned, config, cluster) if cluster else None
     except ConfigError as error:
@@ -328,6 +195,19 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         lines += ["", f"no prediction: {why}"]
     print("\n".join(lines))
     return 0
+
+
+def _machine(options: argparse.Namespace) -> "Machine | None":
+    """Return the machine that --fit or --machine describes, None without them; write the former to
+    the latter if both are given."""
+    from alexnet_dist.planning import fitting, machines
+
+    if not options.fit:
+        return machines.read_machine(options.machine) if options.machine else None
+    machine = fitting.fitted(options.fit)
+    if options.machine:
+        machines.write_machine(machine, options.machine)
+    return machine
 
 
 def _config_of(text: str) -> str:

@@ -83,6 +83,14 @@ def add_json(sub: argparse.ArgumentParser, what: str = "object") -> None:
     sub.add_argument("--json", action="store_true", help=f"print one JSON {what}")
 
 
+def add_share_gpu(sub: argparse.ArgumentParser) -> None:
+    """Add --share-gpu, which sets layout.share_gpu=true."""
+    sub.add_argument(
+        "--share-gpu", dest="shared", action="append_const", const="layout.share_gpu=true",
+        default=[], help="set layout.share_gpu=true: ranks share the GPUs of this host",
+    )  # fmt: skip
+
+
 def count(text: str) -> int:
     """Parse a whole number of 1 or more (an argparse type, like those below)."""
     if not text.isdecimal() or int(text) < 1:

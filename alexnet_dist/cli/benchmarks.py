@@ -1,0 +1,134 @@
+"""The command `bench`, with its parts: measure, against references."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from alexnet_dist.cli.parser import (
+    AddCommand,
+    Run,
+    add_json,
+    add_share_gpu,
+    commands_of,
+    count,
+    path,
+)
+from alexnet_dist.config.load import load_config
+
+if TYPE_CHECKING:
+    from alexnet_dist.bench import Result
+
+
+def add(command: AddCommand) -> None:
+    """Add `bench` with its parts, each a command of its own."""
+    bench = command(
+        "bench", None, "measure one part of the program against references, all in one run",
+        ("alexnet-dist bench step demo", "alexnet-dist bench layouts demo --ranks 2 --json"),
+    )  # fmt: skip
+    parts = commands_of(bench, "PART")
+
+    def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
+        """Add a part with the options that all parts have."""
+        sub = parts(name, run, help)
+        sub.add_argument(
+            "--repeats", type=count, default=5, help="passes over each measurement (default: 5)"
+        )
+        add_json(sub)
+        return sub
+
+    sub = part("data", bench_data, "decoding, against ImageFolder and the bare decoder")
+    sub.add_argument("folder", type=path, help="folder of images to decode, as train/CLASS/*")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
+    sub.add_argument("--images", type=count, default=2000, help="images per pass (default: 2000)")
+    sub.add_argument(
+        "--differences", action="store_true",
+        help="compare instead DALI's pixels with torchvision's, by kind of JPEG",
+    )  # fmt: skip
+
+    def part_of_a_run(name: str, help: str) -> argparse.ArgumentParser:
+        """Add a part that takes a config."""
+        sub = part(name, bench_config, help)
+        sub.set_defaults(part=name)
+        sub.add_argument("config", nargs="*", metavar="CONFIG", help="as for train")
+        return sub
+
+    sub = part_of_a_run("step", "a training step, against plain PyTorch and torchvision's alexnet")
+    sub.add_argument(
+        "--batch", type=count, nargs="+", default=[],
+        help="batch sizes, instead of train.batch; fewer things are timed after the first",
+    )  # fmt: skip
+    sub.add_argument(
+        "--kernels", action="store_true", help="show instead which kernels take a step's time"
+    )
+    part_of_a_run("maps", "bias, ReLU, normalisation and pooling of conv1's maps, against torch's")
+    sub = part_of_a_run(
+        "layouts", "every layout on this host's ranks, against one process and replicas"
+    )
+    sub.add_argument(
+        "--ranks", type=count, default=2, help="number of ranks on this host (default: 2)"
+    )
+    add_share_gpu(sub)
+    part_of_a_run("checkpoint", "how long saving a checkpoint holds up the training loop")
+    sub = part_of_a_run(
+        "end-to-end",
+        "training from packed data, against batches that are ready; ten views; start-up; memory",
+    )
+    sub.add_argument(
+        "--steps", type=int, default=0,
+        help="steps to run while watching memory (default: 0, not watched)",
+    )  # fmt: skip
+
+
+def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Time decoding, or compare decoders' pixels (`bench data`)."""
+    from alexnet_dist.bench import data, decoders
+
+    if options.differences:
+        apart = decoders.bench_differences(options.folder, options.images, options.overrides)
+        print(json.dumps(apart) if options.json else decoders.lines(apart))
+        return 0
+    result = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
+    return _print_bench(result, options)
+
+
+def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Time the part that options.part names (`bench step`, `bench layouts`, …)."""
+    shared = getattr(options, "shared", [])
+    config = load_config(["layout.kind=one", *options.config, *shared])
+    match options.part:
+        case "step" if options.kernels:
+            from alexnet_dist.bench.kernel_times import bench_kernels, kernel_lines
+
+            times = bench_kernels(config, options.repeats)
+            print(json.dumps(times) if options.json else kernel_lines(times))
+            return 0
+        case "step":
+            from alexnet_dist.bench.step import bench_step
+
+            result = bench_step(config, options.repeats, options.batch)
+        case "maps":
+            from alexnet_dist.bench.maps import bench_maps
+
+            result = bench_maps(config, options.repeats)
+        case "layouts":
+            from alexnet_dist.bench.layouts import bench_layouts
+
+            result = bench_layouts(config, options.ranks, options.repeats)
+        case "end-to-end":
+            from alexnet_dist.bench.end_to_end import bench_end_to_end
+
+            result = bench_end_to_end(config, options.repeats, options.steps)
+        case _:
+            from alexnet_dist.bench.checkpoint import bench_checkpoint
+
+            result = bench_checkpoint(config, options.repeats)
+    return _print_bench(result, options)
+
+
+def _print_bench(result: "Result", options: argparse.Namespace) -> int:
+    """Print what a benchmark measured, as JSON or as a table."""
+    from alexnet_dist import bench
+
+    print(json.dumps(result) if options.json else bench.table(result))
+    return 0
