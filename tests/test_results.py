@@ -201,7 +201,8 @@ def test_rows_of_small_networks_run_together_and_data_that_is_missing_is_said(
     bench: Bench, played: Callable[[Mapping[str, str]], None],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(results, "_shares_of_cores", lambda variant: [[0]] * variant.together)
+    four = [[number] for number in range(4)]
+    monkeypatch.setattr(results, "_shares_of_cores", lambda variant: four[: variant.together])
     waits = "import pathlib, time\n"
     waits += f"here = pathlib.Path('{bench.small}')\n(here / f'at-{{time.monotonic()}}').touch()\n"
     waits += "while len(list(here.glob('at-*'))) < 4: time.sleep(0.05)"
