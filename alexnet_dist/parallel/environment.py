@@ -1,5 +1,5 @@
-"""This process's place among the ranks, as the launcher says it: in RANK, SLURM_* and the like,
-which this package reads nowhere else.
+"""This process's place among the ranks, as the launcher says it in RANK, SLURM_* and the like.
+Other modules ask here.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; srun sets SLURM_* for each task.
 A Slurm step of one task does not count as a launcher: a run in it starts its own ranks.
