@@ -10,17 +10,17 @@ from results_row import ERRORS
 
 ROWS = ROOT / "docs/results.jsonl"
 TITLES = {
-    "tiny-imagenet": ("Tiny ImageNet", "Wanted: 45 % right or more."),
+    "tiny-imagenet": ("Tiny ImageNet", "Aim: 45 % right or more."),
     "fig1": ("Figure 1: CIFAR-10 with ReLU, tanh and logistic units",
-             "Published: 25 % of training error in a sixth of tanh's epochs."),
-    "cifar10": ("CIFAR-10", "Wanted: 90 % right or more with ten views."),
+             "Published: ReLU reaches 25 % training error in a sixth of tanh's epochs."),
+    "cifar10": ("CIFAR-10", "Aim: 90 % right or more with ten views."),
     "imagenette": ("Imagenette",
-                   "Wanted: 86 % right or more with ten views, from nothing."),
+                   "Aim: 86 % right or more with ten views, from random weights."),
     "lrn": ("Response normalisation in four layers, CIFAR-10",
-            "Published: 87 % right without, 89 % with it."),
-    "fashion-mnist": ("Fashion-MNIST", "Wanted: 93.5 % right or more with ten views."),
+            "Published: 87 % right without it, 89 % with it."),
+    "fashion-mnist": ("Fashion-MNIST", "Aim: 93.5 % right or more with ten views."),
     "review": ("A third party's notebook, CIFAR-10", "Its 15 epochs, scored on all test images."),
-    "ablations": ("Ablations, Tiny ImageNet", "12 epochs each; what the paper has is above."),
+    "ablations": ("Ablations, Tiny ImageNet", "12 epochs each; the paper's results are above."),
 }  # fmt: skip
 
 
@@ -156,7 +156,7 @@ def front(rows: Rows) -> str:
     page = "docs/results.md#trainings-on-what-can-be-had"
     if len(lines) == 1:
         return (
-            f"No network of `make results` has been scored yet: they need a GPU "
+            f"No network of `make results` has been scored yet: that needs a GPU "
             f"([what there is so far]({page}))."
         )
     return "\n".join([*lines, "", f"[Every row]({page})."])
