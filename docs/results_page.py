@@ -115,8 +115,12 @@ def in_words(figures: Mapping[str, Any]) -> str:
     words = [f"{score['top1']:.2f} % with {'one view' if views == '1' else f'{views} views'}"
              for views, score in figures["scores"].items()]  # fmt: skip
     if "epochs_to" in figures:
-        at = figures["epochs_to"]["25"]
-        words.append("25 % training error " + ("never" if at is None else f"after {at} epochs"))
+        reached = figures["epochs_to"]["25"]
+        words.append(
+            f"25 % training error after {reached} epochs"
+            if reached
+            else f"{figures['training_error']:.1f} % training error at the end"
+        )
     return ", ".join(words)
 
 
