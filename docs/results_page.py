@@ -95,6 +95,7 @@ def _choices(part: str, rows: Rows) -> Iterator[str]:
     """Yield what was chosen among the candidates."""
     for variant in (variant for variant in VARIANTS if variant.part == part):
         found = [row for row in rows if row["candidate"] and row["variant"] == variant.name]
+        found.sort(key=lambda row: str(row["row"]))  # in the order of the candidates
         if not found:
             continue
         by = "training error" if variant.by_training else "a tenth of the training images held out"
