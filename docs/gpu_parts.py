@@ -123,7 +123,7 @@ _DEMO = [*_ALEXNET_DIST, "prepare", "fashion_mnist", "configs/fashion-mnist-samp
 _COMPARE = [*_ALEXNET_DIST, "compare", "demo", "--share-gpu"]
 PARTS = {
     "first": Part([_pytest(_FIRST)], 170, of_pytest),
-    "tests": Part([_pytest(*_ONE_RANK)], 170, of_pytest),
+    "tests": Part([_pytest(*_ONE_RANK)], 280, of_pytest),
     "step": Part([_bench("step", "--batch", "128", "1024")], 390),
     "maps": Part([_bench("maps")], 90),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 90),
