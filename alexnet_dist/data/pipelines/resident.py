@@ -201,7 +201,7 @@ def _decode_all(
                 return None
             part = range(first, min(first + size, len(split)))
             into = buffer[: len(part)] if on_device else images[first : part.stop]
-            shares = [(part[t::threads], into[t::threads]) for t in range(threads)]
+            shares = [(part[t::threads], into[t::threads]) for t in range(min(threads, len(part)))]
             with raised_on_every_rank(topology):
                 list(pool.map(decode, *zip(*shares, strict=True)))
             if on_device:
