@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickletools
 import resource
@@ -215,6 +216,19 @@ def read_bytes(path: Path, most: int = _MOST) -> bytes:
     if len(content) > most:
         raise ValueError(f"longer than {most:,} bytes")
     return content
+
+
+def as_json(value: Any) -> str:
+    """Return a value as JSON, which has no NaN or infinity: null stands for both."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return list(map(finite, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
 
 
 def json_object(text: bytes) -> dict[str, Any]:

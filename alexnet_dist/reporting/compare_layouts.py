@@ -14,6 +14,7 @@ drift between one and four micro-batches in one process.
 import contextlib
 import dataclasses
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -247,9 +248,10 @@ def _updates(config: Config, steps: int) -> float:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Return ‖ours − theirs‖∞ ÷ ‖theirs‖∞."""
-    difference = (ours.double() - theirs.double()).abs().max().item()
-    return difference and difference / theirs.double().abs().max().item()
+    """Return ‖ours − theirs‖∞ ÷ ‖theirs‖∞; infinity where it is not a number."""
+    difference = (ours.double() - theirs.double()).abs().max()
+    apart = difference / theirs.double().abs().max()
+    return apart.nan_to_num(nan=math.inf, posinf=math.inf).item() if difference else 0.0
 
 
 def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[Batch, float]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import AlexNetDistError
+from alexnet_dist.errors import AlexNetDistError, counted
 from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures, page
@@ -27,15 +27,30 @@ from alexnet_dist.reporting.runs import (
     confusion_of,
     nearest_preset,
     read_run_folder,
+    recipe,
 )  # fmt: skip
 from alexnet_dist.training.metrics_file import accuracies
 
 _WORST, _MISTAKES = 20, 10  # classes, and pairs of confused classes, that are shown unfolded
 
 
-def _group(run: RunResults) -> str:
+def _stem(run: RunResults) -> str:
     """Return a run's name without the number of its seed."""
-    return re.sub(r"[-_]\d+$", "", run.folder.name)
+    name = run.folder.name
+    return name if preset_of(name) else re.sub(r"[-_]\d+$", "", name)
+
+
+def _groups(runs: Sequence[RunResults]) -> dict[str, list[RunResults]]:
+    """Return the runs that differ in their seed alone, by their name without its number, or where
+    other runs are called so too, by the path of the first."""
+    found: dict[str, dict[str, list[RunResults]]] = {}
+    for run in runs:
+        found.setdefault(_stem(run), {}).setdefault(recipe(run.config), []).append(run)
+    return {
+        stem if len(recipes) == 1 else str(alike[0].folder): alike
+        for stem, recipes in found.items()
+        for alike in recipes.values()
+    }
 
 
 def report(folders: Sequence[Path], out: Path) -> str:
@@ -54,9 +69,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
     read = (read_run_folder(folder) for folder in folders)
     runs = sorted((run for run in read if run and run.scores), key=lambda run: run.folder.name)
     averaged += [(_average_name(one), one) for run in runs for one in run.averages]
-    groups: dict[str, list[RunResults]] = {}
-    for run in runs:
-        groups.setdefault(_group(run), []).append(run)
+    groups = _groups(runs)
     parts = [
         "<h1>alexnet_dist: runs, and the paper's results</h1>",
         "<p>Errors in %, with 95 % intervals in brackets; means ± deviation over n runs. Only "
@@ -70,7 +83,8 @@ def report(folders: Sequence[Path], out: Path) -> str:
     parts.append(_published(groups))
     page.write(out, parts)
     over = len(folders) - len(runs) - files
-    return f"{out}: {len(runs)} runs" + (f"; {over} hold no evaluated run" if over else "")
+    left = f"; {over} hold{'s' * (over == 1)} no evaluated run" if over else ""
+    return f"{out}: {counted(len(runs), 'run')}{left}"
 
 
 def _read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
@@ -112,8 +126,12 @@ def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
     """Return a table of the published results, each beside the runs of its preset."""
     rows = []
     for row in PUBLISHED:
-        ours = [runs for group, runs in groups.items() if row.preset == preset_of(group) != ""]
-        beside = "<br>".join(_group_in_words(runs) for runs in ours)
+        ours = [
+            _group_in_words(group, runs)
+            for group, runs in groups.items()
+            if row.preset == preset_of(_stem(runs[0])) != ""
+        ]
+        beside = "<br>".join(ours)
         if not beside and row.preset:
             beside = f"recipe complete (paper/{row.preset}), not run: needs {row.data.split()[0]}"
         rows.append(
@@ -123,10 +141,10 @@ def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
     return "<h2>Published</h2>" + page.table(names, rows, raw=4)
 
 
-def _group_in_words(runs: Sequence[RunResults]) -> str:
+def _group_in_words(group: str, runs: Sequence[RunResults]) -> str:
     """Return a group's name, data and errors for each number of views, as HTML."""
     data = html.escape(runs[0].config.data.path)
-    parts = [f"{html.escape(_group(runs[0]))} on {data}, n = {len(runs)}:"]
+    parts = [f"{html.escape(group)} on {data}, n = {len(runs)}:"]
     for views in sorted({v for run in runs for v in run.views}):
         errors = _errors(runs, views)
         parts.append(f"{_mean_and_deviation(errors)} ({views} view{'s' * (views > 1)})")
@@ -231,7 +249,7 @@ def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[s
     chosen: dict[str, tuple[float, str, list[Path]]] = {}
     rows = []
     for group, runs in groups.items():
-        preset, folders = preset_of(group), [run.folder for run in runs]
+        preset, folders = preset_of(_stem(runs[0])), [run.folder for run in runs]
         if preset.startswith("fig1-"):
             epochs = figures.epochs_to(0.25, folders)
             rows.append([group, str(len(runs)), f"{epochs:.2f}" if epochs < math.inf else "never"])

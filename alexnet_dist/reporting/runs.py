@@ -18,10 +18,11 @@ from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.evaluation.scores import saved_scores
-from alexnet_dist.files import json_object, opened, read_bytes, read_run
+from alexnet_dist.files import as_json, json_object, opened, read_bytes, read_run
 from alexnet_dist.training.metrics_file import read_metrics
 
 _NAMING = ("name", "output_dir")
+_SEEDED = ("seed", "train.init_sha256")  # weights to start from have a seed of their own
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,12 @@ def _shipped() -> dict[str, dict[str, Any]]:
 
 def _defining(config: Config) -> dict[str, Any]:
     return fingerprint(config) | {"train.epochs": config.train.epochs}
+
+
+def recipe(config: Config) -> str:
+    """Return what runs have in common that differ in their seed alone."""
+    values = _defining(config) | {"data.path": config.data.path}
+    return as_json({key: values[key] for key in values if key not in _SEEDED})
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:
