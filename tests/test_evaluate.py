@@ -76,6 +76,23 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     assert "mistaken for" in said
 
 
+def test_networks_are_averaged_on_images_that_none_was_trained_on(
+    tiny: Callable[..., Config],
+) -> None:
+    """A smaller share held out leaves a part of the larger one to be trained on."""
+    runs = []
+    for share in (0.5, 0.3):
+        held = [f"data.hold_out={share}", "data.eval_split=held_out", f"name=held-{share}"]
+        config = tiny("layout.kind=one", "train.precision=fp32", "train.epochs=0.2", *held)
+        assert train(config).exit == 0
+        runs.append(config.folder)
+    with pytest.raises(ConfigError, match=r"data\.hold_out=0\.3, but 0\.5 in .*/held-0\.5/"):
+        evaluate_checkpoints(runs)
+    both = evaluate_checkpoints(runs, ["data.hold_out=0.3"])
+    assert both.score.samples == evaluate_checkpoints(runs[1:]).score.samples
+    assert evaluate_checkpoints(runs, ["data.eval_split=test"]).score.samples == 23
+
+
 def test_a_network_is_never_cut_to_the_classes_of_other_data(
     two_runs: list[Path], tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.from_data import HELD_OUT
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
@@ -149,8 +150,11 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
     ]
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config, found[0].path)
+    alike = ["model.classes", "data.path", "data.eval_split", "evaluate.views"]
+    if config.data.eval_split == HELD_OUT:  # else a network may have been trained on some of it
+        alike += ["data.hold_out", "data.train_split"]
     for checkpoint, other in zip(found, configs, strict=True):
-        for key in ("model.classes", "data.path", "data.eval_split", "evaluate.views"):
+        for key in alike:
             here, there = flat(other)[key], flat(config)[key]
             if here != there:
                 model = key.startswith("model.")
