@@ -30,6 +30,7 @@ from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.flops import training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import spawn
 
@@ -263,7 +264,10 @@ def test_a_gpus_ratios_are_of_what_they_name(
         assert mine == pytest.approx(0.001 * (batch + len("ours, bf16")))
         assert found["ratios"][f"ours, bf16 / {best}, by seconds{at}"] == mine / theirs
         assert found["ratios"][f"ours, bf16 / {best}{at}"] == theirs / mine
-        assert found["ratios"][f"ours, bf16 / bf16 matrix product, by FLOP{at}"] > 0
+        flop = training_flops(config) * batch  # as `plan` counts them
+        product = 2.0**40 / found["runs"][1][f"matrix product, bf16{at}"]
+        by_flop = found["ratios"][f"ours, bf16 / bf16 matrix product, by FLOP{at}"]
+        assert by_flop == pytest.approx(flop / mine / product)
         assert found["ratios"][f"ours, bf16, peak memory / planned{at}"] > 0
     run = found["runs"][0]
     exact = "eager, fp32, no TF32"

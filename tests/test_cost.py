@@ -213,6 +213,9 @@ def test_a_fit_finds_the_machine_that_took_the_seconds() -> None:
     assert found.step_s == pytest.approx(there.step_s, rel=0.01)
     with pytest.raises(ConfigError, match="4 measured steps are too few to fit"):
         fit(measured[:4])
+    narrow = dataclasses.replace(planned, recipe={**planned.recipe, "train.precision": "bf16"})
+    with pytest.raises(ConfigError, match="steps in fp32 and bf16 cannot be fitted together"):
+        fit([*measured, dataclasses.replace(measured[0], planned=narrow)])
 
 
 MEASURED = Path(__file__).with_name("measured_layouts.json")  # of bench layouts, two cores each
