@@ -1,7 +1,6 @@
 """Verify a packed data set, every hash, record and image of it, and summarise what is in it."""
 
 import contextlib
-import functools
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -77,7 +76,7 @@ def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
             )
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for checked in started_ahead(samples, functools.partial(pool.submit, check), _AHEAD):
+        for checked in started_ahead(samples, lambda sample: pool.submit(check, sample), _AHEAD):
             checked.result()
     per_class = np.bincount(split.index["label"], minlength=len(dataset.classes))
     sizes = Counter(split.index[["height", "width"]].tolist())

@@ -39,8 +39,9 @@ def save_score(found: Evaluation) -> Path | None:
     special = [how["changed"], how["data_sha256"], [str(c.path) for c in found.checkpoints[1:]]]
     if special != [{}, first.manifest["dataset"], []]:
         name += f"-{hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]}"
-    rows, columns = found.confusion().nonzero(as_tuple=True)
-    counts = found.confusion()[rows, columns]
+    confusion = found.confusion()
+    rows, columns = confusion.nonzero(as_tuple=True)
+    counts = confusion[rows, columns]
     content = {
         **found.report(),
         "step": first.step,

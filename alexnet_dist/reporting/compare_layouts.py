@@ -171,8 +171,9 @@ def _row(
     """Start a layout's ranks, and compare what they computed with the oracle's tensors."""
     zero = config.layout.kind in layouts.ZERO_STAGES
     runs = {"bounded": (_bounded(config), steps), "fp32": (_with(config, precision="fp32"), steps)}
-    parts = next((p for p in (4, 3, 2) if config.train.batch % p == 0), 1)
-    if path == oracle and parts > 1:
+    own = config.train.micro_batches
+    parts = next((p for p in (4, 3, 2, 1) if config.train.batch % p == 0 and p != own), own)
+    if path == oracle and parts != own:
         runs["parts"] = (_with(runs["fp32"][0], micro_batches=parts), steps)
     runs["own"] = (config, min(steps, _SPEED_STEPS))
     if zero:
