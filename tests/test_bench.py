@@ -395,6 +395,9 @@ def test_a_cold_start_finds_no_kernel_kept(monkeypatch: pytest.MonkeyPatch) -> N
     warm, cold = seen
     assert warm is None
     assert cold is not None
+    Process.stderr = ("loading\n", "alexnet-dist: no data\n")
+    with pytest.raises(ConfigError, match="ended before its first step: alexnet-dist: no data"):
+        end_to_end._first_step(config)
     folders = {Path(cold[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     assert len(folders) == 2
     assert not any(folder.exists() for folder in folders)
