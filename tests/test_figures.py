@@ -71,8 +71,8 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     points = [p for p in read_metrics(folders[0]) if p["kind"] == "eval"]
     assert 0 < points[-1]["chroma_1"] < 1
     assert figures.colour(folders[0]) == [points[-1]["chroma_1"], points[-1]["chroma_2"]]
-    scored = alexnet_dist("evaluate", str(folders[0]), "--views", "10")
-    assert scored.returncode == 0, scored.stderr
+    ten_views = alexnet_dist("evaluate", str(folders[0]), "--views", "10", "--json")
+    assert ten_views.returncode == 0, ten_views.stderr
     ten = {"of": ["runs/x/checkpoints/step-00000008"], "samples": 24, "correct1": 12,
            "correct5": 20, "loss": 2.0}  # fmt: skip
     (folders[1] / "evaluation-views-10.json").write_text(json.dumps(ten))  # before they were kept
@@ -91,11 +91,14 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     damaged = tmp_path / "runs" / "damaged"
     shutil.copytree(folders[1], damaged)
     (damaged / "evaluation-views-10.json").write_text('{"top1": 0.5}')
-    several = tmp_path / "runs" / "tiny-ensemble-views-1.json"
-    scored = alexnet_dist("evaluate", str(folders[0]), str(folders[1]), "--json")
+    several = tmp_path / "runs" / "tiny-ensemble.json"
+    averaged = ["evaluate", str(folders[0]), str(folders[1]), "--views", "10", "--json"]
+    scored = alexnet_dist(*averaged)
     several.write_text(scored.stdout)
+    of_train = tmp_path / "runs" / "of-train.json"
+    of_train.write_text(alexnet_dist(*averaged, "data.eval_split=train").stdout)
     out = tmp_path / "report.html"
-    said = report([*folders, hostile, damaged, several, out], out)
+    said = report([*folders, hostile, damaged, several, of_train, out], out)
     assert said.endswith("5 runs; 1 holds no evaluated run")
     mine = tmp_path / "mine.html"
     mine.write_text("<title>Report</title> of my own")
@@ -123,7 +126,11 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert f"evaluate {folders[1]} --views 10" in page  # its classes are not known
     assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
     error = 100 * (1 - json.loads(scored.stdout)["top1"])
-    assert f"<td>tiny-ensemble-views-1</td><td>2</td><td>{error:.2f}</td>" in page
+    row = f"<td>tiny-ensemble</td><td>2</td><td>{error:.2f}</td><td>[0-9.]+</td>"
+    (alone,) = re.findall(f"{row}<td>([^<]+)</td>", page)
+    of_ten = [100 * (1 - json.loads(ten_views.stdout)["top1"]), 50]
+    assert alone.startswith(f"{sum(of_ten) / 2:.2f} ± "), "their own, by as many views"
+    assert re.search(r"<td>of-train</td><td>2</td>.*?<td>–</td></tr>", page), "of another split"
     assert "<td>tiny-fig1-relu</td><td>1</td><td>never</td>" in page
     assert "epochs to 25 % training error" in page
 

@@ -93,6 +93,7 @@ def _read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
         average = json_object(read_bytes(path))
         several = len([Path(one) for one in average["of"]]) > 1
         several &= 0 <= average["top1"] <= 1 and 0 <= average["top5"] <= 1
+        several &= type(average.get("views", 1)) is int
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (path.stem, average) if several else None
@@ -110,9 +111,13 @@ def _ensembles(
     """Return a table of averages of several networks, beside the mean of their own errors."""
     rows = []
     for name, average in averaged:
-        views = int(name.rpartition("views-")[2]) if re.search(r"views-\d+$", name) else 1
         folders = {str(Path(path).parent.parent) for path in average["of"]}
-        own = _errors([run for run in runs if str(run.folder) in folders], views)
+        alike = [
+            run for run in runs
+            if str(run.folder) in folders and not average.get("changed")
+            and average.get("split", "") in ("", run.config.data.eval_split)
+        ]  # fmt: skip
+        own = _errors(alike, average.get("views", 1))
         alone = _mean_and_deviation(own) if own else "–"
         classes = average.get("classes")
         shown = accuracies(len(classes) if isinstance(classes, list) else 1000)
