@@ -128,6 +128,8 @@ def test_who_decodes_is_by_pipeline_card_and_size() -> None:
     assert of("a10", "dali")[0] == "the GPU's CUDA cores"
     assert of("k20", "dali")[0].endswith("share Python's lock")
     assert of("h100", "resident") == ("each image is decoded once, at the start", float("inf"))
+    for canvas, rate in ((128, 2400), (256, 2400), (512, 600)):
+        assert of("cpu", "torch", canvas) == ("per core", rate)
     # DALI on an H100 gives more than threads do.
     assert of("h100", "dali")[1] > 10 * of("h100", "torch")[1]
     few, many = 10_000, 1_281_167
