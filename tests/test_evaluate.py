@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -217,9 +218,17 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert len({path, other, both, *(run / "evaluations").iterdir()}) == 3
     changed = {tuple(score["changed"]) for score in scores.saved_scores(run)}
     assert changed == {(), ("data.divide_by",)}
-    for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', path.read_bytes()[:-9]]):
+    whole = path.read_bytes()
+    endless = [whole.replace(b'"step": 8', b'"step": Infinity'), whole.replace(b'"split"', b'"s"')]
+    for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', whole[:-9], *endless]):
         (run / "evaluations" / f"{number}.json").write_bytes(damage)
     assert len(scores.saved_scores(run)) == 3
+    found = read_run_folder(run)
+    assert found is not None
+    assert len(found.scores) == 3
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(re.sub(r'"correct1": \d+', '"correct1": Infinity', lines))
+    assert read_run_folder(run) is None
 
     alone = shutil.copytree(at.path, tmp_path / "alone")
     assert scores.save_score(evaluate_checkpoints([alone])) is None

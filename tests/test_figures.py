@@ -113,7 +113,7 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
     assert "tiny-alexnet-2012 on" in page
-    assert "n = 2: " in page
+    assert re.search(r"tiny-alexnet-2012 on \S+ [0-9.]+ ± [0-9.]+ \(1 view, n = 2\) ", page)
     assert "50.00 [" in page
     assert page.index("<h2>tiny-fig1-relu</h2>") < page.index("<h2>Published</h2>")
     first = page[page.index("<h2>tiny-alexnet-2012-0</h2>") :].partition("<h2>")[2]
@@ -155,7 +155,7 @@ def test_runs_are_averaged_if_they_differ_in_their_seed_alone(
     said = report(folders, tmp_path / "report.html")
     assert said.endswith("report.html: 6 runs")
     published = (tmp_path / "report.html").read_text().partition("<h2>Published</h2>")[2]
-    assert re.search(r"<td>alexnet-2012 on \S+ n = 3: 50\.00 ± 0\.00 \(1 view\)", published)
+    assert re.search(r"<td>alexnet-2012 on \S+ 50\.00 ± 0\.00 \(1 view, n = 3\)", published)
     runs = [run for folder in folders if (run := read_run_folder(folder))]
     groups = {name: len(alike) for name, alike in _groups(runs).items()}
     assert groups == {"alexnet-2012": 3, f"{tmp_path}/batch-4": 1, f"{tmp_path}/batch-8": 1,

@@ -149,10 +149,11 @@ def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
 def _group_in_words(group: str, runs: Sequence[RunResults]) -> str:
     """Return a group's name, data and errors for each number of views, as HTML."""
     data = html.escape(runs[0].config.data.path)
-    parts = [f"{html.escape(group)} on {data}, n = {len(runs)}:"]
+    parts = [f"{html.escape(group)} on {data}:"]
     for views in sorted({v for run in runs for v in run.views}):
         errors = _errors(runs, views)
-        parts.append(f"{_mean_and_deviation(errors)} ({views} view{'s' * (views > 1)})")
+        by = f"{counted(views, 'view')}, n = {len(errors)}"
+        parts.append(f"{_mean_and_deviation(errors)} ({by})")
     unfinished = sum(run.state != "finished" for run in runs)
     return " ".join(parts) + (f" — {unfinished} not finished" if unfinished else "")
 
@@ -213,7 +214,7 @@ def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
     counts, right = confusion.sum(1).tolist(), confusion.diag().tolist()
     shares = [(r / n, n, r, name) for n, r, name in zip(counts, right, names, strict=True) if n]
     rows = [[name, f"{100 * share:.1f}", f"{r:,} of {n:,}"] for share, n, r, name in sorted(shares)]
-    views = f"{one.views} view{'s' * (one.views > 1)}"
+    views = counted(one.views, "view")
     yield (
         f"<h3>Classes: {html.escape(one.which or f'step {one.step}')}, {html.escape(one.split)}, "
         f"{views}</h3>"
@@ -238,7 +239,7 @@ def _ablations(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Itera
     by_data: dict[tuple[str, str], dict[str, list[float]]] = {}
     for group, runs in groups.items():
         for views in sorted({v for run in runs for v in run.views}):
-            label = f"{group}, {views} view{'s' * (views > 1)}"
+            label = f"{group}, {counted(views, 'view')}"
             if "fig1" not in group:
                 errors, data = _errors(runs, views), runs[0].config.data
                 by_data.setdefault((data.path, data.eval_split), {})[label] = errors

@@ -97,7 +97,7 @@ def read_run_folder(folder: Path) -> RunResults | None:
         points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         run = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
-    except (OSError, ValueError, KeyError, TypeError, AlexNetDistError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AlexNetDistError):
         return None
     by_step = {point["step"]: score for point, score in evaluated if point["step"]}
     names = _best_and_last(by_step)
@@ -108,7 +108,9 @@ def read_run_folder(folder: Path) -> RunResults | None:
         for step, name in sorted(names.items())
     ]
     for path in sorted(folder.glob("evaluation-views-*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        with contextlib.suppress(
+            OSError, ValueError, OverflowError, KeyError, TypeError, IndexError
+        ):
             scores.append(_of_a_file(path, *keys[:2]))
     several = []
     for one in saved_scores(folder):
@@ -153,7 +155,7 @@ def _scored(one: Mapping[str, Any], which: str) -> Scored:
         f"{one['date'][:10]}, {one.get('host')}: {device}, torch {machine.get('torch')}, "
         f"alexnet-dist {one.get('version')}"
     )
-    keys = str(one.get("split")), str(one.get("data")), int(one["views"])
+    keys = one["split"], str(one.get("data")), int(one["views"])
     return Scored(which, int(one["step"]), *keys, _score(one), where, one["changed"], one)
 
 
