@@ -18,9 +18,11 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.split import Split
+from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.evaluation import scores
-from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.evaluation.evaluate import evaluate, evaluate_checkpoints
+from alexnet_dist.evaluation.load import load_checkpoint
 from alexnet_dist.evaluation.results import Evaluation, Score
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.runs import RunResults, read_run_folder
@@ -92,6 +94,30 @@ def test_networks_are_averaged_on_images_that_none_was_trained_on(
     both = evaluate_checkpoints(runs, ["data.hold_out=0.3"])
     assert both.score.samples == evaluate_checkpoints(runs[1:]).score.samples
     assert evaluate_checkpoints(runs, ["data.eval_split=test"]).score.samples == 23
+
+
+def test_a_gpu_computes_with_the_networks_present_weights(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, layers compute with narrow copies of their weights."""
+    config = tiny("layout.kind=one", "train.precision=bf16", "train.epochs=0.2")
+    assert train(config).exit == 0
+    trained = load_checkpoint(config.folder)
+    with torch.no_grad():
+        trained.model.get_parameter("fc8.weight").mul_(3)
+    named = dict(trained.model.named_parameters())
+    seen: list[bool] = []
+
+    def predict(engine: TorchEngine, windows: torch.Tensor) -> torch.Tensor:
+        for name, copy in (engine.optimizer.narrow or {}).items():
+            seen.append(torch.equal(copy, named[name].bfloat16()))
+        return torch.zeros(len(windows), config.model.classes)
+
+    monkeypatch.setattr("alexnet_dist.network.kernels.fused", lambda *_: True)
+    monkeypatch.setattr(TorchEngine, "predict", predict)
+    evaluate(trained, views=1)
+    assert len(seen) >= 8
+    assert all(seen)
 
 
 def test_a_network_is_never_cut_to_the_classes_of_other_data(

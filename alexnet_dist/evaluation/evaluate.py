@@ -64,6 +64,7 @@ def evaluate(
     topology = connect(config)
     engine = TorchEngine(config, topology, init_weights=False)
     engine.model.load_state_dict(trained.model.state_dict())
+    engine.optimizer.narrow_all()  # the copies that a GPU computes with
     dataset = open_for(config, trained.checkpoint.path)
     score = evaluate_engine(engine, config, topology, dataset)
     assert score is not None  # without signals, nothing stops it
