@@ -105,8 +105,8 @@ def memory(config: Config) -> Iterator[Finding]:
         remedy = "preload jemalloc, or use an image with glibc: getting fresh pages is slow"
         yield Finding("allocator", "not glibc's", remedy)
     _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # a run raises the soft limit
-    remedy = "ulimit -n 65536: each shard that is read stays open" if files < 4096 else ""
-    yield Finding("open files", f"at most {files}", remedy, files < 128)
+    remedy = "have it raised (ulimit -Hn): each shard that is read stays open"
+    yield Finding("open files", f"at most {files}", remedy * (files < 4096), files < 128)
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         yield Finding(
             "address space",
