@@ -130,6 +130,8 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     (alone,) = re.findall(f"{row}<td>([^<]+)</td>", page)
     of_ten = [100 * (1 - json.loads(ten_views.stdout)["top1"]), 50]
     assert alone.startswith(f"{sum(of_ten) / 2:.2f} ± "), "their own, by as many views"
+    report([folders[0], several], out)
+    assert re.search(rf"{row}<td>–</td>", out.read_text()), "not the mean of one of two"
     assert re.search(r"<td>of-train</td><td>2</td>.*?<td>–</td></tr>", page), "of another split"
     assert "<td>tiny-fig1-relu</td><td>1</td><td>never</td>" in page
     assert "epochs to 25 % training error" in page

@@ -118,7 +118,7 @@ def _ensembles(
             and average.get("split", "") in ("", run.config.data.eval_split)
         ]  # fmt: skip
         own = _errors(alike, average.get("views", 1))
-        alone = _mean_and_deviation(own) if own else "–"
+        alone = _mean_and_deviation(own) if len(own) == len(average["of"]) else "–"
         classes = average.get("classes")
         shown = accuracies(len(classes) if isinstance(classes, list) else 1000)
         errors = [_percent(1 - float(average[t])) if t in shown else "–" for t in ("top1", "top5")]
