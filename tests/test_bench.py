@@ -159,8 +159,18 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(
     assert found["ratios"]["resident / planned and the libraries"] > 0.5
 
 
-def test_bench_maps_holds_ours_against_torchs(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "maps", *TINY, "--repeats", "1", "--json"]) == 0
+@pytest.mark.parametrize(
+    "other",
+    [
+        [],
+        ["model.pool_before_lrn=true", "model.activation=tanh"],
+        ["model.activation_last=[conv1]", "model.round_up=true", "model.crop=64"],
+    ],
+)
+def test_bench_maps_holds_ours_against_torchs(
+    capfd: pytest.CaptureFixture[str], other: list[str]
+) -> None:
+    assert main(["bench", "maps", *TINY, *other, "--repeats", "1", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     for what in ("maps", "LRN"):
         assert found["ceilings"][f"{what}, largest difference of gradients"] < 1e-4

@@ -18,7 +18,7 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
-from alexnet_dist.network.flops import multiply_adds, training_flops
+from alexnet_dist.network.flops import map_values, multiply_adds, training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.traffic import Traffic
@@ -66,10 +66,7 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
         whole = AlexNet(config.model, init_weights=False)
         counted = multiply_adds(whole)
         forward = {layer.name: 2 * macs for layer, macs in counted.items()}
-        values = {
-            layer.name: macs // layer.weight.numel() * len(layer.weight)
-            for layer, macs in counted.items()
-        }
+        values = map_values(counted)
         kinds = dict.fromkeys((*KINDS, config.layout.kind))  # the config's may be a user's own
         planned = {kind: _rank(config, kind, ranks, gpu) for kind in kinds}
         one = planned["one"]
