@@ -72,8 +72,8 @@ def report(folders: Sequence[Path], out: Path) -> str:
     groups = _groups(runs)
     parts = [
         "<h1>alexnet_dist: runs, and the paper's results</h1>",
-        "<p>Errors in %, with 95 % intervals in brackets; means ± deviation over n runs. Only "
-        "results on the same data can be compared.</p>",
+        "<p>Errors in %, with 95 % intervals in brackets; means ± deviation over n runs that "
+        "differ in their seed alone. Only results on the same data can be compared.</p>",
         _all_runs(runs),
         *([_ensembles(averaged, runs)] if averaged else []),
     ]
