@@ -10,6 +10,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import pickletools
 import resource
@@ -217,6 +218,19 @@ def read_bytes(path: Path, most: int = _MOST) -> bytes:
     return content
 
 
+def as_json(value: Any) -> str:
+    """Return a value as JSON, which has no NaN or infinity: null stands for both."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: finite(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return list(map(finite, value))
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(value), allow_nan=False)
+
+
 def json_object(text: bytes) -> dict[str, Any]:
     """Parse a JSON object; raise ValueError for anything else."""
     try:
@@ -255,3 +269,9 @@ def within_memory(most: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit on open files to `count`, or as near as the system lets it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(count, hard)), hard))

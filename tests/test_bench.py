@@ -30,6 +30,7 @@ from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.flops import training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import spawn
 
@@ -158,8 +159,18 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(
     assert found["ratios"]["resident / planned and the libraries"] > 0.5
 
 
-def test_bench_maps_holds_ours_against_torchs(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "maps", *TINY, "--repeats", "1", "--json"]) == 0
+@pytest.mark.parametrize(
+    "other",
+    [
+        [],
+        ["model.pool_before_lrn=true", "model.activation=tanh"],
+        ["model.activation_last=[conv1]", "model.round_up=true", "model.crop=64"],
+    ],
+)
+def test_bench_maps_holds_ours_against_torchs(
+    capfd: pytest.CaptureFixture[str], other: list[str]
+) -> None:
+    assert main(["bench", "maps", *TINY, *other, "--repeats", "1", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     for what in ("maps", "LRN"):
         assert found["ceilings"][f"{what}, largest difference of gradients"] < 1e-4
@@ -263,7 +274,10 @@ def test_a_gpus_ratios_are_of_what_they_name(
         assert mine == pytest.approx(0.001 * (batch + len("ours, bf16")))
         assert found["ratios"][f"ours, bf16 / {best}, by seconds{at}"] == mine / theirs
         assert found["ratios"][f"ours, bf16 / {best}{at}"] == theirs / mine
-        assert found["ratios"][f"ours, bf16 / bf16 matrix product, by FLOP{at}"] > 0
+        flop = training_flops(config) * batch  # as `plan` counts them
+        product = 2.0**40 / found["runs"][1][f"matrix product, bf16{at}"]
+        by_flop = found["ratios"][f"ours, bf16 / bf16 matrix product, by FLOP{at}"]
+        assert by_flop == pytest.approx(flop / mine / product)
         assert found["ratios"][f"ours, bf16, peak memory / planned{at}"] > 0
     run = found["runs"][0]
     exact = "eager, fp32, no TF32"
@@ -391,6 +405,9 @@ def test_a_cold_start_finds_no_kernel_kept(monkeypatch: pytest.MonkeyPatch) -> N
     warm, cold = seen
     assert warm is None
     assert cold is not None
+    Process.stderr = ("loading\n", "alexnet-dist: no data\n")
+    with pytest.raises(ConfigError, match="ended before its first step: alexnet-dist: no data"):
+        end_to_end._first_step(config)
     folders = {Path(cold[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     assert len(folders) == 2
     assert not any(folder.exists() for folder in folders)

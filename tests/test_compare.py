@@ -1,6 +1,7 @@
 """`alexnet-dist compare`, as a user runs it."""
 
 import json
+import math
 from pathlib import Path
 
 import forks
@@ -14,7 +15,7 @@ from torch.futures import Future
 from alexnet_dist.config.load import load_config
 from alexnet_dist.engines import ddp
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.reporting.compare_layouts import chosen
+from alexnet_dist.reporting.compare_layouts import chosen, relative
 
 KEYS = ["layout", "ranks", "final_loss", "max_difference", "bound", "holds", "images_per_s",
         "bytes_per_rank_step", "ranks_per_gpu"]  # fmt: skip
@@ -61,6 +62,16 @@ def test_a_layout_that_is_wrong_does_not_hold(command: list[str]) -> None:
     assert heading.split()[:2] == ["layout", "ranks"]
     assert " yes " in one
     assert " NO " in replicas
+
+
+def test_what_is_not_a_number_is_infinitely_far() -> None:
+    """And not nothing: NaN is neither larger nor smaller than any bound."""
+    none, nan, zeros = torch.ones(2), torch.tensor([1.0, math.nan]), torch.zeros(2)
+    assert relative(none, none) == relative(zeros, zeros) == 0
+    assert relative(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 4.0])) == 0.25
+    for ours, theirs in ((nan, none), (none, nan), (nan, nan), (none, zeros)):
+        assert relative(ours, theirs) == math.inf
+        assert max([0.0, relative(ours, theirs)]) == math.inf
 
 
 def test_a_layout_that_cannot_be_is_one_clear_line(command: list[str]) -> None:

@@ -159,6 +159,7 @@ def test_a_mistake_is_one_clear_error(source: str, message: str) -> None:
             "seed: 010\n",
             r"mine\.yaml: .*: YAML would read 010 as another number: write it in decimal",
         ),
+        (f"train: {{epochs: 1{'0' * 400}}}\n", r"mine\.yaml: train\.epochs=inf: must be finite"),
         ("train: {epochs: 1:20}\n", r"would read 1:20 as another number"),
         ("train: {batch: 1, batch: 2}\n", r"mine\.yaml: not a YAML file.*duplicate"),
         ("model: {columns: 1}\nlayout: {kind: columns}\n", r"mine\.yaml: layout\.kind='columns'"),

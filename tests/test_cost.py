@@ -128,6 +128,8 @@ def test_who_decodes_is_by_pipeline_card_and_size() -> None:
     assert of("a10", "dali")[0] == "the GPU's CUDA cores"
     assert of("k20", "dali")[0].endswith("share Python's lock")
     assert of("h100", "resident") == ("each image is decoded once, at the start", float("inf"))
+    for canvas, rate in ((128, 2400), (256, 2400), (512, 600)):
+        assert of("cpu", "torch", canvas) == ("per core", rate)
     # DALI on an H100 gives more than threads do.
     assert of("h100", "dali")[1] > 10 * of("h100", "torch")[1]
     few, many = 10_000, 1_281_167
@@ -213,6 +215,9 @@ def test_a_fit_finds_the_machine_that_took_the_seconds() -> None:
     assert found.step_s == pytest.approx(there.step_s, rel=0.01)
     with pytest.raises(ConfigError, match="4 measured steps are too few to fit"):
         fit(measured[:4])
+    narrow = dataclasses.replace(planned, recipe={**planned.recipe, "train.precision": "bf16"})
+    with pytest.raises(ConfigError, match="steps in fp32 and bf16 cannot be fitted together"):
+        fit([*measured, dataclasses.replace(measured[0], planned=narrow)])
 
 
 MEASURED = Path(__file__).with_name("measured_layouts.json")  # of bench layouts, two cores each

@@ -9,11 +9,12 @@ import io
 import json
 import os
 import re
+import resource
 import shlex
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ from alexnet_dist.data.dataset import Statistics, open_dataset, open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.prepare.arrays import read_idx
-from alexnet_dist.data.prepare.prepare import prepare
+from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
 from alexnet_dist.data.split import INDEX, Split
-from alexnet_dist.errors import ConfigError, DatasetError
+from alexnet_dist.errors import ConfigError, DatasetError, in_words
 from alexnet_dist.files import within_memory
 from alexnet_dist.parallel import spawn
 from alexnet_dist.parallel.topology import Topology
@@ -105,7 +106,9 @@ def test_preparing_again_gives_the_same_bytes_or_says_done(tmp_path: Path) -> No
     for path in (tmp_path / "a").rglob("*.*"):
         other = tmp_path / "b" / path.relative_to(tmp_path / "a")
         assert path.is_dir() or path.read_bytes() == other.read_bytes()
-    assert "already prepared" in prepare("fashion_mnist", idx, tmp_path / "a")
+    for options in (Options(), Options(part=(2, 3))):
+        said = prepare("fashion_mnist", idx, tmp_path / "a", options)
+        assert said.endswith("already prepared from these files, and complete")
     other = write_idx(tmp_path / "idx2", 31, 10)
     with pytest.raises(DatasetError, match="made from other files or with other options: name"):
         prepare("fashion_mnist", other, tmp_path / "a")
@@ -163,12 +166,17 @@ def test_every_command_says_that_images_are_images(
 def test_prepare_never_fills_or_names_for_removal_what_it_did_not_make(tmp_path: Path) -> None:
     source = made.image_folder(tmp_path / "photos", 2, 1)
     taken = made.image_folder(tmp_path / "out.partial", 1, 1)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "note.txt").write_text("mine")
+    other = "exists, but is not a packed data set: name another OUT"
     for out, said in (
         (
             tmp_path / "out",
             "out.partial holds '.*', which `prepare` did not make: name another OUT",
         ),
-        (source, "exists, but is not a packed data set: name another OUT"),
+        (source, other),
+        (tmp_path / "own", other),
+        (tmp_path / "own" / "note.txt", other),
     ):
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(DatasetError, match=said):
@@ -380,6 +388,49 @@ def test_a_copy_of_a_split_has_files_of_its_own(packed: Path) -> None:
     again = split.read_with_warnings(np.arange(9))
     assert [bytes(one) for one in before[1]] == [bytes(one) for one in again[1]]
     assert ours.read_with_warnings(np.arange(9))[0].tolist() == [*range(9)]  # opened anew
+
+
+@contextlib.contextmanager
+def few_files(most: int, hard: int) -> Iterator[None]:
+    """Allow so many more open files at first, and `hard` more when this is asked for."""
+    here, before = len(os.listdir("/proc/self/fd")), resource.getrlimit(resource.RLIMIT_NOFILE)
+    get, of_process = resource.getrlimit, resource.setrlimit
+    with pytest.MonkeyPatch.context() as patch:
+        # The real hard limit could not be raised again.
+        patch.setattr(resource, "getrlimit", lambda kind: (get(kind)[0], here + hard))
+        patch.setattr(
+            resource, "setrlimit", lambda kind, limits: of_process(kind, (limits[0], before[1]))
+        )
+        of_process(resource.RLIMIT_NOFILE, (here + most, before[1]))
+        try:
+            yield
+        finally:
+            of_process(resource.RLIMIT_NOFILE, before)
+
+
+def test_more_shards_than_open_files_are_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ImageNet's 1,282 shards, where 1,024 files may be open."""
+    monkeypatch.setattr("alexnet_dist.data.prepare.packing.ITEMS_PER_SHARD", 1)
+    prepare("fashion_mnist", write_idx(tmp_path / "idx", 60, 1), tmp_path / "data")
+    warm = open_dataset(tmp_path / "data").splits["train"]
+    warm.read_with_warnings(np.arange(1))  # imports and compiles, which opens files too
+    warm.read(0)
+    warm.close()
+    for hard, enough in ((300, True), (40, False)):
+        with few_files(20, hard):
+            split = open_dataset(tmp_path / "data").splits["train"]
+            try:
+                if enough:
+                    _, _, damaged = split.read_with_warnings(np.arange(60))
+                    assert not damaged
+                else:
+                    with pytest.raises(OSError, match="Too many open files") as caught:
+                        split.read_with_warnings(np.arange(60))
+                    assert "ulimit -n" in f"{in_words(caught.value)}"
+            finally:
+                split.close()
 
 
 def test_a_config_must_agree_with_its_data(tiny: Callable[..., Config]) -> None:

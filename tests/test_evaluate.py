@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,11 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.split import Split
+from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.evaluation import scores
-from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.evaluation.evaluate import evaluate, evaluate_checkpoints
+from alexnet_dist.evaluation.load import load_checkpoint
 from alexnet_dist.evaluation.results import Evaluation, Score
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.runs import RunResults, read_run_folder
@@ -74,6 +77,47 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     said = alexnet_dist(*command).stdout
     assert "95 % of resamples between" in said
     assert "mistaken for" in said
+
+
+def test_networks_are_averaged_on_images_that_none_was_trained_on(
+    tiny: Callable[..., Config],
+) -> None:
+    """A smaller share held out leaves a part of the larger one to be trained on."""
+    runs = []
+    for share in (0.5, 0.3):
+        held = [f"data.hold_out={share}", "data.eval_split=held_out", f"name=held-{share}"]
+        config = tiny("layout.kind=one", "train.precision=fp32", "train.epochs=0.2", *held)
+        assert train(config).exit == 0
+        runs.append(config.folder)
+    with pytest.raises(ConfigError, match=r"data\.hold_out=0\.3, but 0\.5 in .*/held-0\.5/"):
+        evaluate_checkpoints(runs)
+    both = evaluate_checkpoints(runs, ["data.hold_out=0.3"])
+    assert both.score.samples == evaluate_checkpoints(runs[1:]).score.samples
+    assert evaluate_checkpoints(runs, ["data.eval_split=test"]).score.samples == 23
+
+
+def test_a_gpu_computes_with_the_networks_present_weights(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, layers compute with narrow copies of their weights."""
+    config = tiny("layout.kind=one", "train.precision=bf16", "train.epochs=0.2")
+    assert train(config).exit == 0
+    trained = load_checkpoint(config.folder)
+    with torch.no_grad():
+        trained.model.get_parameter("fc8.weight").mul_(3)
+    named = dict(trained.model.named_parameters())
+    seen: list[bool] = []
+
+    def predict(engine: TorchEngine, windows: torch.Tensor) -> torch.Tensor:
+        for name, copy in (engine.optimizer.narrow or {}).items():
+            seen.append(torch.equal(copy, named[name].bfloat16()))
+        return torch.zeros(len(windows), config.model.classes)
+
+    monkeypatch.setattr("alexnet_dist.network.kernels.fused", lambda *_: True)
+    monkeypatch.setattr(TorchEngine, "predict", predict)
+    evaluate(trained, views=1)
+    assert len(seen) >= 8
+    assert all(seen)
 
 
 def test_a_network_is_never_cut_to_the_classes_of_other_data(
@@ -200,9 +244,17 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert len({path, other, both, *(run / "evaluations").iterdir()}) == 3
     changed = {tuple(score["changed"]) for score in scores.saved_scores(run)}
     assert changed == {(), ("data.divide_by",)}
-    for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', path.read_bytes()[:-9]]):
+    whole = path.read_bytes()
+    endless = [whole.replace(b'"step": 8', b'"step": Infinity'), whole.replace(b'"split"', b'"s"')]
+    for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', whole[:-9], *endless]):
         (run / "evaluations" / f"{number}.json").write_bytes(damage)
     assert len(scores.saved_scores(run)) == 3
+    found = read_run_folder(run)
+    assert found is not None
+    assert len(found.scores) == 3
+    lines = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(re.sub(r'"correct1": \d+', '"correct1": Infinity', lines))
+    assert read_run_folder(run) is None
 
     alone = shutil.copytree(at.path, tmp_path / "alone")
     assert scores.save_score(evaluate_checkpoints([alone])) is None

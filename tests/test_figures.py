@@ -13,11 +13,12 @@ from conftest import alexnet_dist, as_overrides
 from made import image_folder
 
 from alexnet_dist.config.load import configs_folder
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.plotting import chroma, confusion_picture, distinct, kernel_picture
 from alexnet_dist.reporting import figures
-from alexnet_dist.reporting.report import PUBLISHED, report
+from alexnet_dist.reporting.report import PUBLISHED, _groups, report
+from alexnet_dist.reporting.runs import read_run_folder
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import read_metrics
 
@@ -70,8 +71,8 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     points = [p for p in read_metrics(folders[0]) if p["kind"] == "eval"]
     assert 0 < points[-1]["chroma_1"] < 1
     assert figures.colour(folders[0]) == [points[-1]["chroma_1"], points[-1]["chroma_2"]]
-    scored = alexnet_dist("evaluate", str(folders[0]), "--views", "10")
-    assert scored.returncode == 0, scored.stderr
+    ten_views = alexnet_dist("evaluate", str(folders[0]), "--views", "10", "--json")
+    assert ten_views.returncode == 0, ten_views.stderr
     ten = {"of": ["runs/x/checkpoints/step-00000008"], "samples": 24, "correct1": 12,
            "correct5": 20, "loss": 2.0}  # fmt: skip
     (folders[1] / "evaluation-views-10.json").write_text(json.dumps(ten))  # before they were kept
@@ -90,12 +91,15 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     damaged = tmp_path / "runs" / "damaged"
     shutil.copytree(folders[1], damaged)
     (damaged / "evaluation-views-10.json").write_text('{"top1": 0.5}')
-    several = tmp_path / "runs" / "tiny-ensemble-views-1.json"
-    scored = alexnet_dist("evaluate", str(folders[0]), str(folders[1]), "--json")
+    several = tmp_path / "runs" / "tiny-ensemble.json"
+    averaged = ["evaluate", str(folders[0]), str(folders[1]), "--views", "10", "--json"]
+    scored = alexnet_dist(*averaged)
     several.write_text(scored.stdout)
+    of_train = tmp_path / "runs" / "of-train.json"
+    of_train.write_text(alexnet_dist(*averaged, "data.eval_split=train").stdout)
     out = tmp_path / "report.html"
-    said = report([*folders, hostile, damaged, several, out], out)
-    assert said.endswith("5 runs; 1 hold no evaluated run")
+    said = report([*folders, hostile, damaged, several, of_train, out], out)
+    assert said.endswith("5 runs; 1 holds no evaluated run")
     mine = tmp_path / "mine.html"
     mine.write_text("<title>Report</title> of my own")
     result = alexnet_dist("report", str(folders[0]), "--out", str(mine))
@@ -109,7 +113,7 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
     assert "tiny-alexnet-2012 on" in page
-    assert "n = 2: " in page
+    assert re.search(r"tiny-alexnet-2012 on \S+ [0-9.]+ ± [0-9.]+ \(1 view, n = 2\) ", page)
     assert "50.00 [" in page
     assert page.index("<h2>tiny-fig1-relu</h2>") < page.index("<h2>Published</h2>")
     first = page[page.index("<h2>tiny-alexnet-2012-0</h2>") :].partition("<h2>")[2]
@@ -122,9 +126,42 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert f"evaluate {folders[1]} --views 10" in page  # its classes are not known
     assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
     error = 100 * (1 - json.loads(scored.stdout)["top1"])
-    assert f"<td>tiny-ensemble-views-1</td><td>2</td><td>{error:.2f}</td>" in page
+    row = f"<td>tiny-ensemble</td><td>2</td><td>{error:.2f}</td><td>[0-9.]+</td>"
+    (alone,) = re.findall(f"{row}<td>([^<]+)</td>", page)
+    of_ten = [100 * (1 - json.loads(ten_views.stdout)["top1"]), 50]
+    assert alone.startswith(f"{sum(of_ten) / 2:.2f} ± "), "their own, by as many views"
+    report([folders[0], several], out)
+    assert re.search(rf"{row}<td>–</td>", out.read_text()), "not the mean of one of two"
+    assert re.search(r"<td>of-train</td><td>2</td>.*?<td>–</td></tr>", page), "of another split"
     assert "<td>tiny-fig1-relu</td><td>1</td><td>never</td>" in page
     assert "epochs to 25 % training error" in page
+
+
+def test_runs_are_averaged_if_they_differ_in_their_seed_alone(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Not because of a number in their name; and a preset's own number is no seed."""
+    folders = []
+    for name, more in {
+        "alexnet-2012": [], "alexnet-2012-1": ["seed=1"], "batch-4": ["train.batch=4"],
+        "batch-8": [], "batch-8-1": ["seed=1"], "two/alexnet-2012-1": ["seed=2"],
+    }.items():  # fmt: skip
+        folder = tmp_path / name
+        config = tiny(f"name={folder.name}", f"output_dir={folder.parent}", *more)
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(flat(config)))
+        point = {"kind": "eval", "step": 8, "epoch": 1, "loss": 1.0, "top1": 0.5, "top5": 0.75,
+                 "samples": 24, "correct1": 12, "correct5": 18}  # fmt: skip
+        (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+        folders.append(folder)
+    said = report(folders, tmp_path / "report.html")
+    assert said.endswith("report.html: 6 runs")
+    published = (tmp_path / "report.html").read_text().partition("<h2>Published</h2>")[2]
+    assert re.search(r"<td>alexnet-2012 on \S+ 50\.00 ± 0\.00 \(1 view, n = 3\)", published)
+    runs = [run for folder in folders if (run := read_run_folder(folder))]
+    groups = {name: len(alike) for name, alike in _groups(runs).items()}
+    assert groups == {"alexnet-2012": 3, f"{tmp_path}/batch-4": 1, f"{tmp_path}/batch-8": 1,
+                      "batch-8": 1}  # fmt: skip
 
 
 def test_curves_of_a_run_without_evaluations_name_none(
@@ -202,6 +239,11 @@ def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_pa
     found = json.loads(result.stdout)
     assert found["differ"] == {"seed": [0, 7], "model.dropout": [0.5, 0.25]}
     assert [len(scores) for scores in found["scores"]] == [1, 2]
+    metrics = Path(folders[0], "metrics.jsonl")
+    lost = re.sub(r'("kind": "eval".*?"loss": )[^,}]+', r"\1null", metrics.read_text())
+    metrics.write_text(lost)
+    result = alexnet_dist("compare", *folders, "--out", str(out), "--json")
+    assert json.loads(result.stdout)["scores"][0][0]["loss"] is None, "JSON has no NaN"
     mine = str(tmp_path / "mine.png")
     Path(mine).write_bytes(out.read_bytes().replace(b"alexnet-dist", b"an own image"))
     for arguments, said in (

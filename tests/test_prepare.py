@@ -254,6 +254,9 @@ def test_what_decoders_read_differently_is_settled_once() -> None:
     half.putalpha(128)
     on_white = convert(made.encoded(half, "PNG"), keep=False).image.movedim(0, -1)
     assert (on_white - (plain * 0.5 + 127.5)).abs().mean() < 4
+    for mode, black in (("1", 0), ("L", 0), ("I;16", 0), ("RGB", (0, 0, 0))):
+        clear = made.encoded(Image.new(mode, (300, 300)), "PNG", transparency=black)
+        assert (convert(clear, keep=False).image == 255).all(), mode
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:

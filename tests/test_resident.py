@@ -66,6 +66,12 @@ def test_training_and_evaluation_are_the_torch_pipelines_to_the_bit(
         assert_equal(ten, lambda c, s=split: decoded(c, s, evaluation_plan(c, parts)))
 
 
+def test_there_may_be_more_threads_than_images_to_decode(packed: Path) -> None:
+    workers = ["data.workers=40", "model.classes=10", "data.eval_split=test"]
+    config = config_of(packed, *workers)
+    assert_equal(config, lambda c: decoded(c, "test", evaluation_plan(c, [range(23)])))
+
+
 def test_what_stands_in_for_damaged_samples_is_the_same_and_named_each_time(
     stored: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -23,6 +23,7 @@ from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.make import make_engine
+from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.planning.dry_run import plan
@@ -175,9 +176,12 @@ def _first_step(config: Config, cold: bool = False) -> float:
             env=os.environ | kept if cold else None,
         )  # fmt: skip
         assert process.stderr is not None
-        for line in process.stderr:
-            if "step 1/" in line:
+        said = ""
+        for said in process.stderr:
+            if "step 1/" in said:
                 break
+        else:
+            raise ConfigError(f"bench end-to-end: the run ended before its first step: {said}")
         seconds = time.perf_counter() - begin
         process.terminate()
         process.communicate()

@@ -3,9 +3,9 @@ plain PyTorch and beside a copy of the maps; and normalisation alone."""
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_dist.bench import Pass, Result, in_turn, machine, ratio
@@ -13,6 +13,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.network import kernels
 from alexnet_dist.network.lrn import alpha_of, local_response_norm
 from alexnet_dist.network.model import Column
+from alexnet_dist.network.shapes import map_sides
 from alexnet_dist.parallel.topology import connect
 
 _Made = Callable[[Tensor, Tensor], Tensor]  # makes maps from a column's maps and its biases
@@ -27,7 +28,7 @@ def bench_maps(config: Config, repeats: int) -> Result:
         relative to the largest gradient), machine, and every pass's seconds.
     """
     device, model = connect(config).device, config.model
-    side = (model.crop + 2 * model.padding[0] - model.kernel[0]) // model.stride[0] + 1
+    (side, _), *_ = map_sides(model)
     shape = (config.train.batch, model.conv[0] // model.columns, side, side)
     generator = torch.Generator().manual_seed(0)
     made = [(torch.randn(shape, generator=generator) * 30).to(device) for _ in range(model.columns)]
@@ -75,7 +76,10 @@ def _makers(config: Config, device: torch.device) -> tuple[_Made, _Made, _Made, 
     alpha = alpha_of(lrn, "conv1") if "conv1" in lrn.layers else 1e-4
     torchs = nn.LocalResponseNorm(lrn.size, alpha * lrn.size, lrn.beta, lrn.k)
     normal = torchs if "conv1" in lrn.layers else nn.Identity()
-    pool = nn.MaxPool2d(model.pool[0], model.pool[1])
+    pool = nn.MaxPool2d(model.pool[0], model.pool[1], ceil_mode=model.round_up)
+    layers: list[Any] = [pool, normal] if model.pool_before_lrn else [normal, pool]
+    activation = getattr(torch, model.activation)
+    layers.insert(2 if "conv1" in model.activation_last else 0, activation)
 
     fused = kernels.fused(config.train.execution, device)
 
@@ -85,8 +89,10 @@ def _makers(config: Config, device: torch.device) -> tuple[_Made, _Made, _Made, 
         return column.maps("conv1", x + bias[:, None, None].to(x.dtype))
 
     def plain(x: Tensor, bias: Tensor) -> Tensor:
-        pooled: Tensor = pool(normal(F.relu(x + bias[:, None, None])))
-        return pooled
+        made = x + bias[:, None, None]
+        for layer in layers:
+            made = layer(made)
+        return made
 
     def our_lrn(x: Tensor, bias: Tensor) -> Tensor:
         if fused:

@@ -13,13 +13,12 @@ from alexnet_dist.bench.trainers import Eager, device_of, ours, plain, product_o
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.network.flops import multiply_adds
+from alexnet_dist.network.flops import training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.planning.dry_run import plan
 
 log = logging.getLogger(__name__)
-_TRAINING = 3  # times a forward's FLOP: the gradients of inputs and of weights cost as much each
 
 
 def contestant(name: str, config: Config) -> Work:
@@ -99,8 +98,7 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> Result:
         for contestant in contestants.values():
             contestant.close()
 
-    macs = multiply_adds(AlexNet(config.model, init_weights=False))
-    work = _TRAINING * 2 * sum(macs.values()) * config.train.batch
+    work = training_flops(config) * config.train.batch
     rates = {name: [flop[name] / run[name] for run in runs] for name in flop}
     ratios = _ratios(runs)
     ratios["ours, bf16 / bf16 matrix product, by FLOP"] = statistics.median(

@@ -1,7 +1,6 @@
 """The command `bench`, with its parts: measure, against references."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from alexnet_dist.cli.parser import (
     path,
 )
 from alexnet_dist.config.load import load_config
+from alexnet_dist.files import as_json
 
 if TYPE_CHECKING:
     from alexnet_dist.bench import Result
@@ -86,7 +86,7 @@ def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     if options.differences:
         apart = decoders.bench_differences(options.folder, options.images, options.overrides)
-        print(json.dumps(apart) if options.json else decoders.lines(apart))
+        print(as_json(apart) if options.json else decoders.lines(apart))
         return 0
     result = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
     return _print_bench(result, options)
@@ -101,7 +101,7 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from alexnet_dist.bench.kernel_times import bench_kernels, kernel_lines
 
             times = bench_kernels(config, options.repeats)
-            print(json.dumps(times) if options.json else kernel_lines(times))
+            print(as_json(times) if options.json else kernel_lines(times))
             return 0
         case "step":
             from alexnet_dist.bench.step import bench_step
@@ -130,5 +130,5 @@ def _print_bench(result: "Result", options: argparse.Namespace) -> int:
     """Print what a benchmark measured, as JSON or as a table."""
     from alexnet_dist import bench
 
-    print(json.dumps(result) if options.json else bench.table(result))
+    print(as_json(result) if options.json else bench.table(result))
     return 0

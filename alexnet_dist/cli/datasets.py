@@ -1,11 +1,11 @@
 """The commands `prepare` and `inspect`: make a packed data set, and look into it."""
 
 import argparse
-import json
 from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, add_json, part, path, picture
 from alexnet_dist.errors import printable
+from alexnet_dist.files import as_json
 
 _SOURCES = ("imagenet", "folder", "tiny_imagenet", "imagenette", "cifar10", "fashion_mnist")
 
@@ -99,7 +99,7 @@ def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     sheet = options.sheet or options.data / "contact-sheet.png"
     summary = data.inspect(options.data, None if options.quick else sheet)
     if options.json:
-        print(json.dumps(summary))
+        print(as_json(summary))
     else:
         for what, finding in summary.items():
             rows = finding.items() if isinstance(finding, dict) else ()

@@ -1,7 +1,6 @@
 """The commands `compare`, `plan` and `doctor`: compare, predict and check."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 from alexnet_dist.cli.parser import AddCommand, add_json, add_share_gpu, count, path, picture
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, looked_in, printable
+from alexnet_dist.files import as_json
 
 if TYPE_CHECKING:
     from alexnet_dist.planning.machines import Machine
@@ -104,7 +104,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         from alexnet_dist.reporting.compare_runs import compare_runs
 
         comparison, text = compare_runs(folders, options.out)
-        print(json.dumps(comparison) if options.json else text)
+        print(as_json(comparison) if options.json else text)
         return 0
     if options.steps < 3:
         raise ConfigError(f"--steps {options.steps}: must be 3 or more, because two warm up")
@@ -122,7 +122,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         rows.append(row)
         print(compare_layouts.line(row, drift, floor), file=table, flush=True)
     if options.json:
-        print(json.dumps([vars(row) for row in rows]))
+        print(as_json([vars(row) for row in rows]))
     elif unseen := shared_gpus.unseen(config, max(row.ranks for row in rows)):
         print(unseen)
     return 0 if all(row.holds for row in rows) else 1
@@ -164,7 +164,7 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             raise ConfigError(f"--curve: {_UNKNOWN_GPU}")
         rows = scaling.curve(config, cluster)
         scaling.draw(rows, cluster, options.curve)
-        print(json.dumps(rows) if options.json else "\n".join(scaling.lines(rows)))
+        print(as_json(rows) if options.json else "\n".join(scaling.lines(rows)))
         return 0
 
     # What a rank needs.
@@ -186,7 +186,7 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         why = str(error)
 
     if options.json:
-        print(json.dumps(planned.to_json() | (predicted.to_json() if predicted else {})))
+        print(as_json(planned.to_json() | (predicted.to_json() if predicted else {})))
         return 0
     lines = text.plan_lines(planned)
     if predicted:
@@ -231,7 +231,7 @@ def doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
                 print(f"{'':23}→ {printable(one.remedy)}")
     broken = [one.what for one in findings if one.broken]
     if options.json:
-        print(json.dumps({"sound": not broken, "findings": [vars(one) for one in findings]}))
+        print(as_json({"sound": not broken, "findings": [vars(one) for one in findings]}))
     elif broken:
         print(f"a run would fail: fix {', '.join(broken)}")
     else:

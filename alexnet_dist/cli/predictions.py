@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import csv
 import io
-import json
 import os
 import signal
 import sys
@@ -14,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, count, out, path, picture
 from alexnet_dist.errors import ConfigError, printable
-from alexnet_dist.files import written_aside
+from alexnet_dist.files import as_json, written_aside
 
 if TYPE_CHECKING:
     from alexnet_dist.checkpoint.store import Checkpoint
@@ -218,4 +217,4 @@ def _as_json(
         for prediction in predictions
     ]
     about = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "views": views}
-    print(json.dumps(about | {"images": images}), file=file)
+    print(as_json(about | {"images": images}), file=file)

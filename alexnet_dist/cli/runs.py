@@ -1,7 +1,6 @@
 """The commands `train`, `evaluate` and `configs`."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from alexnet_dist.cli.parser import AddCommand, add_json, out, path
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config, shipped
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, counted, printable
-from alexnet_dist.files import check_trained, read_run
+from alexnet_dist.files import as_json, check_trained, read_run
 from alexnet_dist.parallel import environment
 from alexnet_dist.training.metrics_file import accuracies
 
@@ -165,7 +164,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if options.predictions:
         result.write(options.predictions)
     if options.json:
-        print(json.dumps(result.report()))
+        print(as_json(result.report()))
         return 0
     _print_score(result)
     if kept:
@@ -196,7 +195,7 @@ def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Print the shipped configs, each with the first sentence of its file."""
     known = shipped()
     if options.json:
-        print(json.dumps(known))
+        print(as_json(known))
         return 0
     width = max(map(len, known))
     print("\n".join(f"{name:{width}}  {what}" for name, what in known.items()))

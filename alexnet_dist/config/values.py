@@ -23,7 +23,9 @@ def as_typed(value: Any) -> str:
     """Return a value as it is typed on a command line."""
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(as_typed, value))}]"
-    return str(value).lower() if isinstance(value, bool) else f"{value}".removesuffix(".0")
+    if isinstance(value, float):
+        return f"{value}".removesuffix(".0")
+    return str(value).lower() if isinstance(value, bool) else f"{value}"
 
 
 def parse(text: Typed, dotted: str) -> Any:
@@ -97,7 +99,7 @@ def check_value(dotted: str, value: Any, kind: Any, key: Key, source: str) -> An
             raise wrong("keys and values, as in {qos: long}")
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        value = float(f"{value}")  # infinity where it is too large
     if type(value) is not kind:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
         raise wrong(names[kind])

@@ -26,12 +26,13 @@ from alexnet_dist.data.missing import not_packed
 from alexnet_dist.data.split import Split, open_split
 from alexnet_dist.data.verified import load_array
 from alexnet_dist.errors import ConfigError, DatasetError
-from alexnet_dist.files import json_object, read_bytes
+from alexnet_dist.files import allow_open_files, json_object, read_bytes
 
 if TYPE_CHECKING:  # errors in a data set are reported before torch is loaded
     from alexnet_dist.parallel.topology import Topology
 
 VERSION = 2
+_OTHER_FILES = 1024  # that a process may have open besides shards: the usual limit
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,8 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         raise DatasetError(
             f"{path}: its colour statistics are not numbers: prepare the data set again"
         )
+    # Shards that are read stay open, in each copy of a split.
+    allow_open_files(_OTHER_FILES + 2 * sum(len(split.shards) for split in splits.values()))
     digest = hashlib.sha256(text).hexdigest()
     return Dataset(folder, digest, source, classes, statistics, splits)
 

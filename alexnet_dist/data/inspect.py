@@ -12,12 +12,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
+from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.data.split import Split
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import written_aside
 
+_AHEAD = 1000  # samples that threads are given at a time: a million would take gigabytes
 QUICK = 100  # samples decoded of a split in a quick look
 _SHOWN_CLASSES, _SHOWN_SAMPLES, _SHOWN_SIDE, _NAME_WIDTH = 20, 10, 96, 220
 
@@ -74,8 +76,8 @@ def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
             )
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        for _ in pool.map(check, samples):
-            pass
+        for checked in started_ahead(samples, lambda sample: pool.submit(check, sample), _AHEAD):
+            checked.result()
     per_class = np.bincount(split.index["label"], minlength=len(dataset.classes))
     sizes = Counter(split.index[["height", "width"]].tolist())
     return {

@@ -5,6 +5,7 @@ accept flipped bytes silently.
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -85,6 +86,8 @@ class Split:
         try:
             os.preadv(self._file(shard), [encoded], offset)
         except OSError as error:
+            if error.errno == errno.EMFILE:  # no fault of the sample's
+                raise
             raise DatasetError(
                 f"{self.shards[shard]}: sample {sample} of split {self.name!r} cannot be read "
                 f"({error.strerror})"

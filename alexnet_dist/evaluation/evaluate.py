@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.config.from_data import HELD_OUT
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
@@ -63,6 +64,7 @@ def evaluate(
     topology = connect(config)
     engine = TorchEngine(config, topology, init_weights=False)
     engine.model.load_state_dict(trained.model.state_dict())
+    engine.optimizer.narrow_all()  # the copies that a GPU computes with
     dataset = open_for(config, trained.checkpoint.path)
     score = evaluate_engine(engine, config, topology, dataset)
     assert score is not None  # without signals, nothing stops it
@@ -149,8 +151,11 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
     ]
     config, topology = configs[0], connect(configs[0])
     dataset = open_for(config, found[0].path)
+    alike = ["model.classes", "data.path", "data.eval_split", "evaluate.views"]
+    if config.data.eval_split == HELD_OUT:  # else a network may have been trained on some of it
+        alike += ["data.hold_out", "data.train_split"]
     for checkpoint, other in zip(found, configs, strict=True):
-        for key in ("model.classes", "data.path", "data.eval_split", "evaluate.views"):
+        for key in alike:
             here, there = flat(other)[key], flat(config)[key]
             if here != there:
                 model = key.startswith("model.")

@@ -39,8 +39,9 @@ def save_score(found: Evaluation) -> Path | None:
     special = [how["changed"], how["data_sha256"], [str(c.path) for c in found.checkpoints[1:]]]
     if special != [{}, first.manifest["dataset"], []]:
         name += f"-{hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]}"
-    rows, columns = found.confusion().nonzero(as_tuple=True)
-    counts = found.confusion()[rows, columns]
+    confusion = found.confusion()
+    rows, columns = confusion.nonzero(as_tuple=True)
+    counts = confusion[rows, columns]
     content = {
         **found.report(),
         "step": first.step,
@@ -77,12 +78,12 @@ def _is_score(found: Mapping[str, Any]) -> bool:
     """Whether a file has the numbers that readers calculate with; the rest is text to show."""
     classes, confusion = found.get("classes"), found.get("confusion")
     return (
-        all(type(found.get(key)) in (int, float) for key in _NUMBERS)
-        and 0 <= found["top1"] <= 1
-        and 0 <= found["top5"] <= 1
-        and 0 <= found["correct1"] <= found["samples"] < 2**53
-        and found["samples"] > 0
+        all(files.is_count(found.get(key)) for key in _NUMBERS)
+        and max(found["top1"], found["top5"]) <= 1
+        and found["correct1"] <= found["samples"]
+        and 0 < found["samples"] < 2**53
         and isinstance(found.get("date"), str)
+        and isinstance(found.get("split"), str)
         and isinstance(found.get("of"), list)
         and isinstance(found.get("changed"), dict)
         and isinstance(found.get("machine"), dict)

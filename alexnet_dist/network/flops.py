@@ -1,5 +1,6 @@
 """The number of arithmetic operations of the network, counted by running it on fake tensors."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,3 +35,15 @@ def multiply_adds(model: AlexNet) -> dict[Layer, int]:
     for hook in hooks:
         hook.remove()
     return counted
+
+
+def map_values(counted: Mapping[Layer, int]) -> dict[str, int]:
+    """Return the number of values that each layer makes of an image, by its name.
+
+    Args:
+        counted: what `multiply_adds` returned.
+    """
+    return {
+        layer.name: macs // layer.weight.numel() * len(layer.weight)
+        for layer, macs in counted.items()
+    }

@@ -244,6 +244,7 @@ def decoding(planned: Plan, cluster: Cluster, pipeline: str = "") -> Decoding:
     """
     machine, wanted = cluster.machine, pipeline or planned.recipe["data.pipeline"]
     pixels: float = (256 / planned.recipe["data.canvas"]) ** 2
+    on_cores = min(1.0, pixels)  # for small images, overhead dominates
     gpu = machine.overlap and (machine.decode or machine.decode_by_cuda)
     if wanted == "auto":
         wanted = "dali" if gpu else "torch"
@@ -251,14 +252,15 @@ def decoding(planned: Plan, cluster: Cluster, pipeline: str = "") -> Decoding:
     if wanted == "resident":
         return Decoding(wanted, "each image is decoded once, at the start", math.inf, basis)
     if not machine.overlap:
-        return Decoding(wanted, "per core", machine.decode or CORE_DECODES, "measured")
+        rate = (machine.decode or CORE_DECODES) * on_cores
+        return Decoding(wanted, "per core", rate, "measured")
     if wanted == "dali" and machine.decode:
         how, rate = "the GPU's hardware decoder", machine.decode
     elif wanted == "dali" and machine.decode_by_cuda:
         how, rate = "the GPU's CUDA cores", machine.decode_by_cuda
     else:
         how, rate = f"{machine.cores:g} cores per GPU, which share Python's lock", threads(machine)
-        pixels = min(1.0, pixels)  # for small images, overhead dominates
+        pixels = on_cores
     return Decoding(wanted, how, rate * pixels, basis)
 
 

@@ -18,7 +18,7 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
-from alexnet_dist.network.flops import multiply_adds, training_flops
+from alexnet_dist.network.flops import map_values, multiply_adds, training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.traffic import Traffic
@@ -66,10 +66,7 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
         whole = AlexNet(config.model, init_weights=False)
         counted = multiply_adds(whole)
         forward = {layer.name: 2 * macs for layer, macs in counted.items()}
-        values = {
-            layer.name: macs // layer.weight.numel() * len(layer.weight)
-            for layer, macs in counted.items()
-        }
+        values = map_values(counted)
         kinds = dict.fromkeys((*KINDS, config.layout.kind))  # the config's may be a user's own
         planned = {kind: _rank(config, kind, ranks, gpu) for kind in kinds}
         one = planned["one"]
@@ -115,13 +112,6 @@ def gpu_memory(rank: Rank) -> int:
     return rank.memory["peak"] + _CONTEXT
 
 
-def execution(config: Config, ranks: int, gpu: bool) -> str:
-    """Return how a step is executed: train.execution on a GPU, always "eager" on a CPU."""
-    if not gpu or "Triton" in kernels.lacking():  # without Triton, its kernels declare no shapes
-        return "eager"
-    return config.train.execution
-
-
 def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True) -> Rank | Misfit:
     """Return parameters, memory and traffic of a rank in one layout, or why it cannot be.
 
@@ -139,7 +129,9 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
     if kind in layouts.ZERO_STAGES:
         return _zero_rank(laid_out, ranks, gpu)
     # The engine, as it would be on a rank, and one batch.
-    topology, how = fake_topology(laid_out, ranks), execution(laid_out, ranks, gpu)
+    topology = fake_topology(laid_out, ranks)
+    fuses = gpu and "Triton" not in kernels.lacking()  # without it, its kernels declare no shapes
+    how = laid_out.train.execution if fuses else "eager"
     engine_of = PlannedShards if kind == "sharded_fc" else PlannedEngine
     engine = engine_of(laid_out, topology, init_weights=False)
     if how != "eager":

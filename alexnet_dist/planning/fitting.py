@@ -42,6 +42,12 @@ def fit(measured: Sequence[Measured]) -> Machine:
             f"--fit: {len(rows)} measured steps are too few to fit {len(names)} numbers: give "
             "several outputs of bench layouts, for different batches"
         )
+    precision, *others = {one.planned.recipe["train.precision"]: 0 for one in measured}
+    if others:
+        raise ConfigError(
+            f"--fit: steps in {precision} and {others[0]} cannot be fitted together: give outputs "
+            "of bench layouts in one train.precision"
+        )
     matrix = np.array([[row[name] / one.seconds for name in names]
                        for row, one in zip(rows, measured, strict=True)])  # fmt: skip
     scale = matrix.max(0).clip(1e-300)
@@ -50,7 +56,6 @@ def fit(measured: Sequence[Measured]) -> Machine:
         solution, _ = nnls(matrix / scale * weights[:, None], weights)
         weights = 1 / np.sqrt(np.abs(matrix / scale @ solution - 1).clip(0.02))
     cost = dict(zip(names, solution / scale, strict=True))
-    precision = measured[0].planned.recipe["train.precision"]
     off = np.median(np.abs(matrix / scale @ solution - 1))
     return dataclasses.replace(
         MACHINES["cpu"],

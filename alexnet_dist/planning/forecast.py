@@ -20,7 +20,7 @@ from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
 from alexnet_dist.planning.cost_model import decoding, predict
 from alexnet_dist.planning.dry_run import gpu_memory
-from alexnet_dist.planning.machines import CORE_DECODES, MACHINES, Cluster, Machine, known
+from alexnet_dist.planning.machines import MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import correction
 from alexnet_dist.planning.plan import Plan, Prediction, Rank
 from alexnet_dist.training.metrics_file import read_metrics
@@ -159,7 +159,7 @@ def _decoding(
         why=why,
         images_per_s=needs,
         decoded_images_per_s=None if math.isinf(decoded) else decoded,
-        host_cores=needs / CORE_DECODES,
+        host_cores=needs / decoding(planned, Cluster(MACHINES["cpu"], 1), "torch").images_per_s,
         host_cores_there=machine.cores * cluster.total,
         gpus=needs / one_gpu if one_gpu else None,
         by_threads_images_per_s=decoding(planned, cluster, "torch").images_per_s * devices,

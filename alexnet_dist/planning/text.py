@@ -101,8 +101,8 @@ def _decoded(decode: DecodingForecast) -> str:
     by = f"data.pipeline={decode.pipeline} ({decode.why}), {decode.how}"
     if decode.decoded_images_per_s is not None:
         by += f": {decode.decoded_images_per_s:,.0f} images/s ({decode.basis})"
-    if decode.gpus is None:
-        return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
+        if decode.gpus is None:
+            return f"{by}: {decode.host_cores:.1f} of {decode.host_cores_there:g} cores"
     if decode.pipeline != "torch":
         by += (
             "; the threads of data.pipeline=torch would decode "

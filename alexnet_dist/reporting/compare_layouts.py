@@ -14,6 +14,7 @@ drift between one and four micro-batches in one process.
 import contextlib
 import dataclasses
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -170,8 +171,9 @@ def _row(
     """Start a layout's ranks, and compare what they computed with the oracle's tensors."""
     zero = config.layout.kind in layouts.ZERO_STAGES
     runs = {"bounded": (_bounded(config), steps), "fp32": (_with(config, precision="fp32"), steps)}
-    parts = next((p for p in (4, 3, 2) if config.train.batch % p == 0), 1)
-    if path == oracle and parts > 1:
+    own = config.train.micro_batches
+    parts = next((p for p in (4, 3, 2, 1) if config.train.batch % p == 0 and p != own), own)
+    if path == oracle and parts != own:
         runs["parts"] = (_with(runs["fp32"][0], micro_batches=parts), steps)
     runs["own"] = (config, min(steps, _SPEED_STEPS))
     if zero:
@@ -247,9 +249,10 @@ def _updates(config: Config, steps: int) -> float:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Return ‖ours − theirs‖∞ ÷ ‖theirs‖∞."""
-    difference = (ours.double() - theirs.double()).abs().max().item()
-    return difference and difference / theirs.double().abs().max().item()
+    """Return ‖ours − theirs‖∞ ÷ ‖theirs‖∞; infinity where it is not a number."""
+    difference = (ours.double() - theirs.double()).abs().max()
+    apart = difference / theirs.double().abs().max()
+    return apart.nan_to_num(nan=math.inf, posinf=math.inf).item() if difference else 0.0
 
 
 def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[Batch, float]]:

@@ -31,7 +31,7 @@ from alexnet_dist.training.metrics_file import accuracies, read_metrics
 from alexnet_dist.training.tensorboard import ANSWERED, draw_answers, evenly, image_of
 
 _QUERIES, _NEIGHBOURS = 5, 6  # rows and neighbours of Fig. 4, right
-CHUNK = 4096  # rows of the memory map that are compared at a time
+CHUNK = 4096  # rows of the memory map that are computed, and compared, at a time
 
 
 def draw(folder: Path) -> list[Path]:
@@ -87,8 +87,8 @@ def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     known, path = dataset.splits[config.data.train_split], out / "features.npy"
     kept = np.lib.format.open_memmap(path, "w+", np.float32, (len(known), features.shape[1]))
     try:
-        for first in range(0, len(known), config.evaluate.batch):
-            part = range(first, min(first + config.evaluate.batch, len(known)))
+        for first in range(0, len(known), CHUNK):
+            part = range(first, min(first + CHUNK, len(known)))
             kept[part.start : part.stop] = see(config.data.train_split, part)[0].numpy()
         places, _ = nearest(features[:_QUERIES], kept, _NEIGHBOURS)
     finally:

@@ -104,9 +104,9 @@ def memory(config: Config) -> Iterator[Finding]:
     else:
         remedy = "preload jemalloc, or use an image with glibc: getting fresh pages is slow"
         yield Finding("allocator", "not glibc's", remedy)
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    low = files != resource.RLIM_INFINITY and files < 1024
-    yield Finding("open files", f"at most {files}", "ulimit -n 65536" if low else "", files < 128)
+    _, files = resource.getrlimit(resource.RLIMIT_NOFILE)  # a run raises the soft limit
+    remedy = "have it raised (ulimit -Hn): each shard that is read stays open"
+    yield Finding("open files", f"at most {files}", remedy * (files < 4096), files < 128)
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         yield Finding(
             "address space",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import AlexNetDistError
+from alexnet_dist.errors import AlexNetDistError, counted
 from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures, page
@@ -27,15 +27,30 @@ from alexnet_dist.reporting.runs import (
     confusion_of,
     nearest_preset,
     read_run_folder,
+    recipe,
 )  # fmt: skip
 from alexnet_dist.training.metrics_file import accuracies
 
 _WORST, _MISTAKES = 20, 10  # classes, and pairs of confused classes, that are shown unfolded
 
 
-def _group(run: RunResults) -> str:
+def _stem(run: RunResults) -> str:
     """Return a run's name without the number of its seed."""
-    return re.sub(r"[-_]\d+$", "", run.folder.name)
+    name = run.folder.name
+    return name if preset_of(name) else re.sub(r"[-_]\d+$", "", name)
+
+
+def _groups(runs: Sequence[RunResults]) -> dict[str, list[RunResults]]:
+    """Return the runs that differ in their seed alone, by their name without its number, or where
+    other runs are called so too, by the path of the first."""
+    found: dict[str, dict[str, list[RunResults]]] = {}
+    for run in runs:
+        found.setdefault(_stem(run), {}).setdefault(recipe(run.config), []).append(run)
+    return {
+        stem if len(recipes) == 1 else str(alike[0].folder): alike
+        for stem, recipes in found.items()
+        for alike in recipes.values()
+    }
 
 
 def report(folders: Sequence[Path], out: Path) -> str:
@@ -54,13 +69,11 @@ def report(folders: Sequence[Path], out: Path) -> str:
     read = (read_run_folder(folder) for folder in folders)
     runs = sorted((run for run in read if run and run.scores), key=lambda run: run.folder.name)
     averaged += [(_average_name(one), one) for run in runs for one in run.averages]
-    groups: dict[str, list[RunResults]] = {}
-    for run in runs:
-        groups.setdefault(_group(run), []).append(run)
+    groups = _groups(runs)
     parts = [
         "<h1>alexnet_dist: runs, and the paper's results</h1>",
-        "<p>Errors in %, with 95 % intervals in brackets; means ± deviation over n runs. Only "
-        "results on the same data can be compared.</p>",
+        "<p>Errors in %, with 95 % intervals in brackets; means ± deviation over n runs that "
+        "differ in their seed alone. Only results on the same data can be compared.</p>",
         _all_runs(runs),
         *([_ensembles(averaged, runs)] if averaged else []),
     ]
@@ -70,7 +83,8 @@ def report(folders: Sequence[Path], out: Path) -> str:
     parts.append(_published(groups))
     page.write(out, parts)
     over = len(folders) - len(runs) - files
-    return f"{out}: {len(runs)} runs" + (f"; {over} hold no evaluated run" if over else "")
+    left = f"; {over} hold{'s' * (over == 1)} no evaluated run" if over else ""
+    return f"{out}: {counted(len(runs), 'run')}{left}"
 
 
 def _read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
@@ -79,6 +93,7 @@ def _read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
         average = json_object(read_bytes(path))
         several = len([Path(one) for one in average["of"]]) > 1
         several &= 0 <= average["top1"] <= 1 and 0 <= average["top5"] <= 1
+        several &= type(average.get("views", 1)) is int
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return (path.stem, average) if several else None
@@ -96,10 +111,14 @@ def _ensembles(
     """Return a table of averages of several networks, beside the mean of their own errors."""
     rows = []
     for name, average in averaged:
-        views = int(name.rpartition("views-")[2]) if re.search(r"views-\d+$", name) else 1
         folders = {str(Path(path).parent.parent) for path in average["of"]}
-        own = _errors([run for run in runs if str(run.folder) in folders], views)
-        alone = _mean_and_deviation(own) if own else "–"
+        alike = [
+            run for run in runs
+            if str(run.folder) in folders and not average.get("changed")
+            and average.get("split", "") in ("", run.config.data.eval_split)
+        ]  # fmt: skip
+        own = _errors(alike, average.get("views", 1))
+        alone = _mean_and_deviation(own) if len(own) == len(average["of"]) else "–"
         classes = average.get("classes")
         shown = accuracies(len(classes) if isinstance(classes, list) else 1000)
         errors = [_percent(1 - float(average[t])) if t in shown else "–" for t in ("top1", "top5")]
@@ -112,8 +131,12 @@ def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
     """Return a table of the published results, each beside the runs of its preset."""
     rows = []
     for row in PUBLISHED:
-        ours = [runs for group, runs in groups.items() if row.preset == preset_of(group) != ""]
-        beside = "<br>".join(_group_in_words(runs) for runs in ours)
+        ours = [
+            _group_in_words(group, runs)
+            for group, runs in groups.items()
+            if row.preset == preset_of(_stem(runs[0])) != ""
+        ]
+        beside = "<br>".join(ours)
         if not beside and row.preset:
             beside = f"recipe complete (paper/{row.preset}), not run: needs {row.data.split()[0]}"
         rows.append(
@@ -123,13 +146,14 @@ def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
     return "<h2>Published</h2>" + page.table(names, rows, raw=4)
 
 
-def _group_in_words(runs: Sequence[RunResults]) -> str:
+def _group_in_words(group: str, runs: Sequence[RunResults]) -> str:
     """Return a group's name, data and errors for each number of views, as HTML."""
     data = html.escape(runs[0].config.data.path)
-    parts = [f"{html.escape(_group(runs[0]))} on {data}, n = {len(runs)}:"]
+    parts = [f"{html.escape(group)} on {data}:"]
     for views in sorted({v for run in runs for v in run.views}):
         errors = _errors(runs, views)
-        parts.append(f"{_mean_and_deviation(errors)} ({views} view{'s' * (views > 1)})")
+        by = f"{counted(views, 'view')}, n = {len(errors)}"
+        parts.append(f"{_mean_and_deviation(errors)} ({by})")
     unfinished = sum(run.state != "finished" for run in runs)
     return " ".join(parts) + (f" — {unfinished} not finished" if unfinished else "")
 
@@ -190,7 +214,7 @@ def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
     counts, right = confusion.sum(1).tolist(), confusion.diag().tolist()
     shares = [(r / n, n, r, name) for n, r, name in zip(counts, right, names, strict=True) if n]
     rows = [[name, f"{100 * share:.1f}", f"{r:,} of {n:,}"] for share, n, r, name in sorted(shares)]
-    views = f"{one.views} view{'s' * (one.views > 1)}"
+    views = counted(one.views, "view")
     yield (
         f"<h3>Classes: {html.escape(one.which or f'step {one.step}')}, {html.escape(one.split)}, "
         f"{views}</h3>"
@@ -215,7 +239,7 @@ def _ablations(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Itera
     by_data: dict[tuple[str, str], dict[str, list[float]]] = {}
     for group, runs in groups.items():
         for views in sorted({v for run in runs for v in run.views}):
-            label = f"{group}, {views} view{'s' * (views > 1)}"
+            label = f"{group}, {counted(views, 'view')}"
             if "fig1" not in group:
                 errors, data = _errors(runs, views), runs[0].config.data
                 by_data.setdefault((data.path, data.eval_split), {})[label] = errors
@@ -231,7 +255,7 @@ def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[s
     chosen: dict[str, tuple[float, str, list[Path]]] = {}
     rows = []
     for group, runs in groups.items():
-        preset, folders = preset_of(group), [run.folder for run in runs]
+        preset, folders = preset_of(_stem(runs[0])), [run.folder for run in runs]
         if preset.startswith("fig1-"):
             epochs = figures.epochs_to(0.25, folders)
             rows.append([group, str(len(runs)), f"{epochs:.2f}" if epochs < math.inf else "never"])

@@ -18,10 +18,11 @@ from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.evaluation.scores import saved_scores
-from alexnet_dist.files import json_object, opened, read_bytes, read_run
+from alexnet_dist.files import as_json, json_object, opened, read_bytes, read_run
 from alexnet_dist.training.metrics_file import read_metrics
 
 _NAMING = ("name", "output_dir")
+_SEEDED = ("seed", "train.init_sha256")  # weights to start from have a seed of their own
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def read_run_folder(folder: Path) -> RunResults | None:
         points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
         run = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
-    except (OSError, ValueError, KeyError, TypeError, AlexNetDistError):
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AlexNetDistError):
         return None
     by_step = {point["step"]: score for point, score in evaluated if point["step"]}
     names = _best_and_last(by_step)
@@ -107,7 +108,9 @@ def read_run_folder(folder: Path) -> RunResults | None:
         for step, name in sorted(names.items())
     ]
     for path in sorted(folder.glob("evaluation-views-*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+        with contextlib.suppress(
+            OSError, ValueError, OverflowError, KeyError, TypeError, IndexError
+        ):
             scores.append(_of_a_file(path, *keys[:2]))
     several = []
     for one in saved_scores(folder):
@@ -152,7 +155,7 @@ def _scored(one: Mapping[str, Any], which: str) -> Scored:
         f"{one['date'][:10]}, {one.get('host')}: {device}, torch {machine.get('torch')}, "
         f"alexnet-dist {one.get('version')}"
     )
-    keys = str(one.get("split")), str(one.get("data")), int(one["views"])
+    keys = one["split"], str(one.get("data")), int(one["views"])
     return Scored(which, int(one["step"]), *keys, _score(one), where, one["changed"], one)
 
 
@@ -192,6 +195,12 @@ def _shipped() -> dict[str, dict[str, Any]]:
 
 def _defining(config: Config) -> dict[str, Any]:
     return fingerprint(config) | {"train.epochs": config.train.epochs}
+
+
+def recipe(config: Config) -> str:
+    """Return what runs have in common that differ in their seed alone."""
+    values = _defining(config) | {"data.path": config.data.path}
+    return as_json({key: values[key] for key in values if key not in _SEEDED})
 
 
 def nearest_preset(config: Config) -> tuple[str, dict[str, tuple[Any, Any]]]:

@@ -4,7 +4,6 @@ Readers of a run folder (`report`, `plan`, `launch`) import only this, which nee
 """
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -12,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.files import appended, is_count, json_object, opened, written_aside
+from alexnet_dist.files import appended, as_json, is_count, json_object, opened, written_aside
 
 log = logging.getLogger(__name__)
 
@@ -68,17 +67,8 @@ def _is_point(values: Mapping[str, Any]) -> bool:
 
 
 def line(point: Mapping[str, Any]) -> bytes:
-    """Return a point as a line of metrics.jsonl. JSON has no NaN or infinity: null stands for
-    both."""
-
-    def finite(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: finite(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return list(map(finite, value))
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(finite(dict(point)), allow_nan=False).encode() + b"\n"
+    """Return a point as a line of metrics.jsonl, as `as_json` writes it."""
+    return as_json(point).encode() + b"\n"
 
 
 class Writer:

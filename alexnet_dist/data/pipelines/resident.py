@@ -32,7 +32,7 @@ from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import Decoder
 from alexnet_dist.data.split import IdArray, Split
 from alexnet_dist.errors import MachineError
-from alexnet_dist.network.flops import multiply_adds
+from alexnet_dist.network.flops import map_values, multiply_adds
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel import environment
@@ -100,8 +100,7 @@ def _network_bytes(config: Config, topology: Topology) -> float:
     gives a closer one."""
     with FakeTensorMode():
         model = AlexNet(config.model, init_weights=False)
-        counted = multiply_adds(model)
-    values = [macs // layer.weight.numel() * len(layer.weight) for layer, macs in counted.items()]
+        values = map_values(multiply_adds(model)).values()
     # Training keeps all maps for the backward; a forward alone, a few of the largest.
     trained = 8 * sum(values) * config.train.batch / topology.replicas / config.train.micro_batches
     views = config.evaluate.views * config.evaluate.batch / topology.replicas
@@ -201,7 +200,7 @@ def _decode_all(
                 return None
             part = range(first, min(first + size, len(split)))
             into = buffer[: len(part)] if on_device else images[first : part.stop]
-            shares = [(part[t::threads], into[t::threads]) for t in range(threads)]
+            shares = [(part[t::threads], into[t::threads]) for t in range(min(threads, len(part)))]
             with raised_on_every_rank(topology):
                 list(pool.map(decode, *zip(*shares, strict=True)))
             if on_device:

@@ -221,12 +221,13 @@ def _eight_bits(image: Image.Image, negative: bool) -> Image.Image:
 def _band_of_eight_bits(image: Image.Image) -> Image.Image:
     """Convert some rows of an image; raise RefusedImage for other modes."""
     if image.mode.startswith("I;16"):
-        grey = np.asarray(image) / 257
-        return Image.fromarray(np.rint(grey).astype(np.uint8))
-    if image.mode == "1":
-        return image.convert("L")
+        grey = np.asarray(image)
+        opaque = np.where(grey == image.info.get("transparency", -1), 65_535, grey)
+        return Image.fromarray(np.rint(opaque / 257).astype(np.uint8))
     if image.mode in ("LA", "La", "RGBA", "RGBa", "PA") or "transparency" in image.info:
         return _on_white(image)
+    if image.mode == "1":
+        return image.convert("L")
     if image.mode in ("P", "CMYK", "YCbCr"):
         return image.convert("RGB")
     raise RefusedImage(f"pixels of Pillow's mode {image.mode}")

@@ -35,13 +35,12 @@ def tasks_of(
     """Return the shards to write of a source, or of this command's part of it.
 
     Args:
-        folder: the data set's; a folder for each split is made in it.
+        folder: the data set's.
         keep: images keep their own size.
         part: (i, n), every nth shard from the ith on; None for all.
     """
     tasks = []
     for split, items in source.splits.items():
-        (folder / split).mkdir(exist_ok=True)
         for number, first in enumerate(range(0, len(items), ITEMS_PER_SHARD)):
             own = items[first : first + ITEMS_PER_SHARD]
             tasks.append(
@@ -64,6 +63,8 @@ def write_shards(
     Raises DatasetError as soon as more images are refused, or where the disk is too small.
     """
     # What an earlier command has written, and whether the rest can be.
+    for split in source.splits:
+        (folder / split).mkdir(exist_ok=True)
     shards = [read_shard(task) for task in progress(tasks, "checking what is already packed")]
     left = [place for place, shard in enumerate(shards) if shard is None]
     _check_disk(folder, [tasks[place] for place in left])

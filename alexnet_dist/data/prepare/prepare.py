@@ -74,7 +74,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     identity = source.identity() | {"keep": options.keep}
     # Nothing to do, or an error: what is there is never replaced.
     if out.exists():
-        compared = check_same(out, identity, tasks_of(source, out, options.keep, options.part))
+        compared = check_same(out, identity, tasks_of(source, out, options.keep))
         _sweep(out)
         like = "these files" if compared else "files of these names and sizes"
         return f"{out}: already prepared from {like}, and complete"
