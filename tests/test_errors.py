@@ -195,6 +195,11 @@ def no_locks(tiny: Tiny, patch: Patch) -> None:
     train(tiny(ALONE))
 
 
+def no_locks_on_lustre(tiny: Tiny, patch: Patch) -> None:
+    patch.setattr(fcntl, "flock", raises(OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    train(tiny(ALONE))
+
+
 def too_many_files(tiny: Tiny, patch: Patch) -> None:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "shard-00000.tar")
 
@@ -231,6 +236,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (no_space, r"No space left on device.*: make room, or name another disk by output_dir="),
         (not_ours, r"/proc/run: cannot be written .*: set output_dir= or name="),
         (no_locks, r"file system has no locks .*set output_dir= to another file system, or"),
+        (no_locks_on_lustre, r"file system has no locks .*Lustre: with flock"),
         (too_many_files, r"'shard-00000\.tar': raise the limit on open files: ulimit -n"),
         (data_elsewhere, r"data/imagenet/dataset\.json is missing \(looked in /.*: make .* data"),
         (run_elsewhere, r"runs/demo is neither .* checkpoint \(looked in /.*: name runs/NAME"),

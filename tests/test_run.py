@@ -330,6 +330,18 @@ def test_a_signal_saves_and_leaves_with_its_code(
     assert not any(process.is_running() for process in processes)
 
 
+def test_a_signal_that_comes_again_and_again_changes_nothing(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    run = start(command("again", "train.epochs=500", "evaluate.every_epochs=500"))
+    run.wait_for_step(runs / "again", 6)
+    for _ in range(3):
+        run.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.02)
+    code, output = run.end()
+    assert (code, read_run(runs / "again").get("exit")) == (75, 75), output
+
+
 def under_nohup(arguments: list[str]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     forks.run(arguments)

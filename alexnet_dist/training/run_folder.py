@@ -134,11 +134,11 @@ class RunFolder:
                 f"{holder.get('host', '?')}: wait for it, stop it, or give this run another name="
             ) from error
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise RunFolderError(
                     f"{self.path}: its file system has no locks ({error.strerror}), which keep "
                     "two jobs out of one run: set output_dir= to another file system, or mount "
-                    "it with locks (NFS: without nolock)"
+                    "it with locks (NFS: without nolock; Lustre: with flock)"
                 ) from error
             raise RunFolderError(
                 f"{error.filename or self.path}: cannot be written ({error.strerror}): set "
