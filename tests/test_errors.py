@@ -480,7 +480,6 @@ def test_only_tf32_lets_a_gpu_round_factors(tiny: Tiny) -> None:
 def test_memory_is_blamed_only_where_the_kernel_counts_a_kill(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    worker = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
     for counted, said in (
         (
             [0, 2],
@@ -495,5 +494,4 @@ def test_memory_is_blamed_only_where_the_kernel_counts_a_kill(
         monkeypatch.setattr(errors, "_KILLS_BEFORE", [0, 2] if counted else [])
         monkeypatch.setattr(errors, "_memory_kills", lambda counted=counted: counted)
         assert errors.killed_by(9) == said
-        assert f"a process that decodes images was {said}; " in str(in_words(worker))
     assert errors.killed_by(11) == "killed by SIGSEGV"

@@ -329,6 +329,9 @@ def test_a_folder_that_vanished_is_made_again(
     folder.take()
     folder.check_held()
     assert not caplog.text
+    (folder.path / "lock").unlink()
+    folder.check_held()
+    assert f"{folder.path}/lock has vanished: created again" in caplog.text
     shutil.rmtree(folder.path)
     folder.check_held()
     assert "has vanished, with all that was saved in it: created again" in caplog.text
@@ -338,6 +341,8 @@ def test_a_folder_that_vanished_is_made_again(
     other.take()
     with pytest.raises(RunFolderError, match="is in use by process"):
         folder.check_held()
+    folder.failed(1, "another has it", known=True)
+    assert read_run(other.path)["state"] == "starting"
 
 
 def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(

@@ -6,8 +6,8 @@ import signal
 import sys
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -119,7 +119,6 @@ def launch_ranks(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) ->
     elastic.setLevel(logging.CRITICAL)  # ranks and this module report failures themselves
     elastic.getChild("agent.server.api").disabled = True  # has a level of its own
     store = store_at(LOOPBACK, timedelta(minutes=1))  # lives as long as the ranks
-    _stop_ranks_on_signals()
     config = {
         "min_nodes": 1,
         "max_nodes": 1,
@@ -132,12 +131,15 @@ def launch_ranks(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) ->
         "signals_to_handle": "",
         "logs_specs": DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
     }
-    return elastic_launch(config, shutdown_timeout_s, entry, *args)
+    with _signals_stop_ranks():
+        return elastic_launch(config, shutdown_timeout_s, entry, *args)
 
 
-def _stop_ranks_on_signals() -> None:
+@contextmanager
+def _signals_stop_ranks() -> Iterator[None]:
     """Have the first signal raise SignalException, at which torchelastic passes it on and waits for
     the ranks; later ones are only passed on, and a second SIGINT ends ranks and launcher at once.
+    Afterwards, when the ranks have ended, signals change nothing.
 
     torchelastic's own handler raises each time: the second signal begins the wait anew, and the
     third leaves threads that never end, so that the launcher does not either.
@@ -161,6 +163,11 @@ def _stop_ranks_on_signals() -> None:
 
     for number in signals_heeded():
         signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        for number in signals_heeded():
+            signal.signal(number, lambda *_: None)
 
 
 def leave_with_parent(parent: int) -> None:
