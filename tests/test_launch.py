@@ -372,6 +372,7 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
             assert main.main(["train", *arguments]) == 0
         return 1 if "seed=7" in arguments else code
 
+    run = [*run, "schedule.kind=steps"]
     words = [*run, "--over", "seed=0,7,1", "--local"]
     monkeypatch.setattr(ensemble, "run_here", lambda arguments: here(arguments, 130))
     assert ensemble.main(words) == 130
@@ -390,6 +391,13 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
     trained.clear()
     assert ensemble.main(words) == 1
     assert [words[-2:] for words in trained] == [["seed=7", "name=some-seed-7"]]
+    with pytest.raises(ConfigError, match=r"some-seed-0 .* finished run .* model\.dropout: give"):
+        ensemble.main([*words, "model.dropout=0.25"])
+    (first,) = ensemble.members_of([*run, "train.epochs=0.1"], ["seed=0"], None)
+    with pytest.raises(ConfigError, match=r"another train\.epochs: give"):
+        assert first.finished
+    (first,) = ensemble.members_of([*run, "train.epochs=0.3"], ["seed=0"], None)
+    assert not first.finished, "it can go on"
     with pytest.raises(ConfigError, match="leave out --parallel"):
         ensemble.main([*words, "--parallel", "2"])
 
