@@ -224,14 +224,12 @@ def _errors(folder: Path) -> tuple[str, str]:
 def waiting(name: str) -> bool:
     """Return whether jobs of this name are in the queue; raises RunFolderError if Slurm does not
     answer."""
-    for _ in range(10):
-        answer = slurm("squeue", "--me", "--noheader", f"--name={name}")
-        if answer is not None or shutil.which("squeue") is None:
-            return bool(answer)
-        time.sleep(3)
-    raise RunFolderError(
-        f"{name}: squeue does not answer, so whether its jobs have ended is unknown"
-    )
+    answer = slurm("squeue", "--me", "--noheader", f"--name={name}", tries=10)
+    if answer is None and shutil.which("squeue") is not None:
+        raise RunFolderError(
+            f"{name}: squeue does not answer, so whether its jobs have ended is unknown"
+        )
+    return bool(answer)
 
 
 def score(configs: Sequence[Config], of: int) -> int:

@@ -176,7 +176,7 @@ def own_name() -> str:
 
 def job_state() -> str:
     """Return Slurm's state of this job (RUNNING, CANCELLED, …); PREEMPTED if it is about to be."""
-    answer = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
+    answer = slurm("scontrol", "--oneliner", "show", "job", own_name(), tries=10) or ""
     if re.search(r"\bPreemptTime=\d", answer):
         return "PREEMPTED"
     match = re.search(r"\bJobState=(\w+)", answer)
@@ -205,13 +205,19 @@ def requeue() -> None:
     )
 
 
-def slurm(*command: str) -> str | None:
-    """Return the output of a Slurm command; None if it fails or is not installed."""
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+def slurm(*command: str, tries: int = 1) -> str | None:
+    """Return the output of a Slurm command; None if it fails so many times or is not installed."""
+    for attempt in range(tries):
+        time.sleep(3 if attempt else 0)  # slurmctld may be busy, or start again
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        except OSError:
+            return None
+        if done.returncode == 0:
+            return done.stdout
+    return None
 
 
 def submitted(folder: Path) -> TrainJob:

@@ -475,19 +475,30 @@ def test_a_run_here_shows_itself_and_hears_signals(
 def test_a_queue_that_does_not_answer_is_not_an_empty_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def told(*answers: str | None) -> bool:
-        left = list(answers)
-        monkeypatch.setattr(ensemble, "slurm", lambda *_: left.pop(0))
-        return ensemble.waiting("five")
+    answers: list[str | None] = []
+
+    def answered(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if (answer := answers.pop(0)) == "late":
+            raise subprocess.TimeoutExpired(command, 60)
+        return subprocess.CompletedProcess(command, answer is None, answer or "")
 
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not told(None)  # no Slurm here
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not ensemble.waiting("five")  # no Slurm here
+    assert job.job_state() == "UNKNOWN"
     (tmp_path / "squeue").touch(0o755)
-    assert told(None, None, "7 RUNNING")
-    assert not told(None, "")
+    monkeypatch.setattr(subprocess, "run", answered)
+    answers += [None, "late", "7 RUNNING"]
+    assert ensemble.waiting("five")
+    answers += [None, ""]
+    assert not ensemble.waiting("five")
+    answers += ["late", "JobId=7 JobState=CANCELLED"]
+    assert job.job_state() == "CANCELLED"
+    answers += [None] * 10
     with pytest.raises(RunFolderError, match="squeue does not answer"):
-        told(*[None] * 10)
+        ensemble.waiting("five")
+    assert not answers
 
 
 def test_what_slurm_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

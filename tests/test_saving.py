@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import logging
 import os
@@ -382,6 +383,15 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
         patched.setattr(os, "fsync", full)
         telemetry.flush()
     assert f"NOT WRITTEN, but the run continues: {metrics}: " in caplog.text
+
+    class Remote(io.FileIO):
+        def close(self) -> None:
+            if not self.closed:
+                super().close()
+                full(0)
+
+    telemetry._metrics.close()
+    telemetry._metrics._file = Remote(metrics, "a")
     telemetry.close(finished=False)
     written = [p["step"] for p in read_metrics(folder.path) if p["kind"] != "eval"]
     assert written == [1, 1, 2, 2, 3, 3]

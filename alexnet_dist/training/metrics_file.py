@@ -112,7 +112,8 @@ class Writer:
             log.warning(f"NOT WRITTEN, but the run continues: {self._file.name}: {error}")
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # as `flush` has said
+            self._file.close()
 
 
 def cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
