@@ -1,4 +1,4 @@
-"""The 2012 AlexNet, trained in two columns on two devices as it was then, and by today's means.
+"""The 2012 AlexNet, trained in two columns on two devices as in the paper, or on other layouts.
 
     from alexnet_dist import AlexNet, evaluate, load_checkpoint, load_config, train
 

@@ -17,9 +17,11 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,36 +39,71 @@ GRACE_S = 60  # in which to save and end
 def measure(parts: Sequence[str], bench: Bench) -> bool:
     """Train and score the missing rows that fit into the time; return whether none failed."""
     end, sound = time.monotonic() + bench.within - GRACE_S, True
-    left, tried = planned(parts, bench.small is not None), set[str]()
-    while True:
-        # Which rows are missing, and what hinders each: others that come first, data, or time.
-        rows = read_rows(bench.rows)
-        done = succeeded(rows)
-        left = [row for row in left if row.name not in done and row.name not in tried]
-        obstacles = {row.name: _obstacle(row, done, bench) for row in left}
-        time_left = end - time.monotonic()
-        for row in (row for row in left if not obstacles[row.name]):
-            if (takes := _expected_s(row, rows, bench)) > time_left:
-                obstacles[row.name] = f"it may take {takes:.0f} s"
-        fit = [row for row in left if not obstacles[row.name]]
-        if not fit:
-            break
-        # Train the first, and beside it more of its part if its networks are small.
-        shares = _shares_of_cores(fit[0].variant)
-        batch = [row for row in fit if row.variant.part == fit[0].variant.part][: len(shares)]
-        tried |= {row.name for row in batch}
-        with contextlib.ExitStack() as ending:
-            running = [
-                ending.enter_context(_started(row, cores, bench))
-                for row, cores in zip(batch, shares, strict=False)
-            ]
-            for row, process in zip(batch, running, strict=True):
-                failed = processes.failed(process, min(end - time.monotonic(), 1e7))
-                sound &= _record(row, failed, done, bench)
+    left, running = planned(parts, bench.small is not None), list[_Running]()
+    with contextlib.ExitStack() as endings:
+        while True:
+            # Which rows are missing, and what hinders each: others that come first, data, or time.
+            rows = read_rows(bench.rows)
+            done = succeeded(rows)
+            left = [row for row in left if row.name not in done]
+            obstacles = {row.name: _obstacle(row, done, bench) for row in left}
+            time_left = end - time.monotonic()
+            for row in (row for row in left if not obstacles[row.name]):
+                if (takes := _expected_s(row, rows, bench)) > time_left:
+                    obstacles[row.name] = f"it may take {takes:.0f} s"
+            # Start the first that fits, and beside it more of its part if its networks are small.
+            for row in [row for row in left if not obstacles[row.name]]:
+                if cores := _free_cores(row.variant, running):
+                    ending = endings.enter_context(contextlib.ExitStack())
+                    process = ending.enter_context(_started(row, cores, bench))
+                    running.append(_Running(row, cores, process, ending))
+                    left.remove(row)
+            if not running:
+                break
+            # Record the first that ends.
+            one = _first_ended(running, end)
+            running.remove(one)
+            failed = processes.failed(one.process, end - time.monotonic())
+            sound &= _record(one.row, failed, done, bench)
+            one.ending.close()
     for row in left:
         print(f"{row.name}: left: {obstacles[row.name]}")
     _draw_fig1(bench)
     return sound
+
+
+@dataclass(frozen=True)
+class _Running:
+    """A row that is being trained.
+
+    Attributes:
+        cores: those it has to itself.
+        ending: ends its process when it is closed.
+    """
+
+    row: Row
+    cores: list[int]
+    process: subprocess.Popen[bytes]
+    ending: contextlib.ExitStack
+
+
+def _first_ended(running: Sequence[_Running], end: float) -> _Running:
+    """Wait for the first row to end; return any when the time is up."""
+    while time.monotonic() < end:
+        for one in running:
+            if one.process.poll() is not None:
+                return one
+        time.sleep(0.1)
+    return running[0]
+
+
+def _free_cores(variant: Variant, running: Sequence[_Running]) -> list[int]:
+    """Return the cores on which a row of this variant can start beside those that run; none if it
+    cannot."""
+    if any(one.row.variant.part != variant.part for one in running):
+        return []
+    taken = [one.cores for one in running]
+    return next((cores for cores in _shares_of_cores(variant) if cores not in taken), [])
 
 
 def _machine(variant: Variant) -> str:

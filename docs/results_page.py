@@ -10,17 +10,17 @@ from results_row import ERRORS
 
 ROWS = ROOT / "docs/results.jsonl"
 TITLES = {
-    "tiny-imagenet": ("Tiny ImageNet", "Wanted: 45 % right or more."),
+    "tiny-imagenet": ("Tiny ImageNet", "Aim: 45 % right or more."),
     "fig1": ("Figure 1: CIFAR-10 with ReLU, tanh and logistic units",
-             "Published: 25 % of training error in a sixth of tanh's epochs."),
-    "cifar10": ("CIFAR-10", "Wanted: 90 % right or more with ten views."),
+             "Published: ReLU reaches 25 % training error in a sixth of tanh's epochs."),
+    "cifar10": ("CIFAR-10", "Aim: 90 % right or more with ten views."),
     "imagenette": ("Imagenette",
-                   "Wanted: 86 % right or more with ten views, from nothing."),
+                   "Aim: 86 % right or more with ten views, from random weights."),
     "lrn": ("Response normalisation in four layers, CIFAR-10",
-            "Published: 87 % right without, 89 % with it."),
-    "fashion-mnist": ("Fashion-MNIST", "Wanted: 93.5 % right or more with ten views."),
+            "Published: 87 % right without it, 89 % with it."),
+    "fashion-mnist": ("Fashion-MNIST", "Aim: 93.5 % right or more with ten views."),
     "review": ("A third party's notebook, CIFAR-10", "Its 15 epochs, scored on all test images."),
-    "ablations": ("Ablations, Tiny ImageNet", "12 epochs each; what the paper has is above."),
+    "ablations": ("Ablations, Tiny ImageNet", "12 epochs each; the paper's results are above."),
 }  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def _choices(part: str, rows: Rows) -> Iterator[str]:
     """Yield what was chosen among the candidates."""
     for variant in (variant for variant in VARIANTS if variant.part == part):
         found = [row for row in rows if row["candidate"] and row["variant"] == variant.name]
+        found.sort(key=lambda row: str(row["row"]))  # in the order of the candidates
         if not found:
             continue
         by = "training error" if variant.by_training else "a tenth of the training images held out"
@@ -115,8 +116,12 @@ def in_words(figures: Mapping[str, Any]) -> str:
     words = [f"{score['top1']:.2f} % with {'one view' if views == '1' else f'{views} views'}"
              for views, score in figures["scores"].items()]  # fmt: skip
     if "epochs_to" in figures:
-        at = figures["epochs_to"]["25"]
-        words.append("25 % training error " + ("never" if at is None else f"after {at} epochs"))
+        reached = figures["epochs_to"]["25"]
+        words.append(
+            f"25 % training error after {reached} epochs"
+            if reached
+            else f"{figures['training_error']:.1f} % training error at the end"
+        )
     return ", ".join(words)
 
 
@@ -156,7 +161,7 @@ def front(rows: Rows) -> str:
     page = "docs/results.md#trainings-on-what-can-be-had"
     if len(lines) == 1:
         return (
-            f"No network of `make results` has been scored yet: they need a GPU "
+            f"No network of `make results` has been scored yet: that needs a GPU "
             f"([what there is so far]({page}))."
         )
     return "\n".join([*lines, "", f"[Every row]({page})."])

@@ -14,6 +14,7 @@ from conftest import TINY, interpreted, on_ranks
 from test_columns import EVERYTHING_ON, VARIANTS
 from torch import Tensor
 from torch._C._distributed_c10d import Work
+from torch.autograd.graph import get_gradient_edge
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -478,6 +479,25 @@ def test_a_capture_is_all_of_one_span() -> None:
         took = TIMELINE.take()
         TIMELINE.stop()
     assert took.seconds.keys() == {"step", "other"}
+
+
+def test_a_capture_meets_no_older_node_of_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight's gradient is added up on the stream where its node was made: on torch's default
+    one, which cannot be captured, if something has kept it."""
+    with played():
+        engine, batch = capturing(load_config([*SMALL, *FP32]))
+        step, uses = engine._step, list[int]()
+
+        def noted(*given: Any, **more: Any) -> Tensor:
+            for parameter in engine.model.parameters():
+                known = get_gradient_edge(parameter).node.metadata
+                known["uses"] = known.get("uses", 0) + 1
+                uses.append(known["uses"])
+            return step(*given, **more)
+
+        monkeypatch.setattr(engine, "_step", noted)
+        engine.train_step(batch, 0, 0.01)
+    assert uses == [1] * 3 * 16  # of as many parameters; two steps warm up, and one is captured
 
 
 def test_graphs_are_given_up_before_ranks_part() -> None:

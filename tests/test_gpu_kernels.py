@@ -85,7 +85,8 @@ def test_windows_are_the_cpus_bits(found: dict[str, Any]) -> None:
 def scores_apart() -> list[float]:
     """How far loss, counts and gradients are from torch's operators, each relative to its bound."""
     found, generator = [], torch.Generator().manual_seed(0)
-    bounds = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2**-7}
+    # The logarithm of the sum is rounded beside the largest score.
+    bounds = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2**-7}
     for (dtype, bound), (n, classes) in itertools.product(
         bounds.items(), ((1, 2), (5, 7), (37, 10), (4, 1000))
     ):

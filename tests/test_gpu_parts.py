@@ -9,7 +9,7 @@ import gpu_page
 import psutil
 import pytest
 from gpu import measure
-from gpu_parts import PARTS, Part, of_compare, of_pytest, photographs
+from gpu_parts import PARTS, Part, of_bench, of_compare, of_pytest, photographs
 from ledger import ROOT, read_rows
 
 from alexnet_dist.cli.main import build_parser, main
@@ -99,6 +99,20 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(
     parts = {"broken": Part([says(json.dumps(FOUND))], 60)}  # mended: it is asked again
     assert measure(parts, ABOUT, 90, rows, logs)
     assert "failed" not in read_rows(rows)[-1]
+
+
+def test_what_takes_a_steps_time_is_read() -> None:
+    """Also of kernels whose long names begin alike."""
+    found = {
+        "kernels": [[80 * "k" + "1", 5.0, 2, "copies"], [80 * "k" + "2", 3.0, 1, "copies"]],
+        "groups": {"copies": [8.0, 3]}, "elapsed": 9.0, "ratios": {"copies / all": 1.0},
+        "unit": "µs a step",
+    }  # fmt: skip
+    assert of_bench(json.dumps(found)) == {
+        "ratios": {"copies / all": 1.0},
+        "µs a step": {"elapsed": 9.0, "copies": 8.0, 80 * "k": 8.0},
+        "more": {"copies, launches a step": 3},
+    }
 
 
 def test_the_parts_are_commands_that_there_are() -> None:

@@ -91,7 +91,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("sgd_kernel", {"block": 1024} | copy,
          weights | ({} if copy else {"narrow": narrow}), 8),
         ("fold_kernel", {"h": 227, "w": 227, "stride": 4, "padding": 0, "down": 57, "along": 57,
-                         "block": 256}, {"x": narrow, "out": narrow}, 8),
+                         "block": 64, "columns": 16}, {"x": narrow, "out": narrow}, 8),
         ("windows_kernel", {"crop": 227, "block": 256}, images, 8),
     ]  # fmt: skip
 

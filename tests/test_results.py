@@ -201,7 +201,8 @@ def test_rows_of_small_networks_run_together_and_data_that_is_missing_is_said(
     bench: Bench, played: Callable[[Mapping[str, str]], None],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(results, "_shares_of_cores", lambda variant: [[0]] * variant.together)
+    four = [[number] for number in range(4)]
+    monkeypatch.setattr(results, "_shares_of_cores", lambda variant: four[: variant.together])
     waits = "import pathlib, time\n"
     waits += f"here = pathlib.Path('{bench.small}')\n(here / f'at-{{time.monotonic()}}').touch()\n"
     waits += "while len(list(here.glob('at-*'))) < 4: time.sleep(0.05)"
@@ -244,7 +245,7 @@ def test_the_tables_show_means_choices_colour_and_commands() -> None:
     assert told.count("Not yet run.") == len(PARTS) - 1
     assert "| Tiny ImageNet | 46.00 ± 1.58 | 5 | A card, abc, 2026-11-26 |" in front
     assert "CIFAR-10" not in front
-    assert "they need a GPU" in results_page.front([])
+    assert "that needs a GPU" in results_page.front([])
     fig1 = [one for one in planned(["fig1"]) if one.name == "fig1-relu-0"]
     assert "| ReLU | 1 | 1.0 | 5.0 | never | 1.5 |" in results_page.tables([row(fig1[0])])
 

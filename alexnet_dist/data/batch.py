@@ -165,6 +165,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 class Pipeline:
     """Decodes samples of one split and cuts their patches, with no random choices of its own.
 
+    A subclass implements `batches`: it reads by `Split.read_batch`, decodes the part that
+    `Samples.patch` names, and yields what `decoded` returns.
+
     Attributes:
         pool: threads that work ahead.
         prefetch: number of batches prepared ahead.
@@ -188,7 +191,12 @@ class Pipeline:
         self.split.close()
 
     def decoded(self, samples: Samples, read: IdArray, patches: Tensor) -> Decoded:
-        """Return samples with their patches on the device; `read` are those read for them, (n,)."""
+        """Return samples with their patches, which are on the device.
+
+        Args:
+            read: (n,), the samples that were read for them; others where some were damaged.
+            patches: (n, side, side, 3) uint8.
+        """
         metadata = to_device(Metadata.pack(samples, read, self.split), self.device)
         return Decoded(patches, metadata, self.preprocess)
 

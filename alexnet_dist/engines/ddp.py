@@ -39,9 +39,10 @@ _WARM_UP_DDP = 11  # with DDP, which times its first 10 steps, and synchronises 
 
 
 class TorchEngine:
-    """Computes columns on this rank or on a rank each, and replicas with DDP.
+    """Trains the whole network, or one of its columns, on this rank; replicas' gradients are summed
+    by DDP.
 
-    Other engines override its public hooks: `build`, `replicate`, `gradient_sync`, `is_replicated`,
+    Other engines override these hooks: `build`, `replicate`, `gradient_sync`, `is_replicated`,
     `labels_and_slots`, `complete_stats`, `shard_group`, `sum_over_shards`.
     """
 

@@ -79,8 +79,9 @@ class CapturedStep:
         copies = {f.name: getattr(batch, f.name).clone() for f in fields(batch)}
         now = torch.zeros((), dtype=torch.int64, device=batch.windows.device)
         self.inputs = replace(batch, **copies), now, now.double()
-        # Warm up; the last step counts what a replay will send.
-        kept = [tensor.clone() for tensor in state]
+        # Warm up; the last step counts what a replay will send. The copies must keep no node of
+        # autograd: a weight's gradient is added up on the stream where its node was made.
+        kept = [tensor.detach().clone() for tensor in state]
         with on_stream(stream):
             for left in reversed(range(warm_up)):
                 with contextlib.nullcontext() if left else self.traffic:

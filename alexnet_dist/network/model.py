@@ -40,7 +40,7 @@ class Column:
         self.config, self.index = config, index
 
     def maps(self, layer: str, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Rectify (§3.1), normalise (§3.3) and pool (§3.4) a convolution's outputs; changes x.
+        """Activate (§3.1), normalise (§3.3) and pool (§3.4) a convolution's outputs; changes x.
 
         Args:
             layer: the convolution's name: conv1, …

@@ -1,4 +1,5 @@
-"""What the launcher says about this process: the only place that reads RANK, SLURM_* and the like.
+"""This process's place among the ranks, as the launcher says it in RANK, SLURM_* and the like.
+Other modules ask here.
 
 torchrun sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; srun sets SLURM_* for each task.
 A Slurm step of one task does not count as a launcher: a run in it starts its own ranks.

@@ -120,8 +120,8 @@ def train_batches(
 
 
 def for_one_pass(config: Config) -> Config:
-    """Return the config with a pipeline for one pass over a split: keeping decoded images in memory
-    only pays where they are used again."""
-    if config.data.pipeline == "dali":
+    """Return the config with a pipeline for one pass over a split: torch in place of resident,
+    since keeping decoded images in memory only pays where they are used again."""
+    if config.data.pipeline not in ("resident", AUTO):
         return config
     return replace(config, data=replace(config.data, pipeline="torch"))

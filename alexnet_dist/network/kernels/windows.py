@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-_BLOCK, _WARPS = 256, 8  # one element per thread, so that neighbours' loads coalesce
+_BLOCK, _ROWS, _WARPS = 256, 64, 8  # windows: one pixel per lane; rows of values when folded
 
 
 def windows(
@@ -24,7 +24,7 @@ def windows(
     """As `Preprocess.by_loop`: return (n, v, crop, crop, 3)."""
     (n, views), rows = flips.shape, patches.contiguous()
     out = torch.empty((n, views, crop, crop, 3), dtype=dtype, device=patches.device)
-    windows_kernel[(n * views, triton.cdiv(3 * crop * crop, _BLOCK))](
+    windows_kernel[(n * views, triton.cdiv(crop * crop, _BLOCK))](
         rows, inside.contiguous(), corners.contiguous(), flips.contiguous().view(torch.uint8),
         light.contiguous(), mean, divide_by, out, views, rows.shape[1], mean.shape[0], crop,
         _BLOCK, num_warps=_WARPS,
@@ -37,8 +37,9 @@ def fold(x: Tensor, stride: int, padding: int, cells_h: int, cells_w: int) -> Te
     """Fold (n, 3, h, w) to (n, 3 · stride², cells_h, cells_w), both channels_last; no gradient."""
     x = x.contiguous(memory_format=torch.channels_last)
     out = _folded(x, stride, cells_h, cells_w)
-    fold_kernel[(len(x), triton.cdiv(out[0].numel(), _BLOCK))](
-        x, out, *x.shape[2:], stride, padding, cells_h, cells_w, _BLOCK, num_warps=_WARPS
+    columns = triton.next_power_of_2(3 * stride)
+    fold_kernel[(len(x), triton.cdiv(cells_h * cells_w * stride, _ROWS))](
+        x, out, *x.shape[2:], stride, padding, cells_h, cells_w, _ROWS, columns, num_warps=_WARPS
     )
     return out
 
@@ -58,19 +59,29 @@ def _folded(x: Tensor, stride: int, cells_h: int, cells_w: int) -> Tensor:
 @triton.jit
 def fold_kernel(
     x, out, h: tl.constexpr, w: tl.constexpr, stride: tl.constexpr, padding: tl.constexpr,
-    down: tl.constexpr, along: tl.constexpr, block: tl.constexpr,
+    down: tl.constexpr, along: tl.constexpr, block: tl.constexpr, columns: tl.constexpr,
 ):  # fmt: skip
-    """Read x and write out, once each."""
+    """Read x and write out, once each. A tile holds rows of pixels of cells, whose 3 · stride
+    values lie side by side in both; `columns` is a power of two, at least as many.
+    """
     n = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * block + tl.arange(0, block)
-    count: tl.constexpr = down * along * 3 * stride * stride
-    within, cell = at % (3 * stride * stride), at // (3 * stride * stride)
-    colour = within % 3
-    i = cell % along * stride + within // 3 % stride - padding
-    j = cell // along * stride + within // (3 * stride) - padding
-    inside = (at < count) & (i >= 0) & (i < w) & (j >= 0) & (j < h)
-    value = tl.load(x + n * (h * w * 3) + (j * w + i) * 3 + colour, mask=inside, other=0.0)
-    tl.store(out + n * count + at, value, mask=at < count)
+    rows: tl.constexpr = down * along * stride
+    values: tl.constexpr = 3 * stride
+    row, column = tl.program_id(1) * block + tl.arange(0, block), tl.arange(0, columns)[None, :]
+    cell = row // stride
+    i, j = cell % along * stride - padding, cell // along * stride + row % stride - padding
+    there = (column < values) & (row < rows)[:, None]
+    at = (3 * i)[:, None] + column  # in a row of x
+    inside = there & ((j >= 0) & (j < h))[:, None] & (at >= 0) & (at < 3 * w)
+    value = tl.load(x + n * (h * w * 3) + (j * (w * 3))[:, None] + at, mask=inside, other=0.0)
+    tl.store(out + n * (rows * values) + (row * values)[:, None] + column, value, mask=there)
+
+
+@triton.jit
+def _corner(places, window):
+    """Return a window's top and left, int32."""
+    row, column = tl.load(places + 2 * window), tl.load(places + 2 * window + 1)
+    return row.to(tl.int32), column.to(tl.int32)
 
 
 @triton.jit
@@ -78,18 +89,24 @@ def windows_kernel(
     patches, inside, corners, flips, light, mean, divide_by, out, views, side, canvas,
     crop: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
+    """A lane makes a pixel: its three colours share what is to be known of its place."""
     window = tl.program_id(0).to(tl.int64)
-    at = tl.program_id(1) * block + tl.arange(0, block)  # (crop, crop, 3) in a line
-    mask = at < 3 * crop * crop
-    colour, x, y = at % 3, at // 3 % crop, at // (3 * crop)
-    x = tl.where(tl.load(flips + window) != 0, crop - 1 - x, x)
     n = window // views
-    row, column = tl.load(inside + 2 * window) + y, tl.load(inside + 2 * window + 1) + x
-    pixel = tl.load(patches + ((n * side + row) * side + column) * 3 + colour, mask=mask, other=0)
-    row, column = tl.load(corners + 2 * window) + y, tl.load(corners + 2 * window + 1) + x
-    m = tl.load(mean + (row * canvas + column) * 3 + colour, mask=mask, other=0.0)
-    lit = pixel.to(m.dtype) - m + tl.load(light + 3 * n + colour)
-    scale = tl.load(divide_by + colour)
-    # Triton's plain float32 division is not correctly rounded.
-    value = lit / scale if m.dtype == tl.float64 else tl.div_rn(lit, scale)
-    tl.store(out + window * 3 * crop * crop + at, value, mask=mask)
+    at = tl.program_id(1) * block + tl.arange(0, block)
+    mask = at < crop * crop
+    x, y = at % crop, at // crop
+    x = tl.where(tl.load(flips + window) != 0, crop - 1 - x, x)
+    # Only a batch's offsets need 64 bits.
+    row, column = _corner(inside, window)
+    patches += n * (side * side * 3) + ((row + y) * side + column + x) * 3
+    row, column = _corner(corners, window)
+    mean += ((row + y) * canvas + column + x) * 3
+    out += window * (crop * crop * 3) + at * 3
+    for colour in tl.static_range(3):
+        pixel = tl.load(patches + colour, mask=mask, other=0)
+        m = tl.load(mean + colour, mask=mask, other=0.0)
+        lit = pixel.to(m.dtype) - m + tl.load(light + 3 * n + colour)
+        scale = tl.load(divide_by + colour)
+        # Triton's plain float32 division is not correctly rounded.
+        value = lit / scale if m.dtype == tl.float64 else tl.div_rn(lit, scale)
+        tl.store(out + colour, value, mask=mask)
