@@ -96,16 +96,16 @@ class MachineError(AlexNetDistError, RuntimeError):
 def _memory_kills() -> list[int]:
     """Return the kernel's counts of processes it has killed for lack of memory, on this host and in
     this process's control group, as far as it keeps them."""
-    counted = [Path("/proc/vmstat")]
+    files = [Path("/proc/vmstat")]
     with suppress(OSError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, kinds, path = line.split(":", 2)
             if kinds == "":
-                counted.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
+                files.append(Path(f"/sys/fs/cgroup{path}/memory.events"))
             elif kinds == "memory":
-                counted.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
+                files.append(Path(f"/sys/fs/cgroup/memory{path}/memory.oom_control"))
     kills: list[int] = []
-    for file in counted:
+    for file in files:
         with suppress(OSError):
             kills += map(int, re.findall(r"^oom_kill (\d+)$", file.read_text(), re.M))
     return kills
@@ -197,13 +197,6 @@ def in_words(error: Exception) -> AlexNetDistError | None:
     number = error.errno if isinstance(error, OSError) else int(from_rust[1]) if from_rust else None
     if number in _REMEDIES:
         return MachineError(f"{text}: {_REMEDIES[number]}")
-    if worker := re.search(r"DataLoader worker .* is killed by signal: (.*?)\.?(?: |$)", text):
-        named = {signal.strsignal(number): number for number in signal.Signals}
-        number = named.get(worker[1])
-        how = killed_by(number) if number else f"killed ({worker[1]})"
-        return MachineError(
-            f"a process that decodes images was {how}; run the same command to resume"
-        )
     for pattern, words in _TRANSLATIONS:
         if re.search(pattern, f"{type(error).__name__}: {text}"):
             return MachineError(f"{words} ({text})")

@@ -86,8 +86,7 @@ class Testbed:
 
 def logged_step(folder: Path) -> int:
     """Return the newest step in the metrics.jsonl of a run folder; 0 if there is none."""
-    points = read_metrics(folder) if (folder / "metrics.jsonl").exists() else []
-    return max((point["step"] for point in points), default=0)
+    return max((point["step"] for point in read_metrics(folder)), default=0)
 
 
 def final_state(folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from alexnet_dist.cli.parser import Parser, count
 from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.errors import ConfigError, RunFolderError
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.stop_signals import EXITS
@@ -88,8 +88,24 @@ class Member:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has reached its last step."""
-        return read_run(self.config.folder).get("state") == "finished"
+        """Whether the run has reached this config's last step.
+
+        Raises ConfigError if its folder holds a run of another config that has finished.
+        """
+        folder, config = self.config.folder, self.config
+        if read_run(folder).get("state") != "finished":
+            return False
+        saved = load_config([folder / "config.json"])
+        ours, theirs = fingerprint(config), fingerprint(saved)
+        differ = {key for key, value in ours.items() if value not in ("any", theirs.get(key))}
+        if config.train.epochs < saved.train.epochs:
+            differ.add("train.epochs")
+        if differ:
+            raise ConfigError(
+                f"{folder} holds a finished run with another {', '.join(sorted(differ))}: give "
+                "this ensemble another name=, or restore those keys"
+            )
+        return config.train.epochs == saved.train.epochs
 
 
 def members_of(run: Sequence[str], over: Sequence[str], cluster: Cluster | None) -> list[Member]:
@@ -208,14 +224,12 @@ def _errors(folder: Path) -> tuple[str, str]:
 def waiting(name: str) -> bool:
     """Return whether jobs of this name are in the queue; raises RunFolderError if Slurm does not
     answer."""
-    for _ in range(10):
-        answer = slurm("squeue", "--me", "--noheader", f"--name={name}")
-        if answer is not None or shutil.which("squeue") is None:
-            return bool(answer)
-        time.sleep(3)
-    raise RunFolderError(
-        f"{name}: squeue does not answer, so whether its jobs have ended is unknown"
-    )
+    answer = slurm("squeue", "--me", "--noheader", f"--name={name}", tries=10)
+    if answer is None and shutil.which("squeue") is not None:
+        raise RunFolderError(
+            f"{name}: squeue does not answer, so whether its jobs have ended is unknown"
+        )
+    return bool(answer)
 
 
 def score(configs: Sequence[Config], of: int) -> int:

@@ -8,8 +8,10 @@ task that srun itself ended. docs/slurm.md has the table.
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -122,6 +124,11 @@ def after(code: int, config: Config) -> int:
         folder.take()
         folder.report("failed", exit=1, reason=f"its ranks ended with {code} before it began")
         run = read_run(config.folder)
+        if (run.get("job"), run.get("restart")) != environment.job():
+            raise RunFolderError(
+                f"{config.folder}/run.json could not be written, so starts cannot be counted: the "
+                "job is not tried again; make room, then submit the same command again to resume"
+            )
     again, why = verdict(run, job_state())
     print(f"{config.folder}: {why}{': requeued' if again else ''}", flush=True)
     if again:
@@ -169,7 +176,7 @@ def own_name() -> str:
 
 def job_state() -> str:
     """Return Slurm's state of this job (RUNNING, CANCELLED, …); PREEMPTED if it is about to be."""
-    answer = slurm("scontrol", "--oneliner", "show", "job", own_name()) or ""
+    answer = slurm("scontrol", "--oneliner", "show", "job", own_name(), tries=10) or ""
     if re.search(r"\bPreemptTime=\d", answer):
         return "PREEMPTED"
     match = re.search(r"\bJobState=(\w+)", answer)
@@ -178,26 +185,39 @@ def job_state() -> str:
 
 def requeue() -> None:
     """Put this job, or this element of an array, back into the queue; raises RunFolderError."""
-    command = ["scontrol", "requeue", own_name()]
-    try:
-        asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-        refused = (asked.stderr or asked.stdout).strip() if asked.returncode else ""
-    except OSError as error:  # in a container, scontrol is the host's
-        refused = str(error)
-    if refused:
-        raise RunFolderError(
-            f"scontrol requeue {own_name()}: {refused}: submit the same command again to resume; "
-            "sbatch --requeue allows this, unless the site forbids it"
-        )
+    command, refused = ["scontrol", "requeue", own_name()], ""
+    for _ in range(10):  # slurmctld may be busy, or start again
+        try:
+            asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired as error:
+            refused = str(error)
+        except OSError as error:  # in a container, scontrol is the host's
+            refused = str(error)
+            break
+        else:
+            if asked.returncode == 0:
+                return
+            refused = (asked.stderr or asked.stdout).strip()
+        time.sleep(3)
+    raise RunFolderError(
+        f"{shlex.join(command)}: {refused}: submit the same command again to resume; sbatch "
+        "--requeue allows this, unless the site forbids it"
+    )
 
 
-def slurm(*command: str) -> str | None:
-    """Return the output of a Slurm command; None if it fails or is not installed."""
-    try:
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None
+def slurm(*command: str, tries: int = 1) -> str | None:
+    """Return the output of a Slurm command; None if it fails so many times or is not installed."""
+    for attempt in range(tries):
+        time.sleep(3 if attempt else 0)  # slurmctld may be busy, or start again
+        try:
+            done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        except OSError:
+            return None
+        if done.returncode == 0:
+            return done.stdout
+    return None
 
 
 def submitted(folder: Path) -> TrainJob:

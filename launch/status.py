@@ -78,7 +78,7 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
 
 def _is_alive(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
     """Return whether the process of a run that has not ended still exists, as far as can be
-    answer."""
+    seen."""
     if run.get("job") and queue is not None:
         return run["job"] in queue
     if run.get("host") != socket.gethostname():

@@ -1,6 +1,7 @@
 """Launching without a real Slurm: its variables, what follows a run's end, what is refused."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from alexnet_dist.parallel.device import cores_of, take_device
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check_columns_meet
 from alexnet_dist.parallel.stop_signals import StopSignals
+from alexnet_dist.training import run_folder
 from alexnet_dist.training.run_folder import RunFolder
 from launch import cluster, ensemble, job, status, submit
 
@@ -220,6 +222,23 @@ def test_a_job_whose_ranks_never_began_is_tried_again_within_a_bound(
     assert len(requeued) == 3
 
 
+def test_a_job_whose_starts_cannot_be_counted_is_not_tried_again(
+    tiny: Callable[..., Config], requeued: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk takes no run.json, without which the bound would never be reached."""
+    config = tiny("name=full")
+    assert job.after(137, config) == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "write_json", full)
+    with pytest.raises(RunFolderError, match=r"run\.json could not be written.*not tried again"):
+        job.after(1, config)
+    assert requeued == ["7"]
+
+
 def test_a_second_job_of_a_run_is_not_tried_again(
     tiny: Callable[..., Config], requeued: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,6 +372,7 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
             assert main.main(["train", *arguments]) == 0
         return 1 if "seed=7" in arguments else code
 
+    run = [*run, "schedule.kind=steps"]
     words = [*run, "--over", "seed=0,7,1", "--local"]
     monkeypatch.setattr(ensemble, "run_here", lambda arguments: here(arguments, 130))
     assert ensemble.main(words) == 130
@@ -371,8 +391,21 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
     trained.clear()
     assert ensemble.main(words) == 1
     assert [words[-2:] for words in trained] == [["seed=7", "name=some-seed-7"]]
+    with pytest.raises(ConfigError, match=r"some-seed-0 .* finished run .* model\.dropout: give"):
+        ensemble.main([*words, "model.dropout=0.25"])
+    (first,) = ensemble.members_of([*run, "train.epochs=0.1"], ["seed=0"], None)
+    with pytest.raises(ConfigError, match=r"another train\.epochs: give"):
+        assert first.finished
+    (first,) = ensemble.members_of([*run, "train.epochs=0.3"], ["seed=0"], None)
+    assert not first.finished, "it can go on"
     with pytest.raises(ConfigError, match="leave out --parallel"):
         ensemble.main([*words, "--parallel", "2"])
+
+
+def test_a_member_that_has_measured_nothing_yet_is_in_the_table(run: list[str]) -> None:
+    (member,) = ensemble.members_of(run, ["seed=3"], None)
+    RunFolder(member.config).take()
+    assert re.search(r"some-seed-3  3     starting  0/\? +- ", ensemble.table([member]))
 
 
 def test_a_dry_run_prints_what_would_be_submitted(
@@ -442,19 +475,30 @@ def test_a_run_here_shows_itself_and_hears_signals(
 def test_a_queue_that_does_not_answer_is_not_an_empty_one(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def told(*answers: str | None) -> bool:
-        left = list(answers)
-        monkeypatch.setattr(ensemble, "slurm", lambda *_: left.pop(0))
-        return ensemble.waiting("five")
+    answers: list[str | None] = []
+
+    def answered(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if (answer := answers.pop(0)) == "late":
+            raise subprocess.TimeoutExpired(command, 60)
+        return subprocess.CompletedProcess(command, answer is None, answer or "")
 
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert not told(None)  # no Slurm here
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert not ensemble.waiting("five")  # no Slurm here
+    assert job.job_state() == "UNKNOWN"
     (tmp_path / "squeue").touch(0o755)
-    assert told(None, None, "7 RUNNING")
-    assert not told(None, "")
+    monkeypatch.setattr(subprocess, "run", answered)
+    answers += [None, "late", "7 RUNNING"]
+    assert ensemble.waiting("five")
+    answers += [None, ""]
+    assert not ensemble.waiting("five")
+    answers += ["late", "JobId=7 JobState=CANCELLED"]
+    assert job.job_state() == "CANCELLED"
+    answers += [None] * 10
     with pytest.raises(RunFolderError, match="squeue does not answer"):
-        told(*[None] * 10)
+        ensemble.waiting("five")
+    assert not answers
 
 
 def test_what_slurm_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -564,6 +608,29 @@ def test_a_container_without_scontrol_says_how_to_go_on(
     with pytest.raises(
         RunFolderError, match=r"scontrol requeue 7: .*No such file.*submit the same"
     ):
+        job.requeue()
+
+
+def test_a_requeue_that_slurm_is_too_busy_for_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    asked: list[list[str]] = []
+
+    def busy(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        if len(asked) == 1:
+            raise subprocess.TimeoutExpired(command, 60)
+        return subprocess.CompletedProcess(
+            command, int(len(asked) == 2), "", "Socket timed out on send/recv operation"
+        )
+
+    monkeypatch.setattr(subprocess, "run", busy)
+    job.requeue()
+    assert asked == [["scontrol", "requeue", "7"]] * 3
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked.clear() or busy([]))
+    with pytest.raises(RunFolderError, match=r"requeue 7: .*timed out.*submit the same"):
         job.requeue()
 
 

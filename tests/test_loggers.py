@@ -112,6 +112,18 @@ def test_wandb_without_a_key_is_one_line_and_asks_nothing(
         train(tiny(*SHORT, "log.to=[wandb]"))
 
 
+@pytest.mark.parametrize("more", [[], ["data.eval_split=none"]])
+def test_loggers_are_told_that_a_run_is_finished_however_it_came_there(
+    more: list[str], tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(loggers, "close", lambda threads, finished: told.append(finished))
+    config = tiny(*SHORT, *more)
+    for _ in range(2):  # the second has nothing left to do
+        assert train(config).exit == 0
+    assert told == [True, True]
+
+
 class Failing:
     """A logger whose every call fails."""
 

@@ -26,6 +26,8 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.files import read_run
+from alexnet_dist.parallel import spawn
+from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.state import Progress
 
@@ -330,6 +332,18 @@ def test_a_signal_saves_and_leaves_with_its_code(
     assert not any(process.is_running() for process in processes)
 
 
+def test_a_signal_that_comes_again_and_again_changes_nothing(
+    command: Callable[..., list[str]], runs: Path, start: Callable[..., Started]
+) -> None:
+    run = start(command("again", "train.epochs=500", "evaluate.every_epochs=500"))
+    run.wait_for_step(runs / "again", 6)
+    for _ in range(3):
+        run.process.send_signal(signal.SIGUSR1)
+        time.sleep(0.02)
+    code, output = run.end()
+    assert (code, read_run(runs / "again").get("exit")) == (75, 75), output
+
+
 def under_nohup(arguments: list[str]) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     forks.run(arguments)
@@ -535,6 +549,12 @@ def test_a_rank_deaf_to_a_signal_has_the_time_it_was_given(
     assert "SignalException" in output
     assert 1 <= time.monotonic() - begin < 20
     assert not any(process.is_running() for process in processes)
+
+
+def test_a_signal_after_the_ranks_have_ended_changes_nothing() -> None:
+    with handlers_restored():
+        spawn.launch_ranks(sys.executable, 1, 1, "-c", "pass")
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_two_jobs_never_share_a_run_folder(

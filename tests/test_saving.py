@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import logging
 import os
@@ -302,6 +303,26 @@ def test_time_whose_steps_were_saved_is_counted(tiny: Callable[..., Config]) -> 
     assert (found["resumed_at"], found["newest_step"], found["attempt"]) == (8, 16, 2)
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def stale(path: Path, to: Path) -> Path:
+        if to.name.startswith(".gone-"):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", stale)
+    config = tiny("layout.kind=one", "train.epochs=1", "checkpoint.every_steps=2",
+                  "checkpoint.keep_last=1")  # fmt: skip
+    assert train(config).exit == 0
+    assert len(checkpoints.steps(config.folder / "checkpoints")) > 1
+    monkeypatch.undo()
+    checkpoints.prune(config.folder / "checkpoints", 1, 0, None)
+    assert len(checkpoints.steps(config.folder / "checkpoints")) == 1
+
+
 def test_a_folder_that_vanished_is_made_again(
     tiny: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -309,6 +330,9 @@ def test_a_folder_that_vanished_is_made_again(
     folder.take()
     folder.check_held()
     assert not caplog.text
+    (folder.path / "lock").unlink()
+    folder.check_held()
+    assert f"{folder.path}/lock has vanished: created again" in caplog.text
     shutil.rmtree(folder.path)
     folder.check_held()
     assert "has vanished, with all that was saved in it: created again" in caplog.text
@@ -318,10 +342,12 @@ def test_a_folder_that_vanished_is_made_again(
     other.take()
     with pytest.raises(RunFolderError, match="is in use by process"):
         folder.check_held()
+    folder.failed(1, "another has it", known=True)
+    assert read_run(other.path)["state"] == "starting"
 
 
 def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
-    tiny: Callable[..., Config], caplog: pytest.LogCaptureFixture
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny("layout.kind=one")
     folder, dataset = RunFolder(config), open_for(config)
@@ -349,6 +375,23 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert f"NOT WRITTEN YET, but the run continues: {metrics}" in caplog.text
     step(3)
-    telemetry.close()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "said at last")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        telemetry.flush()
+    assert f"NOT WRITTEN, but the run continues: {metrics}: " in caplog.text
+
+    class Remote(io.FileIO):
+        def close(self) -> None:
+            if not self.closed:
+                super().close()
+                full(0)
+
+    telemetry._metrics.close()
+    telemetry._metrics._file = Remote(metrics, "a")
+    telemetry.close(finished=False)
     written = [p["step"] for p in read_metrics(folder.path) if p["kind"] != "eval"]
     assert written == [1, 1, 2, 2, 3, 3]

@@ -25,6 +25,7 @@ from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training.bottleneck import verdict
+from alexnet_dist.training.logs import watch
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder
@@ -364,6 +365,10 @@ def test_a_gpus_peak_is_found_by_name() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("NVIDIA A100-SXM4-40GB") == 312e12
     assert peak_flops("NVIDIA GeForce GTX 580") is None
+
+
+def test_the_command_to_watch_a_run_can_be_pasted(tiny: Callable[..., Config]) -> None:
+    assert watch(tiny("output_dir=my runs")).endswith("--logdir 'my runs' --host localhost")
 
 
 def test_a_run_of_more_than_a_year_says_so() -> None:

@@ -270,7 +270,8 @@ def prune(folder: Path, keep_last: int, keep_every: int, best_step: int | None) 
     for path in ours[:-keep_last]:
         step = step_of(path)
         if step != best_step and (not keep_every or step % keep_every):
-            path.rename(path.with_name(f".gone-{path.name}"))
+            with contextlib.suppress(OSError):  # tried again after the next save
+                path.rename(path.with_name(f".gone-{path.name}"))
     sweep(folder, max(map(step_of, ours), default=-1))
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -105,6 +106,7 @@ def _print_end(config: Config, outcome: "Outcome") -> None:
     """Print how a run ended, and where its results are; draw its figures if it is done."""
     from alexnet_dist.checkpoint import store
     from alexnet_dist.reporting import figures
+    from alexnet_dist.training.logs import watch
     from alexnet_dist.training.state import Progress
     from alexnet_dist.training.tolerance import WarnOnce
 
@@ -123,9 +125,9 @@ def _print_end(config: Config, outcome: "Outcome") -> None:
     print(f"{'best' if score else 'last'} checkpoint: {best.path}{its}")
     with WarnOnce("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
-    print(f"watch: tensorboard --logdir {config.output_dir} --host localhost")
+    print(watch(config))
     if score and config.data.canvas > config.model.crop:  # else the windows are all alike
-        print(f"next: alexnet-dist evaluate {config.folder} --views 10")
+        print(f"next: alexnet-dist evaluate {shlex.quote(str(config.folder))} --views 10")
 
 
 def _check_sources(config: Config) -> None:

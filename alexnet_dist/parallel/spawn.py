@@ -3,15 +3,14 @@
 import logging
 import os
 import signal
-import socket
 import sys
-import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -44,8 +43,7 @@ def start(
     command = ["-m", "alexnet_dist", *arguments]
     attempts_before = read_run(folder).get("attempt", 0)
     try:
-        with _ended_by_a_second_interrupt():
-            launch_ranks(sys.executable, ranks, 120, *command)
+        launch_ranks(sys.executable, ranks, 120, *command)
         return 0
     except ChildFailedError as error:
         if dead := _killed_ranks(error):
@@ -74,38 +72,6 @@ def _killed_ranks(error: ChildFailedError) -> str:
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     killed = [f"rank {rank} was {killed_by(-code)}" for rank, code in codes.items() if code < 0]
     return "; ".join(killed)
-
-
-@contextmanager
-def _ended_by_a_second_interrupt() -> Iterator[None]:
-    """End the ranks and this process at the second SIGINT, by a thread: the main one may be waiting
-    for ranks."""
-    heard, bell = socket.socketpair()
-    bell.setblocking(False)
-    before = signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
-
-    def listen() -> None:
-        interrupts = 0
-        while numbers := heard.recv(64):
-            interrupts += numbers.count(signal.SIGINT)
-            if interrupts < 2:
-                continue
-            ranks = psutil.Process().children()
-            for rank in ranks:
-                with suppress(psutil.NoSuchProcess):
-                    rank.send_signal(signal.SIGINT)
-            for rank in psutil.wait_procs(ranks, timeout=2)[1]:
-                with suppress(psutil.NoSuchProcess):
-                    rank.kill()  # checkpoints survive it
-            os._exit(EXITS[FLAGS[signal.SIGINT]])
-        heard.close()
-
-    threading.Thread(target=listen, daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        bell.close()
 
 
 def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
@@ -162,10 +128,46 @@ def launch_ranks(entry: Any, ranks: int, shutdown_timeout_s: int, *args: Any) ->
         "rdzv_endpoint": f"{store.host}:{store.port}",
         "rdzv_configs": {"rank": 0},
         "max_restarts": 0,
-        "signals_to_handle": ",".join(number.name for number in signals_heeded()),
+        "signals_to_handle": "",
         "logs_specs": DefaultLogsSpecs(log_dir=os.devnull),  # else a folder in /tmp each time
     }
-    return elastic_launch(config, shutdown_timeout_s, entry, *args)
+    with _signals_stop_ranks():
+        return elastic_launch(config, shutdown_timeout_s, entry, *args)
+
+
+@contextmanager
+def _signals_stop_ranks() -> Iterator[None]:
+    """Have the first signal raise SignalException, at which torchelastic passes it on and waits for
+    the ranks; later ones are only passed on, and a second SIGINT ends ranks and launcher at once.
+    Afterwards, when the ranks have ended, signals change nothing.
+
+    torchelastic's own handler raises each time: the second signal begins the wait anew, and the
+    third leaves threads that never end, so that the launcher does not either.
+    """
+    arrived: list[int] = []
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        arrived.append(number)
+        if len(arrived) == 1:
+            sent = signal.Signals(number)
+            raise SignalException(f"{sent.name} arrived", sigval=sent)
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        if arrived.count(signal.SIGINT) > 1:
+            for rank in psutil.wait_procs(ranks, timeout=2)[1]:
+                with suppress(psutil.NoSuchProcess):
+                    rank.kill()  # checkpoints survive it
+            os._exit(EXITS[FLAGS[signal.SIGINT]])
+
+    for number in signals_heeded():
+        signal.signal(number, heard)
+    try:
+        yield
+    finally:
+        for number in signals_heeded():
+            signal.signal(number, lambda *_: None)
 
 
 def leave_with_parent(parent: int) -> None:

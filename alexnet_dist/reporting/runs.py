@@ -94,7 +94,7 @@ def read_run_folder(folder: Path) -> RunResults | None:
             config = load_config([json_object(read_bytes(saved))])
         else:  # imported: it was not trained here
             config = checkpoints.at(folder).config
-        points = read_metrics(folder) if (folder / "metrics.jsonl").is_file() else []
+        points = read_metrics(folder)
         run = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
     except (OSError, ValueError, OverflowError, KeyError, TypeError, AlexNetDistError):

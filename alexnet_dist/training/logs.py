@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import shlex
 from pathlib import Path
 
 import torch
@@ -52,8 +53,13 @@ def opening(
         f"batch {config.train.batch} in all, {replica} per replica, in "
         f"{counted(parts, 'micro-batch')} of {replica // parts}; each rank decodes {decoded}\n"
         f"{counted(samples, 'training image')} of {config.data.path}, decoded by {decoding}\n"
-        f"{unscored}watch: tensorboard --logdir {config.output_dir} --host localhost"
+        f"{unscored}{watch(config)}"
     )
+
+
+def watch(config: Config) -> str:
+    """Return the line that says how to watch a run in TensorBoard."""
+    return f"watch: tensorboard --logdir {shlex.quote(config.output_dir)} --host localhost"
 
 
 class _Printable(logging.Formatter):

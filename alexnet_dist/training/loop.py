@@ -181,6 +181,7 @@ def _run(
         lambda reason: folder.report("failed", exit=1, reason=reason),
     )  # fmt: skip
     compare_every = config.train.compare_replicas_every
+    exit_code: int | None = None  # none where an error ends the run
 
     try:
         while True:
@@ -251,7 +252,7 @@ def _run(
         watchdog.close()
         checkpoints.close()
         batches.close()
-        telemetry.close()
+        telemetry.close(finished=exit_code == 0)
     return Outcome(
         exit_code, progress.step, None if exit_code else progress.score, topology.is_rank_0
     )

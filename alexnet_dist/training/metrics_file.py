@@ -42,11 +42,14 @@ def rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the points in a run folder's metrics.jsonl; torn lines and lines that are not points
-    are skipped. null reads as NaN."""
-    points = []
-    with opened(folder / "metrics.jsonl") as file:
-        lines = file.read().splitlines()
+    """Return the points in a run folder's metrics.jsonl, none where there is no such file; torn
+    lines and lines that are not points are skipped. null reads as NaN."""
+    points: list[dict[str, Any]] = []
+    try:
+        with opened(folder / "metrics.jsonl") as file:
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return points
     for line in lines:
         with contextlib.suppress(ValueError):
             point = json_object(line)
@@ -93,18 +96,19 @@ class Writer:
     def flush(self) -> None:
         """Wait until the points are on the disk, as far as it has room for them."""
         self._write()
-        with contextlib.suppress(OSError):  # already logged
+        try:
             os.fsync(self._file.fileno())
+        except OSError as error:  # a network file system may say only now that it is full
+            log.warning(f"NOT WRITTEN, but the run continues: {self._file.name}: {error}")
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # as `flush` has said
+            self._file.close()
 
 
 def cut(path: Path, step: int, evaluated_step: int) -> list[dict[str, Any]]:
     """Remove the points after `step` (of evaluations: after `evaluated_step`), which a resumed run
     will write again; return those that are kept."""
-    if not path.exists():
-        return []
     until = dict.fromkeys(_KINDS, step) | {"eval": evaluated_step}
     kept = [p for p in read_metrics(path.parent) if p["step"] <= until[p["kind"]]]
     with written_aside(path) as aside, aside.open("wb") as file:

@@ -128,17 +128,18 @@ class RunFolder:
             self._lock = appended(self.path / "lock")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            self._run = {}  # run.json is the holder's
             holder = read_run(self.path)
             raise RunFolderError(
                 f"{self.path} is in use by process {holder.get('pid', '?')} on "
                 f"{holder.get('host', '?')}: wait for it, stop it, or give this run another name="
             ) from error
         except OSError as error:
-            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP):
+            if error.errno in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise RunFolderError(
                     f"{self.path}: its file system has no locks ({error.strerror}), which keep "
                     "two jobs out of one run: set output_dir= to another file system, or mount "
-                    "it with locks (NFS: without nolock)"
+                    "it with locks (NFS: without nolock; Lustre: with flock)"
                 ) from error
             raise RunFolderError(
                 f"{error.filename or self.path}: cannot be written ({error.strerror}): set "
@@ -155,7 +156,10 @@ class RunFolder:
         create it again; raises RunFolderError if it was moved, or another process holds it."""
         assert self._lock is not None
         if (at := self._current_path()) is None:
-            log.warning(f"{self.path} has vanished, with all that was saved in it: created again")
+            lost = "/lock has vanished"
+            if not self.checkpoints.exists():
+                lost = " has vanished, with all that was saved in it"
+            log.warning(f"{self.path}{lost}: created again")
             self._lock.close()
             self._hold()
             self.save_config()
@@ -223,7 +227,7 @@ class RunFolder:
             attempts_before: number of attempts before the launcher started the ranks.
         """
         try:
-            with (self.path / "lock").open("a") as lock:
+            with appended(self.path / "lock") as lock:
                 # Fails if another process has taken the folder in the meantime.
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 run = read_run(self.path)

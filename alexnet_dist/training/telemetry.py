@@ -67,7 +67,6 @@ class Telemetry:
         self._mfu: float | None = None
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
         self._loggers: list[loggers.LoggerThread] = []
-        self._finished = False
         classes, wanted = config.model.classes, config.log.pictures and loggers.pictured(config)
         self._draws_confusion = wanted and classes <= MOST_CLASSES
         self._undrawn: tuple[int, Tensor | None] | None = None  # step, and confusion
@@ -207,7 +206,6 @@ class Telemetry:
                 for logger in self._loggers:
                     logger.pictures(step, pictures)
             if step == self._last_step:
-                self._finished = True
                 self._board.end(engine, step)
 
     def _verdict(self, shares: Mapping[str, float]) -> str:
@@ -242,13 +240,14 @@ class Telemetry:
             self._metrics.flush()
             self._board.draw(lambda to: to.flush())
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
+        """Close everything; loggers are told whether the run has finished."""
         TIMELINE.stop()
         self._trace.end()
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
         self._quarantine.close()
         self._board.close()
-        loggers.close(self._loggers, self._finished)
+        loggers.close(self._loggers, finished)
         if self._topology.is_rank_0:
             with contextlib.suppress(OSError):
                 self._bar.close()
