@@ -51,12 +51,15 @@ _BEST = f"{_TORCHVISION}, {_FORMS[-1]}"  # the fastest form in which it is used
 _ON_A_GPU = ("ours, tf32", *(f"{who}, {how}" for who in ("eager", _TORCHVISION) for how in _FORMS))
 
 
-def bench_step(config: Config, repeats: int, batches: Sequence[int] = ()) -> Result:
+def bench_step(
+    config: Config, repeats: int, batches: Sequence[int] = (), best: bool = False
+) -> Result:
     """Time training steps of the config's network in one process, on a GPU if there is one, and of
     its references.
 
     Args:
         batches: batch sizes instead of train.batch; after the first, only a few rows are timed.
+        best: only these few for the first too, among them torchvision's alexnet at its fastest.
 
     Returns:
         ratios (medians of pairs; of speeds, unless they say otherwise), ceilings, machine, the
@@ -67,9 +70,10 @@ def bench_step(config: Config, repeats: int, batches: Sequence[int] = ()) -> Res
                       for n in batches or (config.train.batch,)]  # fmt: skip
     gpu = device_of(config).type == "cuda"
     losses = first_losses(first)
-    result = _timed(first, repeats, (*_CONTESTANTS, *(_ON_A_GPU if gpu else ())))
+    few = (_OURS, _NO_LRN, _PRODUCT, *((_BEST,) if gpu else ()))
+    result = _timed(first, repeats, few if best else (*_CONTESTANTS, *(_ON_A_GPU if gpu else ())))
     for other in others:
-        more = _timed(other, repeats, (_OURS, _NO_LRN, _PRODUCT, *((_BEST,) if gpu else ())))
+        more = _timed(other, repeats, few)
         at = f", batch {other.train.batch}"
         result["ratios"] |= {name + at: value for name, value in more["ratios"].items()}
         result["ceilings"] |= {name + at: value for name, value in more["ceilings"].items()}

@@ -59,6 +59,9 @@ def add(command: AddCommand) -> None:
         help="batch sizes, instead of train.batch; fewer things are timed after the first",
     )  # fmt: skip
     sub.add_argument(
+        "--best", action="store_true", help="time fewer things: ours, and the fastest reference"
+    )
+    sub.add_argument(
         "--kernels", action="store_true", help="show instead which kernels take a step's time"
     )
     part_of_a_run("maps", "bias, ReLU, normalisation and pooling of conv1's maps, against torch's")
@@ -106,7 +109,7 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         case "step":
             from alexnet_dist.bench.step import bench_step
 
-            result = bench_step(config, options.repeats, options.batch)
+            result = bench_step(config, options.repeats, options.batch, options.best)
         case "maps":
             from alexnet_dist.bench.maps import bench_maps
 

@@ -353,8 +353,10 @@ class TrainConfig:
             "a GPU (Ampere or newer) round their inputs to 11 bits; fp64: weights too"),
     ]  # fmt: skip
     deterministic: Annotated[
-        bool, Key("GPU: use only kernels whose results repeat bit for bit", mutable=True)
-    ]
+        bool,
+        Key("GPU: use only kernels whose results repeat bit for bit, not those that cuDNN measures "
+            "to be fastest", mutable=True),
+    ]  # fmt: skip
     execution: Annotated[
         Literal["graph", "fused", "eager"],
         Key("how a GPU runs a step: graph, one CUDA graph of fused kernels and NCCL's exchanges "

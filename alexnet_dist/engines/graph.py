@@ -143,16 +143,18 @@ class _WithoutHooks(nn.Module):
         return made
 
 
-def capture_forward(module: nn.Module, *example: Tensor) -> None:
+def capture_forward(module: nn.Module, stream: torch.cuda.Stream, *example: Tensor) -> None:
     """Replace a module's training forward and backward by CUDA graphs, for an engine whose own part
     of a step cannot be captured; warn if that fails.
 
     Not for several backwards per step: each overwrites the gradients of the one before.
 
     Args:
+        stream: the stream of the capture, on which autograd's earlier state was made too.
         example: inputs of the shapes and dtypes that all later calls have. Parameters must not
             move in memory.
     """
+    torch.cuda.graph.default_capture_stream = stream
     plain, pool = module.forward, torch.cuda.graph_pool_handle()
     module.train()
     try:

@@ -24,7 +24,7 @@ from alexnet_dist.engines.base import (
     skip_flag,
     with_damaged,
 )
-from alexnet_dist.engines.graph import capture_forward, captures
+from alexnet_dist.engines.graph import capture_forward, captures, on_stream
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
@@ -111,16 +111,19 @@ class ZeroEngine:
             parameter.data = parameter.data.contiguous()
         self.optimizer = Optimizer(config.optimizer, model.named_parameters())
         self.optimizer.optimizer.state.clear()  # the flat pieces get their own
-        self.engine = self._initialised(model)
+        graph = fused and captures(config.train.execution, topology.device)
+        stream = torch.cuda.Stream() if graph else None
+        with on_stream(stream):  # where autograd will work with the nodes that DeepSpeed keeps
+            self.engine = self._initialised(model)
         self.zero = self.engine.optimizer
         if config.optimizer.kind == "sgd":
             for piece in self._pieces():
                 momentum = {"momentum_buffer": torch.zeros_like(piece)}
                 self.optimizer.optimizer.state[piece].update(momentum)
-        if fused and captures(config.train.execution, topology.device):
-            self._capture()
+        if stream is not None:
+            self._capture(stream)
 
-    def _capture(self) -> None:
+    def _capture(self, stream: torch.cuda.Stream) -> None:
         """Capture forward and backward; DeepSpeed's own step reads a flag on the host."""
         config, device = self.config, self.topology.device
         n, side = config.train.batch // self.topology.replicas, config.model.crop
@@ -129,7 +132,7 @@ class ZeroEngine:
         windows = torch.zeros(n, 3, side, side, dtype=DTYPES[config.train.precision], device=device)
         windows = windows.contiguous(memory_format=torch.channels_last)
         numbers = torch.zeros(n + 1, dtype=torch.int64, device=device)
-        capture_forward(self.model, windows, numbers[1:].clone(), numbers[0].clone())
+        capture_forward(self.model, stream, windows, numbers[1:].clone(), numbers[0].clone())
 
     def train_step(
         self, batch: Batch, step: int, rate: float, keep_gradients: bool = False

@@ -4,6 +4,7 @@ A layer holds the weights of all columns on this device in one tensor, one colum
 other's, so that every parameter splits on dim 0.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_dist.network import philox
+from alexnet_dist.network.concurrent import at_once
 from alexnet_dist.network.dropout import Dropout
 from alexnet_dist.network.exchange import Exchange
 from alexnet_dist.network.shapes import windows_along
@@ -140,8 +142,9 @@ class Conv(Layer):
             stride, padding = 1, 0
         elif self.round_up:
             inputs = [self._padded(x) for x in inputs]
-        parts = self.by_column(inputs, weight, bias)
-        return [F.conv2d(x, w, b, stride, padding) for x, w, b in parts]
+        columns = list(self.by_column(inputs, weight, bias))
+        product = functools.partial(F.conv2d, stride=stride, padding=padding)
+        return at_once([product] * len(columns), columns)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Add zeros below and to the right, so that the last window begins inside (Caffe)."""

@@ -10,6 +10,7 @@ outputs: with `torch.cat` where both are on one device, with a collective betwee
 one each. Nothing else in this file knows which of the two it is, and it uses no torch.distributed.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from alexnet_dist.config.schema import ModelConfig
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.concurrent import at_once
 from alexnet_dist.network.dropout import Dropout
 from alexnet_dist.network.exchange import Exchange, OneDevice
 from alexnet_dist.network.layers import Conv, Layer, Linear, activated
@@ -196,8 +198,8 @@ class AlexNet(nn.Module):
         outputs = [x]
         for conv in convs:  # (n, 48, 27, 27), (n, 128, 13, 13), (n, 192, 13, 13), …
             outputs = conv(outputs, self._exchange_before(conv))
-            parts = zip(self.columns, outputs, conv.biases(outputs), strict=True)
-            outputs = [column.maps(conv.name, maps, bias) for column, maps, bias in parts]
+            each = [functools.partial(column.maps, conv.name) for column in self.columns]
+            outputs = at_once(each, list(zip(outputs, conv.biases(outputs), strict=True)))
         # Dropout before fc6 acts on the maps, of the samples that are on this device.
         own = None if slots is None else self.exchange.own_slots(slots)
         if dropout := self._dropout(fcs[0], own, step):

@@ -169,6 +169,7 @@ def connect(config: Config) -> Topology:
     device = take_device(config, place)
     torch.set_num_threads(config.layout.threads or here.cores)
     allow_tf32(config.train.precision)
+    torch.backends.cudnn.benchmark = not config.train.deterministic  # its choice goes by time
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -27,7 +27,7 @@ from alexnet_dist.network.kernels.lanes import (
 )
 from alexnet_dist.network.kernels.pooled import Pool
 
-_EACH, _STEPS = 4, 4  # groups of pixels read at once by a program; repeats in the backward
+_EACH = 4  # groups of pixels read at once by a program
 _LAST = torch.channels_last
 
 
@@ -104,11 +104,12 @@ def maps_backward(
         parts = pooled.backward(grads, x, bias, places, out, activation, size, alpha, beta, k, pool)
     else:
         lanes, pixels = lanes_of(x), x.numel() // x.shape[1]
-        programs = triton.cdiv(pixels, lanes.pixels * _EACH * _STEPS)
+        programs = min(triton.cdiv(pixels, lanes.pixels * _EACH), pooled.PROGRAMS)
+        steps = triton.cdiv(pixels, lanes.pixels * _EACH * programs)
         parts = x.new_empty((programs, x.shape[1]), dtype=sum_dtype(x.dtype))
         maps_backward_kernel[(programs,)](
             grads, x, bias, out, parts, pixels, activation, size, alpha, beta, k, lanes.chunk,
-            lanes.chunks, lanes.lanes, _EACH, _STEPS, num_warps=lanes.warps,
+            lanes.chunks, lanes.lanes, _EACH, steps, num_warps=lanes.warps,
         )  # fmt: skip
     return out, parts.new_empty(0) if bias is None else parts.sum(0)
 

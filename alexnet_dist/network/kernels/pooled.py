@@ -20,7 +20,7 @@ from alexnet_dist.network.kernels.lanes import (
 from alexnet_dist.network.shapes import pooled_side
 
 _ROWS, _COLUMNS = 3, 3  # pooled values per lane
-_EACH_BACK = 4  # blocks of stride × stride pixels per lane
+PROGRAMS = 2112  # at most, in a backward, so that few partial sums are left: an H200 runs as many
 REGISTERS = 128  # per lane: 16 warps fit a multiprocessor; enough for the paper's maps
 _NOWHERE = tl.constexpr(255)  # the place of a value through which no gradient flows
 _VALUE, _PLACES = tl.constexpr(0x7FFFFFF0), tl.constexpr(15)  # bit masks of a key
@@ -60,12 +60,13 @@ def backward(
     gradient, (programs, channels)."""
     lanes, (h, w) = lanes_of(x), x.shape[2:]
     count = len(x) * triton.cdiv(h, pool.stride) * triton.cdiv(w, pool.stride)
-    programs = triton.cdiv(count, lanes.pixels * _EACH_BACK)
+    programs = min(triton.cdiv(count, lanes.pixels), PROGRAMS)
+    each = triton.cdiv(count, lanes.pixels * programs)
     parts = x.new_empty((programs, x.shape[1]), dtype=sum_dtype(x.dtype))
     pooled_backward_kernel[(programs,)](
         grads, x, bias, places, out, parts, count, activation, size, alpha, beta, k, h, w,
         *places.shape[2:], lanes.chunk, lanes.chunks, lanes.lanes, pool.window, pool.stride,
-        _EACH_BACK, num_warps=lanes.warps, maxnreg=REGISTERS,
+        each, num_warps=lanes.warps, maxnreg=REGISTERS,
     )  # fmt: skip
     return parts
 
@@ -214,8 +215,8 @@ def pooled_backward_kernel(
 ):  # fmt: skip
     """Compute dx of `pooled_kernel`, and partial sums of db.
 
-    A lane has a block of stride × stride pixels. So it is known at compile time which windows, at
-    most ⌈window / stride⌉² of them, contain which of these pixels.
+    A lane has `each` blocks of stride × stride pixels, one after another. So it is known at compile
+    time which windows, at most ⌈window / stride⌉² of them, contain which of these pixels.
     """
     side: tl.constexpr = lanes // chunks
     along: tl.constexpr = (w + stride - 1) // stride
