@@ -9,6 +9,7 @@ from typing import Any
 from ledger import ROOT, Page, Rows, read_rows
 
 ROWS, FROM_ROWS = ROOT / "docs/gpu.jsonl", "docs/gpu.jsonl"
+_OF_LIBRARIES = re.compile(r"void |sm\d+_|nvjet|Mem(cpy|set) ")  # kernels
 STEPS = ROOT / "alexnet_dist/planning/measured.jsonl"
 
 
@@ -43,6 +44,8 @@ def _table(rows: Rows) -> Iterator[str]:
     yield f"\n| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}\n"
     for group, name in dict.fromkeys((g, n) for row in shown for g in row["figures"]
                                      for n in row["figures"][g]):  # fmt: skip
+        if _OF_LIBRARIES.match(name):  # long names, which the ledger keeps
+            continue
         values = [row["figures"].get(group, {}).get(name) for row in shown]
         cells = ["" if value is None else f"{value:,.10g}" for value in values]
         unit = "" if group in ("ratios", "more", "tests") else f", {group}"
@@ -53,23 +56,25 @@ PAGE = Page(ROOT / "docs/performance.md", ROWS, tables)
 
 
 def steps(rows: Rows) -> list[dict[str, Any]]:
-    """Return our step times, as planning/measured.py reads them, from the last row of each card."""
+    """Return our step times, as planning/measured.py reads them: the last of each card, batch and
+    precision."""
     last = {
-        row["card"]: row
+        (row["card"], row["part"]): row
         for row in rows
-        if row["part"] == "step" and row["figures"] and "failed" not in row
+        if row["part"] in ("step", "step-best") and row["figures"] and "failed" not in row
     }
-    found = []
-    for card, row in last.items():
+    found: dict[tuple[str, int, str], dict[str, Any]] = {}
+    for (card, _), row in last.items():
         first = int(row["command"].partition("--batch ")[2].split()[0])
         for name, seconds in row["figures"]["seconds a step"].items():
             if ours := re.fullmatch(r"ours, (\w+)(?:, batch (\d+))?", name):
-                found.append({
-                    "card": card, "batch": int(ours[2] or first), "precision": ours[1],
-                    "execution": "graph", "ms": float(f"{1e3 * seconds:.4g}"),
-                    "commit": row["commit"], "source": FROM_ROWS,
-                })  # fmt: skip
-    return found
+                step = card, int(ours[2] or first), ours[1]
+                found[step] = {
+                    "card": card, "batch": step[1], "precision": step[2], "execution": "graph",
+                    "ms": float(f"{1e3 * seconds:.4g}"), "commit": row["commit"],
+                    "source": FROM_ROWS,
+                }  # fmt: skip
+    return [*found.values()]
 
 
 def write() -> None:

@@ -544,7 +544,7 @@ def by_zero(configs: list[Config]) -> list[tuple[dict[str, Tensor], dict[str, Te
                 engine = make_engine(config, topology)
                 assert isinstance(engine, ZeroEngine)
                 if captured:
-                    engine._capture()
+                    engine._capture(Stream())
                 assert ("forward" in vars(engine.model)) is captured
                 made.append(after(engine, batch, 3))
         found.append((made[0], made[1]))

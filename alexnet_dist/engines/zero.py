@@ -111,7 +111,9 @@ class ZeroEngine:
             parameter.data = parameter.data.contiguous()
         self.optimizer = Optimizer(config.optimizer, model.named_parameters())
         self.optimizer.optimizer.state.clear()  # the flat pieces get their own
-        graph = fused and captures(config.train.execution, topology.device)
+        # With stage 2, gradients of a captured backward were not finite on a GPU: docs/log.md.
+        stage1 = ZERO_STAGES[config.layout.kind] == 1
+        graph = fused and stage1 and captures(config.train.execution, topology.device)
         stream = torch.cuda.Stream() if graph else None
         with on_stream(stream):  # where autograd will work with the nodes that DeepSpeed keeps
             self.engine = self._initialised(model)
