@@ -125,7 +125,7 @@ PARTS = {
     "first": Part([_pytest(_FIRST)], 170, of_pytest),
     "tests": Part([_pytest(*_ONE_RANK)], 280, of_pytest),
     "step": Part([_bench("step", "--batch", "128", "1024")], 390),
-    "step-best": Part([_bench("step", "--best", "--batch", "128", "1024")], 150),
+    "step-best": Part([_bench("step", "--best", "--batch", "128", "1024")], 240),
     "maps": Part([_bench("maps")], 90),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 90),
     "end-to-end": _from_shards("dali"),

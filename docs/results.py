@@ -28,7 +28,7 @@ from typing import Any
 import processes
 from ledger import ROOT, Rows, append_row, commit_of, parse_parts, part_parser, read_rows
 from recipes import PARTS, VARIANTS, Row, Variant, planned, succeeded
-from results_page import PAGES, in_words
+from results_page import PAGES, in_words, two_columns
 from results_row import Bench, config_of, print_row, sources
 
 MEASURED = ("alexnet_dist", "configs", "docs/recipes.py", "docs/results.py", "docs/results_row.py")
@@ -190,7 +190,8 @@ def _record(row: Row, failed: str, done: Mapping[str, Any], bench: Bench) -> boo
     # Keep the kernels that the page shows, and of the checkpoints, of half a gigabyte each, only
     # those that other rows need.
     averaged_later = row.variant.average and not row.candidate
-    if averaged_later and not row.of:
+    shown = averaged_later or (row.seed == 0 and not row.candidate and two_columns(found))
+    if shown and not row.of:
         kernels = bench.runs / row.name / "figures/kernels.png"
         shutil.copy(kernels, bench.pictures / f"results-{row.name}-kernels.png")
     if not averaged_later and row.name not in {variant.begins for variant in VARIANTS}:

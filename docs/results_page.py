@@ -126,15 +126,22 @@ def in_words(figures: Mapping[str, Any]) -> str:
 
 
 def _colours(rows: Rows) -> Iterator[str]:
-    """Yield the colour of each column's conv1 kernels, for networks whose kernels are shown."""
-    found = [row for row in rows if row.get("colour") and BY_NAME[row["variant"]].average]
+    """Yield the colour of each column's conv1 kernels, and some of these kernels."""
+    found = [row for row in rows if two_columns(row)]
     if found:
         yield "\nColour, a share of the energy of each column's first kernels (of noise 2/3):\n"
         yield _head("seed", "by epoch: first column, second", "kernels, a column above the other")
     for row in found:
         shares = "; ".join(f"{epoch:g}: {one:.2f}, {two:.2f}" for epoch, one, two in row["colour"])
         picture = f"images/results-{row['row']}-kernels.png"
-        yield table_line(row["seed"], shares, f"![kernels of seed {row['seed']}]({picture})")
+        shown = row["seed"] == 0 or BY_NAME[row["variant"]].average
+        kernels = f"![kernels of seed {row['seed']}]({picture})" if shown else ""
+        yield table_line(row["seed"], shares, kernels)
+
+
+def two_columns(row: Mapping[str, Any]) -> bool:
+    """Whether a row has the colour of the kernels of two columns."""
+    return bool(row.get("colour")) and len(row["colour"][0]) == 3
 
 
 def _commands(rows: Rows) -> Iterator[str]:
