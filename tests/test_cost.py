@@ -92,7 +92,7 @@ def test_a_step_of_kernels_is_arithmetic_passes_and_what_starts_them() -> None:
         "parameters": 0.08 / 0.8,
     }
     nothing = {"exchange": 0.0, "all-reduce": 0.0, "decode": 8 / 40}
-    assert parts("graph") == pytest.approx(computing | {"fixed": 0.06} | nothing)
+    assert parts("graph") == pytest.approx(computing | {"fixed": 0.22} | nothing)
     # Python starts kernels beside the GPU: what counts is the longer of the two.
     held_up = 1.0 - sum(computing.values())
     assert parts("fused") == pytest.approx(computing | {"fixed": held_up} | nothing)
@@ -350,7 +350,7 @@ def test_a_curve_keeps_the_batch_of_a_device_and_says_what_holds_it_up(tmp_path:
         "replicas", "columns_x_replicas", "sharded_fc", "zero1", "zero2",
     }  # fmt: skip
     for row in rows:
-        assert 0 < row["efficiency"] <= 1
+        assert 0 < row["efficiency"] < 1.2  # a rank of one column launches half of the kernels
         assert row["images_per_s"] == pytest.approx(
             row["efficiency"] * row["ranks"] * rows[0]["images_per_s"]
         )
