@@ -2,7 +2,7 @@
 test fails, these show which feature is at fault. They are the first part of `make gpu`."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -21,6 +21,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.engines.ddp import _WARM_UP_DDP, TorchEngine
 from alexnet_dist.engines.graph import on_stream
 from alexnet_dist.engines.make import make_engine
+from alexnet_dist.network import concurrent, layers, model
 from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16
 from alexnet_dist.parallel.topology import Topology, connect
 
@@ -69,6 +70,33 @@ def test_a_step_of_the_papers_network(execution: str, precision: str) -> None:
     (found,) = on_ranks(1, numbers, config)
     assert found[3::6] == [0.0] * 3
     assert found[0] == pytest.approx(8 * 6.9, rel=0.1)  # of 1000 classes
+
+
+def by_streams(config: Config) -> list[list[Tensor]]:
+    """What steps make whose columns have streams of their own, and what steps make without."""
+
+    def in_turn(functions: Sequence[Callable[..., Tensor]], columns: Sequence[Any]) -> list[Tensor]:
+        return [function(*given) for function, given in zip(functions, columns, strict=True)]
+
+    made = []
+    for at_once in (concurrent.at_once, in_turn):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "at_once", at_once)
+            patch.setattr(model, "at_once", at_once)
+            topology = connect(config)
+            engine, batch = make_engine(config, topology), made_batch(config, topology.device)
+            steps = [engine.train_step(batch, step, 0.001).cpu() for step in range(3)]
+            parameters, optimizer = engine.whole_tensors()
+            made.append([*steps, *parameters.values(), *optimizer.values()])
+    return made
+
+
+@on_a_gpu
+@pytest.mark.parametrize("execution", ["fused", "graph"])
+def test_columns_side_by_side_give_the_bits_of_one_after_another(execution: str) -> None:
+    config = one(f"train.execution={execution}", "train.deterministic=true")
+    ((ours, expected),) = on_ranks(1, by_streams, config)
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 def beside_another_thread(config: Config) -> float:
