@@ -360,7 +360,7 @@ class TrainConfig:
     execution: Annotated[
         Literal["graph", "fused", "eager"],
         Key("how a GPU runs a step: graph, one CUDA graph of fused kernels and NCCL's exchanges "
-            "(ZeRO: up to DeepSpeed's own step); fused, the same kernels one by one; eager, "
+            "(ZeRO 1: up to DeepSpeed's own step); fused, the same kernels one by one; eager, "
             "torch's operators", mutable=True),
     ]  # fmt: skip
 
