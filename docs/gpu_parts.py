@@ -125,7 +125,6 @@ PARTS = {
     "first": Part([_pytest(_FIRST)], 170, of_pytest),
     "tests": Part([_pytest(*_ONE_RANK)], 280, of_pytest),
     "step": Part([_bench("step", "--batch", "128", "1024")], 390),
-    "step-best": Part([_bench("step", "--best", "--batch", "128", "1024")], 240),
     "maps": Part([_bench("maps")], 90),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 90),
     "end-to-end": _from_shards("dali"),
@@ -139,6 +138,8 @@ PARTS = {
     "tests-graphs": Part([_ranks(_GRAPHS)], 280, of_pytest),
     "tests-runs": Part([_ranks(_RUNS, _HOSTS)], 280, of_pytest),
     "layouts-shared": Part([_bench("layouts", "--share-gpu", "--repeats", "1")], 400),
+    # To see quickly what a change gives; `step` has all of it.
+    "step-best": Part([_bench("step", "--best", "--batch", "128", "1024")], 240),
 }
 
 
