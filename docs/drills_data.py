@@ -117,7 +117,7 @@ def patched(sound):
         if step == at and what == "raise":
             raise RuntimeError("broken on purpose")
         if step == at and what == "poison" and last:
-            batch.windows[0] = float("nan")
+            batch.metadata[0, 3] = float("nan")  # its lighting
         stats = sound(self, batch, step, rate, *more)
         if step == at and what == "flip" and last:
             self.replicated()["conv2.weight"].detach().view(torch.int32)[0, 0, 0, 0] ^= 1 << 9

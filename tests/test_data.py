@@ -564,7 +564,7 @@ def test_the_ten_views_are_corners_centre_and_flips(tiny: Callable[..., Config])
 
 def batches(config: Config, split: str, plan: Any) -> list[Batch]:
     pipeline = make_pipeline(config, Topology(), open_for(config), split)
-    found = [decoded.joined([len(decoded.metadata)], None) for decoded in pipeline.batches(plan)]
+    found = [decoded.batch() for decoded in pipeline.batches(plan)]
     pipeline.close()
     return found
 
@@ -667,7 +667,7 @@ def test_a_colour_jpeg_off_canvas_is_resized_and_centred(
     preprocess = Preprocess(config, AXES, cpu, torch.float32)
     pipeline = TorchPipeline(config, Split("x", (path,), index), cpu, preprocess, 1)
     (decoded,) = pipeline.batches(evaluation_plan(config, [range(1)]))
-    batch = decoded.joined([1], None)
+    batch = decoded.batch()
     pipeline.close()
     # 90 → 72 rows, 120 → 96 columns; the centre's 72; the window begins 2 in: column 14 of 96.
     columns = (torch.arange(67) + 14 + 0.5) * 120 / 96 - 0.5

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.compat import abandon_capture
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import Batch, Decoded
 from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.engines import ddp
@@ -452,6 +453,44 @@ def by_graphs(configs: list[Config], fails: str = "") -> list[tuple[Any, Any, li
 FP32 = ["train.precision=fp32", "optimizer.momentum_form=torch"]  # that asks for no value on a CPU
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_a_captured_step_makes_its_own_windows(
+    resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of patches that it copies, or of images that stay where they are, which it does not."""
+    config = load_config([*SMALL, *FP32])
+    side, crop = config.data.canvas, config.model.crop
+    mean = torch.rand(side, side, 3) * 255
+    statistics = Statistics(mean.numpy(), mean[0, 0].numpy(), np.ones(3), np.eye(3))
+    preprocess = Preprocess(config, statistics, torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(Preprocess, "by_loop", Preprocess.by_operators)  # what can be played
+    images = torch.randint(256, (9, side, side, 3), dtype=torch.uint8)
+    generator, given = torch.Generator().manual_seed(0), []
+    for _ in range(3):
+        ids, corners = (
+            torch.randperm(9, generator=generator)[:2],
+            torch.randint(side - crop, (2, 2)),
+        )
+        patches = torch.randint(256, (2, crop, crop, 3), dtype=torch.uint8, generator=generator)
+        facts = torch.stack([ids % 6, ids, ids * 0, *torch.randn(3, 2), *corners.T, ids % 2], 1)
+        given.append(Decoded(images if resident else patches, facts.double(), preprocess, resident))
+    made = []
+    for captured in (True, False):
+        with played():
+            engine = TorchEngine(config, connect(config))
+            engine.stream = Stream() if captured else None  # type: ignore[assignment]
+            stats = [engine.train_step(part, step, 0.01) for step, part in enumerate(given)]
+            made.append({str(step): stat for step, stat in enumerate(stats)})
+            made[-1] |= engine.whole_tensors()[0]
+            for step in engine.graphs.values():
+                own = step.inputs[0]
+                assert isinstance(own, Decoded)
+                assert own.metadata is not given[0].metadata
+                assert (own.patches is images) is resident
+    assert_equal(*made)
+    assert len({stat.tolist()[0] for stat in stats}) == 3
+
+
 @pytest.mark.parametrize("kind", ["sgd", "lars", "adam"])
 def test_a_captured_step_begins_where_it_was(kind: str) -> None:
     """Warming up changes nothing; gradients are kept when they are asked for; to the bit."""
@@ -640,7 +679,7 @@ def test_without_a_compiler_windows_are_the_same() -> None:
             flips = torch.randint(2, (2, views), generator=generator).bool()
             light = torch.randn(2, 3, generator=generator).to(preprocess.mean.dtype)
             inside = torch.zeros_like(corners) if views == 1 else corners
-            given = (patches, inside, corners, flips, light)
+            given = (patches, torch.tensor([1, 0]), inside, corners, flips, light)
             assert torch.equal(preprocess.by_operators(*given), preprocess.by_loop(*given))
 
 

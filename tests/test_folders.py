@@ -409,7 +409,7 @@ def test_images_of_64_pixels_are_the_same_to_both_pipelines_at_the_papers_window
         dataset = open_for(config)
         pipeline = make_pipeline(config, Topology(), dataset, "val")
         (part,) = pipeline.batches(evaluation_plan(config, [range(8)]))
-        seen[kind] = part.joined([8], None).windows * 60  # divide_by of TINY
+        seen[kind] = part.batch().windows * 60  # divide_by of TINY
         pipeline.close()
         assert seen[kind].shape == (8, 3, 227, 227)
     difference = (seen["torch"] - seen["dali"]).abs()

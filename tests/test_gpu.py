@@ -210,7 +210,7 @@ def test_resident_images_give_the_cpus_batch(
                 ("test", evaluation_plan(config, [range(0, 7), range(7, 7), range(7, 23)])),
             ):
                 pipeline = make_pipeline(config, topology, dataset, split)
-                batches += [p.joined([len(p.metadata)], None) for p in pipeline.batches(plan)]
+                batches += [p.batch() for p in pipeline.batches(plan)]
                 pipeline.close()
             found.append(batches)
             for held in dataset.resident.values():
@@ -240,7 +240,7 @@ def test_dali_on_the_gpu_gives_the_cpus_batch(tmp_path: Path, keep: bool, views:
         )
         pipeline = make_pipeline(config, topology, dataset, "val")
         plan = evaluation_plan(config, [range(0, 3), range(3, 3), range(3, 14), range(14, 18)])
-        found.append([part.joined([len(part.metadata)], None) for part in pipeline.batches(plan)])
+        found.append([part.batch() for part in pipeline.batches(plan)])
         pipeline.close()
     for cpu, torch_gpu, dali_gpu in zip(*found, strict=True):
         assert dali_gpu.windows.device.type == torch_gpu.windows.device.type == "cuda"

@@ -70,7 +70,7 @@ def same_windows() -> list[bool]:
         flips = torch.from_numpy(rng.integers(0, 2, (n, views)).astype(bool))
         light = torch.randn(n, 3).to(preprocess.mean.dtype)
         inside = torch.zeros_like(corners) if views == 1 else corners
-        given = (patches, inside, corners, flips, light)
+        given = (patches, torch.randperm(n), inside, corners, flips, light)
         there = [t.to(DEVICE) for t in (*given, preprocess.mean, preprocess.divide_by)]
         ours = functools.partial(windows.windows, crop=crop, dtype=dtype)(*there)
         same.append(torch.equal(ours.cpu(), preprocess.by_loop(*given)))

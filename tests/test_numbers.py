@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import Batch, Decoded
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
@@ -147,14 +147,14 @@ def test_bits_of_a_view_from_an_odd_place_are_summed() -> None:
 
 
 def with_poison(at: set[int], arguments: list[str]) -> None:
-    """Run a command whose batches at some steps hold a NaN."""
+    """Run a command whose batches at some steps hold a NaN, as their lighting."""
     sound = TorchEngine.train_step
 
     def train_step(
-        engine: TorchEngine, batch: Batch, step: int, rate: float, *more: Any
+        engine: TorchEngine, batch: Decoded, step: int, rate: float, *more: Any
     ) -> torch.Tensor:
         if step in at:
-            batch.windows[0, 0, 0, 0] = float("nan")
+            batch.metadata[0, 3] = float("nan")
         return sound(engine, batch, step, rate, *more)
 
     TorchEngine.train_step = train_step  # type: ignore[method-assign]

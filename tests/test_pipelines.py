@@ -61,7 +61,7 @@ def config_of(path: Path, *overrides: str) -> Config:
 
 def decoded(config: Config, split: str, plan: Any) -> list[tuple[Decoded, Batch]]:
     pipeline = make_pipeline(config, Topology(), open_for(config), split)
-    found = [(d, d.joined([len(d.metadata)], None)) for d in pipeline.batches(plan)]
+    found = [(d, d.batch()) for d in pipeline.batches(plan)]
     pipeline.close()
     return found
 
@@ -149,6 +149,7 @@ def test_batches_do_not_depend_on_workers_prefetch_or_ranks(
 def by_gathers(
     preprocess: Preprocess,
     patches: Tensor,
+    places: Tensor,
     inside: Tensor,
     corners: Tensor,
     flips: Tensor,
@@ -163,7 +164,7 @@ def by_gathers(
         n = torch.arange(len(images))[:, None, None, None]
         return images[n, rows[..., :, None], columns[..., None, :]]
 
-    x = cut(patches, inside).to(preprocess.mean.dtype)
+    x = cut(patches[places], inside).to(preprocess.mean.dtype)
     x -= cut(preprocess.mean.expand(len(x), -1, -1, -1), corners)
     return ((x + light[:, None, None, None]) / preprocess.divide_by).to(preprocess.dtype)
 
@@ -172,7 +173,8 @@ def test_windows_are_those_by_torchs_operators(stored: dict[str, Path]) -> None:
     config = config_of(stored["256"], "data.divide_by=[60,50,40]")
     statistics = open_dataset(stored["256"]).statistics
     generator = torch.Generator().manual_seed(0)
-    for views, side in ((1, 227), (10, 256)):
+    held = torch.tensor([4, 0, 0, 2, 3])
+    for views, side, places in ((1, 227, None), (10, 256, None), (1, 256, held), (10, 256, held)):
         patches = torch.randint(0, 256, (5, side, side, 3), generator=generator).byte()
         corners = torch.randint(0, 30, (5, views, 2), generator=generator)
         flips = torch.rand(5, views, generator=generator) < 0.5
@@ -183,9 +185,10 @@ def test_windows_are_those_by_torchs_operators(stored: dict[str, Path]) -> None:
                 preprocess = Preprocess(
                     dataclasses.replace(config, data=data), statistics, torch.device("cpu"), dtype
                 )
-                by_loop = preprocess(patches, corners, flips, lighting)
+                given = patches, corners, flips, lighting, places
+                by_loop = preprocess(*given)
                 preprocess.by_loop = functools.partial(by_gathers, preprocess)  # type: ignore[method-assign]
-                assert torch.equal(preprocess(patches, corners, flips, lighting), by_loop)
+                assert torch.equal(preprocess(*given), by_loop)
 
 
 def test_without_torchscript_batches_are_the_same(
@@ -502,7 +505,7 @@ def test_an_image_larger_than_its_index_says_is_not_decoded(
     ours = dataclasses.replace(dataset, splits={"train": bad})
     found = make_pipeline(config, Topology(), ours, "train")
     plan = TrainSampler(config, 36, dataset.statistics).plan(0, 1, range(36))
-    (batch,) = [part.joined([36], None) for part in found.batches(plan)]
+    (batch,) = [part.batch() for part in found.batches(plan)]
     found.close()
     assert batch.damaged.sum() == 2
     assert not {2, 5} & set(batch.ids.tolist())
@@ -527,7 +530,7 @@ def resident_after_epochs(path: str, pipeline: str) -> list[int]:
     found = make_pipeline(config, Topology(), dataset, "train")
     sizes = []
     for step, part in enumerate(found.batches(sampler.plan(0, 361, range(10)))):
-        part.joined([10], None)
+        part.batch()
         if step % 60 == 0:
             sizes.append(psutil.Process().memory_info().rss)
     found.close()

@@ -19,7 +19,11 @@ from alexnet_dist.data import batch
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import make, resident
 from alexnet_dist.data.pipelines.make import choose_pipeline, make_pipeline, train_batches
-from alexnet_dist.data.pipelines.resident import FreeMemory, cut_on_device, decode_to_memory
+from alexnet_dist.data.pipelines.resident import (
+    FreeMemory,
+    ResidentPipeline,
+    decode_to_memory,
+)
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
 from alexnet_dist.errors import MachineError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
@@ -38,7 +42,6 @@ def assert_equal(config: Config, get: Callable[[Config], Any]) -> None:
     """Every byte and fact of every batch."""
     seen = 0
     for (ours, mine), (theirs, other) in both(config, get, KINDS):
-        assert torch.equal(ours.patches, theirs.patches)
         assert torch.equal(ours.metadata, theirs.metadata)
         assert_same(mine, other)
         seen += len(ours.metadata)
@@ -83,22 +86,28 @@ def test_what_stands_in_for_damaged_samples_is_the_same_and_named_each_time(
     assert sorted(said[:half]) == sorted(said[half:])
 
 
-def test_a_gpus_gather_cuts_what_a_cpus_loop_cuts(stored: dict[str, Path], tmp_path: Path) -> None:
+def test_from_the_hosts_memory_threads_cut_the_torch_pipelines_patches(
+    stored: dict[str, Path], tmp_path: Path
+) -> None:
+    """As for a GPU whose own memory is too small."""
     root = damaged_copy(stored, tmp_path, [4, 5], "train")
     for views, split in ((1, "train"), (10, "val"), (1, "val")):
         config = config_of(root, "data.pipeline=resident", f"evaluate.views={views}")
         dataset = open_for(config)
         pipeline = make_pipeline(config, Topology(), dataset, split)
+        assert isinstance(pipeline, ResidentPipeline)
         if split == "train":
-            plan = TrainSampler(config, 36, dataset.statistics).plan(0, 4, range(10))
+            plan = list(TrainSampler(config, 36, dataset.statistics).plan(0, 4, range(10)))
         else:
-            plan = evaluation_plan(config, [range(0, 7), range(7, 7), range(7, 15)])
-        found = list(pipeline.batches(plan))
+            plan = list(evaluation_plan(config, [range(0, 7), range(7, 7), range(7, 15)]))
+        here = list(pipeline.batches(plan))
         (held,) = dataset.resident.values()
-        for part in found:
-            again = cut_on_device(held.images, part.metadata, part.patches.shape[1])
-            assert torch.equal(again, part.patches)
-            assert again.is_contiguous()
+        for ours, cut in zip(here, pipeline._from_host(held, plan), strict=True):
+            assert ours.resident
+            assert not cut.resident
+            assert ours.patches is held.images
+            assert torch.equal(ours.metadata, cut.metadata)
+            assert_same(ours.batch(), cut.batch())
         pipeline.close()
 
 
@@ -124,7 +133,7 @@ def batches_of(config: Config) -> list[Any]:
     """A rank's batches of an epoch."""
     topology, dataset = connect(config), open_for(config)
     found = train_batches(config, topology, dataset, 0, 5)
-    return [(batch.windows, batch.labels, batch.ids) for batch in found]
+    return [(batch.windows, batch.labels, batch.ids) for batch in (f.batch() for f in found)]
 
 
 @pytest.mark.parametrize(("kind", "ranks"), [("columns", 2), ("replicas", 3)])

@@ -155,8 +155,8 @@ def _pipeline(
 
     def used(decoded: Decoded) -> int:
         if not finish:
-            return len(decoded.patches)
-        return len(decoded.joined([len(decoded.patches)], None).windows)
+            return len(decoded.metadata)
+        return len(decoded.batch().windows)
 
     def run() -> float:
         pipeline = make_pipeline(config, topology, dataset, "train")

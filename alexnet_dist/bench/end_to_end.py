@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from alexnet_dist.bench import Result, in_turn, machine, ratio
@@ -18,10 +18,10 @@ from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.batch import StepInput, to_host
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan
-from alexnet_dist.engines.base import on_host
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel.device import gpus
@@ -52,9 +52,9 @@ def contestant(name: str, config: Config) -> Work:
     else:
         sampler = TrainSampler(config, count, dataset.statistics)
         plan = sampler.plan(0, _NEVER, range(size))
-    decoded = (part.joined([size], None) for part in pipeline.batches(plan))
+    decoded: Iterator[StepInput] = iter(pipeline.batches(plan))
     ready = name.endswith("ready")
-    first = made_batch(config, topology.device) if ready and not evaluates else next(decoded)
+    first = made_batch(config, topology.device) if trains and ready else next(decoded).batch()
     batches = itertools.repeat(first) if ready else decoded
     if ready:
         pipeline.close()
@@ -65,10 +65,12 @@ def contestant(name: str, config: Config) -> Work:
         nonlocal read
         batch = next(batches)
         if evaluates:
-            engine.predict(batch.windows).softmax(1).sum().item()
+            before, read = read, to_host(engine.predict(batch.batch().windows).softmax(1))
         elif trains:
-            before, read = read, on_host(engine.train_step(batch, next(steps), 1e-5))
-            before()  # as in training, only now: while the device is busy with the next step
+            before, read = read, to_host(engine.train_step(batch, next(steps), 1e-5))
+        else:
+            before, read = read, to_host(batch.batch().windows[0, 0, 0, 0])
+        before()  # as in training, only now: while the device is busy with the next one
         return float(size)
 
     return step

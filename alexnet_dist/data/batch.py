@@ -2,14 +2,15 @@
 
 A pipeline is given samples and returns decoded patches as bytes on the rank's device; it does
 nothing else. Column ranks exchange these bytes, and a GPU is sent them: an eighth of the size of
-float64, half that of bf16. All further processing is `Preprocess`'s, the same for every pipeline.
+float64, half that of bf16. All further processing is `Preprocess`'s, the same for every pipeline,
+and part of the step: of its CUDA graph, where there is one.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields, replace
+from typing import Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +73,27 @@ class Batch:
     lighting: Tensor
     damaged: Tensor
 
+    def batch(self) -> "Batch":
+        """As `StepInput`."""
+        return self
+
+    def changing(self) -> dict[str, Tensor]:
+        """As `StepInput`."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+class StepInput(Protocol):
+    """What a training step is given, on the rank's device: `Decoded`, or a `Batch` that is ready.
+
+    A dataclass.
+    """
+
+    def batch(self) -> Batch:
+        """Return the batch that the network is trained on; does not synchronise the host."""
+
+    def changing(self) -> dict[str, Tensor]:
+        """Return the fields whose tensors differ from step to step."""
+
 
 @dataclass(frozen=True)
 class Metadata:
@@ -119,8 +141,8 @@ class Metadata:
         return cls(labels, ids, damaged.bool(), packed[:, 3:6], corners, flips)
 
 
-# (patches, corners, flips, lighting) to windows.
-Preprocessor = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (patches, corners, flips, lighting, places) to windows, as `Preprocess` does.
+Preprocessor = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
@@ -128,30 +150,42 @@ class Decoded:
     """n samples as a pipeline returns them: bytes, and what is to be done with them.
 
     Attributes:
-        patches: (n, side, side, 3) uint8, the part of each canvas that `Samples.patch` names.
+        patches: (n, side, side, 3) uint8, the part of each canvas that `Samples.patch` names; if
+            `resident`, the canvases of the whole split.
         metadata: packed by `Metadata.pack`.
         preprocess: a `Preprocess`, which turns patches, corners, flips and lighting into windows.
+        resident: whether the patches stay on the device from step to step, on every rank.
     """
 
     patches: Tensor
     metadata: Tensor
     preprocess: Preprocessor
+    resident: bool = False
 
-    def joined(self, counts: Sequence[int], group: dist.ProcessGroup | None) -> Batch:
-        """Join the parts that a replica's column ranks decoded into its batch. Collective.
+    def joined(self, counts: Sequence[int], group: dist.ProcessGroup | None) -> "Decoded":
+        """Join the parts that a replica's column ranks decoded into all its samples. Collective.
 
         Args:
             counts: number of samples of each column rank, in order.
-            group: the replica's column ranks; None where this rank decoded all of the batch.
+            group: the replica's column ranks; None where this rank decoded all of them.
         """
-        patches, packed = self.patches, self.metadata
-        if group is not None:
-            patches = gather_rows(patches, counts, group)
-            packed = gather_rows(packed, counts, group)
-        meta = Metadata.unpack(packed)
+        if group is None:
+            return self
+        patches = self.patches if self.resident else gather_rows(self.patches, counts, group)
+        return replace(self, patches=patches, metadata=gather_rows(self.metadata, counts, group))
+
+    def batch(self) -> Batch:
+        """As `StepInput`: cut and preprocess the windows."""
+        meta = Metadata.unpack(self.metadata)
+        places = meta.ids if self.resident else None
         with TIMELINE.span("windows"):
-            windows = self.preprocess(patches, meta.corners, meta.flips, meta.lighting)
+            windows = self.preprocess(self.patches, meta.corners, meta.flips, meta.lighting, places)
         return Batch(windows, meta.labels, meta.ids, meta.lighting.float(), meta.damaged)
+
+    def changing(self) -> dict[str, Tensor]:
+        """As `StepInput`."""
+        patches = {} if self.resident else {"patches": self.patches}
+        return {**patches, "metadata": self.metadata}
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -160,6 +194,23 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
         if device.type == "cuda":
             tensor = tensor.pin_memory()  # a no-op where it is pinned already
         return tensor.to(device, non_blocking=True)
+
+
+def to_host(tensor: Tensor) -> Callable[[], Tensor]:
+    """Start a copy to the host; the function returned waits for this copy alone, not for later work
+    on the device, and returns the copy."""
+    if tensor.device.type == "cpu":
+        return lambda: tensor
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def read() -> Tensor:
+        copied.synchronize()
+        return host
+
+    return read
 
 
 class Pipeline:
@@ -190,15 +241,17 @@ class Pipeline:
         self.pool.shutdown(wait=True, cancel_futures=True)
         self.split.close()
 
-    def decoded(self, samples: Samples, read: IdArray, patches: Tensor) -> Decoded:
+    def decoded(
+        self, samples: Samples, read: IdArray, patches: Tensor, resident: bool = False
+    ) -> Decoded:
         """Return samples with their patches, which are on the device.
 
         Args:
             read: (n,), the samples that were read for them; others where some were damaged.
-            patches: (n, side, side, 3) uint8.
+            patches, resident: as in `Decoded`.
         """
         metadata = to_device(Metadata.pack(samples, read, self.split), self.device)
-        return Decoded(patches, metadata, self.preprocess)
+        return Decoded(patches, metadata, self.preprocess, resident)
 
 
 def started_ahead(entries: Iterable[S], start: Callable[[S], T], count: int) -> Iterator[T]:

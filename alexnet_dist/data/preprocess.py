@@ -49,7 +49,10 @@ class Preprocess:
         self.mean = mean.to(device, wide).contiguous()
         self.divide_by = torch.tensor(config.data.divide_by, dtype=wide, device=device)
 
-    def __call__(self, patches: Tensor, corners: Tensor, flips: Tensor, lighting: Tensor) -> Tensor:
+    def __call__(
+        self, patches: Tensor, corners: Tensor, flips: Tensor, lighting: Tensor,
+        places: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Return windows (n · v, 3, crop, crop), channels_last.
 
         Args:
@@ -57,45 +60,52 @@ class Preprocess:
             corners: (n, v, 2) int64, top and left pixel of each window on the canvas.
             flips: (n, v) bool.
             lighting: (n, 3), grey levels.
+            places: (n,) int64; if given, patches are canvases (N, canvas, canvas, 3), of which
+                these are the samples'.
         """
         # Top and left of each window in its patch; the mean image is cut at `corners`.
-        inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners
+        inside = corners
+        if places is None:
+            places = torch.arange(len(patches), device=patches.device)
+            inside = torch.zeros_like(corners) if flips.shape[1] == 1 else corners
         make = self.by_loop
         if patches.is_cuda:
             make = self.by_kernel if kernels.can_be_built() else self.by_operators
         light = lighting.to(self.mean.dtype)
-        windows = make(patches, inside, corners, flips, light)  # (n, v, crop, crop, 3)
+        windows = make(patches, places, inside, corners, flips, light)  # (n, v, crop, crop, 3)
         return windows.flatten(0, 1).movedim(-1, 1)
 
     def by_kernel(
-        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
-    ) -> Tensor:
+        self, patches: Tensor, places: Tensor, inside: Tensor, corners: Tensor, flips: Tensor,
+        light: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Compute the windows on a GPU, by one kernel: (n, v, crop, crop, 3)."""
         from alexnet_dist.network.kernels.windows import windows
 
-        given = (patches, inside, corners, flips, light, self.mean, self.divide_by)
+        given = (patches, places, inside, corners, flips, light, self.mean, self.divide_by)
         return windows(*given, self.crop, self.dtype)
 
     def by_operators(
-        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
-    ) -> Tensor:
+        self, patches: Tensor, places: Tensor, inside: Tensor, corners: Tensor, flips: Tensor,
+        light: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Compute the windows by torch's operators, on a GPU whose kernels cannot be built."""
         along = torch.arange(self.crop, device=patches.device)
         mirrored = torch.where(flips[..., None], self.crop - 1 - along, along)
-        image = torch.arange(len(patches), device=patches.device)[:, None, None, None]
         rows, columns = inside[..., :1] + along, inside[..., 1:] + mirrored  # (n, v, crop)
-        pixels = patches[image, rows[..., None], columns[..., None, :]]
+        pixels = patches[places[:, None, None, None], rows[..., None], columns[..., None, :]]
         rows, columns = corners[..., :1] + along, corners[..., 1:] + mirrored
         mean = self.mean[rows[..., None], columns[..., None, :]]
         lit = pixels.to(mean.dtype) - mean + light[:, None, None, None]
         return (lit / self.divide_by).to(self.dtype)
 
     def by_loop(
-        self, patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor
-    ) -> Tensor:
+        self, patches: Tensor, places: Tensor, inside: Tensor, corners: Tensor, flips: Tensor,
+        light: Tensor,
+    ) -> Tensor:  # fmt: skip
         """Compute the windows on the CPU, in one pass over the batch: the same sums and bits."""
         windows = torch.empty((*flips.shape, self.crop, self.crop, 3), dtype=self.dtype)
-        given = (patches.flatten(2), inside, corners, flips, light.repeat(1, self.crop),
+        given = (patches.flatten(2), places, inside, corners, flips, light.repeat(1, self.crop),
                  self.mean.flatten(1), self.divide_by.repeat(self.crop))  # fmt: skip
         _loop(self.dtype)(*(tensor.numpy() for tensor in given), bits(windows.flatten(3)))
         return windows
@@ -109,8 +119,8 @@ def _loop(dtype: torch.dtype) -> Callable[..., None]:
 
     @parallel
     def windows(
-        patches: Any, inside: Any, corners: Any, flips: Any, light: Any, mean: Any, divide_by: Any,
-        out: Any,
+        patches: Any, places: Any, inside: Any, corners: Any, flips: Any, light: Any, mean: Any,
+        divide_by: Any, out: Any,
     ) -> None:  # fmt: skip
         views, side, length = flips.shape[1], out.shape[2], out.shape[3]
         for window in prange(flips.size):
@@ -119,7 +129,7 @@ def _loop(dtype: torch.dtype) -> Callable[..., None]:
             x_bits, lit = x.view(word), light[n]
             for row in range(side):
                 first, off = 3 * inside[n, v, 1], 3 * corners[n, v, 1]
-                pixels = patches[n, inside[n, v, 0] + row, first : first + length]
+                pixels = patches[places[n], inside[n, v, 0] + row, first : first + length]
                 mean_row = mean[corners[n, v, 0] + row, off : off + length]
                 for i in range(length):
                     x[i] = (wide(pixels[i]) - mean_row[i] + lit[i]) / divide_by[i]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import Batch, StepInput, to_host
 from alexnet_dist.engines.optimizer import state_shapes
 from alexnet_dist.errors import CheckpointError
 from alexnet_dist.network.model import AlexNet, whole_shapes
@@ -59,7 +59,7 @@ class Engine(Protocol):
     model: AlexNet  # this rank's part of the network
 
     def train_step(
-        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+        self, batch: StepInput, step: int, rate: float, keep_gradients: bool = False
     ) -> Tensor:
         """Make one update from this replica's samples of a step.
 
@@ -224,17 +224,6 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def on_host(stats: Tensor) -> Callable[[], StepStats[float]]:
-    """Start a copy of `StepStats` to the host; the function returned waits for this copy alone, not
-    for later work on the device."""
-    if stats.device.type == "cpu":
-        return lambda: StepStats(*stats.tolist())
-    host = torch.empty_like(stats, device="cpu", pin_memory=True)
-    host.copy_(stats, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def read() -> StepStats[float]:
-        copied.synchronize()
-        return StepStats(*host.tolist())
-
-    return read
+    """As `to_host`, of `StepStats`."""
+    read = to_host(stats)
+    return lambda: StepStats(*read().tolist())

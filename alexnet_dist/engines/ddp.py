@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import Batch, StepInput
 from alexnet_dist.engines.base import (
     AT,
     WholeTensors,
@@ -61,7 +61,7 @@ class TorchEngine:
         self.network = self._wrapped()
 
     def train_step(
-        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+        self, batch: StepInput, step: int, rate: float, keep_gradients: bool = False
     ) -> Tensor:
         self.model.train()
         if self.stream is not None and keep_gradients not in self.graphs:
@@ -72,7 +72,7 @@ class TorchEngine:
             return self._step(batch, step, rate, keep_gradients)
         return self.graphs[keep_gradients](batch, step, rate)
 
-    def _capture(self, batch: Batch, keep_gradients: bool, stream: torch.cuda.Stream) -> None:
+    def _capture(self, batch: StepInput, keep_gradients: bool, stream: torch.cuda.Stream) -> None:
         """Capture a step as a CUDA graph; if a rank cannot, all go on without. Collective."""
         one = functools.partial(self._step, keep_gradients=keep_gradients)
         warm_up = _WARM_UP if self.network is self.model else _WARM_UP_DDP
@@ -97,9 +97,10 @@ class TorchEngine:
             return self.replicate(group)
 
     def _step(
-        self, batch: Batch, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
+        self, given: StepInput, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
     ) -> Tensor:
         """Compute gradients, micro-batch by micro-batch, and update the weights."""
+        batch = given.batch()
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
         stats: Tensor | None = None
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):

@@ -18,7 +18,7 @@ import logging
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.compat import abandon_capture
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import StepInput
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.timing import TIMELINE
 
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent.parent
 
-Step = Callable[[Batch, Tensor, Tensor], Tensor]  # (batch, step number, rate) to `StepStats`
+Step = Callable[[StepInput, Tensor, Tensor], Tensor]  # (…, step number, rate) to `StepStats`
 
 
 def captures(execution: str, device: torch.device) -> bool:
@@ -58,7 +58,7 @@ def on_stream(stream: torch.cuda.Stream | None) -> Iterator[None]:
 class CapturedStep:
     """A step captured with one batch and replayed with others; the results equal uncaptured ones.
 
-    What changes from step to step (batch, step number, learning rate) is copied into the graph's
+    What changes from step to step (samples, step number, learning rate) is copied into the graph's
     own tensors. If the capture fails, that is logged as a warning, and `graph` is None.
 
     Args:
@@ -71,14 +71,15 @@ class CapturedStep:
     """
 
     def __init__(
-        self, step: Step, state: Sequence[Tensor], batch: Batch, stream: torch.cuda.Stream,
+        self, step: Step, state: Sequence[Tensor], batch: StepInput, stream: torch.cuda.Stream,
         warm_up: int,
     ) -> None:  # fmt: skip
         self.graph: torch.cuda.CUDAGraph | None = None
         self.traffic = Traffic()
-        copies = {f.name: getattr(batch, f.name).clone() for f in fields(batch)}
-        now = torch.zeros((), dtype=torch.int64, device=batch.windows.device)
-        self.inputs = replace(batch, **copies), now, now.double()
+        copies = {name: tensor.clone() for name, tensor in batch.changing().items()}
+        now = torch.zeros((), dtype=torch.int64, device=state[0].device)
+        own: StepInput = replace(batch, **copies)  # type: ignore[type-var]
+        self.inputs = own, now, now.double()
         # Warm up; the last step counts what a replay will send. The copies must keep no node of
         # autograd: a weight's gradient is added up on the stream where its node was made.
         kept = [tensor.detach().clone() for tensor in state]
@@ -105,12 +106,13 @@ class CapturedStep:
             for tensor, value in zip(state, kept, strict=True):
                 tensor.copy_(value)
 
-    def __call__(self, batch: Batch, step: int, rate: float) -> Tensor:
+    def __call__(self, batch: StepInput, step: int, rate: float) -> Tensor:
         assert self.graph is not None
         with TIMELINE.span("step"):
-            inputs, now, at = self.inputs
-            for field in fields(batch):
-                getattr(inputs, field.name).copy_(getattr(batch, field.name))
+            own, now, at = self.inputs
+            theirs = batch.changing()
+            for name, tensor in own.changing().items():
+                tensor.copy_(theirs[name])
             now.fill_(step)
             at.fill_(rate)
             self.graph.replay()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import StepInput
 from alexnet_dist.engines.base import (
     AT,
     WholeTensors,
@@ -137,9 +137,10 @@ class ZeroEngine:
         capture_forward(self.model, stream, windows, numbers[1:].clone(), numbers[0].clone())
 
     def train_step(
-        self, batch: Batch, step: int, rate: float, keep_gradients: bool = False
+        self, batch: StepInput, step: int, rate: float, keep_gradients: bool = False
     ) -> Tensor:
         self.engine.train()
+        batch = batch.batch()
         size, parts = self.config.train.batch, self.config.train.micro_batches
         n, replicas = len(batch.labels), self.topology.replicas
         first = self.topology.replica * n

@@ -1,7 +1,7 @@
 """Evaluate one network or several: every sample counted exactly once, by one window or ten."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -12,6 +12,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.from_data import HELD_OUT
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
+from alexnet_dist.data.batch import Decoded, started_ahead, to_host
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
 from alexnet_dist.data.pipelines.make import for_one_pass, make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
@@ -88,7 +89,7 @@ def evaluate_engine(
     for probabilities, labels in _probabilities(engine, config, topology, dataset):
         sums += _summed(probabilities, labels)
         if confusion is not None:
-            add_confusion(confusion, probabilities.cpu(), labels.cpu())
+            add_confusion(confusion, probabilities, labels)
         if signals is not None and signals.poll(topology):
             return None
     # A replica's column ranks hold the same probabilities: only the first column's count.
@@ -124,7 +125,7 @@ def features_and_logits(
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]
     try:
         logits = [
-            engine.predict(decoded.joined([len(decoded.metadata)], None).windows)
+            engine.predict(decoded.batch().windows)
             for decoded in pipeline.batches(evaluation_plan(config, parts))
         ]
     finally:
@@ -171,8 +172,8 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         engine = make_engine(own, topology)
         engine.load(checkpoint.parameters(), None)
         outputs = list(_probabilities(engine, own, topology, dataset))
-        average = average + torch.cat([part.cpu() for part, _ in outputs]) / len(found)
-        labels = torch.cat([part.cpu() for _, part in outputs])
+        average = average + torch.cat([part for part, _ in outputs]) / len(found)
+        labels = torch.cat([part for _, part in outputs])
     score = _finite(_score(_summed(average, labels), config, dataset), *paths)
     changed = _changed(found[0].config, config)
     if found[0].manifest["dataset"] not in ("imported", dataset.digest):
@@ -209,7 +210,8 @@ def _finite(score: Score, *networks: Path) -> Score:
 def _probabilities(
     engine: Engine, config: Config, topology: Topology, dataset: Dataset
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield softmax outputs averaged over views (n, classes) and labels (n,), batch by batch.
+    """Yield softmax outputs averaged over views (n, classes) and labels (n,), batch by batch, on
+    the CPU. The device computes the next batch meanwhile.
 
     The label of a damaged sample is −1. Every rank yields the same number of batches, of any size,
     even zero.
@@ -220,19 +222,26 @@ def _probabilities(
     mine = [parts[topology.column] for parts in shares]
     counts = [[len(part) for part in parts] for parts in shares]
     pipeline = make_pipeline(config, topology, dataset, config.data.eval_split)
+
+    def launched(entry: tuple[Decoded, list[int]]) -> tuple[Callable[[], Tensor], ...]:
+        part, sizes = entry
+        batch = part.joined(sizes, topology.column_group).batch()
+        outputs = engine.predict(batch.windows).softmax(1)
+        labels = batch.labels.masked_fill(batch.damaged, -1)
+        mean = outputs.unflatten(0, (-1, config.evaluate.views)).mean(1)
+        return to_host(mean), to_host(labels)
+
     try:
         batches = pipeline.batches(evaluation_plan(config, mine))
-        for part, sizes in zip(batches, counts, strict=True):
-            batch = part.joined(sizes, topology.column_group)
-            outputs = engine.predict(batch.windows).softmax(1)
-            labels = batch.labels.masked_fill(batch.damaged, -1)
-            yield outputs.unflatten(0, (-1, config.evaluate.views)).mean(1), labels
+        entries = zip(batches, counts, strict=True)
+        for probabilities, labels in started_ahead(entries, launched, 1):
+            yield probabilities(), labels()
     finally:
         pipeline.close()
 
 
 def _summed(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return `_Sums` over a batch as a float64 vector on the CPU.
+    """Return `_Sums` over a batch as a float64 vector.
 
     Args:
         labels: (n,); samples with a negative label are left out.
@@ -245,7 +254,7 @@ def _summed(probabilities: Tensor, labels: Tensor) -> Tensor:
         samples=counts, loss=loss * counts, correct1=(rank < 1) & counts,
         correct5=(rank < 5) & counts,
     )  # fmt: skip
-    return torch.stack([value.double().sum() for value in values]).cpu()
+    return torch.stack([value.double().sum() for value in values])
 
 
 def _score(vector: Tensor, config: Config, dataset: Dataset) -> Score:

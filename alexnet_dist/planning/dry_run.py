@@ -15,7 +15,6 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
 from alexnet_dist.network.flops import map_values, multiply_adds, training_flops
@@ -141,7 +140,8 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
     part, counts = fake_decoded(laid_out, topology)
     with traffic:
         joined = part.joined(counts, topology.column_group)
-    batch = [getattr(joined, field.name) for field in dataclasses.fields(Batch)]
+    ready = joined.batch()
+    batch = [*ready.changing().values()]
     narrow = list((engine.optimizer.narrow or {}).values())
 
     # One step of it, counted.
@@ -149,7 +149,7 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
         engine.model, engine.optimizer.optimizer, *engine.buckets, *narrow, *batch
     )
     with memory, traffic, passes:
-        engine.train_step(joined, 0, 0.01)
+        engine.train_step(ready, 0, 0.01)
 
     # The memory at its peak, by part.
     peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
@@ -159,7 +159,7 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
     if gpu:
         parts |= {"narrow copies": size_of(narrow), "workspace": _LIBRARIES}
         if how == "graph":  # what `CapturedStep` keeps besides
-            parts["graph's batch"] = size_of(batch)
+            parts["graph's batch"] = size_of([*joined.changing().values()])
             parts["undone by warm-up"] = size_of(engine.optimizer.state_tensors())
     else:
         # Measured rather than derived: oneDNN and MKL pack the largest weights, one to three times

@@ -149,8 +149,8 @@ def fake_decoded(config: Config, topology: Topology) -> tuple[Decoded, list[int]
     counts = [len(slots) for slots in topology.shares(range(config.train.batch))]
     side, dtype = config.model.crop, DTYPES[config.train.precision]
 
-    def finish(patches: Tensor, *drawn: Tensor) -> Tensor:
-        windows = torch.empty(len(patches), 3, side, side, dtype=dtype)
+    def finish(patches: Tensor, corners: Tensor, *drawn: Tensor | None) -> Tensor:
+        windows = torch.empty(len(corners), 3, side, side, dtype=dtype)
         return windows.contiguous(memory_format=torch.channels_last)
 
     patches = torch.empty(counts[0], side, side, 3, dtype=torch.uint8)

@@ -12,7 +12,6 @@ drift between one and four micro-batches in one process.
 """
 
 import contextlib
-import dataclasses
 import logging
 import math
 import tempfile
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import Batch, StepInput
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.make import for_one_pass, train_batches
 from alexnet_dist.engines.base import AT, Engine
@@ -237,11 +236,12 @@ def _updates(config: Config, steps: int) -> float:
     engine: Engine = make_engine(config, topology)
     oracle: Engine = make_engine(_with(config, kind="one", ranks=1), alone)
     mine, largest = share(config.train.batch, topology.replica, topology.replicas), 0.0
-    for step, (batch, rate) in enumerate(_batches(config, alone, steps)):
+    for step, (samples, rate) in enumerate(_batches(config, alone, steps)):
         engine.load(*map(InMemory, oracle.whole_tensors()))
-        part = Batch(**{f.name: getattr(batch, f.name)[mine] for f in dataclasses.fields(Batch)})
+        whole = samples.batch()
+        part = Batch(**{name: tensor[mine] for name, tensor in whole.changing().items()})
         engine.train_step(part, step, rate)
-        oracle.train_step(batch, step, rate)
+        oracle.train_step(whole, step, rate)
         ours = engine.whole_tensors()
         for some, theirs in zip(ours, oracle.whole_tensors(), strict=True):
             largest = max([largest, *(relative(some[name], theirs[name]) for name in some)])
@@ -255,7 +255,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return apart.nan_to_num(nan=math.inf, posinf=math.inf).item() if difference else 0.0
 
 
-def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[Batch, float]]:
+def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[StepInput, float]]:
     """Yield this rank's part of each batch, as in the training loop, and the learning rate."""
     dataset = open_for(config)
     schedule = Schedule.of(config, len(dataset.splits[config.data.train_split]))

@@ -266,10 +266,9 @@ class RunFolder:
         """Write this rank's part of a batch, as the first layer saw it, for the user to look at;
         return the file."""
         path = self.path / "not_finite" / f"step-{step:08d}-rank-{rank}.safetensors"
-        tensors = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
         with warn_if_unwritable(path):
             path.parent.mkdir(exist_ok=True)
-            save_tensors(path, {name: t.contiguous().cpu() for name, t in tensors.items()})
+            save_tensors(path, {name: t.contiguous().cpu() for name, t in batch.changing().items()})
         return path
 
     def save_config(self) -> None:

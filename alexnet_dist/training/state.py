@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import StepInput
 from alexnet_dist.data.dataset import check_damaged
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.base import StepStats, on_host
@@ -120,9 +120,9 @@ class PendingSteps:
     ) -> None:  # fmt: skip
         self._progress, self._config, self._split = progress, config, split
         self._folder, self._topology = folder, topology
-        self._steps: deque[tuple[int, Batch, Callable[[], StepStats[float]]]] = deque()
+        self._steps: deque[tuple[int, StepInput, Callable[[], StepStats[float]]]] = deque()
 
-    def add(self, step: int, batch: Batch, stats: Tensor) -> None:
+    def add(self, step: int, batch: StepInput, stats: Tensor) -> None:
         """Start to copy a step's statistics (`StepStats`) to the host. Steps count from 1."""
         self._steps.append((step, batch, on_host(stats)))
 
@@ -137,7 +137,7 @@ class PendingSteps:
             step, batch, stats = self._steps.popleft()
             self._account(step, batch, stats())
 
-    def _account(self, step: int, batch: Batch, stats: StepStats[float]) -> None:
+    def _account(self, step: int, batch: StepInput, stats: StepStats[float]) -> None:
         """Count a step's damaged samples, and add its statistics to the interval or, if its loss or
         gradient was not finite, keep its batch in the run folder."""
         progress, train = self._progress, self._config.train
@@ -150,7 +150,7 @@ class PendingSteps:
             sums = stats.loss, stats.top1, stats.top5, stats.norm * size, size
             progress.interval = [a + b for a, b in zip(progress.interval, sums, strict=True)]
             return
-        kept = self._folder.keep_batch(batch, step, self._topology.global_rank)
+        kept = self._folder.keep_batch(batch.batch(), step, self._topology.global_rank)
         what = (
             f"step {step}: the loss is {stats.loss / size:.4g} and the gradient norm "
             f"{stats.norm:.4g}: this update was skipped, and its batch is kept in "

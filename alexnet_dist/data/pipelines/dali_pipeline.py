@@ -93,7 +93,8 @@ class DaliPipeline(Pipeline):
             while len(inside[0].read) == 0:
                 yield self.decoded(inside[0].samples, inside.popleft().read, empty)
             done = inside.popleft()
-            yield self.decoded(done.samples, done.read, from_dlpack(patches.as_tensor()))
+            own = from_dlpack(patches.as_tensor()).clone()  # the graph reuses its memory
+            yield self.decoded(done.samples, done.read, own)
         for left in inside:
             yield self.decoded(left.samples, left.read, empty)
 

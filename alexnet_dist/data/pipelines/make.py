@@ -7,7 +7,7 @@ from typing import Literal
 
 from alexnet_dist.config.from_data import AUTO, NO_SPLIT
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch, Pipeline
+from alexnet_dist.data.batch import Decoded, Pipeline
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline, check_dali
 from alexnet_dist.data.pipelines.resident import FreeMemory, ResidentPipeline, decoded_bytes, gb
@@ -94,8 +94,8 @@ def make_pipeline(config: Config, topology: Topology, dataset: Dataset, split: s
 
 def train_batches(
     config: Config, topology: Topology, dataset: Dataset, first_step: int, last_step: int
-) -> Generator[Batch]:
-    """Yield the batches of steps first_step … last_step − 1, prepared ahead. Collective.
+) -> Generator[Decoded]:
+    """Yield the samples of steps first_step … last_step − 1, decoded ahead. Collective.
 
     The seed alone decides which samples are in a step's batch. This rank decodes a share of its
     replica's samples and receives the rest from the replica's other column rank. The caller must

@@ -20,7 +20,6 @@ from tqdm import tqdm
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import (
     Decoded,
-    Metadata,
     Pipeline,
     Preprocessor,
     Samples,
@@ -211,8 +210,8 @@ def _decode_all(
 
 
 class ResidentPipeline(Pipeline):
-    """A `Pipeline` over decoded images. On a GPU that holds them, a batch is gathered there; from
-    the host's memory, threads cut batches ahead without holding the GIL.
+    """A `Pipeline` over decoded images. A step cuts its windows from them where they are on its
+    device; for a GPU, threads cut patches from the host's memory, without holding the GIL.
 
     Args:
         threads: number of the host's threads that cut.
@@ -231,15 +230,12 @@ class ResidentPipeline(Pipeline):
         name = self.split.name
         decode_to_memory(self.config, self.topology, self.dataset, [name])
         resident: Resident = self.dataset.resident[_key(self.config, self.topology, name)]
-        if resident.images.device.type == "cpu":
+        if resident.images.device != self.device:
             yield from self._from_host(resident, plan)
             return
         for samples in plan:
-            packed = Metadata.pack(samples, resident.read_for(samples), self.split)
-            metadata = to_device(packed, self.device)
-            _, side = samples.patch(self.crop, self.canvas)
-            patches = cut_on_device(resident.images, metadata, side)
-            yield Decoded(patches, metadata, self.preprocess)
+            read = resident.read_for(samples)
+            yield self.decoded(samples, read, resident.images, resident=True)
 
     def close(self) -> None:
         """Stop the threads. The images stay with the data set, for the next pipeline."""
@@ -259,19 +255,3 @@ class ResidentPipeline(Pipeline):
         for samples, read, patches, cutting in started_ahead(plan, start, self.prefetch):
             cutting.result()
             yield self.decoded(samples, read, to_device(patches, self.device))
-
-
-def cut_on_device(images: Tensor, metadata: Tensor, side: int) -> Tensor:
-    """Cut `Decoded.patches` on the device that holds the images, without making the host wait.
-
-    Args:
-        images: (N, canvas, canvas, 3) uint8.
-        metadata: `Decoded.metadata`, on the same device.
-        side: side of a patch: that of the canvas, or less where each sample has one window.
-    """
-    its = Metadata.unpack(metadata)
-    if side == images.shape[1]:
-        return images.index_select(0, its.ids)
-    along = torch.arange(side, device=images.device)
-    rows, columns = (its.corners[:, 0, place, None] + along for place in (0, 1))  # (n, side)
-    return images[its.ids[:, None, None], rows[:, :, None], columns[:, None, :]].contiguous()

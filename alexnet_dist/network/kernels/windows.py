@@ -18,16 +18,16 @@ _BLOCK, _ROWS, _WARPS = 256, 64, 8  # windows: one pixel per lane; rows of value
 
 
 def windows(
-    patches: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor, mean: Tensor,
-    divide_by: Tensor, crop: int, dtype: torch.dtype,
+    patches: Tensor, places: Tensor, inside: Tensor, corners: Tensor, flips: Tensor, light: Tensor,
+    mean: Tensor, divide_by: Tensor, crop: int, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """As `Preprocess.by_loop`: return (n, v, crop, crop, 3)."""
     (n, views), rows = flips.shape, patches.contiguous()
     out = torch.empty((n, views, crop, crop, 3), dtype=dtype, device=patches.device)
     windows_kernel[(n * views, triton.cdiv(crop * crop, _BLOCK))](
-        rows, inside.contiguous(), corners.contiguous(), flips.contiguous().view(torch.uint8),
-        light.contiguous(), mean, divide_by, out, views, rows.shape[1], mean.shape[0], crop,
-        _BLOCK, num_warps=_WARPS,
+        rows, places.contiguous(), inside.contiguous(), corners.contiguous(),
+        flips.contiguous().view(torch.uint8), light.contiguous(), mean, divide_by, out, views,
+        rows.shape[1], mean.shape[0], crop, _BLOCK, num_warps=_WARPS,
     )  # fmt: skip
     return out
 
@@ -86,7 +86,7 @@ def _corner(places, window):
 
 @triton.jit
 def windows_kernel(
-    patches, inside, corners, flips, light, mean, divide_by, out, views, side, canvas,
+    patches, places, inside, corners, flips, light, mean, divide_by, out, views, side, canvas,
     crop: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     """A lane makes a pixel: its three colours share what is to be known of its place."""
@@ -96,9 +96,9 @@ def windows_kernel(
     mask = at < crop * crop
     x, y = at % crop, at // crop
     x = tl.where(tl.load(flips + window) != 0, crop - 1 - x, x)
-    # Only a batch's offsets need 64 bits.
+    # Only the offsets of images need 64 bits.
     row, column = _corner(inside, window)
-    patches += n * (side * side * 3) + ((row + y) * side + column + x) * 3
+    patches += tl.load(places + n) * (side * side * 3) + ((row + y) * side + column + x) * 3
     row, column = _corner(corners, window)
     mean += ((row + y) * canvas + column + x) * 3
     out += window * (crop * crop * 3) + at * 3
