@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alexnet_dist.network.kernels import lanes, maps, pooled, scores, units, update, windows
+from alexnet_dist.network.kernels import lanes, maps, pooled, scores, sums, units, update, windows
 
-MODULES = (lanes, maps, pooled, scores, units, update, windows)
+MODULES = (lanes, maps, pooled, scores, sums, units, update, windows)
 NUMBERS = {"alpha": "fp32", "k": "fp32", "seed": "i64", "threshold": "i64"}
 WIDE = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp32", "fp64": "fp64"}
 
@@ -68,7 +68,8 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
     layer = LRN | of_maps(narrow)
     drawn = {"slots": "i64", "step": "i64"}
     images = dict.fromkeys(("light", "mean", "divide_by"), wide) | {
-        "patches": "u8", "flips": "u8", "inside": "i64", "corners": "i64", "out": narrow,
+        "patches": "u8", "flips": "u8", "places": "i64", "inside": "i64", "corners": "i64",
+        "out": narrow,
     }  # fmt: skip
     weights = {"weight": wide, "velocity": wide, "grad": narrow, "rates": wide, "skip": "fp32"}
     copy = {"narrow": None} if narrow == wide else {}
@@ -87,6 +88,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("scores_backward_kernel", {"block": 1024},
          {"grad": wide, "logits": narrow, "labels": "i64", "log_sums": wide, "out": narrow}, 4),
         ("skip_flag_kernel", {}, {"stats": "fp64", "scale": "fp64", "skip": "fp32"}, 1),
+        ("sums_kernel", {"block": 1024, "along": 4}, values | {"out": wide}, 8),
         ("masks_kernel", {"fours": 64}, drawn | {"stay": "u8"}, 2),
         ("sgd_kernel", {"block": 1024} | copy,
          weights | ({} if copy else {"narrow": narrow}), 8),

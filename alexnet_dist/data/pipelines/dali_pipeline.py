@@ -93,8 +93,7 @@ class DaliPipeline(Pipeline):
             while len(inside[0].read) == 0:
                 yield self.decoded(inside[0].samples, inside.popleft().read, empty)
             done = inside.popleft()
-            own = from_dlpack(patches.as_tensor()).clone()  # the graph reuses its memory
-            yield self.decoded(done.samples, done.read, own)
+            yield self.decoded(done.samples, done.read, from_dlpack(patches.as_tensor()))
         for left in inside:
             yield self.decoded(left.samples, left.read, empty)
 
@@ -113,6 +112,7 @@ class DaliPipeline(Pipeline):
             num_threads=self.threads,
             device_id=self.device.index,
             prefetch_queue_depth=self.prefetch,
+            exec_dynamic=True,  # what a batch returns is then its own memory
         )
         how: dict[str, Any] = {
             "device": "cpu",
