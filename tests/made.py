@@ -1,4 +1,5 @@
-"""Small data sets in exactly the formats of the real ones, with the oddities of real images."""
+"""Small data sets in exactly the formats of the real ones, with the oddities of real images; and
+noise in place of what a pipeline decodes."""
 
 import gzip
 import io
@@ -10,10 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from alexnet_dist.config.load import configs_folder
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import Decoded
+from alexnet_dist.data.dataset import Statistics
 from alexnet_dist.data.prepare.arrays import read_idx
+from alexnet_dist.data.preprocess import Preprocess
+from alexnet_dist.network.precision import DTYPES
 
 SAMPLE = configs_folder() / "fashion-mnist-sample"
 WNIDS = ("n01440764", "n02105855", "n01443537", "n12057211")
@@ -144,3 +151,27 @@ def png_of(width: int, height: int) -> bytes:
         for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(body)), (b"IEND", b""))
     )
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def decoded(config: Config, device: torch.device, resident: bool) -> list[Decoded]:
+    """Noise, as a pipeline gives it to three steps: patches, or images that stay on the device."""
+    generator = torch.Generator().manual_seed(0)
+    n, side, crop = config.train.batch, config.data.canvas, config.model.crop
+    held = 3 * n  # images
+
+    def draw(most: int, *shape: int) -> torch.Tensor:
+        return torch.randint(most, shape, generator=generator)
+
+    mean = draw(256, side, side, 3).float()
+    statistics = Statistics(mean.numpy(), mean[0, 0].numpy(), np.ones(3), np.eye(3))
+    preprocess = Preprocess(config, statistics, device, DTYPES[config.train.precision])
+    images = draw(256, held, side, side, 3).byte().to(device)
+    found = []
+    for step in range(3):
+        ids = torch.arange(step * n, step * n + n)
+        corners = draw(side - crop + 1, n, 2)
+        facts = torch.cat([(ids % config.model.classes)[:, None], ids[:, None], draw(1, n, 1),
+                           draw(9, n, 3), corners, draw(2, n, 1)], dim=1)  # fmt: skip
+        patches = images if resident else draw(256, n, crop, crop, 3).byte().to(device)
+        found.append(Decoded(patches, facts.double().to(device), preprocess, resident))
+    return found

@@ -7,11 +7,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import TINY, interpreted, on_ranks
+from made import decoded
 from test_columns import EVERYTHING_ON, VARIANTS
 from torch import Tensor
 from torch._C._distributed_c10d import Work
@@ -459,21 +459,8 @@ def test_a_captured_step_makes_its_own_windows(
 ) -> None:
     """Of patches that it copies, or of images that stay where they are, which it does not."""
     config = load_config([*SMALL, *FP32])
-    side, crop = config.data.canvas, config.model.crop
-    mean = torch.rand(side, side, 3) * 255
-    statistics = Statistics(mean.numpy(), mean[0, 0].numpy(), np.ones(3), np.eye(3))
-    preprocess = Preprocess(config, statistics, torch.device("cpu"), torch.float32)
     monkeypatch.setattr(Preprocess, "by_loop", Preprocess.by_operators)  # what can be played
-    images = torch.randint(256, (9, side, side, 3), dtype=torch.uint8)
-    generator, given = torch.Generator().manual_seed(0), []
-    for _ in range(3):
-        ids, corners = (
-            torch.randperm(9, generator=generator)[:2],
-            torch.randint(side - crop, (2, 2)),
-        )
-        patches = torch.randint(256, (2, crop, crop, 3), dtype=torch.uint8, generator=generator)
-        facts = torch.stack([ids % 6, ids, ids * 0, *torch.randn(3, 2), *corners.T, ids % 2], 1)
-        given.append(Decoded(images if resident else patches, facts.double(), preprocess, resident))
+    given = decoded(config, torch.device("cpu"), resident)
     made = []
     for captured in (True, False):
         with played():
@@ -486,7 +473,7 @@ def test_a_captured_step_makes_its_own_windows(
                 own = step.inputs[0]
                 assert isinstance(own, Decoded)
                 assert own.metadata is not given[0].metadata
-                assert (own.patches is images) is resident
+                assert (own.patches is given[0].patches) is resident
     assert_equal(*made)
     assert len({stat.tolist()[0] for stat in stats}) == 3
 

@@ -10,6 +10,7 @@ import shared
 import torch
 import torch.distributed as dist
 from conftest import on_ranks
+from made import decoded
 from shared import SHARED
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.compat import abandon_capture, all_gather_single
 from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.engines.ddp import _WARM_UP_DDP, TorchEngine
 from alexnet_dist.engines.graph import on_stream
 from alexnet_dist.engines.make import make_engine
@@ -97,6 +98,28 @@ def test_columns_side_by_side_give_the_bits_of_one_after_another(execution: str)
     config = one(f"train.execution={execution}", "train.deterministic=true")
     ((ours, expected),) = on_ranks(1, by_streams, config)
     assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def by_windows(config: Config) -> list[list[Tensor]]:
+    """What steps make that cut windows from images on the device, captured and not."""
+    made = []
+    for execution in ("graph", "fused"):
+        own = load_config([flat(config), f"train.execution={execution}"])
+        topology = connect(own)
+        engine = make_engine(own, topology)
+        given = decoded(own, topology.device, resident=True)
+        steps = [engine.train_step(part, step, 0.001).cpu() for step, part in enumerate(given)]
+        assert isinstance(engine, TorchEngine)
+        assert list(engine.graphs) == [False] * (execution == "graph")
+        made.append([*steps, *engine.whole_tensors()[0].values()])
+    return made
+
+
+@on_a_gpu
+def test_a_captured_step_cuts_its_windows_from_resident_images() -> None:
+    ((ours, expected),) = on_ranks(1, by_windows, one("train.deterministic=true"))
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert len({step[0].item() for step in ours[:3]}) == 3
 
 
 def beside_another_thread(config: Config) -> float:
