@@ -10,9 +10,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from alexnet_dist.network.kernels import lanes, maps, pooled, scores, sums, units, update, windows
+from alexnet_dist.network.kernels import lanes, maps, pooled, scores, units, update, windows
 
-MODULES = (lanes, maps, pooled, scores, sums, units, update, windows)
+MODULES = (lanes, maps, pooled, scores, units, update, windows)
 NUMBERS = {"alpha": "fp32", "k": "fp32", "seed": "i64", "threshold": "i64"}
 WIDE = {"bf16": "fp32", "fp16": "fp32", "fp32": "fp32", "fp64": "fp64"}
 
@@ -88,7 +88,6 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("scores_backward_kernel", {"block": 1024},
          {"grad": wide, "logits": narrow, "labels": "i64", "log_sums": wide, "out": narrow}, 4),
         ("skip_flag_kernel", {}, {"stats": "fp64", "scale": "fp64", "skip": "fp32"}, 1),
-        ("sums_kernel", {"block": 1024, "along": 4}, values | {"out": wide}, 8),
         ("masks_kernel", {"fours": 64}, drawn | {"stay": "u8"}, 2),
         ("sgd_kernel", {"block": 1024} | copy,
          weights | ({} if copy else {"narrow": narrow}), 8),

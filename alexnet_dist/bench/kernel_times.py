@@ -26,7 +26,7 @@ _GROUPS = {
         "cpu": r"::(add)?mm$|::bmm$|linear",
     },
     "passes over maps and units": {
-        "cuda": r"\b((pooled|maps|units|scores)(_backward)?|ranks|counts|fold|masks|sums|windows)"
+        "cuda": r"\b((pooled|maps|units|scores)(_backward)?|ranks|counts|fold|masks|windows)"
         r"_kernel",
         "cpu": r"^alexnet_dist::|LocalResponseNorm|relu|clamp_min|threshold_backward|max_pool|nll_|"
         r"softmax",

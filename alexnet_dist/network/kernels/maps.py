@@ -26,7 +26,6 @@ from alexnet_dist.network.kernels.lanes import (
     upcast,
 )
 from alexnet_dist.network.kernels.pooled import Pool
-from alexnet_dist.network.kernels.sums import sum_of_parts
 
 _EACH = 4  # groups of pixels read at once by a program
 _LAST = torch.channels_last
@@ -112,7 +111,7 @@ def maps_backward(
             grads, x, bias, out, parts, pixels, activation, size, alpha, beta, k, lanes.chunk,
             lanes.chunks, lanes.lanes, _EACH, steps, num_warps=lanes.warps,
         )  # fmt: skip
-    return out, parts.new_empty(0) if bias is None else sum_of_parts(parts)
+    return out, parts.new_empty(0) if bias is None else parts.sum(0)
 
 
 @maps_forward.register_fake
