@@ -78,6 +78,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
         ("pooled_backward_kernel", layer | CONV1 | {"each": 4}, values, 1),
         ("maps_kernel", layer | {"each": 4, "beta": 0.6, "bias": None}, values, 1),
         ("maps_backward_kernel", layer | {"each": 4, "steps": 4}, values, 1),
+        ("sum_rows_kernel", {"each": 5, "tall": 512, "wide": 4}, {"parts": wide, "out": wide}, 16),
         ("units_kernel", fours, values | drawn, 2),
         ("units_backward_kernel", fours | {"has_bias": True, "rows": 8}, values | drawn, 2),
         ("ranks_kernel", {"block": 1024},
