@@ -17,18 +17,27 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gpu_page
 import processes
-from gpu_parts import PARTS, PHOTOGRAPHS, Figures, Part, of_pytest, photographs, tests_amid
+from gpu_parts import (
+    GRACE_S,
+    PARTS,
+    PHOTOGRAPHS,
+    Figures,
+    Part,
+    of_pytest,
+    photographs,
+    tests_amid,
+)
 from ledger import ROOT, append_row, commit_of, parse_parts, part_parser, read_rows
 
 LOGS = ROOT / "runs/gpu"
 # A commit that changes none of these counts as the same.
 MEASURED = ("alexnet_dist", "configs", "tests")
-GRACE_S = 20  # kept back from a part's limit, for it to print results and a traceback
 # Warnings that the figures are without the graphs or kernels that they are meant to measure.
 LESS = ("could not be captured as a CUDA graph", "no kernels for this GPU")
 
@@ -82,11 +91,13 @@ def measure(
         if (name, about["card"], about["commit"]) in answered and about["commit"][-1] != "+":
             print(f"{name}: answered for {about['commit']} on this card")
             continue
-        if part.limit > end - time.monotonic():
-            print(f"{name}: left for the next time: it may take {part.limit} s")
+        left = int(end - time.monotonic())
+        if part.least > left:
+            print(f"{name}: left for the next time: it may take {part.least} s")
             continue
-        print(f"{name}: up to {part.limit} s", flush=True)
-        row = {"part": name, **about, **_answer(name, part, logs)}
+        limit = min(part.limit, left)
+        print(f"{name}: up to {limit} s", flush=True)
+        row = {"part": name, **about, **_answer(name, replace(part, limit=limit), logs)}
         append_row(rows, row)
         sound &= "failed" not in row
         print(f"{name}: {row['seconds']} s; {row.get('failed', 'done')}", flush=True)

@@ -58,13 +58,11 @@ PAGE = Page(ROOT / "docs/performance.md", ROWS, tables)
 def steps(rows: Rows) -> list[dict[str, Any]]:
     """Return our step times, as planning/measured.py reads them: the last of each card, batch and
     precision."""
-    last = {
-        (row["card"], row["part"]): row
-        for row in rows
-        if row["part"] in ("step", "step-best") and row["figures"] and "failed" not in row
-    }
     found: dict[tuple[str, int, str], dict[str, Any]] = {}
-    for (card, _), row in last.items():
+    for row in rows:
+        if not row["part"].startswith("step") or not row["figures"] or "failed" in row:
+            continue
+        card = row["card"]
         first = int(row["command"].partition("--batch ")[2].split()[0])
         for name, seconds in row["figures"]["seconds a step"].items():
             if ours := re.fullmatch(r"ours, (\w+)(?:, batch (\d+))?", name):

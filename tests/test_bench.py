@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -127,7 +128,8 @@ class ForkedPython:
 
     def communicate(self) -> None:
         self._fork.wait(30)
-        self.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.stdin.close()
         self.stdout.close()
 
 
@@ -135,6 +137,7 @@ def run_program(code: str, stdin: Path, stdout: Path) -> None:
     os.dup2(os.open(stdin, os.O_RDONLY), 0)
     os.dup2(os.open(stdout, os.O_WRONLY), 1)
     sys.stdin = os.fdopen(0)
+    sys.modules["alexnet_dist.bench.of_tests"] = sys.modules[__name__]  # with a `contestant`
     exec(code, {})
 
 
@@ -247,17 +250,22 @@ def test_a_gpus_ratios_are_of_what_they_name(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As on a GPU, by contestants that say how long they took: by name, 8 ms and more."""
-    made = []
+    made, waited = [], []
 
     class Took:
         def __init__(self, name: str, config: Config, pieces: int) -> None:
-            self.name, self.results, self.peak = name, [2.0**40], 3e9
+            self.name, self.results, self.peak, self.passes = name, [2.0**40], 3e9, 0
             self.seconds = 0.001 * (len(name) + config.train.batch)
-            made.append((config.train.batch, name, pieces))
+            made.append((config.train.batch, name, pieces, self))
+
+        def wait(self) -> None:
+            waited.append(self.name)
 
         def __call__(self) -> float:
+            assert len(waited) == len(made)  # nothing is timed beside a start
             if self.name == "eager, bf16, compiled":
                 raise ConfigError("bench: failed")
+            self.passes += 1
             return self.seconds
 
         def close(self) -> None:
@@ -283,12 +291,51 @@ def test_a_gpus_ratios_are_of_what_they_name(
     exact = "eager, fp32, no TF32"
     assert found["ratios"][f"ours, fp32 / {exact}"] == run[exact] / run["ours, fp32"]
     assert found["ratios"]["ours, tf32 / eager, fp32"] == run["eager, fp32"] / run["ours, tf32"]
-    assert {pieces for batch, _, pieces in made if batch == 1024} == {6}
+    assert {pieces for batch, _, pieces, _ in made if batch == 1024} == {6}
+    assert {one.passes for *_, one in made[len(step._LOSSES) :]} == {3, 0}  # a warm-up, and two
     assert "ours, fp32, batch 1024" not in run
     assert "eager, bf16" in run
     assert "eager, bf16, compiled" not in run
     assert "left out" in caplog.text
     assert "MFU" in bench.table(found)
+    made.clear()
+    waited.clear()
+    best_only = step.bench_step(config, 1, [128, 1024], best=True)
+    assert [batch for batch, *_ in made] == 4 * [128] + 4 * [1024]
+    assert best_only["runs"][0].keys() < run.keys()
+
+
+def contestant(name: str, config: Config) -> contestants.Work:
+    """A contestant of this module, which says when it is made; one of them cannot be."""
+    folder = Path(os.environ["CONTESTANTS"])
+    (folder / f"{name} starts").touch()
+    others = 2
+    while name != "broken" and len([*folder.glob("* starts")]) < others:
+        time.sleep(0.01)
+    if name == "broken":
+        raise ConfigError("no such thing")
+    return lambda: 7.0
+
+
+def test_contestants_start_together_and_one_that_cannot_start_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONTESTANTS", str(tmp_path))
+    monkeypatch.setattr(
+        contestants, "subprocess", SimpleNamespace(Popen=ForkedPython, PIPE=subprocess.PIPE)
+    )
+    config = load_config([*TINY, "layout.kind=one"])
+    names = ("one", "other", "broken")
+    made = {name: contestants.Contestant("of_tests", name, config) for name in names}
+    for one in made.values():
+        one.wait()
+    with pytest.raises(ConfigError, match="'broken' failed, and has reported why"):
+        made["broken"]()
+    runs = bench.in_turn({n: made[n] for n in ("one", "other")}, 2)
+    assert all(run[name] >= 0 for run in runs for name in ("one", "other"))
+    assert made["one"].results == [7, 7, 7]
+    for one in [*made.values(), made["one"]]:
+        one.close()
 
 
 def test_a_steps_operators_add_up(capfd: pytest.CaptureFixture[str]) -> None:

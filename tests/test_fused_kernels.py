@@ -1,19 +1,26 @@
 """The fused kernels against plain torch in float64: on a GPU if there is one, else by Triton's
 interpreter, which truncates to bfloat16 where a GPU rounds."""
 
+import io
+import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import by_kernels
+from conftest import TINY, by_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from alexnet_dist.bench import sweep
+from alexnet_dist.bench.sweep import Grid
+from alexnet_dist.config.load import load_config
 from alexnet_dist.engines.base import skip_flag
 from alexnet_dist.network import philox
+from alexnet_dist.network.kernels import pooled
 from alexnet_dist.network.kernels import units as units_module
+from alexnet_dist.network.kernels.lanes import sum_rows
 from alexnet_dist.network.kernels.maps import maps
 from alexnet_dist.network.kernels.units import units
 from alexnet_dist.network.kernels.update import sgd_update
@@ -32,7 +39,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def all_of_them() -> dict[str, Any]:
-    functions = (all_maps, same_places, all_units, updated, judgements, folded)
+    functions = (all_maps, same_places, all_units, sums, swept, updated, judgements, folded)
     return {function.__name__: function() for function in functions}
 
 
@@ -172,6 +179,74 @@ def same_places() -> list[tuple[str, torch.dtype, bool]]:
 def test_pooling_takes_the_first_of_equals_and_keeps_nan(found: dict[str, Any]) -> None:
     assert len(found["same_places"]) == 4 * 8
     assert [case for case in found["same_places"] if not case[2]] == []
+
+
+def sums() -> list[tuple[tuple[int, int], torch.dtype, float]]:
+    torch.manual_seed(0)
+    found = []
+    for shape in ((2112, 48), (16, 300), (1, 5), (513, 7), (3, 0)):
+        for dtype in (torch.float32, torch.float64):
+            parts = torch.randn(shape, dtype=dtype)
+            ours = sum_rows(parts.to(DEVICE))
+            assert (ours.dtype, ours.shape) == (dtype, shape[1:])
+            far = apart(ours, parts.double().sum(0)) if len(ours) else 0.0
+            found.append((shape, dtype, far / EPS[dtype]))
+    return found
+
+
+def test_rows_of_partial_sums_are_summed(found: dict[str, Any]) -> None:
+    assert len(found["sums"]) == 10
+    assert [case for case in found["sums"] if case[2] > 2] == []
+
+
+SWEPT: dict[str, Grid] = {
+    "conv1": {"pooled._AHEAD": (0, 3)},
+    "conv1 backward": {"pooled.PROGRAMS": (3, pooled.PROGRAMS)},
+    "conv3": {"maps._EACH": (0, 1, 4)},  # 0 is impossible
+    "conv3 backward": {"maps._EACH": (1, 4)},
+    "fc6": {"units._FOURS": (32, 64)},
+    "fc6 backward": {"units._ROWS": (4, 8)},
+    "fc6's update": {"update._BLOCK": (512, 1024), "update._WARPS": (8,)},
+}
+
+
+def swept() -> tuple[Any, str, int]:
+    """On a GPU without compiling beforehand, which takes a process for each core."""
+    small = ["model.conv=[4,4,4,4,4]", "model.columns=1", f"layout.device={DEVICE}"]
+    config, printed = load_config([*TINY, *small, "layout.kind=one"]), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sweep, "_compile", lambda *_: None)
+        for constant in ("_ROWS", "_COLUMNS"):  # so that the interpreter is done sooner
+            patch.setattr(pooled, constant, 1)
+        found = sweep.sweep(config, [1], 1, printed, SWEPT)
+    return found, printed.getvalue(), pooled._AHEAD
+
+
+def test_a_sweep_tries_choices_and_marks_the_present_ones(found: dict[str, Any]) -> None:
+    result, printed, ahead = found["swept"]
+    assert ahead == pooled._AHEAD  # as before
+    for name, grid in SWEPT.items():
+        title = f"{name}, batch 1"
+        assert result["ratios"][f"{title}: present / fastest"] >= 1
+        lines = re.search(rf"^{title}: µs\n((?: .*\n)+)", printed, re.M)[1].splitlines()
+        assert len(lines) == max(map(len, grid.values())) - (name == "conv3")
+        times = [float(line.split()[0]) for line in lines]
+        assert times == sorted(times)
+        (present,) = (line for line in lines if line.endswith("<- present"))
+        for constant in grid:
+            value = getattr(*sweep._constant(constant))
+            assert f"{constant} {value}" in present
+
+
+def test_a_choice_may_differ_by_rounding_only() -> None:
+    ones = torch.ones(3000, dtype=torch.bfloat16)
+    assert sweep._alike(ones, ones * (1 + 2**-7))
+    assert not sweep._alike(ones, ones * (1 + 2**-5))
+    places = torch.zeros(3000, dtype=torch.uint8)
+    other = places.clone()
+    other[:2] = 1
+    assert sweep._alike(places, other)
+    assert not sweep._alike(places, other | 1)
 
 
 UNITS = [  # n, units, activation, first unit, drop, at_test

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 
@@ -101,6 +102,20 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(
     assert "failed" not in read_rows(rows)[-1]
 
 
+def test_a_part_is_started_if_the_time_is_enough_for_what_is_expected(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = {
+        "short": Part([says(json.dumps(FOUND))], 500, expected=5),
+        "long": Part([says(json.dumps(FOUND))], 500, expected=30),
+    }
+    assert measure(parts, ABOUT, 40, tmp_path / "gpu.jsonl", tmp_path / "logs")
+    assert [row["part"] for row in read_rows(tmp_path / "gpu.jsonl")] == ["short"]
+    printed = capsys.readouterr().out
+    assert re.search(r"^short: up to (39|40) s$", printed, re.M)  # not 500
+    assert "long: left for the next time: it may take 50 s" in printed
+
+
 def test_what_takes_a_steps_time_is_read() -> None:
     """Also of kernels whose long names begin alike."""
     found = {
@@ -118,7 +133,7 @@ def test_what_takes_a_steps_time_is_read() -> None:
 def test_the_parts_are_commands_that_there_are() -> None:
     parser = build_parser()
     for part in PARTS.values():
-        assert part.limit < 570
+        assert part.least <= part.limit < 570
         for _, module, *arguments in part.commands:
             if module == "alexnet_dist":
                 options = parser.parse_args(arguments)
@@ -196,18 +211,19 @@ def test_steps_that_were_measured_correct_the_plan() -> None:
     row = {"part": "step", "commit": "abc", "command": "bench step paper --batch 128 1024 --json"}
     figures = {"ours, bf16": 0.0021, "ours, bf16, no LRN": 0.002, "ours, fp32": 0.012345,
                "ours, bf16, batch 1024": 0.0151, "eager, fp32": 0.03}  # fmt: skip
-    older = {"ours, bf16": 1.0}
+    older, again = {"ours, bf16": 1.0}, {"ours, bf16, batch 1024": 0.0149}
     rows = [
         row | {"card": "NVIDIA H200", "figures": {"seconds a step": older}},
         row | {"card": "NVIDIA H200", "figures": {"seconds a step": figures}},
         row | {"card": "NVIDIA H200", "figures": {}, "failed": "exit 1"},
         row | {"card": "NVIDIA H200", "figures": {"seconds a step": older}, "failed": "of less"},
+        row | {"card": "NVIDIA H200", "figures": {"seconds a step": again}, "part": "step-best-2"},
         row | {"card": "NVIDIA H100", "figures": {}, "part": "maps"},
     ]
     found = [Step(**step) for step in gpu_page.steps(rows)]
     assert [(s.card, s.batch, s.precision, s.ms) for s in found] == [
         ("NVIDIA H200", 128, "bf16", 2.1), ("NVIDIA H200", 128, "fp32", 12.35),
-        ("NVIDIA H200", 1024, "bf16", 15.1),
+        ("NVIDIA H200", 1024, "bf16", 14.9),
     ]  # fmt: skip
     assert {step.source for step in found} == {gpu_page.FROM_ROWS}
 

@@ -5,11 +5,15 @@ about the machine as about the program, so only the ratios are claims. Every par
 `Result`.
 """
 
+import logging
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Required, TypedDict
 
+from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel import device
+
+log = logging.getLogger(__name__)
 
 
 class Result(TypedDict, total=False):
@@ -41,11 +45,25 @@ class Result(TypedDict, total=False):
 Pass = Callable[[], float]  # runs one pass, and returns what it measured in the part's unit
 
 
-def in_turn(passes: dict[str, Pass], repeats: int) -> list[dict[str, float]]:
-    """Run every pass `repeats` times in turn, so that a slow minute affects all of them."""
-    for run in passes.values():
-        run()  # warm-up: caches, workers, imports
-    return [{name: run() for name, run in passes.items()} for _ in range(repeats)]
+def in_turn(
+    passes: Mapping[str, Pass], repeats: int, optional: Iterable[str] = ()
+) -> list[dict[str, float]]:
+    """Run every pass `repeats` times in turn, so that a slow minute affects all of them.
+
+    Args:
+        optional: passes that are left out, with a warning, if their warm-up raises ConfigError.
+    """
+    warm: dict[str, Pass] = {}
+    for name, run in passes.items():
+        try:
+            run()  # caches, workers, imports
+        except ConfigError as error:
+            if name not in optional:
+                raise
+            log.warning(f"{error}: left out")
+        else:
+            warm[name] = run
+    return [{name: run() for name, run in warm.items()} for _ in range(repeats)]
 
 
 def machine(workers: int) -> dict[str, Any]:

@@ -1,8 +1,11 @@
 """Contestants: what is timed, each in a process of its own, with the memory and threads that it
-would have alone, and working only when it is its turn. What one of them sets (an allocator, say)
-does not affect the others.
+would have alone. What one of them sets (an allocator, say) does not affect the others.
+
+They start, and compile what they are made of, all at the same time; then each works only when it is
+its turn.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -40,11 +43,13 @@ class Contestant:
         self.name, self.pieces = name, pieces
         self.results: list[float] = []  # of each pass, that of its first piece
         self.peak = 0  # bytes of GPU memory allocated at the peak
+        self._is_ready = self._is_closed = False
         code = (
             "from alexnet_dist.bench.contestants import serve; "
             f"serve({module!r}, {name!r}, {flat(config)!r})"
         )
-        environment = dict(os.environ)
+        # Several compile at the same time, by default with a process for each core.
+        environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4"} | os.environ
         if plain:
             environment.pop("GOMP_SPINCOUNT", None)
         self._process = subprocess.Popen(
@@ -52,11 +57,20 @@ class Contestant:
             env=environment,
         )  # fmt: skip
 
+    def wait(self) -> None:
+        """Wait until the work is made, or has failed to be, which the first pass reports."""
+        assert self._process.stdout is not None
+        if not self._is_ready:
+            self._process.stdout.readline()
+            self._is_ready = True
+
     def __call__(self) -> float:
         """Run a pass, and return the seconds of a piece of work."""
+        self.wait()
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(self.pieces, file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended
+            print(self.pieces, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:
             raise ConfigError(f"bench: {self.name!r} failed, and has reported why")
@@ -69,18 +83,22 @@ class Contestant:
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.communicate()
+        """End the process, unless it has been ended."""
+        if not self._is_closed:
+            self._process.kill()
+            self._process.communicate()
+            self._is_closed = True
 
 
 def serve(module: str, name: str, config: dict[str, Any]) -> None:
-    """Run in a contestant's process: for each line with a number of pieces, do the work, and answer
-    with its seconds, the first piece's result, and the peak of GPU memory."""
+    """Run in a contestant's process: make the work, and say so; then, for each line with a number
+    of pieces, do it, and answer with its seconds, the first piece's result, and the peak of GPU
+    memory."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # so that libraries do not print answers
     make = importlib.import_module(f"alexnet_dist.bench.{module}").contestant
     work: Work = make(name, load_config([config]))
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         pieces = int(line)
         begin = time.perf_counter()

@@ -15,6 +15,7 @@ from pathlib import Path
 from alexnet_dist.bench import Result, in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
+from alexnet_dist.bench.trainers import compile_ours
 from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, flat
@@ -38,8 +39,10 @@ def contestant(name: str, config: Config) -> Work:
     topology, dataset = connect(config), open_for(config)
     if name == _LIBRARIES:
         return lambda: 0.0
-    engine = make_engine(config, topology)
     evaluates, trains = name.startswith("ten views"), name.startswith("steps")
+    if trains:
+        compile_ours(config, topology)
+    engine = make_engine(config, topology)
     split = config.data.train_split
     if evaluates and config.data.eval_split != NO_SPLIT:
         split = config.data.eval_split
@@ -83,11 +86,12 @@ _CONTESTANTS = (
 )  # fmt: skip
 
 
-def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
+def bench_end_to_end(config: Config, repeats: int, steps: int, cold: bool = False) -> Result:
     """Time contestants in a process each, on the packed data set that the config names.
 
     Args:
         steps: number of steps over which memory is watched; 0 for none.
+        cold: whether to time, on a GPU, also a start for which no kernel has been built before.
 
     Returns:
         ratios (medians of pairs; of memory), ceilings (seconds to the first step, memory), machine,
@@ -101,7 +105,9 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
     contestants = {n: Contestant("end_to_end", n, ten, pieces[n]) for n in _CONTESTANTS}
     memory: dict[str, float] = {}
     try:
-        seconds = in_turn(dict(contestants), repeats)
+        for one in contestants.values():
+            one.wait()
+        seconds = in_turn(contestants, repeats)
         if steps:
             memory = _memory(contestants["steps from shards"], config, steps)
     finally:
@@ -123,7 +129,7 @@ def bench_end_to_end(config: Config, repeats: int, steps: int) -> Result:
             "start to first step, s": _first_step(config),
             **(
                 {"the same, no kernel built before, s": _first_step(config, cold=True)}
-                if gpus(config)
+                if cold and gpus(config)
                 else {}
             ),
             **{name: value for name, value in memory.items() if "/" not in name},

@@ -26,8 +26,8 @@ _GROUPS = {
         "cpu": r"::(add)?mm$|::bmm$|linear",
     },
     "passes over maps and units": {
-        "cuda": r"\b((pooled|maps|units|scores)(_backward)?|ranks|counts|fold|masks|windows)"
-        r"_kernel",
+        "cuda": r"\b((pooled|maps|units|scores)(_backward)?|ranks|counts|fold|masks|windows"
+        r"|sum_rows)_kernel",
         "cpu": r"^alexnet_dist::|LocalResponseNorm|relu|clamp_min|threshold_backward|max_pool|nll_|"
         r"softmax",
     },

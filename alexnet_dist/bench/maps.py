@@ -1,7 +1,6 @@
 """`bench maps`: bias, ReLU, normalisation and pooling of conv1's maps, forward and backward, beside
 plain PyTorch and beside a copy of the maps; and normalisation alone."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.bench import Pass, Result, in_turn, machine, ratio
-from alexnet_dist.bench.trainers import graphed
+from alexnet_dist.bench.trainers import timed
 from alexnet_dist.config.schema import Config
 from alexnet_dist.network import kernels
 from alexnet_dist.network.lrn import alpha_of, local_response_norm
@@ -135,7 +134,7 @@ def _timed(make: _Made, maps: list[Tensor], biases: Tensor) -> Pass:
     def work() -> Tensor:
         return [_gradients(make, x, biases, upper) for x in maps][-1][0]
 
-    return _pass(work, maps)
+    return timed(work, maps[0].device)
 
 
 def _copied(maps: list[Tensor]) -> Pass:
@@ -145,20 +144,4 @@ def _copied(maps: list[Tensor]) -> Pass:
     def work() -> Tensor:
         return [out.copy_(x) for x, out in zip(maps, outs, strict=True)][-1]
 
-    return _pass(work, maps)
-
-
-def _pass(work: Callable[[], Tensor], maps: list[Tensor]) -> Pass:
-    """Return a pass that times some work; on a GPU many times over, as a CUDA graph, since Python
-    launches it more slowly than the GPU does it."""
-    pieces, once = (50, graphed(work)) if maps[0].is_cuda else (1, work)
-
-    def run() -> float:
-        begin = time.perf_counter()
-        for _ in range(pieces):
-            once()
-        if maps[0].is_cuda:
-            torch.cuda.synchronize(maps[0].device)
-        return (time.perf_counter() - begin) / pieces
-
-    return run
+    return timed(work, maps[0].device)

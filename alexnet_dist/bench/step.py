@@ -1,7 +1,6 @@
 """`bench step`: a training step, beside the same network in plain PyTorch, and beside torchvision's
 alexnet in each form in which it is used."""
 
-import logging
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -12,13 +11,10 @@ from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.trainers import Eager, device_of, ours, plain, product_of
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.planning.dry_run import plan
-
-log = logging.getLogger(__name__)
 
 
 def contestant(name: str, config: Config) -> Work:
@@ -63,44 +59,54 @@ def bench_step(
 
     Returns:
         ratios (medians of pairs; of speeds, unless they say otherwise), ceilings, machine, the
-        losses of a first step without dropout (which show that the work is equal), and every pass's
-        seconds a step.
+        losses of a first step without dropout (which show that the work is equal; not with
+        `best`), and every pass's seconds a step.
     """
-    first, *others = [load_config([flat(config), f"train.batch={n}"])
-                      for n in batches or (config.train.batch,)]  # fmt: skip
+    configs = [
+        load_config([flat(config), f"train.batch={n}"]) for n in batches or (config.train.batch,)
+    ]
     gpu = device_of(config).type == "cuda"
-    losses = first_losses(first)
     few = (_OURS, _NO_LRN, _PRODUCT, *((_BEST,) if gpu else ()))
-    result = _timed(first, repeats, few if best else (*_CONTESTANTS, *(_ON_A_GPU if gpu else ())))
-    for other in others:
-        more = _timed(other, repeats, few)
+    names = few if best else (*_CONTESTANTS, *(_ON_A_GPU if gpu else ()))
+    # All of them start at the same time, and from then on work one at a time.
+    alike = [] if best else _without_dropout(configs[0])
+    groups = [_contestants(configs[0], names), *(_contestants(one, few) for one in configs[1:])]
+    everyone = [*alike, *(one for group in groups for one in group.values())]
+    try:
+        for contestant in everyone:
+            contestant.wait()
+        losses = _first_losses(alike)
+        results = [_timed(*each, repeats, gpu) for each in zip(configs, groups, strict=True)]
+    finally:
+        for contestant in everyone:
+            contestant.close()
+
+    result = results[0]
+    for other, more in zip(configs[1:], results[1:], strict=True):
         at = f", batch {other.train.batch}"
         result["ratios"] |= {name + at: value for name, value in more["ratios"].items()}
         result["ceilings"] |= {name + at: value for name, value in more["ceilings"].items()}
         for run, beside in zip(result["runs"], more["runs"], strict=True):
             run |= {name + at: seconds for name, seconds in beside.items()}
-    return result | {"losses": losses}
+    return result if best else result | {"losses": losses}
 
 
-def _timed(config: Config, repeats: int, names: Sequence[str]) -> Result:
-    """Time these contestants."""
+def _contestants(config: Config, names: Sequence[str]) -> dict[str, Contestant]:
+    """Start these contestants."""
     # The same number of images in a pass for any batch; on a GPU a pass takes half a second.
     pieces = max(5, 50 * 128 // config.train.batch) if device_of(config).type == "cuda" else 2
-    contestants = {name: _made(name, config, pieces) for name in names}
-    try:
-        for name in names:
-            try:
-                contestants[name]()
-            except ConfigError as error:  # this torch cannot run that reference on this GPU
-                if name.startswith("ours") or name not in _ON_A_GPU:
-                    raise
-                log.warning(f"{error}: left out")
-                contestants.pop(name).close()
-        runs = in_turn(dict(contestants), repeats)
-        flop = {n: one.results[0] for n, one in contestants.items() if n.startswith("matrix")}
-    finally:
-        for contestant in contestants.values():
-            contestant.close()
+    return {name: _made(name, config, pieces) for name in names}
+
+
+def _timed(
+    config: Config, contestants: Mapping[str, Contestant], repeats: int, gpu: bool
+) -> Result:
+    """Time contestants in turn, and end them."""
+    # This torch may be unable to run a reference on this GPU.
+    runs = in_turn(contestants, repeats, [n for n in _ON_A_GPU if not n.startswith("ours")])
+    flop = {n: one.results[0] for n, one in contestants.items() if n.startswith("matrix")}
+    for contestant in contestants.values():
+        contestant.close()
 
     work = training_flops(config) * config.train.batch
     rates = {name: [flop[name] / run[name] for run in runs] for name in flop}
@@ -108,7 +114,7 @@ def _timed(config: Config, repeats: int, names: Sequence[str]) -> Result:
     ratios["ours, bf16 / bf16 matrix product, by FLOP"] = statistics.median(
         work / run[_OURS] / rate for run, rate in zip(runs, rates[_PRODUCT], strict=True)
     )
-    if device_of(config).type == "cuda":
+    if gpu:
         ratios |= _gpu_ratios(config, runs, work, contestants[_OURS].peak)
     decodes = statistics.median(config.train.batch / run[_OURS] for run in runs)
     return {
@@ -154,17 +160,18 @@ def _gpu_ratios(
     return ratios | {"ours, bf16, peak memory / planned": peak_memory / memory}
 
 
-def first_losses(config: Config) -> dict[str, float]:
-    """Return the losses of a first step without dropout, which are equal if the work is."""
+def _without_dropout(config: Config) -> list[Contestant]:
+    """Start contestants whose first step has no dropout; its losses are equal if the work is."""
     without = load_config([flat(config), "model.dropout=0"])
-    contestants = [_made(name, without, pieces=1) for name in _LOSSES]
-    try:
-        for one in contestants:
-            one()
-        return {one.name: one.results[0] for one in contestants}
-    finally:
-        for one in contestants:
-            one.close()
+    return [_made(name, without, pieces=1) for name in _LOSSES]
+
+
+def _first_losses(contestants: Sequence[Contestant]) -> dict[str, float]:
+    """Return the losses of a first step, and end the contestants."""
+    for contestant in contestants:
+        contestant()
+        contestant.close()
+    return {contestant.name: contestant.results[0] for contestant in contestants}
 
 
 def _made(name: str, config: Config, pieces: int) -> Contestant:

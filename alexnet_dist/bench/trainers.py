@@ -1,14 +1,18 @@
 """The training steps that are timed: ours, and those of the same network in plain PyTorch."""
 
+import gc
+import time
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alexnet_dist.bench import Pass
 from alexnet_dist.bench.contestants import Work
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.config.schema import Config
+from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.engines.base import AT
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError
@@ -16,7 +20,7 @@ from alexnet_dist.network.lrn import alpha_of
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.network.shapes import final_side
 from alexnet_dist.parallel.device import gpus
-from alexnet_dist.parallel.topology import connect
+from alexnet_dist.parallel.topology import Topology, connect
 
 WARM_UP = 5  # steps before a step is captured or profiled
 
@@ -105,7 +109,38 @@ def plain(network: nn.Module, config: Config, form: list[str]) -> Work:
         optimizer.step()
         return loss.detach()
 
+    if "compiled" in form and device.type == "cuda":
+        compile_by(step)
     return graphed(step) if "graph" in form else step
+
+
+def compile_by(step: Callable[[], object]) -> None:
+    """Compile a GPU's kernels by running a step, while others may be using the GPU; so without
+    cuDNN's benchmark, which chooses by time. What cuDNN chooses here is for deterministic
+    convolutions alone, and so the benchmark is still to come."""
+    cudnn = torch.backends.cudnn
+    kept = cudnn.benchmark, cudnn.deterministic
+    cudnn.benchmark, cudnn.deterministic = False, True
+    try:
+        step()
+        torch.cuda.synchronize()
+    finally:
+        cudnn.benchmark, cudnn.deterministic = kept
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def compile_ours(config: Config, topology: Topology) -> None:
+    """Compile the kernels of our step for a GPU, by an engine that is dropped."""
+    if topology.device.type != "cuda" or config.train.execution == "eager":
+        return
+    apart = load_config([flat(config), "train.execution=fused"])  # captures nothing
+
+    def step() -> None:
+        make_engine(apart, topology).train_step(made_batch(config, topology.device), 0, 1e-4)
+
+    compile_by(step)
 
 
 def graphed(step: Callable[[], Tensor]) -> Work:
@@ -136,6 +171,7 @@ def graphed(step: Callable[[], Tensor]) -> Work:
 def ours(config: Config) -> Work:
     """Return our training step."""
     topology = connect(config)
+    compile_ours(config, topology)
     engine, batch = make_engine(config, topology), None
 
     def step() -> Tensor:
@@ -158,3 +194,20 @@ def product_of(config: Config, precision: str) -> Work:
         return 2.0 * side**3  # its FLOP, in place of a loss
 
     return product
+
+
+def timed(work: Callable[[], Tensor], device: torch.device) -> Pass:
+    """Return a pass that times some work; on a GPU many times over, as a CUDA graph, since Python
+    launches it more slowly than the GPU does it."""
+    on_gpu = device.type == "cuda"
+    pieces, once = (50, graphed(work)) if on_gpu else (1, work)
+
+    def run() -> float:
+        begin = time.perf_counter()
+        for _ in range(pieces):
+            once()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - begin) / pieces
+
+    return run

@@ -1,6 +1,7 @@
 """The command `bench`, with its parts: measure, against references."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,14 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "--kernels", action="store_true", help="show instead which kernels take a step's time"
     )
-    part_of_a_run("maps", "bias, ReLU, normalisation and pooling of conv1's maps, against torch's")
+    sub = part_of_a_run(
+        "maps", "bias, ReLU, normalisation and pooling of conv1's maps, against torch's"
+    )
+    sub.add_argument(
+        "--sweep", type=count, nargs="+", metavar="BATCH",
+        help="try instead, on a GPU, other block sizes and registers of all kernels, at these "
+             "batch sizes",
+    )  # fmt: skip
     sub = part_of_a_run(
         "layouts", "every layout on this host's ranks, against one process and replicas"
     )
@@ -80,6 +88,10 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "--steps", type=int, default=0,
         help="steps to run while watching memory (default: 0, not watched)",
+    )  # fmt: skip
+    sub.add_argument(
+        "--cold", action="store_true",
+        help="on a GPU: time also a start for which no kernel has been compiled before",
     )  # fmt: skip
 
 
@@ -110,6 +122,14 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from alexnet_dist.bench.step import bench_step
 
             result = bench_step(config, options.repeats, options.batch, options.best)
+        case "maps" if options.sweep:
+            from alexnet_dist.bench.sweep import sweep
+
+            out = sys.stderr if options.json else sys.stdout
+            found = sweep(config, options.sweep, options.repeats, out)
+            if options.json:
+                print(as_json(found))
+            return 0
         case "maps":
             from alexnet_dist.bench.maps import bench_maps
 
@@ -121,7 +141,7 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         case "end-to-end":
             from alexnet_dist.bench.end_to_end import bench_end_to_end
 
-            result = bench_end_to_end(config, options.repeats, options.steps)
+            result = bench_end_to_end(config, options.repeats, options.steps, options.cold)
         case _:
             from alexnet_dist.bench.checkpoint import bench_checkpoint
 

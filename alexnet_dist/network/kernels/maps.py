@@ -23,6 +23,7 @@ from alexnet_dist.network.kernels.lanes import (
     normalised_backward,
     sum_dtype,
     sum_over_pixels,
+    sum_rows,
     upcast,
 )
 from alexnet_dist.network.kernels.pooled import Pool
@@ -111,7 +112,7 @@ def maps_backward(
             grads, x, bias, out, parts, pixels, activation, size, alpha, beta, k, lanes.chunk,
             lanes.chunks, lanes.lanes, _EACH, steps, num_warps=lanes.warps,
         )  # fmt: skip
-    return out, parts.new_empty(0) if bias is None else parts.sum(0)
+    return out, parts.new_empty(0) if bias is None else sum_rows(parts)
 
 
 @maps_forward.register_fake

@@ -20,6 +20,7 @@ from alexnet_dist.network.kernels.lanes import (
 from alexnet_dist.network.shapes import pooled_side
 
 _ROWS, _COLUMNS = 3, 3  # pooled values per lane
+_AHEAD = 3  # pixels of a row that are read before the row above is computed
 PROGRAMS = 2112  # at most, in a backward, so that few partial sums are left: an H200 runs as many
 REGISTERS = 128  # per lane: 16 warps fit a multiprocessor; enough for the paper's maps
 _NOWHERE = tl.constexpr(255)  # the place of a value through which no gradient flows
@@ -48,7 +49,7 @@ def forward(
     pooled_kernel[(triton.cdiv(count, lanes.pixels),)](
         x, bias, y, places, count, activation, size, alpha, beta, k, *x.shape[2:], h, w,
         lanes.chunk, lanes.chunks, lanes.lanes, pool.window, pool.stride, _ROWS, _COLUMNS,
-        num_warps=lanes.warps, maxnreg=REGISTERS,
+        _AHEAD, num_warps=lanes.warps, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -94,20 +95,33 @@ def _score(
 
 
 @triton.jit
+def _pixels(
+    x, row, column, mask, first: tl.constexpr, last: tl.constexpr, h: tl.constexpr,
+    w: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr,
+):  # fmt: skip
+    """Read pixels `first` to `last` - 1 of a row, counted from `column`."""
+    channel = tl.arange(0, chunk)[None, :]
+    pixels = ()
+    for i in tl.static_range(first, last):
+        inside = (mask & (row < h) & (column + i < w))[:, None]
+        at = ((row * w + column + i) * (chunk * chunks))[:, None] + channel
+        pixels = pixels + (tl.load(x + at, mask=inside, other=0.0),)
+    return pixels
+
+
+@triton.jit
 def _row(
-    x, b, row, column, mask, part, activation: tl.constexpr, size: tl.constexpr,
+    pixels, b, row, column, mask, part, activation: tl.constexpr, size: tl.constexpr,
     alpha: tl.constexpr, beta: tl.constexpr, k: tl.constexpr, h: tl.constexpr, w: tl.constexpr,
     chunk: tl.constexpr, chunks: tl.constexpr, window: tl.constexpr, stride: tl.constexpr,
     columns: tl.constexpr, edges: tl.constexpr, keys: tl.constexpr,
 ):  # fmt: skip
     """Return, for each of `columns` windows, the maximum over one row of pixels: a key, or a value
     and its place."""
-    channel = tl.arange(0, chunk)[None, :]
     scores = ()
     for i in tl.static_range((columns - 1) * stride + window):
         inside = (mask & (row < h) & (column + i < w))[:, None]
-        at = ((row * w + column + i) * (chunk * chunks))[:, None] + channel
-        z = upcast(tl.load(x + at, mask=inside, other=0.0)) + b
+        z = upcast(pixels[i]) + b
         score = _score(z, part, activation, size, alpha, beta, k, chunk, chunks, keys)
         if edges:
             score = tl.where(inside, score, 0.0 if keys else float("-inf"))
@@ -130,19 +144,37 @@ def _row(
     return best
 
 
+@triton.jit
+def _merged(best, row, offset: tl.constexpr, keys: tl.constexpr, columns: tl.constexpr):
+    """Return the maxima over one more row of pixels, whose places begin at `offset`."""
+    merged = ()
+    for c in tl.static_range(columns):
+        if keys:
+            merged = merged + (tl.maximum(best[c], row[c] - offset),)
+        else:
+            value, place = _better(
+                best[2 * c], best[2 * c + 1], row[2 * c], row[2 * c + 1] + offset
+            )
+            merged = merged + (value, place)
+    return merged
+
+
 @triton.jit(do_not_specialize=["count"])
 def pooled_kernel(
     x, bias, y, places, count, activation: tl.constexpr, size: tl.constexpr, alpha: tl.constexpr,
     beta: tl.constexpr, k: tl.constexpr, h: tl.constexpr, w: tl.constexpr, pooled_h: tl.constexpr,
     pooled_w: tl.constexpr, chunk: tl.constexpr, chunks: tl.constexpr, lanes: tl.constexpr,
     window: tl.constexpr, stride: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,
+    ahead: tl.constexpr,
 ):  # fmt: skip
     """y = max over windows of LRN(f(x + b)), and each maximum's place, the first of equals.
 
     A lane walks down `rows` rows of `columns` pooled values, and carries over the rows of pixels
     that two windows share: so LRN is computed 1.36 times per pixel for 3 × 3 windows 2 apart, not
-    2.25 times. If y is 16 bits wide and never negative, a value and its place are packed into one
-    integer key, whose maximum is one instruction: 28 bits of the value, and below them 15 − place.
+    2.25 times. The first `ahead` pixels of a row are read before the row above is computed: lanes
+    that start together would wait together. If y is 16 bits wide and never negative, a value and
+    its place are packed into one integer key, whose maximum is one instruction: 28 bits of the
+    value, and below them 15 − place.
     """
     keys: tl.constexpr = (
         activation == "relu" and window <= 4 and y.dtype.element_ty.primitive_bitwidth == 16
@@ -167,43 +199,51 @@ def pooled_kernel(
     b = 0.0
     if bias is not None:
         b = tl.load(bias + (part * chunk)[:, None] + channel)
+    width: tl.constexpr = (columns - 1) * stride + window
+    first, j = i0 * stride, j0 * stride
     carried = ()
+    early = _pixels(x, first, j, mask, 0, ahead, h, w, chunk, chunks)
     for r in tl.static_range(shared):
+        pixels = early + _pixels(x, first + r, j, mask, ahead, width, h, w, chunk, chunks)
+        early = _pixels(x, first + r + 1, j, mask, 0, ahead, h, w, chunk, chunks)
         carried = carried + _row(
-            x, b, i0 * stride + r, j0 * stride, mask, part, activation, size, alpha, beta, k,
+            pixels, b, first + r, j, mask, part, activation, size, alpha, beta, k,
             h, w, chunk, chunks, window, stride, columns, edges, keys,
         )  # fmt: skip
     for i in range(rows):
-        seen = carried
+        most = carried[:each]
+        for r in tl.static_range(1, shared):
+            most = _merged(most, carried[r * each : (r + 1) * each], r * window, keys, columns)
+        kept = carried[stride * each :]
         for r in tl.static_range(shared, window):
-            seen = seen + _row(
-                x, b, (i0 + i) * stride + r, j0 * stride, mask, part, activation, size, alpha,
-                beta, k, h, w, chunk, chunks, window, stride, columns, edges, keys,
+            row = first + i * stride + r
+            pixels = early + _pixels(x, row, j, mask, ahead, width, h, w, chunk, chunks)
+            after = row + 1 if r + 1 < window else first + (i + 1) * stride + shared
+            more = mask & (after < first + rows * stride + shared)
+            early = _pixels(x, after, j, more, 0, ahead, h, w, chunk, chunks)
+            seen = _row(
+                pixels, b, row, j, mask, part, activation, size, alpha, beta, k, h, w, chunk,
+                chunks, window, stride, columns, edges, keys,
             )  # fmt: skip
+            most = _merged(most, seen, r * window, keys, columns) if r > 0 else seen
+            kept = kept + seen if r >= stride else kept
         for column in tl.static_range(columns):
             if keys:
-                key = seen[column]
-                for r in tl.static_range(1, window):
-                    key = tl.maximum(key, seen[r * columns + column] - r * window)
                 place, value = (
-                    _PLACES - (key & _PLACES),
-                    (key & _VALUE).to(tl.float32, bitcast=True),
+                    _PLACES - (most[column] & _PLACES),
+                    (most[column] & _VALUE).to(tl.float32, bitcast=True),
                 )
                 if size > 0 and beta == 0.75:
                     value = tl.sqrt(value)
             else:
-                value, place = seen[2 * column], seen[2 * column + 1]
-                for r in tl.static_range(1, window):
-                    other = seen[2 * (r * columns + column)]
-                    there = seen[2 * (r * columns + column) + 1] + r * window
-                    value, place = _better(value, place, other, there)
+                value, place = most[2 * column], most[2 * column + 1]
             if activation == "relu":
                 place = tl.where(value <= 0, _NOWHERE, place)
             inside = (mask & (i0 + i < pooled_h) & (j0 + column < pooled_w))[:, None]
             there = made + (((i0 + i) * pooled_w + j0 + column) * wide)[:, None]
             tl.store(y + there, value.to(y.dtype.element_ty), mask=inside)
             tl.store(places + there, place.to(tl.uint8), mask=inside)
-        carried = seen[(window - shared) * each :]
+        carried = kept
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -12,7 +12,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import custom_op
 
-from alexnet_dist.network.kernels.lanes import activated, activation_grad, stack, sum_dtype, upcast
+from alexnet_dist.network.kernels.lanes import (
+    activated,
+    activation_grad,
+    stack,
+    sum_dtype,
+    sum_rows,
+    upcast,
+)
 
 _FOURS = 64  # Philox counters, of four units each, per program
 _ROWS = 8  # samples per program in the backward
@@ -93,7 +100,7 @@ def units_backward(
         grads, y, out, parts, slots, step, n, layer, first, count, seed, threshold, activation,
         scale, has_bias, _ROWS, _FOURS, num_warps=_WARPS,
     )  # fmt: skip
-    return out, parts.sum(0)
+    return out, sum_rows(parts)
 
 
 @units_forward.register_fake
