@@ -18,7 +18,8 @@ from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
 def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of torch's optimisers without its wrappers, which import torch's compiler to
     exempt the method from it: a second of every start."""
-    return torch.no_grad()(inspect.unwrap(method))
+    bare: Callable[..., Any] = torch.no_grad()(inspect.unwrap(method))
+    return bare
 
 
 class _SGD(torch.optim.SGD):

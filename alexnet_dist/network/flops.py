@@ -23,9 +23,7 @@ def multiply_adds(model: AlexNet) -> dict[Layer, int]:
     """Return each layer's multiply-adds in the forward of one image: output positions × weights."""
     config = model.config
     made = dict(zip(config.conv_names, (side for side, _ in map_sides(config)), strict=True))
-    return {
-        layer: made.get(layer.name, 1) ** 2 * layer.weight.numel() for layer in model.layers()
-    }
+    return {layer: made.get(layer.name, 1) ** 2 * layer.weight.numel() for layer in model.layers()}
 
 
 def map_values(counted: Mapping[Layer, int]) -> dict[str, int]:
