@@ -1,4 +1,5 @@
-"""Measure where a process's time goes, in named spans, by the clock of the device that computes.
+"""Measure where a process's time goes: its start in stages, by the clock, and then its steps in
+named spans, by the clock of the device that computes.
 
 Time counts towards the innermost open span. On a CPU a mark is a reading of the clock. On a GPU it
 is an event on the stream, read once the device has passed it, so that nothing waits for it. There a
@@ -26,11 +27,13 @@ DeepSpeed's collectives are not visible: they count as backward and optimizer.
 """
 
 import itertools
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -42,6 +45,37 @@ APART = ("log", "evaluate", "checkpoint")  # not part of a step
 _CLOSED = (*APART, "step")  # inner spans count towards these
 _Mark = float | torch.cuda.Event
 GraphMarks = list[tuple[torch.cuda.Event, str]]  # a time, and the span that begins
+
+
+def now() -> float:
+    """Return seconds since this machine was booted: a clock that its processes share."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def process_began() -> float:
+    """Return when this process was started, as `now` counts."""
+    after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    return int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+
+
+class Start:
+    """How long a run took to start, in stages.
+
+    Args:
+        began: when it was asked for, as `now` counts.
+
+    Attributes:
+        stages: seconds by name, in order.
+    """
+
+    def __init__(self, began: float) -> None:
+        self.began = self._last = began
+        self.stages: dict[str, float] = {}
+
+    def reached(self, stage: str, at: float | None = None) -> None:
+        """Note that a stage ends, now or when `at` says."""
+        at = now() if at is None else at
+        self.stages[stage], self._last = at - self._last, at
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import psutil
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.data.prepare.prepare import Options, prepare
-from alexnet_dist.training.metrics_file import read_metrics
+from alexnet_dist.training.metrics_file import TIMES, read_metrics
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # for `made`, here, and `forks`, in docs/storm.py
@@ -97,7 +97,7 @@ def final_state(folder: Path) -> dict[str, Any]:
         "last": last.manifest["files"],
         "progress": last.progress,
         "best": (best.step, best.manifest["files"]),
-        "metrics": [point for point in read_metrics(folder) if point["kind"] != "speed"],
+        "metrics": [point for point in read_metrics(folder) if point["kind"] not in TIMES],
     }
 
 

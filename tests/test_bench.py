@@ -156,7 +156,10 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(
     assert found["ratios"]["steps from shards / the lesser of batch ready and windows alone"] == (
         run["steps from shards"] / min(run["steps, batch ready"], run["windows from shards"])
     )
-    assert 0 < found["ceilings"]["start to first step, s"] < 60
+    whole = found["ceilings"].pop("start to first step, s")
+    stages = [took for name, took in found["ceilings"].items() if name.startswith("start to ")]
+    assert len(stages) == 8
+    assert 0.8 * whole < sum(stages) <= whole < 60
     libraries = found["ceilings"]["resident of the libraries alone, MB"]
     assert found["ceilings"]["resident after 10 steps, MB"] > libraries > 100
     assert found["ratios"]["resident / planned and the libraries"] > 0.5
@@ -439,6 +442,10 @@ def test_a_cold_start_finds_no_kernel_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
         def __init__(self, command: list[str], env: dict[str, str] | None, **_: object) -> None:
             seen.append(env)
+            run = Path(command[-1]).parent / "run"
+            run.mkdir()
+            point = {"kind": "start", "step": 1, "total_s": 5.0, "stages_s": {"imports": 3.0}}
+            (run / "metrics.jsonl").write_text(json.dumps(point) + "\n")
 
         def terminate(self) -> None:
             pass
@@ -446,15 +453,17 @@ def test_a_cold_start_finds_no_kernel_kept(monkeypatch: pytest.MonkeyPatch) -> N
         communicate = terminate
 
     monkeypatch.setattr(end_to_end.subprocess, "Popen", Process)
-    config = load_config([*TINY, "layout.kind=one"])
-    assert end_to_end._first_step(config) >= 0
-    assert end_to_end._first_step(config, cold=True) >= 0
+    config = load_config([*TINY, "layout.kind=one", "name=run"])
+    found = end_to_end._first_step(config, "warm") | end_to_end._first_step(config, "cold", True)
+    assert [*found] == ["warm, s", "warm: imports, s", "cold, s", "cold: imports, s"]
+    assert found["cold, s"] >= 0
+    assert found["cold: imports, s"] == 3
     warm, cold = seen
     assert warm is None
     assert cold is not None
     Process.stderr = ("loading\n", "alexnet-dist: no data\n")
     with pytest.raises(ConfigError, match="ended before its first step: alexnet-dist: no data"):
-        end_to_end._first_step(config)
+        end_to_end._first_step(config, "warm")
     folders = {Path(cold[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     assert len(folders) == 2
     assert not any(folder.exists() for folder in folders)

@@ -19,7 +19,7 @@ from alexnet_dist.data.dataset import Dataset, open_for
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.training import loggers, loop, tensorboard
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics_file import read_metrics
+from alexnet_dist.training.metrics_file import TIMES, read_metrics
 
 SHORT = ["layout.kind=one", "train.precision=fp32", "checkpoint.every_steps=4", "name=logged",
          "log.every_steps=2", "schedule.kind=steps", "train.epochs=1"]  # fmt: skip
@@ -42,7 +42,7 @@ def test_a_csv_is_the_metrics_with_a_row_for_each_point_whatever_was_made_again(
     with (config.folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["step"] for row in rows] == ["2", "4", "6", "8", "8"]
-    points = [point for point in read_metrics(config.folder) if point["kind"] != "speed"]
+    points = [point for point in read_metrics(config.folder) if point["kind"] not in TIMES]
     for row, point in zip(rows, points, strict=True):
         told = {f"{point['kind']}/{k}": v for k, v in point.items() if isinstance(v, float)}
         assert {tag: float(row[tag]) for tag in told} == told

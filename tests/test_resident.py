@@ -33,7 +33,7 @@ from alexnet_dist.parallel.stop_signals import StopSignals, handlers_restored
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics_file import read_metrics
+from alexnet_dist.training.metrics_file import TIMES, read_metrics
 
 KINDS = ("torch", "resident")
 
@@ -160,7 +160,7 @@ def test_a_run_on_either_is_the_same_run(tiny: Callable[..., Config]) -> None:
         result = alexnet_dist("train", *as_overrides(config))
         assert result.returncode == 0, result.stderr
         assert f"by data.pipeline={pipeline} (set)" in result.stderr
-        metrics.append([p for p in read_metrics(config.folder) if p["kind"] != "speed"])
+        metrics.append([p for p in read_metrics(config.folder) if p["kind"] not in TIMES])
     assert (
         "train and test: 0.00 GB of decoded images per rank, in the host's memory" in result.stderr
     )

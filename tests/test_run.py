@@ -28,7 +28,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel import spawn
 from alexnet_dist.parallel.stop_signals import handlers_restored
-from alexnet_dist.training.metrics_file import read_metrics
+from alexnet_dist.training.metrics_file import TIMES, read_metrics
 from alexnet_dist.training.state import Progress
 
 # 60 images, 8 a step, 8 epochs: 60 steps; evaluations after every 15; a save every 4.
@@ -143,7 +143,7 @@ def ended_state(folder: Path) -> dict[str, Any]:
     """All that must be the same to the bit: tensors' hashes, progress, metrics less times."""
     last = checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1])
     best = checkpoints.best(folder / "checkpoints")
-    metrics = [point for point in read_metrics(folder) if point["kind"] != "speed"]
+    metrics = [point for point in read_metrics(folder) if point["kind"] not in TIMES]
     return {
         "last": last.manifest["files"],
         "progress": last.progress,

@@ -4,10 +4,11 @@ import gzip
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from conftest import alexnet_dist, as_overrides
@@ -19,6 +20,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
+from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.evaluation.evaluate import evaluate_engine, features_and_logits
 from alexnet_dist.parallel.device import peak_flops
@@ -27,7 +29,7 @@ from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.logs import watch
 from alexnet_dist.training.loop import train
-from alexnet_dist.training.metrics_file import read_metrics
+from alexnet_dist.training.metrics_file import TIMES, read_metrics
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.telemetry import in_hours
 
@@ -198,6 +200,56 @@ def test_a_run_writes_the_tags_that_are_documented(tiny: Callable[..., Config]) 
         assert 0 < point["goodput"] <= 1
 
 
+def test_the_start_is_written_in_stages_and_its_step_is_no_measure_of_speed(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """However long the first batch and the first step take."""
+    step, batches = TorchEngine.train_step, TorchPipeline.batches
+    slow = iter([1.0])
+
+    def train_step(self: TorchEngine, *args: Any) -> torch.Tensor:
+        time.sleep(next(slow, 0))
+        return step(self, *args)
+
+    def decoded(self: TorchPipeline, plan: Any) -> Iterator[Any]:
+        time.sleep(0.5)
+        yield from batches(self, plan)
+
+    monkeypatch.setattr(TorchEngine, "train_step", train_step)
+    monkeypatch.setattr(TorchPipeline, "batches", decoded)
+    config = tiny("layout.kind=one", "log.every_steps=3", "train.epochs=1")
+    assert train(config).exit == 0
+    start, train_point, speed, *_ = read_metrics(config.folder)
+    assert [(p["kind"], p["step"]) for p in (start, train_point, speed)] == [
+        ("start", 1), ("train", 3), ("speed", 3)
+    ]  # fmt: skip
+    stages = start["stages_s"]
+    assert [*stages] == ["imports", "device", "data set", "decoder", "network", "logs",
+                         "first batch", "first step"]  # fmt: skip
+    assert sum(stages.values()) == pytest.approx(start["total_s"])
+    assert (stages["first batch"] > 0.5, stages["first step"] > 1) == (True, True)
+    said = rf"^first step after {start['total_s']:.1f} s: .*first batch \d.*, first step [1-9]"
+    assert re.search(said, capsys.readouterr().err, re.M)
+    assert speed["time"]["data"] < 0.5
+    assert speed["images_per_s"] > 3 * 8 / 1.5  # three steps' images in all the time slept
+
+
+def test_a_start_counts_from_the_command_that_was_typed(tiny: Callable[..., Config]) -> None:
+    config = tiny("layout.kind=replicas", "layout.ranks=2", "log.every_steps=1", "train.epochs=0.3")
+    before = timing.now()
+    result = alexnet_dist("train", *as_overrides(config))
+    assert result.returncode == 0, result.stderr
+    start, first, second, *_ = read_metrics(config.folder)
+    assert 0 < start["total_s"] < timing.now() - before
+    assert next(iter(start["stages_s"])) == "launch"
+    assert (start["step"], first["kind"], second["kind"]) == (1, "train", "train")
+    line = next(line for line in result.stderr.splitlines() if "step 1/2" in line)
+    assert line.endswith(f"rate {first['rate']:.2e}"), "its speed is not known"
+    assert re.search(r"step 2/2 .* images/s .* ETA 0:00:00$", result.stderr, re.M)
+    age = timing.now() - timing.process_began()
+    assert age == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
+
+
 def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
     config = tiny(*WATCHED, "layout.kind=one", "profile.steps=[2,3]", "name=drawn")
     assert train(config).exit == 0
@@ -242,7 +294,7 @@ def test_watching_changes_nothing_and_none_is_written_unasked(tiny: Callable[...
         config = tiny("layout.kind=one", *every, *more, f"name={name}")
         assert train(config).exit == 0
         last = checkpoints.verify(checkpoints.steps(config.folder / "checkpoints")[-1])
-        points = [p for p in read_metrics(config.folder) if p["kind"] != "speed"]
+        points = [p for p in read_metrics(config.folder) if p["kind"] not in TIMES]
         ends.append((last.manifest["files"], last.progress, points))
     assert ends[0] == ends[1]
     groups = {tag.partition("/")[0] for tag in tags_of(config.folder)}

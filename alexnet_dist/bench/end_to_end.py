@@ -28,6 +28,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.planning.dry_run import plan
+from alexnet_dist.training.metrics_file import read_metrics
 
 _VIEWS, _IMAGES = 10, 32  # of a piece of evaluation
 _NEVER = 10**9  # steps: more than are made
@@ -126,9 +127,9 @@ def bench_end_to_end(config: Config, repeats: int, steps: int, cold: bool = Fals
             **{name: value for name, value in memory.items() if "/" in name},
         },
         "ceilings": {
-            "start to first step, s": _first_step(config),
+            **_first_step(config, "start to first step"),
             **(
-                {"the same, no kernel built before, s": _first_step(config, cold=True)}
+                _first_step(config, "the same, no kernel built before", cold=True)
                 if cold and gpus(config)
                 else {}
             ),
@@ -164,10 +165,12 @@ def _memory(one: Contestant, config: Config, steps: int) -> dict[str, float]:
     }
 
 
-def _first_step(config: Config, cold: bool = False) -> float:
-    """Return the seconds from typing `alexnet-dist train` to the end of the first step.
+def _first_step(config: Config, name: str, cold: bool = False) -> dict[str, float]:
+    """Return the seconds from typing `alexnet-dist train` to the end of the first step, and those
+    of each stage, by name.
 
     Args:
+        name: what the whole is called.
         cold: whether to start without kernels that Triton and torch.compile have cached.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -193,4 +196,6 @@ def _first_step(config: Config, cold: bool = False) -> float:
         seconds = time.perf_counter() - begin
         process.terminate()
         process.communicate()
-    return seconds
+        (start,) = (p for p in read_metrics(Path(folder) / config.name) if p["kind"] == "start")
+    stages = {f"{name}: {stage}, s": float(took) for stage, took in start["stages_s"].items()}
+    return {f"{name}, s": seconds, **stages}

@@ -90,13 +90,14 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if signals.exit_code is None:
             from alexnet_dist.training.run_folder import RunFolder
 
-            return spawn.start(arguments, wanted, config.folder, RunFolder(config).killed)
+            killed, began = RunFolder(config).killed, spawn.start_of_this_process().began
+            return spawn.start(arguments, wanted, config.folder, killed, began)
         print(signals.last_words, end="", file=sys.stderr)
         return signals.exit_code
 
     from alexnet_dist.training import loop
 
-    outcome = loop.train(config, signals)
+    outcome = loop.train(config, signals, spawn.start_of_this_process())
     if outcome.is_rank_0:
         _print_end(config, outcome)
     return outcome.exit

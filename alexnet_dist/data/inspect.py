@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 
 from alexnet_dist.data.batch import started_ahead
+from alexnet_dist.data.codecs import decode_image
 from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.data.split import Split
@@ -94,8 +94,7 @@ def _decoded(split: Split, sample: int) -> Tensor:
     """Decode a sample: (1 or 3, h, w) uint8; raise DatasetError."""
     try:
         buffer = torch.frombuffer(split.read(sample), dtype=torch.uint8)
-        image: Tensor = decode_image(buffer, ImageReadMode.UNCHANGED)
-        return image
+        return decode_image(buffer)
     except RuntimeError as error:
         raise DatasetError(
             f"split {split.name!r}: sample {sample} cannot be decoded ({error}): prepare the data "

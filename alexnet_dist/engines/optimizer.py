@@ -4,6 +4,7 @@ A learning rate is a number, or a () float64 tensor on the GPU, so that a step c
 graph can be replayed at another rate.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
+
+
+def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of torch's optimisers without its wrappers, which import torch's compiler to
+    exempt the method from it: a second of every start."""
+    bare: Callable[..., Any] = torch.no_grad()(inspect.unwrap(method))
+    return bare
+
+
+class _SGD(torch.optim.SGD):
+    add_param_group = _uncompiled(torch.optim.SGD.add_param_group)
+    step = _uncompiled(torch.optim.SGD.step)
+    zero_grad = _uncompiled(torch.optim.SGD.zero_grad)
 
 
 class Optimizer:
@@ -53,7 +67,7 @@ class Optimizer:
             # torch would warn of uncaptured steps; those before the capture are meant to be.
             self.optimizer._warned_capturable_if_run_uncaptured = True
         else:
-            self.optimizer = torch.optim.SGD(groups, momentum=config.momentum, fused=True)
+            self.optimizer = _SGD(groups, momentum=config.momentum, fused=True)
         self.parameters = dict(named)
         # torch would make the state at the first step, and not at all if that is skipped.
         for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():

@@ -1,21 +1,19 @@
-"""The number of arithmetic operations of the network, counted by running it on fake tensors."""
+"""The number of arithmetic operations of the network."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.network.layers import Layer
 from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.shapes import map_sides
 
 
 def training_flops(config: Config) -> int:
     """Return the FLOPs of training on one image: the forward, as many for the gradients of the
     weights, and as many again for those of the layers' inputs, except conv1's."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         counted = multiply_adds(AlexNet(config.model, init_weights=False))
     forward = {layer.name: 2 * macs for layer, macs in counted.items()}
     return 3 * sum(forward.values()) - forward["conv1"]
@@ -23,18 +21,9 @@ def training_flops(config: Config) -> int:
 
 def multiply_adds(model: AlexNet) -> dict[Layer, int]:
     """Return each layer's multiply-adds in the forward of one image: output positions × weights."""
-    counted: dict[Layer, int] = {}
-
-    def count(layer: nn.Module, inputs: Any, outputs: list[Tensor]) -> None:
-        assert isinstance(layer, Layer)
-        counted[layer] = outputs[0][0, 0].numel() * layer.weight.numel()
-
-    hooks = [layer.register_forward_hook(count) for layer in model.layers()]
-    side = model.config.crop
-    model.eval()(torch.empty(1, 3, side, side))
-    for hook in hooks:
-        hook.remove()
-    return counted
+    config = model.config
+    made = dict(zip(config.conv_names, (side for side, _ in map_sides(config)), strict=True))
+    return {layer: made.get(layer.name, 1) ** 2 * layer.weight.numel() for layer in model.layers()}
 
 
 def map_values(counted: Mapping[Layer, int]) -> dict[str, int]:

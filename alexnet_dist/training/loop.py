@@ -32,7 +32,7 @@ from alexnet_dist.parallel.layouts import check, ranks_wanted
 from alexnet_dist.parallel.replicas import check_replicas
 from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
 from alexnet_dist.parallel.topology import Topology, connect, leave
-from alexnet_dist.timing import TIMELINE
+from alexnet_dist.timing import TIMELINE, Start, now
 from alexnet_dist.training.checkpointing import RunCheckpoints
 from alexnet_dist.training.loggers import check_installed
 from alexnet_dist.training.logs import configure_logging, log, opening
@@ -59,7 +59,9 @@ class Outcome:
     is_rank_0: bool
 
 
-def train(config: Config, signals: StopSignals | None = None) -> Outcome:
+def train(
+    config: Config, signals: StopSignals | None = None, start: Start | None = None
+) -> Outcome:
     """Train to the last step or until a signal, resuming from the run folder's newest good
     checkpoint.
 
@@ -69,6 +71,7 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
         signals: signal handlers that are already installed. If None, handlers are installed for the
             duration of the call, which must come from the main thread, and the caller's own are
             restored on return.
+        start: the stages of the start so far. If None, it begins with this call.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
@@ -78,16 +81,17 @@ def train(config: Config, signals: StopSignals | None = None) -> Outcome:
         SaidByRank0: on the other ranks, if rank 0 raised one of these.
         RanksFailed: ranks that were started here failed, and have reported why.
     """
+    start = start or Start(now())
     if signals is not None:
-        return _train(config, signals)
+        return _train(config, signals, start)
     wanted = ranks_wanted(config, gpus(config))
     with handlers_restored():
         if wanted > 1 and environment.place() is None:
-            return _on_own_ranks(config, wanted)
-        return _train(config, StopSignals())
+            return _on_own_ranks(config, wanted, start.began)
+        return _train(config, StopSignals(), start)
 
 
-def _on_own_ranks(config: Config, count: int) -> Outcome:
+def _on_own_ranks(config: Config, count: int, began: float) -> Outcome:
     """Run `alexnet-dist train` with this config in `count` processes, and wait for them."""
     from alexnet_dist.parallel import spawn  # loads torchrun, which a rank itself does not need
 
@@ -95,7 +99,8 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(flat(config), file)
         file.flush()
-        code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
+        killed = RunFolder(config).killed
+        code = spawn.start(["train", file.name], count, config.folder, killed, began)
     if code not in (0, *EXITS.values()):
         failed = RanksFailed(
             f"{config.folder}: a rank ended with exit code {code}, and reported why"
@@ -107,16 +112,18 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
     return Outcome(code, reached.step, None if code else reached.score, is_rank_0=True)
 
 
-def _train(config: Config, signals: StopSignals) -> Outcome:
+def _train(config: Config, signals: StopSignals, start: Start) -> Outcome:
     """Train as one rank of the run, or as its only process."""
+    start.reached("imports")
     topology = connect(config)
+    start.reached("device")
     signals.last_words = None  # from here on, the loop polls for signals
     configure_logging(topology)
-    config, dataset, decoding = _resolve(config, topology)
+    config, dataset, decoding = _resolve(config, topology, start)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
-        outcome = _run(config, signals, topology, dataset, folder, decoding)
+        outcome = _run(config, signals, topology, dataset, folder, decoding, start)
     except Exception as error:
         explained = in_words(error)
         known = explained is error  # one of ours, which would recur
@@ -132,7 +139,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     return outcome
 
 
-def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
+def _resolve(config: Config, topology: Topology, start: Start) -> tuple[Config, Dataset, str]:
     """Fill in what the config leaves to another run, to the data set or to this machine, alike on
     every rank: what depends on files, rank 0 decides. Collective.
 
@@ -144,17 +151,19 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     dataset = open_for(resolved)
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
+    start.reached("data set")
     resolved, why = choose_pipeline(resolved, topology, dataset)
     pipeline = resolved.data.pipeline
     if why == "set" and config.data.pipeline != pipeline:  # resolved from an earlier start
         why = "as before"
     decoding = f"data.pipeline={pipeline} ({why}){decoder_in_words(resolved, topology)}"
+    start.reached("decoder")
     return resolved, dataset, decoding
 
 
 def _run(
     config: Config, signals: StopSignals, topology: Topology, dataset: Dataset, folder: RunFolder,
-    decoding: str,
+    decoding: str, start: Start,
 ) -> Outcome:  # fmt: skip
     """Run the training loop. The ranks are connected and the run folder is held."""
     # The network, its optimiser and its position in the schedule: new, or restored from the newest
@@ -164,17 +173,19 @@ def _run(
     engine = make_engine(config, topology)
     checkpoints = RunCheckpoints(config, folder, engine, schedule, dataset.digest, topology)
     progress = checkpoints.resume()
+    start.reached("network")
     folder.running(progress.step, schedule.last_step)
     log.info(opening(config, topology, progress.step, schedule.last_step, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
         decode_to_memory(config, topology, dataset, splits_of(config), signals)
+        start.reached("decoding to memory")
     batches = train_batches(config, topology, dataset, progress.step, schedule.last_step)
 
     # What runs beside the steps: statistics on their way from the device, what is written of them,
     # and a watchdog for ranks that hang.
     pending = PendingSteps(progress, config, split, folder, topology)
     telemetry = Telemetry(
-        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step
+        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step, start
     )
     watchdog = Watchdog(
         topology, lambda: signals.polls, config.layout.timeout_s,

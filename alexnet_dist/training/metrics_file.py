@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 
 # For each kind of point, the numbers that are read again: a line without them is not a point.
 _SCORES = ("epoch", "loss", "top1", "top5")
-_KINDS = {"train": _SCORES, "eval": (*_SCORES, "correct1", "samples"), "speed": ("images_per_s",)}
+_KINDS = {"train": _SCORES, "eval": (*_SCORES, "correct1", "samples"), "speed": ("images_per_s",),
+          "start": ("total_s",)}  # fmt: skip
+TIMES = ("speed", "start")  # kinds that are not the same when a run is repeated
 
 
 def accuracies(classes: int) -> dict[str, str]:
@@ -28,10 +30,13 @@ def accuracies(classes: int) -> dict[str, str]:
 
 def rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """Return the numbers of some points by tag, as in {"step": 20, "train/loss": 2.3}: a row for
-    each point, but a "speed" point shares the row of the training point of its step."""
+    each point, but a "speed" point shares the row of the training point of its step, and a "start"
+    has none."""
     made: list[dict[str, float]] = []
     for point in points:
         step, kind = point["step"], point["kind"]
+        if kind == "start":
+            continue
         nested = {group: point[group] for group in ("time", "memory") if group in point}
         if kind != "speed" or not made or made[-1]["step"] != step:
             made.append({"step": step})

@@ -1,7 +1,7 @@
 """What a run reports: a progress line, metrics.jsonl, TensorBoard, loggers. Only rank 0 writes.
 
 docs/tensorboard.md lists every tag. Values of train/ and eval/ repeat to the bit when a run is
-repeated; times and memory do not, and are in lines of their own (`"kind": "speed"`).
+repeated; times and memory do not, and are in lines of their own (`"kind": "speed"`, `"start"`).
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import MOST_CLASSES, chroma
-from alexnet_dist.timing import SPANS, TIMELINE, Took
+from alexnet_dist.timing import SPANS, TIMELINE, Start, Took, now
 from alexnet_dist.training import loggers, metrics_file
 from alexnet_dist.training.bottleneck import STRAGGLES, verdict
 from alexnet_dist.training.logs import log, quarantine
@@ -39,6 +39,7 @@ from alexnet_dist.training.tensorboard import Board
 from alexnet_dist.training.trace import Trace
 
 _MOST_RANKS = 64  # whose own times are written
+_SHORT_S = 0.1  # a stage of the start that takes less is not worth a word
 
 
 class Telemetry:
@@ -49,11 +50,12 @@ class Telemetry:
     Args:
         step: step at which the run continues; later points of an earlier attempt are removed.
         evaluated_step: last step whose evaluation counts.
+        start: the stages of the run's start so far.
     """
 
     def __init__(
         self, config: Config, folder: RunFolder, topology: Topology, dataset: Dataset,
-        schedule: Schedule, step: int, evaluated_step: int,
+        schedule: Schedule, step: int, evaluated_step: int, start: Start,
     ) -> None:  # fmt: skip
         self._config, self._folder, self._topology = config, folder, topology
         self._schedule, self._last_step = schedule, schedule.last_step
@@ -83,6 +85,8 @@ class Telemetry:
         profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
         self._trace = Trace(profiled, folder.path, self._cuda, self._traced)
         self._trace.stepped(step)
+        self._start: Start | None = start  # None once the first step is done
+        start.reached("logs")
         TIMELINE.start(self._cuda)
         # Last, so that where one of the above fails no handler is left in this process.
         self._quarantine = quarantine(folder.path / "quarantine.jsonl")
@@ -99,23 +103,50 @@ class Telemetry:
     def stepped(self, step: int, engine: Engine) -> None:
         """Note that a step has been made; draw histograms where they are due. Collective."""
         TIMELINE.step()
+        if self._start is not None:
+            self._started(step, self._start)
         with TIMELINE.span("log"):
             self._trace.stepped(step)
             if self.histograms_due(step):
                 self._board.histograms(engine, step)
+
+    def _started(self, step: int, start: Start) -> None:
+        """Write how long the start took, at the end of the first step. That step counts for the
+        start, not for the speed: it builds kernels, and waits until images are decoded."""
+        took = TIMELINE.take()
+        self._step, self._start = step, None
+        at = now() - took.total
+        for stage, span in {"evaluation": "evaluate", "first batch": "data"}.items():
+            if seconds := took.seconds[span]:  # evaluation: one that a signal had interrupted
+                start.reached(stage, at := at + seconds)
+        start.reached("first step")
+        if not self._topology.is_rank_0:
+            return
+        stages, total_s = start.stages, sum(start.stages.values())
+        self._metrics.append(
+            {"kind": "start", "step": step, "total_s": total_s, "stages_s": stages}
+        )
+        words = [f"{stage} {stages[stage]:.1f}" for stage in stages if stages[stage] >= _SHORT_S]
+        self._say(f"first step after {total_s:.1f} s: {', '.join(words)}")
 
     def _epoch(self, step: int) -> float:
         return step / self._schedule.steps_per_epoch
 
     def train(self, step: int, values: Mapping[str, float]) -> None:
         """Write a training point: `values` by their tags under train/, and the times, speeds and
-        memory of the interval since the last one. Collective."""
+        memory of the interval since the last one, or since the first step. Collective."""
         took = TIMELINE.take()
         with TIMELINE.span("log"):
             self._train(step, self._epoch(step), values, took)
 
     def _train(self, step: int, epoch: float, values: Mapping[str, float], took: Took) -> None:
         steps, self._step = step - self._step, step
+        point = {"kind": "train", "step": step, "epoch": epoch, **values}
+        if not steps:  # the first step, whose time was that of the start
+            if self._topology.is_rank_0:
+                self._write(point)
+                self._progress(step, self._progress_line(step, epoch, values, {}, 0.0))
+            return
         measured = self._topology.gather(*_measured(took, self._cuda))
         if not self._topology.is_rank_0:
             return
@@ -139,16 +170,19 @@ class Telemetry:
         times = {"own_s": own, "step_p50_s": p50, "step_p95_s": p95}
         ranks = {name: values[:_MOST_RANKS] for name, values in times.items()}
         self._write(
-            {"kind": "train", "step": step, "epoch": epoch, **values},
+            point,
             {"kind": "speed", "step": step, **speed, "time": shares, "memory": memory,
              "ranks": ranks, "verdict": words},
         )  # fmt: skip
-        left_s = (self._last_step - step) * took.training / max(1, steps)
-        line = self._progress_line(step, epoch, values, speed, left_s)
+        left_s = (self._last_step - step) * took.training / steps
+        self._progress(step, self._progress_line(step, epoch, values, speed, left_s))
+
+    def _progress(self, step: int, line: str) -> None:
+        """Show a log point's line."""
         if self._terminal:
             with contextlib.suppress(OSError):  # it was closed
                 self._bar.set_description_str(line, refresh=False)
-                self._bar.update(steps)
+                self._bar.update(step - self._bar.n)
         else:
             log.info(line)
 
@@ -159,19 +193,23 @@ class Telemetry:
         """Return the line that a log point prints.
 
         Args:
-            left_s: seconds of training left.
+            speed: empty if it is not known yet.
+            left_s: seconds of training left, if the speed is known.
         """
         tops = [f"{name} {values[top]:.1%}" for top, name in accuracies(self._classes).items()]
-        digits = 0 if speed["images_per_s"] >= 10 else 1
         parts = [
             f"epoch {epoch:.2f}", f"step {step}/{self._last_step}", f"loss {values['loss']:.4f}",
-            *tops, f"rate {values['rate']:.2e}", f"{speed['images_per_s']:.{digits}f} images/s",
-            f"data wait {speed['data_wait']:.0%}",
-            *([f"MFU {self._mfu:.0%}"] if self._mfu else []),
-            *([f"damaged {values['damaged']:.0f}"] if values["damaged"] else []),
-            *_straggler_in_words(speed),
-            f"ETA {in_hours(left_s)}",
+            *tops, f"rate {values['rate']:.2e}",
         ]  # fmt: skip
+        if speed:
+            digits = 0 if speed["images_per_s"] >= 10 else 1
+            parts += [f"{speed['images_per_s']:.{digits}f} images/s"]
+            parts += [f"data wait {speed['data_wait']:.0%}"]
+            parts += [f"MFU {self._mfu:.0%}"] if self._mfu else []
+        if values["damaged"]:
+            parts += [f"damaged {values['damaged']:.0f}"]
+        if speed:
+            parts += [*_straggler_in_words(speed), f"ETA {in_hours(left_s)}"]
         return "  ".join(parts)
 
     def new_confusion(self) -> Tensor | None:

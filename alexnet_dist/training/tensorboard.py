@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
-from torchvision.io import ImageReadMode, decode_image
 
 from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.data.codecs import RGB, decode_image
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.data.split import Split
@@ -200,7 +200,7 @@ def draw_answers(
 def image_of(split: Split, sample: int, canvas: int) -> Picture:
     """Return a sample as (canvas, canvas, 3) uint8; a damaged one as the sample that stands in."""
     _, (encoded,) = split.read_batch(np.array([sample]))
-    image = decode_image(torch.from_numpy(encoded), ImageReadMode.RGB)
+    image = decode_image(torch.from_numpy(encoded), RGB)
     picture: Picture = on_canvas(image, canvas).movedim(0, -1).numpy()
     return picture
 

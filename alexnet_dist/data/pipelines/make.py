@@ -1,6 +1,5 @@
 """Choose and make the pipeline of a run, and make the batches that it trains on."""
 
-import contextlib
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Literal
@@ -9,7 +8,7 @@ from alexnet_dist.config.from_data import AUTO, NO_SPLIT
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Pipeline
 from alexnet_dist.data.dataset import Dataset
-from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline, check_dali
+from alexnet_dist.data.pipelines.dali_pipeline import DaliPipeline, check_dali, gpu_decoders
 from alexnet_dist.data.pipelines.resident import FreeMemory, ResidentPipeline, decoded_bytes, gb
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.preprocess import Preprocess
@@ -63,8 +62,7 @@ def on_gpu(size: float, free: float, dali_fails: Callable[[], str]) -> tuple[Kin
 def decoder_in_words(config: Config, topology: Topology) -> str:
     """Return what decodes images for a GPU, for the log; empty where there is nothing to say."""
     if config.data.pipeline == "dali" and topology.device.type == "cuda" and topology.is_rank_0:
-        with contextlib.suppress(Exception):  # the pipeline will say so
-            return f", {check_dali(topology.device.index)}"
+        return f", {gpu_decoders(topology.device.index or 0)}"
     return ""
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
@@ -97,7 +96,7 @@ class FreeMemory:
 def _network_bytes(config: Config, topology: Topology) -> float:
     """Return a generous bound on the bytes that training and evaluation take on a rank; `plan`
     gives a closer one."""
-    with FakeTensorMode():
+    with torch.device("meta"):
         model = AlexNet(config.model, init_weights=False)
         values = map_values(multiply_adds(model)).values()
     # Training keeps all maps for the backward; a forward alone, a few of the largest.

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.io import ImageReadMode
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import (
@@ -24,6 +23,7 @@ from alexnet_dist.data.batch import (
     started_ahead,
     to_device,
 )
+from alexnet_dist.data.codecs import UNCHANGED, operators
 from alexnet_dist.data.preprocess import Canvases
 from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
 from alexnet_dist.errors import MachineError, filled_by
@@ -108,9 +108,8 @@ class Decoder:
 
 
 def _decode(
-    encoded: list[Tensor], places: list[list[int]], out: Tensor,
-    mode: int = ImageReadMode.UNCHANGED.value,
-) -> None:  # fmt: skip
+    encoded: list[Tensor], places: list[list[int]], out: Tensor, mode: int = UNCHANGED
+) -> None:
     """Decode, resize and cut images, in the subset of Python that TorchScript compiles.
 
     Args:
@@ -136,6 +135,7 @@ def _decode(
 def _compiled() -> _Decode:
     """Return `_decode` compiled by TorchScript; where there is none, `_decode` itself, with threads
     that wait for the GIL."""
+    operators()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.jit is deprecated, without a replacement
         try:

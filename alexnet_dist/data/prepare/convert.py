@@ -14,8 +14,8 @@ import numpy as np
 import simplejpeg
 import torch
 from PIL import ExifTags, Image, ImageChops, TiffImagePlugin, UnidentifiedImageError
-from torchvision.io import ImageReadMode, decode_image, encode_png
 
+from alexnet_dist.data.codecs import decode_image, encode_png
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.header import PNG, check_png, size_of
 from alexnet_dist.data.prepare.sources import Pixels
@@ -137,7 +137,7 @@ def _stored(kind: str, encoded: bytes) -> Stored:
     of the pixels that runs see."""
     try:
         buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-        return Stored(kind, encoded, decode_image(buffer, ImageReadMode.UNCHANGED))
+        return Stored(kind, encoded, decode_image(buffer))
     except RuntimeError as error:
         raise RefusedImage(f"decoded by Pillow but not by torchvision: {error}") from error
 
