@@ -14,16 +14,17 @@ import torch
 from conftest import alexnet_dist, assert_close
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.cli.main import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.errors import CheckpointError, ConfigError, MachineError
 from alexnet_dist.evaluation import scores
 from alexnet_dist.evaluation.evaluate import evaluate, evaluate_checkpoints
 from alexnet_dist.evaluation.load import load_checkpoint
-from alexnet_dist.evaluation.results import Evaluation, Score
+from alexnet_dist.evaluation.results import Evaluation, Score, add_confusion
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.runs import RunResults, read_run_folder
 from alexnet_dist.training.loop import train
@@ -48,8 +49,8 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     assert_close(both.probabilities, mean, 1e-7)
     assert both.labels.tolist() == alone[0].labels.tolist()
     assert both.score.correct1 == int((mean.argmax(1) == both.labels).sum())
-    assert int(both.confusion().diag().sum()) == both.score.correct1
-    assert both.confusion().sum(1).tolist() == torch.bincount(both.labels, minlength=10).tolist()
+    assert int(both.confusion.diag().sum()) == both.score.correct1
+    assert both.confusion.sum(1).tolist() == torch.bincount(both.labels, minlength=10).tolist()
 
     read: list[int] = []
     whole = Split.read_with_warnings
@@ -77,6 +78,25 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     said = alexnet_dist(*command).stdout
     assert "95 % of resamples between" in said
     assert "mistaken for" in said
+
+
+def test_one_network_is_scored_without_its_probabilities_in_memory(
+    two_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    whole = evaluate_checkpoints(two_runs[:1], ["evaluate.batch=5"])
+    monkeypatch.setattr("alexnet_dist.evaluation.evaluate.free_host_memory", lambda: 919)
+    alone = evaluate_checkpoints(two_runs[:1], ["evaluate.batch=5"], keep=False)
+    assert alone.probabilities is alone.labels is None
+    assert alone.score == whole.score
+    assert torch.equal(alone.confusion, whole.confusion)
+    assert main(["evaluate", str(two_runs[0])]) == 0
+
+    with pytest.raises(MachineError, match=r"networks takes 23 x 10 probabilities, .* one by one"):
+        evaluate_checkpoints(two_runs, keep=False)
+    assert main(["evaluate", str(two_runs[0]), "--predictions", str(tmp_path / "all.npz")]) == 1
+    assert "keeping predictions takes 23 x 10 probabilities" in capsys.readouterr().err
+    assert not (tmp_path / "all.npz").exists()
 
 
 def test_networks_are_averaged_on_images_that_none_was_trained_on(
@@ -156,8 +176,10 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
 def test_confusion_leaves_damaged_samples_out() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.6, 0.4]])
     labels = torch.tensor([0, 0, 1, -1])
-    found = Evaluation(Score(3, 1, 3, 1.0), (), ("cat", "dog"), probabilities, labels)
-    assert found.confusion().tolist() == [[1, 1], [1, 0]]
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    add_confusion(confusion, probabilities, labels)
+    assert confusion.tolist() == [[1, 1], [1, 0]]
+    found = Evaluation(Score(3, 1, 3, 1.0), (), ("cat", "dog"), confusion)
     report = found.report()
     assert report["mistakes"] == [
         {"of": "cat", "taken_for": "dog", "samples": 1},

@@ -161,7 +161,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.evaluation import scores
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
-    result = evaluate_checkpoints(paths, overrides)
+    result = evaluate_checkpoints(paths, overrides, keep=options.predictions is not None)
     kept = scores.save_score(result)
     if options.predictions:
         result.write(options.predictions)

@@ -1,4 +1,4 @@
-"""The score of one network or of several averaged, and every prediction it was computed from."""
+"""The score of one network or of several averaged, and the predictions it was computed from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,35 +82,30 @@ class Conditions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of one network, or of several averaged, for every sample of a split.
+    """The score of one network, or of several averaged, on every sample of a split.
 
     Attributes:
         checkpoints: the networks' checkpoints.
         classes: class names.
+        confusion: (classes, classes) int64: samples of the row's class predicted as the column's.
         probabilities: (n, classes) float32 or wider, softmax outputs averaged over views and
-            networks, in the split's order; n includes damaged samples.
-        labels: (n,) int64; −1 for a damaged sample.
+            networks, in the split's order; n includes damaged samples. None where not kept.
+        labels: (n,) int64; −1 for a damaged sample. None where not kept.
     """
 
     score: Score
     checkpoints: tuple[Checkpoint, ...]
     classes: tuple[str, ...]
-    probabilities: Tensor
-    labels: Tensor
+    confusion: Tensor
+    probabilities: Tensor | None = None
+    labels: Tensor | None = None
     conditions: Conditions = field(default_factory=Conditions)
-
-    def confusion(self) -> Tensor:
-        """Return (classes, classes) int64: samples of the row's class predicted as the column's."""
-        size = len(self.classes)
-        counts = torch.zeros(size, size, dtype=torch.int64)
-        add_confusion(counts, self.probabilities, self.labels)
-        return counts
 
     def report(self) -> dict[str, Any]:
         """Return counts, 95 % intervals, each class's counts, and the most frequent mistakes, as
         JSON has them."""
-        score, confusion = self.score, self.confusion()
-        wrong = confusion - confusion.diag().diag()
+        score, confusion = self.score, self.confusion
+        wrong = confusion.clone().fill_diagonal_(0)
         worst = wrong.flatten().topk(min(10, wrong.numel()))
         pairs = [divmod(index, len(self.classes)) for index in worst.indices.tolist()]
         return {
@@ -132,13 +127,15 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Write every prediction as .npz: probabilities, labels, predicted, confusion, classes."""
+        assert self.probabilities is not None, "evaluate_checkpoints(…, keep=True) keeps them"
+        assert self.labels is not None
         with written_aside(path) as aside, aside.open("wb") as file:
             np.savez(
                 file,
                 probabilities=self.probabilities.numpy(),
                 labels=self.labels.numpy(),
                 predicted=self.probabilities.argmax(1).numpy(),
-                confusion=self.confusion().numpy(),
+                confusion=self.confusion.numpy(),
                 classes=np.array(self.classes, dtype=np.str_),
             )
 

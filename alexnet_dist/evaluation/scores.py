@@ -39,7 +39,7 @@ def save_score(found: Evaluation) -> Path | None:
     special = [how["changed"], how["data_sha256"], [str(c.path) for c in found.checkpoints[1:]]]
     if special != [{}, first.manifest["dataset"], []]:
         name += f"-{hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]}"
-    confusion = found.confusion()
+    confusion = found.confusion
     rows, columns = confusion.nonzero(as_tuple=True)
     counts = confusion[rows, columns]
     content = {
