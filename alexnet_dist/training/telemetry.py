@@ -26,7 +26,7 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.network.flops import training_flops
-from alexnet_dist.parallel.device import peak_flops
+from alexnet_dist.parallel.device import machine, peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import MOST_CLASSES, chroma
 from alexnet_dist.timing import SPANS, TIMELINE, Took
@@ -65,6 +65,11 @@ class Telemetry:
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
         self._mfu: float | None = None
+        self._on = {
+            "device": machine()["gpu" if self._cuda else "cpu"],
+            "ranks": topology.world_size,
+            "cores": topology.world_size * topology.cores,
+        }
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
         self._loggers: list[loggers.LoggerThread] = []
         classes, wanted = config.model.classes, config.log.pictures and loggers.pictured(config)
@@ -141,7 +146,7 @@ class Telemetry:
         self._write(
             {"kind": "train", "step": step, "epoch": epoch, **values},
             {"kind": "speed", "step": step, **speed, "time": shares, "memory": memory,
-             "ranks": ranks, "verdict": words},
+             "ranks": ranks, "on": self._on, "verdict": words},
         )  # fmt: skip
         left_s = (self._last_step - step) * took.training / max(1, steps)
         line = self._progress_line(step, epoch, values, speed, left_s)
