@@ -211,7 +211,7 @@ class Telemetry:
                 for logger in self._loggers:
                     logger.pictures(step, pictures)
             if step == self._last_step:
-                self._board.end(engine, step)
+                self._board.embedding(engine, step)
 
     def _verdict(self, shares: Mapping[str, float]) -> str:
         """Return what limits the speed, given each span's share of the time."""
@@ -246,12 +246,12 @@ class Telemetry:
             self._board.draw(lambda to: to.flush())
 
     def close(self, finished: bool) -> None:
-        """Close everything; loggers are told whether the run has finished."""
+        """Close everything; TensorBoard and loggers are told whether the run has finished."""
         TIMELINE.stop()
         self._trace.end()
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
         self._quarantine.close()
-        self._board.close()
+        self._board.close(finished)
         loggers.close(self._loggers, finished)
         if self._topology.is_rank_0:
             with contextlib.suppress(OSError):
