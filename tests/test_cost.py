@@ -420,7 +420,8 @@ def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
     found = planned("--gpus", "cpu:16", "--ranks", "1")
     assert found["measured"]["images_per_s"] == 100
     assert "predicted_to_measured" not in found["measured"]
-    said = planned("--gpus", "h100", "--ranks", "1", as_json=False)
+    said = planned("train.epochs=1", "--gpus", "h100", "--ranks", "1", as_json=False)
+    assert " for 1 epoch of " in said
     assert "not compared: only what is of the same devices and ranks is" in said
     assert planned("model.fc=[20,28]", "--gpus", "cpu:2", "--ranks", "1")["measured"] is None
     points = [{k: v for k, v in point.items() if k != "on"} for point in points]

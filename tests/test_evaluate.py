@@ -11,7 +11,7 @@ import made
 import numpy as np
 import pytest
 import torch
-from conftest import alexnet_dist, assert_close
+from conftest import alexnet_dist, as_overrides, assert_close
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.cli.main import main
@@ -186,6 +186,19 @@ def test_confusion_leaves_damaged_samples_out() -> None:
         {"of": "dog", "taken_for": "cat", "samples": 1},
     ]
     assert report["classes"][1] == {"name": "dog", "samples": 1, "right": 0}
+
+
+def test_ten_views_are_advised_only_where_they_tell_more(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    advised = []
+    for more in ([], ["evaluate.views=10"], ["data.canvas=67"]):
+        config = tiny("layout.kind=one", "train.epochs=0.2", f"name={len(advised)}", *more)
+        assert main(["train", *as_overrides(config)]) == 0
+        advised.append(
+            f"next: alexnet-dist evaluate {config.folder} --views 10" in capsys.readouterr().out
+        )
+    assert advised == [True, False, False]
 
 
 def test_the_bootstraps_interval_is_the_binomials() -> None:

@@ -126,7 +126,7 @@ def _print_end(config: Config, outcome: "Outcome") -> None:
     with WarnOnce("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(watch(config))
-    if score and config.data.canvas > config.model.crop:  # else the windows are all alike
+    if score and config.evaluate.views == 1 and config.ten_views_differ:
         print(f"next: alexnet-dist evaluate {shlex.quote(str(config.folder))} --views 10")
 
 

@@ -45,10 +45,10 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     machine, predicted = outlook.machine, outlook.predicted
     devices, nodes = int(machine["devices"]), int(machine["nodes"])
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-    hours = f"{outlook.epochs:g} epochs"
+    epochs = f"{outlook.epochs:g} epoch{'' if outlook.epochs == 1 else 's'}"
     text = ["", f"predicted, {devices * nodes} × {machine['name']}{on_nodes} "
             f"({machine['source']}):",
-            f"{'':20}{'images/s':>10}{'× one':>8}{hours:>12}{'step, ms':>10}  of it, ms",
+            f"{'':20}{'images/s':>10}{'× one':>8}{epochs:>12}{'step, ms':>10}  of it, ms",
             ]  # fmt: skip
     base = predicted.get("alone") or predicted.get("one")
     for kind, one in predicted.items():
@@ -78,7 +78,7 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
         speed = predicted[best]
         text.append(
             f"recommended: {'one, on one device' if best == 'alone' else best}: "
-            f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
+            f"{_hours(speed.hours)} for {epochs} of "
             f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
             f"its bottleneck: {speed.bottleneck}"
             + (" (yours)" if best == own else f"; for yours, {own}, see above")
