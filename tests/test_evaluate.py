@@ -21,10 +21,16 @@ from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, ConfigError, MachineError
-from alexnet_dist.evaluation import scores
+from alexnet_dist.evaluation import results
 from alexnet_dist.evaluation.evaluate import evaluate, evaluate_checkpoints
 from alexnet_dist.evaluation.load import load_checkpoint
-from alexnet_dist.evaluation.results import Evaluation, Score, add_confusion
+from alexnet_dist.evaluation.results import (
+    Evaluation,
+    Score,
+    add_confusion,
+    save_score,
+    saved_scores,
+)
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.runs import RunResults, read_run_folder
 from alexnet_dist.training.loop import train
@@ -227,7 +233,7 @@ def test_a_run_counts_by_its_own_split_and_data(
 
     before = read().views
     for changes in ([], ["data.eval_split=train"], [f"data.path={other}"]):
-        assert scores.save_score(evaluate_checkpoints([config.folder], changes)) is not None
+        assert save_score(evaluate_checkpoints([config.folder], changes)) is not None
     found = read()
     assert len(found.scores) == 1 + 3
     assert {views: score.samples for views, score in found.views.items()} == {1: 23}
@@ -259,7 +265,7 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert (run / "run.json").read_bytes() == before
     holder.close()
 
-    (score,) = scores.saved_scores(run)
+    (score,) = saved_scores(run)
     at = checkpoints.at(run)
     assert (score["step"], score["views"], score["split"]) == (8, 10, "test")
     assert score["checkpoint_sha256"] == [at.manifest["sha256"]]
@@ -271,19 +277,19 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert right == score["correct1"]
 
     again = evaluate_checkpoints([run], ["evaluate.views=10"])
-    assert scores.save_score(again) == path
-    other = scores.save_score(evaluate_checkpoints([run], ["data.divide_by=[30,30,30]"]))
-    both = scores.save_score(evaluate_checkpoints(two_runs))
+    assert save_score(again) == path
+    other = save_score(evaluate_checkpoints([run], ["data.divide_by=[30,30,30]"]))
+    both = save_score(evaluate_checkpoints(two_runs))
     assert other is not None
     assert both is not None
     assert len({path, other, both, *(run / "evaluations").iterdir()}) == 3
-    changed = {tuple(score["changed"]) for score in scores.saved_scores(run)}
+    changed = {tuple(score["changed"]) for score in saved_scores(run)}
     assert changed == {(), ("data.divide_by",)}
     whole = path.read_bytes()
     endless = [whole.replace(b'"step": 8', b'"step": Infinity'), whole.replace(b'"split"', b'"s"')]
     for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', whole[:-9], *endless]):
         (run / "evaluations" / f"{number}.json").write_bytes(damage)
-    assert len(scores.saved_scores(run)) == 3
+    assert len(saved_scores(run)) == 3
     found = read_run_folder(run)
     assert found is not None
     assert len(found.scores) == 3
@@ -292,12 +298,12 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert read_run_folder(run) is None
 
     alone = shutil.copytree(at.path, tmp_path / "alone")
-    assert scores.save_score(evaluate_checkpoints([alone])) is None
+    assert save_score(evaluate_checkpoints([alone])) is None
     assert {file.name for file in tmp_path.iterdir()} == {"alone", "runs"}
 
     def full(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(scores.files, "write", full)
-    assert scores.save_score(again) is None
+    monkeypatch.setattr(results.files, "write", full)
+    assert save_score(again) is None
     assert "this score is printed, but could not be saved" in caplog.text

@@ -158,11 +158,11 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         check_trained(trained)
         if (saved := trained / "config.json").is_file():
             open_for(load_config([saved, *IN_ONE_PROCESS, *overrides]), trained)
-    from alexnet_dist.evaluation import scores
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+    from alexnet_dist.evaluation.results import save_score
 
     result = evaluate_checkpoints(paths, overrides, keep=options.predictions is not None)
-    kept = scores.save_score(result)
+    kept = save_score(result)
     if options.predictions:
         result.write(options.predictions)
     if options.json:
