@@ -4,6 +4,7 @@ Read from run.json and, if there is a Slurm, from its queue; no accounting is ne
 """
 
 import argparse
+import fcntl
 import json
 import socket
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 
 from alexnet_dist.cli.parser import Parser, add_json, path
 from alexnet_dist.errors import RunFolderError, printable
-from alexnet_dist.files import read_run
+from alexnet_dist.files import RunState, opened, read_run
 from launch.job import guarded, slurm
 
 
@@ -25,6 +26,7 @@ class NoRun(RunFolderError):
         super().__init__(f"{path}: has no run.json: name run folders, as in runs/demo")
 
 
+_SILENT_S = 3600  # after which a run on another host need not be running any more
 COLUMNS = ("run", "state", "job", "step", "ETA", "restarts", "goodput", "why")
 
 
@@ -33,7 +35,8 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
 
     | key | |
     |---|---|
-    | state | as in run.json; "killed" if its process is gone, "queued" if its job waits |
+    | state | as in run.json; "killed" if its process is gone, "queued" if its job waits, "unknown"
+    if it is silent for an hour on a host that cannot be seen |
     | step, last_step | step of the newest checkpoint, last step of the run |
     | eta_s | seconds of training left, at the average pace so far; null if unknown |
     | goodput | share of the time since the first start whose steps a checkpoint holds |
@@ -50,10 +53,11 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
     if "state" not in run:
         raise RunFolderError(f"{folder}: its run.json is damaged: it has no state")
     state, job = str(run["state"]), run.get("job")
+    why = str(run.get("reason", "")).partition("\n")[0]
     if (queue or {}).get(job or "") in ("PENDING", "REQUEUED"):
         state = "queued"
-    elif state in ("starting", "running") and not _is_alive(run, queue):
-        state = "killed"
+    elif state in ("starting", "running"):
+        state, why = _seen(folder, run, queue)
     step, last = int(run.get("newest_step") or 0), run.get("last_step")
     kept_s, rested_s, now = float(run.get("kept_s") or 0), run.get("rested_s", 0.0), time.time()
     until = now if state in ("starting", "running", "queued") else float(run.get("updated", now))
@@ -72,18 +76,39 @@ def status(folder: Path, queue: Mapping[str, str] | None) -> dict[str, Any]:
         "restarts": int(run.get("restarts", max(0, int(run.get("attempt", 1)) - 1))),
         # At most 1, even if a clock was set back.
         "goodput": kept_s / max(until - run.get("first_started", until) - rested_s, kept_s, 1e-9),
-        "why": run.get("reason", "").partition("\n")[0],
+        "why": why,
     }
 
 
-def _is_alive(run: Mapping[str, Any], queue: Mapping[str, str] | None) -> bool:
-    """Return whether the process of a run that has not ended still exists, as far as can be
+def _seen(folder: Path, run: RunState, queue: Mapping[str, str] | None) -> tuple[str, str]:
+    """Return the state of a run that has not ended by its run.json, and why, as far as can be
     seen."""
-    if run.get("job") and queue is not None:
-        return run["job"] in queue
-    if run.get("host") != socket.gethostname():
-        return True  # it cannot be seen from this host
-    return Path(f"/proc/{run.get('pid')}").exists()
+    state, job, host = run["state"], run.get("job"), run.get("host")
+    if _is_held(folder):
+        return state, ""
+    if host == socket.gethostname():  # its lock went with its process
+        goes_on = bool(job and job in (queue or {}))
+        return "killed", f"its process is gone, but its job {job} goes on" if goes_on else ""
+    if job and queue is not None and job not in queue:
+        return "killed", ""
+    # Another host's locks are not seen on every file system.
+    files = (folder / name for name in ("run.json", "metrics.jsonl"))
+    silent_s = time.time() - max(file.stat().st_mtime for file in files if file.exists())
+    if silent_s < _SILENT_S:
+        return state, ""
+    return "unknown", f"it has written nothing for {_clock(silent_s)}, and {host} is not seen here"
+
+
+def _is_held(folder: Path) -> bool:
+    """Return whether a process that can be seen from here holds a run folder."""
+    try:
+        with opened(folder / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def queued() -> dict[str, str] | None:

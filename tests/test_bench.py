@@ -189,11 +189,17 @@ def test_bench_maps_holds_ours_against_torchs(
     )
 
 
-def test_the_reference_computes_what_our_network_does() -> None:
-    config = load_config([*TINY, "layout.kind=one", "model.dropout=0", "model.lrn.alpha=0.05"])
-    ours, reference = AlexNet(config.model, config.seed), Eager(config)
+@pytest.mark.parametrize(
+    "shipped", ["alexnet-2012", "alexnet-star-pretrain", "caffenet", "no-exchange", "released-code"]
+)
+def test_the_reference_computes_what_our_network_does(shipped: str) -> None:
+    conv = "model.conv=[8,12,16,16,8" + (",8]" if "star" in shipped else "]")
+    more = ["layout.kind=one", "model.dropout=0", "model.lrn.alpha=0.05"]
+    tiny = load_config([f"paper/{shipped}", *TINY, *more, conv, "model.pool_average=[conv5]",
+                        "model.activation=tanh"])  # fmt: skip
+    ours, reference = AlexNet(tiny.model, tiny.seed), Eager(tiny)
     reference.take(dict(ours.named_parameters()))
-    batch = made_batch(config, torch.device("cpu"), torch.float32)
+    batch = made_batch(tiny, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         logits = [ours(batch.windows, batch.ids), reference(batch.windows.contiguous())]
     assert_close(*logits, 1e-4 * float(logits[1].abs().max()))
@@ -301,6 +307,10 @@ def test_a_gpus_ratios_are_of_what_they_name(
     assert "eager, bf16, compiled" not in run
     assert "left out" in caplog.text
     assert "MFU" in bench.table(found)
+    small = [*TINY, "layout.kind=one", "model.crop=55", "model.pool_after=[conv1]"]
+    found = step.bench_step(load_config(small), 1)
+    assert not any("torchvision" in name for name in found["runs"][0])
+    assert "model.crop=55: torchvision's alexnet needs 63 pixels: left out" in caplog.text
     made.clear()
     waited.clear()
     best_only = step.bench_step(config, 1, [128, 1024], best=True)

@@ -390,20 +390,44 @@ def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     config = tiny("layout.kind=one", f"output_dir={tmp_path / 'runs'}", "train.precision=bf16")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    speeds = (1.0, 90.0, 100.0, 110.0)  # the first warms up
-    points = [{"kind": "speed", "step": n, "images_per_s": s, "data_wait": 0.25}
-              for n, s in enumerate(speeds)]  # fmt: skip
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-    result = alexnet_dist("plan", str(folder), "--gpus", "cpu:2", "--ranks", "1", "--json")
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout)
-    assert found["measured"]["images_per_s"] == 100
+    on = {"device": "AMD EPYC", "ranks": 1, "cores": 2}
+    before = {"device": "NVIDIA H100 80GB HBM3", "ranks": 8, "cores": 96}
+    rows = [
+        (before, 7000.0),
+        (before, 8000.0),
+        *((on, s) for s in (1.0, 90.0, 100.0, 110.0)),
+    ]  # the first on a machine is warm-up
+    points = [{"kind": "speed", "step": n, "images_per_s": s, "data_wait": 0.25, "on": where}
+              for n, (where, s) in enumerate(rows)]  # fmt: skip
+
+    def planned(*options: str, as_json: bool = True) -> Any:
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+        result = alexnet_dist("plan", str(folder), *options, *(["--json"] if as_json else []))
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout) if as_json else result.stdout
+
+    found = planned("--gpus", "cpu:2", "--ranks", "1")
+    assert (found["measured"]["images_per_s"], found["measured"]["points"]) == (100, 3)
     assert found["measured"]["predicted_to_measured"] == pytest.approx(
         found["predicted"]["one"]["images_per_s"] / 100
     )
-    result = alexnet_dist("plan", str(folder), "--gpus", "cpu:2", "--ranks", "1")
-    for word in ("recommended: one", "measured in", "waiting for data 25%", "decoding", "rate"):
-        assert word in result.stdout
+    said = planned("--gpus", "cpu:2", "--ranks", "1", as_json=False)
+    for word in ("recommended: one", "on 1 rank, AMD EPYC, 2 cores: 100 images/s", "decoding",
+                 "waiting for data 25% (median of 3 points); predicted: ", "rate"):  # fmt: skip
+        assert word in said
+
+    # Only like is compared with like: other GPUs, other cores, another network, older metrics.
+    found = planned("--gpus", "cpu:16", "--ranks", "1")
+    assert found["measured"]["images_per_s"] == 100
+    assert "predicted_to_measured" not in found["measured"]
+    said = planned("train.epochs=1", "--gpus", "h100", "--ranks", "1", as_json=False)
+    assert " for 1 epoch of " in said
+    assert "not compared: only what is of the same devices and ranks is" in said
+    assert planned("model.fc=[20,28]", "--gpus", "cpu:2", "--ranks", "1")["measured"] is None
+    points = [{k: v for k, v in point.items() if k != "on"} for point in points]
+    said = planned("--gpus", "cpu:2", "--ranks", "1", as_json=False)
+    assert "on a machine that it did not note: 100 images/s" in said
+    assert "of that" not in said
 
 
 def test_a_schedule_is_drawn() -> None:

@@ -265,3 +265,19 @@ def test_the_design_places_every_module() -> None:
 def test_every_module_has_a_docstring() -> None:
     for path in sorted((ROOT / "alexnet_dist").rglob("*.py")):
         assert path.read_text().startswith('"""'), path
+
+
+@pytest.mark.parametrize(
+    ("gpus", "bf16", "more"),
+    [(0, False, []), (1, True, ["layout.kind=one"]), (1, False, []), (2, True, [])],
+)
+def test_the_demo_uses_a_single_gpu(tmp_path: Path, gpus: int, bf16: bool, more: list[str]) -> None:
+    """By the command that make would run, with a torch that has no more than these answers."""
+    has = f"device_count, is_bf16_supported = lambda: {gpus}, lambda emulated: {bf16}"
+    (tmp_path / "torch.py").write_text(f"class cuda:\n    {has}\n")
+    command = ["make", "--no-print-directory", "-n", "demo", f"BIN={Path(sys.executable).parent}"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "MAKEFLAGS": ""}
+    shown = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert shown.stdout.splitlines()[-1].split()[1:] == ["train", "configs/demo.yaml", *more]

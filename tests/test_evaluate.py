@@ -11,19 +11,26 @@ import made
 import numpy as np
 import pytest
 import torch
-from conftest import alexnet_dist, assert_close
+from conftest import alexnet_dist, as_overrides, assert_close
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.cli.main import main
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.errors import CheckpointError, ConfigError
-from alexnet_dist.evaluation import scores
+from alexnet_dist.errors import CheckpointError, ConfigError, MachineError
+from alexnet_dist.evaluation import results
 from alexnet_dist.evaluation.evaluate import evaluate, evaluate_checkpoints
 from alexnet_dist.evaluation.load import load_checkpoint
-from alexnet_dist.evaluation.results import Evaluation, Score
+from alexnet_dist.evaluation.results import (
+    Evaluation,
+    Score,
+    add_confusion,
+    save_score,
+    saved_scores,
+)
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.runs import RunResults, read_run_folder
 from alexnet_dist.training.loop import train
@@ -48,8 +55,8 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     assert_close(both.probabilities, mean, 1e-7)
     assert both.labels.tolist() == alone[0].labels.tolist()
     assert both.score.correct1 == int((mean.argmax(1) == both.labels).sum())
-    assert int(both.confusion().diag().sum()) == both.score.correct1
-    assert both.confusion().sum(1).tolist() == torch.bincount(both.labels, minlength=10).tolist()
+    assert int(both.confusion.diag().sum()) == both.score.correct1
+    assert both.confusion.sum(1).tolist() == torch.bincount(both.labels, minlength=10).tolist()
 
     read: list[int] = []
     whole = Split.read_with_warnings
@@ -77,6 +84,25 @@ def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(
     said = alexnet_dist(*command).stdout
     assert "95 % of resamples between" in said
     assert "mistaken for" in said
+
+
+def test_one_network_is_scored_without_its_probabilities_in_memory(
+    two_runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    whole = evaluate_checkpoints(two_runs[:1], ["evaluate.batch=5"])
+    monkeypatch.setattr("alexnet_dist.evaluation.evaluate.free_host_memory", lambda: 919)
+    alone = evaluate_checkpoints(two_runs[:1], ["evaluate.batch=5"], keep=False)
+    assert alone.probabilities is alone.labels is None
+    assert alone.score == whole.score
+    assert torch.equal(alone.confusion, whole.confusion)
+    assert main(["evaluate", str(two_runs[0])]) == 0
+
+    with pytest.raises(MachineError, match=r"networks takes 23 x 10 probabilities, .* one by one"):
+        evaluate_checkpoints(two_runs, keep=False)
+    assert main(["evaluate", str(two_runs[0]), "--predictions", str(tmp_path / "all.npz")]) == 1
+    assert "keeping predictions takes 23 x 10 probabilities" in capsys.readouterr().err
+    assert not (tmp_path / "all.npz").exists()
 
 
 def test_networks_are_averaged_on_images_that_none_was_trained_on(
@@ -156,14 +182,29 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
 def test_confusion_leaves_damaged_samples_out() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.6, 0.4]])
     labels = torch.tensor([0, 0, 1, -1])
-    found = Evaluation(Score(3, 1, 3, 1.0), (), ("cat", "dog"), probabilities, labels)
-    assert found.confusion().tolist() == [[1, 1], [1, 0]]
+    confusion = torch.zeros(2, 2, dtype=torch.int64)
+    add_confusion(confusion, probabilities, labels)
+    assert confusion.tolist() == [[1, 1], [1, 0]]
+    found = Evaluation(Score(3, 1, 3, 1.0), (), ("cat", "dog"), confusion)
     report = found.report()
     assert report["mistakes"] == [
         {"of": "cat", "taken_for": "dog", "samples": 1},
         {"of": "dog", "taken_for": "cat", "samples": 1},
     ]
     assert report["classes"][1] == {"name": "dog", "samples": 1, "right": 0}
+
+
+def test_ten_views_are_advised_only_where_they_tell_more(
+    tiny: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    advised = []
+    for more in ([], ["evaluate.views=10"], ["data.canvas=67"]):
+        config = tiny("layout.kind=one", "train.epochs=0.2", f"name={len(advised)}", *more)
+        assert main(["train", *as_overrides(config)]) == 0
+        advised.append(
+            f"next: alexnet-dist evaluate {config.folder} --views 10" in capsys.readouterr().out
+        )
+    assert advised == [True, False, False]
 
 
 def test_the_bootstraps_interval_is_the_binomials() -> None:
@@ -192,7 +233,7 @@ def test_a_run_counts_by_its_own_split_and_data(
 
     before = read().views
     for changes in ([], ["data.eval_split=train"], [f"data.path={other}"]):
-        assert scores.save_score(evaluate_checkpoints([config.folder], changes)) is not None
+        assert save_score(evaluate_checkpoints([config.folder], changes)) is not None
     found = read()
     assert len(found.scores) == 1 + 3
     assert {views: score.samples for views, score in found.views.items()} == {1: 23}
@@ -224,7 +265,7 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert (run / "run.json").read_bytes() == before
     holder.close()
 
-    (score,) = scores.saved_scores(run)
+    (score,) = saved_scores(run)
     at = checkpoints.at(run)
     assert (score["step"], score["views"], score["split"]) == (8, 10, "test")
     assert score["checkpoint_sha256"] == [at.manifest["sha256"]]
@@ -236,19 +277,19 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert right == score["correct1"]
 
     again = evaluate_checkpoints([run], ["evaluate.views=10"])
-    assert scores.save_score(again) == path
-    other = scores.save_score(evaluate_checkpoints([run], ["data.divide_by=[30,30,30]"]))
-    both = scores.save_score(evaluate_checkpoints(two_runs))
+    assert save_score(again) == path
+    other = save_score(evaluate_checkpoints([run], ["data.divide_by=[30,30,30]"]))
+    both = save_score(evaluate_checkpoints(two_runs))
     assert other is not None
     assert both is not None
     assert len({path, other, both, *(run / "evaluations").iterdir()}) == 3
-    changed = {tuple(score["changed"]) for score in scores.saved_scores(run)}
+    changed = {tuple(score["changed"]) for score in saved_scores(run)}
     assert changed == {(), ("data.divide_by",)}
     whole = path.read_bytes()
     endless = [whole.replace(b'"step": 8', b'"step": Infinity'), whole.replace(b'"split"', b'"s"')]
     for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', whole[:-9], *endless]):
         (run / "evaluations" / f"{number}.json").write_bytes(damage)
-    assert len(scores.saved_scores(run)) == 3
+    assert len(saved_scores(run)) == 3
     found = read_run_folder(run)
     assert found is not None
     assert len(found.scores) == 3
@@ -257,12 +298,12 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert read_run_folder(run) is None
 
     alone = shutil.copytree(at.path, tmp_path / "alone")
-    assert scores.save_score(evaluate_checkpoints([alone])) is None
+    assert save_score(evaluate_checkpoints([alone])) is None
     assert {file.name for file in tmp_path.iterdir()} == {"alone", "runs"}
 
     def full(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(scores.files, "write", full)
-    assert scores.save_score(again) is None
+    monkeypatch.setattr(results.files, "write", full)
+    assert save_score(again) is None
     assert "this score is printed, but could not be saved" in caplog.text

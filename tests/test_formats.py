@@ -23,6 +23,7 @@ from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
 from alexnet_dist.formats import caffe
 from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.network.model import AlexNet, whole_shapes
+from alexnet_dist.network.precision import parameter_dtype
 
 SMALL = ["model.conv=[8,12,16,16,8]", "model.fc=[20,12]", "model.classes=5"]
 
@@ -30,7 +31,8 @@ SMALL = ["model.conv=[8,12,16,16,8]", "model.fc=[20,12]", "model.classes=5"]
 def network(source: Path) -> AlexNet:
     """The network in a checkpoint."""
     found = checkpoints.at(source)
-    model = AlexNet(found.config.model, init_weights=False).eval()
+    dtype = parameter_dtype(found.config.train.precision)
+    model = AlexNet(found.config.model, dtype=dtype, init_weights=False).eval()
     model.load_state_dict(found.parameters().tensors())
     return model
 
@@ -42,7 +44,7 @@ def ours(tmp_path: Path) -> Callable[..., Path]:
     def make(*sources: str) -> Path:
         preset, *overrides = sources
         config = load_config([preset, *SMALL, *overrides])
-        model = AlexNet(config.model, seed=3)
+        model = AlexNet(config.model, seed=3, dtype=parameter_dtype(config.train.precision))
         tensors = {name: p.detach().contiguous() for name, p in model.named_parameters()}
         progress = {"step": 0, "score": None}
         return checkpoints.save(tmp_path / "ours", config, "none", tensors, {}, progress, None)
@@ -50,15 +52,19 @@ def ours(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "caffe"])
-def test_weights_return_as_they_left(ours: Callable[..., Path], tmp_path: Path, kind: str) -> None:
-    sources = ["paper/caffenet", "model.crop=67", *SMALL]
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("safetensors", "fp32"), ("safetensors", "fp64"), ("caffe", "fp32")]
+)
+def test_weights_return_as_they_left(
+    ours: Callable[..., Path], tmp_path: Path, kind: str, precision: str
+) -> None:
+    sources = ["paper/caffenet", "model.crop=67", f"train.precision={precision}", *SMALL]
     left = ours(*sources)
     out = tmp_path / f"w.{kind}"
     export_weights(kind, left, out)
     assert import_weights(kind, out, tmp_path / "back", sources).parent.parent == tmp_path / "back"
-    x = torch.randn(3, 3, 67, 67) * 50
     before, after = network(left), network(tmp_path / "back")
+    x = torch.randn(3, 3, 67, 67, dtype=parameter_dtype(precision)) * 50
     assert_close(after(x).detach(), before(x).detach(), 1e-6)
     for name, parameter in before.named_parameters():
         assert torch.equal(parameter, after.get_parameter(name)), name

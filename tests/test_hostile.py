@@ -25,7 +25,6 @@ from safetensors.torch import load_file, save_file
 
 import alexnet_dist
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.checkpoint.store import TensorFile
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_dataset
@@ -45,6 +44,7 @@ from alexnet_dist.files import within_memory
 from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
+from alexnet_dist.tensor_files import TensorFile
 from alexnet_dist.training.logs import configure_logging, log
 from alexnet_dist.training.loop import train
 

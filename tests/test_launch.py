@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import fcntl
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from alexnet_dist.cli import main
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
-from alexnet_dist.files import read_run
+from alexnet_dist.files import appended, read_run
 from alexnet_dist.parallel import environment, topology
 from alexnet_dist.parallel.device import cores_of, take_device
 from alexnet_dist.parallel.environment import Place
@@ -552,7 +553,7 @@ def test_a_refused_submission_leaves_nothing_behind(
 
 
 def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
-    def row(queue: dict[str, str], **run: Any) -> dict[str, Any]:
+    def row(queue: dict[str, str] | None, **run: Any) -> dict[str, Any]:
         now = time.time()
         common = {"attempt": 3, "host": socket.gethostname(), "pid": os.getpid(), "job": None,
                   "first_started": now - 100, "updated": now, "newest_step": 40, "last_step": 60,
@@ -560,19 +561,37 @@ def test_status_tells_the_dead_from_the_living(tmp_path: Path) -> None:
         (tmp_path / "run.json").write_text(json.dumps(common | run))
         return status.status(tmp_path, queue)
 
-    running = row({}, state="running")
-    assert running["state"] == "running"
-    assert running["restarts"] == 2
-    assert running["goodput"] == pytest.approx(0.5, abs=0.01)
-    assert running["eta_s"] == pytest.approx(25)
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    assert row({}, state="running", pid=child.pid)["state"] == "killed"
-    assert row({"7": "RUNNING"}, state="running", job="7", pid=child.pid)["state"] == "running"
-    assert row({}, state="running", job="7")["state"] == "killed"
-    assert row({"8": "RUNNING"}, state="running", job="7")["state"] == "killed"
-    assert status.status(tmp_path, None)["state"] == "running"  # its process lives, as far as seen
+    with appended(tmp_path / "lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as a run does until its process is gone
+        running = row({}, state="running")
+        assert running["state"] == "running"
+        assert running["restarts"] == 2
+        assert running["goodput"] == pytest.approx(0.5, abs=0.01)
+        assert running["eta_s"] == pytest.approx(25)
+        assert row({}, state="running", host="node7", job="7")["state"] == "running"
+    # The process ids of the dead are given to others, and an allocation outlives its runs.
+    for number in (None, "7"):
+        killed = row({"7": "RUNNING"}, state="running", job=number)
+        assert (killed["state"], bool(killed["why"])) == ("killed", number is not None)
+    assert killed["why"] == "its process is gone, but its job 7 goes on"
+    assert row({"7": "PENDING"}, state="running", job="7")["state"] == "queued"
     assert row({"7": "PENDING"}, state="stopped", exit=75, job="7")["state"] == "queued"
+    # Another host's processes, and its locks on some file systems, are not seen.
+    elsewhere: dict[str, Any] = {"state": "running", "host": "node7"}
+    assert row({"8": "RUNNING"}, **elsewhere, job="7")["state"] == "killed"
+    seen = [({"7": "RUNNING"}, "7"), (None, "7"), (None, None)]
+    assert {row(queue, **elsewhere, job=its)["state"] for queue, its in seen} == {"running"}
+    past = time.time() - 7200
+    for queue, its in seen:
+        row(queue, **elsewhere, job=its)
+        os.utime(tmp_path / "run.json", (past, past))
+        found = status.status(tmp_path, queue)
+        assert (found["state"], found["why"]) == (
+            "unknown", "it has written nothing for 2:00:00, and node7 is not seen here",
+        )  # fmt: skip
+    (tmp_path / "metrics.jsonl").touch()
+    assert status.status(tmp_path, None)["state"] == "running"
+
     failed = row({}, state="failed", reason="first line\nstack")
     assert failed["why"] == "first line"
     assert "first line" in status.table([failed])

@@ -14,7 +14,6 @@ from oracle import by_groups
 from safetensors.torch import save, save_file
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.checkpoint.store import TensorFile
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
@@ -28,6 +27,7 @@ from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
+from alexnet_dist.tensor_files import TensorFile
 
 STEPS = 20
 ON = [

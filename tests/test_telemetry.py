@@ -250,6 +250,14 @@ def test_a_start_counts_from_the_command_that_was_typed(tiny: Callable[..., Conf
     assert age == pytest.approx(time.time() - psutil.Process().create_time(), abs=1.5)
 
 
+def test_a_run_without_evaluations_is_marked_as_ended_too(tiny: Callable[..., Config]) -> None:
+    config = tiny(*WATCHED, "layout.kind=one", "data.eval_split=none", "name=unscored")
+    assert train(config).exit == 0
+    tag = "_hparams_/session_end_info"
+    content = board_of(config.folder).SummaryMetadata(tag).plugin_data.content
+    assert HParamsPluginData.FromString(content).session_end_info.status == 1
+
+
 def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
     config = tiny(*WATCHED, "layout.kind=one", "profile.steps=[2,3]", "name=drawn")
     assert train(config).exit == 0

@@ -1,6 +1,7 @@
 """`bench step`: a training step, beside the same network in plain PyTorch, and beside torchvision's
 alexnet in each form in which it is used."""
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -40,7 +41,8 @@ def contestant(name: str, config: Config) -> Work:
 
 _LOSSES = ("ours, bf16", "ours, fp32", "eager, fp32")
 _OURS, _NO_LRN, _PRODUCT = "ours, bf16", "ours, bf16, no LRN", "matrix product, bf16"
-_TORCHVISION = "torchvision's alexnet"
+log = logging.getLogger(__name__)
+_TORCHVISION, _LEAST = "torchvision's alexnet", 63  # its smallest window, pixels
 _CONTESTANTS = (*_LOSSES, _NO_LRN, f"{_TORCHVISION}, fp32", _PRODUCT, "matrix product, fp32")
 _FORMS = ("fp32, no TF32", "bf16", "bf16, compiled", "bf16, compiled, graph")
 _BEST = f"{_TORCHVISION}, {_FORMS[-1]}"  # the fastest form in which it is used
@@ -93,6 +95,11 @@ def bench_step(
 
 def _contestants(config: Config, names: Sequence[str]) -> dict[str, Contestant]:
     """Start these contestants."""
+    if config.model.crop < _LEAST:
+        log.warning(
+            f"model.crop={config.model.crop}: {_TORCHVISION} needs {_LEAST} pixels: left out"
+        )
+        names = [name for name in names if not name.startswith(_TORCHVISION)]
     # The same number of images in a pass for any batch; on a GPU a pass takes half a second.
     pieces = max(5, 50 * 128 // config.train.batch) if device_of(config).type == "cuda" else 2
     return {name: _made(name, config, pieces) for name in names}

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,9 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.engines.base import AT
 from alexnet_dist.engines.make import make_engine
-from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.lrn import alpha_of
+from alexnet_dist.network.model import whole_shapes
 from alexnet_dist.network.precision import allow_tf32
-from alexnet_dist.network.shapes import final_side
 from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.topology import Topology, connect
 
@@ -30,49 +29,85 @@ class Eager(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        model = config.model
-        self.model, lrn = model, model.lrn
-        if len(model.conv) != 5:
-            raise ConfigError(f"model.conv={list(model.conv)}: bench step needs five layers")
-        c1, c2, c3, c4, c5 = model.conv
-        shapes = ((3, c1, 11, 4, 0), (c1, c2, 5, 1, 2), (c2, c3, 3, 1, 1), (c3, c4, 3, 1, 1),
-                  (c4, c5, 3, 1, 1))  # fmt: skip
-        alone = [n > 1 and f"conv{n}" not in model.exchange for n in range(1, 6)]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(i, o, k, s, p, groups=model.columns if own else 1)
-            for (i, o, k, s, p), own in zip(shapes, alone, strict=True)
-        )
+        self.model = model = config.model
+        self.activate = getattr(torch, model.activation)
+        self.dropout = nn.Dropout(model.dropout)
+        shapes, seen = whole_shapes(model), 3
+        self.convs, self.fcs = nn.ModuleDict(), nn.ModuleDict()
+        for name, stride, padding in zip(
+            model.conv_names, model.stride, model.padding, strict=True
+        ):
+            outputs, inputs, kernel, _ = shapes[f"{name}.weight"]
+            groups = seen // inputs  # without exchange as many as columns
+            self.convs[name] = nn.Conv2d(seen, outputs, kernel, stride, padding, groups=groups)
+            seen = outputs
+        for name in model.fc_names:
+            outputs, inputs = shapes[f"{name}.weight"]
+            self.fcs[name] = _Linear(inputs, outputs)
+        lrn = model.lrn
         self.norms: dict[str, nn.Module] = {  # torch divides α by n
             name: nn.LocalResponseNorm(lrn.size, alpha_of(lrn, name) * lrn.size, lrn.beta, lrn.k)
             for name in lrn.layers
         }
-        self.pool = nn.MaxPool2d(model.pool[0], model.pool[1])
-        widths = (c5 * final_side(model) ** 2, *model.fc, model.classes)
-        self.fcs = nn.ModuleList(map(nn.Linear, widths[:-1], widths[1:]))
-        self.dropout = nn.Dropout(model.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        for number, conv in enumerate(self.convs, start=1):
-            x = F.relu(conv(x))
-            if f"conv{number}" in self.model.lrn.layers:  # normalises within a column
-                n, channels, h, w = x.shape
-                columns = x.reshape(n * self.model.columns, -1, h, w)
-                x = self.norms[f"conv{number}"](columns).reshape(n, channels, h, w)
-            if number in (1, 2, 5):
-                x = self.pool(x)
+        model = self.model
+        stages = [self._normalised, self._pooled]
+        shapes = zip(model.kernel, model.stride, model.padding, strict=True)
+        for (name, conv), (kernel, stride, padding) in zip(self.convs.items(), shapes, strict=True):
+            if model.round_up:
+                right = -(x.shape[-1] + 2 * padding - kernel) % stride
+                x = F.pad(x, (0, right, 0, right))
+            x = conv(x) if name in model.activation_last else self.activate(conv(x))
+            for stage in reversed(stages) if model.pool_before_lrn else stages:
+                x = stage(name, x)
+            x = self.activate(x) if name in model.activation_last else x
         x = x.flatten(1)
-        for number, fc in enumerate(self.fcs):
-            x = self.dropout(F.relu(fc(x))) if number < 2 else fc(x)
+        for name, fc in self.fcs.items():
+            x = fc(self.dropout(x) if name in model.dropout_before else x)
+            x = x if name == model.fc_names[-1] else self.activate(x)
         return x
 
-    def take(self, weights: dict[str, Tensor]) -> None:
+    def _normalised(self, name: str, x: Tensor) -> Tensor:
+        spatial = self.model.spatial_norm
+        if name in self.norms:  # within a column
+            n, channels, h, w = x.shape
+            columns = x.reshape(n * self.model.columns, -1, h, w)
+            x = self.norms[name](columns).reshape(n, channels, h, w)
+        if name in spatial.layers:
+            mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)
+            x = x / (1 + spatial.alpha * mean) ** spatial.beta
+        return x
+
+    def _pooled(self, name: str, x: Tensor) -> Tensor:
+        model = self.model
+        if name not in model.pool_after:
+            return x
+        window, stride = model.pool
+        if name in model.pool_average:
+            return F.avg_pool2d(
+                x, window, stride, ceil_mode=model.round_up, count_include_pad=False
+            )
+        return F.max_pool2d(x, window, stride, ceil_mode=model.round_up)
+
+    def take(self, weights: Mapping[str, Tensor]) -> None:
         """Copy our network's parameters, so that both compute the same."""
-        layers = [*self.convs, *self.fcs]
-        names = [f"conv{n}" for n in range(1, 6)] + ["fc6", "fc7", "fc8"]
-        with torch.no_grad():
-            for layer, name in zip(layers, names, strict=True):
-                layer.weight.copy_(weights[f"{name}.weight"])
-                layer.bias.copy_(weights[f"{name}.bias"])
+        for layers in (self.convs, self.fcs):
+            own = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
+            layers.load_state_dict({name: weights[name] for name in own})
+
+
+class _Linear(nn.Linear):
+    """A fully-connected layer; if it has fewer inputs than it is given, each column sees its own
+    alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = x.shape[1] // self.in_features
+        if columns == 1:
+            return super().forward(x)
+        weights, biases = self.weight.chunk(columns), self.bias.chunk(columns)
+        parts = zip(x.chunk(columns, 1), weights, biases, strict=True)
+        return torch.cat([F.linear(*part) for part in parts], 1)
 
 
 def device_of(config: Config) -> torch.device:

@@ -184,7 +184,7 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     good, damaged = newest(folder)
     if damaged and good is None:
         raise CheckpointError(
-            f"{folder}: none of its {len(damaged)} checkpoints is valid ({damaged[0]}): restore one"
+            f"{folder}: none of its checkpoints is valid ({damaged[0]}): restore one"
         )
     return good, damaged
 

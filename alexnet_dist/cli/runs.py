@@ -127,7 +127,7 @@ def _print_end(config: Config, outcome: "Outcome") -> None:
     with WarnOnce("drawing"):
         print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
     print(watch(config))
-    if score and config.data.canvas > config.model.crop:  # else the windows are all alike
+    if score and config.evaluate.views == 1 and config.ten_views_differ:
         print(f"next: alexnet-dist evaluate {shlex.quote(str(config.folder))} --views 10")
 
 
@@ -159,11 +159,11 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         check_trained(trained)
         if (saved := trained / "config.json").is_file():
             open_for(load_config([saved, *IN_ONE_PROCESS, *overrides]), trained)
-    from alexnet_dist.evaluation import scores
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+    from alexnet_dist.evaluation.results import save_score
 
-    result = evaluate_checkpoints(paths, overrides)
-    kept = scores.save_score(result)
+    result = evaluate_checkpoints(paths, overrides, keep=options.predictions is not None)
+    kept = save_score(result)
     if options.predictions:
         result.write(options.predictions)
     if options.json:

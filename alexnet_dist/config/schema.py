@@ -471,6 +471,11 @@ class Config:
         """The run folder."""
         return Path(self.output_dir) / self.name
 
+    @property
+    def ten_views_differ(self) -> bool:
+        """Whether the ten views of an image differ in more than their mirroring."""
+        return self.data.canvas > self.model.crop
+
 
 def keys(of: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
     """Yield every key below a dataclass as (dotted name, type, Key)."""

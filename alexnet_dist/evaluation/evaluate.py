@@ -19,12 +19,13 @@ from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
-from alexnet_dist.errors import ConfigError, NotFinite
+from alexnet_dist.errors import ConfigError, MachineError, NotFinite
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
 from alexnet_dist.evaluation.predict import with_views
 from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
 from alexnet_dist.network.exchange import side_by_side
-from alexnet_dist.network.precision import allow_tf32
+from alexnet_dist.network.precision import allow_tf32, parameter_dtype
+from alexnet_dist.parallel.device import free_host_memory
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect
 
@@ -136,14 +137,19 @@ def features_and_logits(
     return torch.cat(own).float().cpu(), torch.cat(logits).cpu()
 
 
-def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -> Evaluation:
+def evaluate_checkpoints(
+    paths: Sequence[Path], overrides: Sequence[str] = (), *, keep: bool = True
+) -> Evaluation:
     """Score a checkpoint of any layout, or the average of several's softmax outputs (paper §6).
 
     Args:
         paths: checkpoints, or run folders, whose best checkpoint is taken.
         overrides: `key=value` settings laid over the checkpoints' configs.
+        keep: whether one network's probabilities are kept in memory and returned, as those of
+            several always are.
 
-    Raises CheckpointError, DatasetError, or ConfigError where they cannot be averaged.
+    Raises CheckpointError, DatasetError, ConfigError where they cannot be averaged, or MachineError
+    where the probabilities to keep do not fit in memory.
     """
     # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
@@ -165,16 +171,28 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
                     f"{checkpoint.path}: {key}={here!r}, but {there!r} in {found[0].path}: to "
                     f"average them {remedy}"
                 )
-    # One network after another, so that only one is in memory.
-    average, labels = torch.zeros(()), torch.zeros(())
+    # One network after another, so that only one is in memory; the last one's turn completes the
+    # averages, which are scored batch by batch.
+    average = labels = None
+    if keep or len(found) > 1:
+        average, labels = _room(configs, dataset)
+    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
+    confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.int64)
     for checkpoint, own in zip(found, configs, strict=True):
         allow_tf32(own.train.precision)
         engine = make_engine(own, topology)
         engine.load(checkpoint.parameters(), None)
-        outputs = list(_probabilities(engine, own, topology, dataset))
-        average = average + torch.cat([part for part, _ in outputs]) / len(found)
-        labels = torch.cat([part for _, part in outputs])
-    score = _finite(_score(_summed(average, labels), config, dataset), *paths)
+        end = 0
+        for outputs, truth in _probabilities(engine, own, topology, dataset):
+            part = outputs / len(found)
+            if average is not None and labels is not None:
+                rows = slice(end, end := end + len(part))
+                part = average[rows].add_(part)
+                labels[rows] = truth
+            if checkpoint is found[-1]:
+                sums += _summed(part, truth)
+                add_confusion(confusion, part, truth)
+    score = _finite(_score(sums, config, dataset), *paths)
     changed = _changed(found[0].config, config)
     if found[0].manifest["dataset"] not in ("imported", dataset.digest):
         changed["data.path"] = config.data.path
@@ -185,7 +203,28 @@ def evaluate_checkpoints(paths: Sequence[Path], overrides: Sequence[str] = ()) -
         data_sha256=dataset.digest,
         changed=changed,
     )
-    return Evaluation(score, tuple(found), dataset.classes, average, labels, conditions)
+    return Evaluation(score, tuple(found), dataset.classes, confusion, average, labels, conditions)
+
+
+def _room(configs: Sequence[Config], dataset: Dataset) -> tuple[Tensor, Tensor]:
+    """Return zeros for the probabilities of all samples, and for their labels; raise MachineError
+    where they would not fit in memory."""
+    samples, classes = len(evaluation_split(configs[0], dataset)), len(dataset.classes)
+    dtypes = [parameter_dtype(config.train.precision) for config in configs]
+    dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+    needed, free = samples * classes * dtype.itemsize, free_host_memory()
+    if needed > free:
+        what, remedy = (
+            ("the average of networks", "evaluate them one by one")
+            if len(configs) > 1
+            else ("keeping predictions", "do without them (--predictions, keep=)")
+        )
+        raise MachineError(
+            f"{what} takes {samples} x {classes} probabilities, {needed / 1e9:.1f} GB of memory, "
+            f"of which {free / 1e9:.1f} GB are free: {remedy}, or evaluate fewer images "
+            "(data.eval_split)"
+        )
+    return torch.zeros(samples, classes, dtype=dtype), torch.zeros(samples, dtype=torch.int64)
 
 
 def _changed(trained: Config, config: Config) -> dict[str, Any]:

@@ -1,7 +1,16 @@
-"""The score of one network or of several averaged, and every prediction it was computed from."""
+"""The score of one network or of several averaged, and the predictions it was computed from; and
+the scores kept in run folders, `RUN/evaluations/*.json`, one file per score of `evaluate`."""
 
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -9,8 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from alexnet_dist import files
 from alexnet_dist.checkpoint.store import Checkpoint
-from alexnet_dist.files import written_aside
+from alexnet_dist.parallel.device import machine
+
+log = logging.getLogger(__name__)
+_LONGEST = 2**26  # bytes read of a file
+_NUMBERS = ("samples", "correct1", "correct5", "loss", "top1", "top5", "step", "views")
 
 
 @dataclass(frozen=True)
@@ -82,35 +96,30 @@ class Conditions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Predictions of one network, or of several averaged, for every sample of a split.
+    """The score of one network, or of several averaged, on every sample of a split.
 
     Attributes:
         checkpoints: the networks' checkpoints.
         classes: class names.
+        confusion: (classes, classes) int64: samples of the row's class predicted as the column's.
         probabilities: (n, classes) float32 or wider, softmax outputs averaged over views and
-            networks, in the split's order; n includes damaged samples.
-        labels: (n,) int64; −1 for a damaged sample.
+            networks, in the split's order; n includes damaged samples. None where not kept.
+        labels: (n,) int64; −1 for a damaged sample. None where not kept.
     """
 
     score: Score
     checkpoints: tuple[Checkpoint, ...]
     classes: tuple[str, ...]
-    probabilities: Tensor
-    labels: Tensor
+    confusion: Tensor
+    probabilities: Tensor | None = None
+    labels: Tensor | None = None
     conditions: Conditions = field(default_factory=Conditions)
-
-    def confusion(self) -> Tensor:
-        """Return (classes, classes) int64: samples of the row's class predicted as the column's."""
-        size = len(self.classes)
-        counts = torch.zeros(size, size, dtype=torch.int64)
-        add_confusion(counts, self.probabilities, self.labels)
-        return counts
 
     def report(self) -> dict[str, Any]:
         """Return counts, 95 % intervals, each class's counts, and the most frequent mistakes, as
         JSON has them."""
-        score, confusion = self.score, self.confusion()
-        wrong = confusion - confusion.diag().diag()
+        score, confusion = self.score, self.confusion
+        wrong = confusion.clone().fill_diagonal_(0)
         worst = wrong.flatten().topk(min(10, wrong.numel()))
         pairs = [divmod(index, len(self.classes)) for index in worst.indices.tolist()]
         return {
@@ -132,13 +141,15 @@ class Evaluation:
 
     def write(self, path: Path) -> None:
         """Write every prediction as .npz: probabilities, labels, predicted, confusion, classes."""
-        with written_aside(path) as aside, aside.open("wb") as file:
+        assert self.probabilities is not None, "evaluate_checkpoints(…, keep=True) keeps them"
+        assert self.labels is not None
+        with files.written_aside(path) as aside, aside.open("wb") as file:
             np.savez(
                 file,
                 probabilities=self.probabilities.numpy(),
                 labels=self.labels.numpy(),
                 predicted=self.probabilities.argmax(1).numpy(),
-                confusion=self.confusion().numpy(),
+                confusion=self.confusion.numpy(),
                 classes=np.array(self.classes, dtype=np.str_),
             )
 
@@ -154,3 +165,87 @@ def add_confusion(counts: Tensor, probabilities: Tensor, labels: Tensor) -> None
     sound = labels >= 0
     labels, predicted = labels[sound], probabilities[sound].argmax(1)
     counts.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+
+
+def save_score(found: Evaluation) -> Path | None:
+    """Write a score to the run folder of its (first) checkpoint, in place of any under the same
+    conditions. The run may be in progress: none of the files that it writes is touched.
+
+    Returns:
+        The file's path; None where the checkpoint is in no run folder, or cannot be written to.
+    """
+    first = found.checkpoints[0]
+    if first.path.parent.name != "checkpoints":
+        return None
+    out = first.path.parent.parent / "evaluations"
+    how = found.conditions
+    split = re.sub(r"[^\w.-]", "_", how["split"])
+    name = f"step-{first.step:08d}-{split}-views-{how['views']}"
+    # Conditions that differ from the run's own get a hash in the file's name.
+    special = [how["changed"], how["data_sha256"], [str(c.path) for c in found.checkpoints[1:]]]
+    if special != [{}, first.manifest["dataset"], []]:
+        name += f"-{hashlib.sha256(json.dumps(special).encode()).hexdigest()[:8]}"
+    confusion = found.confusion
+    rows, columns = confusion.nonzero(as_tuple=True)
+    counts = confusion[rows, columns]
+    content = {
+        **found.report(),
+        "step": first.step,
+        "checkpoint_sha256": [checkpoint.manifest["sha256"] for checkpoint in found.checkpoints],
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "machine": machine(),
+        "version": import_module("alexnet_dist").__version__,
+        "confusion": list(zip(rows.tolist(), columns.tolist(), counts.tolist(), strict=True)),
+    }
+    path = out / f"{name}.json"
+    try:
+        out.mkdir(exist_ok=True)
+        files.write(path, json.dumps(content).encode() + b"\n")
+        files.sync(out)
+    except OSError as error:
+        log.warning(f"this score is printed, but could not be saved: {path}: {error}")
+        return None
+    return path
+
+
+def saved_scores(run: Path) -> list[Mapping[str, Any]]:
+    """Return the scores that `save_score` wrote to a run folder, oldest first; skip other files."""
+    found = []
+    for path in (run / "evaluations").glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            score = files.json_object(files.read_bytes(path, _LONGEST))
+            if _is_score(score):
+                found.append(score)
+    return sorted(found, key=lambda score: str(score["date"]))
+
+
+def _is_score(found: Mapping[str, Any]) -> bool:
+    """Whether a file has the numbers that readers calculate with; the rest is text to show."""
+    classes, confusion = found.get("classes"), found.get("confusion")
+    return (
+        all(files.is_count(found.get(key)) for key in _NUMBERS)
+        and max(found["top1"], found["top5"]) <= 1
+        and found["correct1"] <= found["samples"]
+        and 0 < found["samples"] < 2**53
+        and isinstance(found.get("date"), str)
+        and isinstance(found.get("split"), str)
+        and isinstance(found.get("of"), list)
+        and isinstance(found.get("changed"), dict)
+        and isinstance(found.get("machine"), dict)
+        and isinstance(classes, list)
+        and all(
+            isinstance(row, dict)
+            and type(row.get("samples")) is type(row.get("right")) is int
+            and 0 <= row["right"] <= row["samples"]
+            for row in classes
+        )
+        and isinstance(confusion, list)
+        and all(
+            isinstance(cell, list)
+            and [type(value) for value in cell] == [int] * 3
+            and min(cell) >= 0
+            and max(cell[:2]) < len(classes)
+            for cell in confusion
+        )
+    )

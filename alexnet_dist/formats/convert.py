@@ -2,7 +2,7 @@
 
 | format | from | to |
 |---|---|---|
-| safetensors | our names: conv1.weight, … | the same, the config in its metadata |
+| safetensors | our names: conv1.weight, … | the same dtype and names, the config in its metadata |
 | torchvision | a state dict (.pth, read without running a pickle, or .safetensors) | the same |
 | caffe | .caffemodel, conv1's BGR turned to RGB; --mean: its mean image | .caffemodel, BGR |
 | onnx | | windows (n, 3, crop, crop) to logits, by ONNX's own operators, with how windows are made
@@ -28,6 +28,7 @@ from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.files import write, written_aside
 from alexnet_dist.formats import caffe, onnx, torchvision
 from alexnet_dist.network.model import whole_shapes
+from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.tensor_files import TensorFile, misfit, save_tensors
 
 
@@ -72,7 +73,8 @@ def import_weights(
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {name} is not finite: use weights of an earlier step")
     # A checkpoint of step 0.
-    whole = {name: tensors[name].float().contiguous() for name in wanted}
+    dtype = parameter_dtype(config.train.precision)
+    whole = {name: tensors[name].to(dtype).contiguous() for name in wanted}
     progress = {"step": 0, "score": None}
     if mean is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -95,12 +97,13 @@ def export_weights(kind: str, source: Path, out: Path, data: Path | None = None)
         raise ConfigError(f"--data {data}: is only for --format onnx")
     found = checkpoints.at(source)
     config = found.config
-    tensors = {name: tensor.float() for name, tensor in found.parameters().tensors().items()}
+    own = found.parameters().tensors()
+    tensors = {name: tensor.float() for name, tensor in own.items()}
     with written_aside(out) as aside:
         match kind:
             case "safetensors":
                 about = {"config": json.dumps(flat(config)), "of": str(found.path)}
-                save_tensors(aside, tensors, about)
+                save_tensors(aside, own, about)
             case "torchvision":
                 torchvision.write(aside, config, tensors)
             case "caffe":

@@ -11,7 +11,7 @@
 """
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, counted
 
 SPLIT_IN_COLUMNS = ("columns", "columns_x_replicas")
 ZERO_STAGES = {"zero1": 1, "zero2": 2}
@@ -92,8 +92,9 @@ def _batch_problem(config: Config, replicas: int) -> str:
     near = " or ".join(str(b) for b in (lower, lower + replicas * parts) if b)
     parted = divisors(batch // replicas) if batch % replicas == 0 else []
     return (
-        f"train.batch={batch}: must be divisible by {replicas} replicas × train.micro_batches="
-        f"{parts}: use a batch of {near}, or {_some(divisors(batch // parts))} replicas"
+        f"train.batch={batch}: must be divisible by {counted(replicas, 'replica')} × "
+        f"train.micro_batches={parts}: use a batch of {near}, or "
+        f"{_some(divisors(batch // parts))} replicas"
         + (f", or train.micro_batches of {_some(parted)}" if parted else "")
     )
 

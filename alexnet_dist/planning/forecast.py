@@ -29,6 +29,8 @@ _ILSVRC_2012 = 1_281_167, 50_000  # training, validation images; used if the dat
 # Of layouts that are about equally fast, the first is recommended.
 _SIMPLEST = ("alone", "replicas", "columns", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
 _AS_FAST = 0.97
+# Keys beside the network's that a step's time depends on.
+_STEP = ("layout.kind", "train.batch", "train.micro_batches", "train.precision", "train.execution")
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def forecast(planned: Plan, config: Config, cluster: Cluster) -> Forecast:
         decode=_decoding(planned, cluster, pipeline, why, best, training),
         schedule=schedule(config, images),
         drops_assumed=config.schedule.kind == "plateau" and config.schedule.max_drops > 0,
-        measured=_measured(config, planned, predicted),
+        measured=_measured(config, planned, cluster, predicted),
     )  # fmt: skip
 
 
@@ -223,20 +225,40 @@ def _images(config: Config) -> tuple[int, int, str, str]:
 
 
 def _measured(
-    config: Config, planned: Plan, predicted: Mapping[str, Prediction]
+    config: Config, planned: Plan, cluster: Cluster, predicted: Mapping[str, Prediction]
 ) -> dict[str, Any] | None:
-    """Return what a run in this config's folder has measured, beside the prediction; None if there
-    is none like it."""
-    folder, same = config.folder, ("layout.kind", "train.batch", "train.precision")
+    """Return what a run in this config's folder has measured, and on what; beside the prediction if
+    that is of as many ranks on the same device. None if no run like it was measured."""
+    folder = config.folder
     if not (folder / "metrics.jsonl").is_file() or planned.layout not in predicted:
         return None
     ran, asked = flat(load_config([folder / "config.json"])), flat(config)
-    if any(ran[key] != asked[key] for key in same):
+    network = [key for key in asked if key.startswith("model.") and key != "model.classes"]
+    if any(ran[key] != asked[key] for key in (*network, *_STEP)):
         return None
-    points = [p for p in read_metrics(folder) if p["kind"] == "speed"][1:]  # the first is warm-up
-    if not points:
+    points = [point for point in read_metrics(folder) if point["kind"] == "speed"]
+    alike = [point for point in points if _is_on(point.get("on"), planned, cluster)]
+    points = alike or [point for point in points if point.get("on") == points[-1].get("on")]
+    if len(points) < 2:
         return None
-    middle = {key: statistics.median(p[key] for p in points)
+    middle = {key: statistics.median(p[key] for p in points[1:])  # the first is warm-up
               for key in ("images_per_s", "data_wait")}  # fmt: skip
+    found = {"folder": str(folder), "points": len(points) - 1, "on": points[-1].get("on"), **middle}
     ratio = predicted[planned.layout].images_per_s / middle["images_per_s"]
-    return {"folder": str(folder), "points": len(points), **middle, "predicted_to_measured": ratio}
+    return found | ({"predicted_to_measured": ratio} if alike else {})
+
+
+def _is_on(measured: Any, planned: Plan, cluster: Cluster) -> bool:
+    """Return whether a point was measured on as many ranks as planned and on the same kind of
+    device; on CPUs, on as many cores.
+
+    Args:
+        measured: the point's `on`; None in runs of older versions, which did not write it.
+    """
+    match measured:
+        case {"ranks": planned.ranks, "device": str(device), "cores": cores}:
+            machine = known(device)
+            if cluster.machine.overlap:
+                return machine is not None and machine.name == cluster.machine.name
+            return machine is None and cores == cluster.total
+    return False

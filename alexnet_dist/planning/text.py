@@ -1,5 +1,8 @@
 """What `plan` prints: a plan and a forecast as lines of text."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from alexnet_dist.errors import counted, printable
 from alexnet_dist.planning.forecast import DecodingForecast, Forecast
 from alexnet_dist.planning.plan import Misfit, Plan
@@ -42,10 +45,10 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     machine, predicted = outlook.machine, outlook.predicted
     devices, nodes = int(machine["devices"]), int(machine["nodes"])
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-    hours = f"{outlook.epochs:g} epochs"
+    epochs = f"{outlook.epochs:g} epoch{'' if outlook.epochs == 1 else 's'}"
     text = ["", f"predicted, {devices * nodes} × {machine['name']}{on_nodes} "
             f"({machine['source']}):",
-            f"{'':20}{'images/s':>10}{'× one':>8}{hours:>12}{'step, ms':>10}  of it, ms",
+            f"{'':20}{'images/s':>10}{'× one':>8}{epochs:>12}{'step, ms':>10}  of it, ms",
             ]  # fmt: skip
     base = predicted.get("alone") or predicted.get("one")
     for kind, one in predicted.items():
@@ -75,7 +78,7 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
         speed = predicted[best]
         text.append(
             f"recommended: {'one, on one device' if best == 'alone' else best}: "
-            f"{_hours(speed.hours)} for {outlook.epochs:g} epochs of "
+            f"{_hours(speed.hours)} for {epochs} of "
             f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
             f"its bottleneck: {speed.bottleneck}"
             + (" (yours)" if best == own else f"; for yours, {own}, see above")
@@ -87,13 +90,25 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     if outlook.drops_assumed:
         text.append("when the error stalls cannot be known: evenly spaced drops are assumed")
     if run := outlook.measured:
-        text += [
-            "",
-            f"measured in {run['folder']}: {run['images_per_s']:,.0f} images/s, waiting for data "
-            f"{run['data_wait']:.0%} (median of {run['points']} points); predicted: "
-            f"{run['predicted_to_measured']:.2f} of that",
-        ]
+        text += ["", f"measured in {run['folder']} {_on(run['on'])}: {run['images_per_s']:,.0f} "
+                 f"images/s, waiting for data {run['data_wait']:.0%} (median of "
+                 f"{counted(run['points'], 'point')}); " + _beside(run)]  # fmt: skip
     return text
+
+
+def _on(measured: Any) -> str:
+    """Say what a run was measured on, as its metrics have it."""
+    match measured:
+        case {"ranks": int(ranks), "device": str(device), "cores": int(cores)}:
+            return f"on {counted(ranks, 'rank')}, {printable(device)}, {counted(cores, 'core')}"
+    return "on a machine that it did not note"
+
+
+def _beside(run: Mapping[str, Any]) -> str:
+    """Set a prediction beside what was measured, if that was on the same devices."""
+    if "predicted_to_measured" in run:
+        return f"predicted: {run['predicted_to_measured']:.2f} of that"
+    return "not compared: only what is of the same devices and ranks is"
 
 
 def _decoded(decode: DecodingForecast) -> str:

@@ -67,7 +67,7 @@ def processor(config: Config) -> Iterator[Finding]:
     does = ", ".join(kinds) or platform.machine()
     yield Finding(
         "cpu",
-        f"{may_use} of {os.cpu_count()} cores are usable; {does}; torch computes with "
+        f"usable: {may_use} of {counted(os.cpu_count() or 1, 'core')}; {does}; torch computes with "
         f"{torch.backends.cpu.get_cpu_capability()}",
     )
     quota = _cores_of_quota()

@@ -199,9 +199,10 @@ def _one_run(run: RunResults) -> Iterable[str]:
     )
     detailed = run.detailed
     if detailed is None or detailed.kept is None:
+        views = " --views 10" if run.config.ten_views_differ else ""
         yield (
             "<p>What each class came to is not known: <code>alexnet-dist evaluate "
-            f"{html.escape(str(run.folder))} --views 10</code></p>"
+            f"{html.escape(str(run.folder))}{views}</code></p>"
         )
     else:
         yield from _classes(detailed, detailed.kept)

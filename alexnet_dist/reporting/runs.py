@@ -16,8 +16,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
-from alexnet_dist.evaluation.results import Score
-from alexnet_dist.evaluation.scores import saved_scores
+from alexnet_dist.evaluation.results import Score, saved_scores
 from alexnet_dist.files import as_json, json_object, opened, read_bytes, read_run
 from alexnet_dist.training.metrics_file import read_metrics
 

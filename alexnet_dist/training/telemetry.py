@@ -26,7 +26,7 @@ from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.network.flops import training_flops
-from alexnet_dist.parallel.device import peak_flops
+from alexnet_dist.parallel.device import machine, peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import MOST_CLASSES, chroma
 from alexnet_dist.timing import SPANS, TIMELINE, Start, Took, now
@@ -67,6 +67,11 @@ class Telemetry:
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
         self._mfu: float | None = None
+        self._on = {
+            "device": machine()["gpu" if self._cuda else "cpu"],
+            "ranks": topology.world_size,
+            "cores": topology.world_size * topology.cores,
+        }
         self._board = Board(folder.path, config, schedule, topology, dataset, step)
         self._loggers: list[loggers.LoggerThread] = []
         classes, wanted = config.model.classes, config.log.pictures and loggers.pictured(config)
@@ -172,7 +177,7 @@ class Telemetry:
         self._write(
             point,
             {"kind": "speed", "step": step, **speed, "time": shares, "memory": memory,
-             "ranks": ranks, "verdict": words},
+             "ranks": ranks, "on": self._on, "verdict": words},
         )  # fmt: skip
         left_s = (self._last_step - step) * took.training / steps
         self._progress(step, self._progress_line(step, epoch, values, speed, left_s))
@@ -244,7 +249,7 @@ class Telemetry:
                 for logger in self._loggers:
                     logger.pictures(step, pictures)
             if step == self._last_step:
-                self._board.end(engine, step)
+                self._board.embedding(engine, step)
 
     def _verdict(self, shares: Mapping[str, float]) -> str:
         """Return what limits the speed, given each span's share of the time."""
@@ -279,12 +284,12 @@ class Telemetry:
             self._board.draw(lambda to: to.flush())
 
     def close(self, finished: bool) -> None:
-        """Close everything; loggers are told whether the run has finished."""
+        """Close everything; TensorBoard and loggers are told whether the run has finished."""
         TIMELINE.stop()
         self._trace.end()
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
         self._quarantine.close()
-        self._board.close()
+        self._board.close(finished)
         loggers.close(self._loggers, finished)
         if self._topology.is_rank_0:
             with contextlib.suppress(OSError):

@@ -134,17 +134,19 @@ class Board:
         self.draw(draw)
         return pictures
 
-    def end(self, engine: Engine, step: int) -> None:
-        """Write the features of evaluation images before the last layer (fc7's) for the projector,
-        and mark the run as ended for the comparison of runs. Collective."""
+    def embedding(self, engine: Engine, step: int) -> None:
+        """Write the features of evaluation images before the last layer (fc7's) for the projector.
+        Collective."""
         name = f"seen_by_{engine.model.layers()[-1].name}"
         wanted = self._config.log.embedding if "tensorboard" in self._config.log.to else 0
         if samples := evenly(len(self._split), wanted):
             features, _ = self._seen(engine, samples)
             self.draw(lambda to: self._embed(to, name, features, samples, step))
-        self.draw(lambda to: to._get_file_writer().add_summary(_hparams(self._config)[2]))
 
-    def close(self) -> None:
+    def close(self, finished: bool) -> None:
+        """Close the file; a run that has finished is marked so for the comparison of runs."""
+        if finished:
+            self.draw(lambda to: to._get_file_writer().add_summary(_hparams(self._config)[2]))
         self.draw(lambda to: to.close())
         if self._descriptor is not None:
             os.close(self._descriptor)
