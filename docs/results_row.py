@@ -148,7 +148,7 @@ def trained(row: Row, arguments: Sequence[str], bench: Bench) -> dict[str, Any]:
     if outcome.score is not None:
         found["scores"]["1"] = _percent(outcome.score)
     if not row.candidate and not row.variant.by_training:
-        ten = evaluate_checkpoints([_last(folder)], ["evaluate.views=10"])
+        ten = evaluate_checkpoints([_last(folder)], ["evaluate.views=10"], keep=False)
         found["scores"]["10"] = _percent(ten.score)
     if row.variant.by_training:
         to = {f"{e}": figures.epochs_to(e / 100, [folder]) for e in ERRORS}

@@ -239,7 +239,7 @@ def score(configs: Sequence[Config], of: int) -> int:
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 
     try:
-        average = evaluate_checkpoints([config.folder for config in configs]).score
+        average = evaluate_checkpoints([c.folder for c in configs], keep=False).score
     except ConfigError as error:  # the members differ in data.path, or in views
         print(f"no average: {error}")
     else:
