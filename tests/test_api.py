@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import as_overrides
 from torchvision.io import decode_image
 
 from alexnet_dist import evaluate, load_checkpoint, load_config, train
@@ -54,6 +55,20 @@ def test_importing_the_package_is_light() -> None:
     assert {*alexnet_dist.__all__} <= {*dir(alexnet_dist)}
     with pytest.raises(AttributeError, match="'alexnet_dist' has no attribute 'tran'"):
         _ = alexnet_dist.tran
+
+
+def test_a_start_imports_neither_torchs_compiler_nor_torchvision(
+    tiny: Callable[..., Config],
+) -> None:
+    """Each takes a second: so nothing that does is imported to train one process's network."""
+    config = as_overrides(tiny(*QUICK))
+    code = (
+        "import sys\nfrom alexnet_dist import load_config, train\n"
+        f"assert train(load_config({config!r})).exit == 0\n"
+        "slow = 'torch._dynamo', 'torchvision', 'matplotlib', 'nvidia.dali', 'deepspeed'\n"
+        "print([name for name in slow if name in sys.modules])"
+    )
+    assert python(code) == "[]\n"
 
 
 def test_a_trained_network_answers_as_its_evaluation_did(

@@ -36,7 +36,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.data import loops
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.data.dataset import Statistics, open_dataset, open_for
+from alexnet_dist.data.dataset import Statistics, open_dataset, open_for, verify_shards
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.prepare.arrays import read_idx
@@ -311,6 +311,23 @@ def test_damage_is_one_clear_error(
     with pytest.raises(DatasetError, match=message) as caught:
         open_dataset(root, verify_hashes=True)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("ranks", "cores"), [(1, 1), (1, 3), (2, 3), (3, 1)])
+def test_every_shard_is_hashed_once_by_ranks_of_threads(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, ranks: int, cores: int
+) -> None:
+    dataset = open_for(tiny())
+    whole = dataset.splits["train"]
+    shards = tuple(whole.shards[0].with_name(f"{n}.tar") for n in range(8))
+    dataset = dataclasses.replace(
+        dataset, splits={"train": dataclasses.replace(whole, shards=shards)}
+    )
+    hashed: list[int] = []
+    monkeypatch.setattr(Split, "check_shard", lambda self, number: hashed.append(number))
+    for rank in range(ranks):
+        verify_shards(dataset, Topology(global_rank=rank, world_size=ranks, cores=cores))
+    assert sorted(hashed) == [*range(8)]
 
 
 @pytest.mark.parametrize("split", ["train", "test"])  # of two ranks each hashes one

@@ -14,12 +14,12 @@ UNCHANGED, RGB = 0, 3  # modes of decoding: the channels of the file, or three
 
 @functools.cache
 def operators() -> Any:
-    """Load and return torch.ops.image; raise ImportError or OSError if torchvision is missing or
-    does not fit torch."""
+    """Load and return torch.ops.image; raise ModuleNotFoundError if torchvision is missing,
+    OSError if it does not fit torch."""
     spec = importlib.util.find_spec("torchvision")
     libraries = [*Path(spec.origin).parent.glob("image*.so")] if spec and spec.origin else []
     if not libraries:
-        raise ImportError("No module named 'torchvision', or it decodes no images")
+        raise ModuleNotFoundError("torchvision is missing, or without codecs", name="torchvision")
     for library in libraries:
         torch.ops.load_library(library)
     return torch.ops.image
