@@ -78,6 +78,7 @@ class Telemetry:
             self._terminal = sys.stderr is not None and sys.stderr.isatty()
             self._bar = tqdm(
                 total=self._last_step, initial=step, disable=not self._terminal,
+                desc=f"step {step}/{self._last_step}: numbers every {config.log.every_steps} steps",
                 bar_format="{desc} {bar:20}",
             )  # fmt: skip
         profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
@@ -164,13 +165,14 @@ class Telemetry:
         tops = [f"{name} {values[top]:.1%}" for top, name in accuracies(self._classes).items()]
         digits = 0 if speed["images_per_s"] >= 10 else 1
         parts = [
-            f"epoch {epoch:.2f}", f"step {step}/{self._last_step}", f"loss {values['loss']:.4f}",
-            *tops, f"rate {values['rate']:.2e}", f"{speed['images_per_s']:.{digits}f} images/s",
+            f"epoch {epoch:.2f}", f"step {step}/{self._last_step}",
+            f"ETA {in_hours(left_s)}",  # early, since narrow terminals cut the line off
+            f"loss {values['loss']:.4f}", *tops,
+            f"rate {values['rate']:.2e}", f"{speed['images_per_s']:.{digits}f} images/s",
             f"data wait {speed['data_wait']:.0%}",
             *([f"MFU {self._mfu:.0%}"] if self._mfu else []),
             *([f"damaged {values['damaged']:.0f}"] if values["damaged"] else []),
             *_straggler_in_words(speed),
-            f"ETA {in_hours(left_s)}",
         ]  # fmt: skip
         return "  ".join(parts)
 
