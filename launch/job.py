@@ -248,6 +248,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _before(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError(
+            "this is not a Slurm job: submit the script with `sbatch`, or train here with "
+            "`alexnet-dist train`"
+        )
     before(options.config)
     return 0
 

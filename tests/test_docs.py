@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import TINY, in_a_fork
 from made import image_folder
 
+from alexnet_dist import load_checkpoint
 from alexnet_dist.cli.main import build_parser, main
 from alexnet_dist.config.load import RETIRED, load_config
 from alexnet_dist.config.schema import keys
@@ -217,6 +219,9 @@ def test_your_own_images_to_the_end(place: Path) -> None:
     found: dict[str, Any] = {}
     exec(example.replace("runs/demo/checkpoints/step-00001406", str(saved)), found)
     assert found["kernels"].shape == (8, 3, 11, 11)
+    windows = 60 * torch.randn(2, 3, 67, 67, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(found["logits"](windows), load_checkpoint(saved).model(windows))
     (mine,) = blocks(ROOT / "docs/own-data.md", "yaml")
     (place / "mine.yaml").write_text(mine)
     followed = load_config(["demo", place / "mine.yaml"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import struct
 import tarfile
@@ -82,7 +83,8 @@ def test_plain_folders_at_any_depth_and_what_lies_beside_is_named(tmp_path: Path
         "left out: hidden: 3 (.git, __MACOSX, bee/.DS_Store); beside class folders: 1 (labels.csv)"
         "; no image, by its first bytes: 2 (bee/notes.txt, empty/readme.txt); without images: 2 "
         "(bare/, empty/)",
-        "no split to evaluate on: to make one, prepare into another OUT with --validation 0.1",
+        "no split to evaluate on: train with data.hold_out=0.1, or prepare into another OUT with "
+        "--validation 0.1",
     ]
     assert open_dataset(tmp_path / "out").classes == ("ant", "bee")
     assert more["bee/winter/2020/deep.jpg"] in stored(tmp_path / "out", "train")
@@ -437,7 +439,8 @@ def test_a_run_without_a_split_to_evaluate_on_ends_well(tmp_path: Path, layout: 
     run = tmp_path / "runs" / "run"
     arguments = ["train", *own, f"data.path={tmp_path / 'out'}", "train.epochs=3",
                  f"output_dir={tmp_path / 'runs'}", "log.pictures=true", "log.embedding=5",
-                 "checkpoint.every_steps=4", f"layout.kind={layout}"]  # fmt: skip
+                 "checkpoint.every_steps=4", "log.every_steps=4",
+                 f"layout.kind={layout}"]  # fmt: skip
     done = alexnet_dist(*arguments)
     assert done.returncode == 0, done.stderr
     if layout == "one":
@@ -445,6 +448,8 @@ def test_a_run_without_a_split_to_evaluate_on_ends_well(tmp_path: Path, layout: 
         assert "evaluate" not in done.stdout
     line = "data.eval_split=none: no evaluation; the last checkpoint is kept, and the rate of sch"
     assert done.stderr.count(line) == 1
+    assert re.search(r"epoch 1.33  step 4/9  ETA [\d:]+  loss ", done.stderr)  # of 80 characters
+    assert "never drops; data.hold_out=0.1 would set a tenth of the images apart" in done.stderr
     assert (run / "checkpoints/step-00000009/manifest.json").is_file()
     assert json.loads((run / "run.json").read_text())["state"] == "finished"
     kept = json.loads((run / "config.json").read_text())

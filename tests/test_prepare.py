@@ -280,8 +280,9 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
         (made.encoded(made.photograph(1), "PNG")[:400], "the PNG is cut short"),
         (made.png_of(60_000, 60_000), "Image size .3600000000 pixels. exceeds limit"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not one of JPEG, PNG"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC or AVIF file.*: convert it to JPEG"),
     ],
-    ids=["empty", "text", "truncated JPEG", "truncated PNG", "bomb", "PostScript"],
+    ids=["empty", "text", "truncated JPEG", "truncated PNG", "bomb", "PostScript", "HEIC"],
 )
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_is_no_image_is_refused_with_its_reason(

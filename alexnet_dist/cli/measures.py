@@ -165,6 +165,8 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         rows = scaling.curve(config, cluster)
         scaling.draw(rows, cluster, options.curve)
         print(as_json(rows) if options.json else "\n".join(scaling.lines(rows)))
+        if not options.json:
+            print(f"curve: {options.curve}")
         return 0
 
     # What a rank needs.

@@ -73,8 +73,9 @@ def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.reporting import figures as draws
 
     drawn = draws.draw(options.run_folder)
+    print("colour in conv1's kernels, a share of their energy (grey 0, noise 0.667):")
     for column, value in enumerate(draws.colour(options.run_folder), start=1):
-        print(f"column {column}: {value:.3f} of its kernels' energy is colour")
+        print(f"column {column}: {value:.3f}")
     if options.fig4:
         drawn += draws.draw_fig4(options.run_folder, options.overrides)
     print("\n".join(map(str, drawn)))

@@ -7,7 +7,10 @@ from pathlib import Path
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.errors import DatasetError, looked_in
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff",
+    ".heic", ".heif", ".avif",  # refused, by name: telephones make them
+)  # fmt: skip
 # Names, in any case, of folders that hold one split's images.
 SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",

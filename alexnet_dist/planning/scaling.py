@@ -80,8 +80,9 @@ def draw(rows: Sequence[dict[str, Any]], cluster: Cluster, path: Path) -> None:
         title = f"{cluster.machine.name}, {cluster.devices} a node"
         speeds.set(xlabel="devices", ylabel="images/s", title=title)
         shares.set(
-            xlabel="devices", ylabel="efficiency, %", title="÷ devices × one", ylim=(0, None)
-        )
+            xlabel="devices", ylabel="efficiency, %", ylim=(0, None),
+            title="images/s ÷ (devices × one device's)",
+        )  # fmt: skip
         for axis in (speeds, shares):
             axis.set_xscale("log", base=2)
             axis.legend(fontsize=8)

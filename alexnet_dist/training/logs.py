@@ -44,7 +44,7 @@ def opening(
         unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept"
         if config.schedule.kind == "plateau":
             unscored += ", and the rate of schedule.kind=plateau never drops"
-        unscored += "\n"
+        unscored += "; data.hold_out=0.1 would set a tenth of the images apart to evaluate on\n"
     return (
         f"{config.folder} {begins}: {counted(last_step, 'step')}, "
         f"{counted(config.model.columns, 'column')} on {counted(topology.world_size, 'process')}, "

@@ -85,6 +85,7 @@ class Telemetry:
             self._terminal = sys.stderr is not None and sys.stderr.isatty()
             self._bar = tqdm(
                 total=self._last_step, initial=step, disable=not self._terminal,
+                desc=f"step {step}/{self._last_step}: numbers every {config.log.every_steps} steps",
                 bar_format="{desc} {bar:20}",
             )  # fmt: skip
         profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
@@ -202,10 +203,10 @@ class Telemetry:
             left_s: seconds of training left, if the speed is known.
         """
         tops = [f"{name} {values[top]:.1%}" for top, name in accuracies(self._classes).items()]
-        parts = [
-            f"epoch {epoch:.2f}", f"step {step}/{self._last_step}", f"loss {values['loss']:.4f}",
-            *tops, f"rate {values['rate']:.2e}",
-        ]  # fmt: skip
+        parts = [f"epoch {epoch:.2f}", f"step {step}/{self._last_step}"]
+        if speed:  # early, since narrow terminals cut the line off
+            parts += [f"ETA {in_hours(left_s)}"]
+        parts += [f"loss {values['loss']:.4f}", *tops, f"rate {values['rate']:.2e}"]
         if speed:
             digits = 0 if speed["images_per_s"] >= 10 else 1
             parts += [f"{speed['images_per_s']:.{digits}f} images/s"]
@@ -214,7 +215,7 @@ class Telemetry:
         if values["damaged"]:
             parts += [f"damaged {values['damaged']:.0f}"]
         if speed:
-            parts += [*_straggler_in_words(speed), f"ETA {in_hours(left_s)}"]
+            parts += _straggler_in_words(speed)
         return "  ".join(parts)
 
     def new_confusion(self) -> Tensor | None:

@@ -78,7 +78,9 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
         except RefusedImage:
             raise
         except UnidentifiedImageError as error:
-            raise RefusedImage(f"not one of {', '.join(_FORMATS)}") from error
+            made = "a HEIC or AVIF file, " if content[4:8] == b"ftyp" else ""
+            remedy = ": convert it to JPEG" if made else ""
+            raise RefusedImage(f"{made}not one of {', '.join(_FORMATS)}{remedy}") from error
         except MemoryError as error:
             raise RefusedImage(f"it takes more than {MOST_MEMORY:,} bytes to read") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported

@@ -115,7 +115,7 @@ def _unscored(source: Source) -> tuple[str, ...]:
     if {"val", "test"} & {*source.splits}:
         return ()
     more = (
-        ": to make one, prepare into another OUT with --validation 0.1"
+        ": train with data.hold_out=0.1, or prepare into another OUT with --validation 0.1"
         if source.kind in _CUT
         else ""
     )
