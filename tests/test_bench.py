@@ -159,7 +159,7 @@ def test_bench_end_to_end_trains_and_evaluates_from_shards(
     whole = found["ceilings"].pop("start to first step, s")
     stages = [took for name, took in found["ceilings"].items() if name.startswith("start to ")]
     assert len(stages) == 8
-    assert 0.8 * whole < sum(stages) <= whole < 60
+    assert 0.8 * whole < sum(stages) < whole + 0.1 < 60  # a process's start is known to 0.01 s
     libraries = found["ceilings"]["resident of the libraries alone, MB"]
     assert found["ceilings"]["resident after 10 steps, MB"] > libraries > 100
     assert found["ratios"]["resident / planned and the libraries"] > 0.5

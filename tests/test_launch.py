@@ -412,8 +412,10 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
 
 def test_a_member_that_has_measured_nothing_yet_is_in_the_table(run: list[str]) -> None:
     (member,) = ensemble.members_of(run, ["seed=3"], None)
-    RunFolder(member.config).take()
+    holder = RunFolder(member.config)
+    holder.take()
     assert re.search(r"some-seed-3  3     starting  0/\? +- ", ensemble.table([member]))
+    holder.close()
 
 
 def test_a_dry_run_prints_what_would_be_submitted(

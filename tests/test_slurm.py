@@ -327,6 +327,23 @@ def test_a_killed_rank_takes_the_job_down_and_is_retried(
     cluster.same_end("killed", "two")
 
 
+def test_an_interactive_allocation_outlives_a_killed_run(cluster: Cluster) -> None:
+    (cluster.runs / "by-hand.sh").write_text(
+        """"$PYTHON" -m alexnet_dist train "$@" & run=$!
+        state() { "$PYTHON" -m launch.status --json "$RUN_FOLDER"; }
+        until state | grep -q '"running"'; do sleep 1; done
+        kill -9 $run; wait $run; squeue --noheader --format=%T; state
+        """
+    )
+    cluster.environment["RUN_FOLDER"] = str(cluster.runs / "by-hand")
+    command = ["bash", f"{cluster.runs}/by-hand.sh", *cluster.common, *ONE, "name=by-hand"]
+    said = cluster.call("salloc", "--nodes=1", "--ntasks=1", *command).splitlines()
+    (found,) = json.loads(said[-1])
+    assert said[-2] == "RUNNING"
+    assert found["state"] == "killed"
+    assert re.fullmatch(r"its process is gone, but its job \d+ goes on", found["why"])
+
+
 def test_a_cancelled_job_saves_and_stays_away_and_its_folder_is_one_jobs(
     cluster: Cluster, whole: Callable[..., str]
 ) -> None:

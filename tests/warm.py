@@ -10,6 +10,8 @@ for name in (
     "alexnet_dist.reporting.figures",
     "alexnet_dist.parallel.spawn",
     "matplotlib.pyplot",
+    "torch._dynamo",  # what some layouts import on their way to the first step
+    "torch.fx.experimental.symbolic_shapes",
     "forks",
 ):
     importlib.import_module(name)
