@@ -242,6 +242,9 @@ def test_a_graph_is_captured_once_after_compiling_and_steps_on_another_stream(
         monkeypatch.setattr(torch.cuda, name, fake)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda name=name: said.append(name))
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: said.append("cublas"), raising=False
+    )
     cudnn = torch.backends.cudnn
     monkeypatch.setattr(cudnn, "benchmark", True)
     chosen = []
@@ -249,7 +252,7 @@ def test_a_graph_is_captured_once_after_compiling_and_steps_on_another_stream(
     assert chosen == [(False, True)]  # its choice is not kept for the steps that are timed
     assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
     assert said[:4] == ["waits", "into Stream", "out", "waits"]
-    assert said[4:] == ["synchronize", "empty_cache", "reset_peak_memory_stats"]
+    assert said[4:] == ["synchronize", "cublas", "empty_cache", "reset_peak_memory_stats"]
     said.clear()
     work = graphed(lambda: said.append("step") or torch.tensor(2.0))
     assert [float(work()), float(work())] == [2, 2]

@@ -127,6 +127,7 @@ def compile_by(step: Callable[[], object]) -> None:
     finally:
         cudnn.benchmark, cudnn.deterministic = kept
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
