@@ -26,7 +26,7 @@ from alexnet_dist.bench import contestants, decoders, end_to_end, step
 from alexnet_dist.bench.kernel_times import grouped, kernel_lines
 from alexnet_dist.bench.layouts import OnRank, bench_layouts
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.bench.trainers import Eager, graphed, plain
+from alexnet_dist.bench.trainers import Eager, compile_by, graphed, plain
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
@@ -227,7 +227,7 @@ def test_a_loop_as_most_write_it_computes_the_same_in_every_form(
     assert last == ("bf16" in form)
 
 
-def test_a_graph_is_captured_once_after_steps_on_another_stream(
+def test_a_graph_is_captured_once_after_compiling_and_steps_on_another_stream(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said: list[str] = []
@@ -249,6 +249,20 @@ def test_a_graph_is_captured_once_after_steps_on_another_stream(
     for name, fake in (("Stream", Stream), ("current_stream", Stream), ("CUDAGraph", Graph),
                        ("stream", entered), ("graph", entered)):  # fmt: skip
         monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: said.append(name))
+    monkeypatch.setattr(
+        torch._C, "_cuda_clearCublasWorkspaces", lambda: said.append("cublas"), raising=False
+    )
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    chosen = []
+    compile_by(lambda: chosen.append((cudnn.benchmark, cudnn.deterministic)))
+    assert chosen == [(False, True)]  # its choice is not kept for the steps that are timed
+    assert (cudnn.benchmark, cudnn.deterministic) == (True, False)
+    assert said[:4] == ["waits", "into Stream", "out", "waits"]
+    assert said[4:] == ["synchronize", "cublas", "empty_cache", "reset_peak_memory_stats"]
+    said.clear()
     work = graphed(lambda: said.append("step") or torch.tensor(2.0))
     assert [float(work()), float(work())] == [2, 2]
     warm = ["waits", "into Stream", *["step"] * 5, "out", "waits"]

@@ -76,7 +76,7 @@ def kernels(narrow: str) -> list[tuple[str, dict[str, Any], dict[str, str], int]
     fours = {"activation": "tanh", "scale": 2.0, "fours": 64}
     return [
         ("pooled_kernel", layer | CONV1 | {"rows": 3, "columns": 1, "ahead": 3}, values, 1),
-        ("pooled_backward_kernel", layer | CONV1 | {"each": 4}, values, 1),
+        ("pooled_backward_kernel", layer | CONV1 | {"each": 4, "early": 1}, values, 1),
         ("maps_kernel", layer | {"each": 4, "beta": 0.6, "bias": None}, values, 1),
         ("maps_backward_kernel", layer | {"each": 4, "steps": 4}, values, 1),
         ("sum_rows_kernel", {"each": 5, "tall": 512, "wide": 4}, {"parts": wide, "out": wide}, 16),
@@ -117,7 +117,7 @@ def test_the_papers_maps_stay_in_registers(channels: int, side: int, tmp_path: P
     shape = CONV1 | {"h": side, "w": side, "pooled_h": pooled_side, "pooled_w": pooled_side}
     layer = LRN | of_maps("bf16", channels) | shape
     block = {"rows": pooled._ROWS, "columns": pooled._COLUMNS, "ahead": pooled._AHEAD}
-    each = {"each": 10}  # conv1, in batches of 128
+    each = {"each": 10, "early": pooled._EARLY}  # conv1, in batches of 128
     values = dict.fromkeys(("x", "y", "grads", "out"), "bf16") | {
         "bias": "fp32", "parts": "fp32", "places": "u8",
     }  # fmt: skip

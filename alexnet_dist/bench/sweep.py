@@ -39,9 +39,9 @@ _PLACES_APART = 1e-3  # the share of maxima that may be found at other places, o
 _Work = Callable[[], Sequence[Tensor]]  # launches a kernel, and returns its results
 Grid = Mapping[str, Sequence[int]]  # values to try, by constant: MODULE.NAME
 _POOLED: Grid = {"pooled._ROWS": (2, 3, 5, 9), "pooled._COLUMNS": (1, 2, 3),
-                 "pooled._AHEAD": (0, 3), "pooled.REGISTERS": (96, 128, 168)}  # fmt: skip
-_BACKWARD: Grid = {"pooled.PROGRAMS": (1056, 1584, 2112, 4224, 8448),
-                   "pooled.REGISTERS": (96, 128, 168)}  # fmt: skip
+                 "pooled._AHEAD": (0, 3), "pooled.REGISTERS": (96, 128)}  # fmt: skip
+_BACKWARD: Grid = {"pooled.PROGRAMS": (1056, 1584, 2112, 4224), "pooled._EARLY": (0, 1, 2),
+                   "pooled.REGISTERS": (128, 168)}  # fmt: skip
 GRIDS: dict[str, Grid] = {
     "conv1": _POOLED,
     "conv1 backward": _BACKWARD,

@@ -157,11 +157,12 @@ def compile_by(step: Callable[[], object]) -> None:
     kept = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
     try:
-        step()
+        _aside(step)
         torch.cuda.synchronize()
     finally:
         cudnn.benchmark, cudnn.deterministic = kept
     gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
 
@@ -187,12 +188,7 @@ def graphed(step: Callable[[], Tensor]) -> Work:
     def replayed() -> Tensor:
         nonlocal replay, loss
         if replay is None:
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
-                    step()
-            torch.cuda.current_stream().wait_stream(aside)
+            _aside(*[step] * WARM_UP)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 loss = step()
@@ -201,6 +197,17 @@ def graphed(step: Callable[[], Tensor]) -> Work:
         return loss
 
     return replayed
+
+
+def _aside(*steps: Callable[[], object]) -> None:
+    """Run steps on a stream other than the default one, with which nothing can be captured that
+    autograd has met there."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for step in steps:
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
 
 
 def ours(config: Config) -> Work:

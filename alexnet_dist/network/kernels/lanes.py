@@ -98,6 +98,53 @@ def upcast(values):
 
 
 @triton.jit
+def packed(tile):
+    """Pack pairs of bfloat16 into 32 bits, as they lie in memory; other tiles stay. Values that a
+    loop carries to its next round cost instructions if they are narrower."""
+    if tile.dtype == tl.bfloat16 and tile.shape[1] % 2 == 0:
+        pairs = tile.to(tl.uint16, bitcast=True).reshape(tile.shape[0], tile.shape[1] // 2, 2)
+        low, high = tl.split(pairs)
+        return low.to(tl.uint32) | (high.to(tl.uint32) << 16)
+    else:
+        return tile
+
+
+@triton.jit
+def unpacked(tile):
+    """Return what was `packed`, upcast."""
+    if tile.dtype == tl.uint32:
+        low = (tile << 16).to(tl.float32, bitcast=True)
+        high = (tile & 0xFFFF0000).to(tl.float32, bitcast=True)
+        return tl.join(low, high).reshape(tile.shape[0], 2 * tile.shape[1])
+    else:
+        return upcast(tile)
+
+
+@triton.jit
+def packed_bytes(tile):
+    """Pack fours of bytes into 32 bits, as they lie in memory, if there are fours."""
+    if tile.shape[1] % 4 == 0:
+        evens, odds = tl.split(tile.reshape(tile.shape[0], tile.shape[1] // 4, 2, 2))
+        b0, b2 = tl.split(evens)
+        b1, b3 = tl.split(odds)
+        low = b0.to(tl.uint32) | (b1.to(tl.uint32) << 8)
+        return low | (b2.to(tl.uint32) << 16) | (b3.to(tl.uint32) << 24)
+    else:
+        return tile
+
+
+@triton.jit
+def unpacked_bytes(tile):
+    """Return what was packed by `packed_bytes`, as integers."""
+    if tile.dtype == tl.uint32:
+        evens = tl.join(tile & 255, (tile >> 16) & 255)
+        odds = tl.join((tile >> 8) & 255, tile >> 24)
+        return tl.join(evens, odds).reshape(tile.shape[0], 4 * tile.shape[1])
+    else:
+        return tile
+
+
+@triton.jit
 def unstack(tile):
     """Split (lanes, n) into n tensors (lanes,)."""
     lanes: tl.constexpr = tile.shape[0]
