@@ -59,23 +59,28 @@ def process_began() -> float:
 
 
 class Start:
-    """How long a run took to start, in stages.
-
-    Args:
-        began: when it was asked for, as `now` counts.
+    """How long a run takes to start, in stages.
 
     Attributes:
+        began: when the run was asked for, as `now` counts.
         stages: seconds by name, in order.
     """
 
-    def __init__(self, began: float) -> None:
-        self.began = self._last = began
+    def __init__(self) -> None:
+        self.begin(0.0)
+
+    def begin(self, at: float) -> None:
+        """Note that a run was asked for, as `now` counts."""
+        self.began = self._last = at
         self.stages: dict[str, float] = {}
 
     def reached(self, stage: str, at: float | None = None) -> None:
         """Note that a stage ends, now or when `at` says."""
         at = now() if at is None else at
         self.stages[stage], self._last = at - self._last, at
+
+
+START = Start()  # of this process
 
 
 @dataclass(frozen=True)

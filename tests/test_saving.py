@@ -34,7 +34,7 @@ from alexnet_dist.files import read_run
 from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
-from alexnet_dist.timing import TIMELINE, Start
+from alexnet_dist.timing import TIMELINE
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.telemetry import Telemetry
@@ -354,7 +354,7 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
     folder.take()
     folder.running(0, 100)
     schedule = Schedule.of(config, 60)
-    telemetry = Telemetry(config, folder, Topology(), dataset, schedule, 0, 0, Start(0.0))
+    telemetry = Telemetry(config, folder, Topology(), dataset, schedule, 0, 0)
     values = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "damaged": 0.0, "rate": 0.01}
 
     def step(number: int) -> None:

@@ -74,6 +74,7 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         _check_sources(config)
     from alexnet_dist.parallel import device, layouts, spawn
 
+    spawn.begin_start()
     wanted = layouts.ranks_wanted(config, device.gpus(config))
     if environment.place():
         spawn.leave_with_parent(parent)
@@ -90,14 +91,13 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         if signals.exit_code is None:
             from alexnet_dist.training.run_folder import RunFolder
 
-            killed, began = RunFolder(config).killed, spawn.start_of_this_process().began
-            return spawn.start(arguments, wanted, config.folder, killed, began)
+            return spawn.start(arguments, wanted, config.folder, RunFolder(config).killed)
         print(signals.last_words, end="", file=sys.stderr)
         return signals.exit_code
 
     from alexnet_dist.training import loop
 
-    outcome = loop.train(config, signals, spawn.start_of_this_process())
+    outcome = loop.train(config, signals)
     if outcome.is_rank_0:
         _print_end(config, outcome)
     return outcome.exit

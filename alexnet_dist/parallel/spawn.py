@@ -23,16 +23,15 @@ from alexnet_dist.files import read_run
 from alexnet_dist.parallel.rendezvous import LOOPBACK, store_at
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, handlers_restored, signals_heeded
 from alexnet_dist.parallel.workers import signal_at_parents_end
-from alexnet_dist.timing import Start, process_began
+from alexnet_dist.timing import START, process_began
 
 # Environment variables for ranks: the launcher's process id, and when it was asked for the run.
 _LAUNCHER, _BEGAN = "ALEXNET_DIST_LAUNCHER", "ALEXNET_DIST_BEGAN"
 
 
 def start(
-    arguments: Sequence[str], ranks: int, folder: Path, killed: Callable[[str, int], bool],
-    began: float,
-) -> int:  # fmt: skip
+    arguments: Sequence[str], ranks: int, folder: Path, killed: Callable[[str, int], bool]
+) -> int:
     """Run `alexnet-dist ARGUMENTS` on this many ranks, and return the exit code they agreed on.
 
     Signals are passed on to every rank, which saves and exits; a second SIGINT ends them at once.
@@ -41,9 +40,8 @@ def start(
         folder: the run folder, whose run.json says how the ranks stopped.
         killed: called with a description of the ranks that were killed, and the number of earlier
             attempts; returns whether this is still to be printed.
-        began: when the run was asked for, as `timing.now` counts.
     """
-    os.environ |= {_LAUNCHER: str(os.getpid()), _BEGAN: str(began)}
+    os.environ |= {_LAUNCHER: str(os.getpid()), _BEGAN: str(START.began)}
     command = ["-m", "alexnet_dist", *arguments]
     attempts_before = read_run(folder).get("attempt", 0)
     try:
@@ -70,13 +68,13 @@ def start(
         del os.environ[_LAUNCHER], os.environ[_BEGAN]  # what this process starts later has others
 
 
-def start_of_this_process() -> Start:
-    """Return the start of a run in this process, with the stage in which a launcher started it."""
+def begin_start() -> None:
+    """Note that the start of a run begins: when this process did, or when its launcher was asked
+    for the run."""
     began = process_began()
-    start = Start(float(os.environ.get(_BEGAN, began)))
+    START.begin(float(os.environ.get(_BEGAN, began)))
     if _BEGAN in os.environ:
-        start.reached("launch", began)
-    return start
+        START.reached("launch", began)
 
 
 def _killed_ranks(error: ChildFailedError) -> str:

@@ -32,7 +32,7 @@ from alexnet_dist.parallel.layouts import check, ranks_wanted
 from alexnet_dist.parallel.replicas import check_replicas
 from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
 from alexnet_dist.parallel.topology import Topology, connect, leave
-from alexnet_dist.timing import TIMELINE, Start, now
+from alexnet_dist.timing import START, TIMELINE, now
 from alexnet_dist.training.checkpointing import RunCheckpoints
 from alexnet_dist.training.loggers import check_installed
 from alexnet_dist.training.logs import configure_logging, log, opening
@@ -59,9 +59,7 @@ class Outcome:
     is_rank_0: bool
 
 
-def train(
-    config: Config, signals: StopSignals | None = None, start: Start | None = None
-) -> Outcome:
+def train(config: Config, signals: StopSignals | None = None) -> Outcome:
     """Train to the last step or until a signal, resuming from the run folder's newest good
     checkpoint.
 
@@ -71,7 +69,6 @@ def train(
         signals: signal handlers that are already installed. If None, handlers are installed for the
             duration of the call, which must come from the main thread, and the caller's own are
             restored on return.
-        start: the stages of the start so far. If None, it begins with this call.
 
     Raises:
         ConfigError, DatasetError, CheckpointError, RunFolderError: before the first step.
@@ -81,17 +78,17 @@ def train(
         SaidByRank0: on the other ranks, if rank 0 raised one of these.
         RanksFailed: ranks that were started here failed, and have reported why.
     """
-    start = start or Start(now())
     if signals is not None:
-        return _train(config, signals, start)
+        return _train(config, signals)
+    START.begin(now())
     wanted = ranks_wanted(config, gpus(config))
     with handlers_restored():
         if wanted > 1 and environment.place() is None:
-            return _on_own_ranks(config, wanted, start.began)
-        return _train(config, StopSignals(), start)
+            return _on_own_ranks(config, wanted)
+        return _train(config, StopSignals())
 
 
-def _on_own_ranks(config: Config, count: int, began: float) -> Outcome:
+def _on_own_ranks(config: Config, count: int) -> Outcome:
     """Run `alexnet-dist train` with this config in `count` processes, and wait for them."""
     from alexnet_dist.parallel import spawn  # loads torchrun, which a rank itself does not need
 
@@ -99,8 +96,7 @@ def _on_own_ranks(config: Config, count: int, began: float) -> Outcome:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(flat(config), file)
         file.flush()
-        killed = RunFolder(config).killed
-        code = spawn.start(["train", file.name], count, config.folder, killed, began)
+        code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
         failed = RanksFailed(
             f"{config.folder}: a rank ended with exit code {code}, and reported why"
@@ -112,18 +108,18 @@ def _on_own_ranks(config: Config, count: int, began: float) -> Outcome:
     return Outcome(code, reached.step, None if code else reached.score, is_rank_0=True)
 
 
-def _train(config: Config, signals: StopSignals, start: Start) -> Outcome:
+def _train(config: Config, signals: StopSignals) -> Outcome:
     """Train as one rank of the run, or as its only process."""
-    start.reached("imports")
+    START.reached("imports")
     topology = connect(config)
-    start.reached("device")
+    START.reached("device")
     signals.last_words = None  # from here on, the loop polls for signals
     configure_logging(topology)
-    config, dataset, decoding = _resolve(config, topology, start)
+    config, dataset, decoding = _resolve(config, topology)
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
-        outcome = _run(config, signals, topology, dataset, folder, decoding, start)
+        outcome = _run(config, signals, topology, dataset, folder, decoding)
     except Exception as error:
         explained = in_words(error)
         known = explained is error  # one of ours, which would recur
@@ -139,7 +135,7 @@ def _train(config: Config, signals: StopSignals, start: Start) -> Outcome:
     return outcome
 
 
-def _resolve(config: Config, topology: Topology, start: Start) -> tuple[Config, Dataset, str]:
+def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     """Fill in what the config leaves to another run, to the data set or to this machine, alike on
     every rank: what depends on files, rank 0 decides. Collective.
 
@@ -151,19 +147,19 @@ def _resolve(config: Config, topology: Topology, start: Start) -> tuple[Config, 
     dataset = open_for(resolved)
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
-    start.reached("data set")
+    START.reached("data set")
     resolved, why = choose_pipeline(resolved, topology, dataset)
     pipeline = resolved.data.pipeline
     if why == "set" and config.data.pipeline != pipeline:  # resolved from an earlier start
         why = "as before"
     decoding = f"data.pipeline={pipeline} ({why}){decoder_in_words(resolved, topology)}"
-    start.reached("decoder")
+    START.reached("decoder")
     return resolved, dataset, decoding
 
 
 def _run(
     config: Config, signals: StopSignals, topology: Topology, dataset: Dataset, folder: RunFolder,
-    decoding: str, start: Start,
+    decoding: str,
 ) -> Outcome:  # fmt: skip
     """Run the training loop. The ranks are connected and the run folder is held."""
     # The network, its optimiser and its position in the schedule: new, or restored from the newest
@@ -173,19 +169,19 @@ def _run(
     engine = make_engine(config, topology)
     checkpoints = RunCheckpoints(config, folder, engine, schedule, dataset.digest, topology)
     progress = checkpoints.resume()
-    start.reached("network")
+    START.reached("network")
     folder.running(progress.step, schedule.last_step)
     log.info(opening(config, topology, progress.step, schedule.last_step, len(split), decoding))
     if config.data.pipeline == "resident" and not progress.finished(config, schedule):
         decode_to_memory(config, topology, dataset, splits_of(config), signals)
-        start.reached("decoding to memory")
+        START.reached("decoding to memory")
     batches = train_batches(config, topology, dataset, progress.step, schedule.last_step)
 
     # What runs beside the steps: statistics on their way from the device, what is written of them,
     # and a watchdog for ranks that hang.
     pending = PendingSteps(progress, config, split, folder, topology)
     telemetry = Telemetry(
-        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step, start
+        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step
     )
     watchdog = Watchdog(
         topology, lambda: signals.polls, config.layout.timeout_s,

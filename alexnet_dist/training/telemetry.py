@@ -29,7 +29,7 @@ from alexnet_dist.network.flops import training_flops
 from alexnet_dist.parallel.device import machine, peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import MOST_CLASSES, chroma
-from alexnet_dist.timing import SPANS, TIMELINE, Start, Took, now
+from alexnet_dist.timing import SPANS, START, TIMELINE, Took, now
 from alexnet_dist.training import loggers, metrics_file
 from alexnet_dist.training.bottleneck import STRAGGLES, verdict
 from alexnet_dist.training.logs import log, quarantine
@@ -55,7 +55,7 @@ class Telemetry:
 
     def __init__(
         self, config: Config, folder: RunFolder, topology: Topology, dataset: Dataset,
-        schedule: Schedule, step: int, evaluated_step: int, start: Start,
+        schedule: Schedule, step: int, evaluated_step: int,
     ) -> None:  # fmt: skip
         self._config, self._folder, self._topology = config, folder, topology
         self._schedule, self._last_step = schedule, schedule.last_step
@@ -91,8 +91,8 @@ class Telemetry:
         profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
         self._trace = Trace(profiled, folder.path, self._cuda, self._traced)
         self._trace.stepped(step)
-        self._start: Start | None = start  # None once the first step is done
-        start.reached("logs")
+        self._starting = True  # until the first step is done
+        START.reached("logs")
         TIMELINE.start(self._cuda)
         # Last, so that where one of the above fails no handler is left in this process.
         self._quarantine = quarantine(folder.path / "quarantine.jsonl")
@@ -109,26 +109,26 @@ class Telemetry:
     def stepped(self, step: int, engine: Engine) -> None:
         """Note that a step has been made; draw histograms where they are due. Collective."""
         TIMELINE.step()
-        if self._start is not None:
-            self._started(step, self._start)
+        if self._starting:
+            self._started(step)
         with TIMELINE.span("log"):
             self._trace.stepped(step)
             if self.histograms_due(step):
                 self._board.histograms(engine, step)
 
-    def _started(self, step: int, start: Start) -> None:
+    def _started(self, step: int) -> None:
         """Write how long the start took, at the end of the first step. That step counts for the
         start, not for the speed: it builds kernels, and waits until images are decoded."""
         took = TIMELINE.take()
-        self._step, self._start = step, None
+        self._step, self._starting = step, False
         at = now() - took.total
         for stage, span in {"evaluation": "evaluate", "first batch": "data"}.items():
             if seconds := took.seconds[span]:  # evaluation: one that a signal had interrupted
-                start.reached(stage, at := at + seconds)
-        start.reached("first step")
+                START.reached(stage, at := at + seconds)
+        START.reached("first step")
         if not self._topology.is_rank_0:
             return
-        stages, total_s = start.stages, sum(start.stages.values())
+        stages, total_s = START.stages, sum(START.stages.values())
         self._metrics.append(
             {"kind": "start", "step": step, "total_s": total_s, "stages_s": stages}
         )
