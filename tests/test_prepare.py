@@ -126,7 +126,7 @@ def test_folders_of_other_names_are_known(tmp_path: Path) -> None:
         ("folder", lambda p: shutil.rmtree(p / "train"), "no folder train/"),
         ("folder", lambda p: [shutil.rmtree(c) for c in (p / "train").iterdir()],
          "none of its folders"),
-        ("folder", shutil.rmtree, "is not a folder: name the folder"),
+        ("folder", shutil.rmtree, "there is no such file or folder"),
     ],
 )  # fmt: skip
 def test_a_source_that_is_not_whole_is_named(

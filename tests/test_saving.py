@@ -159,6 +159,26 @@ def test_a_crash_loop_is_broken_and_says_why(tiny: Callable[..., Config]) -> Non
     assert read_run(config.folder)["idle_restarts"] == 2
 
 
+def test_a_stopped_run_that_was_given_another_config_stays_stopped(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`launch.status` called it failed, at no step, though the right command resumed it."""
+    config = tiny()
+    attempt(config, "stopped", saved=8, exit=130, step=8)
+
+    def refused() -> tuple[object, ...]:
+        folder = RunFolder(config)
+        folder.take()
+        folder.failed(2, "belongs to another run", known=True)
+        folder.close()
+        run = read_run(config.folder)
+        return run["state"], run["exit"], run.get("step")
+
+    assert refused() == ("stopped", 130, 8)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # `launch.job after` reads why its ranks left
+    assert refused() == ("failed", 2, None)
+
+
 @pytest.fixture
 def kept(tiny: Callable[..., Config]) -> Callable[..., Config]:
     """Makes configs of a run that was stopped at its end, after two checkpoints."""

@@ -35,7 +35,7 @@ def not_packed(folder: Path) -> DatasetError:
         return DatasetError(
             f"{folder}{looked_in(folder)}: holds images ({images}), not a packed data set: pack "
             f"them with `{shlex.join(line)}`, if each class has a folder of its own, and set "
-            f"data.path={root}-packed"
+            + shlex.quote(f"data.path={root}-packed")
         )
     demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
     source = demo if folder == Path("data/demo") else "SOURCE PATH"

@@ -210,9 +210,12 @@ class RunFolder:
                 write_json(path, self._run)
 
     def failed(self, code: int, reason: str, known: bool) -> None:
-        """Note that this attempt failed. A finished run that was asked for something impossible
-        before its first step stays finished."""
-        if self._run.get("state") == "starting" and self._previous.get("state") == "finished":
+        """Note that this attempt failed. Before its first step, a finished run that was asked for
+        something impossible stays finished, and a stopped one that was given another config stays
+        stopped (outside Slurm, whose jobs read here why their ranks left)."""
+        before = self._previous.get("state")
+        mistyped = before == "stopped" and code == 2 and self._run.get("job") is None
+        if self._run.get("state") == "starting" and (before == "finished" or mistyped):
             write_json(self.path / "run.json", self._previous)
         else:
             self.report("failed", exit=code, reason=reason, known=known)

@@ -22,7 +22,7 @@ from alexnet_dist.data.prepare.merge import merge
 from alexnet_dist.data.prepare.packing import tasks_of, write_shards
 from alexnet_dist.data.prepare.provenance import check_same, write_provenance
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.errors import DatasetError, NotAFile
+from alexnet_dist.errors import DatasetError, NotAFile, looked_in
 from alexnet_dist.files import appended, read_bytes, sync, write
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -133,6 +133,8 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
                 f"prepare {kind}: name the folder or archive: prepare {kind} PATH OUT"
             )
         path = FASHION_MNIST
+    if kind != "fashion_mnist" and not path.exists():
+        raise DatasetError(f"{path}{looked_in(path)}: there is no such file or folder")
     archive = kind in _ARCHIVES and path.is_file()
     if kind != "fashion_mnist" and not path.is_dir() and not archive:
         wrong = "is a file: unpack it, and" if path.is_file() else "is not a folder:"
