@@ -1,6 +1,7 @@
 """The paper's update against its printed formula, and the learning-rate schedules."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from conftest import assert_close
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.engines.optimizer import Optimizer, Schedule
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.training.state import Progress
 
 RATES = [0.1, 0.1, 0.01, 0.0, 0.0, 0.05, 0.2]
@@ -162,3 +164,15 @@ def test_no_network_is_evaluated_twice_at_the_end(
             progress.evaluated_step = progress.step
             found.append(progress.step)
     assert found == evaluated
+
+
+def test_of_equal_errors_the_best_has_the_lowest_loss(tiny: Callable[..., Config]) -> None:
+    progress, best = Progress(), []
+    schedule = Schedule.of(tiny(), samples=400)
+    for correct, loss in ((20, 2.1), (20, 2.3), (20, 1.9), (19, 0.5), (21, 2.0)):
+        progress.step += 1
+        progress.observe(Score(81, correct, 60, loss), schedule)
+        best.append(progress.best_step)
+    assert best == [1, 1, 3, 3, 5]
+    again = Progress.of(asdict(progress))
+    assert (again.best_step, again.best_loss) == (5, 2.0)

@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.from_data import HELD_OUT
@@ -183,15 +184,20 @@ def evaluate_checkpoints(
         engine = make_engine(own, topology)
         engine.load(checkpoint.parameters(), None)
         end = 0
-        for outputs, truth in _probabilities(engine, own, topology, dataset):
-            part = outputs / len(found)
-            if average is not None and labels is not None:
-                rows = slice(end, end := end + len(part))
-                part = average[rows].add_(part)
-                labels[rows] = truth
-            if checkpoint is found[-1]:
-                sums += _summed(part, truth)
-                add_confusion(confusion, part, truth)
+        with tqdm(
+            total=len(evaluation_split(own, dataset)), unit=" images", desc="evaluating",
+            leave=False, delay=2, disable=None,
+        ) as bar:  # fmt: skip
+            for outputs, truth in _probabilities(engine, own, topology, dataset):
+                part = outputs / len(found)
+                if average is not None and labels is not None:
+                    rows = slice(end, end := end + len(part))
+                    part = average[rows].add_(part)
+                    labels[rows] = truth
+                if checkpoint is found[-1]:
+                    sums += _summed(part, truth)
+                    add_confusion(confusion, part, truth)
+                bar.update(len(part))
     score = _finite(_score(sums, config, dataset), *paths)
     changed = _changed(found[0].config, config)
     if found[0].manifest["dataset"] not in ("imported", dataset.digest):

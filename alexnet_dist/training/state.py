@@ -31,8 +31,9 @@ class Progress:
         step: optimiser steps done.
         evaluated_step: the last step after which the network was evaluated.
         score: result of that evaluation.
-        best_step: step with the lowest validation error so far.
+        best_step: step with the lowest validation error so far; of equal ones, the lowest loss.
         best_error: that error, 1 − top-1.
+        best_loss: its loss; None before the first evaluation.
         interval: sums over samples since the last log point: loss, top-1 and top-5 counts, gradient
             norm, number of samples.
         damaged: damaged samples of this epoch, which other samples stood in for.
@@ -44,6 +45,7 @@ class Progress:
     score: Score | None = None
     best_step: int | None = None
     best_error: float = 2.0  # above any error
+    best_loss: float | None = None
     interval: list[float] = field(default_factory=lambda: [0.0] * 5)
     damaged: int = 0
     skipped: int = 0
@@ -66,7 +68,8 @@ class Progress:
         score = state["score"] and Score(**state["score"])
         known = {f.name: state[f.name] for f in dataclasses.fields(cls) if f.name in state}
         made = cls(**known | {"score": score})
-        numbers = [made.best_error, *made.interval, *(vars(score).values() if score else ())]
+        numbers = [made.best_error, made.best_loss or 0.0, *made.interval]
+        numbers += vars(score).values() if score else ()
         counts = [made.step, made.evaluated_step, made.damaged, made.skipped, made.best_step or 0]
         if len(made.interval) != 5 or not all(type(n) in (int, float) for n in numbers):
             raise ValueError("some of its numbers are not numbers")
@@ -102,8 +105,10 @@ class Progress:
             )
         self.evaluated_step, self.score = self.step, score
         schedule.observe(1 - score.top1)
-        if 1 - score.top1 < self.best_error:
-            self.best_step, self.best_error = self.step, 1 - score.top1
+        error, loss = 1 - score.top1, score.loss
+        tie = error == self.best_error and self.best_loss is not None and loss < self.best_loss
+        if error < self.best_error or tie:
+            self.best_step, self.best_error, self.best_loss = self.step, error, loss
 
 
 class PendingSteps:
