@@ -60,11 +60,14 @@ def test_importing_the_package_is_light() -> None:
 def test_a_start_imports_neither_torchs_compiler_nor_torchvision(
     tiny: Callable[..., Config],
 ) -> None:
-    """Each takes a second: so nothing that does is imported to train one process's network."""
+    """Each takes a second: neither one process's training needs them, nor an operator of ours."""
     config = as_overrides(tiny(*QUICK))
     code = (
         "import sys\nfrom alexnet_dist import load_config, train\n"
         f"assert train(load_config({config!r})).exit == 0\n"
+        "import torch\nfrom alexnet_dist.network.kernels import custom_op\n"
+        "def twice(x: torch.Tensor) -> torch.Tensor: return 2 * x\n"
+        "assert custom_op('alexnet_dist::twice', ())(twice)(torch.ones(1)) == 2\n"
         "slow = 'torch._dynamo', 'torchvision', 'matplotlib', 'nvidia.dali', 'deepspeed'\n"
         "print([name for name in slow if name in sys.modules])"
     )

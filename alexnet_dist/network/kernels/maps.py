@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import custom_op
 
-from alexnet_dist.network.kernels import pooled
+from alexnet_dist.network.kernels import custom_op, pooled
 from alexnet_dist.network.kernels.lanes import (
     activated,
     activation_grad,
