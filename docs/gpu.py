@@ -84,6 +84,8 @@ def measure(
         Whether no part failed.
     """
     end, sound = time.monotonic() + within, True
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's background; inherited
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     answered = {
         (row["part"], row["card"], row["commit"]) for row in read_rows(rows) if "failed" not in row
     }

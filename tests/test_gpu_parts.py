@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import signal
 import time
 from pathlib import Path
 
@@ -58,8 +59,11 @@ def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
 
 
 def test_a_part_that_fails_says_so_and_the_others_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
+    # As in a script's background, where Ctrl-C is ignored.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     rows, logs = tmp_path / "gpu.jsonl", tmp_path / "logs"
     child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; "
     child += "time.sleep(99)'], start_new_session=True); print(p.pid, flush=True); p.wait()"
