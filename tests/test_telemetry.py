@@ -30,8 +30,8 @@ from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.logs import watch
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
+from alexnet_dist.training.progress_bar import in_hours
 from alexnet_dist.training.run_folder import RunFolder
-from alexnet_dist.training.telemetry import in_hours
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
 CONVOLUTIONS = ["model.fc=[]", "model.dropout_before=[]", "model.exchange=[conv3,fc6]",

@@ -4,10 +4,8 @@ docs/tensorboard.md lists every tag. Values of train/ and eval/ repeat to the bi
 repeated; times and memory do not, and are in lines of their own (`"kind": "speed"`, `"start"`).
 """
 
-import contextlib
 import logging
 import statistics
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +15,6 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset
@@ -31,9 +27,9 @@ from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import MOST_CLASSES, chroma
 from alexnet_dist.timing import SPANS, START, TIMELINE, Took, now
 from alexnet_dist.training import loggers, metrics_file
-from alexnet_dist.training.bottleneck import STRAGGLES, verdict
-from alexnet_dist.training.logs import log, quarantine
-from alexnet_dist.training.metrics_file import accuracies
+from alexnet_dist.training.bottleneck import verdict
+from alexnet_dist.training.logs import quarantine
+from alexnet_dist.training.progress_bar import ProgressBar, say
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.tensorboard import Board
 from alexnet_dist.training.trace import Trace
@@ -50,7 +46,6 @@ class Telemetry:
     Args:
         step: step at which the run continues; later points of an earlier attempt are removed.
         evaluated_step: last step whose evaluation counts.
-        start: the stages of the run's start so far.
     """
 
     def __init__(
@@ -82,12 +77,7 @@ class Telemetry:
             before = metrics_file.cut(path, step, evaluated_step)
             self._metrics = metrics_file.Writer(path)
             self._loggers = loggers.start(config, metrics_file.rows(before))
-            self._terminal = sys.stderr is not None and sys.stderr.isatty()
-            self._bar = tqdm(
-                total=self._last_step, initial=step, disable=not self._terminal,
-                desc=f"step {step}/{self._last_step}: numbers every {config.log.every_steps} steps",
-                bar_format="{desc} {bar:20}",
-            )  # fmt: skip
+            self._bar = ProgressBar(step, self._last_step, config.log.every_steps, classes)
         profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
         self._trace = Trace(profiled, folder.path, self._cuda, self._traced)
         self._trace.stepped(step)
@@ -133,7 +123,7 @@ class Telemetry:
             {"kind": "start", "step": step, "total_s": total_s, "stages_s": stages}
         )
         words = [f"{stage} {stages[stage]:.1f}" for stage in stages if stages[stage] >= _SHORT_S]
-        self._say(f"first step after {total_s:.1f} s: {', '.join(words)}")
+        say(f"first step after {total_s:.1f} s: {', '.join(words)}")
 
     def _epoch(self, step: int) -> float:
         return step / self._schedule.steps_per_epoch
@@ -151,7 +141,7 @@ class Telemetry:
         if not steps:  # the first step, whose time was that of the start
             if self._topology.is_rank_0:
                 self._write(point)
-                self._progress(step, self._progress_line(step, epoch, values, {}, 0.0))
+                self._bar.trained(step, epoch, values, {}, 0.0)
             return
         measured = self._topology.gather(*_measured(took, self._cuda))
         if not self._topology.is_rank_0:
@@ -181,42 +171,7 @@ class Telemetry:
              "ranks": ranks, "on": self._on, "verdict": words},
         )  # fmt: skip
         left_s = (self._last_step - step) * took.training / steps
-        self._progress(step, self._progress_line(step, epoch, values, speed, left_s))
-
-    def _progress(self, step: int, line: str) -> None:
-        """Show a log point's line."""
-        if self._terminal:
-            with contextlib.suppress(OSError):  # it was closed
-                self._bar.set_description_str(line, refresh=False)
-                self._bar.update(step - self._bar.n)
-        else:
-            log.info(line)
-
-    def _progress_line(
-        self, step: int, epoch: float, values: Mapping[str, float], speed: Mapping[str, float],
-        left_s: float,
-    ) -> str:  # fmt: skip
-        """Return the line that a log point prints.
-
-        Args:
-            speed: empty if it is not known yet.
-            left_s: seconds of training left, if the speed is known.
-        """
-        tops = [f"{name} {values[top]:.1%}" for top, name in accuracies(self._classes).items()]
-        parts = [f"epoch {epoch:.2f}", f"step {step}/{self._last_step}"]
-        if speed:  # early, since narrow terminals cut the line off
-            parts += [f"ETA {in_hours(left_s)}"]
-        parts += [f"loss {values['loss']:.4f}", *tops, f"rate {values['rate']:.2e}"]
-        if speed:
-            digits = 0 if speed["images_per_s"] >= 10 else 1
-            parts += [f"{speed['images_per_s']:.{digits}f} images/s"]
-            parts += [f"data wait {speed['data_wait']:.0%}"]
-            parts += [f"MFU {self._mfu:.0%}"] if self._mfu else []
-        if values["damaged"]:
-            parts += [f"damaged {values['damaged']:.0f}"]
-        if speed:
-            parts += _straggler_in_words(speed)
-        return "  ".join(parts)
+        self._bar.trained(step, epoch, values, speed, left_s)
 
     def new_confusion(self) -> Tensor | None:
         """Return (classes, classes) int64 counts of 0 for an evaluation; None if none are drawn."""
@@ -231,11 +186,7 @@ class Telemetry:
             colours = enumerate(chroma(kernels, self._config.model.columns), start=1)
             values |= {f"chroma_{column}": value for column, value in colours}
             self._write({"kind": "eval", "step": step, "epoch": epoch, **values})
-            tops = [f"{name} {values[top]:.2%}" for top, name in accuracies(self._classes).items()]
-            self._say(
-                f"epoch {epoch:.2f}  step {step}/{self._last_step}  evaluation: {'  '.join(tops)}  "
-                f"loss {score.loss:.4f}  ({score.correct1} of {score.samples} right)"
-            )
+            self._bar.evaluated(step, epoch, score)
             self._say_where_time_went(step)
 
     def pictures(self, engine: Engine) -> None:
@@ -267,16 +218,11 @@ class Telemetry:
         shares = {name: seconds[name] / total for name in SPANS}
         most = sorted(SPANS, key=lambda name: -shares[name])[:4]
         words = self._verdict(shares)
-        self._say(f"time: {', '.join(f'{n} {shares[n]:.0%}' for n in most)}; {words}")
+        say(f"time: {', '.join(f'{n} {shares[n]:.0%}' for n in most)}; {words}")
         table = "\n".join(f"| {name} | {shares[name]:.1%} |" for name in SPANS)
         text = f"{words}\n\n| span | share of the time |\n|---|---|\n{table}"
         self._board.draw(lambda to: to.add_text("verdict", text, step))
         self._since_evaluation = Counter()
-
-    def _say(self, line: str) -> None:
-        """Log a line; a progress bar is drawn again below it."""
-        with logging_redirect_tqdm():
-            log.info(line)
 
     def flush(self) -> None:
         """Wait until the points so far are on the disk, before a checkpoint says that they are."""
@@ -293,8 +239,7 @@ class Telemetry:
         self._board.close(finished)
         loggers.close(self._loggers, finished)
         if self._topology.is_rank_0:
-            with contextlib.suppress(OSError):
-                self._bar.close()
+            self._bar.close()
             self._metrics.close()
 
     def _model_flops_utilisation(self, images_per_s: float) -> float | None:
@@ -310,7 +255,7 @@ class Telemetry:
         first, last = self._config.profile.steps
         text = "    " + table.replace("\n", "\n    ")
         self._board.draw(lambda to: to.add_text("profile", text, last))
-        self._say(f"traced steps {first} to {last}: open {path} in https://ui.perfetto.dev")
+        say(f"traced steps {first} to {last}: open {path} in https://ui.perfetto.dev")
 
     def _write(self, *points: Mapping[str, Any]) -> None:
         """Write the points of one step to metrics.jsonl, TensorBoard and the loggers."""
@@ -321,12 +266,6 @@ class Telemetry:
             self._board.scalars(step, values)
             for logger in self._loggers:
                 logger.scalars(step, values)
-
-
-def in_hours(seconds: float) -> str:
-    """Return a time as H:MM:SS, with as many hours as there are."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _measured(took: Took, cuda: bool) -> tuple[float, ...]:
@@ -348,10 +287,3 @@ def _straggler(own: Sequence[float]) -> dict[str, float]:
     longest = max(own)
     middle = max(statistics.median_low(own), 1e-9)
     return {"straggler": longest / middle, "straggler_rank": float(own.index(longest))}
-
-
-def _straggler_in_words(speed: Mapping[str, float]) -> list[str]:
-    """Return what the progress line says of a slow rank; nothing if none is."""
-    if speed["straggler"] < STRAGGLES:
-        return []
-    return [f"rank {speed['straggler_rank']:.0f} takes {speed['straggler']:.1f} times the median"]
