@@ -65,7 +65,8 @@ def _four(name: str, told: str, *keys: str) -> Variant:
     """Return a variant of the four-layer CIFAR-10 network."""
     return Variant(
         "lrn", name, told, ("results/cifar10-four-layers", *keys),
-        candidates=rates(0.003, 0.01, 0.03, 0.1), brief=("train.epochs=40",), speed=60_000, together=4,
+        candidates=rates(0.003, 0.01, 0.03, 0.1), brief=("train.epochs=40",),
+        speed=60_000, together=4,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from alexnet_dist.bench.sweep import Grid
 from alexnet_dist.config.load import load_config
 from alexnet_dist.engines.base import skip_flag
 from alexnet_dist.network import philox
-from alexnet_dist.network.kernels import pooled
+from alexnet_dist.network.kernels import pooled, pooled_backward
 from alexnet_dist.network.kernels import units as units_module
 from alexnet_dist.network.kernels.lanes import sum_rows
 from alexnet_dist.network.kernels.maps import maps
@@ -201,7 +201,7 @@ def test_rows_of_partial_sums_are_summed(found: dict[str, Any]) -> None:
 
 SWEPT: dict[str, Grid] = {
     "conv1": {"pooled._AHEAD": (0, 3)},
-    "conv1 backward": {"pooled.PROGRAMS": (3, pooled.PROGRAMS)},
+    "conv1 backward": {"pooled_backward.PROGRAMS": (3, pooled_backward.PROGRAMS)},
     "conv3": {"maps._EACH": (0, 1, 4)},  # 0 is impossible
     "conv3 backward": {"maps._EACH": (1, 4)},
     "fc6": {"units._FOURS": (32, 64)},

@@ -1,14 +1,18 @@
 """The network's shapes, parameter counts and initial weights against the paper's."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, assert_close
 from oracle import grouped
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.engines.base import label_ranks
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.network import precision
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.partition import share
 
@@ -69,6 +73,33 @@ def test_forward_and_backward_are_those_of_plain_torch() -> None:
     grads = [torch.autograd.grad(loss, model.parameters()) for loss in losses]
     for a, b in zip(*grads, strict=True):
         assert_close(a, b, 1e-12)
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "weight"),
+    [(F.conv2d, (2, 8, 9, 9), (4, 8, 5, 5)), (F.linear, (6, 200), (12, 200))],
+)
+def test_a_cpu_without_bf16_multiplies_in_float32(
+    function: Any, x: tuple[int, ...], weight: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_multiplies_bf16", lambda: False)
+    dtypes = []
+
+    def multiply(*given: torch.Tensor) -> torch.Tensor:
+        dtypes.append({tensor.dtype for tensor in given})
+        return function(*given)  # type: ignore[no-any-return]
+
+    def results(given: list[torch.Tensor]) -> list[torch.Tensor]:
+        out = precision.product(multiply, *given)
+        return [out, *torch.autograd.grad(out.square().sum(), given)]
+
+    narrow = [torch.randn(shape).bfloat16() for shape in (x, weight, weight[:1])]
+    ours = results([one.clone().requires_grad_() for one in narrow])
+    theirs = results([one.double().requires_grad_() for one in narrow])
+    assert dtypes == [{torch.float32}, {torch.float64}]
+    assert {one.dtype for one in ours} == {torch.bfloat16}
+    for one, exact in zip(ours, theirs, strict=True):
+        assert_close(one.detach().float(), exact.detach(), 2**-7 * exact.abs().max().item())
 
 
 def test_no_exchange_keeps_columns_apart_until_fc8() -> None:

@@ -21,7 +21,8 @@ from alexnet_dist.cli.main import main
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.evaluation import predict
-from alexnet_dist.evaluation.evaluate import evaluate_checkpoints, features_and_logits
+from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.evaluation.load import Trained
 from alexnet_dist.network.shapes import map_sides
 from alexnet_dist.training.loop import train

@@ -22,7 +22,8 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.evaluation.evaluate import evaluate_engine, features_and_logits
+from alexnet_dist.evaluation.evaluate import evaluate_engine
+from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import SPANS, Timeline

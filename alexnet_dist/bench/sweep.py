@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 from types import ModuleType
 from typing import TextIO
 
@@ -40,15 +41,16 @@ _Work = Callable[[], Sequence[Tensor]]  # launches a kernel, and returns its res
 Grid = Mapping[str, Sequence[int]]  # values to try, by constant: MODULE.NAME
 _POOLED: Grid = {"pooled._ROWS": (2, 3, 5, 9), "pooled._COLUMNS": (1, 2, 3),
                  "pooled._AHEAD": (0, 3), "pooled.REGISTERS": (96, 128)}  # fmt: skip
-_BACKWARD: Grid = {"pooled.PROGRAMS": (1056, 1584, 2112, 4224), "pooled._EARLY": (0, 1, 2),
-                   "pooled.REGISTERS": (128, 168)}  # fmt: skip
+_BACKWARD: Grid = {"pooled_backward.PROGRAMS": (1056, 1584, 2112, 4224),
+                   "pooled_backward._EARLY": (0, 1, 2),
+                   "pooled_backward.REGISTERS": (128, 168)}  # fmt: skip
 GRIDS: dict[str, Grid] = {
     "conv1": _POOLED,
     "conv1 backward": _BACKWARD,
     "conv2": {**_POOLED, "pooled._ROWS": (3, 5), "pooled._COLUMNS": (2, 3)},
     "conv2 backward": _BACKWARD,
     "conv3": {"maps._EACH": (1, 2, 4, 8)},
-    "conv3 backward": {"maps._EACH": (1, 2, 4), "pooled.PROGRAMS": (1056, 2112, 4224)},
+    "conv3 backward": {"maps._EACH": (1, 2, 4), "pooled_backward.PROGRAMS": (1056, 2112, 4224)},
     "fc6": {"units._FOURS": (32, 64, 128, 256), "units._WARPS": (1, 2, 4)},
     "fc6 backward": {"units._FOURS": (32, 64, 128), "units._WARPS": (1, 2, 4),
                      "units._ROWS": (4, 8, 16)},
@@ -90,11 +92,8 @@ class Choice:
 
 def _constant(name: str) -> tuple[ModuleType, str]:
     """Return the module of a constant, and its name there."""
-    from alexnet_dist.network.kernels import maps, pooled, units, update
-
     module, _, constant = name.partition(".")
-    modules = {"maps": maps, "pooled": pooled, "units": units, "update": update}
-    return modules[module], constant
+    return import_module(f"alexnet_dist.network.kernels.{module}"), constant
 
 
 def sweep(

@@ -16,7 +16,7 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.engines.base import AT
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.network.lrn import alpha_of
-from alexnet_dist.network.model import whole_shapes
+from alexnet_dist.network.model import pooled, whole_shapes
 from alexnet_dist.network.precision import allow_tf32
 from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.topology import Topology, connect
@@ -80,15 +80,7 @@ class Eager(nn.Module):
         return x
 
     def _pooled(self, name: str, x: Tensor) -> Tensor:
-        model = self.model
-        if name not in model.pool_after:
-            return x
-        window, stride = model.pool
-        if name in model.pool_average:
-            return F.avg_pool2d(
-                x, window, stride, ceil_mode=model.round_up, count_include_pad=False
-            )
-        return F.max_pool2d(x, window, stride, ceil_mode=model.round_up)
+        return pooled(self.model, name, x)
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Copy our network's parameters, so that both compute the same."""

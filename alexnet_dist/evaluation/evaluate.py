@@ -22,9 +22,7 @@ from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.errors import ConfigError, MachineError, NotFinite
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
-from alexnet_dist.evaluation.predict import with_views
 from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
-from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.precision import allow_tf32, parameter_dtype
 from alexnet_dist.parallel.device import free_host_memory
 from alexnet_dist.parallel.stop_signals import StopSignals
@@ -98,44 +96,6 @@ def evaluate_engine(
     for counts in [sums] if confusion is None else [sums, confusion]:
         topology.sum(counts if topology.column == 0 else counts.zero_())
     return _score(sums, config, dataset)
-
-
-def features_and_logits(
-    engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
-    samples: range,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Return what a network's last layer sees of samples (fc7), and its logits. Collective; each
-    rank decodes all samples.
-
-    Returns:
-        (n, units) float32, the units that the last layer sees on this rank; and logits
-        (n, classes). Both on the CPU.
-    """
-    config = with_views(config, 1)
-    features: list[Tensor] = []
-    *_, last = engine.model.layers()
-    products = last.products
-
-    # Not by a hook: only here are the inputs those of all columns, after their exchange.
-    def recorded(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
-        features.append(side_by_side(inputs).flatten(1))
-        return products(inputs, weight, bias)
-
-    last.products = recorded  # type: ignore[method-assign]
-    pipeline = make_pipeline(config, topology, dataset, split)
-    size = config.evaluate.batch
-    parts = [samples[first : first + size] for first in range(0, len(samples), size)]
-    try:
-        logits = [
-            engine.predict(decoded.batch().windows)
-            for decoded in pipeline.batches(evaluation_plan(config, parts))
-        ]
-    finally:
-        del last.products
-        pipeline.close()
-    # Under sharded_fc the last layer sees the samples of all ranks, here the same ones.
-    own = [part[: len(batch)] for part, batch in zip(features, logits, strict=True)]
-    return torch.cat(own).float().cpu(), torch.cat(logits).cpu()
 
 
 def evaluate_checkpoints(

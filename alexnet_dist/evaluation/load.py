@@ -14,14 +14,13 @@ from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_for, open_trained_on
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
+from alexnet_dist.evaluation.features import logits, with_views
 from alexnet_dist.evaluation.predict import (
     Prediction,
     features,
     images_in,
-    logits,
     predictions,
     windows_of,
-    with_views,
 )
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype

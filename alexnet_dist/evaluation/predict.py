@@ -7,9 +7,8 @@ file of a data set is that for its packed sample.
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,10 +30,11 @@ from alexnet_dist.errors import (
     filled_by,
     of_memory,
 )
+from alexnet_dist.evaluation.features import activations, check_layer, logits, with_views
 from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.model import AlexNet
-from alexnet_dist.network.precision import DTYPES, parameter_dtype
+from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.parallel.workers import worker_pool
 from alexnet_dist.plotting import columns_picture
 
@@ -115,50 +115,6 @@ def features(
     return torch.cat(outputs)
 
 
-def check_layer(model: AlexNet, layer: str) -> None:
-    """Raise ConfigError where the network has no such layer."""
-    if layer not in (names := model.config.layer_names):
-        raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
-
-
-@torch.no_grad()
-def logits(model: AlexNet, config: Config, windows: Tensor) -> Tensor:
-    """Return logits (n, classes), float32 or wider, computed in evaluation's precision."""
-    outputs: Tensor = model(windows.to(DTYPES[config.train.precision]))
-    return outputs if outputs.dtype == torch.float64 else outputs.float()
-
-
-def activations(
-    model: AlexNet, config: Config, windows: Tensor, layers: Sequence[str]
-) -> dict[str, list[Tensor]]:
-    """Return the outputs of layers, after the activation, float32 or wider.
-
-    For a convolution they are each column's maps (n, maps, h, w), neither normalised nor pooled;
-    for a fully-connected layer the units (n, units) of each column, or of all together where both
-    see the same; for the last layer the logits.
-    """
-    outputs: dict[str, list[Tensor]] = {}
-    last = model.config.layer_names[-1]
-
-    def keep(layer: str, parts: list[Tensor]) -> None:
-        activate = torch.clone if layer == last else getattr(torch, model.config.activation)
-        # Copied at once, since the network goes on in the same memory.
-        outputs[layer] = [activate(x if x.dtype == torch.float64 else x.float()) for x in parts]
-
-    hooks = [
-        model.get_submodule(layer).register_forward_hook(
-            lambda _, seen, parts, layer=layer: keep(layer, parts)
-        )
-        for layer in layers
-    ]
-    try:
-        logits(model, config, windows)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
-
-
 def draw(
     model: AlexNet, config: Config, dataset: Dataset, prediction: Prediction, out: Path
 ) -> None:
@@ -176,11 +132,6 @@ def draw(
     seen = config.model.crop / config.data.canvas
     with written_aside(out) as aside:
         columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
-
-
-def with_views(config: Config, views: Literal[1, 10]) -> Config:
-    """Return the config with so many windows per image."""
-    return replace(config, evaluate=replace(config.evaluate, views=views))
 
 
 def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from alexnet_dist.network import philox
 from alexnet_dist.network.concurrent import at_once
 from alexnet_dist.network.dropout import Dropout
 from alexnet_dist.network.exchange import Exchange
+from alexnet_dist.network.precision import product
 from alexnet_dist.network.shapes import windows_along
 
 
@@ -143,8 +144,8 @@ class Conv(Layer):
         elif self.round_up:
             inputs = [self._padded(x) for x in inputs]
         columns = list(self.by_column(inputs, weight, bias))
-        product = functools.partial(F.conv2d, stride=stride, padding=padding)
-        return at_once([product] * len(columns), columns)
+        convolve = functools.partial(F.conv2d, stride=stride, padding=padding)
+        return at_once([functools.partial(product, convolve)] * len(columns), columns)
 
     def _padded(self, x: Tensor) -> Tensor:
         """Add zeros below and to the right, so that the last window begins inside (Caffe)."""
@@ -191,8 +192,8 @@ class Linear(Layer):
         if inputs[0].shape[1] > own:  # one tensor of all columns here, each of which sees its own
             inputs = list(inputs[0].split(own, dim=1))
         if len(inputs) == 1:
-            return [F.linear(inputs[0], weight, bias)]
-        return [F.linear(x, w, b) for x, w, b in self.by_column(inputs, weight, bias)]
+            return [product(F.linear, inputs[0], weight, bias)]
+        return [product(F.linear, *column) for column in self.by_column(inputs, weight, bias)]
 
     def units(
         self, inputs: list[Tensor], exchange: Exchange | None, activation: str | None = None,

@@ -58,8 +58,7 @@ class Column:
             if self._in_one_pass(layer):
                 norm = constants_of(config.lrn, layer)
                 window, stride = config.pool
-                pooled = layer in config.pool_after
-                pool = (window, stride, config.round_up) if pooled else None
+                pool = (window, stride, config.round_up) if layer in config.pool_after else None
                 return maps(x, bias, activation, norm, pool, last)
             x = maps(x, bias, None if last else activation, None, None)
         elif not last:
@@ -67,9 +66,9 @@ class Column:
         fused = bias is not None
         # What is left: normalisation, then pooling; CaffeNet pools first.
         if config.pool_before_lrn:
-            x = self._normalised(layer, self._pooled(layer, x), fused)
+            x = self._normalised(layer, pooled(config, layer, x), fused)
         else:
-            x = self._pooled(layer, self._normalised(layer, x, fused))
+            x = pooled(config, layer, self._normalised(layer, x, fused))
         return activated(x, activation) if last else x
 
     def dropped(self, maps: Tensor, dropout: Dropout) -> Tensor:
@@ -100,16 +99,15 @@ class Column:
             x = x * (1 + spatial.alpha * mean).pow(-spatial.beta)
         return x
 
-    def _pooled(self, layer: str, x: Tensor) -> Tensor:
-        config = self.config
-        if layer not in config.pool_after:
-            return x
-        kernel, stride = config.pool
-        if layer in config.pool_average:
-            return F.avg_pool2d(
-                x, kernel, stride, ceil_mode=config.round_up, count_include_pad=False
-            )
-        return F.max_pool2d(x, kernel, stride, ceil_mode=config.round_up)
+
+def pooled(config: ModelConfig, layer: str, x: Tensor) -> Tensor:
+    """Pool a layer's maps (n, maps, h, w), where the config says so (§3.4)."""
+    if layer not in config.pool_after:
+        return x
+    window, stride = config.pool
+    if layer in config.pool_average:
+        return F.avg_pool2d(x, window, stride, ceil_mode=config.round_up, count_include_pad=False)
+    return F.max_pool2d(x, window, stride, ceil_mode=config.round_up)
 
 
 class AlexNet(nn.Module):

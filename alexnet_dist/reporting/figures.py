@@ -23,7 +23,7 @@ from alexnet_dist.data.pipelines.make import for_one_pass
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, looked_in
-from alexnet_dist.evaluation.evaluate import features_and_logits
+from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture

@@ -23,7 +23,7 @@ from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.evaluation.evaluate import features_and_logits
+from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.plotting import (
     Picture,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alexnet_dist.network.kernels import custom_op, pooled
+from alexnet_dist.network.kernels import custom_op, pooled, pooled_backward
 from alexnet_dist.network.kernels.lanes import (
     activated,
     activation_grad,
@@ -101,10 +101,12 @@ def maps_backward(
     x, grads = x.contiguous(memory_format=_LAST), grads.contiguous(memory_format=_LAST)
     out, pool = torch.empty_like(x, memory_format=_LAST), Pool(window, stride, round_up)
     if pool.window > 1 or pool.stride > 1:
-        parts = pooled.backward(grads, x, bias, places, out, activation, size, alpha, beta, k, pool)
+        parts = pooled_backward.backward(
+            grads, x, bias, places, out, activation, size, alpha, beta, k, pool
+        )
     else:
         lanes, pixels = lanes_of(x), x.numel() // x.shape[1]
-        programs = min(triton.cdiv(pixels, lanes.pixels * _EACH), pooled.PROGRAMS)
+        programs = min(triton.cdiv(pixels, lanes.pixels * _EACH), pooled_backward.PROGRAMS)
         steps = triton.cdiv(pixels, lanes.pixels * _EACH * programs)
         parts = x.new_empty((programs, x.shape[1]), dtype=sum_dtype(x.dtype))
         maps_backward_kernel[(programs,)](

@@ -1,0 +1,106 @@
+"""What a network's layers put out, beside its logits."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import Dataset
+from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.sampler import evaluation_plan
+from alexnet_dist.engines.base import Engine
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.network.exchange import side_by_side
+from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.precision import DTYPES
+from alexnet_dist.parallel.topology import Topology
+
+
+def with_views(config: Config, views: Literal[1, 10]) -> Config:
+    """Return the config with so many windows per image."""
+    return replace(config, evaluate=replace(config.evaluate, views=views))
+
+
+def check_layer(model: AlexNet, layer: str) -> None:
+    """Raise ConfigError where the network has no such layer."""
+    if layer not in (names := model.config.layer_names):
+        raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
+
+
+@torch.no_grad()
+def logits(model: AlexNet, config: Config, windows: Tensor) -> Tensor:
+    """Return logits (n, classes), float32 or wider, computed in evaluation's precision."""
+    outputs: Tensor = model(windows.to(DTYPES[config.train.precision]))
+    return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+
+def activations(
+    model: AlexNet, config: Config, windows: Tensor, layers: Sequence[str]
+) -> dict[str, list[Tensor]]:
+    """Return the outputs of layers, after the activation, float32 or wider.
+
+    For a convolution they are each column's maps (n, maps, h, w), neither normalised nor pooled;
+    for a fully-connected layer the units (n, units) of each column, or of all together where both
+    see the same; for the last layer the logits.
+    """
+    outputs: dict[str, list[Tensor]] = {}
+    last = model.config.layer_names[-1]
+
+    def keep(layer: str, parts: list[Tensor]) -> None:
+        activate = torch.clone if layer == last else getattr(torch, model.config.activation)
+        # Copied at once, since the network goes on in the same memory.
+        outputs[layer] = [activate(x if x.dtype == torch.float64 else x.float()) for x in parts]
+
+    hooks = [
+        model.get_submodule(layer).register_forward_hook(
+            lambda _, seen, parts, layer=layer: keep(layer, parts)
+        )
+        for layer in layers
+    ]
+    try:
+        logits(model, config, windows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
+
+
+def features_and_logits(
+    engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
+    samples: range,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return what a network's last layer sees of samples (fc7), and its logits. Collective; each
+    rank decodes all samples.
+
+    Returns:
+        (n, units) float32, the units that the last layer sees on this rank; and logits
+        (n, classes). Both on the CPU.
+    """
+    config = with_views(config, 1)
+    features: list[Tensor] = []
+    *_, last = engine.model.layers()
+    products = last.products
+
+    # Not by a hook: only here are the inputs those of all columns, after their exchange.
+    def recorded(inputs: list[Tensor], weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        features.append(side_by_side(inputs).flatten(1))
+        return products(inputs, weight, bias)
+
+    last.products = recorded  # type: ignore[method-assign]
+    pipeline = make_pipeline(config, topology, dataset, split)
+    size = config.evaluate.batch
+    parts = [samples[first : first + size] for first in range(0, len(samples), size)]
+    try:
+        logits = [
+            engine.predict(decoded.batch().windows)
+            for decoded in pipeline.batches(evaluation_plan(config, parts))
+        ]
+    finally:
+        del last.products
+        pipeline.close()
+    # Under sharded_fc the last layer sees the samples of all ranks, here the same ones.
+    own = [part[: len(batch)] for part, batch in zip(features, logits, strict=True)]
+    return torch.cat(own).float().cpu(), torch.cat(logits).cpu()
