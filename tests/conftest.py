@@ -185,6 +185,8 @@ def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     from triton import language
     from triton.runtime import interpreter
 
+    from alexnet_dist.network import precision
+
     patch_language, patched = interpreter._patch_lang, set[Any]()
 
     def patch_once(kernel: Callable[..., Any]) -> Mock:
@@ -195,6 +197,7 @@ def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             patch_language(kernel)
         return Mock()  # whose restore() undoes nothing: this process only interprets
 
+    precision._cpu_multiplies_bf16 = lambda: True  # as the GPU that it stands for
     interpreter._patch_lang = patch_once
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
         sanitize_overflow=False

@@ -23,19 +23,23 @@ def product(
 ) -> Tensor:
     """Return a convolution's or matrix product's outputs, in the dtype of x.
 
-    Where a CPU cannot multiply in bf16, torch would do so one by one, 10 times as slowly; so they
-    are multiplied in float32, and the sums rounded: what bf16 means everywhere.
+    Where a CPU has no fast products in bf16 (no AVX-512), they are computed in float32, and their
+    sums rounded, as bf16's are everywhere; torch's own loop takes ten times as long. A plan's fake
+    tensors, which may stand for a GPU's, are left alone.
     """
-    if x.dtype != torch.bfloat16 or x.is_cuda or _cpu_multiplies_bf16():
+    wide = type(x) is Tensor and x.dtype == torch.bfloat16 and not x.is_cuda
+    if not wide or _cpu_multiplies_bf16():
         return function(x, weight, bias)
-    wide = function(x.float(), weight.float(), None if bias is None else bias.float())
-    return wide.to(x.dtype)
+    with torch.autocast("cpu", enabled=False):  # DeepSpeed's
+        out = function(x.float(), weight.float(), None if bias is None else bias.float())
+    return out.to(x.dtype)
 
 
 @functools.cache
 def _cpu_multiplies_bf16() -> bool:
     """Whether oneDNN does: with AVX-512, or bf16 instructions of ARM."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    there = torch.backends.mkldnn.is_available()
+    return there and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def allow_tf32(precision: str) -> None:
