@@ -12,11 +12,12 @@ from conftest import TINY, alexnet_dist
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.parallel import device
 from alexnet_dist.planning import machines, scaling
 from alexnet_dist.planning.cost_model import Collective, decoding, predict, transfer_s
 from alexnet_dist.planning.dry_run import plan, plan_on
 from alexnet_dist.planning.fitting import Measured, fit, read_bench
-from alexnet_dist.planning.forecast import assumed, forecast, recommended, schedule
+from alexnet_dist.planning.forecast import assumed, forecast, here, recommended, schedule
 from alexnet_dist.planning.machines import MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import STEPS, Step, correction, read_steps
 from alexnet_dist.planning.plan import Passes, Plan, Prediction, Rank
@@ -221,10 +222,11 @@ def test_a_fit_finds_the_machine_that_took_the_seconds() -> None:
 
 
 MEASURED = Path(__file__).with_name("measured_layouts.json")  # of bench layouts, two cores each
-# By CPU: the machine that was fitted to it; steps of which only 0.81 to 0.83 were predicted.
+# By CPU: the machine that was fitted to it; steps of which only 0.81 to 0.85 were predicted.
 KNOWN = {
-    "Intel": ("cpu", {(32, 115, "zero1"), (32, 115, "zero2")}),
-    "AMD": ("cpu-avx512", {(64, 227, "zero1")}),
+    "Intel(R) Xeon(R) Processor": ("cpu", {(32, 115, "zero1"), (32, 115, "zero2")}),
+    "AMD EPYC": ("cpu-avx512", {(64, 227, "zero1")}),
+    "AMD EPYC without AVX-512": ("cpu-avx2", {(64, 227, "zero1"), (64, 227, "zero2")}),
 }
 
 
@@ -237,7 +239,7 @@ def cpu(request: pytest.FixtureRequest) -> str:
 def measured(cpu: str, tmp_path_factory: pytest.TempPathFactory) -> list[Measured]:
     found = []
     for one in json.loads(MEASURED.read_text()):
-        if not one["machine"]["cpu"].startswith(cpu):
+        if one["machine"]["cpu"] != cpu:
             continue
         path = tmp_path_factory.mktemp("bench") / "layouts.json"
         path.write_text(json.dumps(one))
@@ -440,6 +442,21 @@ def test_a_schedule_is_drawn() -> None:
     assert sum(line.count("*") for line in drawn) == len(points)
 
 
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ({"avx2"}, "cpu-avx2"), ({"avx2", "avx512f"}, "cpu-avx512"), ({"bf16"}, "cpu-avx512"),
+        ({"avx512f", "amx_bf16"}, "cpu"),
+    ],
+)  # fmt: skip
+def test_a_hosts_cores_are_known_by_their_instructions(
+    flags: set[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alexnet_dist.planning.forecast.cpu_flags", lambda: flags)
+    found = here(tiny("layout.device=cpu"), None)
+    assert found == Cluster(MACHINES[kind], device.cores())
+
+
 @pytest.mark.parametrize("text", ["p100:8", "h100:0", "h100:8x", "h100:-1", "", "0xh100", "8x"])
 def test_a_cluster_that_is_none_says_how_to_write_one(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"--gpus {text}: must be KIND, .*as in h100:8x4"):
@@ -453,7 +470,7 @@ def test_a_cluster_that_is_none_says_how_to_write_one(text: str) -> None:
         ("A100:2", "a100", 2, 1), ("L40s", "l40s", 1, 1), ("4xa10", "a10", 4, 1),
         ("T4", "t4", 1, 1), ("RTX 4090", "rtx4090", 1, 1), ("2x4090", "rtx4090", 2, 1),
         ("rtx-4090:2", "rtx4090", 2, 1), ("CPU:2", "cpu", 2, 1),
-        ("cpu-avx512:2", "cpu-avx512", 2, 1),
+        ("cpu-avx512:2", "cpu-avx512", 2, 1), ("cpu-avx2", "cpu-avx2", 1, 1),
     ],
 )  # fmt: skip
 def test_a_cluster_is_written_as_people_do(text: str, kind: str, devices: int, nodes: int) -> None:

@@ -86,7 +86,9 @@ def here(config: Config, machine: Machine | None) -> Cluster | None:
     """Return this host's GPUs or cores as a cluster; None if its GPUs are not a known kind."""
     count = gpus(config)
     if not count:
-        like = "cpu" if "amx_bf16" in cpu_flags() else "cpu-avx512"
+        flags, like = cpu_flags(), "cpu-avx2"
+        if {"avx512f", "bf16"} & flags:
+            like = "cpu" if "amx_bf16" in flags else "cpu-avx512"
         return Cluster(machine or MACHINES[like], cores())
     found = machine or known(torch.cuda.get_device_name())
     return Cluster(found, count) if found else None

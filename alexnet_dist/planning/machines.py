@@ -178,6 +178,13 @@ MACHINES = {
         source="fitted to 30 steps of bench layouts on two cores; fp32 by bench step's ratio; "
         "between nodes 10 Gb/s",
     ),
+    "cpu-avx2": Machine(
+        "a core of an AMD EPYC without AVX-512", peak={"bf16": 7.66e10, "fp32": 7.9e10},
+        reached=1.0, memory=8.9e9, step_s=0.0, link=1.16e9, latency_s=1.77e-4, node_link=1.25e9,
+        node_latency_s=1e-3, decode=CORE_DECODES, overlap=False,
+        source="fitted to 30 steps of bench layouts on two cores; fp32 by the demo's images/s; "
+        "between nodes 10 Gb/s",
+    ),
 }  # fmt: skip
 
 
