@@ -99,7 +99,7 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     of_train.write_text(alexnet_dist(*averaged, "data.eval_split=train").stdout)
     out = tmp_path / "report.html"
     said = report([*folders, hostile, damaged, several, of_train, out], out)
-    assert said.endswith("5 runs; 1 holds no evaluated run")
+    assert said.endswith("5 runs; no evaluated run in 1: <b>hostile")
     mine = tmp_path / "mine.html"
     mine.write_text("<title>Report</title> of my own")
     result = alexnet_dist("report", str(folders[0]), "--out", str(mine))

@@ -199,7 +199,8 @@ def test_reports_and_figures_of_half_made_runs(
     unread = tmp_path / "a-file"
     unread.write_bytes(b"[" * 100_000)
     line = report([*runs, unread, made()], tmp_path / "report.html")
-    assert line.endswith("report.html: 13 runs; 4 hold no evaluated run")
+    left = "no evaluated run in 4: damaged-9, damaged-10, damaged-11, …"
+    assert line.endswith(f"report.html: 13 runs; {left}")
     page = (tmp_path / "report.html").read_text()
     assert "sgd" in page
     (made() / "figures").rename(made() / "was-figures")

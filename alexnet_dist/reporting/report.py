@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import AlexNetDistError, counted
+from alexnet_dist.errors import AlexNetDistError, counted, printable
 from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures, page
@@ -32,6 +32,7 @@ from alexnet_dist.reporting.runs import (
 from alexnet_dist.training.metrics_file import accuracies
 
 _WORST, _MISTAKES = 20, 10  # classes, and pairs of confused classes, that are shown unfolded
+_NAMED = 3  # folders without an evaluated run
 
 
 def _stem(run: RunResults) -> str:
@@ -58,16 +59,21 @@ def report(folders: Sequence[Path], out: Path) -> str:
 
     Args:
         folders: run folders, and files with the output of `evaluate --json` for several networks;
-            those without an evaluation are left out, and counted.
+            those without an evaluation are left out, and named.
 
     Raises ConfigError if `out` exists and is not a report.
     """
     check_replaces(out, page.BEGINNING.encode(), "report")
     folders = [folder for folder in folders if folder != out]
-    averaged = [average for path in folders if (average := _read_average(path)) is not None]
-    files = len(averaged)
-    read = (read_run_folder(folder) for folder in folders)
-    runs = sorted((run for run in read if run and run.scores), key=lambda run: run.folder.name)
+    averaged, runs, others = list[tuple[str, Mapping[str, Any]]](), list[RunResults](), list[str]()
+    for folder in folders:
+        if average := _read_average(folder):
+            averaged.append(average)
+        elif (run := read_run_folder(folder)) and run.scores:
+            runs.append(run)
+        else:
+            others.append(printable(folder.name))
+    runs.sort(key=lambda run: run.folder.name)
     averaged += [(_average_name(one), one) for run in runs for one in run.averages]
     groups = _groups(runs)
     parts = [
@@ -82,8 +88,8 @@ def report(folders: Sequence[Path], out: Path) -> str:
         parts += [*_ablations(groups, Path(aside)), *_fig1(groups, Path(aside))]
     parts.append(_published(groups))
     page.write(out, parts)
-    over = len(folders) - len(runs) - files
-    left = f"; {over} hold{'s' * (over == 1)} no evaluated run" if over else ""
+    named = ", ".join(others[:_NAMED]) + ", …" * (len(others) > _NAMED)
+    left = f"; no evaluated run in {len(others)}: {named}" if others else ""
     return f"{out}: {counted(len(runs), 'run')}{left}"
 
 
