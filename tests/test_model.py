@@ -86,15 +86,17 @@ def test_a_cpu_without_bf16_multiplies_in_float32(
     dtypes = []
 
     def multiply(*given: torch.Tensor) -> torch.Tensor:
-        dtypes.append({tensor.dtype for tensor in given})
-        return function(*given)  # type: ignore[no-any-return]
+        out: torch.Tensor = function(*given)
+        dtypes.append({tensor.dtype for tensor in (*given, out)})
+        return out
 
     def results(given: list[torch.Tensor]) -> list[torch.Tensor]:
         out = precision.product(multiply, *given)
         return [out, *torch.autograd.grad(out.square().sum(), given)]
 
     narrow = [torch.randn(shape).bfloat16() for shape in (x, weight, weight[:1])]
-    ours = results([one.clone().requires_grad_() for one in narrow])
+    with torch.autocast("cpu", torch.bfloat16):  # as DeepSpeed does
+        ours = results([one.clone().requires_grad_() for one in narrow])
     theirs = results([one.double().requires_grad_() for one in narrow])
     assert dtypes == [{torch.float32}, {torch.float64}]
     assert {one.dtype for one in ours} == {torch.bfloat16}
