@@ -94,7 +94,7 @@ def features_and_logits(
     size = config.evaluate.batch
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]
     try:
-        logits = [
+        outputs = [
             engine.predict(decoded.batch().windows)
             for decoded in pipeline.batches(evaluation_plan(config, parts))
         ]
@@ -102,5 +102,5 @@ def features_and_logits(
         del last.products
         pipeline.close()
     # Under sharded_fc the last layer sees the samples of all ranks, here the same ones.
-    own = [part[: len(batch)] for part, batch in zip(features, logits, strict=True)]
-    return torch.cat(own).float().cpu(), torch.cat(logits).cpu()
+    own = [part[: len(batch)] for part, batch in zip(features, outputs, strict=True)]
+    return torch.cat(own).float().cpu(), torch.cat(outputs).cpu()
