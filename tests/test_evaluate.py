@@ -179,6 +179,39 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
     assert "of another network" in result.stderr
 
 
+def test_a_network_never_predicts_other_classes_than_it_was_trained_on(
+    two_runs: list[Path], packed: Path, tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    """Not even where there are as many."""
+    other, at = tmp_path / "other", checkpoints.at(two_runs[0]).path
+    shutil.copytree(packed, other)
+    meta = json.loads((other / "dataset.json").read_text())
+    meta["classes"][3] = "Cape"
+    (other / "dataset.json").write_text(json.dumps(meta))
+    run, data = two_runs[0], [f"data.path={other}"]
+    said = (
+        rf"other': its class 3 is 'Cape', which was 'Dress' where {at} was trained: set data\.path"
+    )
+    for look in (
+        lambda: evaluate_checkpoints([run], data),
+        lambda: evaluate(run, other),
+        lambda: load_checkpoint(run, other).classes,
+        lambda: figures.draw_fig4(run, data),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            look()
+
+    own = ["layout.kind=one", "model.columns=1", "train.precision=fp32", "train.epochs=0.2"]
+    warm = [*own, *data, f"train.init_from={run}", "name=warm"]
+    with pytest.raises(
+        ConfigError, match=r"fc8 would predict other classes: its class 3 is 'Cape'"
+    ):
+        train(tiny(*warm))
+    assert train(tiny(*warm, "train.init_new=[fc8]")).exit == 0
+    with pytest.raises(ConfigError, match="which was 'Cape'"):
+        evaluate_checkpoints([run, tmp_path / "runs" / "warm"], [f"data.path={packed}"])
+
+
 def test_confusion_leaves_damaged_samples_out() -> None:
     probabilities = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.6, 0.4]])
     labels = torch.tensor([0, 0, 1, -1])

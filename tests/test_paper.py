@@ -209,14 +209,14 @@ def test_fine_tuning_begins_from_the_named_weights_and_a_new_last_layer(
         resolved(tiny("train.init_from=nowhere"))
     other = tiny(*warm, "model.fc=[36,20]")
     with pytest.raises(ConfigError, match=r"fc7\.weight is \[28, 36\] there, but \[20, 36\] here"):
-        InitialWeights(other)
+        InitialWeights(other, ())
     more = tiny(*one, f"train.init_from={first}", "train.init_new=[fc8]", "model.classes=12")
-    assert InitialWeights(more).rows("fc8.weight", slice(0, 2)).shape == (2, 28)
+    assert InitialWeights(more, ()).rows("fc8.weight", slice(0, 2)).shape == (2, 28)
     with pytest.raises(ConfigError, match=r"fc8\.weight is \[10, 28\] there, but \[12, 28\] here"):
-        InitialWeights(tiny(*one, f"train.init_from={first}", "model.classes=12"))
+        InitialWeights(tiny(*one, f"train.init_from={first}", "model.classes=12"), ())
     shallow = ["model.fc=[36]", "model.exchange=[conv3,fc6,fc7]", "model.dropout_before=[fc7]"]
     with pytest.raises(ConfigError, match=r"fc8\.bias is \[10\] there, but not here: change"):
-        InitialWeights(tiny(*one, *shallow, f"train.init_from={first}", "train.init_new=[fc7]"))
+        InitialWeights(tiny(*one, *shallow, f"train.init_from={first}", "train.init_new=[fc7]"), ())
     shutil.rmtree(first)
     assert train(config).exit == 0, "it has weights of its own"
     with pytest.raises(CheckpointError, match="first is neither"):

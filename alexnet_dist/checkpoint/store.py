@@ -4,8 +4,8 @@
         model.safetensors       conv1.weight, conv1.bias, …
         optimizer.safetensors   momentum_buffer/conv1.weight, … as the optimiser holds them
         progress.json           step, schedule, best, what the metrics need to continue
-        manifest.json           size and SHA-256 of the three, the config, the data set's digest,
-                                and the SHA-256 of all that
+        manifest.json           size and SHA-256 of the three, the config, the data set's digest
+                                and class names, and the SHA-256 of all that
 
 A checkpoint is written in a folder aside, the manifest last, synced, and renamed into place. So a
 folder of that name is complete, or its manifest shows that it is not.
@@ -65,6 +65,7 @@ def save(
     optimizer: Mapping[str, Tensor],
     progress: Mapping[str, Any],
     error: float | None,
+    classes: Sequence[str] | None = None,
 ) -> Path:
     """Write a checkpoint durably, and return its path.
 
@@ -73,6 +74,7 @@ def save(
         parameters, optimizer: whole tensors by name, on the CPU.
         progress: what the training loop needs to continue, with the step.
         error: the validation error, if one was measured at this step.
+        classes: the data set's class names, if they are known.
 
     Raises:
         NotFinite: a tensor holds NaN or infinity; nothing was written.
@@ -90,6 +92,7 @@ def save(
         "step": int(progress["step"]),
         "error": error,
         "dataset": dataset_digest,
+        **({} if classes is None else {"classes": classes}),
         "config": flat(config),
         "torch": torch.__version__,
     }

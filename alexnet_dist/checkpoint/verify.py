@@ -5,15 +5,16 @@ import hashlib
 import json
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from alexnet_dist.checkpoint.folder import NAME, free_path, step_of
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import CheckpointError, Damaged, cannot_be_read
+from alexnet_dist.data.dataset import Dataset, open_for, other_class
+from alexnet_dist.errors import CheckpointError, ConfigError, Damaged, cannot_be_read
 from alexnet_dist.files import json_object, read_bytes, sha256
 from alexnet_dist.network.model import whole_shapes
 from alexnet_dist.tensor_files import TensorFile, misfit
@@ -36,6 +37,7 @@ class Manifest(TypedDict):
         version: version of the format.
         error: the validation error at this step; None where none was measured.
         dataset: the data set's digest.
+        classes: its class names; missing in older checkpoints and imported ones.
         config: every key of the run's config.
         torch: torch's version.
         files: the other files, by name.
@@ -46,6 +48,7 @@ class Manifest(TypedDict):
     step: int
     error: float | None
     dataset: str
+    classes: NotRequired[Sequence[str]]
     config: Mapping[str, Any]
     torch: str
     files: Mapping[str, File]
@@ -74,6 +77,23 @@ class Checkpoint:
     def config(self) -> Config:
         """The config it was made with; keys added since then have base.yaml's values."""
         return load_config([self.manifest["config"]])
+
+    def open_data(self, config: Config) -> Dataset:
+        """Open the data set that a config names for this network; raises as `open_for` and
+        `check_classes` do."""
+        dataset = open_for(config, self.path)
+        self.check_classes(dataset)
+        return dataset
+
+    def check_classes(self, dataset: Dataset) -> None:
+        """Raise ConfigError where the classes are others than the network was trained on."""
+        if other := other_class(self.manifest.get("classes"), dataset.classes):
+            last = self.config.model.layer_names[-1]
+            raise ConfigError(
+                f"data.path={str(dataset.folder)!r}: {other} where {self.path} was trained: set "
+                "data.path= to data of the same classes, or fine-tune it: train "
+                f"train.init_from={self.path} 'train.init_new=[{last}]'"
+            )
 
     def parameters(self) -> TensorFile:
         """Open its parameters; raise CheckpointError unless they fit its config's network."""

@@ -2,6 +2,7 @@
 that a run resolves once, when it first starts."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, TrainConfig
+from alexnet_dist.data.dataset import other_class
 from alexnet_dist.data.preprocess import mean_sha256
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.network.model import AlexNet
@@ -79,13 +81,17 @@ class InitialWeights:
     """Whole initial parameters: those of train.init_from, but for train.init_new those of any new
     run. They are read like a checkpoint's.
 
-    Raises ConfigError where a layer that is not new is missing there, has another shape, or does
-    not exist here.
+    Args:
+        classes: the data set's class names.
+
+    Raises ConfigError where a layer that is not new is missing there, has another shape, does not
+    exist here, or is the last one and was trained on other classes.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, classes: Sequence[str]) -> None:
         self.fresh = AlexNet(config.model, config.seed)
-        self.file = checkpoints.at(Path(config.train.init_from)).parameters()
+        source = checkpoints.at(Path(config.train.init_from))
+        self.file = source.parameters()
         self.new = config.train.init_new
         there, here = (
             {name: shape for name, shape in of.items() if name.partition(".")[0] not in self.new}
@@ -97,6 +103,13 @@ class InitialWeights:
             remedy = f"add {layer} to train.init_new, or " if known else ""
             raise ConfigError(
                 f"train.init_from={config.train.init_from!r}: {wrong}: {remedy}change the network"
+            )
+        last = config.model.layer_names[-1]
+        other = other_class(source.manifest.get("classes"), classes)
+        if other and last not in self.new:
+            raise ConfigError(
+                f"train.init_from={config.train.init_from!r}: {last} would predict other "
+                f"classes: {other} there: add {last} to train.init_new"
             )
 
     def shapes(self) -> dict[str, Shape]:

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +204,17 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
             )
         )
     return dataset
+
+
+def other_class(trained: Sequence[str] | None, here: Sequence[str]) -> str:
+    """Say which class has another name than in training; "" where none has, the names in training
+    are not known, or there were more or fewer (which shapes show)."""
+    if trained is None or len(trained) != len(here):
+        return ""
+    for number, (name, was) in enumerate(zip(here, trained, strict=True)):
+        if name != was:
+            return f"its class {number} is {name!r}, which was {was!r}"
+    return ""
 
 
 def _held_out(split: Split, share: float) -> tuple[Split, Split]:

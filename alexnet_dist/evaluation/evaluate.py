@@ -14,7 +14,7 @@ from alexnet_dist.config.from_data import HELD_OUT
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.batch import Decoded, started_ahead, to_host
-from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split, open_for
+from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split
 from alexnet_dist.data.pipelines.make import for_one_pass, make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
@@ -54,7 +54,7 @@ def evaluate(
     Args:
         network: what `load_checkpoint` returned, with its model's present weights; or a run folder
             or checkpoint.
-        data: a packed data set with as many classes; by default the one the config names.
+        data: a packed data set of the same classes; by default the one the config names.
         views: windows per image: the centre window, or the paper's ten.
 
     Raises CheckpointError, DatasetError or ConfigError, naming what does not fit.
@@ -66,7 +66,7 @@ def evaluate(
     engine = TorchEngine(config, topology, init_weights=False)
     engine.model.load_state_dict(trained.model.state_dict())
     engine.optimizer.narrow_all()  # the copies that a GPU computes with
-    dataset = open_for(config, trained.checkpoint.path)
+    dataset = trained.checkpoint.open_data(config)
     score = evaluate_engine(engine, config, topology, dataset)
     assert score is not None  # without signals, nothing stops it
     return _finite(score, trained.checkpoint.path)
@@ -118,7 +118,7 @@ def evaluate_checkpoints(
         load_config([flat(for_one_pass(c.config)), *IN_ONE_PROCESS, *overrides]) for c in found
     ]
     config, topology = configs[0], connect(configs[0])
-    dataset = open_for(config, found[0].path)
+    dataset = found[0].open_data(config)
     alike = ["model.classes", "data.path", "data.eval_split", "evaluate.views"]
     if config.data.eval_split == HELD_OUT:  # else a network may have been trained on some of it
         alike += ["data.hold_out", "data.train_split"]
@@ -132,6 +132,7 @@ def evaluate_checkpoints(
                     f"{checkpoint.path}: {key}={here!r}, but {there!r} in {found[0].path}: to "
                     f"average them {remedy}"
                 )
+        checkpoint.check_classes(dataset)
     # One network after another, so that only one is in memory; the last one's turn completes the
     # averages, which are scored batch by batch.
     average = labels = None

@@ -12,7 +12,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import Dataset, open_for, open_trained_on
+from alexnet_dist.data.dataset import Dataset, open_trained_on
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.evaluation.features import logits, with_views
 from alexnet_dist.evaluation.predict import (
@@ -52,7 +52,7 @@ class Trained:
         Raises DatasetError where it is missing, or is not the one the network was trained on.
         """
         if self.data_given:
-            return open_for(self.config, self.checkpoint.path)
+            return self.checkpoint.open_data(self.config)
         digest = self.checkpoint.manifest["dataset"]
         return open_trained_on(self.config, digest, self.checkpoint.path)
 

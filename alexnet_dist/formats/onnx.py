@@ -12,7 +12,7 @@ from torch import Tensor
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import open_for, open_trained_on
+from alexnet_dist.data.dataset import open_trained_on
 from alexnet_dist.data.prepare.convert import SIDE, options_of
 from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.errors import ConfigError, DatasetError
@@ -70,7 +70,7 @@ def _preprocessing(found: Checkpoint, config: Config, data: Path | None) -> dict
             dataset = open_trained_on(config, found.manifest["dataset"], found.path)
         else:
             moved = load_config([flat(config) | {"data.path": str(data)}])
-            dataset = open_for(moved, found.path)
+            dataset = found.open_data(moved)
     except DatasetError as error:
         if data is not None:
             raise

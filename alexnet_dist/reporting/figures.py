@@ -18,7 +18,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import flat
-from alexnet_dist.data.dataset import evaluation_split, open_for
+from alexnet_dist.data.dataset import evaluation_split
 from alexnet_dist.data.pipelines.make import for_one_pass
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
@@ -70,7 +70,7 @@ def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     """
     checkpoint = checkpoints.at(folder)
     config = load_config([flat(for_one_pass(checkpoint.config)), *IN_ONE_PROCESS, *overrides])
-    dataset, out = open_for(config, checkpoint.path), _folder(folder)
+    dataset, out = checkpoint.open_data(config), _folder(folder)
     topology = connect(config)
     engine = TorchEngine(config, topology)
     engine.load(checkpoint.parameters(), None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.checkpoint.writer import Saver
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.engines.base import Engine, check_values
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, ConfigError
@@ -20,14 +21,14 @@ class RunCheckpoints:
     method.
 
     Args:
-        digest: SHA-256 that identifies the data set.
+        dataset: the data set that the run is trained on.
     """
 
     def __init__(
-        self, config: Config, folder: RunFolder, engine: Engine, schedule: Schedule, digest: str,
-        topology: Topology,
+        self, config: Config, folder: RunFolder, engine: Engine, schedule: Schedule,
+        dataset: Dataset, topology: Topology,
     ) -> None:  # fmt: skip
-        self._config, self._folder, self._digest = config, folder, digest
+        self._config, self._folder, self._dataset = config, folder, dataset
         self._engine, self._schedule, self._topology = engine, schedule, topology
         self._saver = Saver(lambda: bool(store.steps(folder.checkpoints)))
         self._newest = 0, 0  # step and evaluated_step of the newest checkpoint
@@ -47,7 +48,8 @@ class RunCheckpoints:
         path = self._topology.decided_by_rank_0(self._choose)
         if path is None:
             if self._config.train.init_from != "none":
-                self._engine.load(warm_start.InitialWeights(self._config), None)
+                classes = self._dataset.classes
+                self._engine.load(warm_start.InitialWeights(self._config, classes), None)
             return Progress()
         checkpoint = store.read(Path(path))
         self._engine.load(checkpoint.parameters(), checkpoint.optimizer())
@@ -72,7 +74,7 @@ class RunCheckpoints:
         if newest is None:
             folder.check_begins()
         else:
-            store.check_same_run(newest, config, self._digest)
+            store.check_same_run(newest, config, self._dataset.digest)
             if newest.step > last_step:
                 raise ConfigError(
                     f"train.epochs={config.train.epochs:g}: ends at step {last_step}, but the "
@@ -104,7 +106,10 @@ class RunCheckpoints:
         def write() -> None:
             self._folder.check_held()
             at, keep, best = self._folder.checkpoints, self._config.checkpoint, state["best_step"]
-            store.save(at, self._config, self._digest, parameters, optimizer, state, error)
+            data = self._dataset
+            store.save(
+                at, self._config, data.digest, parameters, optimizer, state, error, data.classes
+            )
             store.prune(at, keep.keep_last, keep.keep_every_steps, best)
             self._folder.saved(state["step"])
 
