@@ -60,6 +60,8 @@ def test_bench_data_times_all_pipelines_and_an_index_of_imagenets_size(tmp_path:
     assert found["ceilings"]["index, order of 1281167, s"] < 3  # measured: a third of a second
     run = found["runs"][0]
     assert found["ratios"]["dali, decoded / bare DALI"] == run["dali, decoded"] / run["bare DALI"]
+    at_once = run["dali, decoded 4 batches at once"]
+    assert found["ratios"]["dali, decoded / 4 batches at once"] == run["dali, decoded"] / at_once
     assert not [name for name in run if "4 threads" in name]
     assert found["ratios"]["dali, 256 / ImageFolder"] == (
         found["runs"][0]["dali, 256"] / found["runs"][0]["ImageFolder"]

@@ -31,6 +31,8 @@ from alexnet_dist.parallel.topology import Topology, connect
 _KINDS = ("torch", "dali", "resident")
 _FEW = 4  # threads that decode, in a pass besides the one with all
 _BY_FEW = f"torch, decoded by {_FEW} threads"
+_LARGE = 4  # batches at once, in a pass of DALI's that shows what it costs to decode one by one
+_AT_ONCE = f"dali, decoded {_LARGE} batches at once"
 
 
 def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]) -> Result:
@@ -113,6 +115,9 @@ def _passes_of(
     if kind == "torch" and (config.data.workers or torch.get_num_threads()) > _FEW:
         few = load_config([flat(config), f"data.workers={_FEW}"])
         passes[_BY_FEW] = _pipeline(few, topology, packed["256"], images, finish=False)
+    if kind == "dali":
+        large = load_config([flat(config), f"train.batch={_LARGE * config.train.batch}"])
+        passes[_AT_ONCE] = _pipeline(large, topology, packed["256"], images, finish=False)
     if kind != "resident":  # it could not keep a million images
         for name, count in (("1,000", 1_000), ("1,000,000", 1_000_000)):
             passes[f"{kind}, of {name}"] = make(_of_size(packed["256"], count), images)
@@ -134,6 +139,7 @@ def _ratios(runs: Sequence[Mapping[str, float]], packed: Iterable[str]) -> dict[
             million, thousand = (f"{kind}, of {n}" for n in ("1,000,000", "1,000"))
             ratios[f"{kind}, 1,000,000 / 1,000 samples"] = ratio(runs, million, thousand)
     ratios["dali, decoded / bare DALI"] = ratio(runs, "dali, decoded", "bare DALI")
+    ratios[f"dali, decoded / {_LARGE} batches at once"] = ratio(runs, "dali, decoded", _AT_ONCE)
     if _BY_FEW in runs[0]:
         ratios[f"torch, decoded / by {_FEW} threads"] = ratio(runs, "torch, decoded", _BY_FEW)
     return ratios
