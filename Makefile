@@ -6,9 +6,11 @@ export PIP_ROOT_USER_ACTION := ignore
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 GPU_PYTHON ?= $(BIN)/python
 READY := $(VENV)/.ready
-# The demo's two processes need two GPUs, or else the CPU; a single GPU that has bf16 takes it in one.
-ONE_GPU = $(shell $(BIN)/python -c 'from torch import cuda; \
-	print("layout.kind=one" * (cuda.device_count() == 1 and cuda.is_bf16_supported(False)))')
+# The demo's two processes need two GPUs, or else the CPU; a single GPU takes it in one process. GPUs
+# older than Ampere have no bf16.
+ON_GPU = $(shell $(BIN)/python -c 'from torch import cuda; gpus = cuda.device_count(); \
+	print("layout.kind=one" * (gpus == 1), \
+	"train.precision=fp16" * (gpus > 0 and not cuda.is_bf16_supported(False)))')
 
 .PHONY: help venv demo report results test gpu test-slurm drill check format sample docs clean
 
@@ -32,7 +34,7 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train the two-column network on bundled images: minutes on two CPU cores
 	$(BIN)/alexnet-dist prepare fashion_mnist configs/fashion-mnist-sample data/demo
-	$(BIN)/alexnet-dist train configs/demo.yaml $(ONE_GPU)
+	$(BIN)/alexnet-dist train configs/demo.yaml $(ON_GPU)
 
 report: $(READY) ## write runs/report.html: the paper's results, and those of the runs in runs/
 	$(BIN)/alexnet-dist report $(wildcard runs/*) --out runs/report.html

@@ -197,7 +197,7 @@ def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             patch_language(kernel)
         return Mock()  # whose restore() undoes nothing: this process only interprets
 
-    precision._cpu_multiplies_bf16 = lambda: True  # as the GPU that it stands for
+    precision._cpu_multiplies = lambda _: True  # as the GPU that it stands for
     interpreter._patch_lang = patch_once
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
         sanitize_overflow=False

@@ -251,8 +251,9 @@ def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
         (["layout.kind=zero1", "optimizer.kind=lars"], r"flat partitions .* set layout.kind=repl"),
         (
             ["layout.kind=zero2", "train.precision=fp64"],
-            r"DeepSpeed keeps weights in fp32, .* set train.prec",
+            r"DeepSpeed has no weights in fp64, .* set train.prec",
         ),
+        (["layout.kind=zero1", "train.precision=fp16"], "no scaled gradients, which train.precis"),
     ],
 )
 def test_layouts_that_cannot_be_say_what_can(sources: list[str], message: str) -> None:

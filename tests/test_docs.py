@@ -274,9 +274,13 @@ def test_every_module_has_a_docstring() -> None:
 
 @pytest.mark.parametrize(
     ("gpus", "bf16", "more"),
-    [(0, False, []), (1, True, ["layout.kind=one"]), (1, False, []), (2, True, [])],
-)
-def test_the_demo_uses_a_single_gpu(tmp_path: Path, gpus: int, bf16: bool, more: list[str]) -> None:
+    [
+        (0, False, []), (1, True, ["layout.kind=one"]), (2, True, []),
+        (1, False, ["layout.kind=one", "train.precision=fp16"]),
+        (2, False, ["train.precision=fp16"]),
+    ],
+)  # fmt: skip
+def test_the_demo_uses_what_gpus_there_are(tmp_path: Path, gpus: int, bf16: bool, more: list[str]) -> None:
     """By the command that make would run, with a torch that has no more than these answers."""
     has = f"device_count, is_bf16_supported = lambda: {gpus}, lambda emulated: {bf16}"
     (tmp_path / "torch.py").write_text(f"class cuda:\n    {has}\n")

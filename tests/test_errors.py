@@ -222,7 +222,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (no_gpu, r"layout\.device=cuda: 1 ranks .* but it has 0; set layout\.device=auto .*doctor"),
         (one_gpu_for_two_columns, r"2 ranks .* need a GPU each, but it has 1; "),
         (tf32_on_a_cpu, r"train\.precision=tf32: only GPUs have it, .*precision=fp32 or bf16$"),
-        (bf16_on_an_old_gpu, r"bf16: needs .*, but Tesla V100 has 7\.0: .*precision=fp32$"),
+        (bf16_on_an_old_gpu, r"bf16: needs .*, but Tesla V100 has 7\.0: .*precision=fp16$"),
         (dali_without_driver, r"data\.pipeline=dali: no pipeline .* on cuda:0 .*pipeline=torch"),
         (dali_not_installed, r"nvidia\.dali is not installed .*pip install nvidia-dali-cuda120"),
         (onnx_not_installed, r"--format onnx needs onnx: pip install 'alexnet-dist\[export\]'"),

@@ -64,7 +64,7 @@ def numbers(config: Config) -> list[float]:
 
 
 @on_a_gpu
-@pytest.mark.parametrize("precision", ["bf16", "fp32", "fp64"])
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32", "fp64"])
 @pytest.mark.parametrize("execution", ["eager", "fused", "graph"])
 def test_a_step_of_the_papers_network(execution: str, precision: str) -> None:
     config = one(f"train.execution={execution}", f"train.precision={precision}")

@@ -16,14 +16,18 @@ from alexnet_dist.training.state import Progress
 RATES = [0.1, 0.1, 0.01, 0.0, 0.0, 0.05, 0.2]
 
 
-def run(overrides: list[str], rates: list[float], skip_at: int | None = None):  # type: ignore[no-untyped-def]
+def run(  # type: ignore[no-untyped-def]
+    overrides: list[str], rates: list[float], skip_at: int | None = None,
+    fixed_scale: float | None = None,
+):  # fmt: skip
     """Weights and biases along some steps on a loss of cos w a weight, and the optimiser."""
     generator = torch.Generator().manual_seed(0)
     named = [
         (name, torch.nn.Parameter(torch.randn(5, dtype=torch.float64, generator=generator)))
         for name in ("conv1.weight", "conv1.bias")
     ]
-    optimizer = Optimizer(load_config(overrides).optimizer, named)
+    config = load_config(overrides).optimizer
+    optimizer = Optimizer(config, named, fixed_scale=fixed_scale)
     path = [[p.detach().clone() for _, p in named]]
     for step, rate in enumerate(rates):
         loss = sum(p.cos().sum() for _, p in named)
@@ -82,6 +86,19 @@ def test_adam_is_torchs_adam() -> None:
         assert_close(path[step + 1][0], w.detach(), 1e-14)
     kinds = {name.partition("/")[0] for name in optimizer.tensors()}
     assert kinds == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("form", ["velocity", "torch"])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "lars"])
+def test_a_fixed_scale_of_the_gradients_changes_no_update(kind: str, form: str) -> None:
+    """At whatever rate, and 0: the loss is scaled by it alone."""
+    how = [f"optimizer.kind={kind}", f"optimizer.momentum_form={form}"]
+    path, _ = run(how, RATES)
+    scaled, optimizer = run(how, RATES, fixed_scale=1024)
+    assert optimizer.loss_scale(1e-9) == 1024
+    for ours, theirs in zip(scaled, path, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert_close(a, b, 1e-7)  # the factor is a float32, as torch wants it
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam"])

@@ -137,10 +137,11 @@ def _layout(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
         "DeepSpeed's flat partitions have no layers, but optimizer.kind=lars needs their "
         "norms: set layout.kind=replicas, columns_x_replicas or sharded_fc",
     )
+    lacks = {"fp64": "weights in fp64", "fp16": "scaled gradients"}.get(config.train.precision)
     yield (
         "layout.kind",
-        not zero or config.train.precision != "fp64",
-        "DeepSpeed keeps weights in fp32, but train.precision=fp64 asks for more: set "
+        not (zero and lacks),
+        f"DeepSpeed has no {lacks}, which train.precision={config.train.precision} needs: set "
         "train.precision=fp32 or bf16, or layout.kind=replicas",
     )
     yield (

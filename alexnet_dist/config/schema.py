@@ -231,8 +231,8 @@ class DataConfig:
 class LayoutConfig:
     """How the network is laid out on ranks. `columns` and `columns_x_replicas` need
     `model.columns=2`; `sharded_fc` needs every fully-connected layer in `model.exchange`; `zero1`
-    and `zero2` support neither `optimizer.kind=lars` nor `train.precision=fp64`; `share_gpu`
-    excludes `device=cpu`."""
+    and `zero2` support neither `optimizer.kind=lars` nor `train.precision=fp64` or `fp16`;
+    `share_gpu` excludes `device=cpu`."""
 
     kind: Annotated[
         Literal["one", "columns", "replicas", "columns_x_replicas", "zero1", "zero2", "sharded_fc"],
@@ -348,9 +348,10 @@ class TrainConfig:
             "before each save; 0 = only then", ge=0, mutable=True),
     ]  # fmt: skip
     precision: Annotated[
-        Literal["bf16", "tf32", "fp32", "fp64"],
-        Key("precision of the arithmetic, with weights in fp32; tf32: fp32, but matrix products on "
-            "a GPU (Ampere or newer) round their inputs to 11 bits; fp64: weights too"),
+        Literal["bf16", "fp16", "tf32", "fp32", "fp64"],
+        Key("precision of the arithmetic, with weights in fp32; fp16: for GPUs older than Ampere, "
+            "with gradients scaled by 256; tf32: fp32, but matrix products on a GPU (Ampere or "
+            "newer) round their inputs to 11 bits; fp64: weights too"),
     ]  # fmt: skip
     deterministic: Annotated[
         bool,

@@ -28,7 +28,7 @@ from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.network import kernels
 from alexnet_dist.network.layers import Layer
 from alexnet_dist.network.model import AlexNet
-from alexnet_dist.network.precision import DTYPES, parameter_dtype
+from alexnet_dist.network.precision import DTYPES, GRADIENT_SCALE, parameter_dtype
 from alexnet_dist.parallel.columns import ColumnExchange, merge
 from alexnet_dist.parallel.replicas import sum_bucket, sum_bucket_in_bf16, summed
 from alexnet_dist.parallel.topology import Topology
@@ -53,7 +53,10 @@ class TorchEngine:
         self.fused = kernels.fused(config.train.execution, topology.device)
         narrow = self._fuse_layers() if self.fused else None
         parameters = self.model.named_parameters()
-        self.optimizer = Optimizer(config.optimizer, parameters, self.sum_over_shards, narrow)
+        scale = GRADIENT_SCALE.get(config.train.precision)
+        self.optimizer = Optimizer(
+            config.optimizer, parameters, self.sum_over_shards, narrow, scale
+        )
         self.gradients: dict[str, Tensor] = {}
         self.graphs: dict[bool, CapturedStep] = {}
         graph = self.fused and captures(config.train.execution, topology.device)

@@ -43,6 +43,8 @@ class Optimizer:
             tensors; for LARS.
         narrow: by parameter name, copies in the dtype that the network computes in, to be kept up
             to date; None: torch makes the update.
+        fixed_scale: what the loss is scaled by instead of ε, which may be too small for fp16
+            (`GRADIENT_SCALE`); the update divides the gradients by it. None: ε is not too small.
     """
 
     def __init__(
@@ -51,8 +53,10 @@ class Optimizer:
         parameters: Iterable[tuple[str, nn.Parameter]],
         sum_over_shards: Callable[[Tensor], Tensor] = lambda sums: sums,
         narrow: Mapping[str, Tensor] | None = None,
+        fixed_scale: float | None = None,
     ) -> None:
         self.config, self.sum_over_shards, self.narrow = config, sum_over_shards, narrow
+        self.fixed_scale = fixed_scale
         named = list(parameters)
         groups = [
             {"params": [p for name, p in named if name.endswith(".bias") == biases]}
@@ -88,7 +92,12 @@ class Optimizer:
 
     def loss_scale(self, rate: float | Tensor) -> float | Tensor:
         """Return the factor by which the loss must be multiplied before its backward."""
-        return rate if self.velocity and self.config.kind == "sgd" else 1.0
+        return self.fixed_scale or (rate if self.rate_in_loss else 1.0)
+
+    @property
+    def rate_in_loss(self) -> bool:
+        """Whether gradients enter the velocity multiplied by the learning rate."""
+        return self.velocity and self.config.kind == "sgd"
 
     def step(self, rate: float | Tensor, skip: Tensor) -> None:
         """Update the parameters, unless `skip` (() float32, on the device) is not 0."""
@@ -110,6 +119,9 @@ class Optimizer:
             group["lr"] = bias_rate * (1.0 if self.velocity else rate)
             group["weight_decay"] = decay * (rate if self.velocity else 1.0)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
+        if self.fixed_scale and self.config.kind != "lars":  # torch divides gradients by it
+            scale = skip.new_full((), self.fixed_scale) / (rate if self.rate_in_loss else 1.0)
+            self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
         if self.config.kind == "lars":
             self._scale_layers(rate if self.velocity else 1.0)
 
@@ -128,19 +140,21 @@ class Optimizer:
                 copy.copy_(self.parameters[name])
 
     def _rates(self) -> tuple[Tensor, Tensor]:
-        """Return the coefficients of `sgd_update` in two parts, each (2, 3) float64: rows weights
-        and biases, columns learning rate, decay and momentum. The first part is fixed, the second
-        is to be multiplied by the schedule's learning rate."""
+        """Return the coefficients of `sgd_update` in two parts, each (2, 4) float64: rows weights
+        and biases, columns learning rate, decay, momentum and the gradient's factor. The first part
+        is fixed, the second is to be multiplied by the schedule's learning rate."""
         config, device = self.config, next(iter(self.parameters.values())).device
         # LARS has added the decay of weights to the gradient.
         weight_decay = 0.0 if config.kind == "lars" else config.weight_decay
         groups = ((1.0, weight_decay), (config.bias_rate, config.weight_decay * config.bias_decay))
+        factor = 1.0 if config.kind == "lars" else 1 / (self.fixed_scale or 1.0)
+        at_rate = factor if self.fixed_scale and self.rate_in_loss else 0.0
         if self.velocity:
-            fixed = [[rate, 0.0, config.momentum] for rate, _ in groups]
-            scaled = [[0.0, decay, 0.0] for _, decay in groups]
+            fixed = [[rate, 0.0, config.momentum, factor - at_rate] for rate, _ in groups]
+            scaled = [[0.0, decay, 0.0, at_rate] for _, decay in groups]
         else:
-            fixed = [[0.0, decay, config.momentum] for _, decay in groups]
-            scaled = [[rate, 0.0, 0.0] for rate, _ in groups]
+            fixed = [[0.0, decay, config.momentum, factor] for _, decay in groups]
+            scaled = [[rate, 0.0, 0.0, 0.0] for rate, _ in groups]
         wide = torch.float64
         return (
             torch.tensor(fixed, dtype=wide, device=device),
@@ -149,7 +163,8 @@ class Optimizer:
 
     @torch.no_grad()
     def _update(self, rate: float | Tensor, skip: Tensor) -> None:
-        """Make v ← momentum · v + (g + decay · w), w ← w − rate · v, in one pass per parameter."""
+        """Make v ← momentum · v + (factor · g + decay · w), w ← w − rate · v, in one pass per
+        parameter."""
         from alexnet_dist.network.kernels.update import sgd_update
 
         assert self.narrow is not None
@@ -167,6 +182,8 @@ class Optimizer:
         """Apply LARS (You et al. 2017) to the gradients: those of weights become
         scale × λ × (g + decay × w), with a λ for each layer; those of biases scale × g."""
         weights, biases = (group["params"] for group in self.optimizer.param_groups)
+        if self.fixed_scale:
+            torch._foreach_div_([p.grad for p in (*weights, *biases)], self.fixed_scale)
         grads, decay = [w.grad for w in weights], self.config.weight_decay
         norms = [torch.stack(torch._foreach_norm(tensors)) for tensors in (weights, grads)]
         w, g = self.sum_over_shards(torch.stack(norms).square()).sqrt()

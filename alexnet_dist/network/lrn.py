@@ -53,6 +53,8 @@ def local_response_norm(maps: Tensor, size: int, alpha: float, beta: float, k: f
         near = band(maps, size)
         sums = F.conv2d(maps * maps, near[:, :, None, None])
         return maps * (k + alpha * sums).pow(-beta)
+    if maps.dtype == torch.float16:  # in which squares may be too large
+        return local_response_norm(maps.float(), size, alpha, beta, k).half()
     return _LocalResponseNorm.apply(maps, size, alpha, beta, k)  # type: ignore[no-any-return]
 
 

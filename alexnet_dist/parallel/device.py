@@ -160,7 +160,7 @@ def precision_problem(precision: str, device: torch.device) -> str:
     return (
         f"train.precision={precision}: needs compute capability {first[0]}.{first[1]}, but "
         f"{torch.cuda.get_device_name(device)} has {capability[0]}.{capability[1]}: set "
-        "train.precision=fp32"
+        f"train.precision={'fp16' if precision == 'bf16' else 'fp32'}"
     )
 
 

@@ -29,14 +29,14 @@ ZERO = ("zero1", "zero2")
 _MAP_PASSES = 11
 # Bytes per parameter. Forward and backward: weights are read, cast, used; gradients are written,
 # cast, and their norm is taken. Update: fused SGD reads three values and writes two.
-_FORWARD_BYTES = {"bf16": 22, "tf32": 16, "fp32": 16, "fp64": 32}
-_UPDATE_BYTES = {"bf16": 20, "tf32": 20, "fp32": 20, "fp64": 40}
+_FORWARD_BYTES = {"bf16": 22, "fp16": 22, "tf32": 16, "fp32": 16, "fp64": 32}
+_UPDATE_BYTES = {"bf16": 20, "fp16": 20, "tf32": 20, "fp32": 20, "fp64": 40}
 _ZERO_BYTES = 60  # more with ZeRO: flat copies of gradients, buckets, weights; as measured
 # Share of an H200's peak that convolutions and matrix products reach with fused kernels, and what
 # each kernel of a CUDA graph takes whatever its size, since kernels have gaps between them and do
 # not fill the GPU at their ends. Both explain its steps of 128 and of 1,024 images in bf16
 # (docs/performance.md); for fp32, what explained a step of 21.2 ms, which had other kernels then.
-REACHED = {"bf16": 0.44, "tf32": 0.44, "fp32": 0.50}
+REACHED = {"bf16": 0.44, "fp16": 0.44, "tf32": 0.44, "fp32": 0.50}
 _KERNEL_S = 5.5e-6
 _STREAMED = 0.8  # of the data sheet's bytes/s; a copy reached 0.89. An estimate
 _LAUNCH_S = 25e-6  # to launch a kernel from Python: steps of about 270 took 6.9 to 8.2 ms

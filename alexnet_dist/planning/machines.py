@@ -79,16 +79,17 @@ _PCIE4 = _LINK * 32e9
 
 def _card(
     name: str, *, bf16: float, fp32: float, memory: float, capacity: float, link: float, nic: float,
-    cores: float, source: str, engines: int = 0, step_s: float = 3.5e-3,
+    cores: float, source: str, engines: int = 0, step_s: float = 3.5e-3, fp16: float = 0.0,
 ) -> Machine:  # fmt: skip
     """Return a GPU that can run the fused kernels, one of eight in a node.
 
     Args:
         bf16, fp32: peak FLOP/s; bf16 is 0 if it has none, nor TF32.
+        fp16: its peak if that is not bf16's.
         nic: bytes/s of a GPU's share of the network.
         engines: number of hardware JPEG decoders.
     """
-    narrow = {"bf16": bf16, "tf32": bf16 / 2} if bf16 else {}
+    narrow = {"bf16": bf16, "fp16": bf16, "tf32": bf16 / 2} if bf16 else {"fp16": fp16}
     return Machine(
         name, peak=narrow | {"fp32": fp32}, reached=0.26, memory=memory, step_s=step_s,
         link=link, latency_s=3e-6, node_link=_LINK * 8 * nic, node_latency_s=6e-6, source=source,
@@ -132,7 +133,7 @@ MACHINES = {
         source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s is assumed",
     ),
     "t4": _card(
-        "T4 16 GB", bf16=0.0, fp32=8.1e12, memory=300e9, capacity=16e9,
+        "T4 16 GB", bf16=0.0, fp16=65e12, fp32=8.1e12, memory=300e9, capacity=16e9,
         link=_LINK * 16e9, nic=12.5e9, cores=8.0,
         source="data sheet, not run; it has neither bf16 nor TF32; PCIe 3; a host of 64 cores and "
         "8 × 100 Gb/s is assumed",
@@ -143,12 +144,12 @@ MACHINES = {
         source="data sheet, not run; PCIe 4; a host of 64 cores and 8 × 100 Gb/s is assumed",
     ),
     "v100": Machine(
-        "V100 SXM2 16 GB", peak={"bf16": 125e12, "fp32": 15.7e12}, reached=0.378, memory=0.9e12,
+        "V100 SXM2 16 GB", peak={"fp16": 125e12, "fp32": 15.7e12}, reached=0.378, memory=0.9e12,
         step_s=1e-3, link=_LINK * 150e9, latency_s=3e-6, node_link=_LINK * 7e9,
         node_latency_s=6e-6, cores=5.0, capacity=16e9, lrn_passes=_LRN,
         decode_by_cuda=_BY_CUDA * 15.7e12 / _H200_FP32,
-        source="data sheet, not run; it has no bf16: its fp16 speed is used, but a run needs "
-        "fp32; NVLink 2, and between nodes the 56 Gb/s of the published 512; one reached 9,319 "
+        source="data sheet, not run; it has no bf16; "
+        "NVLink 2, and between nodes the 56 Gb/s of the published 512; one reached 9,319 "
         "images/s, as published; 40 cores for 8; no fused kernels",
     ),
     "k20": Machine(

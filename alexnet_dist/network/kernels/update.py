@@ -14,14 +14,15 @@ def sgd_update(
     weight: Tensor, velocity: Tensor, grad: Tensor, narrow: Tensor | None, rates: Tensor,
     skip: Tensor,
 ) -> None:  # fmt: skip
-    """Make v ← momentum · v + (g + decay · w); w ← w − lr · v; narrow ← w; or nothing if skip ≠ 0.
+    """Make v ← momentum · v + (factor · g + decay · w); w ← w − lr · v; narrow ← w; or nothing if
+    skip ≠ 0.
 
     Args:
         weight, velocity: float32 or float64; these, grad and narrow must have the same layout in
             memory.
         grad: of weight's dtype, or a narrower one.
         narrow: a bfloat16 or float16 copy of the weight.
-        rates: (3,): lr, weight decay and momentum, of weight's dtype.
+        rates: (4,): lr, weight decay, momentum and the gradient's factor, of weight's dtype.
         skip: () float32.
     """
     alike = [velocity, grad] if narrow is None else [velocity, grad, narrow]
@@ -53,7 +54,7 @@ def sgd_kernel(weight, velocity, grad, narrow, rates, skip, count, block: tl.con
         w = tl.load(weight + at, mask=mask)
         v = tl.load(velocity + at, mask=mask)
         g = tl.load(grad + at, mask=mask).to(w.dtype)
-        v = momentum * v + (g + decay * w)
+        v = momentum * v + (tl.load(rates + 3) * g + decay * w)
         w = w - lr * v
         tl.store(weight + at, w, mask=mask)
         tl.store(velocity + at, v, mask=mask)
