@@ -280,7 +280,7 @@ def test_every_module_has_a_docstring() -> None:
         (2, False, ["train.precision=fp16"]),
     ],
 )  # fmt: skip
-def test_the_demo_uses_the_gpus_here(tmp_path: Path, gpus: int, bf16: bool, more: list[str]) -> None:
+def test_the_demo_uses_the_gpus(tmp_path: Path, gpus: int, bf16: bool, more: list[str]) -> None:
     """By the command that make would run, with a torch that has no more than these answers."""
     has = f"device_count, is_bf16_supported = lambda: {gpus}, lambda emulated: {bf16}"
     (tmp_path / "torch.py").write_text(f"class cuda:\n    {has}\n")
