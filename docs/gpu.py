@@ -5,9 +5,9 @@ rows come the tables of docs/performance.md and the step times that correct `pla
     python docs/gpu.py --document                                       (make docs)
 
 A part that has already succeeded on this card and commit is skipped, so the command can be repeated
-until all are done; a part that failed is tried again. Any Python that has the packages will do:
-nothing is installed or downloaded, and the data that parts need is generated. The parts' output is
-kept in runs/gpu.
+until all are done; a part that failed is tried again, after the others. Any Python that has the
+packages will do: nothing is installed or downloaded, and the data that parts need is generated. The
+output of every attempt is kept in runs/gpu.
 """
 
 import contextlib
@@ -29,6 +29,7 @@ from gpu_parts import (
     PHOTOGRAPHS,
     Figures,
     Part,
+    failures,
     of_pytest,
     photographs,
     tests_amid,
@@ -38,6 +39,7 @@ from ledger import ROOT, append_row, commit_of, parse_parts, part_parser, read_r
 LOGS = ROOT / "runs/gpu"
 # A commit that changes none of these counts as the same.
 MEASURED = ("alexnet_dist", "configs", "tests")
+_MOST = 2000  # characters of what a failed part printed that its row keeps
 # Warnings that the figures are without the graphs or kernels that they are meant to measure.
 LESS = ("could not be captured as a CUDA graph", "no kernels for this GPU")
 
@@ -86,11 +88,10 @@ def measure(
     end, sound = time.monotonic() + within, True
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a script's background; inherited
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    answered = {
-        (row["part"], row["card"], row["commit"]) for row in read_rows(rows) if "failed" not in row
-    }
-    for name, part in parts.items():
-        if (name, about["card"], about["commit"]) in answered and about["commit"][-1] != "+":
+    failed = _tried(read_rows(rows), about)
+    for name in sorted(parts, key=lambda name: failed.get(name, False)):
+        part = parts[name]
+        if failed.get(name) is False:
             print(f"{name}: answered for {about['commit']} on this card")
             continue
         left = int(end - time.monotonic())
@@ -99,13 +100,25 @@ def measure(
             continue
         limit = min(part.limit, left)
         print(f"{name}: up to {limit} s", flush=True)
-        row = {"part": name, **about, **_answer(name, replace(part, limit=limit), logs)}
+        logs.mkdir(parents=True, exist_ok=True)
+        attempt = logs / f"{name}-{time.strftime('%H%M%S')}"
+        output, errors = attempt.with_suffix(".out"), attempt.with_suffix(".err")
+        row = {"part": name, **about, **_answer(replace(part, limit=limit), output, errors)}
         append_row(rows, row)
         sound &= "failed" not in row
         print(f"{name}: {row['seconds']} s; {row.get('failed', 'done')}", flush=True)
         if "failed" in row:
-            print(*_last_lines(logs / f"{name}.out", logs / f"{name}.err"), sep="\n", flush=True)
+            print(*_last_lines(output, errors), sep="\n", flush=True)
     return sound
+
+
+def _tried(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, bool]:
+    """Return whether they failed, of the parts that were tried on this card and commit; none of a
+    commit with changes, which may be others now."""
+    known = [about["card"], about["commit"]]
+    if about["commit"].endswith("+"):
+        return {}
+    return {row["part"]: "failed" in row for row in rows if [row["card"], row["commit"]] == known}
 
 
 def _last_lines(*logs: Path, most: int = 20) -> Iterator[str]:
@@ -116,10 +129,8 @@ def _last_lines(*logs: Path, most: int = 20) -> Iterator[str]:
             yield from (line[:300] for line in lines[-most:])
 
 
-def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
+def _answer(part: Part, output: Path, errors: Path) -> dict[str, Any]:
     """Run a part, and return its own entries of its row."""
-    logs.mkdir(parents=True, exist_ok=True)
-    output, errors = logs / f"{name}.out", logs / f"{name}.err"
     begin = time.monotonic()
     last, failed = _run(part, output, errors)
     printed, said = output.read_text(errors="replace"), errors.read_text(errors="replace")
@@ -137,7 +148,9 @@ def _answer(name: str, part: Part, logs: Path) -> dict[str, Any]:
     typed = " ".join(part.commands[-1]).removeprefix("-m ").replace("alexnet_dist", "alexnet-dist")
     row: dict[str, Any] = {"command": typed}
     if failed:
-        row["failed"] = f"{failed}: {(printed.strip() or said.strip())[-400:]}"
+        ends = [text.strip()[-_MOST:] for text in (said, printed)]
+        told = failures(printed) if part.read is of_pytest else ""
+        row["failed"] = f"{failed}: {told or ' '.join(filter(None, ends))}"
     return row | {"seconds": round(time.monotonic() - begin, 1), "figures": figures}
 
 

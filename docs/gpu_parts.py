@@ -47,6 +47,19 @@ def tests_amid(printed: str) -> list[str]:
     return [name for name in begun if name not in ended]
 
 
+def failures(printed: str, most: int = 6000) -> str:
+    """Return what pytest's summary says of each test that failed, in about `most` characters: of
+    longer messages their beginning and end. Empty if it has no summary, or names no failure."""
+    _, _, summary = printed.rpartition(" short test summary info ")
+    parts = re.split(r"^(?=(?:FAILED|ERROR|SKIPPED) |=+ .* in .*s.* =+$)", summary, flags=re.M)
+    told = [part.partition("Full diff:")[0].strip() for part in parts
+            if part.startswith(("FAILED ", "ERROR "))]  # fmt: skip
+    each = most // max(1, len(told))
+    ends = [text if len(text) <= each else f"{text[: each // 3]} … {text[-2 * each // 3 :]}"
+            for text in told]  # fmt: skip
+    return "\n".join(ends)
+
+
 def of_compare(printed: str) -> Figures:
     """Read the table of `compare`: each layout's difference from one process, speed and drift."""
     rows = re.findall(
@@ -113,7 +126,7 @@ def _from_shards(pipeline: str, expected: int, *more: str) -> Part:
 
 
 def _pytest(*which: str, workers: int = 8) -> list[str]:
-    return ["-m", "pytest", *which, "-v", "-n", f"{workers}"]
+    return ["-m", "pytest", *which, "-vv", "-n", f"{workers}"]  # -vv cuts no message
 
 
 def _ranks(*which: str) -> list[str]:
@@ -138,8 +151,8 @@ _ONE_RANK = ["-m", "gpu and not drill", *_OTHERS, "--continue-on-collection-erro
 _BEST = Part([_bench("step", "--best", "--batch", "128", "1024")], 240, expected=80)
 # What has never been measured comes first. `expected` is an estimate for these.
 PARTS = {
-    "first": Part([_pytest(_FIRST)], 170, of_pytest, expected=85),
-    "sweep": Part([_bench("maps", "--sweep", "128", "1024", "--repeats", "3")], 240, expected=120),
+    "first": Part([_pytest(_FIRST)], 200, of_pytest, expected=85),
+    "sweep": Part([_bench("maps", "--sweep", "128", "1024", "--repeats", "3")], 330, expected=150),
     "data": Part(
         [_MAKE_IMAGES, _bench_data("--images", "10000", "--repeats", "2")], 330, expected=150
     ),
@@ -148,7 +161,7 @@ PARTS = {
     ),
     "end-to-end-torch": _from_shards("torch", 80),
     "end-to-end-resident": _from_shards("resident", 80),
-    "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 120, of_pytest, expected=80),
+    "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 200, of_pytest, expected=80),
     "tests": Part([_pytest(*_ONE_RANK)], 280, of_pytest, expected=200),
     "compare-shared": _compared("columns", "replicas"),
     "compare-shared-mixed": _compared("columns_x_replicas:4", "sharded_fc"),

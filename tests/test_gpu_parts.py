@@ -4,6 +4,8 @@ import contextlib
 import json
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import gpu_page
 import psutil
 import pytest
 from gpu import measure
-from gpu_parts import PARTS, Part, of_bench, of_compare, of_pytest, photographs
+from gpu_parts import PARTS, Part, failures, of_bench, of_compare, of_pytest, photographs
 from ledger import ROOT, read_rows
 
 from alexnet_dist.cli.main import build_parser, main
@@ -98,12 +100,40 @@ def test_a_part_that_fails_says_so_and_the_others_go_on(
     assert found["hangs"]["figures"] == {"tests": {"passed": 1}}
     assert found["less"]["failed"].startswith(f"its figures are of less than they say: {less}")
     printed = capsys.readouterr().out
-    assert "--- the end of broken.err" in printed
+    assert re.search(r"^--- the end of broken-\d{6}\.err$", printed, re.M)
     assert "KeyboardInterrupt" in printed  # where what was not done was
     assert "failed" not in found["good"]
-    parts = {"broken": Part([says(json.dumps(FOUND))], 60)}  # mended: it is asked again
-    assert measure(parts, ABOUT, 90, rows, logs)
-    assert "failed" not in read_rows(rows)[-1]
+    mended = Part([says(json.dumps(FOUND))], 60)  # it is asked again, after what is new
+    assert measure({"broken": mended, "new": mended}, ABOUT, 90, rows, logs)
+    assert [row["part"] for row in read_rows(rows)[-2:]] == ["new", "broken"]
+    assert not any("failed" in row for row in read_rows(rows)[-2:])
+    assert len([*logs.glob("broken-*.err")]) == 2  # what it printed before is kept
+
+
+def test_of_each_test_that_fails_a_row_keeps_how_it_begins_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "test_two.py").write_text(
+        "import pytest\n"
+        "def test_long():\n"
+        "    said = 'begins' + 9000 * ' x' + '\\nCUDA error: the last'\n"
+        "    assert [1] == [0], said\n"
+        "@pytest.mark.skip(reason='no GPU')\n"
+        "def test_skipped(): pass\n"
+        "def test_short(missing): pass\n"
+        "def test_sound(): pass\n"
+    )
+    run = [*PARTS["first"].commands[-1][:2], "-vv", "-n", "2", "-ra", "-p", "no:cacheprovider"]
+    printed = subprocess.run(
+        [sys.executable, *run, tmp_path], check=False, capture_output=True, text=True, cwd=tmp_path
+    ).stdout
+    told = failures(printed)
+    assert "-vv" in PARTS["first"].commands[-1]
+    assert re.search(r"^FAILED \S+::test_long - AssertionError: begins x", told, re.M)
+    assert re.search(r"^ *CUDA error: the last$", told, re.M)
+    assert re.search(r"^ERROR \S+::test_short - ", told, re.M)
+    assert "fixture 'missing' not found" in told
+    assert "no GPU" not in told
+    assert 2900 < len(told) < 6200
+    assert not failures("no summary")
 
 
 def test_a_part_is_started_if_the_time_is_enough_for_what_is_expected(

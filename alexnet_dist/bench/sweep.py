@@ -140,8 +140,11 @@ def _product(grid: Grid) -> Iterator[tuple[tuple[str, int], ...]]:
 
 def _compile(configs: Sequence[Config], choices: Sequence[Choice]) -> None:
     """Compile the choices into Triton's cache, with a process for each core."""
-    # Batch after batch, which share most kernels; else mixed, as some take long.
-    order = sorted(choices, key=lambda c: (c.batch, zlib.crc32(f"{c.kernel}, {c}".encode())))
+    # The forwards first, as every process needs one to try a backward; batch after batch, which
+    # share most kernels; else mixed, as some take long.
+    order = sorted(choices, key=lambda c: (
+        "backward" in c.kernel, c.batch, zlib.crc32(f"{c.kernel}, {c}".encode())
+    ))  # fmt: skip
     by_batch = {config.train.batch: flat(config) for config in configs}
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
