@@ -8,7 +8,7 @@ from torch import Tensor
 from alexnet_dist.network import philox
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch 2.11's compiler hashes it before it has attributes
 class Dropout:
     """Dropout of one layer's outputs at one step.
 
