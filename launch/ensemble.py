@@ -142,6 +142,8 @@ def main(arguments: Sequence[str]) -> int:
         code = _start(options, cluster, run, members, left)
         if options.dry_run or code:
             return code
+    while options.wait and waiting(_name(run, members)):
+        time.sleep(5)
     begun = [member for member in members if read_run(member.config.folder)]
     if begun:
         print(table(members))
@@ -162,9 +164,8 @@ def _start(
 ) -> int:  # fmt: skip
     """Start the members in `left`, or print how they would be started; return the exit code if the
     program must end now, else 0."""
-    base = load_config(run)
-    name = "-".join([base.name, "over", *members[0].keys])
-    folder = Path(base.output_dir) / name / "launch"
+    name = _name(run, members)
+    folder = Path(load_config(run).output_dir) / name / "launch"
     parallel = options.parallel or _AT_ONCE
     if options.dry_run:
         if not options.local:
@@ -188,10 +189,12 @@ def _start(
         job = jobs[0].job_id.partition("_")[0]
         print(f"job {job}: {len(left)} of {len(members)} runs, {parallel} at a time; in {folder}")
         print(f"stop: scancel {job}    (they save first)", flush=True)
-    if options.wait:
-        while waiting(name):
-            time.sleep(5)
     return 0
+
+
+def _name(run: Sequence[str], members: Sequence[Member]) -> str:
+    """Return the name of the members' jobs."""
+    return "-".join([load_config(run).name, "over", *members[0].keys])
 
 
 def _described(member: Member) -> str:

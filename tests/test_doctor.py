@@ -147,6 +147,15 @@ def test_what_is_amiss_is_named(
     assert not any(one.broken for one in found.values() if one.what != what)
 
 
+def test_bf16_in_hardware_is_the_processors_own(
+    tiny: Callable[..., Config], monkeypatch: Patch
+) -> None:
+    """Also where there is a GPU, which may have none either, as a T4."""
+    monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2"})
+    monkeypatch.setattr(machine, "gpus", lambda config: 1)
+    assert "bf16" not in [one.what for one in machine.processor(tiny("train.precision=bf16"))]
+
+
 def test_what_builds_a_gpus_kernels_is_named(monkeypatch: Patch, tmp_path: Path) -> None:
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(kernels.shutil, "which", lambda name: None)

@@ -410,6 +410,17 @@ def test_an_ensemble_trains_here_and_goes_on_where_it_was(
         ensemble.main([*words, "--parallel", "2"])
 
 
+def test_an_ensemble_that_starts_nothing_waits_for_its_jobs_too(
+    run: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers, asked = [True, True, False], set()
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setattr(ensemble, "waiting", lambda name: asked.add(name) or answers.pop(0))
+    with pytest.raises(ConfigError, match="no run has finished yet"):
+        ensemble.main([*run, "--evaluate", "--wait"])
+    assert (asked, answers) == ({"some-over-seed"}, [])
+
+
 def test_a_member_that_has_measured_nothing_yet_is_in_the_table(run: list[str]) -> None:
     (member,) = ensemble.members_of(run, ["seed=3"], None)
     holder = RunFolder(member.config)

@@ -74,12 +74,11 @@ def processor(config: Config) -> Iterator[Finding]:
     if quota and quota < may_use:
         remedy = f"set layout.threads={max(1, int(quota))}, or raise the container's quota"
         yield Finding("cpu quota", f"the time of {quota:g} cores for {may_use} cores", remedy)
-    if not {"avx512_bf16", "amx_bf16", "bf16"} & flags and not gpus(config):
-        if config.train.precision == "bf16":
-            remedy = "try train.precision=fp32, which may be faster here"
-            yield Finding("bf16", "this processor has no bf16 instructions", remedy)
-    else:
+    if {"avx512_bf16", "amx_bf16", "bf16"} & flags:
         yield Finding("bf16", "in hardware")
+    elif config.train.precision == "bf16" and not gpus(config):
+        remedy = "try train.precision=fp32, which may be faster here"
+        yield Finding("bf16", "this processor has no bf16 instructions", remedy)
 
 
 def _cores_of_quota() -> float | None:
