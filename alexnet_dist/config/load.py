@@ -6,6 +6,7 @@ as eight and 1:20 as eighty). This is the only module that imports OmegaConf.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import re
@@ -71,9 +72,9 @@ def source_of(error: Exception, sources: Sequence[Source]) -> str:
 def _layered(sources: Sequence[Source]) -> tuple[dict[str, Any], dict[str, str]]:
     """Return each key's value, and the name of the source that gave it, in the order in which they
     were given."""
-    values: dict[str, Any] = {}
-    origin: dict[str, str] = {}
-    for source in (_base(), *sources):
+    values = dict(_defaults(_base()))
+    origin = dict.fromkeys(values, str(_base()))
+    for source in sources:
         name, layer = _read_layer(source)
         for dotted, value in flatten(layer, name):
             values[dotted] = value
@@ -84,6 +85,13 @@ def _layered(sources: Sequence[Source]) -> tuple[dict[str, Any], dict[str, str]]
 
 def _base() -> Path:
     return configs_folder() / "base.yaml"
+
+
+@functools.cache
+def _defaults(base: Path) -> Mapping[str, Any]:
+    """Return each key's value in base.yaml; reading it takes longer than all the rest."""
+    name, layer = _read_layer(base)
+    return dict(flatten(layer, name))
 
 
 def build(values: Mapping[str, Any]) -> Config:
