@@ -7,9 +7,9 @@ their results. ZeRO's figures are formulas, since DeepSpeed does not run on fake
 """
 
 import dataclasses
+import functools
 
 import torch
-import torch.distributed._tools.fake_collectives  # registers collectives for fake tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -127,11 +127,21 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
         return Misfit(str(error).removeprefix("the command line: "))  # which named no such layout
     if kind in layouts.ZERO_STAGES:
         return _zero_rank(laid_out, ranks, gpu)
+    return _stepped(laid_out, ranks, gpu, narrows or not gpu)
+
+
+@functools.lru_cache  # ZeRO's ranks compute as replicas do
+def _stepped(laid_out: Config, ranks: int, gpu: bool, narrows: bool) -> Rank:
+    """Return what a step of a rank's engine, on fake tensors, takes and sends.
+
+    Args:
+        narrows: as for `_rank`.
+    """
     # The engine, as it would be on a rank, and one batch.
     topology = fake_topology(laid_out, ranks)
     fuses = gpu and "Triton" not in kernels.lacking()  # without it, its kernels declare no shapes
     how = laid_out.train.execution if fuses else "eager"
-    engine_of = PlannedShards if kind == "sharded_fc" else PlannedEngine
+    engine_of = PlannedShards if laid_out.layout.kind == "sharded_fc" else PlannedEngine
     engine = engine_of(laid_out, topology, init_weights=False)
     if how != "eager":
         engine.fuse(narrows)
@@ -167,7 +177,7 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
         weights = [p.numel() * p.element_size() for p in engine.model.parameters()]
         parts["workspace"] = 2 * max(weights)
     return Rank(
-        batch_per_replica=config.train.batch // topology.replicas,
+        batch_per_replica=laid_out.train.batch // topology.replicas,
         parameters=sum(p.numel() for p in engine.model.parameters()),
         memory=_with_peak(parts),
         bytes=traffic.bytes() | {"total": traffic.total()},
