@@ -27,6 +27,7 @@ from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
+from alexnet_dist.reporting.compare_layouts import InMemory
 from alexnet_dist.tensor_files import TensorFile
 
 STEPS = 20
@@ -42,20 +43,6 @@ ON = [
     "evaluate.batch=9",  # 23 images: the last batch has 5
 ]
 Tensors = dict[str, torch.Tensor]
-
-
-class Whole:
-    """Whole tensors that rows can be read of, as a checkpoint offers them."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self.tensors = tensors
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
-
-    def rows(self, name: str, rows: slice) -> torch.Tensor:
-        tensor = self.tensors[name]
-        return tensor[rows] if tensor.dim() else tensor
 
 
 def on(config: Config, kind: str, ranks: int = 0, micro_batches: int = 1) -> Config:
@@ -110,8 +97,8 @@ def oracles(packed: Path) -> dict[str, Any]:
     with by_groups():
         oracles = trajectories([plain, lars])
     assert len({stats[0] for stats in oracles[0][0]}) == STEPS
-    ours = trajectories([plain, on(plain, "one", 1, 4), lars])
-    for mine, oracle in zip(ours, (oracles[0], oracles[0], oracles[1]), strict=True):
+    ours = trajectories([plain, on(lars, "one", 1, 4)])
+    for mine, oracle in zip(ours, oracles, strict=True):
         assert_same_run(mine, oracle, 1e-12)
     return {"sgd": (plain, oracles[0]), "lars": (lars, oracles[1])}
 
@@ -130,7 +117,7 @@ def test_every_layout_follows_the_oracle(
     cases = [
         (oracle, on(config, kind, ranks, micro_batches))
         for kind in kinds
-        for optimizer, micro_batches in (("sgd", 1), ("sgd", 4), ("lars", 1))
+        for optimizer, micro_batches in (("sgd", 1), ("lars", 4))
         for config, oracle in [oracles[optimizer]]
     ]
     by_rank = on_ranks(ranks, trajectories, [config for _, config in cases])
@@ -211,12 +198,12 @@ def updates(configs: Sequence[Config], states: Sequence[tuple[Tensors, Tensors]]
     for config in configs:
         topology = connect(config)
         engine = make_engine(config, topology)
-        engine.load(*map(Whole, states[0]))
+        engine.load(*map(InMemory, states[0]))
         through = engine.whole_tensors()
         ours = []
         for step, _ in enumerate(steps_of(config, topology, engine)):
             ours.append(engine.whole_tensors())
-            engine.load(*map(Whole, states[step + 1]))
+            engine.load(*map(InMemory, states[step + 1]))
         found.append((through, ours))
     return found
 
