@@ -3,9 +3,6 @@
 import argparse
 import contextlib
 import csv
-import io
-import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -161,17 +158,10 @@ def _take_device(trained: "Trained") -> None:
 
 @contextlib.contextmanager
 def _file(out: Path | None) -> Iterator[IO[str]]:
-    """Open what is written to: standard output, or a file that replaces `out` once it is complete.
-    Either escapes bytes of file names that are not valid text."""
+    """Open what is written to: standard output, or a file that replaces `out` once it is complete;
+    as on standard output, bytes of file names that are not valid text are escaped."""
     if out is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
-        try:
-            yield sys.stdout
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has closed the pipe, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(128 + signal.SIGPIPE) from None
+        yield sys.stdout
         return
     with (
         written_aside(out) as aside,
