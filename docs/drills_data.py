@@ -14,7 +14,7 @@ from small_runs import LAYOUTS, Started, Testbed, final_state, reach, run_to_end
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.errors import CheckpointError
-from alexnet_dist.training.run_folder import read_run
+from alexnet_dist.files import read_run
 
 # --- files
 

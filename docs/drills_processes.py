@@ -11,7 +11,7 @@ from small_runs import LAYOUTS, Started, Testbed, kill, reach, run_to_end
 
 from alexnet_dist.config.load import configs_folder
 from alexnet_dist.data.prepare.prepare import Options, prepare
-from alexnet_dist.training.run_folder import read_run
+from alexnet_dist.files import read_run
 
 
 def kills(testbed: Testbed, count: int, dice: random.Random) -> Iterator[Row]:

@@ -43,7 +43,7 @@ class Contestant:
         self.name, self.pieces = name, pieces
         self.results: list[float] = []  # of each pass, that of its first piece
         self.peak = 0  # bytes of GPU memory allocated at the peak
-        self._is_ready = self._is_closed = False
+        self._is_ready = False
         code = (
             "from alexnet_dist.bench.contestants import serve; "
             f"serve({module!r}, {name!r}, {flat(config)!r})"
@@ -83,11 +83,9 @@ class Contestant:
         return int(psutil.Process(self._process.pid).memory_info().rss)
 
     def close(self) -> None:
-        """End the process, unless it has been ended."""
-        if not self._is_closed:
-            self._process.kill()
-            self._process.communicate()
-            self._is_closed = True
+        """End the process; more than once is no error."""
+        self._process.kill()
+        self._process.communicate()
 
 
 def serve(module: str, name: str, config: dict[str, Any]) -> None:

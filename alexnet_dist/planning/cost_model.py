@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.precision import DTYPES
+from alexnet_dist.parallel.layouts import ZERO_STAGES
 from alexnet_dist.planning.machines import CORE_DECODES, MACHINES, Cluster, Machine
 from alexnet_dist.planning.plan import Plan, Prediction
 
-ZERO = ("zero1", "zero2")
 # How often a plain layer of torch's operators reads or writes its map, forward and backward: the
 # layer writes it (1), ReLU makes another tensor (2), the next layer reads it (1); backward writes
 # its gradient (1), reads it for inputs and for weights (2), ReLU's backward (3), reads the map (1).
@@ -64,14 +64,14 @@ def quantities(planned: Plan, kind: str, cores: float = 1.0) -> dict[str, float]
     images, width = planned.batch / ranks, DTYPES[precision].itemsize
     flops = planned.training_flops_per_image * images
     values = planned.map_values_per_image
-    updated = held / ranks if kind in ZERO else held
+    updated = held / ranks if kind in ZERO_STAGES else held
     passed = held * _FORWARD_BYTES[precision] + updated * _UPDATE_BYTES[precision]
     return {
         "flops": flops / cores,
         "serial": flops * max(0.0, 1 - 1 / cores),
         "map_bytes": _MAP_PASSES * values["all"] * images * width / cores,
         "lrn_bytes": values["normalised"] * images * width / cores,
-        "parameter_bytes": (passed + held * _ZERO_BYTES * (kind in ZERO)) / cores,
+        "parameter_bytes": (passed + held * _ZERO_BYTES * (kind in ZERO_STAGES)) / cores,
         "images": images / cores,
     }
 
@@ -152,14 +152,16 @@ def predict(
     parts = {name: seconds * factor for name, seconds in parts.items()}
     parts |= {"exchange": 0.0, "all-reduce": 0.0}
     for one in collectives(planned, kind):
-        if one.name == "all-reduce" and machine.overlap and kind not in ZERO:
+        if one.name == "all-reduce" and machine.overlap and kind not in ZERO_STAGES:
             backward = parts["arithmetic"] + parts["maps"]
             parts["all-reduce"] = _exposed(planned, kind, one, cluster, backward)
             continue
         seconds = transfer_s(one, cluster)
         if one.name == "all-to-all" and machine.fused:  # others ran programs without it
             seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
-        parts["all-reduce" if kind in ZERO or one.name == "all-reduce" else "exchange"] += seconds
+        parts["all-reduce" if kind in ZERO_STAGES or one.name == "all-reduce" else "exchange"] += (
+            seconds
+        )
     training = sum(parts.values())
     # On a CPU, all cores decode for the ranks, which share them.
     share = 1 if machine.overlap else cluster.total / ranks
@@ -188,7 +190,7 @@ def _by_operators(planned: Plan, kind: str, cluster: Cluster) -> dict[str, float
         "arithmetic": counted["flops"] / rate + counted["serial"] * machine.serial / rate,
         "maps": (counted["map_bytes"] + machine.lrn_passes * counted["lrn_bytes"]) / machine.memory,
         "parameters": counted["parameter_bytes"] / machine.memory,
-        "fixed": machine.step_s + machine.zero_s * (kind in ZERO),
+        "fixed": machine.step_s + machine.zero_s * (kind in ZERO_STAGES),
     }
 
 
@@ -208,7 +210,7 @@ def _by_kernels(planned: Plan, kind: str, machine: Machine) -> dict[str, float]:
     weights = held * sum(n for name, n in shares.items() if name.startswith("fc"))
     read = 3 * weights / sum(shares.values()) * DTYPES[precision].itemsize
     updated = 0.0
-    if kind in ZERO:
+    if kind in ZERO_STAGES:
         updated = held * (_ZERO_BYTES + _UPDATE_BYTES[precision] / ranks)
     parts = {
         "arithmetic": maps * images / rate + max(full * images / rate, read / memory),

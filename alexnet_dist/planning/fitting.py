@@ -11,7 +11,8 @@ import numpy as np
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.files import read_bytes
-from alexnet_dist.planning.cost_model import ZERO, collectives, quantities
+from alexnet_dist.parallel.layouts import ZERO_STAGES
+from alexnet_dist.planning.cost_model import collectives, quantities
 from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.planning.machines import MACHINES, Machine
 from alexnet_dist.planning.plan import Plan
@@ -82,7 +83,7 @@ def _row(one: Measured) -> dict[str, float]:
         "sent": sum(call.size for call in sent),
         "hops": sum(call.calls * call.hops for call in sent),
         "steps": 1.0,
-        "zero": float(kind in ZERO),
+        "zero": float(kind in ZERO_STAGES),
     }
 
 

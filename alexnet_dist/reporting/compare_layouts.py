@@ -79,11 +79,13 @@ HEADING = (
 
 def line(row: Row, drift: float | None, floor: float | None) -> str:
     """Return a row of the table under HEADING."""
-    beside = f"noise floor {floor:.1e}" if floor is not None else "" if drift is None else drift
+    beside = "" if drift is None else f"{drift:.1e}"
+    if floor is not None:
+        beside = f"noise floor {floor:.1e}"
     return (
         f"{row.layout:18}  {row.ranks:5}  {row.final_loss:10.6f}  {row.max_difference:10.1e}  "
         f"{row.bound:7.0e}  {'yes' if row.holds else 'NO':>5}  {row.images_per_s:8.1f}  "
-        f"{row.bytes_per_rank_step:15,}  {beside if isinstance(beside, str) else f'{beside:.1e}'}"
+        f"{row.bytes_per_rank_step:15,}  {beside}"
     )
 
 
