@@ -225,8 +225,6 @@ def test_a_bad_source_is_named_and_leaves_nothing(
 
 @given(st.binary(max_size=60), st.booleans())
 def test_any_bytes_are_an_array_or_a_dataset_error(content: bytes, headed: bool) -> None:
-    import tempfile
-
     with tempfile.NamedTemporaryFile(suffix=".idx") as file:
         Path(file.name).write_bytes(b"\0\0\x08\1" + content if headed else content)
         with contextlib.suppress(DatasetError):

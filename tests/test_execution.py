@@ -37,6 +37,7 @@ from alexnet_dist.engines.zero import ZeroEngine
 from alexnet_dist.network import kernels, philox
 from alexnet_dist.network.kernels import lrn_cpu
 from alexnet_dist.network.lrn import _LocalResponseNorm
+from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.layouts import columns_of, ranks_wanted
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.parallel.traffic import Traffic
@@ -301,9 +302,6 @@ def topology_of(config: Config) -> Topology:
 
 def made_batch_of(config: Config) -> Any:
     """A batch of the device and mode around."""
-    from alexnet_dist.data.batch import Batch
-    from alexnet_dist.network.precision import DTYPES
-
     replicas = config.layout.ranks // columns_of(config) if config.layout.ranks else 1
     n, side = config.train.batch // replicas, config.model.crop
     windows = torch.empty(n, 3, side, side, dtype=DTYPES[config.train.precision])

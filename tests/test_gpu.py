@@ -9,8 +9,9 @@ import made
 import pytest
 import torch
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
+from small_runs import final_state
 from test_layouts import assert_same_run, config_of, trajectories
-from test_run import ALONE, RUN, Started, ended_state, start
+from test_run import ALONE, RUN, Started, start
 
 from alexnet_dist.bench.decoders import bench_differences
 from alexnet_dist.bench.synthetic import made_batch
@@ -126,7 +127,7 @@ def test_a_stopped_run_on_a_gpu_ends_as_if_it_never_was(
     again = alexnet_dist(*arguments("stopped"))
     assert again.returncode == 0, again.stderr
     assert "continues at step" in again.stderr
-    assert ended_state(runs / "stopped") == ended_state(runs / "whole")
+    assert final_state(runs / "stopped") == final_state(runs / "whole")
     last = [point for point in read_metrics(runs / "whole") if point["kind"] == "speed"][-1]
     assert last["memory"]["device_gb"] > 0
     assert sum(last["time"].values()) == pytest.approx(1)

@@ -10,7 +10,8 @@ import pytest
 import shared
 from conftest import alexnet_dist, as_overrides
 from shared import SHARED
-from test_run import RUN, Started, ended_state, start
+from small_runs import final_state
+from test_run import RUN, Started, start
 from test_watchdog import STUCK
 
 from alexnet_dist.config.schema import Config
@@ -54,7 +55,7 @@ def test_every_layout_stopped_ends_as_if_it_never_was(
     again = alexnet_dist(*arguments("stopped"))
     assert again.returncode == 0, again.stderr
     assert "stopped continues at step" in again.stderr
-    assert ended_state(runs / "stopped") == ended_state(runs / "whole")
+    assert final_state(runs / "stopped") == final_state(runs / "whole")
 
 
 def test_a_killed_rank_takes_the_other_with_it_and_is_named(

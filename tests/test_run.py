@@ -21,6 +21,7 @@ import psutil
 import pytest
 from conftest import TINY, alexnet_dist, as_overrides
 from forks import Fork
+from small_runs import final_state
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
@@ -28,7 +29,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel import spawn
 from alexnet_dist.parallel.stop_signals import handlers_restored
-from alexnet_dist.training.metrics_file import TIMES, read_metrics
+from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.state import Progress
 
 # 60 images, 8 a step, 8 epochs: 60 steps; evaluations after every 15; a save every 4.
@@ -69,7 +70,7 @@ class Started:
         self, arguments: list[str], launcher: tuple[str, ...] = (), within: tuple[str, ...] = (),
         begin: Callable[[list[str]], None] = forks.run,
     ) -> None:  # fmt: skip
-        self.printed = tempfile.NamedTemporaryFile("r")  # noqa: SIM115
+        self.printed = tempfile.NamedTemporaryFile("r", delete=False)  # noqa: SIM115
         file = Path(self.printed.name)
         self.process: Fork | subprocess.Popen[bytes]
         if launcher or within:
@@ -139,19 +140,6 @@ def start() -> Iterator[Callable[..., Started]]:
             one.process.wait()
 
 
-def ended_state(folder: Path) -> dict[str, Any]:
-    """All that must be the same to the bit: tensors' hashes, progress, metrics less times."""
-    last = checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1])
-    best = checkpoints.best(folder / "checkpoints")
-    metrics = [point for point in read_metrics(folder) if point["kind"] not in TIMES]
-    return {
-        "last": last.manifest["files"],
-        "progress": last.progress,
-        "best": (best.step, best.manifest["files"]),
-        "metrics": metrics,
-    }
-
-
 @dataclass(frozen=True)
 class Whole:
     """A run of RUN and MICRO that nothing happened to; its folder is not to be changed."""
@@ -160,7 +148,7 @@ class Whole:
     errors: str
 
     def state(self) -> dict[str, Any]:
-        return ended_state(self.folder)
+        return final_state(self.folder)
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +178,7 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_was(
     last = alexnet_dist(*command("killed", MICRO))
     assert last.returncode == 0, last.stderr
     assert "continues at step 40" in last.stderr or "continues at step 44" in last.stderr
-    assert ended_state(runs / "killed") == expected
+    assert final_state(runs / "killed") == expected
     assert read_run(runs / "killed")["attempt"] == 3
 
 
@@ -224,7 +212,7 @@ def test_every_layout_killed_ends_as_if_it_never_was(
     again = alexnet_dist(*command("killed", *layout))
     assert again.returncode == 0, again.stderr
     assert "killed continues at step" in again.stderr
-    assert ended_state(runs / "killed") == ended_state(runs / "whole")
+    assert final_state(runs / "killed") == final_state(runs / "whole")
 
 
 def test_a_finished_run_says_so_and_changes_nothing(
@@ -244,7 +232,7 @@ def test_a_finished_run_says_so_and_changes_nothing(
     its = "" if best.step == 60 else f": top-1 {score.top1:.2%} ({score.correct1} of "
     assert f"best checkpoint: {best.path}{its}" in again.stdout
     assert "next: alexnet-dist evaluate" in again.stdout
-    assert ended_state(runs / "done") == whole.state()
+    assert final_state(runs / "done") == whole.state()
 
 
 @pytest.mark.drill  # tests/test_layouts.py changes layouts at every save, in fewer processes
@@ -427,7 +415,7 @@ def test_a_stopped_run_ends_as_if_it_never_was(
         assert code == 143, output
     last = alexnet_dist(*command("stopped", *slow))
     assert last.returncode == 0, last.stderr
-    assert ended_state(runs / "stopped") == ended_state(runs / "whole")
+    assert final_state(runs / "stopped") == final_state(runs / "whole")
 
 
 @pytest.mark.parametrize("kind", ["one", "columns"])
@@ -470,7 +458,7 @@ def test_torchrun_does_the_same(
     assert read_run(runs / "torchrun")["exit"] == CODES[number], output
     run = start(command("torchrun", MICRO), torchrun())
     assert run.end()[0] == 0
-    assert ended_state(runs / "torchrun") == whole.state()
+    assert final_state(runs / "torchrun") == whole.state()
 
 
 @pytest.mark.drill
@@ -614,11 +602,9 @@ def test_wrong_numbers_of_ranks_are_refused(command: Callable[..., list[str]]) -
 def test_a_run_is_scored_drawn_and_watched(command: Callable[..., list[str]], runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for name in ("a", "b"):
-        arguments = command(
-            name, ALONE, "train.epochs=4", f"seed={len(name + name) if name == 'b' else 1}"
-        )
-        assert alexnet_dist(*arguments).returncode == 0
+    for seed, name in enumerate("ab"):
+        run = command(name, ALONE, "train.epochs=4", f"seed={seed}")
+        assert alexnet_dist(*run).returncode == 0
 
     board = EventAccumulator(str(runs / "a"))
     board.Reload()

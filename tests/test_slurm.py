@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import TINY
-from test_run import ended_state
+from small_runs import final_state
 
 from alexnet_dist.files import read_run
 
@@ -138,7 +138,7 @@ class Cluster:
         return [ranks[rank] for rank in sorted(ranks)]
 
     def same_end(self, name: str, whole: str) -> None:
-        assert ended_state(self.runs / name) == ended_state(self.runs / whole)
+        assert final_state(self.runs / name) == final_state(self.runs / whole)
 
 
 @pytest.fixture(scope="session")

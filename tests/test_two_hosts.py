@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import TINY, alexnet_dist
 from shared import SHARED
-from test_run import Started, ended_state
+from small_runs import final_state
+from test_run import Started
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.files import read_run
@@ -193,7 +194,7 @@ def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
     assert read_run(runs / "cut")["state"] == "failed"
 
     assert "cut continues at step" in ended(start("cut", kind, 2))
-    assert ended_state(runs / "cut") == ended_state(runs / "whole")
+    assert final_state(runs / "cut") == final_state(runs / "whole")
 
 
 @pytest.mark.gpu

@@ -159,9 +159,8 @@ def predict(
         seconds = transfer_s(one, cluster)
         if one.name == "all-to-all" and machine.fused:  # others ran programs without it
             seconds = max(0.0, seconds - _beside_exchange(planned, kind, parts))
-        parts["all-reduce" if kind in ZERO_STAGES or one.name == "all-reduce" else "exchange"] += (
-            seconds
-        )
+        summed = kind in ZERO_STAGES or one.name == "all-reduce"
+        parts["all-reduce" if summed else "exchange"] += seconds
     training = sum(parts.values())
     # On a CPU, all cores decode for the ranks, which share them.
     share = 1 if machine.overlap else cluster.total / ranks
@@ -209,9 +208,7 @@ def _by_kernels(planned: Plan, kind: str, machine: Machine) -> dict[str, float]:
     shares = planned.parameters
     weights = held * sum(n for name, n in shares.items() if name.startswith("fc"))
     read = 3 * weights / sum(shares.values()) * DTYPES[precision].itemsize
-    updated = 0.0
-    if kind in ZERO_STAGES:
-        updated = held * (_ZERO_BYTES + _UPDATE_BYTES[precision] / ranks)
+    updated = held * (_ZERO_BYTES + _UPDATE_BYTES[precision] / ranks) * (kind in ZERO_STAGES)
     parts = {
         "arithmetic": maps * images / rate + max(full * images / rate, read / memory),
         "maps": passes.maps / memory,
