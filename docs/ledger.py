@@ -92,6 +92,11 @@ def table_line(*cells: object) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def table_head(*cells: object) -> str:
+    """Return the two lines of a Markdown table's heading."""
+    return f"{table_line(*cells)}\n|{'---|' * len(cells)}"
+
+
 # --- options
 
 

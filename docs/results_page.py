@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ledger import ROOT, Page, Rows, table_line
+from ledger import ROOT, Page, Rows, table_head, table_line
 from recipes import BY_NAME, PARTS, VARIANTS, merit, succeeded
 from results_row import ERRORS
 
@@ -42,7 +42,7 @@ def _section(part: str, rows: Rows) -> Iterator[str]:
     by_training = any(variant.by_training for variant in VARIANTS if variant.part == part)
     trained = [row for row in own if not row["candidate"]]
     if trained:
-        yield _head("", "n", *([f"epochs to {error} %" for error in ERRORS] if by_training else
+        yield table_head("", "n", *([f"epochs to {error} %" for error in ERRORS] if by_training else
                                ["one view, %", "top-5", "ten views, %", "top-5"]),
                     "minutes a run", "where")  # fmt: skip
     for variant in VARIANTS:
@@ -57,11 +57,6 @@ def _section(part: str, rows: Rows) -> Iterator[str]:
     yield from _choices(part, own)
     yield from _colours(trained)
     yield from _commands(trained)
-
-
-def _head(*cells: object) -> str:
-    """Return a table's heading."""
-    return f"{table_line(*cells)}\n{table_line(*('---' for _ in cells))}"
 
 
 def _spread(values: Sequence[float], digits: int = 2) -> str:
@@ -130,7 +125,9 @@ def _colours(rows: Rows) -> Iterator[str]:
     found = [row for row in rows if two_columns(row)]
     if found:
         yield "\nColour, a share of the energy of each column's first kernels (of noise 2/3):\n"
-        yield _head("seed", "by epoch: first column, second", "kernels, a column above the other")
+        yield table_head(
+            "seed", "by epoch: first column, second", "kernels, a column above the other"
+        )
     for row in found:
         shares = "; ".join(f"{epoch:g}: {one:.2f}, {two:.2f}" for epoch, one, two in row["colour"])
         picture = f"images/results-{row['row']}-kernels.png"
@@ -156,7 +153,7 @@ def _commands(rows: Rows) -> Iterator[str]:
 
 def front(rows: Rows) -> str:
     """Return the README's table: the paper's network on each data set."""
-    lines = [_head("the paper's network, right with ten views, on", "%", "n", "where")]
+    lines = [table_head("the paper's network, right with ten views, on", "%", "n", "where")]
     for variant in (variant for variant in VARIANTS if variant.name == variant.part):
         alone = [row for row in succeeded(rows).values() if row["variant"] == variant.name
                  and not row["candidate"] and "10" in row.get("scores", {})

@@ -3,7 +3,7 @@ tables."""
 
 from collections.abc import Iterator, Sequence
 
-from ledger import ROOT, Page, Rows, table_line
+from ledger import ROOT, Page, Rows, table_head, table_line
 
 ROWS = ROOT / "docs/drills.jsonl"
 
@@ -77,24 +77,19 @@ def tables(rows: Rows) -> str:
         f"changed inputs in {hours:.1f} hours, {rows[0]['date']} to {rows[-1]['date']}, at commits "
         f"{', '.join(commits)}; {'; '.join(machines)}.",
         "",
-        *_head("SIGKILL in", "trials", *moments, "most lost, steps", "gone within, s", "wrong"),
+        table_head("SIGKILL in", "trials", *moments, "most lost, steps", "gone within, s", "wrong"),
     ]
     for kind, own in killed.items():
         at = [_ended(own, moment) for moment in moments]
         worst = _most(own, "lost"), _most(own, "longest_s"), len(wrong(own))
         lines.append(table_line(kind.removeprefix("kill "), _trials(own), *at, *worst))
     heads = "changed inputs", "refused", "accepted", "longest, s", "most memory, MB", "wrong"
-    lines += ["", *_head("read", *heads)]
+    lines += ["", table_head("read", *heads)]
     for kind, own in read.items():
         ended = _ended(own, "refused"), _ended(own, "accepted")
         worst = _most(own, "longest_s"), _most(own, "largest_mb"), len(wrong(own))
         lines.append(table_line(kind, _trials(own), *ended, *worst))
     return "\n".join(lines) + "\n"
-
-
-def _head(*cells: str) -> tuple[str, str]:
-    """Return the two lines of a table's heading."""
-    return table_line(*cells), f"|{'---|' * len(cells)}"
 
 
 def _most(rows: Rows, name: str) -> str:
