@@ -114,11 +114,24 @@ def by_kernels(configs: list[Config]) -> list[tuple[dict[str, Tensor], list[str]
     return found
 
 
-def test_a_network_of_kernels_is_that_of_operators() -> None:
+CONFIGS = [load_config([*SMALL, *EVERYTHING_ON, *way]) for way in WAYS]
+NARROW = [load_config([*SMALL, f"train.precision={name}"]) for name in ("bf16", "fp16")]
+
+
+def both(configs: list[Config], narrow: list[Config]) -> tuple[Any, list[dict[str, str]]]:
+    return by_kernels(configs), [narrowed(config) for config in narrow]
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[Any, Any]:
+    """What the interpreter makes, in one process: it imports for seconds."""
+    made: tuple[Any, Any] = interpreted(both, CONFIGS, NARROW)
+    return made
+
+
+def test_a_network_of_kernels_is_that_of_operators(found: tuple[Any, Any]) -> None:
     """In float64 too, by the same kernels."""
-    configs = [load_config([*SMALL, *EVERYTHING_ON, *way]) for way in WAYS]
-    found = interpreted(by_kernels, configs)
-    for config, (ours, launched) in zip(configs, found, strict=True):
+    for config, (ours, launched) in zip(CONFIGS, found[0], strict=True):
         expected = trained(config, steps_of(config))
         assert expected["numbers/0"][3] == 0
         bound = {"fp64": 1e-12, "fp32": 2e-5, "fp16": 0.05}[config.train.precision]
@@ -129,11 +142,9 @@ def test_a_network_of_kernels_is_that_of_operators() -> None:
         assert wanted <= {name.partition("::")[2] for name in launched}
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("bf16", "bfloat16"), ("fp16", "float16")])
-def test_an_update_narrows_the_weights(precision: str, dtype: str) -> None:
-    config = load_config([*SMALL, f"train.precision={precision}"])
-    found = interpreted(narrowed, config)
-    assert found == dict.fromkeys(config.model.layer_names, f"torch.{dtype}")
+def test_an_update_narrows_the_weights(found: tuple[Any, Any]) -> None:
+    for kinds, dtype in zip(found[1], ("bfloat16", "float16"), strict=True):
+        assert kinds == dict.fromkeys(NARROW[0].model.layer_names, f"torch.{dtype}")
 
 
 def narrowed(config: Config) -> dict[str, str]:
@@ -145,8 +156,7 @@ def narrowed(config: Config) -> dict[str, str]:
             lambda w, name=layer.name: kinds.update({name: str(w.grad.dtype)})  # type: ignore[misc]
         )
     before = {layer.name: layer.weight.detach().clone() for layer in engine.model.layers()}
-    for step in range(2):
-        assert engine.train_step(batch, step, 0.01)[AT.failed] == 0
+    assert engine.train_step(batch, 0, 0.01)[AT.failed] == 0
     close = {}
     for layer in engine.model.layers():
         assert layer.narrow is not None
