@@ -28,7 +28,8 @@ BUFFERS = {f"momentum_buffer/{name}": tensor * 2 for name, tensor in TENSORS.ite
 
 def save(folder: Path, config: Config, step: int, error: float | None = None) -> Path:
     buffers = {**BUFFERS, "step/conv1.bias": torch.tensor(float(step))}
-    return checkpoints.save(folder, config, "digest", TENSORS, buffers, {"step": step}, error)
+    progress = {"step": step, "score": error and {"loss": 10 - step}}
+    return checkpoints.save(folder, config, "digest", TENSORS, buffers, progress, error)
 
 
 def test_what_is_saved_is_what_is_read(tiny: Callable[..., Config], tmp_path: Path) -> None:
@@ -133,13 +134,15 @@ def test_a_checkpoint_being_replaced_is_not_lost(
 
 
 def test_the_best_and_the_last_are_kept(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    for step, error in ((1, 0.5), (2, 0.2), (3, None), (4, 0.2), (5, None)):
+    for step, error in ((1, 0.5), (2, 0.2), (3, None), (4, 0.3), (5, None)):
         save(tmp_path, tiny(), step, error)
         checkpoints.prune(tmp_path, keep_last=2, keep_every=0, best_step=2 if step > 1 else 1)
     assert [p.name for p in checkpoints.steps(tmp_path)] == [
         "step-00000002", "step-00000004", "step-00000005",
     ]  # fmt: skip
     assert checkpoints.best(tmp_path).step == 2
+    save(tmp_path, tiny(), 6, 0.2)
+    assert checkpoints.best(tmp_path).step == 6, "of equal errors, the lowest loss, as in a run"
     with pytest.raises(CheckpointError, match=r"checkpoints: no checkpoint yet: a run saves"):
         checkpoints.best(tmp_path / "checkpoints")
 

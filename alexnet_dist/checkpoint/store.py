@@ -14,6 +14,7 @@ folder of that name is complete, or its manifest shows that it is not.
 import contextlib
 import json
 import logging
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -39,7 +40,7 @@ from alexnet_dist.checkpoint.verify import (
     VERSION,
     Checkpoint,
     File,
-    error_of,
+    error_and_loss,
     own_sha256,
     read,
     verify,
@@ -193,14 +194,13 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
 
 
 def best(folder: Path) -> Checkpoint:
-    """Return the undamaged checkpoint with the lowest validation error, the earliest of equals; the
-    newest where none was evaluated."""
+    """Return the undamaged checkpoint with the lowest validation error, of equals the one with the
+    lowest loss, as a run's progress has it; the newest where none was evaluated."""
     candidates = []
     for path in steps(folder):
-        with contextlib.suppress(Damaged):  # with a damaged manifest it cannot be the best
-            error = error_of(path)
-            order = (0, error, path) if error is not None else (1, -step_of(path), path)
-            candidates.append(order)
+        with contextlib.suppress(Damaged):  # a damaged one cannot be the best
+            standing = error_and_loss(path) or (math.inf, -step_of(path))
+            candidates.append((*standing, path))
     for *_, path in sorted(candidates):
         try:
             return verify(path)

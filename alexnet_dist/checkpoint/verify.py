@@ -185,15 +185,19 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, cast("Manifest", manifest), progress)
 
 
-def error_of(path: Path) -> float | None:
-    """Return the validation error in a checkpoint's manifest, unverified; None if it has none."""
+def error_and_loss(path: Path) -> tuple[float, float] | None:
+    """Return a checkpoint's validation error and loss, unverified; None if it was not evaluated."""
+    name = "manifest.json"
     try:
-        value = json_object(read_bytes(path / "manifest.json"))["error"]
-        return None if value is None else float(value)
-    except OSError as error:
-        raise _unread(path, "manifest.json", error) from error
-    except (ValueError, KeyError, TypeError, OverflowError) as error:
-        raise Damaged(path, f"manifest.json: {error!r}") from error
+        error = json_object(read_bytes(path / name))["error"]
+        if error is None:
+            return None
+        name = "progress.json"
+        return float(error), float(json_object(read_bytes(path / name))["score"]["loss"])
+    except OSError as failure:
+        raise _unread(path, name, failure) from failure
+    except (ValueError, KeyError, TypeError, OverflowError) as failure:
+        raise Damaged(path, f"{name}: {failure!r}") from failure
 
 
 def own_sha256(manifest: Mapping[str, Any]) -> str:

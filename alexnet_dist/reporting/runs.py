@@ -121,10 +121,10 @@ def read_run_folder(folder: Path) -> RunResults | None:
 
 
 def _best_and_last(by_step: Mapping[int, Score]) -> dict[int, str]:
-    """Return what the best (the earliest of equals) and the last scored step are called."""
+    """Return what the best scored step, chosen as a run chooses it, and the last are called."""
     if not by_step:
         return {}
-    best = max(by_step, key=lambda step: (by_step[step].top1, -step))
+    best = max(by_step, key=lambda step: (by_step[step].top1, -by_step[step].loss, -step))
     *_, last = by_step
     return {last: "last"} | {best: "best and last" if best == last else "best"}
 
