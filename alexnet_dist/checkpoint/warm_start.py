@@ -37,7 +37,11 @@ def resolved(config: Config) -> Config:
     if data.mean_sha256 == "any" and not unrecorded:
         data = dataclasses.replace(data, mean_sha256=mean_sha256(config))
     if train.init_from != "none":
-        path, digest = (last and _started_from(train, last.train)) or _weights(train)
+        if last is not None and _started_from(train, last.train):
+            path, digest = last.train.init_from, last.train.init_sha256
+        else:
+            source, digest = _source(train)
+            path = str(source.path)
         train = dataclasses.replace(train, init_from=path, init_sha256=digest)
     return dataclasses.replace(config, data=data, train=train)
 
@@ -53,17 +57,15 @@ def _last_start(config: Config) -> Config | None:
         return None
 
 
-def _started_from(train: TrainConfig, last: TrainConfig) -> tuple[str, str] | None:
-    """Return the path and hash of the weights that the run started from; None where the config asks
-    for others."""
+def _started_from(train: TrainConfig, last: TrainConfig) -> bool:
+    """Whether the weights that the config asks for are those that the run started from."""
     same = Path(last.init_from).is_relative_to(train.init_from)
-    if not same or train.init_sha256 not in ("any", last.init_sha256):
-        return None
-    return last.init_from, last.init_sha256
+    return same and train.init_sha256 in ("any", last.init_sha256)
 
 
-def _weights(train: TrainConfig) -> tuple[str, str]:
-    """Return the path of the checkpoint that train.init_from names, and its weights' hash."""
+def _source(train: TrainConfig) -> tuple[checkpoints.Checkpoint, str]:
+    """Return the checkpoint that train.init_from names, and its weights' hash; raise ConfigError
+    where the config demands another hash, CheckpointError where there is no checkpoint."""
     try:
         source = checkpoints.at(Path(train.init_from))
     except CheckpointError as error:
@@ -74,7 +76,7 @@ def _weights(train: TrainConfig) -> tuple[str, str]:
             f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {digest}: name the "
             "weights that this run is to start from, or set train.init_sha256=any"
         )
-    return str(source.path), digest
+    return source, digest
 
 
 class InitialWeights:
@@ -85,12 +87,13 @@ class InitialWeights:
         classes: the data set's class names.
 
     Raises ConfigError where a layer that is not new is missing there, has another shape, does not
-    exist here, or is the last one and was trained on other classes.
+    exist here, or is the last one and was trained on other classes; and as `_source` does, since
+    the files may have changed after the run resolved its config.
     """
 
     def __init__(self, config: Config, classes: Sequence[str]) -> None:
         self.fresh = AlexNet(config.model, config.seed)
-        source = checkpoints.at(Path(config.train.init_from))
+        source, _ = _source(config.train)
         self.file = source.parameters()
         self.new = config.train.init_new
         there, here = (
