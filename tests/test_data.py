@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import alexnet_dist, as_overrides, assert_close
+from conftest import alexnet_dist, as_overrides, assert_close, on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import SAMPLE, write_idx
@@ -47,8 +47,9 @@ from alexnet_dist.data.split import INDEX, Split
 from alexnet_dist.errors import ConfigError, DatasetError, in_words
 from alexnet_dist.files import within_memory
 from alexnet_dist.parallel import spawn
-from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.reporting import doctor
+from alexnet_dist.training import loop
 
 # --- preparing
 
@@ -229,6 +230,34 @@ def test_any_bytes_are_an_array_or_a_dataset_error(content: bytes, headed: bool)
         Path(file.name).write_bytes(b"\0\0\x08\1" + content if headed else content)
         with contextlib.suppress(DatasetError):
             assert read_idx(Path(file.name), dims=1).ndim == 1
+
+
+def resolved_where(config: Config, folders: list[Path]) -> str:
+    """Why a run cannot begin on ranks that each work in a folder of their own."""
+    os.chdir(folders[int(os.environ["RANK"])])
+    try:
+        loop._resolve(config, connect(config))
+    except DatasetError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_different_data_sets_do_not_begin(
+    packed: Path, tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
+    """As where each node has a copy on its own disk."""
+    shutil.copytree(packed, tmp_path / "here" / "data")
+    shutil.copytree(packed, tmp_path / "there" / "data")
+    config = tiny("data.path=data", "layout.kind=replicas", "layout.ranks=2")
+    folders = [tmp_path / "here", tmp_path / "there"]
+    assert on_ranks(2, resolved_where, config, folders) == ["", ""]
+    about = tmp_path / "there" / "data" / "dataset.json"
+    about.write_text(about.read_text() + " ")
+    said = on_ranks(2, resolved_where, config, folders)
+    assert all("data.path='data': rank 1, on " in one for one in said), said
+    shutil.rmtree(tmp_path / "there" / "data")
+    said = on_ranks(2, resolved_where, config, folders)
+    assert said[0] == said[1] != ""
 
 
 # --- damage

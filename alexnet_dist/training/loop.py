@@ -6,13 +6,14 @@
 
 import contextlib
 import json
+import socket
 import tempfile
 from dataclasses import dataclass
 
 from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import Dataset, open_for, verify_shards
+from alexnet_dist.data.dataset import Dataset, open_for, raised_on_every_rank, verify_shards
 from alexnet_dist.data.pipelines.make import (
     choose_pipeline,
     decoder_in_words,
@@ -23,7 +24,7 @@ from alexnet_dist.data.pipelines.resident import decode_to_memory
 from alexnet_dist.engines.graph import release
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.errors import RanksFailed, in_words
+from alexnet_dist.errors import DatasetError, RanksFailed, in_words
 from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.parallel import environment
@@ -143,8 +144,15 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     """
     topology.decided_by_rank_0(lambda: check_installed(config))
     resolved = load_config([topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))])
-    topology.decided_by_rank_0(lambda: open_for(resolved).digest)  # one rank says what is wrong
-    dataset = open_for(resolved)
+    digest = topology.decided_by_rank_0(lambda: open_for(resolved).digest)
+    with raised_on_every_rank(topology):
+        dataset = open_for(resolved)
+        if dataset.digest != digest:  # each node may have a copy on its own disk
+            raise DatasetError(
+                f"data.path={resolved.data.path!r}: rank {topology.global_rank}, on "
+                f"{socket.gethostname()}, has another data set than rank 0: copy the same one to "
+                "every node"
+            )
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
     START.reached("data set")
