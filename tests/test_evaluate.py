@@ -22,7 +22,7 @@ from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.errors import CheckpointError, ConfigError, MachineError
 from alexnet_dist.evaluation import results
-from alexnet_dist.evaluation.evaluate import evaluate, evaluate_checkpoints
+from alexnet_dist.evaluation.evaluate import _changed, evaluate, evaluate_checkpoints
 from alexnet_dist.evaluation.load import load_checkpoint
 from alexnet_dist.evaluation.results import (
     Evaluation,
@@ -210,6 +210,12 @@ def test_a_network_never_predicts_other_classes_than_it_was_trained_on(
     assert train(tiny(*warm, "train.init_new=[fc8]")).exit == 0
     with pytest.raises(ConfigError, match="which was 'Cape'"):
         evaluate_checkpoints([run, tmp_path / "runs" / "warm"], [f"data.path={packed}"])
+
+
+def test_a_score_says_what_was_changed_of_any_schedule(tiny: Callable[..., Config]) -> None:
+    """The length of a run defines it on some schedules only."""
+    changed = _changed(tiny("schedule.kind=steps"), tiny("schedule.kind=polynomial"))
+    assert changed.keys() == {"schedule.kind", "train.epochs"}
 
 
 def test_confusion_leaves_damaged_samples_out() -> None:

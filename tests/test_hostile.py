@@ -104,6 +104,7 @@ def forge(path: Path, **changes: Any) -> None:
     [
         {"step": "3"}, {"step": -1}, {"step": 4}, {"step": True}, {"error": "low"}, {"error": -1},
         {"error": float("nan")}, {"config": []}, {"config": None}, {"version": "1"},
+        {"classes": 10}, {"classes": None},
     ],
 )  # fmt: skip
 def test_a_manifest_that_no_run_writes_is_refused_though_its_hashes_fit(

@@ -184,6 +184,7 @@ def test_a_bad_image_is_named_and_the_others_go_on(own: Trained, holiday: Path) 
         "holiday/below/b.png", "no.jpg",
     ]  # fmt: skip
     assert [row["refused"] != "" for row in rows] == [False, True, True, True, False, True]
+    assert own.predict("n" * 300)[0].refused == "cannot be read: File name too long"
     (best, share), *_ = own.predict(holiday / "a, then.jpg")[0].top()
     assert rows[0]["class_1"] == best
     assert float(rows[0]["probability_1"]) == pytest.approx(share, rel=1e-4)

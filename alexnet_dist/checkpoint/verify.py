@@ -148,6 +148,7 @@ def _check_meaning(checkpoint: Checkpoint) -> None:
     step, error = manifest.get("step"), manifest.get("error")
     sound = type(step) is int and step >= 0 and checkpoint.progress.get("step") == step
     sound &= error is None or (type(error) in (int, float) and 0 <= error <= 1)
+    sound &= isinstance(manifest.get("classes", []), list)
     if not (sound and isinstance(manifest.get("config"), dict)):
         raise CheckpointError(f"{path / 'manifest.json'}: is not what a run writes")
     for name in ("model.safetensors", "optimizer.safetensors"):

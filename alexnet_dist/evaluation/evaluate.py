@@ -199,7 +199,7 @@ def _changed(trained: Config, config: Config) -> dict[str, Any]:
     `Conditions` holds itself."""
     before, now = fingerprint(trained), fingerprint(config)
     separate = ("data.eval_split", "evaluate.views")
-    return {key: now[key] for key in now if now[key] != before[key] and key not in separate}
+    return {key: now[key] for key in now if now[key] != before.get(key) and key not in separate}
 
 
 def _finite(score: Score, *networks: Path) -> Score:

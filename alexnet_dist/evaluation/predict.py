@@ -147,9 +147,10 @@ def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tens
 
 def canvas_of(path: Path, options: ConvertOptions, side: int) -> Canvas:
     """Read an image file, as `prepare` reads it, onto a canvas; raise RefusedImage."""
-    if not path.is_file():
-        raise RefusedImage("a folder, device or pipe" if path.exists() else "there is no such file")
     try:
+        if not path.is_file():
+            why = "a folder, device or pipe" if path.exists() else "there is no such file"
+            raise RefusedImage(why)
         content = read_bytes(path, MOST_ENCODED)
     except OSError as error:
         raise RefusedImage(f"cannot be read: {error.strerror}") from error
@@ -167,7 +168,7 @@ def images_in(names: Sequence[Path]) -> tuple[list[Path], int]:
     found: list[Path] = []
     others = 0
     for name in names:
-        if not name.is_dir():
+        if not os.path.isdir(name):  # is_dir() raises for some names
             found.append(name)
             continue
         for root, folders, files in os.walk(name):
