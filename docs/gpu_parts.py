@@ -146,12 +146,14 @@ _FIRST, _LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
     f"tests/test_{name}.py"
     for name in ("gpu_first", "gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
 )
+_FUSED = "tests/test_fused_kernels.py"  # with or without a GPU; with one worker, as it starts many
 _OTHERS = (f"--ignore={file}" for file in (_FIRST, _LAYOUTS, _GRAPHS, _RUNS))
 _ONE_RANK = ["-m", "gpu and not drill", *_OTHERS, "--continue-on-collection-errors"]
 _BEST = Part([_bench("step", "--best", "--batch", "128", "1024")], 240, expected=80)
 # What has never been measured comes first. `expected` is an estimate for these.
 PARTS = {
     "first": Part([_pytest(_FIRST)], 200, of_pytest, expected=85),
+    "tests-fused": Part([_pytest(_FUSED, workers=1)], 200, of_pytest, expected=120),
     "sweep": Part([_bench("maps", "--sweep", "128", "1024", "--repeats", "3")], 330, expected=150),
     "data": Part(
         [_MAKE_IMAGES, _bench_data("--images", "10000", "--repeats", "2")], 330, expected=150

@@ -2,14 +2,15 @@
 interpreter, which truncates to bfloat16 where a GPU rounds."""
 
 import io
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, by_kernels
+from conftest import TINY, by_kernels, on_ranks
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,17 +31,35 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 # A value is rounded once: cut off, it may lose a whole unit in the last place.
 EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+# Functions here that launch kernels, besides all_maps.
+OTHERS = ("same_places", "all_units", "sums", "swept", "updated", "judgements", "folded")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What each function here that launches kernels finds, by its name."""
-    return by_kernels(all_of_them, tmp_path_factory.mktemp("triton"))
+    cache = tmp_path_factory.mktemp("triton")
+    if not torch.cuda.is_available():
+        return by_kernels(all_of_them, cache)
+    # A core would compile for minutes: a process for each type of maps, and one for each function.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(cache))
+        shares = on_ranks(len(EPS) + len(OTHERS), a_share, fresh=True)
+    found = {name: made for share in shares for name, made in share.items()}
+    return found | {"all_maps": [case for share in shares for case in share.get("all_maps", [])]}
 
 
 def all_of_them() -> dict[str, Any]:
-    functions = (all_maps, same_places, all_units, sums, swept, updated, judgements, folded)
-    return {function.__name__: function() for function in functions}
+    return {name: globals()[name]() for name in ("all_maps", *OTHERS)}
+
+
+def a_share() -> dict[str, Any]:
+    """What a rank finds by its share of the functions."""
+    rank = int(os.environ["RANK"])
+    if rank < len(EPS):
+        return {"all_maps": all_maps([list(EPS)[rank]])}
+    name = OTHERS[rank - len(EPS)]
+    return {name: globals()[name]()}
 
 
 def plain_maps(
@@ -109,11 +128,11 @@ MAPS: list[tuple[tuple[int, ...], tuple[Any, ...]]] = [  # n, channels, h, w; as
 ]
 
 
-def all_maps() -> list[tuple[int, torch.dtype, list[float]]]:
+def all_maps(dtypes: Sequence[torch.dtype] = (*EPS,)) -> list[tuple[int, torch.dtype, list[float]]]:
     torch.manual_seed(0)
     found = []
     for case, (shape, of) in enumerate(MAPS):
-        for dtype in EPS if case < 3 else list(EPS)[:3]:
+        for dtype in dtypes if case < 3 else [one for one in dtypes if one in list(EPS)[:3]]:
             x = (3 * torch.randn(shape, dtype=torch.float64)).to(dtype).to(memory_format=LAST)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
             bias = torch.randn(shape[1], dtype=wide)
@@ -127,7 +146,7 @@ def all_maps() -> list[tuple[int, torch.dtype, list[float]]]:
                 return plain_maps(x, b, *of)
 
             found.append((case, dtype, compared(ours, plain, x, bias)))
-    for dtype in EPS:  # the normalisation alone
+    for dtype in dtypes:  # the normalisation alone
         x = (3 * torch.randn(2, 12, 3, 3)).to(dtype).to(memory_format=LAST)
         alone = compared(
             lambda x, _: maps(x, None, None, PAPER),
@@ -247,6 +266,13 @@ def test_a_choice_may_differ_by_rounding_only() -> None:
     other[:2] = 1
     assert sweep._alike(places, other)
     assert not sweep._alike(places, other | 1)
+
+
+def test_a_choice_that_cannot_be_compiled_ends_no_sweep() -> None:
+    """In processes of their own, which are asked for on GPUs only."""
+    config = load_config([*TINY, "layout.kind=one", "train.batch=1"])
+    names = ("conv1", "conv1 backward")  # whose inputs come from conv1's kernel
+    sweep._compile([config], [sweep.Choice(name, 1, (("pooled._ROWS", 1),)) for name in names])
 
 
 UNITS = [  # n, units, activation, first unit, drop, at_test

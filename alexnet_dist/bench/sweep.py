@@ -154,9 +154,8 @@ def _compile(configs: Sequence[Config], choices: Sequence[Choice]) -> None:
 def _compile_one(settings: dict[str, object], choice: Choice) -> None:
     """Compile a choice, if that is possible."""
     config = load_config([settings])
-    work = _works(config, choice.kernel, connect(config).device)[0]
     with contextlib.suppress(Exception):  # which is reported when it is timed
-        choice.call(work)
+        choice.call(_works(config, choice.kernel, connect(config).device)[0])
 
 
 def _timed(
