@@ -73,6 +73,21 @@ def test_later_sources_win_and_lists_are_replaced(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("holds", "message"),
+    [
+        ("config.json", r"'{0}' is a run folder; its config is {0}/config\.json$"),
+        ("dataset.json", r"'{0}' is a packed data set: write data\.path={0}$"),
+    ],
+)
+def test_a_folder_in_place_of_a_config_is_told_by_what_it_holds(
+    tmp_path: Path, holds: str, message: str
+) -> None:
+    (tmp_path / holds).touch()
+    with pytest.raises(ConfigError, match=message.format(re.escape(str(tmp_path)))):
+        load_config([tmp_path])
+
+
+@pytest.mark.parametrize(
     ("source", "message"),
     [
         ("train.bach=3", r"command line: unknown key train\.bach; did you mean train\.batch\?"),

@@ -420,6 +420,7 @@ def test_odd_names_and_bad_images_are_quarantined_and_the_rest_is_packed(tmp_pat
     assert "--max-bad: 4 of 29 images cannot be packed, more than 2 ('train/cat/bad" in (
         strict.stderr
     )
+    assert f"delete {tmp_path / 'out.partial'} and start again" in strict.stderr
     assert not (tmp_path / "out").exists()
     arguments = ["prepare", "folder", str(source), str(tmp_path / "out"), "--max-bad", "0.2"]
     said = alexnet_dist(*arguments)
@@ -576,9 +577,15 @@ def test_two_at_once_and_other_options_are_refused(
     ):
         prepare("folder", source, tmp_path / "out", ONE)
     with pytest.raises(
-        DatasetError, match="begun from other files or with other options: use those"
+        DatasetError, match="begun from other files or with other options: use those again, delete it"
     ):
         prepare("folder", source, tmp_path / "out", ONE)
+
+
+def test_where_nothing_can_be_written_nothing_is_said_to_be_kept(tmp_path: Path) -> None:
+    source = made.image_folder(tmp_path / "source", 2, 1)
+    with pytest.raises(DatasetError, match=r"^/proc/x cannot be written: .*: name another OUT$"):
+        prepare("folder", source, Path("/proc/x"), ONE)
 
 
 def test_a_full_disk_is_noticed_before_it_is_full(

@@ -151,6 +151,10 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
     if path is None:
         if text in {dotted for dotted, _, _ in keys()}:
             raise ConfigError(f"{text!r} is a key without a value: write {text}=VALUE")
+        if _is_file(own / "config.json"):
+            raise ConfigError(f"{text!r} is a run folder; its config is {own / 'config.json'}")
+        if _is_file(own / "dataset.json"):
+            raise ConfigError(f"{text!r} is a packed data set: write data.path={text}")
         raise ConfigError(
             f"{text!r} is neither a config file nor key=value; `alexnet-dist configs` lists the "
             f"shipped configs{nearest(text, list(shipped()))}"
