@@ -338,7 +338,6 @@ def test_it_says_its_version_and_what_is_shipped(capfd: pytest.CaptureFixture[st
         (["bench", "step", "--repeats", "0"], "'0': must be a whole number, 1 or more"),
         (["plan", "demo", "--ranks", "-1"], "'-1': must be a whole number, 1 or more"),
         (["plan", "demo", "--curve", "a.pdf"], "'a.pdf': must be a picture to write, NAME.png"),
-        (["report"], "the following arguments are required: run_folder"),
         (["report", "--out", "/nowhere/a.html"], "no folder /nowhere that you may write in"),
         (["evaluate", "runs/demo", "--predictions", "/tmp"], "'/tmp': it is a folder: name a file"),
         (["trian", "demo"], "'doctor'); did you mean train?"),

@@ -27,7 +27,7 @@ def add(command: AddCommand) -> None:
         ("alexnet-dist report runs/* --out report.html",),
     )  # fmt: skip
     sub.add_argument(
-        "run_folder", type=path, nargs="+", help="run folders; anything else is skipped"
+        "run_folder", type=path, nargs="*", help="run folders; anything else is skipped"
     )
     sub.add_argument(
         "--out",

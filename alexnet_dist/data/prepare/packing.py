@@ -125,8 +125,7 @@ def _check_refused(
         raise DatasetError(
             f"--max-bad{share}: {len(refused)} of {total} images cannot be packed, more than "
             f"{int(allowed)} ({shown}): all found so far are listed in "
-            f"{folder / 'quarantine.jsonl'}; repair or remove them, delete {folder} and start again, "
-            "or raise --max-bad"
+            f"{folder / 'quarantine.jsonl'}; repair them and name another OUT, or raise --max-bad"
         )
 
 

@@ -98,10 +98,10 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     except NotAFile:
         raise
     except OSError as error:
-        kept = f"; what is done is kept in {aside}, and the same command continues"
-        raise DatasetError(
-            f"{out} cannot be written: {error}{kept if os.path.exists(aside) else ': name another OUT'}"
-        ) from error
+        next_step = ": name another OUT"
+        if os.path.exists(aside):
+            next_step = f"; what is done is kept in {aside}, and the same command continues"
+        raise DatasetError(f"{out} cannot be written: {error}{next_step}") from error
     # A summary for the user.
     counts = ", ".join(f"{sum(len(shard.index) for shard in shards[s])} {s}" for s in source.splits)
     bad = sum(len(shard.meta["refused"]) for split in shards.values() for shard in split)
@@ -185,8 +185,8 @@ def locked(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[No
         begun, ours = aside / ".begun.json", json.dumps(identity, sort_keys=True)
         if begun.exists() and read_bytes(begun) != ours.encode():
             raise DatasetError(
-                f"{aside} was begun from other files or with other options: use those again, "
-                "delete it, or name another OUT"
+                f"{aside} was begun from other files or with other options: use those again, or "
+                "name another OUT"
             )
         write(begun, ours.encode())
         if alone:
