@@ -4,6 +4,7 @@ interpreter, which truncates to bfloat16 where a GPU rounds."""
 import io
 import os
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ LAST = torch.channels_last
 # A value is rounded once: cut off, it may lose a whole unit in the last place.
 EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 # Functions here that launch kernels, besides all_maps.
-OTHERS = ("same_places", "all_units", "sums", "swept", "updated", "judgements", "folded")
+OTHERS = (
+    "same_places", "all_units", "sums", "swept", "updated", "judgements", "folded", "strangers",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +330,25 @@ def test_units_are_the_formula_with_the_bits_of_philox(found: dict[str, Any]) ->
         if max(of[:2]) > 3 or (dtype in (torch.float32, torch.float64) and max(of) > 1)
     ]
     assert not far
+
+
+def strangers() -> list[str]:
+    """What is said of an activation that the kernels do not have."""
+    x, said = torch.ones(2, 8, device=DEVICE), []
+    for call in (
+        lambda: units(x, x[0], "gelu"),
+        lambda: maps(x.view(2, 8, 1, 1).to(memory_format=LAST), x[0], "gelu", None, None),
+    ):
+        try:
+            call()
+        except Exception:  # the compiler's, or the interpreter's
+            said.append(traceback.format_exc())
+    return said
+
+
+def test_an_activation_without_kernel_is_an_error_not_the_identity(found: dict[str, Any]) -> None:
+    assert len(found["strangers"]) == 2
+    assert all("no kernel for this activation" in said for said in found["strangers"])
 
 
 def updated() -> list[bool]:

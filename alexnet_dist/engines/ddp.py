@@ -111,6 +111,8 @@ class TorchEngine:
                 with TIMELINE.span("forward"):
                     logits = self.network(windows, slots, step)
                     loss, counts = loss_and_counts(logits, labels, self.fused)
+                # The gradient of the mean over the global batch, times the learning rate where that
+                # is inside the velocity (`Optimizer.loss_scale`).
                 with TIMELINE.span("backward"):
                     loss.backward(_filled(loss, scale / self.config.train.batch))
             stats = counts if stats is None else stats + counts

@@ -2,6 +2,7 @@
 
 `train` starts the ranks where no launcher has, `_train` connects them and takes the run folder, and
 `_run` is the run itself: evaluate, save, one step of gradient descent, until the last step.
+A step's forward, backward and update are `_step` in engines/ddp.py.
 """
 
 import contextlib
