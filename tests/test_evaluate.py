@@ -328,6 +328,7 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     endless = [whole.replace(b'"step": 8', b'"step": Infinity'), whole.replace(b'"split"', b'"s"')]
     for number, damage in enumerate([b"", b"[]", b'{"top1": 2}', whole[:-9], *endless]):
         (run / "evaluations" / f"{number}.json").write_bytes(damage)
+    (run / "evaluations" / f".writing-0-{path.name}").write_bytes(whole)  # by a killed process
     assert len(saved_scores(run)) == 3
     found = read_run_folder(run)
     assert found is not None

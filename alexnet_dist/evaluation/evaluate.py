@@ -133,8 +133,8 @@ def evaluate_checkpoints(
                     f"average them {remedy}"
                 )
         checkpoint.check_classes(dataset)
-    # One network after another, so that only one is in memory; the last one's turn completes the
-    # averages, which are scored batch by batch.
+    # One network after another; the last one's turn completes the averages, which are scored batch
+    # by batch.
     average = labels = None
     if keep or len(found) > 1:
         average, labels = _room(configs, dataset)

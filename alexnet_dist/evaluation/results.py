@@ -212,7 +212,7 @@ def save_score(found: Evaluation) -> Path | None:
 def saved_scores(run: Path) -> list[Mapping[str, Any]]:
     """Return the scores that `save_score` wrote to a run folder, oldest first; skip other files."""
     found = []
-    for path in (run / "evaluations").glob("*.json"):
+    for path in (run / "evaluations").glob("[!.]*.json"):
         with contextlib.suppress(OSError, ValueError):
             score = files.json_object(files.read_bytes(path, _LONGEST))
             if _is_score(score):
