@@ -132,6 +132,7 @@ def test_a_folder_in_place_of_a_config_is_told_by_what_it_holds(
         ("layout.kind=colums", r"one of one, columns, replicas, .*; did you mean columns\?"),
         ("model.conv=96", r"must be a list, as in \[96\] \("),
         ("model.lrn.layers=none", r"must be a list, as in \[\] \("),
+        ("model.lrn.layers=", r"model\.lrn\.layers=: must be a list, as in \[\] \("),
         ("model.lrn.layers=[conv9]", r"must be one of conv1, conv2, .*; did you mean conv"),
         ("model=3", r"model is a section: set one of its keys, model\.columns"),
         ("model.conv=[96,256]", r"model\.kernel=.*: needs 2 numbers, as model\.conv=\[96, 256\]"),

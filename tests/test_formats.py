@@ -261,6 +261,9 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     torch.save({"a": Path("/")}, bad)  # asks for a class
     with pytest.raises(CheckpointError, match="is not a state dict"):
         import_weights("torchvision", bad, tmp_path / "run", sources)
+    torch.save({"a": torch.zeros(1), 0: torch.zeros(1)}, bad)
+    with pytest.raises(CheckpointError, match=r"conv1\.weight is not there, but \[\d+, 3, "):
+        import_weights("torchvision", bad, tmp_path / "run", sources)
     torch.save({"epoch": 3, "state_dict": {"a": torch.zeros(1)}}, bad)
     with pytest.raises(
         CheckpointError, match=r"not a dict of tensors, but of epoch, state_dict: sav"

@@ -343,6 +343,19 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_nothing(
     assert len(checkpoints.steps(config.folder / "checkpoints")) == 1
 
 
+def test_the_resolved_config_is_on_the_disk_before_a_run_begins(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, synced, fsync = RunFolder(tiny()), [], os.fsync
+    folder.take()
+    monkeypatch.setattr(
+        os, "fsync", lambda of: (synced.append(os.readlink(f"/proc/self/fd/{of}")), fsync(of))
+    )
+    folder.save_config()
+    assert [name.endswith("config.json") for name in synced] == [True]
+    folder.close()
+
+
 def test_a_folder_that_vanished_is_made_again(
     tiny: Callable[..., Config], caplog: pytest.LogCaptureFixture
 ) -> None:

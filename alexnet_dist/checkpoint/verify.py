@@ -156,10 +156,8 @@ def _check_meaning(checkpoint: Checkpoint) -> None:
     if NAME.fullmatch(path.name) and step_of(path) != step:
         right = path.with_name(f"step-{step:08d}")
         if os.path.lexists(right):
-            to, why = (
-                free_path(path.parent.parent / path.name),
-                f"{right} exists too: move it out of the run",
-            )
+            to = free_path(path.parent.parent / path.name)
+            why = f"{right} exists too: move it out of the run"
         else:
             to, why = right, "Give it its own name"
         move = shlex.join(["mv", "-nT", str(path), str(to)])

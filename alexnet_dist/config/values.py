@@ -34,7 +34,7 @@ def parse(text: Typed, dotted: str) -> Any:
     def leaves(node: Any) -> Any:
         if isinstance(node, dict):
             return {str(name): leaves(value) for name, value in node.items()}
-        return [leaves(value) for value in node] if isinstance(node, list) else Typed(node)
+        return [leaves(value) for value in node] if isinstance(node, list) else Typed(node or "")
 
     try:
         check_yaml(text)

@@ -22,7 +22,7 @@ from alexnet_dist.tensor_files import TensorFile, save_tensors
 _MOST_OPCODES = 2**15
 # The names of the layers with weights in torchvision's alexnet.
 _LAYERS = ("features.0", "features.3", "features.6", "features.8", "features.10",
-                "classifier.1", "classifier.4", "classifier.6")  # fmt: skip
+           "classifier.1", "classifier.4", "classifier.6")  # fmt: skip
 # Keys that must be as in torchvision's alexnet, since its code fixes them.
 _ARCHITECTURE = tuple(f"model.{key}" for key in (
     "columns", "conv", "kernel", "stride", "padding", "fc", "activation", "activation_last",
@@ -50,7 +50,7 @@ def read(path: Path, config: Config) -> dict[str, Tensor]:
                 f"{path} is not a dict of tensors{keys}: save only the model's state_dict()"
             )
     names = {b: a for a, b in _names(config).items()}
-    return {names.get(name, name): tensor for name, tensor in found.items()}
+    return {names.get(name, str(name)): tensor for name, tensor in found.items()}
 
 
 def write(out: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:

@@ -48,8 +48,8 @@ class RunCheckpoints:
         path = self._topology.decided_by_rank_0(self._choose)
         if path is None:
             if self._config.train.init_from != "none":
-                classes = self._dataset.classes
-                self._engine.load(warm_start.InitialWeights(self._config, classes), None)
+                own = warm_start.InitialWeights(self._config, self._dataset.classes)
+                self._engine.load(own, None)
             return Progress()
         checkpoint = store.read(Path(path))
         self._engine.load(checkpoint.parameters(), checkpoint.optimizer())

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import fcntl
+import json
 import logging
 import math
 import os
@@ -17,7 +18,7 @@ from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
-from alexnet_dist.files import RunState, appended, read_run, sweep_writing, write_json
+from alexnet_dist.files import RunState, appended, read_run, sweep_writing, write, write_json
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
 from alexnet_dist.training.tolerance import warn_if_unwritable
@@ -275,5 +276,7 @@ class RunFolder:
         return path
 
     def save_config(self) -> None:
-        """Write config.json, the config that `evaluate` and other commands read."""
-        write_json(self.path / "config.json", dataclasses.asdict(self.config))
+        """Write config.json durably: other commands read it, and a later start of this run, which
+        needs what it says was resolved."""
+        content = json.dumps(dataclasses.asdict(self.config), indent=1)
+        write(self.path / "config.json", content.encode() + b"\n")

@@ -73,8 +73,8 @@ class Board:
                 # Opened by file descriptor: the writer opens its file by name at every flush, and
                 # the folder may have been moved.
                 self._descriptor = os.open(folder, os.O_PATH)
-                own = f"/proc/self/fd/{self._descriptor}"
-                self._writer = SummaryWriter(own, purge_step=step + 1)
+                place = f"/proc/self/fd/{self._descriptor}"
+                self._writer = SummaryWriter(place, purge_step=step + 1)
             self.draw(lambda to: _begin(to, config, schedule, step))
 
     def draw(self, draw: Callable[[SummaryWriter], None]) -> None:
