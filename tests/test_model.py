@@ -13,7 +13,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.engines.base import label_ranks
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import precision
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.model import AlexNet, Column
 from alexnet_dist.partition import share
 
 PAPER = [34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000]
@@ -116,6 +116,23 @@ def test_no_exchange_keeps_columns_apart_until_fc8() -> None:
     model(x)
     assert torch.equal(seen[0][:, 14:], seen[1][:, 14:])
     assert not torch.equal(seen[0][:, :14], seen[1][:, :14])
+
+
+@pytest.mark.parametrize("kind", ["lrn", "spatial_norm"])
+def test_squares_too_large_for_fp16_are_normalised(kind: str) -> None:
+    layers = {"lrn": [], "spatial_norm": []} | {kind: ["conv1"]}
+    overrides = [f"model.{norm}.layers={names}" for norm, names in layers.items()]
+    column = Column(load_config(overrides).model, 0)
+    maps = (300 * torch.randn(2, 8, 15, 15, generator=torch.Generator().manual_seed(0))).half()
+    found = []
+    for x in (maps.float(), maps):
+        leaf = x.clone().requires_grad_()
+        out = column.maps("conv1", leaf * 1)
+        out.float().sum().backward()
+        assert out.dtype == leaf.grad.dtype == x.dtype  # type: ignore[union-attr]
+        found.append((out, leaf.grad))
+    for wide, narrow in zip(*found, strict=True):
+        assert (narrow - wide).norm() < 0.01 * wide.norm()
 
 
 def test_variants_are_config() -> None:

@@ -94,9 +94,10 @@ class Column:
             else:
                 x = local_response_norm(x, *constants)
         if layer in spatial.layers:
+            wide = x.float() if x.dtype == torch.float16 else x  # in fp16, squares may be too large
             # Zeros lie beyond the edge, so the mean over size × size is the sum ÷ size².
-            mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)
-            x = x * (1 + spatial.alpha * mean).pow(-spatial.beta)
+            mean = F.avg_pool2d(wide * wide, spatial.size, 1, spatial.size // 2)
+            x = (wide * (1 + spatial.alpha * mean).pow(-spatial.beta)).to(x.dtype)
         return x
 
 
