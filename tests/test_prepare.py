@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -30,10 +31,12 @@ from torchvision.io import decode_image
 from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.data.header import size_of
 from alexnet_dist.data.prepare import convert as convert_module
+from alexnet_dist.data.prepare import packing
 from alexnet_dist.data.prepare import prepare as prepare_module
 from alexnet_dist.data.prepare.arrays import read_pickle
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.prepare import Options, prepare
+from alexnet_dist.data.prepare.sources import Item, Source
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import within_memory
 
@@ -632,3 +635,24 @@ def test_inspect_shows_what_is_there_and_finds_what_is_wrong(
 
 def test_options_have_defaults_that_the_command_line_repeats() -> None:
     assert dataclasses.astuple(Options()) == (False, None, 0, None, 0.0)
+
+
+def test_only_own_processes_are_ended_after_packing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "ITEMS_PER_SHARD", 1)
+    monkeypatch.setattr(packing, "LEAST_IMAGES", 1)
+    items = [Item(f"{n}", 0, pixels=np.zeros((4, 4), np.uint8)) for n in range(2)]
+    source = Source("folder", ("ant",), {"train": items})
+    callers = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    callers.start()
+    try:
+        tasks = packing.tasks_of(source, tmp_path, keep=False)
+        found = packing.write_shards(source, tasks, tmp_path, max_bad=None, workers=2)
+        assert [len(shard.index) for shard in found["train"]] == [1, 1]
+        callers.join(2)  # a signal takes a moment
+        assert callers.is_alive()
+        assert multiprocessing.active_children() == [callers]
+    finally:
+        callers.kill()
+        callers.join()

@@ -124,8 +124,8 @@ def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
 
 
 def squared_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return the squared norm of all parameters' gradients together, () float64; bf16 is summed in
-    float32."""
+    """Return the squared norm of all parameters' gradients together, () float64; bf16 and fp16 are
+    summed in float32."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     norms: list[Tensor] = []
     for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):

@@ -83,7 +83,8 @@ class Optimizer:
                 else like.new_zeros((), dtype=torch.float32)
             )
             self.optimizer.state[like][kind] = value
-        self.dtype = next(iter(self.parameters.values())).dtype
+        first = named[0][1]
+        self.dtype, self.device = first.dtype, first.device
         self.fixed_rates, self.scaled_rates = self._rates()
 
     @property
@@ -119,19 +120,20 @@ class Optimizer:
             group["lr"] = bias_rate * (1.0 if self.velocity else rate)
             group["weight_decay"] = decay * (rate if self.velocity else 1.0)
         self.optimizer.found_inf = skip  # type: ignore[attr-defined]
-        if self.fixed_scale and self.config.kind != "lars":  # torch divides gradients by it
+        if self.config.kind == "lars":
+            self._scale_layers(rate)
+        elif self.fixed_scale:  # torch divides gradients by it
             scale = skip.new_full((), self.fixed_scale) / (rate if self.rate_in_loss else 1.0)
             self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
-        if self.config.kind == "lars":
-            self._scale_layers(rate if self.velocity else 1.0)
 
     def _for_adam(self, rate: float | Tensor) -> float | Tensor:
         """Return the learning rate as torch's Adam takes it: on a GPU always a float32 tensor, so
         that captured and uncaptured steps are bit-identical."""
-        device = next(iter(self.parameters.values())).device
-        if device.type == "cpu":
+        if self.device.type == "cpu":
             return rate
-        return rate.float() if isinstance(rate, Tensor) else torch.full((), rate, device=device)
+        if isinstance(rate, Tensor):
+            return rate.float()
+        return torch.full((), rate, device=self.device)
 
     def narrow_all(self) -> None:
         """Copy the weights to their narrow copies."""
@@ -143,7 +145,7 @@ class Optimizer:
         """Return the coefficients of `sgd_update` in two parts, each (2, 4) float64: rows weights
         and biases, columns learning rate, decay, momentum and the gradient's factor. The first part
         is fixed, the second is to be multiplied by the schedule's learning rate."""
-        config, device = self.config, next(iter(self.parameters.values())).device
+        config, device = self.config, self.device
         # LARS has added the decay of weights to the gradient.
         weight_decay = 0.0 if config.kind == "lars" else config.weight_decay
         groups = ((1.0, weight_decay), (config.bias_rate, config.weight_decay * config.bias_decay))
@@ -169,7 +171,7 @@ class Optimizer:
 
         assert self.narrow is not None
         if self.config.kind == "lars":
-            self._scale_layers(rate if self.velocity else 1.0)
+            self._scale_layers(rate)
         weight_rates, bias_rates = (self.fixed_rates + self.scaled_rates * rate).to(self.dtype)
         for name, parameter in self.parameters.items():
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
@@ -178,9 +180,10 @@ class Optimizer:
             sgd_update(parameter, velocity, parameter.grad, self.narrow.get(name), rates, skip)
 
     @torch.no_grad()
-    def _scale_layers(self, scale: float | Tensor) -> None:
+    def _scale_layers(self, rate: float | Tensor) -> None:
         """Apply LARS (You et al. 2017) to the gradients: those of weights become
         scale × λ × (g + decay × w), with a λ for each layer; those of biases scale × g."""
+        scale = rate if self.velocity else 1.0
         weights, biases = (group["params"] for group in self.optimizer.param_groups)
         if self.fixed_scale:
             torch._foreach_div_([p.grad for p in (*weights, *biases)], self.fixed_scale)
@@ -198,8 +201,7 @@ class Optimizer:
         return {
             f"{kind}/{name}": value
             for name, parameter in self.parameters.items()
-            for kind, value in self.optimizer.state.get(parameter, {}).items()
-            if isinstance(value, Tensor)
+            for kind, value in self.optimizer.state[parameter].items()
         }
 
     def load(self, tensors: dict[str, Tensor]) -> None:

@@ -101,7 +101,7 @@ def options_of(dataset: Dataset) -> ConvertOptions:
     return ConvertOptions(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
 
 
-def _convert(content: bytes, keep: bool, enlarge: bool = False) -> tuple[str, bytes]:
+def _convert(content: bytes, keep: bool, enlarge: bool) -> tuple[str, bytes]:
     """Return an image as it is stored: jpg or png, and the encoded image. Raises anything."""
     opened = Image.open(io.BytesIO(content), formats=_FORMATS)
     width, height = opened.size

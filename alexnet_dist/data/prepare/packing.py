@@ -96,6 +96,7 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
     if workers <= 1:
         yield from ((place, write_shard(tasks[place])) for place in left)
         return
+    callers = multiprocessing.active_children()
     with worker_pool(workers) as pool:
         try:
             futures = {pool.submit(write_shard, tasks[place]): place for place in left}
@@ -108,7 +109,7 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
+            for child in {*multiprocessing.active_children()} - {*callers}:
                 child.terminate()
 
 

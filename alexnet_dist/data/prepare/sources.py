@@ -164,6 +164,6 @@ def needed(path: Path, which: str) -> Path:
     return path
 
 
-def some(names: Sequence[str], most: int = 3) -> str:
-    """Return the first names, for a message."""
-    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+def some(names: Sequence[str]) -> str:
+    """Return the first three names, for a message."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
