@@ -117,6 +117,10 @@ def test_networks_are_averaged_on_images_that_none_was_trained_on(
         runs.append(config.folder)
     with pytest.raises(ConfigError, match=r"data\.hold_out=0\.3, but 0\.5 in .*/held-0\.5/"):
         evaluate_checkpoints(runs)
+    with pytest.raises(
+        ConfigError, match=r"0\.5: .*held-0\.3/.* trained on .*hold_out=0\.3 or less"
+    ):
+        evaluate_checkpoints(runs, ["data.hold_out=0.5"])
     both = evaluate_checkpoints(runs, ["data.hold_out=0.3"])
     assert both.score.samples == evaluate_checkpoints(runs[1:]).score.samples
     assert evaluate_checkpoints(runs, ["data.eval_split=test"]).score.samples == 23

@@ -133,6 +133,14 @@ def evaluate_checkpoints(
                     f"average them {remedy}"
                 )
         checkpoint.check_classes(dataset)
+        most = checkpoint.config.data.hold_out
+        same = checkpoint.manifest["dataset"] == dataset.digest
+        if same and other.data.eval_split == HELD_OUT and other.data.hold_out > most:
+            raise ConfigError(
+                f"data.hold_out={other.data.hold_out:g}: {checkpoint.path} was trained on some of "
+                f"these images, since it held out {most:g}: set data.hold_out={most:g} or less, or "
+                "another data.eval_split="
+            )
     # One network after another; the last one's turn completes the averages, which are scored batch
     # by batch.
     average = labels = None
