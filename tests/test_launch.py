@@ -64,7 +64,7 @@ def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> 
 def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
     assert environment.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
     assert environment.tasks_per_node("4") == (4,)
-    with pytest.raises(ConfigError, match=r"SLURM_TASKS_PER_NODE=two: must be as Slurm"):
+    with pytest.raises(ConfigError, match=r"SLURM_STEP_TASKS_PER_NODE=two: must be as Slurm"):
         environment.tasks_per_node("two")
 
 

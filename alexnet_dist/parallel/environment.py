@@ -86,7 +86,9 @@ def tasks_per_node(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if found is None:
-            raise ConfigError(f"SLURM_TASKS_PER_NODE={text}: must be as Slurm writes it: 2(x3),1")
+            raise ConfigError(
+                f"SLURM_STEP_TASKS_PER_NODE={text}: must be as Slurm writes it: 2(x3),1"
+            )
         counts += [int(found[1])] * int(found[2] or 1)
     return tuple(counts)
 
