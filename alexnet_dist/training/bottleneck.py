@@ -65,7 +65,7 @@ def verdict(
         return f"rank {rank} takes {times:.1f} times the median: look at what else runs there"
     span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
     if shares[span] < may:
-        if mfu is not None and mfu < STARVED and config.train.precision == "bf16":
+        if mfu is not None and mfu < STARVED and config.train.precision in ("bf16", "fp16"):
             return f"the GPU reaches {mfu:.1%} of its peak, and may be waiting for Python: {fewer}"
         spans = ("windows", "forward", "backward", "optimizer", "step")
         computing = sum(shares[name] for name in spans)
