@@ -1,6 +1,7 @@
 """The commands `prepare` and `inspect`: make a packed data set, and look into it."""
 
 import argparse
+import os
 from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, add_json, part, path, picture
@@ -22,8 +23,9 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument(
-        "source", choices=_SOURCES, metavar="SOURCE", help=f"one of {', '.join(_SOURCES)}"
-    )
+        "source", type=_source, choices=_SOURCES, metavar="SOURCE",
+        help=f"one of {', '.join(_SOURCES)}",
+    )  # fmt: skip
     sub.add_argument(
         "path", type=path, nargs="?",
         help="folder or archive that holds the source's files (fashion_mnist: by default "
@@ -75,6 +77,15 @@ def add(command: AddCommand) -> None:
         "--quick", action="store_true", help="check only sizes and some images, draw nothing"
     )
     add_json(sub)
+
+
+def _source(text: str) -> str:
+    """Parse SOURCE; refuse a path, which comes after it."""
+    if text not in _SOURCES and os.path.exists(text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a path: name its kind before it, as in prepare folder {text} OUT"
+        )
+    return text
 
 
 def prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:

@@ -10,7 +10,7 @@ _SYNONYMS = {
     "seed": "random_seed manual_seed",
     "model.classes": "num_classes n_classes nclasses",
     "model.crop": "crop_size image_size img_size imgsz input_size resolution",
-    "data.path": "dataset data_dir data_path root",
+    "data.path": "data dataset data_dir data_path root",
     "data.workers": "num_workers",
     "data.prefetch": "prefetch_factor",
     "layout.kind": "strategy distributed parallel ddp zero fsdp",
