@@ -12,15 +12,19 @@ import torch
 from conftest import alexnet_dist, as_overrides
 from made import image_folder
 
-from alexnet_dist.config.load import configs_folder
+from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.prepare.prepare import Options, prepare
+from alexnet_dist.engines.optimizer import Schedule
+from alexnet_dist.errors import ConfigError
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.plotting import chroma, confusion_picture, distinct, kernel_picture
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.report import PUBLISHED, _groups, report
-from alexnet_dist.reporting.runs import read_run_folder
+from alexnet_dist.reporting.runs import _best_and_last, read_run_folder
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
+from alexnet_dist.training.state import Progress
 
 
 def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:
@@ -28,6 +32,25 @@ def test_chroma_is_0_of_grey_2_thirds_of_noise_and_1_of_colour() -> None:
     opponent = torch.tensor([1.0, -1.0, 0.0])[None, :, None, None] * torch.randn(8, 1, 5, 5)
     assert chroma(torch.cat([grey, opponent]), 2) == pytest.approx([0, 1], abs=1e-6)
     assert chroma(torch.randn(500, 3, 11, 11), 1) == pytest.approx([2 / 3], abs=0.01)
+
+
+def test_the_best_of_equal_errors_is_that_of_training() -> None:
+    scores = {
+        step: Score(4, right, 4, loss)
+        for step, (right, loss) in enumerate([(2, 0.1), (3, 0.9), (3, 0.5), (3, 0.5), (3, 0.7)], 1)
+    }
+    progress, schedule = Progress(), Schedule.of(load_config(["demo"]), 8)
+    for progress.step, score in scores.items():
+        progress.observe(score, schedule)
+    assert _best_and_last(scores) == {progress.best_step: "best", 5: "last"}
+
+
+def test_a_report_of_nothing_is_refused_and_replaces_none(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    for folders, where in (([], ""), ([tmp_path / "runs"], " in runs")):
+        with pytest.raises(ConfigError, match=f"no evaluated run{where}: name run folders"):
+            report(folders, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_small_kernels_are_drawn_as_large_as_the_papers() -> None:

@@ -98,6 +98,12 @@ def test_a_file_is_answered_as_its_packed_sample_is_evaluated(
     assert best[0][1] == found.probabilities[0].max()
 
 
+@pytest.mark.parametrize("image", [torch.zeros(4, 9, 9).byte(), torch.zeros(3, 9, 9)])
+def test_a_tensor_that_is_no_image_is_refused(own: Trained, image: torch.Tensor) -> None:
+    with pytest.raises(DatasetError, match=r"must be \(1 or 3, height, width\), uint8"):
+        own.probabilities(image)
+
+
 def test_features_are_what_layers_make(own: Trained) -> None:
     files = sorted(images_of(own).rglob("*.*"))
     one = own.predict(files, views=1)

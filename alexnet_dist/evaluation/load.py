@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
@@ -14,6 +15,7 @@ from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Dataset, open_trained_on
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
+from alexnet_dist.errors import DatasetError
 from alexnet_dist.evaluation.features import logits, with_views
 from alexnet_dist.evaluation.predict import (
     Prediction,
@@ -69,7 +71,14 @@ class Trained:
 
         Returns:
             (views, 3, crop, crop), cut from the canvas, with the mean subtracted and scaled.
+
+        Raises DatasetError for any other tensor.
         """
+        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (1, 3):
+            raise DatasetError(
+                f"an image of {(*image.shape,)}, {image.dtype}: must be (1 or 3, height, width), "
+                'uint8, as from decode_image(path, mode="RGB")'
+            )
         weight = next(self.model.parameters())
         preprocess = Preprocess(self.config, self.dataset.statistics, weight.device, weight.dtype)
         canvas = on_canvas(image, self.config.data.canvas).expand(3, -1, -1)  # grey to RGB

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import AlexNetDistError, counted, printable
+from alexnet_dist.errors import AlexNetDistError, ConfigError, counted, printable
 from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures, page
@@ -61,7 +61,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
         folders: run folders, and files with the output of `evaluate --json` for several networks;
             those without an evaluation are left out, and named.
 
-    Raises ConfigError if `out` exists and is not a report.
+    Raises ConfigError if `out` exists and is not a report, or if nothing was evaluated.
     """
     check_replaces(out, page.BEGINNING.encode(), "report")
     folders = [folder for folder in folders if folder != out]
@@ -73,6 +73,10 @@ def report(folders: Sequence[Path], out: Path) -> str:
             runs.append(run)
         else:
             others.append(printable(folder.name))
+    named = ", ".join(others[:_NAMED]) + ", …" * (len(others) > _NAMED)
+    if not (runs or averaged):
+        where = f" in {named}" if named else ""
+        raise ConfigError(f"report: no evaluated run{where}: name run folders, as in runs/*")
     runs.sort(key=lambda run: run.folder.name)
     averaged += [(_average_name(one), one) for run in runs for one in run.averages]
     groups = _groups(runs)
@@ -88,7 +92,6 @@ def report(folders: Sequence[Path], out: Path) -> str:
         parts += [*_ablations(groups, Path(aside)), *_fig1(groups, Path(aside))]
     parts.append(_published(groups))
     page.write(out, parts)
-    named = ", ".join(others[:_NAMED]) + ", …" * (len(others) > _NAMED)
     left = f"; no evaluated run in {len(others)}: {named}" if others else ""
     return f"{out}: {counted(len(runs), 'run')}{left}"
 
