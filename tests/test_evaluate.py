@@ -159,7 +159,8 @@ def test_a_network_is_never_cut_to_the_classes_of_other_data(
     run, at = two_runs[0], checkpoints.at(two_runs[0]).path
     said = (
         rf"model\.classes=10: .*three has 3 classes: set data\.path= to data of the classes that "
-        rf"{at} .*fine-tune it: train model\.classes=3 train\.init_from={at} "
+        rf"{at} .*fine-tune it: train CONFIG name=NEW data\.path=.*three model\.classes=3 "
+        rf"train\.init_from={at} "
         r"'train\.init_new=\[fc8\]'$"
     )
     for look in (

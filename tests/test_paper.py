@@ -254,7 +254,7 @@ def test_cifar10s_test_images_are_split_as_the_review_does(tmp_path: Path) -> No
         ]
     for kind, share in (("imagenet", 0.2), ("cifar10", 1.5)):
         with pytest.raises(
-            DatasetError, match=rf"--validation {share}: must be a share between 0 and 1, "
+            ConfigError, match=rf"--validation {share}: must be a share between 0 and 1, "
         ):
             prepare(kind, tmp_path / "cifar", tmp_path / "no", Options(validation=share))
     with pytest.raises(DatasetError, match=r"--validation 0\.001"):

@@ -91,8 +91,9 @@ class Checkpoint:
             last = self.config.model.layer_names[-1]
             raise ConfigError(
                 f"data.path={str(dataset.folder)!r}: {other} where {self.path} was trained: set "
-                "data.path= to data of the same classes, or fine-tune it: train "
-                f"train.init_from={self.path} 'train.init_new=[{last}]'"
+                "data.path= to data of the same classes, or fine-tune it: train CONFIG "
+                f"name=NEW data.path={dataset.folder} train.init_from={self.path} "
+                f"'train.init_new=[{last}]'"
             )
 
     def parameters(self) -> TensorFile:

@@ -200,7 +200,8 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
                 f"train a new network on it with {again}, or set data.path= to other data"
                 if trained is None
                 else f"set data.path= to data of the classes that {trained} was trained on, or "
-                f"fine-tune it: train {again} train.init_from={trained} 'train.init_new=[{last}]'"
+                f"fine-tune it: train CONFIG name=NEW data.path={dataset.folder} {again} "
+                f"train.init_from={trained} 'train.init_new=[{last}]'"
             )
         )
     return dataset

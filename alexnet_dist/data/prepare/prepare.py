@@ -22,7 +22,7 @@ from alexnet_dist.data.prepare.merge import merge
 from alexnet_dist.data.prepare.packing import tasks_of, write_shards
 from alexnet_dist.data.prepare.provenance import check_same, write_provenance
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.errors import DatasetError, NotAFile, looked_in
+from alexnet_dist.errors import ConfigError, DatasetError, NotAFile, looked_in
 from alexnet_dist.files import appended, read_bytes, sync, write
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -66,6 +66,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
         One or more lines that say what was done.
 
     Raises:
+        ConfigError: the arguments do not fit the source.
         DatasetError: the source is missing, incomplete, or too much of it is refused; `out` cannot
             be written or holds something else. What was written so far stays in OUT.partial.
     """
@@ -123,13 +124,14 @@ def _unscored(source: Source) -> tuple[str, ...]:
 
 
 def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
-    """List the images of a source; raise DatasetError where it is missing or incomplete.
+    """List the images of a source; raise DatasetError where it is missing or incomplete,
+    ConfigError where the arguments do not fit it.
 
     Args: as for `prepare`.
     """
     if path is None:
         if kind != "fashion_mnist":
-            raise DatasetError(
+            raise ConfigError(
                 f"prepare {kind}: name the folder or archive: prepare {kind} PATH OUT"
             )
         path = FASHION_MNIST
@@ -141,7 +143,7 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
         raise DatasetError(f"{path} {wrong} name the folder that holds {kind}'s files")
     cut = {"validation": validation} if validation else {}
     if cut and (kind not in _CUT or not 0 < validation < 1):
-        raise DatasetError(
+        raise ConfigError(
             f"--validation {validation:g}: must be a share between 0 and 1, and only for "
             f"{' or '.join(_CUT)}; leave it out otherwise"
         )
