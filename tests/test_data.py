@@ -357,6 +357,32 @@ def test_every_shard_is_hashed_once_by_ranks_of_threads(
     assert sorted(hashed) == [*range(8)]
 
 
+def test_ranks_of_unequal_cores_meet_equally_often_while_they_hash(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the ranks of the larger node would wait for ever in another collective."""
+    dataset = open_for(tiny())
+    whole = dataset.splits["train"]
+    shards = tuple(whole.shards[0].with_name(f"{n}.tar") for n in range(40))
+    dataset = dataclasses.replace(
+        dataset, splits={"train": dataclasses.replace(whole, shards=shards)}
+    )
+    hashed: list[int] = []
+    met = [0, 0]
+    monkeypatch.setattr(Split, "check_shard", lambda self, number: hashed.append(number))
+    for rank, cores in enumerate((1, 3)):
+        topology = Topology(global_rank=rank, world_size=2, cores=cores)
+
+        def met_by(self: Topology, text: str, rank: int = rank) -> str:
+            met[rank] += 1
+            return text
+
+        monkeypatch.setattr(Topology, "first_message", met_by)
+        verify_shards(dataset, topology)
+    assert sorted(hashed) == [*range(40)]
+    assert met[0] == met[1] > 1
+
+
 @pytest.mark.parametrize("split", ["train", "test"])  # of two ranks each hashes one
 def test_a_damaged_data_set_stops_training_before_it_starts(
     split: str, tiny: Callable[..., Config], packed: Path, tmp_path: Path

@@ -206,6 +206,19 @@ def test_a_signal_ends_decoding_and_what_was_decoded_is_not_kept(
     assert signals.polls == 6 + 3  # of 60 and 23 images
 
 
+def test_ranks_of_unequal_cores_meet_equally_often_while_they_decode(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resident, "_CHUNK", 2 * 3 * 72**2)  # parts of two images
+    config = tiny("data.pipeline=resident", "data.workers=0")
+    met = []
+    for cores in (1, 5):
+        signals: Any = Stops(1000)
+        decode_to_memory(config, Topology(cores=cores), open_for(config), ["test"], signals)
+        met.append(signals.polls)
+    assert met == [12, 12]  # of 23 images
+
+
 def test_a_run_that_is_stopped_as_it_decodes_leaves_at_once(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # errors in a data set are reported before torch is loaded
     from alexnet_dist.parallel.topology import Topology
 
 VERSION = 2
-_HASHED_AT_ONCE = 8  # shards by a rank
+_HASHED_AT_ONCE = 8  # shards by a rank, before the ranks meet
 _OTHER_FILES = 1024  # that a process may have open besides shards: the usual limit
 
 
@@ -136,17 +136,20 @@ def _finite(array: npt.NDArray[np.floating]) -> bool:
 
 def verify_shards(dataset: Dataset, topology: "Topology") -> None:
     """Hash every shard, each rank a share of them, some at once. Collective: ranks meet after each
-    few shards, so that hashing many on a slow disk does not run into a timeout.
+    few shards, so that hashing many on a slow disk does not run into a timeout. How many must not
+    depend on their cores, which may differ from node to node.
 
     Raises DatasetError on every rank, for one shard that has changed since it was packed.
     """
     every = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
     # Each shard once: a training split and what is held out of it share theirs.
     shards = [*{split.shards[n]: (split, n) for split, n in every}.values()]
-    threads, ranks = min(topology.cores, _HASHED_AT_ONCE), topology.world_size
-    with ThreadPoolExecutor(threads) as pool:  # hashing does not hold Python's lock
-        for first in range(0, len(shards), ranks * threads):
-            own = shards[first : first + ranks * threads][topology.global_rank :: ranks]
+    ranks = topology.world_size
+    each = ranks * _HASHED_AT_ONCE
+    # Hashing does not hold Python's lock.
+    with ThreadPoolExecutor(min(topology.cores, _HASHED_AT_ONCE)) as pool:
+        for first in range(0, len(shards), each):
+            own = shards[first : first + each][topology.global_rank :: ranks]
             with raised_on_every_rank(topology):
                 list(pool.map(lambda shard: shard[0].check_shard(shard[1]), own))
 

@@ -39,7 +39,7 @@ from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology
 
-_CHUNK = 2**27  # bytes that each rank decodes before the ranks meet
+_CHUNK = 2**27  # bytes that each rank decodes before the ranks meet, whose cores may differ
 _CPU = torch.device("cpu")
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _decode_all(
     split = dataclasses.replace(split)  # with files of its own, to close
     images = torch.empty((len(split), side, side, 3), dtype=torch.uint8, device=device)
     read, damaged = np.arange(len(split)), dict[int, str]()
-    size = max(threads, _CHUNK // (3 * side**2))
+    size = max(1, _CHUNK // (3 * side**2))
     on_device, decoder = device.type != "cpu", Decoder(split, side)
     buffer = torch.empty((size, side, side, 3), dtype=torch.uint8) if on_device else images[:0]
 
