@@ -20,10 +20,12 @@ from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.make import train_batches
 from alexnet_dist.engines.base import AT, Engine
+from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.zero import deepspeed_config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluation.evaluate import evaluate_engine
+from alexnet_dist.network import kernels
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
@@ -43,6 +45,19 @@ ON = [
     "evaluate.batch=9",  # 23 images: the last batch has 5
 ]
 Tensors = dict[str, torch.Tensor]
+
+
+def fused_where_rank_0_can(config: Config) -> bool:
+    """Whether this rank's engine uses the kernels, which only rank 0 can build."""
+    topology = connect(config)
+    kernels.fused = lambda *_: topology.is_rank_0
+    return TorchEngine(config, topology).fused
+
+
+def test_ranks_use_the_gpu_kernels_only_where_all_can_build_them() -> None:
+    """Else one would capture its step, which the others do not meet."""
+    config = load_config([*TINY, "layout.kind=replicas"])
+    assert on_ranks(2, fused_where_rank_0_can, config) == [False, False]
 
 
 def on(config: Config, kind: str, ranks: int = 0, micro_batches: int = 1) -> Config:

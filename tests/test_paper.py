@@ -166,6 +166,16 @@ def test_rounding_up_covers_all_pixels() -> None:
     assert not torch.equal(AlexNet(config).eval()(x), logits)
 
 
+def test_new_layers_of_a_run_in_fp64_are_drawn_in_float64(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    one = ["layout.kind=one", "train.precision=fp64", "train.epochs=0.2"]
+    train(tiny(*one, "name=first"))
+    warm = tiny(*one, f"train.init_from={tmp_path / 'runs' / 'first'}", "train.init_new=[fc8]")
+    fresh = AlexNet(warm.model, warm.seed, dtype=torch.float64).get_parameter("fc8.weight")
+    assert torch.equal(InitialWeights(warm, ()).rows("fc8.weight", slice(None)), fresh)
+
+
 def test_lighting_ends_where_the_released_codes_did() -> None:
     from alexnet_dist.data.dataset import Statistics
     from alexnet_dist.data.sampler import TrainSampler

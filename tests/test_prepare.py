@@ -551,6 +551,19 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert contents(out) == whole
 
 
+def test_all_names_are_on_the_disk_before_the_folder_has_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A machine that crashes then leaves either OUT.partial or a whole data set."""
+    out, synced = tmp_path / "out", list[tuple[str, bool]]()
+    monkeypatch.setattr(
+        prepare_module, "sync", lambda path: synced.append((path.name, out.exists()))
+    )
+    prepare("fashion_mnist", made.write_idx(tmp_path / "idx", 20, 10), out, Options(workers=1))
+    aside = [("out.partial", False), ("train", False), ("test", False)]
+    assert synced == [*aside, (tmp_path.name, True)]
+
+
 def test_parts_make_the_same_bytes(many: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     parts = [

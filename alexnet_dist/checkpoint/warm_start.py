@@ -15,6 +15,7 @@ from alexnet_dist.data.dataset import other_class
 from alexnet_dist.data.preprocess import mean_sha256
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.tensor_files import Shape, misfit
 
 
@@ -92,7 +93,8 @@ class InitialWeights:
     """
 
     def __init__(self, config: Config, classes: Sequence[str]) -> None:
-        self.fresh = AlexNet(config.model, config.seed)
+        dtype = parameter_dtype(config.train.precision)
+        self.fresh = AlexNet(config.model, config.seed, dtype=dtype)
         source, _ = _source(config.train)
         self.file = source.parameters()
         self.new = config.train.init_new

@@ -50,7 +50,9 @@ class TorchEngine:
         self.config, self.topology = config, topology
         with topology.device:
             self.model = self.build(init_weights)
-        self.fused = kernels.fused(config.train.execution, topology.device)
+        # All ranks or none: one that captures its step makes collectives that the others do not.
+        mine = kernels.fused(config.train.execution, topology.device)
+        self.fused = all(fused for (fused,) in topology.gather(mine))
         narrow = self._fuse_layers() if self.fused else None
         parameters = self.model.named_parameters()
         scale = GRADIENT_SCALE.get(config.train.precision)

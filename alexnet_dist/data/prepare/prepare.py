@@ -93,6 +93,8 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             merge(source, identity, shards, aside)
             metas = [shard.meta for split in shards.values() for shard in split]
             write_provenance(aside, ((meta["stamp"], meta["contents"]) for meta in metas))
+            for named in (aside, *(aside / split for split in shards)):
+                sync(named)
             aside.rename(out)
             sync(out.parent)
             _sweep(out)
