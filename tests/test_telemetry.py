@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training.bottleneck import verdict
-from alexnet_dist.training.logs import watch
+from alexnet_dist.training.logs import quarantine, watch
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
 from alexnet_dist.training.progress_bar import in_hours
@@ -453,3 +454,19 @@ def test_goodput_is_what_counts_of_all_the_time(
     folder.saved(7)
     now += 30
     assert folder.goodput() == pytest.approx(0.5)
+
+
+def test_a_damaged_sample_that_cannot_be_listed_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    handler, pipeline = quarantine(path), logging.getLogger("alexnet_dist.data.split")
+    try:
+        path.mkdir()
+        pipeline.warning("sample 4")
+        path.rmdir()
+        pipeline.warning("sample 20")
+    finally:
+        logging.getLogger("alexnet_dist.data").removeHandler(handler)
+    assert f"NOT WRITTEN, but the run continues: {path}: " in caplog.text
+    assert json.loads(path.read_text())["reason"] == "sample 20"

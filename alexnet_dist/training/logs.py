@@ -1,6 +1,5 @@
 """What a run logs: `log`, how ranks format it, its first lines, and the file of damaged samples."""
 
-import io
 import json
 import logging
 import shlex
@@ -13,6 +12,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import counted, printable
 from alexnet_dist.files import appended
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.training.tolerance import warn_if_unwritable
 
 log = logging.getLogger("alexnet_dist")
 
@@ -69,24 +69,22 @@ class _Printable(logging.Formatter):
         return printable(super().format(record))
 
 
-class _RegularFile(logging.FileHandler):
-    """Appends to a regular file; refuses to follow a link or to open a pipe."""
+class _JsonLines(logging.Handler):
+    """Appends each record to a file, as a line of quarantine.jsonl."""
 
-    def _open(self) -> io.TextIOWrapper:
-        return io.TextIOWrapper(appended(self.baseFilename), "utf-8")
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
 
-
-class _JsonLine(logging.Formatter):
-    """Formats a record as a line of quarantine.jsonl."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return json.dumps({"time": record.created, "reason": record.getMessage()})
+    def emit(self, record: logging.LogRecord) -> None:
+        line = json.dumps({"time": record.created, "reason": record.getMessage()})
+        with warn_if_unwritable(self._path), appended(self._path) as file:
+            file.write(f"{line}\n".encode())
 
 
 def quarantine(path: Path) -> logging.Handler:
     """Return a handler, already added, that appends each damaged sample that the data pipeline
     reports to quarantine.jsonl; the file is made with its first line."""
-    handler = _RegularFile(path, delay=True)
-    handler.setFormatter(_JsonLine())
+    handler = _JsonLines(path)
     logging.getLogger("alexnet_dist.data").addHandler(handler)
     return handler

@@ -235,7 +235,6 @@ class Telemetry:
         TIMELINE.stop()
         self._trace.end()
         logging.getLogger("alexnet_dist.data").removeHandler(self._quarantine)
-        self._quarantine.close()
         self._board.close(finished)
         loggers.close(self._loggers, finished)
         if self._topology.is_rank_0:
