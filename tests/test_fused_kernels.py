@@ -366,13 +366,13 @@ def updated() -> list[bool]:
         parameter.grad = grad.to(wide)
         torchs.step()
         buffer = torchs.state[parameter]["momentum_buffer"]
-        rates = torch.tensor([0.01, 5e-4, 0.9], dtype=wide, device=DEVICE)
+        rates = torch.tensor([0.01, 5e-4, 0.9, 1 / 256], dtype=wide, device=DEVICE)
         ours, ours_v = weight.to(DEVICE, copy=True), velocity.to(DEVICE, copy=True)
         copy = None if narrow is None else torch.zeros_like(ours, dtype=narrow)
         nan = torch.full_like(ours, float("nan"), dtype=graded)
         sgd_update(ours, ours_v, nan, copy, rates, torch.ones((), device=DEVICE))
         found.append(torch.equal(ours.cpu(), weight) and torch.equal(ours_v.cpu(), velocity))
-        sgd_update(ours, ours_v, grad.to(DEVICE), copy, rates, torch.zeros((), device=DEVICE))
+        sgd_update(ours, ours_v, 256 * grad.to(DEVICE), copy, rates, torch.zeros((), device=DEVICE))
         # A fused multiply-add rounds once where another makes two of it: one part in 2²³ of terms.
         bound = 8 * torch.finfo(wide).eps
         found.append(apart(ours, parameter.detach().double()) < bound)

@@ -275,7 +275,7 @@ def _update_of(config: Config, column: int, backward: bool, device: torch.device
     shape = (model.fc[0] // model.columns, model.conv[-1] * final_side(model) ** 2)
     narrow = _noise(shape, column, device)
     weight, velocity, grad = narrow.float(), torch.zeros(shape, device=device), narrow * 0.5
-    rates, skip = torch.tensor([0.0, 5e-4, 0.0], device=device), torch.zeros((), device=device)
+    rates, skip = torch.tensor([0.0, 5e-4, 0.0, 1.0], device=device), torch.zeros((), device=device)
 
     def update() -> Sequence[Tensor]:  # without momentum, so that each call does the same
         sgd_update(weight, velocity, grad, narrow, rates, skip)

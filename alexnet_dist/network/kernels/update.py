@@ -27,6 +27,7 @@ def sgd_update(
     """
     alike = [velocity, grad] if narrow is None else [velocity, grad, narrow]
     assert all(_lies(t) == _lies(weight) for t in alike)
+    assert rates.shape == (4,)
     count = weight.numel()
     assert weight.untyped_storage().nbytes() >= count * weight.element_size()
     sgd_kernel[(triton.cdiv(count, _BLOCK),)](
