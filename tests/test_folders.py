@@ -142,7 +142,7 @@ def test_shares_that_cannot_be_are_named(tmp_path: Path) -> None:
     ):
         prepare("folder", few, tmp_path / "out", Options(validation=1e-5))
     said = alexnet_dist("prepare", "folder", str(few), str(tmp_path / "out"), "--validation", "2")
-    assert said.returncode == 1
+    assert said.returncode == 2
     assert "--validation 2: must be a share between 0 and 1" in said.stderr
 
 
