@@ -150,7 +150,6 @@ def _write(
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors durably, and read them back: safetensors ignores errors of closing the file."""
     save_tensors(path, tensors)
-    sync(path)
     written = TensorFile(path)
     for name, tensor in tensors.items():
         if not torch.equal(written.rows(name, slice(None)), tensor):

@@ -41,7 +41,7 @@ class Saver:
             NotFinite: it holds NaN or infinity, and must not be written.
         """
         self._join()
-        if isinstance(self._error, CheckpointError) and self._write is not None:
+        if isinstance(self._error, CheckpointError):
             self._error, self.failed = None, False
             self._run()
         if self._error is not None:

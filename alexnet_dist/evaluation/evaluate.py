@@ -167,6 +167,7 @@ def evaluate_checkpoints(
                     sums += _summed(part, truth)
                     add_confusion(confusion, part, truth)
                 bar.update(len(part))
+        del engine  # before the next one is made
     score = _finite(_score(sums, config, dataset), *paths)
     changed = _changed(found[0].config, config)
     if found[0].manifest["dataset"] not in ("imported", dataset.digest):

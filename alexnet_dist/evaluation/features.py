@@ -12,7 +12,6 @@ from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine
-from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
@@ -22,12 +21,6 @@ from alexnet_dist.parallel.topology import Topology
 def with_views(config: Config, views: Literal[1, 10]) -> Config:
     """Return the config with so many windows per image."""
     return replace(config, evaluate=replace(config.evaluate, views=views))
-
-
-def check_layer(model: AlexNet, layer: str) -> None:
-    """Raise ConfigError where the network has no such layer."""
-    if layer not in (names := model.config.layer_names):
-        raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
 
 
 @torch.no_grad()

@@ -45,7 +45,7 @@ class Trained:
     model: AlexNet
     config: Config
     checkpoint: Checkpoint
-    data_given: bool = False
+    data_given: bool
 
     @cached_property
     def dataset(self) -> Dataset:

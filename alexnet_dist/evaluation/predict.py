@@ -30,7 +30,7 @@ from alexnet_dist.errors import (
     filled_by,
     of_memory,
 )
-from alexnet_dist.evaluation.features import activations, check_layer, logits, with_views
+from alexnet_dist.evaluation.features import activations, logits, with_views
 from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.model import AlexNet
@@ -103,7 +103,8 @@ def features(
 
     Raises DatasetError where an image cannot be read; ConfigError where there is no such layer.
     """
-    check_layer(model, layer)
+    if layer not in (names := config.model.layer_names):
+        raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
     outputs = []
     for part, windows in _batches(config, dataset, _device(model), paths, 1):
         for path, refused in part:

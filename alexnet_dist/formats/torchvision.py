@@ -92,19 +92,19 @@ def _check_archive(file: BinaryIO) -> None:
 
 def _check_network(config: Config) -> None:
     """Raise ConfigError where a network differs from torchvision's alexnet in more than classes."""
-    theirs = load_config("paper/torchvision-2014").model
-    ours, wanted = flat(config), flat(load_config("paper/torchvision-2014"))
+    theirs = load_config("paper/torchvision-2014")
+    ours, wanted = flat(config), flat(theirs)
     for key in _ARCHITECTURE:
         if ours[key] != wanted[key]:
             raise ConfigError(
                 f"{key}={as_typed(ours[key])}: torchvision's alexnet has {as_typed(wanted[key])}, "
                 "and would compute something else: use --format onnx or safetensors"
             )
-    if final_side(config.model) != final_side(theirs):
+    side, their_side = final_side(config.model), final_side(theirs.model)
+    if side != their_side:
         raise ConfigError(
-            f"model.crop={config.model.crop}: leaves maps of {final_side(config.model)} pixels "
-            f"for fc6, but torchvision's alexnet has {final_side(theirs)}: use --format onnx or "
-            "safetensors"
+            f"model.crop={config.model.crop}: leaves maps of {side} pixels for fc6, but "
+            f"torchvision's alexnet has {their_side}: use --format onnx or safetensors"
         )
 
 

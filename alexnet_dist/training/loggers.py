@@ -27,7 +27,7 @@ from alexnet_dist.training.tolerance import WarnOnce
 log = logging.getLogger(__name__)
 
 PROJECT = "alexnet-dist"  # wandb's project, MLflow's experiment, if the environment names no other
-_MODULES = {"wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow-skinny")}
+_PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}  # by module, which has the logger's name
 _CLOSE_S = 20  # to wait at the end for queued calls: a stopped job is soon killed
 _MOST_QUEUED = 10_000  # calls
 _PARAMS = 100  # parameters that MLflow takes in one call
@@ -46,9 +46,8 @@ class Logger(Protocol):
 
 def check_installed(config: Config) -> None:
     """Raise ConfigError if log.to names a logger that is not installed, or that has no key."""
-    for name in config.log.to:
-        module, package = _MODULES.get(name, ("csv", ""))
-        if importlib.util.find_spec(module) is None:
+    for name, package in _PACKAGES.items():
+        if name in config.log.to and importlib.util.find_spec(name) is None:
             raise ConfigError(
                 f"log.to={list(config.log.to)}: {name} is not installed in this Python: "
                 f"pip install {package}, or leave it out of log.to"

@@ -53,12 +53,11 @@ class Telemetry:
         schedule: Schedule, step: int, evaluated_step: int,
     ) -> None:  # fmt: skip
         self._config, self._folder, self._topology = config, folder, topology
-        self._schedule, self._last_step = schedule, schedule.last_step
+        self._schedule = schedule
         self._step = step  # of the last log point
         self._flops = training_flops(config)  # per image
         train_split = dataset.splits[config.data.train_split]
         self._none_larger = train_split.within(config.data.canvas)  # than the canvas
-        self._classes = config.model.classes
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
         self._mfu: float | None = None
@@ -77,7 +76,7 @@ class Telemetry:
             before = metrics_file.cut(path, step, evaluated_step)
             self._metrics = metrics_file.Writer(path)
             self._loggers = loggers.start(config, metrics_file.rows(before))
-            self._bar = ProgressBar(step, self._last_step, config.log.every_steps, classes)
+            self._bar = ProgressBar(step, schedule.last_step, config.log.every_steps, classes)
         profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
         self._trace = Trace(profiled, folder.path, self._cuda, self._traced)
         self._trace.stepped(step)
@@ -170,13 +169,13 @@ class Telemetry:
             {"kind": "speed", "step": step, **speed, "time": shares, "memory": memory,
              "ranks": ranks, "on": self._on, "verdict": words},
         )  # fmt: skip
-        left_s = (self._last_step - step) * took.training / steps
+        left_s = (self._schedule.last_step - step) * took.training / steps
         self._bar.trained(step, epoch, values, speed, left_s)
 
     def new_confusion(self) -> Tensor | None:
         """Return (classes, classes) int64 counts of 0 for an evaluation; None if none are drawn."""
-        shape = self._classes, self._classes
-        return torch.zeros(shape, dtype=torch.int64) if self._draws_confusion else None
+        n = self._config.model.classes
+        return torch.zeros(n, n, dtype=torch.int64) if self._draws_confusion else None
 
     def evaluation(self, step: int, score: Score, engine: Engine, confusion: Tensor | None) -> None:
         """Write an evaluation point, and say where the time went since the last. Collective."""
@@ -200,7 +199,7 @@ class Telemetry:
                 pictures = self._board.evaluation(engine, step, kernels, confusion)
                 for logger in self._loggers:
                     logger.pictures(step, pictures)
-            if step == self._last_step:
+            if step == self._schedule.last_step:
                 self._board.embedding(engine, step)
 
     def _verdict(self, shares: Mapping[str, float]) -> str:

@@ -36,7 +36,7 @@ def maps(
     lrn: tuple[int, float, float, float] | None = None,
     pool: tuple[int, int, bool] | None = None, activation_last: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Add the bias, rectify, normalise and pool maps, in this order.
+    """Add the bias, activate, normalise and pool maps, in this order.
 
     Args:
         x: (n, channels, h, w), a convolution's product without its bias; channels_last.

@@ -195,12 +195,11 @@ def units_backward_kernel(
         row = tl.program_id(0).to(tl.int64) * rows + i
         mask = (unit >= 0) & (unit < count) & (row < n)
         grad = upcast(tl.load(grads + row * count + unit, mask=mask, other=0.0)) * scale
+        made = upcast(tl.load(y + row * count + unit, mask=mask, other=0.0))
         if activation == "relu" or slots is None:
-            made = upcast(tl.load(y + row * count + unit, mask=mask, other=0.0))
             grad = activation_grad(grad, made, activation)
         else:
-            made = upcast(tl.load(y + row * count + unit, mask=mask, other=0.0)) * (1 / scale)
-            grad = activation_grad(grad, made, activation)
+            grad = activation_grad(grad, made * (1 / scale), activation)
             there = tl.minimum(row, n - 1)
             grad = tl.where(_stays(slots, there, step, four, layer, seed, threshold), grad, 0.0)
         tl.store(out + row * count + unit, grad.to(out.dtype.element_ty), mask=mask)
