@@ -206,11 +206,14 @@ def in_words(error: Exception) -> AlexNetDistError | None:
 class NotAFile(OSError):
     """There is a pipe, socket, device or link where a regular file is expected."""
 
-    def __init__(self, path: str | os.PathLike[str], mode: int) -> None:
+    @classmethod
+    def at(cls, path: str | os.PathLike[str], mode: int) -> "NotAFile":
+        """Return the error for a path of this mode. (Unpickled, as from a worker, it is made of
+        OSError's own arguments.)"""
         kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFLNK: "a link",
                  stat.S_IFDIR: "a folder"}  # fmt: skip
         kind = kinds.get(stat.S_IFMT(mode), "a device")
-        super().__init__(errno.EINVAL, f"{kind}, not a file", os.fspath(path))
+        return cls(errno.EINVAL, f"{kind}, not a file", os.fspath(path))
 
 
 def cannot_be_read(path: Path, error: OSError) -> str:

@@ -68,13 +68,13 @@ def _regular(path: Path | str, flags: int) -> int:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise NotAFile(path, os.lstat(path).st_mode) from error
+        raise NotAFile.at(path, os.lstat(path).st_mode) from error
     if stat.S_ISREG(mode := os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
-    raise NotAFile(path, mode)
+    raise NotAFile.at(path, mode)
 
 
 def sha256(path: Path) -> str:
@@ -108,7 +108,7 @@ def written_aside(path: Path, durably: bool = True) -> Iterator[Path]:
         durably: wait for the disk; without it, a crash of the machine may lose both files.
     """
     if path.exists() and not stat.S_ISREG(mode := path.stat().st_mode):
-        raise NotAFile(path, mode)  # never replace /dev/null by a file
+        raise NotAFile.at(path, mode)  # never replace /dev/null by a file
     # Some libraries go by a file's extension, which is kept.
     aside = path.with_name(f".writing-{secrets.token_hex(8)}-{path.name[-40:]}")
     aside.open("xb").close()  # O_EXCL: a link is not followed

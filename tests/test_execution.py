@@ -695,3 +695,12 @@ def test_a_gpu_without_what_builds_kernels_is_warned_of(
     assert caplog.text.count("there is no C compiler") == 1
     assert "python3-dev" in caplog.text
     assert not kernels.fused("graph", torch.device("cpu"))
+
+
+def test_a_run_is_as_deterministic_as_its_own_config_says_not_the_one_before() -> None:
+    try:
+        for wanted in (True, False):
+            connect(load_config([*TINY, "layout.kind=one", f"train.deterministic={wanted}"]))
+            assert torch.are_deterministic_algorithms_enabled() == wanted
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -43,6 +43,7 @@ from alexnet_dist.files import (
     written_aside,
 )
 from alexnet_dist.formats.convert import import_weights
+from alexnet_dist.parallel.workers import worker_pool
 from alexnet_dist.tensor_files import TensorFile, save_tensors
 from alexnet_dist.training.metrics_file import read_metrics
 
@@ -112,6 +113,12 @@ def test_sockets_devices_folders_and_links_are_named(tmp_path: Path, at_once: No
         f"{tmp_path / 'link'} is a link, not a file: move it away, or name a file"
     )
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_is_no_file_is_named_from_a_worker_too(tmp_path: Path) -> None:
+    place = pipe(tmp_path / "place")
+    with worker_pool(1) as pool, pytest.raises(NotAFile, match="a pipe, not a file"):
+        pool.submit(opened, place).result()
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path: Path, at_once: None) -> None:

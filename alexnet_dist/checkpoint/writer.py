@@ -47,10 +47,10 @@ class Saver:
         if self._error is not None:
             raise self._error
 
-    def close(self, timeout_s: float = 60) -> None:
-        """Wait for the last write to end, ignoring its outcome."""
+    def close(self) -> None:
+        """Wait, at most a minute, for the last write to end, ignoring its outcome."""
         if self._thread is not None:
-            self._thread.join(timeout_s)
+            self._thread.join(60)
 
     def _join(self) -> None:
         if self._thread is not None:

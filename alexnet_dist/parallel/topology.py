@@ -169,10 +169,12 @@ def connect(config: Config) -> Topology:
     device = take_device(config, place)
     torch.set_num_threads(config.layout.threads or here.cores)
     allow_tf32(config.train.precision)
-    torch.backends.cudnn.benchmark = not config.train.deterministic  # its choice goes by time
-    if config.train.deterministic:
+    repeats = config.train.deterministic
+    torch.backends.cudnn.benchmark = not repeats  # its choice goes by time
+    if repeats:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+    if repeats != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler
+        torch.use_deterministic_algorithms(repeats)
     keep_freed_memory()
     shorten_switch_interval()
     if here.world_size == 1:

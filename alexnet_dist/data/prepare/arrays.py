@@ -35,7 +35,8 @@ FASHION_MNIST_CLASSES = (
 
 
 def cifar10(path: Path, validation: float = 0) -> Source:
-    """List CIFAR-10's python version: `cifar-10-batches-py`, or the folder or tar.gz that holds it.
+    """List CIFAR-10's python version: `cifar-10-batches-py`, or the folder that holds it or its
+    tar.gz.
 
     Args:
         validation: share of its test images that becomes `val`.
