@@ -73,11 +73,7 @@ def _layers(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
 def _model(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
     """The network's classes, exchanges, pooling and normalisation."""
     model = config.model
-    yield (
-        "model.classes",
-        model.classes >= 2,
-        "a network needs at least two classes to tell apart",
-    )
+    yield "model.classes", model.classes >= 2, "a network needs at least two classes to tell apart"
     yield (
         "model.exchange",
         "conv1" not in model.exchange,

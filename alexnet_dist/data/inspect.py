@@ -42,8 +42,7 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
 
 def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
     """Return the summary of an opened data set, less its folder."""
-    found: dict[str, Any] = {"source": dataset.source["kind"]}
-    found["classes"] = len(dataset.classes)
+    found: dict[str, Any] = {"source": dataset.source["kind"], "classes": len(dataset.classes)}
     for name, split in dataset.splits.items():
         step = 1 if sheet else max(1, len(split) // QUICK)
         found[name] = _verified(split, dataset, range(0, len(split), step))
@@ -112,10 +111,9 @@ def _contact_sheet(dataset: Dataset, path: Path) -> None:
     for row, name in enumerate(names):
         draw.text((6, (row + 0.45) * _SHOWN_SIDE), name[:34].encode("ascii", "replace").decode(),
                   fill="black")  # fmt: skip
-        for column, sample in enumerate(
-            np.flatnonzero(split.index["label"] == row)[:_SHOWN_SAMPLES]
-        ):
-            image = on_canvas(_decoded(split, int(sample)), _SHOWN_SIDE).expand(3, -1, -1)
+        shown = np.flatnonzero(split.index["label"] == row)[:_SHOWN_SAMPLES].tolist()
+        for column, sample in enumerate(shown):
+            image = on_canvas(_decoded(split, sample), _SHOWN_SIDE).expand(3, -1, -1)
             tile = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
             sheet.paste(tile, (_NAME_WIDTH + column * _SHOWN_SIDE, row * _SHOWN_SIDE))
     with written_aside(path) as aside:

@@ -133,7 +133,7 @@ def dropout_mask(
     return stay.flatten(1)[:, first - 4 * start :][:, :count]
 
 
-_philox: Any = njit(cache=False)(philox)  # the same arithmetic on scalars, compiled
+_philox: Any = njit(philox)  # the same arithmetic on scalars, compiled
 
 
 @parallel

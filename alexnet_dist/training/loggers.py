@@ -109,7 +109,7 @@ class LoggerThread:
         for tag, picture in pictures.items():
             self._queue(methodcaller("picture", step, tag, picture))
 
-    def _queue(self, call: Callable[[Logger], None]) -> None:
+    def _queue(self, call: Callable[[Logger], None] | None) -> None:
         if not self._given_up:
             with self._guard:
                 self._calls.put_nowait(call)
@@ -117,8 +117,7 @@ class LoggerThread:
     def finish(self, finished: bool) -> None:
         """Close the logger after the calls that are queued; no call may follow."""
         self._queue(lambda to: to.close(finished))
-        with self._guard:
-            self._calls.put_nowait(None)
+        self._queue(None)
 
     def wait(self, until: float) -> None:
         """Wait for the queued calls, until time.monotonic() reaches `until`."""

@@ -66,13 +66,9 @@ def list_files(path: Path) -> Listing:
     Raises DatasetError where it is none of these, or the archive is damaged.
     """
     if path.is_dir():
-        files, folders = [], []
-        for found in _walk(path, "", 0):
-            if isinstance(found, str):
-                folders.append(found)
-            else:
-                files.append(found)
-        return Listing(files, folders)
+        found = [*_walk(path, "", 0)]
+        folders = [one for one in found if isinstance(one, str)]
+        return Listing([one for one in found if not isinstance(one, str)], folders)
     if zipfile.is_zipfile(path):
         return Listing(sorted(_zipped(path), key=_by_parts), [])
     with opened(path) as file:
