@@ -36,7 +36,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.data import loops
 from alexnet_dist.data.batch import Batch
-from alexnet_dist.data.dataset import Statistics, open_dataset, open_for, verify_shards
+from alexnet_dist.data.dataset import Dataset, Statistics, open_dataset, open_for, verify_shards
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.prepare.arrays import read_idx
@@ -340,17 +340,19 @@ def test_damage_is_one_clear_error(
     assert "\n" not in str(caught.value)
 
 
+def of_shards(config: Config, count: int) -> Dataset:
+    """The config's data set as if its training split had so many shards, which do not exist."""
+    dataset = open_for(config)
+    whole = dataset.splits["train"]
+    shards = tuple(whole.shards[0].with_name(f"{n}.tar") for n in range(count))
+    return dataclasses.replace(dataset, splits={"train": dataclasses.replace(whole, shards=shards)})
+
+
 @pytest.mark.parametrize(("ranks", "cores"), [(1, 1), (1, 3), (2, 3), (3, 1)])
 def test_every_shard_is_hashed_once_by_ranks_of_threads(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch, ranks: int, cores: int
 ) -> None:
-    dataset = open_for(tiny())
-    whole = dataset.splits["train"]
-    shards = tuple(whole.shards[0].with_name(f"{n}.tar") for n in range(8))
-    dataset = dataclasses.replace(
-        dataset, splits={"train": dataclasses.replace(whole, shards=shards)}
-    )
-    hashed: list[int] = []
+    dataset, hashed = of_shards(tiny(), 8), list[int]()
     monkeypatch.setattr(Split, "check_shard", lambda self, number: hashed.append(number))
     for rank in range(ranks):
         verify_shards(dataset, Topology(global_rank=rank, world_size=ranks, cores=cores))
@@ -361,13 +363,7 @@ def test_ranks_of_unequal_cores_meet_equally_often_while_they_hash(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else the ranks of the larger node would wait for ever in another collective."""
-    dataset = open_for(tiny())
-    whole = dataset.splits["train"]
-    shards = tuple(whole.shards[0].with_name(f"{n}.tar") for n in range(40))
-    dataset = dataclasses.replace(
-        dataset, splits={"train": dataclasses.replace(whole, shards=shards)}
-    )
-    hashed: list[int] = []
+    dataset, hashed = of_shards(tiny(), 40), list[int]()
     met = [0, 0]
     monkeypatch.setattr(Split, "check_shard", lambda self, number: hashed.append(number))
     for rank, cores in enumerate((1, 3)):
