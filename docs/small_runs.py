@@ -70,9 +70,17 @@ class Testbed:
         return self._undisturbed[layout]
 
     def finish(self, layout: str, name: str) -> bool:
-        """Let a run end undisturbed; return whether its final state is as if it always had been."""
+        """Let a run end undisturbed; return whether its final state is as if it always had been,
+        and print why not."""
         ended = run_to_end(self.arguments(layout, name))
-        return ended.returncode == 0 and final_state(self.folder(name)) == self.undisturbed(layout)
+        if ended.returncode:
+            print(f"{name} ended with exit code {ended.returncode}: {ended.stderr[-2000:]}")
+            return False
+        whole = self.undisturbed(layout)
+        other = [part for part, is_ in final_state(self.folder(name)).items() if is_ != whole[part]]
+        if other:
+            print(f"{name} is not as if undisturbed: {', '.join(other)}")
+        return not other
 
     def saved(self, name: str) -> int:
         """Return the step of a run's newest good checkpoint; 0 if there is none."""
