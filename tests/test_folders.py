@@ -90,6 +90,16 @@ def test_plain_folders_at_any_depth_and_what_lies_beside_is_named(tmp_path: Path
     assert more["bee/winter/2020/deep.jpg"] in stored(tmp_path / "out", "train")
 
 
+def test_a_data_set_packed_into_its_source_is_no_class(tmp_path: Path) -> None:
+    """Its contact sheets are images."""
+    source = classes(tmp_path, 2)
+    prepare("folder", source, source / "packed", ONE)
+    write(source, {"packed/contact-sheet-train.png": small(9, "PNG")})
+    said = prepare("folder", source, tmp_path / "again", ONE)
+    assert "packed data set: 1 (packed/)" in said
+    assert open_dataset(tmp_path / "again").classes == ("ant", "bee")
+
+
 def test_what_is_smaller_than_the_canvas_keeps_its_bytes(tmp_path: Path) -> None:
     """Sixty thousand JPEGs of 32 pixels once grew from 55 to 780 MB."""
     progressive = made.encoded(made.photograph(1, 40, 30), "JPEG", progressive=True)

@@ -127,7 +127,8 @@ def _label_of(wnid: str, label: Mapping[str, int], item: Item, path: Path) -> in
 
 
 def _shown(listing: Listing, left: _LeftOut) -> Listing:
-    """Return a listing without what is hidden, which is added to `left`."""
+    """Return a listing without what is hidden and without data sets that were packed into it, which
+    are added to `left`."""
 
     def root(name: str) -> str:
         parts = name.split("/")
@@ -135,9 +136,13 @@ def _shown(listing: Listing, left: _LeftOut) -> Listing:
 
     names = [*(item.name for item in listing.files), *listing.folders]
     left.add("hidden", sorted({root(name) for name in names if hidden(name)}))
+    files = {item.name for item in listing.files if not hidden(item.name)}
+    tops = {name.removesuffix("dataset.json") for name in files if name.endswith("/dataset.json")}
+    packed = tuple(sorted(top for top in tops if f"{top}mean.npy" in files))
+    left.add("packed data set", list(packed))
     return Listing(
-        [item for item in listing.files if not hidden(item.name)],
-        [name for name in listing.folders if not hidden(name)],
+        [item for item in listing.files if item.name in files and not item.name.startswith(packed)],
+        [name for name in listing.folders if not (hidden(name) or f"{name}/".startswith(packed))],
     )
 
 
