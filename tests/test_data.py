@@ -134,10 +134,13 @@ def test_preparing_over_a_damaged_data_set_says_so(tmp_path: Path, damage: str) 
         prepare("fashion_mnist", idx, tmp_path / "out")
 
 
-@pytest.mark.parametrize("named", ["photos", "photos/train", "photos/train/ant", "photos/a b"])
+@pytest.mark.parametrize(
+    "named", ["photos", "photos/train", "photos/train/ant", "photos/a b", "training/photos"]
+)
 def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -> None:
     made.image_folder(tmp_path / "photos", 2, 1)
-    made.image_folder(tmp_path / "photos/a b", 1, 1)
+    for other in ("photos/a b", "training/photos"):  # the latter, of a project called training
+        made.image_folder(tmp_path / other, 1, 1)
     given = tmp_path / named
     root = tmp_path / named.partition("/train")[0]
     line = shlex.join(["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"])

@@ -26,8 +26,9 @@ def not_packed(folder: Path) -> DatasetError:
     """
     path = folder / "dataset.json"
     if images := _first_image(folder):
-        above = (folder, *folder.parents)
-        root = next((p.parent for p in above if _split_of(p) == "train"), folder)
+        # A folder with images of its own may be a class, and its parent train/.
+        near = (folder,) if "/" in images else (folder, folder.parent)
+        root = next((p.parent for p in near if _split_of(p) == "train"), folder)
         root = root if root.name else root.resolve()
         line = ["alexnet-dist", "prepare", "folder", f"{root}", f"{root}-packed"]
         if not {"val", "test"} & {_split_of(p) for p in root.iterdir()}:
