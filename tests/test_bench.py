@@ -22,7 +22,7 @@ from conftest import TINY, alexnet_dist, assert_close
 from forks import Fork
 
 from alexnet_dist import bench
-from alexnet_dist.bench import contestants, decoders, end_to_end, step
+from alexnet_dist.bench import checkpoint, contestants, decoders, end_to_end, step
 from alexnet_dist.bench.kernel_times import grouped, kernel_lines
 from alexnet_dist.bench.layouts import OnRank, bench_layouts
 from alexnet_dist.bench.synthetic import made_batch
@@ -30,7 +30,7 @@ from alexnet_dist.bench.trainers import Eager, compile_by, graphed, plain
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import spawn
@@ -86,6 +86,9 @@ def test_bench_data_says_how_far_apart_the_decoders_are(
         assert abs(resized["red"]) < 0.05
     assert means["resized, worst of all kinds: largest"] >= 1
     assert "resized, quality 90, grey" in decoders.lines(found)
+    few[few.index("28")] = "1"  # fewer than there are kinds: one of each
+    assert main(few) == 0
+    assert "resized, quality 90, grey" in capfd.readouterr().out
     assert main(["bench", "data", str(tmp_path / "source" / "val"), "--differences"]) == 2
     assert "has no .jpg, .jpeg or .png" in capfd.readouterr().err
 
@@ -112,6 +115,17 @@ def test_bench_checkpoint_says_what_a_save_costs_the_loop() -> None:
     lost = [run["lost to a save"] / (100 * run["step"]) for run in found["runs"]]
     assert found["ratios"] == {"lost to one save in 100 steps / those steps": sum(lost) / 2}
     assert found["ceilings"]["a checkpoint, MB"] > 0.05
+
+
+def test_bench_checkpoint_ends_when_a_checkpoint_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise CheckpointError("no space left")
+
+    monkeypatch.setattr(checkpoint.checkpoints, "save", full)
+    with pytest.raises(CheckpointError, match="no space left"):
+        checkpoint.bench_checkpoint(load_config([*TINY, "layout.kind=one"]), 1)
 
 
 class ForkedPython:

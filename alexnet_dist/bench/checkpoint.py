@@ -53,7 +53,7 @@ def _saving(
     config: Config, engine: Engine, batch: Batch, folder: Path, number: int
 ) -> dict[str, float]:
     """Start a save, make steps until it is on the disk, and return the times."""
-    saver, written = Saver(lambda: True), []
+    saver, written = Saver(lambda: False), []
     begin = time.perf_counter()
     parameters, optimizer = engine.whole_tensors()
 
@@ -64,11 +64,11 @@ def _saving(
 
     saver.begin(write)
     copied, steps = time.perf_counter() - begin, 0
-    while not written or steps < _STEPS:
+    while not (written or saver.failed) or steps < _STEPS:
         _step(engine, batch)
         steps += 1
     took = time.perf_counter() - begin
-    saver.finish()
+    saver.finish()  # raises what went wrong
     return {"copy, the loop waits": copied, "on the disk after": written[0],
             "steps": float(steps), "steps with it": took}  # fmt: skip
 

@@ -133,7 +133,7 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
                     written.save(source / "train" / kind / f"{number}.jpg", **how)
             out = Path(scratch) / f"{stored}, packed"
             prepare("folder", source, out, Options(keep=True))
-            parts = differences(config, topology, open_dataset(out), images)
+            parts = differences(config, topology, open_dataset(out), of_each * len(_KINDS))
             by_kind |= {f"{stored}, {kind}": parts[kind].figures() for kind in _KINDS}
     worst = {
         f"{stored}, worst of all kinds: {what}": max(
