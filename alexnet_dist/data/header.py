@@ -28,13 +28,13 @@ def check_png(encoded: bytes) -> None:
     does not check those of pixel data."""
     at, content = len(PNG), memoryview(encoded)
     for _ in range(_MOST_CHUNKS):
-        if len(encoded) < at + 12:
-            raise ValueError("the PNG is cut short: copy it again from its source")
-        end = at + 8 + _SIZE.unpack_from(encoded, at)[0]
+        try:
+            end = at + 8 + _SIZE.unpack_from(encoded, at)[0]
+            (checksum,) = _SIZE.unpack_from(encoded, end)
+        except struct.error:
+            raise ValueError("the PNG is cut short: copy it again from its source") from None
         kind = encoded[at + 4 : at + 8]
-        if len(encoded) < end + 4:
-            raise ValueError("the PNG is cut short: copy it again from its source")
-        if zlib.crc32(content[at + 4 : end]) != _SIZE.unpack_from(encoded, end)[0]:
+        if zlib.crc32(content[at + 4 : end]) != checksum:
             name = ascii(kind.decode("latin-1"))[1:-1]
             raise ValueError(
                 f"the PNG's chunk {name} at byte {at} does not match its checksum: copy it again "

@@ -47,9 +47,9 @@ def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
         step = 1 if sheet else max(1, len(split) // QUICK)
         found[name] = _verified(split, dataset, range(0, len(split), step))
     statistics = dataset.statistics
-    found["mean RGB"] = _rounded(statistics.mean_rgb)
-    found["√λ of the covariance"] = _rounded(np.sqrt(statistics.eigenvalues))
-    found["its vectors"] = [_rounded(vector, 3) for vector in statistics.eigenvectors]
+    found["mean RGB"] = statistics.mean_rgb.round(2).tolist()
+    found["√λ of the covariance"] = np.sqrt(statistics.eigenvalues).round(2).tolist()
+    found["its vectors"] = statistics.eigenvectors.round(3).tolist()
     if sheet is None:
         return found
     try:
@@ -67,8 +67,8 @@ def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
 
     def check(sample: int) -> None:
         image = _decoded(split, sample)
-        _, _, _, _, _, *size = split.index[sample].tolist()
-        if list(image.shape[1:]) != size or image.shape[0] not in (1, 3):
+        size = split.index[["height", "width"]][sample].item()
+        if image.shape[1:] != size or image.shape[0] not in (1, 3):
             raise DatasetError(
                 f"split {split.name!r}: sample {sample} is {tuple(image.shape)}, but the index "
                 f"says {size}: prepare the data set again"
@@ -118,7 +118,3 @@ def _contact_sheet(dataset: Dataset, path: Path) -> None:
             sheet.paste(tile, (_NAME_WIDTH + column * _SHOWN_SIDE, row * _SHOWN_SIDE))
     with written_aside(path) as aside:
         sheet.save(aside)
-
-
-def _rounded(values: Any, digits: int = 2) -> list[float]:
-    return [round(float(value), digits) for value in values]

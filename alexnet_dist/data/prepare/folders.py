@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,20 +25,13 @@ IMAGENETTE = {
 }  # fmt: skip
 
 
-class _LeftOut:
-    """Names of files and folders that are not images of a class, by reason."""
+_LeftOut = defaultdict[str, list[str]]  # files and folders not of a class, by the reason why
 
-    def __init__(self) -> None:
-        self.names: dict[str, list[str]] = {}
 
-    def add(self, why: str, names: list[str]) -> None:
-        if names:
-            self.names.setdefault(why, []).extend(names)
-
-    def note(self) -> tuple[str, ...]:
-        """Return a line that lists them, if there are any."""
-        parts = [f"{why}: {len(names)} ({some(names)})" for why, names in self.names.items()]
-        return (f"left out: {'; '.join(parts)}",) if parts else ()
+def _note(left: _LeftOut) -> tuple[str, ...]:
+    """Return a line that lists what was left out, if anything was."""
+    parts = [f"{why}: {len(names)} ({some(names)})" for why, names in left.items() if names]
+    return (f"left out: {'; '.join(parts)}",) if parts else ()
 
 
 def folder(path: Path, validation: float = 0) -> Source:
@@ -50,13 +44,13 @@ def folder(path: Path, validation: float = 0) -> Source:
             chosen by a hash of its path, so that it stays in its split when images are added.
     """
     # Find the folder of each split, or take all as the training split.
-    left = _LeftOut()
+    left = _LeftOut(list)
     listing = _unwrapped(_shown(list_files(path), left), left)
     tops, found = listing.tops(), {}
     names = _split_folders(path, tops) or {"train": ""}
     if names["train"]:
-        left.add("beside train/", [f"{top}/" for top in tops if top not in names.values()])
-        left.add("beside train/", [item.name for item in listing.files if "/" not in item.name])
+        left["beside train/"] += [f"{top}/" for top in tops if top not in names.values()]
+        left["beside train/"] += [item.name for item in listing.files if "/" not in item.name]
     # List the images of each split, and number the classes.
     for split, top in names.items():
         part = listing.below(top) if top else listing
@@ -70,7 +64,7 @@ def folder(path: Path, validation: float = 0) -> Source:
         if images
     }
     # Set validation images apart, and say what was left out.
-    notes = left.note()
+    notes = _note(left)
     if validation:
         splits = _cut(path, splits, validation, len(names["train"]) and len(names["train"]) + 1)
         held = {item.label for item in splits["val"]}
@@ -93,7 +87,7 @@ def imagenette(path: Path) -> Source:
 
 def tiny_imagenet(path: Path) -> Source:
     """List tiny-imagenet-200.zip or its folder. Classes are sorted by WordNet id."""
-    left = _LeftOut()
+    left = _LeftOut(list)
     listing = _unwrapped(_shown(list_files(path), left), left)
     files = {item.name: item for item in listing.files}
 
@@ -115,9 +109,9 @@ def tiny_imagenet(path: Path) -> Source:
                 wnid = truth.get(name, "")
                 splits["val"].append(item._replace(label=_label_of(wnid, label, item, path)))
             case ["test", *_]:
-                left.add("test image without a class", [item.name])
+                left["test image without a class"] += [item.name]
     classes = tuple(f"{wnid} {words.get(wnid, '')}".strip() for wnid in ids)
-    return Source("tiny_imagenet", classes, splits, notes=left.note())
+    return Source("tiny_imagenet", classes, splits, notes=_note(left))
 
 
 def _label_of(wnid: str, label: Mapping[str, int], item: Item, path: Path) -> int:
@@ -135,11 +129,11 @@ def _shown(listing: Listing, left: _LeftOut) -> Listing:
         return "/".join(parts[: 1 + next(i for i, part in enumerate(parts) if hidden(part))])
 
     names = [*(item.name for item in listing.files), *listing.folders]
-    left.add("hidden", sorted({root(name) for name in names if hidden(name)}))
+    left["hidden"] += sorted({root(name) for name in names if hidden(name)})
     files = {item.name for item in listing.files if not hidden(item.name)}
     tops = {name.removesuffix("dataset.json") for name in files if name.endswith("/dataset.json")}
     packed = tuple(sorted(top for top in tops if f"{top}mean.npy" in files))
-    left.add("packed data set", list(packed))
+    left["packed data set"] += packed
     return Listing(
         [item for item in listing.files if item.name in files and not item.name.startswith(packed)],
         [name for name in listing.folders if not (hidden(name) or f"{name}/".startswith(packed))],
@@ -153,7 +147,7 @@ def _unwrapped(listing: Listing, left: _LeftOut) -> Listing:
         and tops[0].lower() not in SPLIT_FOLDERS
         and any(item.name.count("/") > 1 for item in listing.files)
     ):
-        left.add(f"beside {tops[0]}/", [i.name for i in listing.files if "/" not in i.name])
+        left[f"beside {tops[0]}/"] += [i.name for i in listing.files if "/" not in i.name]
         listing = listing.below(tops[0])
     return listing
 
@@ -193,11 +187,11 @@ def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
             found.append((name, shown))
         else:
             others.append(shown.name)
-    left.add("beside class folders", loose)
-    left.add("no image, by its first bytes", others)
+    left["beside class folders"] += loose
+    left["no image, by its first bytes"] += others
     held = {name for name, _ in found}
     empty = [f"{top}{name}/" for name in part.tops() if name not in held]
-    left.add("without images", empty or ([] if found or not top else [top]))
+    left["without images"] += empty or ([] if found or not top else [top])
     return found
 
 
