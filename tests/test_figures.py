@@ -93,7 +93,8 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
         folders.append(config.folder)
     points = [p for p in read_metrics(folders[0]) if p["kind"] == "eval"]
     assert 0 < points[-1]["chroma_1"] < 1
-    assert figures.colour(folders[0]) == [points[-1]["chroma_1"], points[-1]["chroma_2"]]
+    _, colour = figures.draw(folders[0])
+    assert colour == [points[-1]["chroma_1"], points[-1]["chroma_2"]]
     ten_views = alexnet_dist("evaluate", str(folders[0]), "--views", "10", "--json")
     assert ten_views.returncode == 0, ten_views.stderr
     ten = {"of": ["runs/x/checkpoints/step-00000008"], "samples": 24, "correct1": 12,

@@ -242,7 +242,6 @@ def test_a_forged_networks_rows_are_never_cut_whoever_reads_them(
         lambda: load_checkpoint(config.folder),
         lambda: export_weights("safetensors", config.folder, tmp_path / "out"),
         lambda: figures.draw(config.folder),
-        lambda: figures.colour(config.folder),
     ):
         with pytest.raises(
             CheckpointError, match=rf"model\.safetensors: does not fit its own.*{said}"

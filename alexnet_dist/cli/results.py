@@ -72,9 +72,9 @@ def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     check_trained(options.run_folder)
     from alexnet_dist.reporting import figures as draws
 
-    drawn = draws.draw(options.run_folder)
+    drawn, colour = draws.draw(options.run_folder)
     print("colour in conv1's kernels, a share of their energy (grey 0, noise 0.667):")
-    for column, value in enumerate(draws.colour(options.run_folder), start=1):
+    for column, value in enumerate(colour, start=1):
         print(f"column {column}: {value:.3f}")
     if options.fig4:
         drawn += draws.draw_fig4(options.run_folder, options.overrides)

@@ -125,7 +125,8 @@ def _print_end(config: Config, outcome: "Outcome") -> None:
     its = f": {_in_words(other, config.model.classes)}" if other else ""
     print(f"{'best' if score else 'last'} checkpoint: {best.path}{its}")
     with WarnOnce("drawing"):
-        print(f"pictures: {', '.join(map(str, figures.draw(config.folder)))}")
+        drawn, _ = figures.draw(config.folder)
+        print(f"pictures: {', '.join(map(str, drawn))}")
     print(watch(config))
     if score and config.evaluate.views == 1 and config.ten_views_differ:
         print(f"next: alexnet-dist evaluate {shlex.quote(str(config.folder))} --views 10")

@@ -15,7 +15,6 @@ from PIL import Image
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
 from alexnet_dist.config.schema import flat
 from alexnet_dist.data.dataset import evaluation_split
@@ -34,32 +33,20 @@ _QUERIES, _NEIGHBOURS = 5, 6  # rows and neighbours of Fig. 4, right
 CHUNK = 4096  # rows of the memory map that are computed, and compared, at a time
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw kernels and curves of a run into its `figures/`; return the files' paths."""
-    newest = _newest(folder)
-    out = _folder(folder)
-    conv1 = newest.parameters().rows("conv1.weight", slice(None))
-    _write(kernel_picture(conv1, newest.config.model.columns), out / "kernels.png")
-    drawn = [out / "kernels.png"]
-    if (folder / "metrics.jsonl").is_file():  # an imported run has no metrics
-        _curves(folder, newest.config.model.classes, out / "curves.png")
-        drawn.append(out / "curves.png")
-    return drawn
-
-
-def _newest(folder: Path) -> Checkpoint:
+def draw(folder: Path) -> tuple[list[Path], list[float]]:
+    """Draw curves and the newest kernels of a run into its `figures/`; return the files' paths, and
+    the chroma of each column's conv1 kernels: Fig. 3 in numbers."""
     newest, _ = checkpoints.newest_good(folder / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{folder} has no checkpoint to draw{looked_in(folder)}")
-    return newest
-
-
-def colour(folder: Path) -> list[float]:
-    """Return the chroma of each column's conv1 kernels in a run's newest checkpoint: Fig. 3 in
-    numbers."""
-    newest = _newest(folder)
+    model, out = newest.config.model, _folder(folder)
     conv1 = newest.parameters().rows("conv1.weight", slice(None))
-    return chroma(conv1, newest.config.model.columns)
+    _write(kernel_picture(conv1, model.columns), out / "kernels.png")
+    drawn = [out / "kernels.png"]
+    if (folder / "metrics.jsonl").is_file():  # an imported run has no metrics
+        _curves(folder, model.classes, out / "curves.png")
+        drawn.append(out / "curves.png")
+    return drawn, chroma(conv1, model.columns)
 
 
 def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:

@@ -281,7 +281,7 @@ def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[s
 def _pictures(folder: Path) -> Iterable[str]:
     """Yield a run's figures."""
     try:
-        drawn, colour = figures.draw(folder), figures.colour(folder)
+        drawn, colour = figures.draw(folder)
     except (AlexNetDistError, OSError) as error:
         yield f"<p>{html.escape(str(error))}</p>"
         return

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.config.load import configs_folder, load_config
+from alexnet_dist.config.load import configs_folder, load_config, shipped
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import AlexNetDistError, ConfigError
 from alexnet_dist.evaluation.results import Score, saved_scores
@@ -184,12 +184,7 @@ def differing(configs: Sequence[Config]) -> dict[str, list[Any]]:
 @cache
 def _shipped() -> dict[str, dict[str, Any]]:
     """Return the keys that define a run, for every shipped config by name."""
-    configs = {}
-    for path in sorted(configs_folder().rglob("*.yaml")):
-        if path.parent.name != "cluster":  # those are of launch, not of runs
-            name = path.relative_to(configs_folder()).with_suffix("").as_posix()
-            configs[name] = _defining(load_config([path]))
-    return configs
+    return {name: _defining(load_config(configs_folder() / f"{name}.yaml")) for name in shipped()}
 
 
 def _defining(config: Config) -> dict[str, Any]:
