@@ -160,9 +160,7 @@ def _pipeline(
     steps = -(-images // size) + 1
 
     def used(decoded: Decoded) -> int:
-        if not finish:
-            return len(decoded.metadata)
-        return len(decoded.batch().windows)
+        return len(decoded.batch().windows if finish else decoded.metadata)
 
     def run() -> float:
         pipeline = make_pipeline(config, topology, dataset, "train")

@@ -52,7 +52,7 @@ def contestant(name: str, config: Config) -> Work:
     if evaluates:
         starts = range(0, count - size + 1, size)
         turns = (range(start, start + size) for start in itertools.cycle(starts))
-        plan = evaluation_plan(config, list(itertools.islice(turns, 10_000)))
+        plan = evaluation_plan(config, turns)
     else:
         sampler = TrainSampler(config, count, dataset.statistics)
         plan = sampler.plan(0, _NEVER, range(size))
@@ -87,7 +87,7 @@ _CONTESTANTS = (
 )  # fmt: skip
 
 
-def bench_end_to_end(config: Config, repeats: int, steps: int, cold: bool = False) -> Result:
+def bench_end_to_end(config: Config, repeats: int, steps: int, cold: bool) -> Result:
     """Time contestants in a process each, on the packed data set that the config names.
 
     Args:
@@ -115,8 +115,10 @@ def bench_end_to_end(config: Config, repeats: int, steps: int, cold: bool = Fals
         for one in contestants.values():
             one.close()
     runs = [{n: contestants[n].results[0] / run[n] for n in run} for run in seconds]
+    started = _first_step(config, "start to first step")
+    if cold and gpus(config):
+        started |= _first_step(config, "the same, no kernel built before", cold=True)
     shards, ready, ten_views, ten_ready, alone = _CONTESTANTS
-
     return {
         "ratios": {
             "steps from shards / batch ready": ratio(runs, shards, ready),
@@ -127,12 +129,7 @@ def bench_end_to_end(config: Config, repeats: int, steps: int, cold: bool = Fals
             **{name: value for name, value in memory.items() if "/" in name},
         },
         "ceilings": {
-            **_first_step(config, "start to first step"),
-            **(
-                _first_step(config, "the same, no kernel built before", cold=True)
-                if cold and gpus(config)
-                else {}
-            ),
+            **started,
             **{name: value for name, value in memory.items() if "/" not in name},
         },
         "machine": machine(config.data.workers),

@@ -33,6 +33,7 @@ _GROUPS = {
     },
 }
 _ARITHMETIC = ("convolutions", "products")
+_SHOWN = 40  # costliest kernels, one to a line
 
 
 def grouped(
@@ -91,25 +92,23 @@ def bench_kernels(config: Config, steps: int) -> dict[str, Any]:
 
 
 def profiled(work: Work, steps: int, kind: str) -> list[tuple[str, float, float]]:
-    """Return a GPU's kernels, or a CPU's operators, with µs and calls of each a step, the costliest
-    first."""
+    """Return a GPU's kernels, or a CPU's operators, with µs and calls of each a step."""
     watched = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=watched if kind == "cuda" else watched[:1]) as profiler:
         for _ in range(steps):
             loss = work()
         float(loss)
     time = "self_device_time_total" if kind == "cuda" else "self_cpu_time_total"
-    kernels = [
+    return [
         (event.key, getattr(event, time) / steps, event.count / steps)
         for event in profiler.key_averages()
         if event.device_type.name.lower() == kind and getattr(event, time) > 0
         and not getattr(event, "is_user_annotation", False)
     ]  # fmt: skip
-    return sorted(kernels, key=lambda kernel: -kernel[1])
 
 
-def kernel_lines(result: dict[str, Any], most: int = 40) -> str:
-    """Return what `bench_kernels` found as text, with the `most` costliest kernels."""
+def kernel_lines(result: dict[str, Any]) -> str:
+    """Return what `bench_kernels` found as text."""
     kernels, ratios = result["kernels"], result["ratios"]
     lines = [f"{'µs a step':>10}{'calls':>8}{'share':>7}"]
     lines += [f"{us:10,.0f}{calls:8,.1f}{ratios[f'{name} / all']:7.1%}  {name}"
@@ -126,7 +125,7 @@ def kernel_lines(result: dict[str, Any], most: int = 40) -> str:
         f"{'µs a step':>10}{'calls':>8}",
     ]
     lines += [f"{us:10,.0f}{calls:8,.1f}  {group:27}{name[:90]}"
-              for name, us, calls, group in kernels[:most]]  # fmt: skip
-    rest = kernels[most:]
+              for name, us, calls, group in kernels[:_SHOWN]]  # fmt: skip
+    rest = kernels[_SHOWN:]
     lines += [f"{sum(us for _, us, _, _ in rest):10,.0f}{'':10}{len(rest)} more"] if rest else []
     return "\n".join(lines)

@@ -6,7 +6,6 @@ import functools
 import itertools
 import logging
 import multiprocessing
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,13 +24,12 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
 from alexnet_dist.network.lrn import alpha_of
-from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.network.shapes import final_side, map_sides
+from alexnet_dist.parallel.device import cores
 from alexnet_dist.parallel.topology import connect
 
 log = logging.getLogger(__name__)
 
-_LAST = torch.channels_last
 # How far results of a choice may be from the present ones, relative to the largest: a compiler may
 # fuse a product and a sum, or not, and sums are split differently.
 _BOUNDS = {torch.bfloat16: 2**-7, torch.float32: 1e-5}
@@ -146,8 +144,7 @@ def _compile(configs: Sequence[Config], choices: Sequence[Choice]) -> None:
         "backward" in c.kernel, c.batch, zlib.crc32(f"{c.kernel}, {c}".encode())
     ))  # fmt: skip
     by_batch = {config.train.batch: flat(config) for config in configs}
-    cores = len(os.sched_getaffinity(0))
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(cores(), multiprocessing.get_context("spawn")) as pool:
         list(pool.map(_compile_one, [by_batch[choice.batch] for choice in order], order))
 
 
@@ -288,5 +285,5 @@ def _noise(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
     """Return noise in bf16, channels_last if it is maps; the same in every process."""
     generator = torch.Generator(device).manual_seed(seed)
     noise = torch.randn(shape, generator=generator, device=device) * 30
-    layout = _LAST if len(shape) == 4 else torch.contiguous_format
-    return noise.to(DTYPES["bf16"]).contiguous(memory_format=layout)
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return noise.to(torch.bfloat16).contiguous(memory_format=layout)

@@ -52,7 +52,7 @@ class Eager(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         model = self.model
-        stages = [self._normalised, self._pooled]
+        stages = [self._normalised, lambda name, x: pooled(model, name, x)]
         shapes = zip(model.kernel, model.stride, model.padding, strict=True)
         for (name, conv), (kernel, stride, padding) in zip(self.convs.items(), shapes, strict=True):
             if model.round_up:
@@ -78,9 +78,6 @@ class Eager(nn.Module):
             mean = F.avg_pool2d(x * x, spatial.size, 1, spatial.size // 2)
             x = x / (1 + spatial.alpha * mean) ** spatial.beta
         return x
-
-    def _pooled(self, name: str, x: Tensor) -> Tensor:
-        return pooled(self.model, name, x)
 
     def take(self, weights: Mapping[str, Tensor]) -> None:
         """Copy our network's parameters, so that both compute the same."""

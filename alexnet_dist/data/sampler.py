@@ -4,7 +4,7 @@ Slot s of step t is sample t·B + s of the concatenated epoch permutations, for 
 nothing is dropped or padded at the end of an epoch, and there is no loader state to save.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,7 @@ def views(config: Config) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]
     return np.array(five * 2), np.arange(10) >= 5
 
 
-def evaluation_plan(config: Config, batches: list[range]) -> Iterator[Samples]:
+def evaluation_plan(config: Config, batches: Iterable[range]) -> Iterator[Samples]:
     """Yield samples for evaluation, with their test windows and without lighting.
 
     Args:

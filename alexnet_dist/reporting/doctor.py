@@ -131,11 +131,9 @@ def _meet(backend: str, config: Config) -> float | str:
         seconds = time.perf_counter() - begin
         dist.destroy_process_group()
         both = gathered.view(2, -1).mean(1).tolist()
-        return (
-            seconds
-            if (total, both) == (3, [1, 2])
-            else f"wrong: the sum is {total}, and {both} were gathered"
-        )
+        if (total, both) == (3, [1, 2]):
+            return seconds
+        return f"wrong: the sum is {total}, and {both} were gathered"
     except Exception as error:
         return f"{in_words(error) or error}".partition("\n")[0]
 

@@ -107,11 +107,7 @@ def memory(config: Config) -> Iterator[Finding]:
     remedy = "have it raised (ulimit -Hn): each shard that is read stays open"
     yield Finding("open files", f"at most {files}", remedy * (files < 4096), files < 128)
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-        yield Finding(
-            "address space",
-            "bounded",
-            "ulimit -v unlimited: CUDA and DALI reserve much",
-        )
+        yield Finding("address space", "bounded", "ulimit -v unlimited: CUDA and DALI reserve much")
     if torch.cuda.device_count() > 1:
         locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
         bounded = locked != resource.RLIM_INFINITY
