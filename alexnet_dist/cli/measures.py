@@ -206,7 +206,7 @@ def _machine(options: argparse.Namespace) -> "Machine | None":
 
     if not options.fit:
         return machines.read_machine(options.machine) if options.machine else None
-    machine = fitting.fitted(options.fit)
+    machine = fitting.fit([one for file in options.fit for one in fitting.read_bench(file)])
     if options.machine:
         machines.write_machine(machine, options.machine)
     return machine

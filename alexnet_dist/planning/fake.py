@@ -149,10 +149,10 @@ def fake_decoded(config: Config, topology: Topology) -> tuple[Decoded, list[int]
     counts = [len(slots) for slots in topology.shares(range(config.train.batch))]
     side, dtype = config.model.crop, DTYPES[config.train.precision]
 
-    def finish(patches: Tensor, corners: Tensor, *drawn: Tensor | None) -> Tensor:
+    def preprocess(patches: Tensor, corners: Tensor, *drawn: Tensor | None) -> Tensor:
         windows = torch.empty(len(corners), 3, side, side, dtype=dtype)
         return windows.contiguous(memory_format=torch.channels_last)
 
     patches = torch.empty(counts[0], side, side, 3, dtype=torch.uint8)
-    facts = torch.empty(counts[0], 9, dtype=torch.float64)  # metadata of one window per sample
-    return Decoded(patches, facts, finish), counts
+    metadata = torch.empty(counts[0], 9, dtype=torch.float64)  # of one window per sample
+    return Decoded(patches, metadata, preprocess), counts

@@ -87,11 +87,6 @@ def _row(one: Measured) -> dict[str, float]:
     }
 
 
-def fitted(paths: Sequence[Path]) -> Machine:
-    """Fit this CPU's figures to the output of `bench layouts --json`; raises ConfigError."""
-    return fit([one for path in paths for one in read_bench(path)])
-
-
 def read_bench(path: Path) -> list[Measured]:
     """Read the layouts in the output of `bench layouts --json`, each at its fastest pass: slower
     ones were disturbed by other programs."""

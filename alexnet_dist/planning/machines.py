@@ -229,8 +229,7 @@ def kind_of(device: str) -> str | None:
 
 def known(device: str) -> Machine | None:
     """Return the machine of a GPU by torch's name for it; None if it is not known."""
-    kind = kind_of(device)
-    return MACHINES[kind] if kind else None
+    return MACHINES.get(kind_of(device) or "")
 
 
 def read_machine(path: Path) -> Machine:

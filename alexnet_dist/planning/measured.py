@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alexnet_dist.config.load import load_config
+from alexnet_dist.config.schema import flat
 from alexnet_dist.planning.cost_model import predict
 from alexnet_dist.planning.dry_run import plan
 from alexnet_dist.planning.machines import Cluster, Machine, known
 from alexnet_dist.planning.plan import Plan
 
 STEPS = Path(__file__).with_name("measured.jsonl")
-_NETWORK = "paper/alexnet-2012"  # the config of every measured step
+_NETWORK = ("paper/alexnet-2012", "model.classes=1000")  # of every measured step
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class Step:
     source: str
 
 
-def read_steps(path: Path = STEPS) -> list[Step]:
+def read_steps() -> list[Step]:
     """Read all measured steps, the oldest first."""
-    return [Step(**json.loads(line)) for line in path.read_text().splitlines()]
+    return [Step(**json.loads(line)) for line in STEPS.read_text().splitlines()]
 
 
 def correction(
@@ -79,7 +80,7 @@ def correction(
 
 def _is_papers(planned: Plan) -> bool:
     """Return whether a plan is of the paper's network, as the measured steps are."""
-    recipe = _planned(planned.batch, planned.recipe["train.precision"], "graph").recipe
+    recipe = flat(load_config(_NETWORK))
     keys = [key for key in recipe if key.startswith("model.") or key == "train.micro_batches"]
     return all(planned.recipe[key] == recipe[key] for key in keys)
 
@@ -97,5 +98,5 @@ def _ratio(step: Step) -> float:
 def _planned(batch: int, precision: str, execution: str) -> Plan:
     """Plan the paper's network on one GPU."""
     own = [f"train.batch={batch}", f"train.precision={precision}", f"train.execution={execution}"]
-    config = load_config([_NETWORK, "model.classes=1000", "layout.kind=one", *own])
+    config = load_config([*_NETWORK, "layout.kind=one", *own])
     return plan(config, 1, gpu=True)
