@@ -16,6 +16,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def one_line(error: Exception, most: int = 300) -> str:
+    """Return an error's message on one line of at most so many characters; its type if it has
+    none."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
+
+
 def counted(number: int, thing: str) -> str:
     """Return a number with what it counts: "1 process", "2 processes"."""
     ending = "" if number == 1 else "es" if thing.endswith(("s", "ch")) else "s"
@@ -264,10 +270,9 @@ def filled_by(name: str) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, AlexNetDistError) or not re.match(_FULL, f"{error!r}"):
             raise
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise MachineError(
-            f"{name!r}: this machine ran out of memory while reading it ({reason}): free memory, "
-            "start fewer processes, or leave it out"
+            f"{name!r}: this machine ran out of memory while reading it ({one_line(error)}): free "
+            "memory, start fewer processes, or leave it out"
         ) from error
 
 

@@ -9,8 +9,8 @@ import yaml
 
 from alexnet_dist.config.load import configs_folder, flatten, parse_argument
 from alexnet_dist.config.schema import Key
-from alexnet_dist.config.yaml_text import bounded_yaml, one_line
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.config.yaml_text import bounded_yaml
+from alexnet_dist.errors import ConfigError, one_line
 
 # Words in a refusal by Slurm, and the keys that it is about.
 _ABOUT = {

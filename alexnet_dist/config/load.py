@@ -23,8 +23,8 @@ from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.rules import check_combinations
 from alexnet_dist.config.schema import Config, keys
 from alexnet_dist.config.values import Typed, check_value, parse
-from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml, one_line
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml
+from alexnet_dist.errors import ConfigError, one_line
 
 Source = str | Path | Mapping[str, Any]
 IN_ONE_PROCESS = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")

@@ -9,8 +9,8 @@ import yaml
 
 from alexnet_dist.config.names import nearest
 from alexnet_dist.config.schema import Key
-from alexnet_dist.config.yaml_text import NOT_YAML, check_yaml, one_line
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.config.yaml_text import NOT_YAML, check_yaml
+from alexnet_dist.errors import ConfigError, one_line
 
 _WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 

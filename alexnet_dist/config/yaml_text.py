@@ -53,8 +53,3 @@ def check_yaml(text: str, of_file: bool = False) -> None:
             raise ValueError(f"nested more than {_DEEPEST} levels deep")
     if text.count("${") > _MOST_INTERPOLATIONS:
         raise ValueError(f"more than {_MOST_INTERPOLATIONS} interpolations (${{…}})")
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's message on one line."""
-    return " ".join(str(error).split())

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from alexnet_dist.data.header import size_of
 from alexnet_dist.data.verified import check_hash, load_array, path_of
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, one_line
 from alexnet_dist.files import MOST_PIXELS, opened
 
 # One record per sample: its shard, the offset and size of its encoded image there (bytes), its
@@ -193,7 +193,7 @@ def undecodable(split: Split, ids: Sequence[int], error: Exception) -> DatasetEr
     which = f"sample {ids[0]}" if len(ids) == 1 else f"a sample among {', '.join(map(str, ids))}"
     return DatasetError(
         f"{split.shards[0].parent}: {which} cannot be decoded, although its bytes are as they "
-        f"were packed ({' '.join(str(error).split())[:200]}): see `alexnet-dist inspect`"
+        f"were packed ({one_line(error)}): see `alexnet-dist inspect`"
     )
 
 

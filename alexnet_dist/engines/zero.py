@@ -26,7 +26,7 @@ from alexnet_dist.engines.base import (
 )
 from alexnet_dist.engines.graph import capture_forward, captures, on_stream
 from alexnet_dist.engines.optimizer import Optimizer
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, one_line
 from alexnet_dist.files import read_bytes
 from alexnet_dist.network import kernels
 from alexnet_dist.network.layers import Layer
@@ -269,8 +269,7 @@ class ZeroEngine:
         except (ValueError, AssertionError) as error:
             if theirs == "none":
                 raise
-            reason = " ".join(str(error).split())
             raise ConfigError(
-                f"layout.deepspeed={theirs!r}: DeepSpeed refuses it: {reason}"
+                f"layout.deepspeed={theirs!r}: DeepSpeed refuses it: {one_line(error)}"
             ) from None
         return engine

@@ -12,7 +12,7 @@ from torch import Tensor
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.errors import CheckpointError, ConfigError, one_line
 from alexnet_dist.files import MOST_MEMORY, check_opcodes, opened, within_memory
 from alexnet_dist.network.shapes import final_side
 from alexnet_dist.tensor_files import TensorFile, save_tensors
@@ -42,8 +42,7 @@ def read(path: Path, config: Config) -> dict[str, Tensor]:
                 with within_memory(MOST_MEMORY + 2 * path.stat().st_size):
                     found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a pickle can fail in any way
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise CheckpointError(f"{path} is not a state dict: {reason}") from error
+            raise CheckpointError(f"{path} is not a state dict: {one_line(error)}") from error
         if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
             keys = f", but of {', '.join(map(str, found))[:200]}" if isinstance(found, dict) else ""
             raise CheckpointError(

@@ -17,7 +17,7 @@ from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.inspect import inspect
 from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
-from alexnet_dist.errors import AlexNetDistError, counted, in_words
+from alexnet_dist.errors import AlexNetDistError, counted, in_words, one_line
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel import environment, layouts, spawn
 from alexnet_dist.parallel.device import (
@@ -149,7 +149,7 @@ def _dali(config: Config) -> Iterator[Finding]:
         remedy = f"update the GPU's driver: none of its decoders works ({lack})" if lack else ""
         yield Finding("dali", f"decodes {found}", remedy)
     except Exception as error:
-        reason = f"{in_words(error) or ' '.join(str(error).split())[:200]}"
+        reason = in_words(error) or one_line(error)
         remedy = "set data.pipeline=torch, or update the GPU's driver"
         yield Finding("dali", f"cannot decode {how}: {reason}", remedy, broken=wanted)
 

@@ -23,7 +23,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Pipeline, Preprocessor, Samples, started_ahead
 from alexnet_dist.data.preprocess import Canvases
 from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
-from alexnet_dist.errors import MachineError
+from alexnet_dist.errors import MachineError, one_line
 
 log = logging.getLogger(__name__)
 _HARDWARE_SHARE = 0.9  # of a batch: 49,000 images/s of an H200, its CUDA cores alone 19,000
@@ -62,11 +62,12 @@ class DaliPipeline(Pipeline):
         futures = started_ahead(plan, lambda s: self.pool.submit(self._read, s), self.prefetch)
         reads, larger = (future.result() for future in futures), list[_Read]()
         while (first := larger.pop() if larger else next(reads, None)) is not None:
-            yield from self._by_one_graph(itertools.chain([first], reads), larger)
+            yield from self._by_one_graph(first, reads, larger)
 
-    def _by_one_graph(self, reads: Iterator[_Read], larger: list[_Read]) -> Iterator[Decoded]:
+    def _by_one_graph(
+        self, first: _Read, reads: Iterator[_Read], larger: list[_Read]
+    ) -> Iterator[Decoded]:
         """Yield batches up to one that is larger than the first; append that one to `larger`."""
-        first = next(reads)
         batch, (_, side) = max(1, len(first.read)), first.samples.patch(self.crop, self.canvas)
         inside = deque[_Read]()  # fed, and not yet out
         feed = self._feed(itertools.chain([first], reads), batch, inside, larger)
@@ -74,10 +75,9 @@ class DaliPipeline(Pipeline):
             graph = self.graph(feed, batch, side)
             graph.build()
         except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
             raise MachineError(
-                f"data.pipeline=dali: no pipeline can be built on {self.device} ({reason}): "
-                "update the GPU's driver, or set data.pipeline=torch"
+                f"data.pipeline=dali: no pipeline can be built on {self.device} "
+                f"({one_line(error)}): update the GPU's driver, or set data.pipeline=torch"
             ) from error
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         empty = torch.empty((0, side, side, 3), dtype=torch.uint8, device=self.device)
@@ -220,7 +220,7 @@ def gpu_decoders(device: int) -> GpuDecoders:
             found.append(decoder.decode(_encoded().tobytes()) is not None)
         except (ImportError, AttributeError, RuntimeError) as error:
             found.append(False)
-            lack = " ".join(str(error).split())[:200]
+            lack = one_line(error)
     hardware, cores = found
     if hardware or cores:
         return GpuDecoders(hardware, cores)

@@ -13,7 +13,7 @@ from alexnet_dist.data.pipelines.resident import FreeMemory, ResidentPipeline, d
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.data.sampler import TrainSampler
-from alexnet_dist.errors import in_words
+from alexnet_dist.errors import in_words, one_line
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import TIMELINE
@@ -72,7 +72,7 @@ def _dali_fails(topology: Topology) -> str:
     try:
         check_dali(topology.device.index)
     except Exception as error:  # of any of its libraries
-        wrong = f"{in_words(error) or ' '.join(str(error).split())[:200]}" or repr(error)
+        wrong = f"{in_words(error) or one_line(error)}"
     return topology.first_message(wrong)
 
 

@@ -9,6 +9,7 @@ import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -148,7 +149,8 @@ def decode_to_memory(
         error.on_every_rank = True
         raise error
     for name in left:
-        found = _decode_all(config, topology, dataset.splits[name], device, signals)
+        with closing(dataclasses.replace(dataset.splits[name])) as split:  # with files of its own
+            found = _decode_all(config, topology, split, device, signals)
         if found is None:
             return
         held[_key(config, topology, name)] = found
@@ -172,7 +174,6 @@ def _decode_all(
     """Decode every image of a split; return None where a signal stopped it. Collective: ranks meet
     after each part, so that decoding many images does not run into a timeout."""
     side, threads = config.data.canvas, config.data.workers or topology.cores
-    split = dataclasses.replace(split)  # with files of its own, to close
     images = torch.empty((len(split), side, side, 3), dtype=torch.uint8, device=device)
     read, damaged = np.arange(len(split)), dict[int, str]()
     size = max(1, _CHUNK // (3 * side**2))
@@ -194,7 +195,6 @@ def _decode_all(
     ):  # fmt: skip
         for first in range(0, len(split), size):
             if signals is not None and signals.poll(topology):
-                split.close()
                 return None
             part = range(first, min(first + size, len(split)))
             into = buffer[: len(part)] if on_device else images[first : part.stop]
@@ -204,7 +204,6 @@ def _decode_all(
             if on_device:
                 images[first : part.stop].copy_(into)
             bar.update(len(part))
-    split.close()
     return Resident(images, read, damaged)
 
 

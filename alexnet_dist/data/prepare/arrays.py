@@ -21,7 +21,7 @@ from alexnet_dist.data.prepare.sources import (
     open_tar,
     read_member,
 )
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, one_line
 from alexnet_dist.files import LONGEST_SIDE, MOST_PIXELS, check_opcodes, opened, read_bytes
 
 _MOST = 2**28  # values in an IDX file; Fashion-MNIST has 47 million
@@ -149,8 +149,7 @@ def read_pickle(content: bytes, name: str) -> dict[bytes, Any]:
             for key, value in values.items()
         }
     except Exception as error:  # a pickle can fail in any way
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise DatasetError(f"{name} is not a pickle of CIFAR-10: {reason}") from error
+        raise DatasetError(f"{name} is not a pickle of CIFAR-10: {one_line(error)}") from error
 
 
 def _array(pickled: _Bytes) -> Pixels:

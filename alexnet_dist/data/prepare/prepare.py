@@ -22,7 +22,7 @@ from alexnet_dist.data.prepare.merge import merge
 from alexnet_dist.data.prepare.packing import tasks_of, write_shards
 from alexnet_dist.data.prepare.provenance import check_same, write_provenance
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.errors import ConfigError, DatasetError, NotAFile, looked_in
+from alexnet_dist.errors import ConfigError, DatasetError, NotAFile, looked_in, one_line
 from alexnet_dist.files import appended, read_bytes, sync, write
 
 SOURCES: dict[str, Callable[..., Source]] = {
@@ -154,8 +154,7 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
     except DatasetError:
         raise
     except Exception as error:  # a hostile archive can fail in any way
-        reason = " ".join(f"{error}".split()) or type(error).__name__
-        raise DatasetError(f"{path} cannot be read completely: {reason}") from error
+        raise DatasetError(f"{path} cannot be read completely: {one_line(error)}") from error
     for name in source.classes:
         if any(unicodedata.category(sign) in _CONTROLS for sign in name):
             raise DatasetError(
