@@ -22,7 +22,7 @@ from conftest import TINY, alexnet_dist, assert_close
 from forks import Fork
 
 from alexnet_dist import bench
-from alexnet_dist.bench import checkpoint, contestants, decoders, end_to_end, step
+from alexnet_dist.bench import checkpoint, contestants, decoders, end_to_end, references, step
 from alexnet_dist.bench.kernel_times import grouped, kernel_lines
 from alexnet_dist.bench.layouts import OnRank, bench_layouts
 from alexnet_dist.bench.synthetic import made_batch
@@ -30,6 +30,7 @@ from alexnet_dist.bench.trainers import Eager, compile_by, graphed, plain
 from alexnet_dist.cli.main import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.dataset import open_dataset
 from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.network.model import AlexNet
@@ -91,6 +92,11 @@ def test_bench_data_says_how_far_apart_the_decoders_are(
     assert "resized, quality 90, grey" in capfd.readouterr().out
     assert main(["bench", "data", str(tmp_path / "source" / "val"), "--differences"]) == 2
     assert "has no .jpg, .jpeg or .png" in capfd.readouterr().err
+
+
+def test_the_bare_decoder_takes_what_prepare_stores(packed: Path) -> None:
+    split = open_dataset(packed).splits["train"]  # PNGs, as of any small image that is no JPEG
+    assert references.bare_decode(split, 2, 20)() > 0
 
 
 def test_a_difference_has_its_sign_its_edges_and_its_tail() -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import decode_jpeg
 
 from alexnet_dist.bench import Pass
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.codecs import decode_image
 from alexnet_dist.data.pipelines.dali_pipeline import on_a_gpu
 from alexnet_dist.data.split import Split
 
@@ -82,12 +82,12 @@ class _Lighting:
 
 
 def bare_decode(split: Split, workers: int, images: int) -> Pass:
-    """Return a pass in which libjpeg-turbo decodes the same images in memory, and drops them."""
+    """Return a pass in which torchvision decodes the same images in memory, and drops them."""
     encoded = [torch.frombuffer(split.read(i), dtype=torch.uint8) for i in range(len(split))]
 
     def decode(first: int) -> None:
         for place in range(first, images, workers):
-            decode_jpeg(encoded[place % len(encoded)])
+            decode_image(encoded[place % len(encoded)])
 
     def run() -> float:
         with ThreadPoolExecutor(workers) as pool:
