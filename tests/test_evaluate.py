@@ -289,9 +289,15 @@ def test_a_run_counts_by_its_own_split_and_data(
     imported = tmp_path / "imported"  # `import` makes a checkpoint alone
     for folder in ("checkpoints", "evaluations"):
         shutil.copytree(config.folder / folder, imported / folder)
+    for path in (imported / "evaluations").iterdir():
+        score = json.loads(path.read_text())
+        if score["data"] == str(other):  # all data are alike to a network that was imported
+            path.write_text(json.dumps(score | {"changed": {}, "date": "2999-01-01"}))
     alone = read_run_folder(imported)
     assert alone is not None
     assert len(alone.scores) == 3
+    assert alone.detailed is not None
+    assert alone.detailed.data == str(other), "the newest of equals"
 
 
 def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(

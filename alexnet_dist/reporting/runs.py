@@ -78,7 +78,7 @@ class RunResults:
     def detailed(self) -> Scored | None:
         """The saved score of the best network, on its own split, with the most views; the newest of
         equals."""
-        own = [one for one in self.scores if one.kept is not None and not one.changed]
+        own = [one for one in reversed(self.scores) if one.kept is not None and not one.changed]
         split = self.config.data.eval_split
         return max(
             own, default=None,
