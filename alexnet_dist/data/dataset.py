@@ -106,32 +106,26 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
             load_array(folder, meta["mean_image"], np.dtype("<f4"), dims=3),
             *(np.array(meta[k], float) for k in ("mean_rgb", "eigenvalues", "eigenvectors")),
         )
+        arrays = [*vars(statistics).values()]
+        shapes = [(*statistics.mean_image.shape[:2], 3), (3,), (3,), (3, 3)]
+        finite = all(np.isfinite(array).all() for array in arrays)
+        if not finite or [array.shape for array in arrays] != shapes:
+            raise ValueError("colour statistics that training could not use")
         splits = {
-            str(name): open_split(folder, str(name), split, len(classes))
+            name: open_split(folder, name, split, len(classes))
             for name, split in meta["splits"].items()
         }
-        for split in splits.values():
-            for number in range(len(split.shards) if verify_hashes else 0):
+        for split in splits.values() if verify_hashes else ():
+            for number in range(len(split.shards)):
                 split.check_shard(number)
     except DatasetError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DatasetError(f"{path} is damaged ({error!r}): prepare the data set again") from error
-    # Statistics that training could not use.
-    colours = statistics.mean_rgb, statistics.eigenvalues, statistics.eigenvectors
-    sound = [a.shape for a in colours] == [(3,), (3,), (3, 3)] and all(map(_finite, colours))
-    if not sound or statistics.mean_image.shape[2] != 3 or not _finite(statistics.mean_image):
-        raise DatasetError(
-            f"{path}: its colour statistics are not numbers: prepare the data set again"
-        )
     # Shards that are read stay open, in each copy of a split.
     allow_open_files(_OTHER_FILES + 2 * sum(len(split.shards) for split in splits.values()))
     digest = hashlib.sha256(text).hexdigest()
     return Dataset(folder, digest, source, classes, statistics, splits)
-
-
-def _finite(array: npt.NDArray[np.floating]) -> bool:
-    return bool(np.isfinite(array).all())
 
 
 def verify_shards(dataset: Dataset, topology: "Topology") -> None:
