@@ -166,19 +166,21 @@ def _check_tiff(opened: Image.Image, content: bytes) -> None:
     """Raise RefusedImage where a TIFF's pixels would be misread, or its zlib checksum is wrong,
     which libtiff does not check."""
     assert isinstance(opened, TiffImagePlugin.TiffImageFile)
-    tags = opened.tag_v2
-    bits, whole = tags.get(258, (1,)), {*tags.get(339, (1,))} <= {1, 4}
-    deep = opened.mode[0] in "IF" and (bits != (16,) or tags.get(262) != 1)
+    tag, tags = TiffImagePlugin, opened.tag_v2
+    bits, whole = tags.get(tag.BITSPERSAMPLE, (1,)), {*tags.get(tag.SAMPLEFORMAT, (1,))} <= {1, 4}
+    white = tags.get(tag.PHOTOMETRIC_INTERPRETATION)  # 0: at 0; 1: at the largest value
+    deep = opened.mode[0] in "IF" and (bits != (16,) or white != 1)
     if deep or not whole:
         raise RefusedImage(
             f"a TIFF of {bits[0]} bits a sample, {'unsigned' if whole else 'signed or floating'}"
-            f"{', white at 0' if deep and tags.get(262) == 0 else ''}: which value is white is not "
+            f"{', white at 0' if deep and white == 0 else ''}: which value is white is not "
             "sure: save it with 8 bits, or 16 unsigned, black at 0"
         )
-    if tags.get(259) in (8, 32946):  # deflate
-        places = [tags.get(own, ()) or tags.get(tile, ()) for own, tile in ((273, 324), (279, 325))]
+    if tags.get(tag.COMPRESSION) in (8, 32946):  # deflate
+        offsets = tags.get(tag.STRIPOFFSETS) or tags.get(tag.TILEOFFSETS, ())
+        sizes = tags.get(tag.STRIPBYTECOUNTS) or tags.get(tag.TILEBYTECOUNTS, ())
         left = MOST_MEMORY
-        for offset, size in zip(*places, strict=False):
+        for offset, size in zip(offsets, sizes, strict=False):
             left = _inflated(content[offset : offset + size], left)
 
 
