@@ -485,6 +485,7 @@ def test_a_cluster_is_written_as_people_do(text: str, kind: str, devices: int, n
         ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA A10", "a10"), ("Tesla T4", "t4"),
         ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA A1000", None),
         ("NVIDIA GH200 480GB", None), ("Tesla V100-SXM2-16GB", "v100"),
+        ("Intel(R) Xeon(R) CPU E5-2686 v4 @ 2.30GHz", None),
     ],
 )  # fmt: skip
 def test_a_gpu_is_known_by_its_name(name: str, kind: str | None) -> None:

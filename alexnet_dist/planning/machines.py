@@ -224,7 +224,8 @@ class Cluster:
 def kind_of(device: str) -> str | None:
     """Return the name in MACHINES of a GPU by torch's name for it, as NVIDIA H100 80GB HBM3."""
     name = device.lower().replace("rtx ", "rtx")
-    return next((kind for kind in MACHINES if re.search(rf"\b{kind}\b", name)), None)
+    gpus = (kind for kind, machine in MACHINES.items() if machine.overlap)  # many CPUs say CPU
+    return next((kind for kind in gpus if re.search(rf"\b{kind}\b", name)), None)
 
 
 def known(device: str) -> Machine | None:
