@@ -87,8 +87,8 @@ class Eager(nn.Module):
 
 
 class _Linear(nn.Linear):
-    """A fully-connected layer; if it has fewer inputs than it is given, each column sees its own
-    alone."""
+    """A fully-connected layer; if it has fewer inputs than it is given, each column sees only its
+    own."""
 
     def forward(self, x: Tensor) -> Tensor:
         columns = x.shape[1] // self.in_features
@@ -139,9 +139,9 @@ def plain(network: nn.Module, config: Config, form: list[str]) -> Work:
 
 
 def compile_by(step: Callable[[], object]) -> None:
-    """Compile a GPU's kernels by running a step, while others may be using the GPU; so without
-    cuDNN's benchmark, which chooses by time. What cuDNN chooses here is for deterministic
-    convolutions alone, and so the benchmark is still to come."""
+    """Compile a GPU's kernels by running a step. Others may be using the GPU meanwhile, so this is
+    done without cuDNN's benchmark, which chooses by time; and with deterministic convolutions, so
+    that cuDNN's choice is not kept for the steps that are timed."""
     cudnn = torch.backends.cudnn
     kept = cudnn.benchmark, cudnn.deterministic
     cudnn.benchmark, cudnn.deterministic = False, True
@@ -189,8 +189,8 @@ def graphed(step: Callable[[], Tensor]) -> Work:
 
 
 def _aside(*steps: Callable[[], object]) -> None:
-    """Run steps on a stream other than the default one, with which nothing can be captured that
-    autograd has met there."""
+    """Run steps on a side stream: what autograd has first met on the default stream cannot be
+    captured."""
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

@@ -16,7 +16,6 @@ from typing import Any
 
 from alexnet_dist.config.values import as_typed
 from alexnet_dist.errors import AlexNetDistError, ConfigError, counted, printable
-from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures, page
 from alexnet_dist.reporting.published import PUBLISHED, preset_of
@@ -26,6 +25,7 @@ from alexnet_dist.reporting.runs import (
     check_replaces,
     confusion_of,
     nearest_preset,
+    read_average,
     read_run_folder,
     recipe,
 )  # fmt: skip
@@ -67,7 +67,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
     folders = [folder for folder in folders if folder != out]
     averaged, runs, others = list[tuple[str, Mapping[str, Any]]](), list[RunResults](), list[str]()
     for folder in folders:
-        if average := _read_average(folder):
+        if average := read_average(folder):
             averaged.append(average)
         elif (run := read_run_folder(folder)) and run.scores:
             runs.append(run)
@@ -94,18 +94,6 @@ def report(folders: Sequence[Path], out: Path) -> str:
     page.write(out, parts)
     left = f"; no evaluated run in {len(others)}: {named}" if others else ""
     return f"{out}: {counted(len(runs), 'run')}{left}"
-
-
-def _read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
-    """Return the name and content of a file that `evaluate --json` wrote for several networks."""
-    try:
-        average = json_object(read_bytes(path))
-        several = len([Path(one) for one in average["of"]]) > 1
-        several &= 0 <= average["top1"] <= 1 and 0 <= average["top5"] <= 1
-        several &= type(average.get("views", 1)) is int
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return (path.stem, average) if several else None
 
 
 def _average_name(one: Mapping[str, Any]) -> str:
@@ -180,10 +168,8 @@ def _all_runs(runs: Sequence[RunResults]) -> str:
         tells = accuracies(run.config.model.classes)
         for one in run.scores:
             score, network = one.score, one.which or f"step {one.step}"
-            errors = [_with_interval(score.top1, score.top1_interval)]
-            if any_top5:
-                five = _with_interval(score.top5, score.top5_interval) if "top5" in tells else "–"
-                errors.append(five)
+            five = _with_interval(score.top5, score.top5_interval) if "top5" in tells else "–"
+            errors = [_with_interval(score.top1, score.top1_interval), *[five] * any_top5]
             rows.append([
                 run.folder.name, f"{network} ({one.step})", f"{one.data}, {one.split}",
                 str(one.views), *errors, f"{score.correct1:,} of {score.samples:,}",
@@ -200,12 +186,9 @@ def _one_run(run: RunResults) -> Iterable[str]:
     yield f"<h2>{html.escape(run.folder.name)}</h2>"
     preset, differ = nearest_preset(run.config)
     rows = [[key, as_typed(own), as_typed(theirs)] for key, (own, theirs) in differ.items()]
-    what = f"The shipped config nearest to it is <b>{html.escape(preset)}</b>"
-    yield (
-        f"<p>{what}; it differs in:</p>" + page.table(["key", "here", preset], rows)
-        if rows
-        else (f"<p>{what}, from which it does not differ.</p>")
-    )
+    keys = page.table(["key", "here", preset], rows)
+    differs = f"; it differs in:</p>{keys}" if rows else ", from which it does not differ.</p>"
+    yield f"<p>The shipped config nearest to it is <b>{html.escape(preset)}</b>{differs}"
     detailed = run.detailed
     if detailed is None or detailed.kept is None:
         views = " --views 10" if run.config.ten_views_differ else ""

@@ -120,6 +120,18 @@ def read_run_folder(folder: Path) -> RunResults | None:
     return RunResults(folder, config, points, scores, several, str(run.get("state", "")))
 
 
+def read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the name and content of a file that `evaluate --json` wrote for several networks."""
+    try:
+        average = json_object(read_bytes(path))
+        several = len([Path(one) for one in average["of"]]) > 1
+        several &= 0 <= average["top1"] <= 1 and 0 <= average["top5"] <= 1
+        several &= type(average.get("views", 1)) is int
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (path.stem, average) if several else None
+
+
 def _best_and_last(by_step: Mapping[int, Score]) -> dict[int, str]:
     """Return what the best scored step, chosen as a run chooses it, and the last are called."""
     if not by_step:
