@@ -219,7 +219,7 @@ def _images(config: Config) -> tuple[int, int, str, str]:
     """
     try:
         splits = open_for(config).splits
-        kept = sum(len(splits[name]) for name in splits_of(config) if name in splits)
+        kept = sum(len(splits[name]) for name in splits_of(config))
         return len(splits[config.data.train_split]), kept, config.data.path, ""
     except DatasetError as error:
         source = f"ILSVRC-2012's, because {config.data.path} holds no data set"
