@@ -41,7 +41,7 @@ def test_bench_data_times_all_pipelines_and_an_index_of_imagenets_size(tmp_path:
     source = made.image_folder(tmp_path / "source", 6, 2, (360, 264))
     few = ["data.workers=1", "train.batch=16", "layout.device=cpu"]
     result = alexnet_dist(
-        "bench", "data", str(source), *few, "--images", "32", "--repeats", "1", "--json"
+        "bench", "data", str(source / "train"), *few, "--images", "32", "--repeats", "1", "--json"
     )
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)

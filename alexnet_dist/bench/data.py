@@ -39,7 +39,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
     """Time every pipeline on the images of a folder, and ImageFolder and the bare decoders.
 
     Args:
-        folder: train/CLASS/*, as torchvision's ImageFolder reads it.
+        folder: train/CLASS/*, or CLASS/*.
         images: images of a pass.
         repeats: passes of each.
         overrides: key=value arguments of the config.
@@ -61,7 +61,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         own: dict[str, list[float]] = {kind: [] for kind in _KINDS}
         train, batch = packed["256"].splits["train"], config.train.batch
         passes: dict[str, Pass] = {
-            "ImageFolder": references.image_folder(folder / "train", config, workers, images),
+            "ImageFolder": references.image_folder(folder, config, workers, images),
             "bare decode": references.bare_decode(train, workers, images),
             "bare DALI": references.bare_dali(train, topology.device, workers, batch, images),
         }

@@ -37,13 +37,17 @@ def rate(counts: Iterator[int], own: list[float] | None = None) -> float:
 
 def image_folder(folder: Path, config: Config, workers: int, images: int) -> Pass:
     """Return a pass of what most PyTorch code does: ImageFolder, the usual transforms, and the
-    processes of a DataLoader."""
+    processes of a DataLoader.
+
+    Args:
+        folder: train/CLASS/*, or CLASS/*.
+    """
     from torch.utils.data import DataLoader, RandomSampler
     from torchvision import datasets, transforms
 
-    lighting = _Lighting(config.data.lighting)
+    lighting, train = _Lighting(config.data.lighting), folder / "train"
     dataset = datasets.ImageFolder(
-        str(folder),
+        train if train.is_dir() else folder,
         transforms.Compose(
             [
                 transforms.Resize(config.data.canvas),

@@ -39,7 +39,7 @@ def add(command: AddCommand) -> None:
         return sub
 
     sub = part("data", bench_data, "decoding, against ImageFolder and the bare decoder")
-    sub.add_argument("folder", type=path, help="folder of images to decode, as train/CLASS/*")
+    sub.add_argument("folder", type=path, help="folder of images to decode, [train/]CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
     sub.add_argument("--images", type=count, default=2000, help="images per pass (default: 2000)")
     sub.add_argument(
