@@ -307,6 +307,13 @@ def pickled(root: Path) -> None:
     edit_json(lambda m: m["splits"]["train"]["index"].update(described))(root)
 
 
+def pipe(root: Path) -> None:
+    """A file that cannot be read, where its size is right."""
+    (root / "mean.npy").unlink()
+    os.mkfifo(root / "mean.npy")
+    edit_json(lambda m: m["mean_image"].update(size=0))(root)
+
+
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no dataset.json", lambda r: (r / "dataset.json").unlink(), "dataset.json is missing: make"),
     ("torn dataset.json", lambda r: (r / "dataset.json").write_text('{"ver'), "cannot be read"),
@@ -319,6 +326,7 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no index", lambda r: (r / "train/samples.npy").unlink(), "samples.npy cannot be read"),
     ("flipped index", flip("train/samples.npy", 200), "samples.npy: SHA-256"),
     ("flipped mean", flip("mean.npy", 200), "mean.npy: SHA-256"),
+    ("no file", pipe, r"mean\.npy cannot be read \(a pipe, not a file"),
     ("class", edit_index(lambda i: i["label"].put(3, 10)), "sample 3 has class 10, out of range"),
     ("offset", edit_index(lambda i: i["offset"].put(4, 2**40)), "sample 4 lies outside its shard"),
     ("shard number", edit_index(lambda i: i["shard"].put(5, 7)), "sample 5 lies outside its"),

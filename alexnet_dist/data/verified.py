@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, cannot_be_read
 from alexnet_dist.files import opened, sha256
 
 
@@ -38,8 +38,12 @@ def path_of(folder: Path, entry: Mapping[str, Any]) -> Path:
 
 
 def check_hash(path: Path, expected: str) -> None:
-    """Raise DatasetError where the SHA-256 of a file is not the expected one."""
-    if (found := sha256(path)) != expected:
+    """Raise DatasetError where the SHA-256 of a file is not the expected one, or cannot be read."""
+    try:
+        found = sha256(path)
+    except OSError as error:
+        raise DatasetError(cannot_be_read(path, error)) from error
+    if found != expected:
         raise DatasetError(
             f"{path}: SHA-256 {found[:12]}…, but dataset.json says {str(expected)[:12]}…: it was "
             "changed or damaged; prepare the data set again"
