@@ -9,7 +9,7 @@ and part of the step: of its CUDA graph, where there is one.
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -79,7 +79,7 @@ class Batch:
 
     def changing(self) -> dict[str, Tensor]:
         """As `StepInput`."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return dict(vars(self))
 
 
 class StepInput(Protocol):
