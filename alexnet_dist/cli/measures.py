@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -188,7 +189,7 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         why = str(error)
 
     if options.json:
-        print(as_json(planned.to_json() | (predicted.to_json() if predicted else {})))
+        print(as_json(asdict(planned) | (predicted.to_json() if predicted else {})))
         return 0
     lines = text.plan_lines(planned)
     if predicted:

@@ -86,9 +86,6 @@ class Plan:
         """Return the number of ranks that a layout, or `alone`, uses."""
         return 1 if kind == "alone" else self.ranks
 
-    def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True)
 class Prediction:
