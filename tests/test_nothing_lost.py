@@ -257,7 +257,7 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(
 
     figures.draw(made())  # or its pictures are what is too long
     with no_file_longer_than(600), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(figures, "draw", lambda folder: [])
+        patched.setattr(figures, "draw", lambda folder: ([], []))
         code, _, err = said(capsys, *(places.get(word, word) for word in arguments))
     assert code == 1
     assert "Traceback" not in err
