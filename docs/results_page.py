@@ -77,7 +77,9 @@ def _epochs(rows: Rows) -> Iterator[str]:
     """Yield the cells of epochs to each training error."""
     for error in ERRORS:
         every = [row.get("epochs_to", {}).get(f"{error}") for row in rows]
-        yield "never" if None in every else _spread(every, 1)
+        reached = [epochs for epochs in every if epochs is not None]
+        some = f" ({len(reached)} of {len(every)})" if len(reached) < len(every) else ""
+        yield _spread(reached, 1) + some if reached else "never"
 
 
 def _where(rows: Rows) -> str:
@@ -93,7 +95,7 @@ def _choices(part: str, rows: Rows) -> Iterator[str]:
         found.sort(key=lambda row: str(row["row"]))  # in the order of the candidates
         if not found:
             continue
-        by = "training error" if variant.by_training else "a tenth of the training images held out"
+        how = "by training error" if variant.by_training else "on a tenth held out of training"
         best = max(found, key=lambda row: merit(variant, row))
         whole = len(found) == len(variant.candidates)
         each = "; ".join(
@@ -101,7 +103,8 @@ def _choices(part: str, rows: Rows) -> Iterator[str]:
             + (" (taken)" if whole and row is best else "")
             for row in found
         )
-        yield f"\nChosen for {variant.told} by {by} ({_where(found)}): {each}."
+        so_far = "" if whole else f"{len(found)} of {len(variant.candidates)} so far, "
+        yield f"\nRecipes for {variant.told}, {so_far}judged {how} ({_where(found)}): {each}."
 
 
 def in_words(figures: Mapping[str, Any]) -> str:
@@ -124,7 +127,7 @@ def _colours(rows: Rows) -> Iterator[str]:
     """Yield the colour of each column's conv1 kernels, and some of these kernels."""
     found = [row for row in rows if two_columns(row)]
     if found:
-        yield "\nColour, a share of the energy of each column's first kernels (of noise 2/3):\n"
+        yield "\nColour's share of the energy of conv1's kernels (of noise, it is 2/3):\n"
         yield table_head(
             "seed", "by epoch: first column, second", "kernels, a column above the other"
         )

@@ -247,7 +247,12 @@ def test_the_tables_show_means_choices_colour_and_commands() -> None:
     assert "CIFAR-10" not in front
     assert "that needs a GPU" in results_page.front([])
     fig1 = [one for one in planned(["fig1"]) if one.name == "fig1-relu-0"]
-    assert "| ReLU | 1 | 1.0 | 5.0 | never | 1.5 |" in results_page.tables([row(fig1[0])])
+    once = row(fig1[0])
+    assert "| ReLU | 1 | 1.0 | 5.0 | never | 1.5 |" in results_page.tables([once])
+    again = once | {"row": "fig1-relu-1", "epochs_to": {"50": 1.0, "25": None, "15": None}}
+    assert "| ReLU | 2 | 1.0 ± 0.0 | 5.0 (1 of 2) | never |" in results_page.tables([once, again])
+    told = results_page.tables(rows[:2])
+    assert "Recipes for the paper's network, 2 of 3 so far, judged on" in told
 
 
 def test_the_pages_show_what_is_in_the_ledger() -> None:

@@ -45,7 +45,7 @@ _BASIS = {
     (True, True): "not run",
 }  # fmt: skip
 # A process's threads hold Python's lock between images: 4 threads decoded 4,750 images/s of 224
-# pixels, 14 threads 4,000 (docs/performance.md); here of 256 pixels.
+# pixels, 14 threads 4,000 (docs/scaling.md); here of 256 pixels.
 _LOCKED, _LOCKED_BY_MORE = 4750 * (224 / 256) ** 2, 4000 * (224 / 256) ** 2
 
 

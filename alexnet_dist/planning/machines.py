@@ -68,7 +68,7 @@ class Machine:
 
 
 # Decoders: an H200 decoded 49,000 images/s of 224 × 224 pixels with its seven JPEG engines and
-# 19,000 on CUDA cores (docs/performance.md); other GPUs are scaled by their data sheets.
+# 19,000 on CUDA cores (docs/scaling.md); other GPUs are scaled by their data sheets.
 _PIXELS = (224 / 256) ** 2
 _ENGINE, _BY_CUDA, _H200_FP32 = 49_000 * _PIXELS / 7, 19_000 * _PIXELS, 67e12
 _LINK = 0.8  # share of the data sheet's figure for one direction that is reached
