@@ -16,20 +16,20 @@ PATH = Path(__file__).with_name("configuration.md")
 HEAD = """# Configuration
 
 Every key, made by `make docs` from [schema.py](../alexnet_dist/config/schema.py) and
-[base.yaml](../configs/base.yaml), which holds the default of each: the network and the recipe of
-the paper. A file says only what differs. Keys with a ◦ may change between two starts of one run;
-the others define the run, and a checkpoint of other values is refused by name (`train.epochs` under
-`schedule.kind=polynomial` only).
+[base.yaml](../configs/base.yaml), which holds the defaults: the network and the recipe of the
+paper. A file only says what differs. Keys with a ◦ may change between two starts of one run; the
+others define the run, and a checkpoint with other values is refused, with the key's name.
+(`train.epochs` may change too, unless `schedule.kind=polynomial`.)
 
 ```bash
 .venv/bin/alexnet-dist train demo my.yaml layout.kind=one 'model.exchange=[conv3,fc6,fc7,fc8]'
 ```
 
-A source is a YAML file, the name of a shipped one (`demo`, `paper/no-lrn`), or `key=value`; later
-ones win, key by key, and a list replaces a list. Quote what a shell would read itself; nothing else
-needs quotes: a value is taken as it is typed where its key is text (`#` too), numbers are decimal,
-and ~ is the home folder in every path. `alexnet-dist configs` lists what is shipped.
-`config.json` in a run folder is a source too.
+A source is a YAML file, the name of a shipped one (`demo`, `paper/no-lrn`; `alexnet-dist configs`
+lists them), a run folder's `config.json`, or `key=value`. Later ones win, key by key; a list
+replaces a list. Quote what the shell would interpret; nothing else needs quotes. The value of a key
+of type text is taken as typed (even with a `#`), numbers are decimal, and ~ is the home folder in
+every path.
 """
 
 

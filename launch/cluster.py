@@ -45,11 +45,11 @@ class Cluster:
         Key("time limit of one start, minutes; a longer run is requeued until it is done", ge=1),
     ] = 60
     signal_s: Annotated[
-        int, Key("how long before the time limit the run saves, s; Slurm may be 60 early", ge=1)
+        int, Key("how long before the time limit the run saves, s; Slurm may be 60 s early", ge=1)
     ] = 120
     partition: Annotated[str, Key("Slurm's partition; empty: the site's default")] = ""
     account: Annotated[str, Key("the account to charge; empty: the site's default")] = ""
-    comment: Annotated[str, Key("for the site's books")] = ""
+    comment: Annotated[str, Key("sbatch's --comment, for the site's accounting")] = ""
     sbatch: Annotated[
         dict[str, Any], Key("any other options of sbatch; true for one without a value")
     ] = field(default_factory=dict)

@@ -276,7 +276,7 @@ class OptimizerConfig:
     trust: Annotated[
         float, Key("lars: a layer's learning rate is ε × this × ‖w‖ ÷ (‖g‖ + decay × ‖w‖)", gt=0)
     ]
-    momentum: Annotated[float, Key("sgd's momentum", ge=0, lt=1)]
+    momentum: Annotated[float, Key("momentum of sgd and lars", ge=0, lt=1)]
     momentum_form: Annotated[
         Literal["velocity", "torch"],
         Key("velocity: the learning rate is inside the momentum (paper §5); torch: outside"),
@@ -399,7 +399,7 @@ class CheckpointConfig:
         Key("keep checkpoints at multiples of this step permanently; 0 = none", ge=0, mutable=True),
     ]
     max_idle_restarts: Annotated[
-        int, Key("failures in a row without a new checkpoint that are allowed, before a start is "
+        int, Key("restarts in a row that may fail without a new checkpoint, before a start is "
                  "refused", ge=0,
                  mutable=True),
     ]  # fmt: skip
@@ -430,7 +430,7 @@ class LogConfig:
     ]
     embedding: Annotated[
         int,
-        Key("TensorBoard: number of test images in the projector at the end; 0 = none", ge=0,
+        Key("TensorBoard: evaluation images in the projector at the end; 0 = none", ge=0,
             le=10_000, mutable=True),
     ]  # fmt: skip
 
