@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def add(command: AddCommand) -> None:
     """Add `bench` with its parts, each a command of its own."""
     bench = command(
-        "bench", None, "measure one part of the program against references, all in one run",
+        "bench", None, "time one part of the program beside references, in turn",
         ("alexnet-dist bench step demo", "alexnet-dist bench layouts demo --ranks 2 --json"),
     )  # fmt: skip
     parts = commands_of(bench, "PART")

@@ -48,7 +48,7 @@ def add(command: AddCommand) -> None:
         "--data",
         type=path,
         metavar="FOLDER",
-        help="where its packed data set lies now, if it was moved",
+        help="where the network's packed data set is, if it has moved",
     )
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print CSV, one row per image")

@@ -51,7 +51,7 @@ def add(command: AddCommand) -> None:
         "--data",
         type=path,
         metavar="FOLDER",
-        help="onnx: where its packed data set lies now, if it was moved",
+        help="onnx: where the network's packed data set is, if it has moved",
     )
 
     sub = command(
