@@ -29,7 +29,8 @@ def _table(rows: Rows) -> Iterator[str]:
     last = rows[-1]
     yield f"**{last['part']}**, {last['card']}: `{last['command']}`\n"
     if "failed" in last:
-        said = " ".join(last["failed"].split())[:200].replace("`", "'")
+        said = " ".join(last["failed"].split()).replace("`", "'")
+        said = re.sub(r": .*?(?=FAILED )", ": ", said, count=1)[:200]  # what pytest's summary says
         yield f"\nIt failed at {last['commit']}, {last['date']}: `{said}`\n"
     by_commit = {row["commit"]: row for row in rows if row["figures"]}
     if not by_commit:

@@ -227,6 +227,8 @@ def test_the_tables_show_the_first_commit_and_the_last() -> None:
     told = gpu_page.tables(rows)
     assert "failed at fourth, 2026-11-26: `exit 1: no 'card'`" in told
     assert "| ours / theirs | 1.5 | 20,123 |" in told
+    rows.append(row("fifth", 0, figures={}, failed=f"exit 1: {'x: ' * 99}\nFAILED tests/a - why"))
+    assert ": `exit 1: FAILED tests/a - why`" in gpu_page.tables(rows)
     begin, end = gpu_page.PAGE.marks
     page = f"# P\n{begin}old\n{end}after\n"
     again = gpu_page.PAGE.documented(page, rows)
