@@ -239,6 +239,10 @@ def test_the_fingerprint_holds_what_defines_the_run(tiny: Callable[..., Config])
         assert fingerprint(tiny("schedule.kind=steps", defining)) != base
     longer = fingerprint(tiny("schedule.kind=polynomial", "train.epochs=200"))
     assert longer != fingerprint(tiny("schedule.kind=polynomial"))
+    config = tiny("schedule.kind=steps")
+    schedule = dataclasses.replace(config.schedule, kind="cosine")  # type: ignore[arg-type]
+    own = dataclasses.replace(config, schedule=schedule)
+    assert fingerprint(own)["train.epochs"] == config.train.epochs
 
 
 VALUES = st.text(max_size=300) | st.builds(repr, st.recursive(

@@ -1,7 +1,7 @@
 """The paper's update against its printed formula, and the learning-rate schedules."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -130,6 +130,12 @@ def schedule(tiny: Callable[..., Config], *overrides: str) -> Schedule:
     """Of 10 steps an epoch, 4 epochs, at a rate of 1."""
     config = tiny("train.batch=8", "train.epochs=4", "schedule.rate=1", *overrides)
     return Schedule.of(config, samples=80)
+
+
+def test_a_kind_that_is_only_in_the_schema_does_not_train_as_sgd() -> None:
+    config = replace(load_config([]).optimizer, kind="adagrad")  # type: ignore[arg-type]
+    with pytest.raises(KeyError, match="adagrad"):
+        Optimizer(config, [("conv1.weight", torch.nn.Parameter(torch.ones(1)))])
 
 
 def test_steps_fall_at_their_epochs(tiny: Callable[..., Config]) -> None:

@@ -36,7 +36,8 @@ def contestant(name: str, config: Config) -> Work:
             from torchvision.models import alexnet
 
             return plain(alexnet(num_classes=config.model.classes), config, form)
-    raise ValueError(name)
+        case _:
+            raise ValueError(name)
 
 
 _LOSSES = ("ours, bf16", "ours, fp32", "eager, fp32")

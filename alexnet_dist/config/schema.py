@@ -509,7 +509,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     longer run starts exactly like a shorter one.
     """
     values = flat(config)
-    if config.schedule.kind != "polynomial":
+    if config.schedule.kind in ("steps", "plateau"):
         del values["train.epochs"]
     mutable = {dotted for dotted, _, key in keys() if key.mutable}
     return {dotted: value for dotted, value in values.items() if dotted not in mutable}

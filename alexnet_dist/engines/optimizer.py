@@ -14,6 +14,13 @@ from torch import Tensor, nn
 
 from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
 
+# The state tensors of each `optimizer.kind`, by parameter: its shape, but for `step`, a number.
+STATE = {
+    "sgd": ("momentum_buffer",),
+    "lars": ("momentum_buffer",),
+    "adam": ("exp_avg", "exp_avg_sq", "step"),
+}
+
 
 def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
     """Return a method of torch's optimisers without its wrappers, which import torch's compiler to
@@ -63,15 +70,16 @@ class Optimizer:
             for biases in (False, True)
         ]
         self.optimizer: torch.optim.Optimizer
-        if config.kind == "adam":
-            betas = (config.betas[0], config.betas[1])
-            self.optimizer = torch.optim.Adam(
-                groups, betas=betas, eps=config.eps, fused=True, capturable=narrow is not None
-            )
-            # torch would warn of uncaptured steps; those before the capture are meant to be.
-            self.optimizer._warned_capturable_if_run_uncaptured = True
-        else:
-            self.optimizer = _SGD(groups, momentum=config.momentum, fused=True)
+        match config.kind:
+            case "sgd" | "lars":
+                self.optimizer = _SGD(groups, momentum=config.momentum, fused=True)
+            case "adam":
+                betas = (config.betas[0], config.betas[1])
+                self.optimizer = torch.optim.Adam(
+                    groups, betas=betas, eps=config.eps, fused=True, capturable=narrow is not None
+                )
+                # torch would warn of uncaptured steps; those before the capture are meant to be.
+                self.optimizer._warned_capturable_if_run_uncaptured = True
         self.parameters = dict(named)
         # torch would make the state at the first step, and not at all if that is skipped.
         for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():
@@ -88,8 +96,13 @@ class Optimizer:
         self.fixed_rates, self.scaled_rates = self._rates()
 
     @property
+    def with_momentum(self) -> bool:
+        """Whether `momentum_form` and our own kernel apply; otherwise the update is torch's."""
+        return self.config.kind in ("sgd", "lars")
+
+    @property
     def velocity(self) -> bool:
-        return self.config.kind != "adam" and self.config.momentum_form == "velocity"
+        return self.with_momentum and self.config.momentum_form == "velocity"
 
     def loss_scale(self, rate: float | Tensor) -> float | Tensor:
         """Return the factor by which the loss must be multiplied before its backward."""
@@ -102,7 +115,7 @@ class Optimizer:
 
     def step(self, rate: float | Tensor, skip: Tensor) -> None:
         """Update the parameters, unless `skip` (() float32, on the device) is not 0."""
-        if self.narrow is None or self.config.kind == "adam":
+        if self.narrow is None or not self.with_momentum:
             self.prepare(rate, skip)
             self.optimizer.step()
             self.narrow_all()
@@ -112,8 +125,8 @@ class Optimizer:
 
     def prepare(self, rate: float | Tensor, skip: Tensor) -> None:
         """Do everything of a step but the update itself: set rates, decay and the skip flag."""
-        if self.config.kind == "adam" and self.narrow is not None:
-            rate = self._for_adam(rate)
+        if self.narrow is not None:
+            rate = self._for_torch(rate)
         for group, biases in zip(self.optimizer.param_groups, (False, True), strict=True):
             decay = self.config.weight_decay * (self.config.bias_decay or not biases)
             bias_rate = self.config.bias_rate if biases else 1.0
@@ -126,9 +139,9 @@ class Optimizer:
             scale = skip.new_full((), self.fixed_scale) / (rate if self.rate_in_loss else 1.0)
             self.optimizer.grad_scale = scale  # type: ignore[attr-defined]
 
-    def _for_adam(self, rate: float | Tensor) -> float | Tensor:
-        """Return the learning rate as torch's Adam takes it: on a GPU always a float32 tensor, so
-        that captured and uncaptured steps are bit-identical."""
+    def _for_torch(self, rate: float | Tensor) -> float | Tensor:
+        """Return the learning rate as torch's update takes it where steps may be captured: on a GPU
+        always a float32 tensor, so that captured and uncaptured steps are bit-identical."""
         if self.device.type == "cpu":
             return rate
         if isinstance(rate, Tensor):
@@ -221,11 +234,11 @@ def state_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the optimiser's state tensors for parameters of these shapes, by
     `KIND/PARAMETER`."""
-    like = ("exp_avg", "exp_avg_sq") if config.kind == "adam" else ("momentum_buffer",)
-    shapes = {f"{kind}/{name}": shape for kind in like for name, shape in parameters.items()}
-    if config.kind == "adam":
-        shapes |= {f"step/{name}": () for name in parameters}
-    return shapes
+    return {
+        f"{kind}/{name}": () if kind == "step" else shape
+        for kind in STATE[config.kind]
+        for name, shape in parameters.items()
+    }
 
 
 @dataclass

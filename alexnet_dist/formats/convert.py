@@ -108,7 +108,7 @@ def export_weights(kind: str, source: Path, out: Path, data: Path | None = None)
                 torchvision.write(aside, config, tensors)
             case "caffe":
                 caffe.write(aside, config, tensors)
-            case "onnx":
+            case _:
                 onnx.write(aside, found, config, tensors, data)
     return out
 

@@ -15,6 +15,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.engines.optimizer import STATE
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
 from alexnet_dist.network.flops import map_values, multiply_adds, training_flops
@@ -48,8 +49,7 @@ _PARTS = {
     "Temp": "temporary",
     "Other": "buckets",
 }
-# ZeRO: elements of a bucket, as in engines/zero.py; optimiser tensors beside the fp32 weights.
-_ZERO_BUCKET, _ZERO_TENSORS = 2**24, {"sgd": 1, "adam": 2}
+_ZERO_BUCKET = 2**24  # elements of a bucket, as in engines/zero.py
 _STATS_BYTES = 48  # of a step's `StepStats`
 
 
@@ -219,6 +219,7 @@ def _zero_rank(config: Config, ranks: int, gpu: bool) -> Rank:
     rounds = config.train.micro_batches if config.layout.kind == "zero2" else 1
     width = 2 if config.layout.compress_gradients else 4
     share = ranks - 1
+    beside_weights = sum(kind != "step" for kind in STATE[config.optimizer.kind])
     sent = {
         "all-reduce": round(2 * (rounds * width * sum(sizes) + _STATS_BYTES) * share / ranks),
         "all-gather": 4 * padded * share // ranks,
@@ -229,7 +230,7 @@ def _zero_rank(config: Config, ranks: int, gpu: bool) -> Rank:
     memory = {name: replica.memory[name] for name in names} | {
         "parameters": 4 * padded,
         "gradients": 4 * padded,  # complete until they are reduced, at stage 2 too
-        "optimizer": 4 * padded // ranks * (1 + _ZERO_TENSORS[config.optimizer.kind]),
+        "optimizer": 4 * padded // ranks * (1 + beside_weights),
     }
     return Rank(
         batch_per_replica=config.train.batch // ranks,

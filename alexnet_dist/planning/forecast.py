@@ -263,4 +263,5 @@ def _is_on(measured: Any, planned: Plan, cluster: Cluster) -> bool:
             if cluster.machine.overlap:
                 return machine is not None and machine.name == cluster.machine.name
             return machine is None and cores == cluster.total
-    return False
+        case _:
+            return False

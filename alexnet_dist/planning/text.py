@@ -101,7 +101,8 @@ def _on(measured: Any) -> str:
     match measured:
         case {"ranks": int(ranks), "device": str(device), "cores": int(cores)}:
             return f"on {counted(ranks, 'rank')}, {printable(device)}, {counted(cores, 'core')}"
-    return "on a machine that it did not note"
+        case _:
+            return "on a machine that it did not note"
 
 
 def _beside(run: Mapping[str, Any]) -> str:

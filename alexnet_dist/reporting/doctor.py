@@ -1,6 +1,7 @@
 """`doctor`: what is here, what a run would use and why, and what to mend before one is started."""
 
 import fcntl
+import math
 import os
 import platform
 import shutil
@@ -17,8 +18,9 @@ from alexnet_dist.compat import all_gather_single
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.inspect import inspect
 from alexnet_dist.data.pipelines.dali_pipeline import check_dali, gpu_decoders
+from alexnet_dist.engines.optimizer import state_shapes
 from alexnet_dist.errors import AlexNetDistError, counted, in_words, one_line
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.model import whole_shapes
 from alexnet_dist.parallel import environment, layouts, spawn
 from alexnet_dist.parallel.device import (
     cores,
@@ -156,11 +158,10 @@ def _dali(config: Config) -> Iterator[Finding]:
 
 def _disk(config: Config) -> Iterator[Finding]:
     """Check the space for checkpoints, and that the file system has locks and a common clock."""
-    with torch.device("meta"):
-        model = AlexNet(config.model, config.seed, init_weights=False)
     size = 8 if config.train.precision == "fp64" else 4
-    copies = {"adam": 3}.get(config.optimizer.kind, 2)  # weights and the optimiser's tensors
-    one = copies * size * sum(p.numel() for p in model.parameters())
+    weights = whole_shapes(config.model)
+    tensors = (*weights.values(), *state_shapes(config.optimizer, weights).values())
+    one = size * sum(map(math.prod, tensors))
     needed = one * (config.checkpoint.keep_last + 2)  # plus the best, and the one being written
     out = Path(config.output_dir).resolve()
     folder = next(p for p in (out, *out.parents) if p.exists())

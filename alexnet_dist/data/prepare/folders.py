@@ -110,6 +110,8 @@ def tiny_imagenet(path: Path) -> Source:
                 splits["val"].append(item._replace(label=_label_of(wnid, label, item, path)))
             case ["test", *_]:
                 left["test image without a class"] += [item.name]
+            case _:
+                pass  # no image of a split
     classes = tuple(f"{wnid} {words.get(wnid, '')}".strip() for wnid in ids)
     return Source("tiny_imagenet", classes, splits, notes=_note(left))
 
