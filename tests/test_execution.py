@@ -142,6 +142,16 @@ def test_a_network_of_kernels_is_that_of_operators(found: tuple[Any, Any]) -> No
         assert wanted <= {name.partition("::")[2] for name in launched}
 
 
+def test_a_parameter_that_is_not_learnt_stays_and_is_saved() -> None:
+    config = load_config([*SMALL, "train.precision=fp32"])
+    engine, batch = TorchEngine(config, connect(config)), made_batch(config, torch.device("cpu"))
+    still = engine.model.get_parameter("conv2.weight").requires_grad_(False).clone()
+    engine.train_step(batch, 0, 0.01, keep_gradients=True)
+    assert torch.equal(engine.whole_tensors()[0]["conv2.weight"], still)
+    assert engine.gradient("conv2.weight") is None
+    assert engine.gradient("conv1.weight") is not None
+
+
 def test_an_update_narrows_the_weights(found: tuple[Any, Any]) -> None:
     for kinds, dtype in zip(found[1], ("bfloat16", "float16"), strict=True):
         assert kinds == dict.fromkeys(NARROW[0].model.layer_names, f"torch.{dtype}")

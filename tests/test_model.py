@@ -13,6 +13,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.engines.base import label_ranks
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import precision
+from alexnet_dist.network.layers import Conv
 from alexnet_dist.network.model import AlexNet, Column
 from alexnet_dist.partition import share
 
@@ -234,3 +235,14 @@ def test_the_network_compiles_as_one_graph() -> None:
             model.zero_grad()
         for eager, one in zip(*found, strict=True):
             assert_close(one, eager, 1e-5 * eager.abs().max().item())
+
+
+def test_state_that_no_checkpoint_would_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(layer: Conv, *args: Any) -> None:
+        made(layer, *args)
+        layer.register_buffer("running_mean", torch.zeros(1))
+
+    made = Conv.__init__
+    monkeypatch.setattr(Conv, "__init__", build)
+    with pytest.raises(AssertionError, match="only parameters are saved"):
+        AlexNet(load_config(TINY).model)

@@ -24,6 +24,7 @@ from alexnet_dist.evaluation import predict
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
 from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.evaluation.load import Trained
+from alexnet_dist.network.layers import ACTIVATIONS
 from alexnet_dist.network.shapes import map_sides
 from alexnet_dist.training.loop import train
 
@@ -102,6 +103,13 @@ def test_a_file_is_answered_as_its_packed_sample_is_evaluated(
 def test_a_tensor_that_is_no_image_is_refused(own: Trained, image: torch.Tensor) -> None:
     with pytest.raises(DatasetError, match=r"must be \(1 or 3, height, width\), uint8"):
         own.probabilities(image)
+
+
+def test_features_have_the_networks_own_activation(
+    own: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ACTIVATIONS, "relu", F.gelu)  # of which torch has no other form
+    assert (own.features(images_of(own), "fc7") < 0).any()
 
 
 def test_features_are_what_layers_make(own: Trained) -> None:

@@ -81,7 +81,8 @@ class Engine(Protocol):
 
     def gradient(self, name: str) -> Tensor | None:
         """Return a parameter's whole gradient of the last step, which must have kept them, on rank
-        0's CPU; None on other ranks, and with ZeRO. Collective."""
+        0's CPU; None on other ranks, with ZeRO, and if it has none (requires_grad=False).
+        Collective."""
 
     def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return whole parameters and whole optimiser tensors, by name, on rank 0's CPU; fewer or

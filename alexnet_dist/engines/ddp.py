@@ -208,7 +208,8 @@ class TorchEngine:
         return self._merged(name, self.model.get_parameter(name))
 
     def gradient(self, name: str) -> Tensor | None:
-        return self._merged(name, self.gradients[name])
+        part = self.gradients.get(name)
+        return None if part is None else self._merged(name, part)
 
     def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         parameters = dict(self.model.named_parameters())

@@ -187,8 +187,9 @@ class Optimizer:
             self._scale_layers(rate)
         weight_rates, bias_rates = (self.fixed_rates + self.scaled_rates * rate).to(self.dtype)
         for name, parameter in self.parameters.items():
+            if parameter.grad is None:  # requires_grad=False
+                continue
             velocity = self.optimizer.state[parameter]["momentum_buffer"]
-            assert parameter.grad is not None
             rates = bias_rates if name.endswith(".bias") else weight_rates
             sgd_update(parameter, velocity, parameter.grad, self.narrow.get(name), rates, skip)
 

@@ -13,6 +13,7 @@ from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.network.exchange import side_by_side
+from alexnet_dist.network.layers import ACTIVATIONS
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.topology import Topology
@@ -43,9 +44,10 @@ def activations(
     last = model.config.layer_names[-1]
 
     def keep(layer: str, parts: list[Tensor]) -> None:
-        activate = torch.clone if layer == last else getattr(torch, model.config.activation)
         # Copied at once, since the network goes on in the same memory.
-        outputs[layer] = [activate(x if x.dtype == torch.float64 else x.float()) for x in parts]
+        wide = [x.to(torch.promote_types(x.dtype, torch.float32), copy=True) for x in parts]
+        activate = ACTIVATIONS[model.config.activation]
+        outputs[layer] = wide if layer == last else [activate(x) for x in wide]
 
     hooks = [
         model.get_submodule(layer).register_forward_hook(

@@ -19,6 +19,9 @@ from alexnet_dist.network.exchange import Exchange
 from alexnet_dist.network.precision import product
 from alexnet_dist.network.shapes import windows_along
 
+# By `model.activation`. Each returns its result, and may compute it in place.
+ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
+
 
 class Layer(nn.Module):
     """One layer of the columns on this device.
@@ -205,11 +208,6 @@ class Linear(Layer):
         return [_units(x, bias, activation, dropout, start) for x, bias, start in parts]
 
 
-def activated(x: Tensor, activation: str) -> Tensor:
-    """Apply an activation (relu, tanh or sigmoid) in place, and return x."""
-    return getattr(torch, f"{activation}_")(x)  # type: ignore[no-any-return]
-
-
 def _units(
     x: Tensor, bias: Tensor | None, activation: str | None, dropout: Dropout | None, first: int
 ) -> Tensor:
@@ -220,7 +218,7 @@ def _units(
         first: index of the first unit among those of all columns.
     """
     if bias is None:
-        x = activated(x, activation) if activation else x
+        x = ACTIVATIONS[activation](x) if activation else x
         return dropout(x, first) if dropout else x
     from alexnet_dist.network.kernels.units import units
 

@@ -24,7 +24,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.concurrent import at_once
 from alexnet_dist.network.dropout import Dropout
 from alexnet_dist.network.exchange import Exchange, OneDevice
-from alexnet_dist.network.layers import Conv, Layer, Linear, activated
+from alexnet_dist.network.layers import ACTIVATIONS, Conv, Layer, Linear
 from alexnet_dist.network.lrn import constants_of, local_response_norm
 from alexnet_dist.network.shapes import final_side
 from alexnet_dist.network.summary import summary
@@ -62,14 +62,14 @@ class Column:
                 return maps(x, bias, activation, norm, pool, last)
             x = maps(x, bias, None if last else activation, None, None)
         elif not last:
-            x = activated(x, activation)
+            x = ACTIVATIONS[activation](x)
         fused = bias is not None
         # What is left: normalisation, then pooling; CaffeNet pools first.
         if config.pool_before_lrn:
             x = self._normalised(layer, pooled(config, layer, x), fused)
         else:
             x = pooled(config, layer, self._normalised(layer, x, fused))
-        return activated(x, activation) if last else x
+        return ACTIVATIONS[activation](x) if last else x
 
     def dropped(self, maps: Tensor, dropout: Dropout) -> Tensor:
         """Apply dropout to the values of this column's last maps, (n, own maps, h, w)."""
@@ -170,6 +170,7 @@ class AlexNet(nn.Module):
         for name, inputs, outputs in zip(config.fc_names, sizes[:-1], sizes[1:], strict=True):
             parts = [share(outputs, *part) for part in fc_parts]
             self.add_module(name, Linear(name, whole_shape(name, outputs, inputs), parts, dtype))
+        assert not [*self.buffers()], "only parameters are saved: see docs/extending.md"
         for index, layer in enumerate(self.layers() if init_weights else ()):
             layer.initialise(seed, *_initial(config, index, math.prod(layer.whole_shape[1:])))
 
