@@ -137,7 +137,7 @@ def test_a_layout_of_several_ranks_is_started_here(
 def test_the_documents_examples_run(packed: Path, tmp_path: Path) -> None:
     """In one interpreter, as they stand, on fewer images."""
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo").symlink_to(packed)
     result = subprocess.run(
@@ -147,6 +147,7 @@ def test_the_documents_examples_run(packed: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert re.search(r"top-1 \d+\.\d %, between", result.stdout)
     assert "60965224\n" in result.stdout
+    assert re.findall(r"step (\d): loss \d", result.stdout) == ["0", "1", "2"]
 
 
 def test_a_lone_source_needs_no_list() -> None:
