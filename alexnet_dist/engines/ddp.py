@@ -105,7 +105,7 @@ class TorchEngine:
         self, given: StepInput, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
     ) -> Tensor:
         """Compute gradients, micro-batch by micro-batch, and update the weights."""
-        batch = given.batch()
+        batch = given.batch()  # decoded bytes become windows: `Preprocess`
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
         stats: Tensor | None = None
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
@@ -121,7 +121,8 @@ class TorchEngine:
         assert stats is not None
         if keep_gradients:
             self.gradients = self._kept_gradients(scale)
-        # The update is skipped, on all ranks, where the loss or the gradient is not finite.
+        # The update, which also clears the gradients. It is skipped, on all ranks, where the loss
+        # or the gradient is not finite.
         with TIMELINE.span("optimizer"):
             stats = with_damaged(stats, batch)
             self.complete_stats(stats)

@@ -85,12 +85,8 @@ class Optimizer:
         for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():
             kind, _, name = key.partition("/")
             like = self.parameters[name]
-            value = (
-                torch.zeros_like(like)
-                if shape == like.shape
-                else like.new_zeros((), dtype=torch.float32)
-            )
-            self.optimizer.state[like][kind] = value
+            number = torch.zeros((), dtype=torch.float32, device=like.device)
+            self.optimizer.state[like][kind] = torch.zeros_like(like) if shape else number
         first = named[0][1]
         self.dtype, self.device = first.dtype, first.device
         self.fixed_rates, self.scaled_rates = self._rates()

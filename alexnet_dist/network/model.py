@@ -198,6 +198,7 @@ class AlexNet(nn.Module):
         outputs = [x]
         for conv in convs:  # (n, 48, 27, 27), (n, 128, 13, 13), (n, 192, 13, 13), …
             outputs = conv(outputs, self._exchange_before(conv))
+            # Each column activates, normalises and pools its own maps.
             each = [functools.partial(column.maps, conv.name) for column in self.columns]
             outputs = at_once(each, list(zip(outputs, conv.biases(outputs), strict=True)))
         # Dropout before fc6 acts on the maps, of the samples that are on this device.

@@ -132,7 +132,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
         raise explained from error
     finally:
         folder.close()
-    release()
+    release()  # captured steps hold on to the groups, which leave() destroys
     leave()
     return outcome
 
