@@ -61,7 +61,8 @@ def _damaged(sound: bytes, dice: random.Random) -> bytes:
             return zeroed if zeroed != sound else sound[:at]
         case "cut":
             return sound[:at]
-    return sound + b"\0"
+        case _:
+            return sound + b"\0"
 
 
 def full_disk(testbed: Testbed, count: int, dice: random.Random) -> Iterator[Row]:

@@ -51,6 +51,8 @@ def mutated(sound: bytes, dice: random.Random) -> bytes:
                 del found[at:]
             case "add":
                 found += dice.randbytes(size)
+            case _:
+                pass  # there is nothing to flip, or it is not cut this time
     return bytes(found) if bytes(found) != sound else sound + b"\0"
 
 
