@@ -619,8 +619,32 @@ def test_windows_flips_and_lighting_have_their_distributions(tiny: Callable[...,
     assert abs(drawn.flips.mean() - 0.5) < 5 * 0.5 / np.sqrt(6000)
     deviations = 0.1 * np.sqrt(AXES.eigenvalues)[[2, 0, 1]]  # eigenvector i is one colour
     assert np.abs(drawn.lighting.std(0) / deviations - 1).max() < 5 / np.sqrt(12000)
-    first, second = drawn.ids[:3000].argsort(), 3000 + drawn.ids[3000:].argsort()
-    assert (drawn.lighting[first] != drawn.lighting[second]).all(), "a draw for each use"
+
+
+def drawn_by_id(config: Config, epoch: int) -> np.ndarray:
+    """What is drawn for each of 3,000 samples in an epoch, in the order of their ids: (6, 3000)."""
+    sampler, steps = TrainSampler(config, 3000, AXES), 3000 // config.train.batch
+    slots = range(config.train.batch)
+    found = [sampler.samples(epoch * steps + step, slots) for step in range(steps)]
+    rows = [np.column_stack([s.corners[:, 0], s.flips, s.lighting]) for s in found]
+    return np.concatenate(rows)[np.concatenate([s.ids for s in found]).argsort()].T
+
+
+def test_every_draw_is_of_its_seed_epoch_and_sample(tiny: Callable[..., Config]) -> None:
+    """And of nothing else: not of its place in a batch, nor of another draw."""
+    found = []
+    for seed, epoch in ((0, 0), (0, 1), (1, 0)):
+        config = tiny("train.batch=3000", f"seed={seed}")
+        order = TrainSampler(config, 3000, AXES).samples(epoch, range(3000)).ids.argsort()
+        found += [order, *drawn_by_id(config, epoch)]
+    correlations = np.corrcoef(found) - np.eye(len(found))
+    assert np.abs(correlations).max() < 5 / np.sqrt(3000)
+    other = drawn_by_id(tiny("train.batch=500", "seed=1"), 0)
+    np.testing.assert_array_equal(other, found[-6:])
+    top, left, flips, *_ = drawn_by_id(
+        tiny("train.batch=3000", "data.random_crop=false", "data.flip=false"), 0
+    )
+    assert ({*top, *left}, {*flips}) == ({2}, {0})
 
 
 def test_lighting_by_eigenvalue_is_the_printed_formula(tiny: Callable[..., Config]) -> None:

@@ -127,6 +127,8 @@ def header(text: bytes, length: int | None = None) -> bytes:
         header(b"{}", 1 << 62),
         header(b"{}", 3),
         header(b"not json"),
+        header(b"{}") + b"x",
+        b"\x80\x04N.",  # a pickle
         header(b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'),
         header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}') + bytes(4),
         header(b'{"a":{"dtype":"XX","shape":[1],"data_offsets":[0,4]}}') + bytes(4),

@@ -24,7 +24,7 @@ def run(  # type: ignore[no-untyped-def]
     generator = torch.Generator().manual_seed(0)
     named = [
         (name, torch.nn.Parameter(torch.randn(5, dtype=torch.float64, generator=generator)))
-        for name in ("conv1.weight", "conv1.bias")
+        for name in ("conv1.weight", "conv1.bias", "conv2.weight")
     ]
     config = load_config(overrides).optimizer
     optimizer = Optimizer(config, named, fixed_scale=fixed_scale)
@@ -86,6 +86,23 @@ def test_adam_is_torchs_adam() -> None:
         assert_close(path[step + 1][0], w.detach(), 1e-14)
     kinds = {name.partition("/")[0] for name in optimizer.tensors()}
     assert kinds == {"step", "exp_avg", "exp_avg_sq"}
+
+
+@pytest.mark.parametrize("form", ["velocity", "torch"])
+def test_lars_is_the_printed_formula(form: str) -> None:
+    """λ = trust · ‖w‖ ÷ (‖g‖ + decay · ‖w‖), of each layer's weights; biases are as with SGD."""
+    own = ["optimizer.trust=0.05", "optimizer.weight_decay=0.3", "optimizer.bias_rate=2"]
+    path, _ = run([*own, "optimizer.kind=lars", f"optimizer.momentum_form={form}"], RATES)
+    for place, (factor, is_weight) in enumerate([(1, True), (2, False), (1, True)]):
+        w, v = path[0][place], torch.zeros(5, dtype=torch.float64)
+        for step, rate in enumerate(RATES):
+            g = -w.sin()
+            trust = 0.05 * w.norm() / (g.norm() + 0.3 * w.norm()) if is_weight else 1.0
+            change = trust * (g + 0.3 * w)
+            # The rate is inside the velocity, or outside.
+            v = 0.9 * v + (rate if form == "velocity" else 1) * change
+            w = w - factor * (1 if form == "velocity" else rate) * v
+            assert_close(path[step + 1][place], w, 1e-14)
 
 
 @pytest.mark.parametrize("form", ["velocity", "torch"])
@@ -151,6 +168,8 @@ def test_polynomial_falls_to_zero_after_a_linear_warm_up(tiny: Callable[..., Con
     assert s.rate(4) == pytest.approx(0.5 * 0.9**2)
     assert s.rate(20) == pytest.approx(0.25)
     assert s.rate(39) == pytest.approx((1 / 40) ** 2)
+    s = schedule(tiny, "schedule.kind=steps", "schedule.warmup_epochs=0.25")  # 2.5 steps
+    assert [s.rate(step) for step in range(4)] == pytest.approx([0.4, 0.8, 1, 1])
 
 
 def test_plateau_falls_when_errors_stop_improving_three_times(tiny: Callable[..., Config]) -> None:
