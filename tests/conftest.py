@@ -31,6 +31,7 @@ from made import write_idx
 from processes import temporary_files_in
 from torch.distributed import distributed_c10d
 
+from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -124,11 +125,12 @@ def on_ranks(
     count: int, function: Callable[..., Any], *args: Any, fresh: bool = False
 ) -> list[Any]:
     """What a test module's function returns in each of `count` real processes joined over gloo."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     call = pickle.dumps((function, args))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as held:
+        # Held until the end, so that nothing else is given the port before rank 0 listens there.
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        port = held.getsockname()[1]
         said, returned = Path(folder) / "said", [Path(folder) / str(rank) for rank in range(count)]
         ranks = [
             Fork(
@@ -262,6 +264,22 @@ def as_overrides(config: Config) -> Sequence[str]:
         return str(value).lower() if isinstance(value, bool) else str(value).replace("'", "")
 
     return [f"{key}={text(value)}" for key, value in flat(config).items()]
+
+
+def assert_checkpoints_near(ours: Path, theirs: Path, bound: float) -> None:
+    """The newest checkpoints of two runs are of one step, and their parameters and optimiser's
+    tensors within a bound, relative to a tensor's largest value."""
+    mine, other = (
+        checkpoints.verify(checkpoints.steps(run / "checkpoints")[-1]) for run in (ours, theirs)
+    )
+    assert mine.step == other.step
+    for here, there in (
+        (mine.parameters().tensors(), other.parameters().tensors()),
+        (mine.optimizer().tensors(), other.optimizer().tensors()),
+    ):
+        assert here.keys() == there.keys()
+        for name, tensor in there.items():
+            assert (here[name] - tensor).abs().max() <= bound * tensor.abs().max(), name
 
 
 def assert_close(ours: Any, reference: Any, bound: float) -> None:

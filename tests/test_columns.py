@@ -12,7 +12,6 @@ from oracle import by_groups
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Batch
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.make import train_batches
 from alexnet_dist.engines.base import AT
@@ -141,33 +140,6 @@ def test_the_comparison_notices(mutation: str, oracle: tuple[Config, Trajectory]
     ours = on_ranks(2, trajectory, on_columns(config), mutation)
     assert largest_difference(ours[0][1], parameters) > 1e-6
     assert not np.allclose(ours[0][0], losses, rtol=1e-9)
-
-
-def one_step(config: Config, batch: Batch) -> Any:
-    """Statistics, logits and whole tensors after one step on a given batch."""
-    topology = connect(config)
-    engine = make_engine(config, topology)
-    stats = engine.train_step(batch, 0, 0.02).tolist()
-    return stats, engine.predict(batch.windows), engine.whole_tensors()
-
-
-@pytest.mark.parametrize("classes", [2, 3, 5])
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_odd_class_counts_split_on_columns(classes: int, micro_batches: int) -> None:
-    overrides = [f"model.classes={classes}", f"train.micro_batches={micro_batches}"]
-    config = load_config([*TINY, *EVERYTHING_ON, *overrides, "layout.kind=one"])
-    generator = torch.Generator().manual_seed(classes)
-    windows = torch.randn(8, 3, 67, 67, dtype=torch.float64, generator=generator)
-    labels = torch.arange(8) % classes
-    batch = Batch(windows, labels, torch.arange(8), torch.zeros(8, 3), torch.zeros(8).bool())
-    stats, logits, (parameters, momenta) = one_step(config, batch)
-    ours = on_ranks(2, one_step, on_columns(config), batch)
-    assert logits.shape == (8, classes)
-    for other_stats, other_logits, _ in ours:
-        np.testing.assert_allclose(other_stats, stats, rtol=1e-12)
-        np.testing.assert_allclose(other_logits, logits, atol=1e-12)
-    assert largest_difference(ours[0][2][0], parameters) <= 1e-12
-    assert largest_difference(ours[0][2][1], momenta) <= 1e-12
 
 
 def scores(config: Config, sizes: list[int]) -> Any:

@@ -41,6 +41,7 @@ from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.layouts import columns_of, ranks_wanted
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.parallel.traffic import Traffic
+from alexnet_dist.reporting.compare_layouts import InMemory
 from alexnet_dist.timing import TIMELINE
 
 SMALL = [*TINY, "model.conv=[4,6,4,4,4]", "model.fc=[12,12]", "train.batch=2", "layout.kind=one",
@@ -175,6 +176,16 @@ def narrowed(config: Config) -> dict[str, str]:
         if ((layer.narrow.float() - layer.weight).abs() <= layer.weight.abs() * 2**-7).all():
             close[layer.name] = kinds[layer.name]
     return close
+
+
+def test_narrow_copies_are_of_the_weights_that_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "fused", lambda execution, device: True)
+    configs = [load_config([*SMALL, "train.precision=bf16", f"seed={seed}"]) for seed in (0, 1)]
+    one, other = (TorchEngine(config, connect(config)) for config in configs)
+    other.load(*map(InMemory, one.whole_tensors()))
+    assert other.optimizer.narrow
+    for name, copy in other.optimizer.narrow.items():
+        assert torch.equal(copy, one.model.get_parameter(name).bfloat16()), name
 
 
 class HostCopies(TorchDispatchMode):

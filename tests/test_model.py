@@ -1,4 +1,4 @@
-"""The network's shapes, parameter counts and initial weights against the paper's."""
+"""The network against plain torch, and its initial weights against the paper's."""
 
 from typing import Any
 
@@ -16,52 +16,6 @@ from alexnet_dist.network import precision
 from alexnet_dist.network.layers import Conv
 from alexnet_dist.network.model import AlexNet, Column
 from alexnet_dist.partition import share
-
-PAPER = [34_944, 307_456, 885_120, 663_936, 442_624, 37_752_832, 16_781_312, 4_097_000]
-REVIEW = [34_944, 614_656, 885_120, 1_327_488, 884_992, 37_752_832, 16_781_312, 40_970]
-ONE_COLUMN = ["model.columns=1", "layout.kind=one", "model.lrn.alpha_over_size=true"]
-MAPS = [(96, 55), (256, 27), (384, 13), (384, 13), (256, 13)]
-
-
-@pytest.fixture(autouse=True)
-def weightless(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Counting needs no weights."""
-    if "counts" in request.node.name:
-        monkeypatch.setattr("alexnet_dist.network.layers.Layer.initialise", lambda *args: None)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "by_layer", "total"),
-    [
-        ([], PAPER, 60_965_224),
-        (ONE_COLUMN, [*REVIEW[:-1], 4_097_000], 62_378_344),
-        ([*ONE_COLUMN, "model.classes=10"], REVIEW, 58_322_314),
-    ],
-)
-def test_parameter_counts_are_the_published(
-    overrides: list[str], by_layer: list[int], total: int
-) -> None:
-    with torch.device("meta"):
-        model = AlexNet(load_config(overrides).model)
-    counts = [sum(p.numel() for p in layer.parameters()) for layer in model.layers()]
-    assert counts == by_layer
-    assert sum(counts) == total
-
-
-def test_map_shapes_and_counts_are_the_published() -> None:
-    with torch.device("meta"):
-        model = AlexNet(load_config([]).model).eval()
-        shapes = {}
-        for layer in model.layers():
-            layer.register_forward_hook(
-                lambda m, i, o: shapes.update({m.name: [tuple(made.shape) for made in o]})
-            )
-        logits = model(torch.empty(2, 3, 227, 227).contiguous(memory_format=torch.channels_last))
-    for number, (maps, side) in enumerate(MAPS, start=1):
-        assert shapes[f"conv{number}"] == [(2, maps // 2, side, side)] * 2
-    assert shapes["fc6"] == shapes["fc7"] == [(2, 4096)]  # one product, of both columns
-    assert logits.shape == (2, 1000)
-    assert model.fc6.whole_shape == (4096, 256 * 6 * 6)
 
 
 def test_forward_and_backward_are_those_of_plain_torch() -> None:

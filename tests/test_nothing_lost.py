@@ -115,6 +115,17 @@ def test_metrics_are_json_whatever_was_measured(tmp_path: Path) -> None:
 NAN = float("nan")
 
 
+def test_a_resumed_run_keeps_the_points_up_to_its_checkpoint(tmp_path: Path) -> None:
+    """Of evaluations, not one of its own step that was made after it was saved."""
+    scores = {"epoch": 1.0, "loss": 2.0, "top1": 0.5, "top5": 1.0, "correct1": 4, "samples": 8}
+    points = [{"kind": kind, "step": step, "images_per_s": 9.0} | scores
+              for step in (4, 8, 12) for kind in ("train", "speed", "eval")]  # fmt: skip
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(map(metrics_file.line, points)))
+    for evaluated, kept in ((8, points[:6]), (4, points[:5])):
+        assert metrics_file.cut(path, 8, evaluated) == read_metrics(tmp_path) == kept
+
+
 # --- names from files
 
 

@@ -24,6 +24,7 @@ from alexnet_dist.parallel import replicas
 from alexnet_dist.parallel.replicas import check_replicas
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
+from alexnet_dist.training import loop
 from alexnet_dist.training.metrics_file import read_metrics
 
 
@@ -136,6 +137,25 @@ def test_a_flipped_bit_is_found_and_named() -> None:
             assert f"step 7: replicas are no longer bitwise equal: conv3.weight of {who}. " in (
                 sentence
             )
+
+
+def test_replicas_are_compared_every_so_often_and_before_every_save(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = []
+
+    def differ(tensors: object, topology: Topology, step: int) -> None:
+        compared.append(step)
+        if step == 10:
+            raise ReplicasDiffer("step 10")
+
+    monkeypatch.setattr(loop, "check_replicas", differ)
+    config = tiny("layout.kind=one", "train.epochs=2", "checkpoint.every_steps=5",
+                  "train.compare_replicas_every=4", "data.eval_split=none")  # fmt: skip
+    with pytest.raises(ReplicasDiffer, match="step 10"):
+        loop.train(config)
+    assert compared == [4, 5, 8, 10]
+    assert [checkpoints.step_of(p) for p in checkpoints.steps(config.folder / "checkpoints")] == [5]
 
 
 def test_bits_of_a_view_from_an_odd_place_are_summed() -> None:

@@ -10,6 +10,7 @@ from conftest import assert_close
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.engines.optimizer import Optimizer, Schedule
+from alexnet_dist.errors import NotFinite
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.training.state import Progress
 
@@ -218,3 +219,6 @@ def test_of_equal_errors_the_best_has_the_lowest_loss(tiny: Callable[..., Config
     assert best == [1, 1, 3, 3, 5]
     again = Progress.of(asdict(progress))
     assert (again.best_step, again.best_loss) == (5, 2.0)
+    with pytest.raises(NotFinite, match="the evaluation after step 5 gave a loss of nan"):
+        progress.observe(Score(81, 30, 60, float("nan")), schedule)
+    assert progress == again

@@ -99,22 +99,6 @@ def test_a_preset_has_the_published_layers(name: str) -> None:
     assert config.name.startswith(name)
 
 
-def test_a_torchvision_network_is_torchvisions() -> None:
-    """Forward of paper/torchvision-2014 in torch's own words, weights carried over."""
-    from torchvision.models import alexnet
-
-    config = load_config(["paper/torchvision-2014", "model.classes=7", "model.fc=[4096,4096]"])
-    theirs = alexnet(num_classes=7).eval()
-    ours = AlexNet(config.model, init_weights=False).eval()
-    layers = [m for m in theirs.modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear)]
-    with torch.no_grad():
-        for mine, other in zip(ours.layers(), layers, strict=True):
-            mine.weight.copy_(other.weight)
-            mine.bias.copy_(other.bias)
-        x = torch.randn(2, 3, 224, 224)
-        assert_close(ours(x), theirs(x), 1e-5)
-
-
 def test_the_released_codes_layers_are_its_layer_files() -> None:
     """conv1 → cmrnorm → pool → ReLU; conv2 → ReLU → cmrnorm → rnorm → pool, scales ÷ n and ÷ n²."""
     config = load_config(["paper/released-code", *RELEASED]).model

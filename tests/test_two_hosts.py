@@ -14,12 +14,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import TINY, alexnet_dist
+from conftest import TINY, alexnet_dist, assert_checkpoints_near
 from shared import SHARED
 from small_runs import final_state
 from test_run import Started
 
-from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.files import read_run
 
 pytestmark = [
@@ -139,20 +138,6 @@ def one(packed: Path, runs: Path) -> Path:
     return runs / "one"
 
 
-def assert_equal_to(one: Path, ours: Path, bound: float = 1e-12) -> None:
-    """Final weights and momenta within a bound, relative to a tensor's largest value."""
-    mine, theirs = (
-        checkpoints.verify(checkpoints.steps(folder / "checkpoints")[-1]) for folder in (ours, one)
-    )
-    assert mine.step == theirs.step == 60
-    for file in ("parameters", "optimizer"):
-        a, b = getattr(mine, file)(), getattr(theirs, file)()
-        assert a.keys() == b.keys()
-        for name in b.keys():  # noqa: SIM118
-            here, there = (tensors.rows(name, slice(None)) for tensors in (a, b))
-            assert (here - there).abs().max() <= bound * there.abs().max(), name
-
-
 def ended(both: list[Started]) -> str:
     """What they said; both ended well."""
     ends = [one.end() for one in both]
@@ -165,7 +150,7 @@ def test_columns_across_hosts_are_the_run_of_one_process(
     start: Start, runs: Path, one: Path
 ) -> None:
     ended(start("columns", "columns", 1))
-    assert_equal_to(one, runs / "columns")
+    assert_checkpoints_near(runs / "columns", one, 1e-12)
 
 
 def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
@@ -175,7 +160,7 @@ def test_columns_within_and_replicas_across_hosts_survive_a_cut_link(
     to what was never interrupted, to the bit."""
     kind = "columns_x_replicas"
     ended(start("whole", kind, 2))
-    assert_equal_to(one, runs / "whole")
+    assert_checkpoints_near(runs / "whole", one, 1e-12)
 
     both = start("cut", kind, 2)
     both[0].wait_for_step(runs / "cut", 12)
@@ -207,4 +192,4 @@ def test_two_hosts_that_share_a_gpu_meet_over_nccls_sockets(
     patient = "layout.timeout_s=60"  # kernels are built in the first step
     said = ended(start(f"nccl-{kind}", kind, 1, *SHARED, patient))
     assert "via NET/Socket" in said
-    assert_equal_to(one, runs / f"nccl-{kind}", 1e-9)  # the other is a CPU's
+    assert_checkpoints_near(runs / f"nccl-{kind}", one, 1e-9)  # the other is a CPU's
