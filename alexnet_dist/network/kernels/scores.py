@@ -15,6 +15,7 @@ from alexnet_dist.network.kernels import custom_op
 from alexnet_dist.network.kernels.lanes import sum_dtype, upcast
 
 _WARPS = 4
+_ROWS = 1024  # at most, of a batch that are summed at once
 
 
 def loss_and_counts(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def scores_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
     block = triton.next_power_of_2(classes)
     ranks_kernel[(n,)](logits, labels, losses, ranks, log_sums, classes, block, num_warps=_WARPS)
     loss, counts = logits.new_empty((), dtype=dtype), logits.new_empty(3, dtype=torch.float64)
-    rows = min(1024, triton.next_power_of_2(n))
+    rows = min(_ROWS, triton.next_power_of_2(n))
     counts_kernel[(1,)](losses, ranks, loss, counts, n, rows, num_warps=_WARPS)
     return loss, counts, log_sums
 
