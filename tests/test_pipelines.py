@@ -310,21 +310,20 @@ def run(config: Config, *more: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", ["256", pytest.param("kept", marks=pytest.mark.drill)])
-def test_fifty_steps_on_either_pipeline_are_the_same_run(
+def test_a_run_on_either_pipeline_is_the_same_run(
     stored: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
     losses = []
     for pipeline in ("torch", "dali"):
         config = config_of(
             stored[kind], f"data.pipeline={pipeline}", f"name={pipeline}", "log.every_steps=1",
-            f"output_dir={tmp_path}", f"train.epochs={500 / 36}", "schedule.rate=0.001",
+            f"output_dir={tmp_path}", f"train.epochs={120 / 36}", "schedule.rate=0.001",
         )  # fmt: skip
         result = run(config)
         assert result.returncode == 0, result.stderr
         points = read_metrics(tmp_path / pipeline)
         losses.append([point["loss"] for point in points if point["kind"] == "train"])
-    assert len(losses[0]) == 50
-    assert len(set(losses[0])) > 40
+    assert len(losses[0]) == len({*losses[0]}) == 12
     if kind == "256":
         assert losses[0] == losses[1]
     else:
