@@ -16,10 +16,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-def one_line(error: Exception, most: int = 300) -> str:
-    """Return an error's message on one line of at most so many characters; its type if it has
-    none."""
-    return " ".join(str(error).split())[:most] or type(error).__name__
+def one_line(error: Exception) -> str:
+    """Return an error's message on one line of at most 300 characters; its type if it has none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def counted(number: int, thing: str) -> str:

@@ -12,6 +12,7 @@ from conftest import alexnet_dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from alexnet_dist.config import load
 from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, fingerprint, flat, keys
 from alexnet_dist.errors import ConfigError
@@ -279,3 +280,11 @@ def test_any_text_is_a_config_or_a_config_error(text: str) -> None:
 def test_layouts_that_cannot_be_say_what_can(sources: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(sources)
+
+
+def test_a_key_without_a_default_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after adding it to schema.py alone."""
+    added = ("model.own", bool, next(keys())[2])
+    monkeypatch.setattr(load, "keys", lambda *of: [*keys(*of), added])
+    with pytest.raises(ConfigError, match=r"model\.own: configs/base\.yaml has no value for this"):
+        load_config([])

@@ -120,6 +120,19 @@ def test_torchvisions_format_takes_its_own_network_alone(
     assert out.read_bytes() == b"as it was"
 
 
+def test_an_unknown_format_is_written_as_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = checkpoints.Checkpoint(tmp_path, {"config": flat(load_config([]))}, {})
+    monkeypatch.setattr(checkpoints, "at", lambda _: found)
+    monkeypatch.setattr(
+        checkpoints.Checkpoint, "parameters", lambda _: SimpleNamespace(tensors=dict)
+    )
+    with pytest.raises(ValueError, match="tensorflow"):
+        export_weights("tensorflow", tmp_path, tmp_path / "net")
+    assert not [*tmp_path.iterdir()]
+
+
 def field(number: int, content: bytes) -> bytes:
     """A length-delimited field of a protobuf message, byte by byte."""
     return varint(number << 3 | 2) + varint(len(content)) + content

@@ -46,6 +46,11 @@ def load_config(sources: Source | Sequence[Source]) -> Config:
     """
     layers = [sources] if isinstance(sources, str | Path | Mapping) else sources
     values, origin = _layered(layers)
+    for dotted, _, _ in keys():
+        if dotted not in values:
+            raise ConfigError(
+                f"{dotted}: configs/base.yaml has no value for this key: install alexnet_dist again"
+            )
     fill_from_data(values, origin)
     config = build(values)
     check_combinations(config, origin)

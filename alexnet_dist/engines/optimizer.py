@@ -85,8 +85,11 @@ class Optimizer:
         for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():
             kind, _, name = key.partition("/")
             like = self.parameters[name]
-            number = torch.zeros((), dtype=torch.float32, device=like.device)
-            self.optimizer.state[like][kind] = torch.zeros_like(like) if shape else number
+            self.optimizer.state[like][kind] = (
+                torch.zeros_like(like)
+                if shape
+                else torch.zeros((), dtype=torch.float32, device=like.device)
+            )
         first = named[0][1]
         self.dtype, self.device = first.dtype, first.device
         self.fixed_rates, self.scaled_rates = self._rates()

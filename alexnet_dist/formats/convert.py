@@ -108,8 +108,10 @@ def export_weights(kind: str, source: Path, out: Path, data: Path | None = None)
                 torchvision.write(aside, config, tensors)
             case "caffe":
                 caffe.write(aside, config, tensors)
-            case _:
+            case "onnx":
                 onnx.write(aside, found, config, tensors, data)
+            case _:
+                raise ValueError(kind)
     return out
 
 
