@@ -118,8 +118,8 @@ def check_replicas(tensors: Mapping[str, Tensor], topology: Topology, step: int)
     if found:
         raise ReplicasDiffer(
             f"step {step}: replicas are no longer bitwise equal: {', '.join(found[:8])}. Memory "
-            "or arithmetic failed there; nothing was saved since: start again, on other hardware "
-            "if it recurs"
+            "or arithmetic failed there, or a layer or optimizer of your own draws other numbers "
+            "on each rank; nothing was saved since: start again, on other hardware if it recurs"
         )
 
 

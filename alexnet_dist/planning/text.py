@@ -81,7 +81,7 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
             f"{_hours(speed.hours)} for {epochs} of "
             f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
             f"its bottleneck: {speed.bottleneck}"
-            + (" (yours)" if best == own else f"; for yours, {own}, see above")
+            + ("" if best == own else f" (your layout, {own}, is in the table)")
         )
     text.append(f"decoding: training needs {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
     if outlook.data_missing:
