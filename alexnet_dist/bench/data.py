@@ -18,8 +18,8 @@ import torch
 from alexnet_dist.bench import Pass, Result, in_turn, machine, ratio, references
 from alexnet_dist.bench.decoders import differences
 from alexnet_dist.bench.index import index_cost
-from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.config.load import load_config, overridden
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded
 from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -66,7 +66,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
             "bare DALI": references.bare_dali(train, topology.device, workers, batch, images),
         }
         for kind in _KINDS:
-            ours = load_config([flat(config), f"data.pipeline={kind}"])
+            ours = overridden(config, f"data.pipeline={kind}")
             passes |= _passes_of(ours, topology, packed, images, own[kind])
         runs = in_turn(passes, repeats)
         apart: dict[str, float] = {}
@@ -113,10 +113,10 @@ def _passes_of(
         **{f"{kind}, {stored}": make(dataset, images) for stored, dataset in packed.items()},
     }
     if kind == "torch" and (config.data.workers or torch.get_num_threads()) > _FEW:
-        few = load_config([flat(config), f"data.workers={_FEW}"])
+        few = overridden(config, f"data.workers={_FEW}")
         passes[_BY_FEW] = _pipeline(few, topology, packed["256"], images, finish=False)
     if kind == "dali":
-        large = load_config([flat(config), f"train.batch={_LARGE * config.train.batch}"])
+        large = overridden(config, f"train.batch={_LARGE * config.train.batch}")
         passes[_AT_ONCE] = _pipeline(large, topology, packed["256"], images, finish=False)
     if kind != "resident":  # it could not keep a million images
         for name, count in (("1,000", 1_000), ("1,000,000", 1_000_000)):

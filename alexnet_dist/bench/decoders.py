@@ -10,8 +10,8 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from alexnet_dist.bench import machine
-from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.config.load import load_config, overridden
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Metadata
 from alexnet_dist.data.dataset import Dataset, open_dataset
 from alexnet_dist.data.pipelines.make import make_pipeline
@@ -85,7 +85,7 @@ def differences(
     total, size = min(most, len(dataset.splits["train"])), config.evaluate.batch
     batches = [range(first, min(first + size, total)) for first in range(0, total, size)]
     configs = [
-        load_config([flat(config), f"data.pipeline={kind}", "evaluate.views=10"])
+        overridden(config, f"data.pipeline={kind}", "evaluate.views=10")
         for kind in ("dali", "torch")
     ]
     pipelines = [make_pipeline(one, topology, dataset, "train") for one in configs]

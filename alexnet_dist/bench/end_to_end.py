@@ -17,7 +17,7 @@ from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.synthetic import made_batch
 from alexnet_dist.bench.trainers import compile_ours
 from alexnet_dist.config.from_data import NO_SPLIT
-from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
+from alexnet_dist.config.load import IN_ONE_PROCESS, overridden
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import StepInput, to_host
 from alexnet_dist.data.dataset import open_for
@@ -98,8 +98,8 @@ def bench_end_to_end(config: Config, repeats: int, steps: int, cold: bool) -> Re
         ratios (medians of pairs; of memory), ceilings (seconds to the first step, memory), machine,
         and every pass's images/s.
     """
-    config = load_config([flat(config), *IN_ONE_PROCESS])
-    ten = load_config([flat(config), f"evaluate.views={_VIEWS}"])
+    config = overridden(config, *IN_ONE_PROCESS)
+    ten = overridden(config, f"evaluate.views={_VIEWS}")
     # Many more steps than the batches that are decoded ahead while others have their turn.
     many = (16 if gpus(config) else 4) * config.data.prefetch
     pieces = {n: 4 if n.startswith("ten") else many for n in _CONTESTANTS}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from alexnet_dist.bench import Result, machine, ratio
 from alexnet_dist.bench.kernel_times import profiled
 from alexnet_dist.bench.synthetic import made_batch
-from alexnet_dist.config.load import load_config
+from alexnet_dist.config.load import overridden
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.engines.base import on_host
@@ -90,10 +90,10 @@ def bench_layouts(config: Config, count: int, repeats: int) -> Result:
 def _fitting(config: Config, count: int) -> dict[str, Config]:
     """Return a config for one process, and one for each layout that can have `count` ranks; raises
     ConfigError if none can."""
-    configs = {"one": load_config([flat(config), "layout.kind=one"])}
+    configs = {"one": overridden(config, "layout.kind=one")}
     for kind in KINDS:
         try:
-            other = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={count}"])
+            other = overridden(config, f"layout.kind={kind}", f"layout.ranks={count}")
         except ConfigError:
             continue  # this config cannot have that layout
         if kind != "one" and not layouts.problem(other, count):
@@ -131,7 +131,7 @@ def _counted(config: Config, topology: Topology) -> tuple[int, float]:
     if topology.world_size == 1:
         return 0, 0.0
     if config.train.execution == "graph":  # a replayed graph dispatches no collectives to count
-        config = load_config([flat(config), "train.execution=fused"])
+        config = overridden(config, "train.execution=fused")
     engine, batch, traffic = make_engine(config, topology), _batch(config, topology), Traffic()
     on_host(engine.train_step(batch, 0, 1e-4))()  # warm-up
     TIMELINE.start(cuda=False)

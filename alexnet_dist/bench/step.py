@@ -10,8 +10,8 @@ import torch
 from alexnet_dist.bench import Result, in_turn, machine, ratio
 from alexnet_dist.bench.contestants import Contestant, Work
 from alexnet_dist.bench.trainers import Eager, device_of, ours, plain, product_of
-from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.config.load import overridden
+from alexnet_dist.config.schema import Config
 from alexnet_dist.network.flops import training_flops
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.parallel.device import peak_flops
@@ -25,7 +25,7 @@ def contestant(name: str, config: Config) -> Work:
     match who:
         case "ours":
             how = ["model.lrn.layers=[]"] if "no LRN" in form else []
-            return ours(load_config([flat(config), f"train.precision={form[0]}", *how]))
+            return ours(overridden(config, f"train.precision={form[0]}", *how))
         case "matrix product":
             return product_of(config, form[0])
         case "eager":
@@ -65,9 +65,7 @@ def bench_step(
         losses of a first step without dropout (which show that the work is equal; not with
         `best`), and every pass's seconds a step.
     """
-    configs = [
-        load_config([flat(config), f"train.batch={n}"]) for n in batches or (config.train.batch,)
-    ]
+    configs = [overridden(config, f"train.batch={n}") for n in batches or (config.train.batch,)]
     gpu = device_of(config).type == "cuda"
     few = (_OURS, _NO_LRN, _PRODUCT, *((_BEST,) if gpu else ()))
     names = few if best else (*_CONTESTANTS, *(_ON_A_GPU if gpu else ()))
@@ -163,14 +161,14 @@ def _gpu_ratios(
         ratios["ours, bf16 / data sheet, by FLOP (MFU)"] = statistics.median(
             work / run[_OURS] / peak for run in runs
         )
-    planned = plan(load_config([flat(config), "train.precision=bf16"]), 1, gpu=True)
+    planned = plan(overridden(config, "train.precision=bf16"), 1, gpu=True)
     memory = planned.of("one").memory["peak"]
     return ratios | {"ours, bf16, peak memory / planned": peak_memory / memory}
 
 
 def _without_dropout(config: Config) -> list[Contestant]:
     """Start contestants whose first step has no dropout; its losses are equal if the work is."""
-    without = load_config([flat(config), "model.dropout=0"])
+    without = overridden(config, "model.dropout=0")
     return [_made(name, without, pieces=1) for name in _LOSSES]
 
 

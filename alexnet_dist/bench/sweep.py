@@ -19,7 +19,7 @@ from torch import Tensor
 
 from alexnet_dist.bench import Pass, Result, in_turn, machine
 from alexnet_dist.bench.trainers import timed
-from alexnet_dist.config.load import load_config
+from alexnet_dist.config.load import load_config, overridden
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
@@ -114,7 +114,7 @@ def sweep(
     device = connect(config).device
     if not kernels.fused(config.train.execution, device):
         raise ConfigError("bench maps --sweep: needs a GPU for which Triton can build kernels")
-    configs = [load_config([flat(config), f"train.batch={batch}"]) for batch in batches]
+    configs = [overridden(config, f"train.batch={batch}") for batch in batches]
     choices = [Choice(name, one.train.batch, values) for one in configs
                for name, grid in grids.items() for values in _product(grid)]  # fmt: skip
     if device.type == "cuda":

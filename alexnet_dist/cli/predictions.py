@@ -147,13 +147,12 @@ def _watched(
 def _take_device(trained: "Trained") -> None:
     """Move the network to a GPU if this machine has one: its config says where it was trained, not
     where it is used."""
-    from alexnet_dist.config.load import load_config
-    from alexnet_dist.config.schema import flat
+    from alexnet_dist.config.load import overridden
     from alexnet_dist.parallel.topology import connect
 
     device = "cpu" if trained.config.layout.device == "cpu" else "auto"
     here = {"layout.device": device, "layout.threads": 0}
-    trained.model.to(connect(load_config([flat(trained.config) | here])).device)
+    trained.model.to(connect(overridden(trained.config, here)).device)
 
 
 @contextlib.contextmanager

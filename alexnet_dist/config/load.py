@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alexnet_dist.config.from_data import fill_from_data
 from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.rules import check_combinations
-from alexnet_dist.config.schema import Config, keys
+from alexnet_dist.config.schema import Config, flat, keys
 from alexnet_dist.config.values import Typed, check_value, parse
 from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml
 from alexnet_dist.errors import ConfigError, one_line
@@ -55,6 +55,11 @@ def load_config(sources: Source | Sequence[Source]) -> Config:
     config = build(values)
     check_combinations(config, origin)
     return config
+
+
+def overridden(config: Config, *sources: Source) -> Config:
+    """Return the config with each source laid over it in order; raises as `load_config` does."""
+    return load_config([flat(config), *sources])
 
 
 def source_of(error: Exception, sources: Sequence[Source]) -> str:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.from_data import HELD_OUT
-from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
+from alexnet_dist.config.load import IN_ONE_PROCESS, overridden
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.data.batch import Decoded, started_ahead, to_host
 from alexnet_dist.data.dataset import Dataset, check_damaged, evaluation_split
@@ -61,7 +61,7 @@ def evaluate(
     """
     trained = network if isinstance(network, Trained) else load_checkpoint(network)
     changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
-    config = load_config([flat(for_one_pass(trained.config)) | changes])
+    config = overridden(for_one_pass(trained.config), changes)
     topology = connect(config)
     engine = TorchEngine(config, topology, init_weights=False)
     engine.model.load_state_dict(trained.model.state_dict())
@@ -114,9 +114,7 @@ def evaluate_checkpoints(
     """
     # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
-    configs = [
-        load_config([flat(for_one_pass(c.config)), *IN_ONE_PROCESS, *overrides]) for c in found
-    ]
+    configs = [overridden(for_one_pass(c.config), *IN_ONE_PROCESS, *overrides) for c in found]
     config, topology = configs[0], connect(configs[0])
     dataset = found[0].open_data(config)
     alike = ["model.classes", "data.path", "data.eval_split", "evaluate.views"]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
-from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
-from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.config.load import IN_ONE_PROCESS, overridden
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset, open_trained_on
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.errors import DatasetError
@@ -143,7 +143,7 @@ def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained
     """
     found = checkpoints.at(Path(path))
     moved = {} if data is None else {"data.path": str(data)}
-    config = load_config([flat(found.config) | moved, *IN_ONE_PROCESS])
+    config = overridden(found.config, moved, *IN_ONE_PROCESS)
     dtype = parameter_dtype(config.train.precision)
     model = AlexNet(config.model, config.seed, dtype=dtype, init_weights=False).eval()
     model.load_state_dict(found.parameters().tensors())

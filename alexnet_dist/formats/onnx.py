@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alexnet_dist.checkpoint.store import Checkpoint
-from alexnet_dist.config.load import load_config
+from alexnet_dist.config.load import overridden
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_trained_on
 from alexnet_dist.data.prepare.convert import SIDE, options_of
@@ -69,7 +69,7 @@ def _preprocessing(found: Checkpoint, config: Config, data: Path | None) -> dict
         if data is None:
             dataset = open_trained_on(config, found.manifest["dataset"], found.path)
         else:
-            moved = load_config([flat(config) | {"data.path": str(data)}])
+            moved = overridden(config, {"data.path": str(data)})
             dataset = found.open_data(moved)
     except DatasetError as error:
         if data is not None:

@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
-from alexnet_dist.config.load import load_config
+from alexnet_dist.config.load import overridden
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.engines.optimizer import STATE
 from alexnet_dist.errors import ConfigError
@@ -92,7 +92,7 @@ def plan_on(config: Config, ranks: int, machine: Machine | None) -> Plan:
     """Plan for ranks on devices of this kind; None: on a CPU's cores."""
     gpu = machine is not None and machine.overlap
     if machine and gpu and not machine.fused:
-        config = load_config([flat(config), "train.execution=eager"])
+        config = overridden(config, "train.execution=eager")
     return plan(config, ranks, gpu)
 
 
@@ -118,7 +118,7 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
         narrows: whether the update keeps copies of the weights in the computing dtype.
     """
     try:
-        laid_out = load_config([flat(config), f"layout.kind={kind}", f"layout.ranks={ranks}"])
+        laid_out = overridden(config, f"layout.kind={kind}", f"layout.ranks={ranks}")
         if wrong := layouts.misfit(laid_out, ranks):
             takes, fitting = wrong
             return Misfit(f"takes {takes}; on {ranks}, {', '.join(fitting)} would fit")
@@ -198,7 +198,7 @@ def _whole_batch(config: Config, ranks: int, gpu: bool) -> Rank:
     share, times = config.train.batch // ranks, 1
     divides = config.train.batch % (ranks * config.train.micro_batches) == 0
     if config.train.batch > 512 and divides and not gpu:
-        config, times = load_config([flat(config), f"train.batch={share}"]), ranks
+        config, times = overridden(config, f"train.batch={share}"), ranks
     rank = _rank(config, "one", 1, gpu)
     assert isinstance(rank, Rank)
     memory = {name: size for name, size in rank.memory.items() if name != "peak"}

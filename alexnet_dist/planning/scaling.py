@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.config.load import overridden
+from alexnet_dist.config.schema import Config
 from alexnet_dist.planning.cost_model import bottleneck, predict
 from alexnet_dist.planning.dry_run import KINDS, plan_on
 from alexnet_dist.planning.machines import Cluster
@@ -29,7 +29,7 @@ def curve(config: Config, cluster: Cluster, most: int = _MOST) -> list[dict[str,
     rows, base, ranks = [], 0.0, 1
     while ranks <= most:
         size = [f"train.batch={config.train.batch * ranks}", "layout.ranks=0"]
-        planned = plan_on(load_config([flat(config), *size]), ranks, cluster.machine)
+        planned = plan_on(overridden(config, *size), ranks, cluster.machine)
         nodes = -(-ranks // cluster.devices)
         there = Cluster(cluster.machine, min(cluster.devices, ranks), nodes)
         for kind in KINDS:

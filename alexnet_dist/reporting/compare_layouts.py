@@ -23,8 +23,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alexnet_dist.config.load import load_config
-from alexnet_dist.config.schema import Config, flat
+from alexnet_dist.config.load import overridden
+from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch, StepInput
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.make import for_one_pass, train_batches
@@ -120,15 +120,15 @@ def chosen(config: Config, names: str | None) -> list[Config]:
     Raises:
         ConfigError: a layout is unknown, or the config cannot have it.
     """
-    configs = [_with(config, *_ALONE)]
+    configs = [overridden(config, *_ALONE)]
     for name in names.split(",") if names else _DEFAULTS:
         kind, _, count = name.strip().partition(":")
         if not count.isdecimal() and count:
             raise ConfigError(f"--layouts {name}: must be LAYOUT or LAYOUT:RANKS, as in replicas:2")
         try:
-            one = _with(config, f"layout.kind={kind}", f"layout.ranks={int(count or 0)}")
+            one = overridden(config, f"layout.kind={kind}", f"layout.ranks={int(count or 0)}")
             wanted = layouts.ranks_wanted(one, gpus=0)
-            one = _with(one, f"layout.ranks={wanted}")
+            one = overridden(one, f"layout.ranks={wanted}")
             layouts.check(one, wanted)
         except ConfigError:
             if names:
@@ -151,7 +151,7 @@ def on_devices_alike(configs: Sequence[Config]) -> list[Config]:
             f"only {counted(here, 'GPU')} for up to {most} ranks: all layouts run on the CPU; with "
             "--share-gpu, all share what is here"
         )
-        return [_with(one, "layout.device=cpu") for one in configs]
+        return [overridden(one, "layout.device=cpu") for one in configs]
     return list(configs)
 
 
@@ -172,12 +172,12 @@ def _row(
 ) -> tuple[Row, float | None, float | None]:
     """Start a layout's ranks, and compare what they computed with the oracle's tensors."""
     zero = config.layout.kind in layouts.ZERO_STAGES
-    fp32 = _with(config, "train.precision=fp32")
+    fp32 = overridden(config, "train.precision=fp32")
     runs = {"bounded": (_bounded(config), steps), "fp32": (fp32, steps)}
     own = config.train.micro_batches
     parts = next((p for p in (4, 3, 2, 1) if config.train.batch % p == 0 and p != own), own)
     if path == oracle and parts != own:
-        runs["parts"] = (_with(fp32, f"train.micro_batches={parts}"), steps)
+        runs["parts"] = (overridden(fp32, f"train.micro_batches={parts}"), steps)
     runs["own"] = (config, min(steps, _SPEED_STEPS))
     if zero:
         del runs["bounded"]
@@ -238,7 +238,7 @@ def _updates(config: Config, steps: int) -> float:
     topology = connect(config)
     alone = Topology(device=topology.device)
     engine: Engine = make_engine(config, topology)
-    oracle: Engine = make_engine(_with(config, *_ALONE), alone)
+    oracle: Engine = make_engine(overridden(config, *_ALONE), alone)
     mine, largest = share(config.train.batch, topology.replica, topology.replicas), 0.0
     for step, (samples, rate) in enumerate(_batches(config, alone, steps)):
         engine.load(*map(InMemory, oracle.whole_tensors()))
@@ -284,9 +284,4 @@ def _difference(
 def _bounded(config: Config) -> Config:
     """Return the config in the precision in which differences are bounded."""
     zero = config.layout.kind in layouts.ZERO_STAGES
-    return _with(config, f"train.precision={'fp32' if zero else 'fp64'}")
-
-
-def _with(config: Config, *overrides: str) -> Config:
-    """Return the config with other values of some keys."""
-    return load_config([flat(config), *overrides])
+    return overridden(config, f"train.precision={'fp32' if zero else 'fp64'}")

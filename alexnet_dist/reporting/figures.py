@@ -15,8 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from alexnet_dist.checkpoint import store as checkpoints
-from alexnet_dist.config.load import IN_ONE_PROCESS, load_config
-from alexnet_dist.config.schema import flat
+from alexnet_dist.config.load import IN_ONE_PROCESS, overridden
 from alexnet_dist.data.dataset import evaluation_split
 from alexnet_dist.data.pipelines.make import for_one_pass
 from alexnet_dist.data.split import Split
@@ -56,7 +55,7 @@ def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     The training split's features are kept in `figures/features.npy` while they are compared.
     """
     checkpoint = checkpoints.at(folder)
-    config = load_config([flat(for_one_pass(checkpoint.config)), *IN_ONE_PROCESS, *overrides])
+    config = overridden(for_one_pass(checkpoint.config), *IN_ONE_PROCESS, *overrides)
     dataset, out = checkpoint.open_data(config), _folder(folder)
     topology = connect(config)
     engine = TorchEngine(config, topology)
