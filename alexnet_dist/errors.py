@@ -6,7 +6,7 @@ import pwd
 import re
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,20 @@ def counted(number: int, thing: str) -> str:
     """Return a number with what it counts: "1 process", "2 processes"."""
     ending = "" if number == 1 else "es" if thing.endswith(("s", "ch")) else "s"
     return f"{number} {thing}{ending}"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a text table with aligned columns; control characters are escaped."""
+    cells = [[printable(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    padded = ([c.ljust(w) for c, w in zip(row, widths, strict=True)] for row in cells)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
+
+
+def in_hours(seconds: float) -> str:
+    """Return a time as H:MM:SS, with as many hours as there are."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 class AlexNetDistError(Exception):

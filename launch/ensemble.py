@@ -14,13 +14,13 @@ from pathlib import Path
 from alexnet_dist.cli.parser import Parser, count
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, fingerprint
-from alexnet_dist.errors import ConfigError, RunFolderError
+from alexnet_dist.errors import ConfigError, RunFolderError, aligned
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel.stop_signals import EXITS
 from alexnet_dist.training.metrics_file import accuracies, read_metrics
 from launch.cluster import Cluster, split
 from launch.job import TrainJob, guarded, slurm
-from launch.status import laid_out, queued, status
+from launch.status import queued, status
 from launch.submit import (
     CONFIG_HELP,
     add_where,
@@ -215,7 +215,7 @@ def table(members: Sequence[Member]) -> str:
             lines.append((*row, str(now["state"]), steps, *_errors(member.config.folder)))
         else:
             lines.append((*row, "not started", "-", "-", "-"))
-    return laid_out(lines)
+    return aligned(lines)
 
 
 def _errors(folder: Path) -> tuple[str, str]:

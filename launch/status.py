@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.cli.parser import Parser, add_json, path
-from alexnet_dist.errors import RunFolderError, printable
+from alexnet_dist.errors import RunFolderError, aligned, in_hours, printable
 from alexnet_dist.files import RunState, opened, read_run
 from launch.job import guarded, slurm
 
@@ -96,7 +96,10 @@ def _seen(folder: Path, run: RunState, queue: Mapping[str, str] | None) -> tuple
     silent_s = time.time() - max(file.stat().st_mtime for file in files if file.exists())
     if silent_s < _SILENT_S:
         return state, ""
-    return "unknown", f"it has written nothing for {_clock(silent_s)}, and {host} is not seen here"
+    return (
+        "unknown",
+        f"it has written nothing for {in_hours(silent_s)}, and {host} is not seen here",
+    )
 
 
 def _is_held(folder: Path) -> bool:
@@ -167,29 +170,13 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the rows as a text table."""
 
     def line(row: Mapping[str, Any]) -> tuple[str, ...]:
-        eta = "?" if row["eta_s"] is None else _clock(row["eta_s"])
+        eta = "?" if row["eta_s"] is None else in_hours(row["eta_s"])
         job, why = row["job"] or "-", row["why"][:80]
         step = f"{row['step']}/{row['last_step'] or '?'}"
         return (row["run"], row["state"], job, step, eta, str(row["restarts"]),
                 f"{row['goodput']:.0%}", why)  # fmt: skip
 
-    return laid_out([COLUMNS, *map(line, rows)])
-
-
-def laid_out(lines: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns; control characters are escaped."""
-    lines = [[printable(cell).replace("\n", " ") for cell in cells] for cells in lines]
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip()
-        for cells in lines
-    )
-
-
-def _clock(seconds: float) -> str:
-    """Format seconds as h:mm:ss."""
-    minutes, s = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{s:02}"
+    return aligned([COLUMNS, *map(line, rows)])
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.errors import in_hours
 from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.parallel.device import peak_flops
@@ -32,7 +33,6 @@ from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.logs import quarantine, watch
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
-from alexnet_dist.training.progress_bar import in_hours
 from alexnet_dist.training.run_folder import RunFolder
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"

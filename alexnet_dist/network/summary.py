@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from alexnet_dist.config.schema import ModelConfig
+from alexnet_dist.errors import aligned
 from alexnet_dist.network.layers import Layer
 from alexnet_dist.network.shapes import map_sides
 
@@ -34,9 +35,7 @@ def summary(config: ModelConfig, layers: Sequence[Layer]) -> str:
             then.insert(index, config.activation)
         count = layer.weight.numel() + layer.bias.numel()
         rows.append((layer.name, seen, makes, ", ".join(then), f"{shape}", f"{count:,}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
     whole = sum(parameter.numel() for layer in layers for parameter in layer.parameters())
     kind = "1 column" if config.columns == 1 else f"{config.columns} columns{here}"
     head = f"AlexNet of {kind}, {config.classes} classes, {whole:,} parameters"
-    return "\n".join(line.rstrip() for line in (head, *lines))
+    return f"{head}\n{aligned(rows)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import ConfigError, printable
+from alexnet_dist.errors import ConfigError, aligned, printable
 from alexnet_dist.plotting import figure
 from alexnet_dist.reporting.runs import RunResults, check_replaces, differing, read_run_folder
 from alexnet_dist.training.metrics_file import accuracies
@@ -39,7 +39,7 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
         "picture": str(picture),
     }  # fmt: skip
     rows = [[key, *map(as_typed, values)] for key, values in differ.items()]
-    text = _table(["key", *names], rows) if rows else "their configs are equal"
+    text = aligned([["key", *names], *rows]) if rows else "their configs are equal"
     with_top5 = ["top5" in accuracies(run.config.model.classes) for run in runs]
     scores = []
     for run, name, top5 in zip(runs, names, with_top5, strict=True):
@@ -53,7 +53,7 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
             ])  # fmt: skip
     tops = ["top-1 error", *(["top-5"] if any(with_top5) else [])]
     heading = ["run", "network", "step", "split", "views", *tops, "loss", "when"]
-    text += "\n\n" + (_table(heading, scores) if scores else "none of them has been evaluated")
+    text += "\n\n" + (aligned([heading, *scores]) if scores else "none of them has been evaluated")
     return comparison, f"{text}\n\ncurves: {picture}"
 
 
@@ -61,16 +61,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
     """Return a name for each run: its folder's, or the whole path if two have the same."""
     short = [folder.resolve().name for folder in folders]
     return short if len({*short}) == len(short) else [str(folder) for folder in folders]
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a text table with aligned columns."""
-    lines = [[printable(cell) for cell in row] for row in (heading, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
 
 
 def _draw(runs: Sequence[RunResults], names: Sequence[str], path: Path) -> None:

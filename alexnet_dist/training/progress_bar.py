@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from alexnet_dist.errors import in_hours
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.training.bottleneck import STRAGGLES
 from alexnet_dist.training.logs import log
@@ -86,9 +87,3 @@ def say(line: str) -> None:
     """Log a line; a progress bar is drawn again below it."""
     with logging_redirect_tqdm():
         log.info(line)
-
-
-def in_hours(seconds: float) -> str:
-    """Return a time as H:MM:SS, with as many hours as there are."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
