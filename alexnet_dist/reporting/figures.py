@@ -3,13 +3,11 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
@@ -29,7 +27,7 @@ from alexnet_dist.training.metrics_file import accuracies, read_metrics
 from alexnet_dist.training.tensorboard import ANSWERED, draw_answers, evenly, image_of
 
 _QUERIES, _NEIGHBOURS = 5, 6  # rows and neighbours of Fig. 4, right
-CHUNK = 4096  # rows of the memory map that are computed, and compared, at a time
+_CHUNK = 4096  # training images whose features are computed, and compared, at a time
 
 
 def draw(folder: Path) -> tuple[list[Path], list[float]]:
@@ -50,10 +48,7 @@ def draw(folder: Path) -> tuple[list[Path], list[float]]:
 
 def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     """Draw Fig. 4: the five likeliest classes of eight evaluation images, and, for five of them,
-    the six training images whose features before the last layer (fc7) are nearest.
-
-    The training split's features are kept in `figures/features.npy` while they are compared.
-    """
+    the six training images whose features before the last layer (fc7) are nearest."""
     checkpoint = checkpoints.at(folder)
     config = overridden(for_one_pass(checkpoint.config), *IN_ONE_PROCESS, *overrides)
     dataset, out = checkpoint.open_data(config), _folder(folder)
@@ -70,38 +65,34 @@ def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     features, logits = see(config.data.eval_split, samples)
     _write(draw_answers(shown, samples, dataset.classes, logits, config), out / "fig4-left.png")
 
-    known, path = dataset.splits[config.data.train_split], out / "features.npy"
-    kept = np.lib.format.open_memmap(path, "w+", np.float32, (len(known), features.shape[1]))
-    try:
-        for first in range(0, len(known), CHUNK):
-            part = range(first, min(first + CHUNK, len(known)))
-            kept[part.start : part.stop] = see(config.data.train_split, part)[0].numpy()
-        places, _ = nearest(features[:_QUERIES], kept, _NEIGHBOURS)
-    finally:
-        path.unlink()
+    known = dataset.splits[config.data.train_split]
+    every = range(len(known))
+    parts = (every[first : first + _CHUNK] for first in every[::_CHUNK])
+    rows = (see(config.data.train_split, part)[0] for part in parts)
+    places, _ = nearest(features[:_QUERIES], rows, _NEIGHBOURS)
     _neighbours(shown, samples, known, places, config.data.canvas, out / "fig4-right.png")
     for split in (shown, known):
         split.close()
     return [out / "fig4-left.png", out / "fig4-right.png"]
 
 
-def nearest(queries: Tensor, rows: npt.NDArray[np.float32], count: int) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, rows: Iterable[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Return the rows nearest to each query by Euclidean distance, the nearest first.
 
     Args:
         queries: (q, d) float32.
-        rows: (n, d) memory map of any length; CHUNK rows of it are read at a time.
+        rows: (n, d) in parts of any length, which are looked at one after another.
 
     Returns:
         (q, count) int64 row numbers, ties to the lower one, and (q, count) distances.
     """
     best = torch.empty(len(queries), 0)
     places = torch.empty(len(queries), 0, dtype=torch.int64)
-    for first in range(0, len(rows), CHUNK):
-        part = torch.from_numpy(np.array(rows[first : first + CHUNK]))
+    first = 0
+    for part in rows:
         exact = "donot_use_mm_for_euclid_dist"
         distances = torch.cdist(queries, part, compute_mode=exact)
-        own = torch.arange(first, first + len(part)).expand(len(queries), -1)
+        own = torch.arange(first, first := first + len(part)).expand(len(queries), -1)
         best, places = torch.cat([best, distances], 1), torch.cat([places, own], 1)
         order = best.argsort(dim=1, stable=True)[:, :count]
         best, places = best.gather(1, order), places.gather(1, order)
