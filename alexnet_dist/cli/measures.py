@@ -189,7 +189,7 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         why = str(error)
 
     if options.json:
-        print(as_json(asdict(planned) | (predicted.to_json() if predicted else {})))
+        print(as_json(asdict(planned) | (asdict(predicted) if predicted else {})))
         return 0
     lines = text.plan_lines(planned)
     if predicted:

@@ -77,10 +77,6 @@ class Forecast:
     drops_assumed: bool
     measured: Mapping[str, Any] | None
 
-    def to_json(self) -> dict[str, Any]:
-        predicted = {kind: one.to_json() for kind, one in self.predicted.items()}
-        return dataclasses.asdict(self) | {"predicted": predicted}
-
 
 def here(config: Config, machine: Machine | None) -> Cluster | None:
     """Return this host's GPUs or cores as a cluster; None if its GPUs are not a known kind."""

@@ -1,6 +1,5 @@
 """What `plan` finds out about a run: types, whose fields are the keys of its JSON."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -98,7 +97,7 @@ class Prediction:
         bottleneck: the largest part.
         basis: where the step's time comes from.
         hours: time for all epochs.
-        too_large: memory needed and available, as text, if a device has too little.
+        too_large: memory needed and available, as text, if a device has too little; else empty.
     """
 
     ranks: int
@@ -110,7 +109,3 @@ class Prediction:
     basis: str
     hours: float = 0.0
     too_large: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self)
-        return fields if self.too_large else {k: v for k, v in fields.items() if k != "too_large"}
