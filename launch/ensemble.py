@@ -227,7 +227,7 @@ def _errors(folder: Path) -> tuple[str, str]:
 def waiting(name: str) -> bool:
     """Return whether jobs of this name are in the queue; raises RunFolderError if Slurm does not
     answer."""
-    answer = slurm("squeue", "--me", "--noheader", f"--name={name}", tries=10)
+    answer, _ = slurm("squeue", "--me", "--noheader", f"--name={name}", tries=10)
     if answer is None and shutil.which("squeue") is not None:
         raise RunFolderError(
             f"{name}: squeue does not answer, so whether its jobs have ended is unknown"

@@ -176,48 +176,41 @@ def own_name() -> str:
 
 def job_state() -> str:
     """Return Slurm's state of this job (RUNNING, CANCELLED, …); PREEMPTED if it is about to be."""
-    answer = slurm("scontrol", "--oneliner", "show", "job", own_name(), tries=10) or ""
-    if re.search(r"\bPreemptTime=\d", answer):
+    answer, _ = slurm("scontrol", "--oneliner", "show", "job", own_name(), tries=10)
+    if re.search(r"\bPreemptTime=\d", answer or ""):
         return "PREEMPTED"
-    match = re.search(r"\bJobState=(\w+)", answer)
+    match = re.search(r"\bJobState=(\w+)", answer or "")
     return match[1] if match else "UNKNOWN"
 
 
 def requeue() -> None:
     """Put this job, or this element of an array, back into the queue; raises RunFolderError."""
-    command, refused = ["scontrol", "requeue", own_name()], ""
-    for _ in range(10):  # slurmctld may be busy, or start again
-        try:
-            asked = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-        except subprocess.TimeoutExpired as error:
-            refused = str(error)
-        except OSError as error:  # in a container, scontrol is the host's
-            refused = str(error)
-            break
-        else:
-            if asked.returncode == 0:
-                return
-            refused = (asked.stderr or asked.stdout).strip()
-        time.sleep(3)
-    raise RunFolderError(
-        f"{shlex.join(command)}: {refused}: submit the same command again to resume; sbatch "
-        "--requeue allows this, unless the site forbids it"
-    )
+    command = "scontrol", "requeue", own_name()
+    done, refused = slurm(*command, tries=10)
+    if done is None:
+        raise RunFolderError(
+            f"{shlex.join(command)}: {refused}: submit the same command again to resume; sbatch "
+            "--requeue allows this, unless the site forbids it"
+        )
 
 
-def slurm(*command: str, tries: int = 1) -> str | None:
-    """Return the output of a Slurm command; None if it fails so many times or is not installed."""
+def slurm(*command: str, tries: int = 1) -> tuple[str | None, str]:
+    """Return the output of a Slurm command, or None if it fails so many times or is not installed;
+    and why it failed."""
+    refused = ""
     for attempt in range(tries):
         time.sleep(3 if attempt else 0)  # slurmctld may be busy, or start again
         try:
             done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-        except subprocess.TimeoutExpired:
-            continue
-        except OSError:
-            return None
-        if done.returncode == 0:
-            return done.stdout
-    return None
+        except subprocess.TimeoutExpired as error:
+            refused = str(error)
+        except OSError as error:  # in a container, Slurm's commands are the host's
+            return None, str(error)
+        else:
+            if done.returncode == 0:
+                return done.stdout, ""
+            refused = (done.stderr or done.stdout).strip()
+    return None, refused
 
 
 def submitted(folder: Path) -> TrainJob:

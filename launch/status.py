@@ -116,7 +116,7 @@ def _is_held(folder: Path) -> bool:
 
 def queued() -> dict[str, str] | None:
     """Return Slurm's state of each of this user's jobs in the queue; None if no Slurm answers."""
-    answer = slurm("squeue", "--me", "--noheader", "--format=%A %T")
+    answer, _ = slurm("squeue", "--me", "--noheader", "--format=%A %T")
     return None if answer is None else dict(line.split() for line in answer.splitlines())
 
 

@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -655,9 +655,9 @@ def test_a_requeue_that_slurm_is_too_busy_for_is_asked_again(
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setattr(time, "sleep", lambda _: None)
-    asked: list[list[str]] = []
+    asked: list[Sequence[str]] = []
 
-    def busy(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def busy(command: Sequence[str], **_: Any) -> subprocess.CompletedProcess[str]:
         asked.append(command)
         if len(asked) == 1:
             raise subprocess.TimeoutExpired(command, 60)
@@ -667,7 +667,7 @@ def test_a_requeue_that_slurm_is_too_busy_for_is_asked_again(
 
     monkeypatch.setattr(subprocess, "run", busy)
     job.requeue()
-    assert asked == [["scontrol", "requeue", "7"]] * 3
+    assert asked == [("scontrol", "requeue", "7")] * 3
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: asked.clear() or busy([]))
     with pytest.raises(RunFolderError, match=r"requeue 7: .*timed out.*submit the same"):
         job.requeue()
