@@ -42,16 +42,16 @@ def reference() -> str:
 
 def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
     """Yield the rows of a dataclass's keys, and below them those of its nested dataclasses."""
-    hints = get_type_hints(of, include_extras=True)
-    own = [f.name for f in dataclasses.fields(of) if not dataclasses.is_dataclass(hints[f.name])]
+    hints, fields = get_type_hints(of), dataclasses.fields(of)
     yield f"\n## {prefix.rstrip('.') or 'The run'}\n\n{inspect.cleandoc(of.__doc__ or '')}\n\n"
     yield "| key | value | default | meaning |\n|---|---|---|---|\n"
-    for name in own:
-        kind, key = get_args(hints[name])
-        mark, default = " ◦" if key.mutable else "", as_typed(values[prefix + name])
-        yield f"| `{prefix}{name}`{mark} | {_value(kind, key)} | {default} | {_cell(key.doc)} |\n"
-    for field in dataclasses.fields(of):
-        if field.name not in own:
+    for field in fields:
+        if (key := field.metadata.get("key")) is not None:
+            name, kind = f"{prefix}{field.name}", _value(hints[field.name], key)
+            mark, default = " ◦" if key.mutable else "", as_typed(values[name])
+            yield f"| `{name}`{mark} | {kind} | {default} | {_cell(key.doc)} |\n"
+    for field in fields:
+        if "key" not in field.metadata:
             yield from _section(hints[field.name], f"{prefix}{field.name}.", values)
 
 

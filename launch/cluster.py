@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
 
 from alexnet_dist.config.load import configs_folder, flatten, parse_argument
-from alexnet_dist.config.schema import Key
+from alexnet_dist.config.schema import Key, key
 from alexnet_dist.config.yaml_text import bounded_yaml
 from alexnet_dist.errors import ConfigError, one_line
 
@@ -29,34 +29,33 @@ class Cluster:
     keys, written without `cluster.`, or one in configs/cluster; `cluster.KEY=VALUE` overrides it.
     `signal_s` is shorter than `time_min`."""
 
-    nodes: Annotated[int, Key("nodes of the job", ge=1)] = 1
-    tasks_per_node: Annotated[
-        int, Key("ranks on each node, one per GPU; a replica's columns share a node", ge=1)
-    ] = 1
-    gpus_per_node: Annotated[
-        int, Key("GPUs of each node; 0 if Slurm does not hand out any", ge=0)
-    ] = 0
-    cpus_per_task: Annotated[int, Key("cores per rank; images are decoded on them", ge=1)] = 1
-    memory_gb: Annotated[
-        int, Key("memory of each node, GB (sbatch's --mem); 0 = the site's default", ge=0)
-    ] = 0
-    time_min: Annotated[
-        int,
-        Key("time limit of one start, minutes; a longer run is requeued until it is done", ge=1),
-    ] = 60
-    signal_s: Annotated[
-        int, Key("how long before the time limit the run saves, s; Slurm may be 60 s early", ge=1)
-    ] = 120
-    partition: Annotated[str, Key("Slurm's partition; empty: the site's default")] = ""
-    account: Annotated[str, Key("the account to charge; empty: the site's default")] = ""
-    comment: Annotated[str, Key("sbatch's --comment, for the site's accounting")] = ""
-    sbatch: Annotated[
-        dict[str, Any], Key("any other options of sbatch; true for one without a value")
-    ] = field(default_factory=dict)
-    setup: Annotated[
-        tuple[str, ...],
-        Key("lines of shell to run before the ranks start, as in [module load cuda]"),
-    ] = ()
+    nodes: int = key("nodes of the job", default=1, ge=1)
+    tasks_per_node: int = key(
+        "ranks on each node, one per GPU; a replica's columns share a node", default=1, ge=1
+    )
+    gpus_per_node: int = key("GPUs of each node; 0 if Slurm does not hand out any", default=0, ge=0)
+    cpus_per_task: int = key("cores per rank; images are decoded on them", default=1, ge=1)
+    memory_gb: int = key(
+        "memory of each node, GB (sbatch's --mem); 0 = the site's default", default=0, ge=0
+    )
+    time_min: int = key(
+        "time limit of one start, minutes; a longer run is requeued until it is done",
+        default=60, ge=1,
+    )  # fmt: skip
+    signal_s: int = key(
+        "how long before the time limit the run saves, s; Slurm may be 60 s early",
+        default=120, ge=1,
+    )  # fmt: skip
+    partition: str = key("Slurm's partition; empty: the site's default", default="")
+    account: str = key("the account to charge; empty: the site's default", default="")
+    comment: str = key("sbatch's --comment, for the site's accounting", default="")
+    sbatch: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"key": Key("any other options of sbatch; true for one without a value")},
+    )
+    setup: tuple[str, ...] = key(
+        "lines of shell to run before the ranks start, as in [module load cuda]", default=()
+    )
 
 
 def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:
