@@ -43,10 +43,6 @@ MOST_SCANS = 64
 MOST_SEGMENTS = 1000
 MOST_HEADER = 2**20  # bytes of a safetensors header: 8,000 tensors
 _OLD = 3600  # seconds after which a file written aside is taken to be abandoned
-# Keys of run.json that are calculated with, and ignored where they are not numbers.
-_COUNTS = ("attempt", "restarts", "idle_restarts", "resumed_at", "newest_step", "step", "last_step",
-           "first_started", "started", "updated", "kept_s", "rested_s", "pid")  # fmt: skip
-_WORDS = ("state", "reason", "host", "job")  # those ignored where they are not text
 
 
 def opened(path: Path | str) -> io.BufferedReader:
@@ -167,7 +163,8 @@ class RunState(TypedDict, total=False):
 
 
 def read_run(folder: Path) -> RunState:
-    """Read a run folder's run.json; return an empty dict where there is none, or another file.
+    """Read a run folder's run.json; return an empty dict where there is none, or another file. Keys
+    whose values are of another type are left out.
 
     (It is in this module so that reading it does not load torch.) Raises RunFolderError where it
     cannot be read.
@@ -179,9 +176,11 @@ def read_run(folder: Path) -> RunState:
         return {}
     except OSError as error:
         raise RunFolderError(cannot_be_read(path, error)) from error
-    sound = {key: value for key, value in found.items() if key not in _COUNTS or is_count(value)}
-    known = {k: v for k, v in sound.items() if k not in _WORDS or isinstance(v, str)}
-    return cast(RunState, known)
+    number = {key: kind in (int, float) for key, kind in RunState.__annotations__.items()}
+    return cast(RunState, {
+        key: value for key, value in found.items() if key in number
+        and (is_count(value) if number[key] else isinstance(value, str | bool))
+    })  # fmt: skip
 
 
 def check_trained(path: Path) -> None:
