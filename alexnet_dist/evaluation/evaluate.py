@@ -25,6 +25,7 @@ from alexnet_dist.evaluation.load import Trained, load_checkpoint
 from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
 from alexnet_dist.network.precision import allow_tf32, parameter_dtype
 from alexnet_dist.parallel.device import free_host_memory
+from alexnet_dist.parallel.replicas import summed
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect
 
@@ -94,7 +95,7 @@ def evaluate_engine(
             return None
     # A replica's column ranks hold the same probabilities: only the first column's count.
     for counts in [sums] if confusion is None else [sums, confusion]:
-        topology.sum(counts if topology.column == 0 else counts.zero_())
+        summed(counts if topology.column == 0 else counts.zero_(), topology.control)
     return _score(sums, config, dataset)
 
 
@@ -230,8 +231,8 @@ def _probabilities(
     even zero.
     """
     total, size = len(evaluation_split(config, dataset)), config.evaluate.batch
-    wholes = [range(start, min(start + size, total)) for start in range(0, total, size)]
-    shares = [topology.shares(whole) for whole in wholes]
+    every = range(total)
+    shares = [topology.shares(every[start : start + size]) for start in every[::size]]
     mine = [parts[topology.column] for parts in shares]
     counts = [[len(part) for part in parts] for parts in shares]
     pipeline = make_pipeline(config, topology, dataset, config.data.eval_split)

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
@@ -142,11 +141,6 @@ class Topology:
                 dist.broadcast(torch.frombuffer(words, dtype=torch.uint8), rank, self.control)
                 return words.decode(errors="surrogatepass")
         return ""
-
-    def sum(self, counts: Tensor) -> None:
-        """Sum a CPU tensor over all ranks, in place. Collective."""
-        if self.control is not None:
-            dist.all_reduce(counts, group=self.control)
 
 
 def connect(config: Config) -> Topology:
