@@ -1,6 +1,5 @@
 """List the images in ImageNet's tars as downloaded; they are read in place."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,18 +52,20 @@ def imagenet(path: Path) -> Source:
     # The validation tar holds images alone, whose class follows from their number.
     with open_tar(val) as tar:
         listed = sorted(members(tar, val))
-    names = {item.name.rpartition("/")[2] for item in listed}
-    wanted = [f"ILSVRC2012_val_{number + 1:08d}.JPEG" for number in range(len(truth))]
-    validation = [
-        item if item.refused else item._replace(label=label[_truth(truth, item.name)])
-        for item in listed
-    ]
-    left = [name for name in wanted if name not in names]
-    _check_whole(val, left, len(wanted), "validation images")
+    wanted = {f"ILSVRC2012_val_{n:08d}.JPEG": label[wnid] for n, wnid in enumerate(truth, start=1)}
+    names = [item.name.rpartition("/")[2] for item in listed]
+    for place, (item, name) in enumerate(zip(listed, names, strict=True)):
+        if name not in wanted and not item.refused:
+            raise DatasetError(
+                f"{item.name!r}: not one of the devkit's {len(truth)} validation images, "
+                "ILSVRC2012_val_…JPEG"
+            )
+        listed[place] = item if item.refused else item._replace(label=wanted[name])
+    _check_whole(val, sorted({*wanted} - {*names}), len(wanted), "validation images")
     if len(listed) > len(wanted):
         raise DatasetError(f"{val}: has {len(listed)} images, not {len(wanted)}: download it again")
     classes = tuple(f"{wnid} {words[wnid]}" for wnid in ids)
-    return Source("imagenet", classes, {"train": items, "val": validation}, enlarge=True)
+    return Source("imagenet", classes, {"train": items, "val": listed}, enlarge=True)
 
 
 def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> None:
@@ -74,21 +75,6 @@ def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> No
             f"{tar}: {len(missing)} of the devkit's {count} {what} are missing ({some(missing)}): "
             "download it again, and compare its MD5 with image-net.org's"
         )
-
-
-def _truth(truth: Sequence[str], name: str) -> str:
-    """Return the WordNet id of a validation image, found by the number in its name.
-
-    Args:
-        truth: WordNet ids of the validation images, in order.
-    """
-    number = re.fullmatch(r"(?:.*/)?ILSVRC2012_val_(\d{8})\.JPEG", name)
-    if number is None or not 1 <= int(number[1]) <= len(truth):
-        raise DatasetError(
-            f"{name!r}: not one of the devkit's {len(truth)} validation images, "
-            "ILSVRC2012_val_…JPEG"
-        )
-    return truth[int(number[1]) - 1]
 
 
 def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
