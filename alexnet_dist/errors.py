@@ -52,6 +52,10 @@ class AlexNetDistError(Exception):
     exit_code = 1
     on_every_rank = False
 
+    def __init__(self, *args: object, **attributes: int) -> None:
+        super().__init__(*args)
+        vars(self).update(attributes)
+
 
 class ConfigError(AlexNetDistError, ValueError):
     """The user's settings cannot be used; the message names the key, value, rule and remedy."""

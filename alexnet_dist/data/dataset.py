@@ -157,9 +157,7 @@ def raised_on_every_rank(topology: "Topology") -> Iterator[None]:
     except DatasetError as error:
         wrong = str(error)
     if said := topology.first_message(wrong):
-        failure = DatasetError(said)
-        failure.on_every_rank = True
-        raise failure
+        raise DatasetError(said, on_every_rank=True)
 
 
 def open_for(config: Config, trained: Path | None = None) -> Dataset:

@@ -105,9 +105,7 @@ class Topology:
         if failure is not None:
             raise failure
         if outcome[1] is not None:
-            said = SaidByRank0("rank 0 failed")
-            said.exit_code = outcome[1]
-            raise said
+            raise SaidByRank0("rank 0 failed", exit_code=outcome[1])
         return outcome[0]  # type: ignore[no-any-return]
 
     def disable_timeouts(self) -> None:

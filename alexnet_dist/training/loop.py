@@ -100,11 +100,9 @@ def _on_own_ranks(config: Config, count: int) -> Outcome:
         file.flush()
         code = spawn.start(["train", file.name], count, config.folder, RunFolder(config).killed)
     if code not in (0, *EXITS.values()):
-        failed = RanksFailed(
-            f"{config.folder}: a rank ended with exit code {code}, and reported why"
+        raise RanksFailed(
+            f"{config.folder}: a rank ended with exit code {code}, and reported why", exit_code=code
         )
-        failed.exit_code = code
-        raise failed
     newest, _ = store.newest_good(config.folder / "checkpoints")
     reached = Progress() if newest is None else Progress.of(newest.progress)
     return Outcome(code, reached.step, None if code else reached.score, is_rank_0=True)
@@ -189,9 +187,7 @@ def _run(
     # What runs beside the steps: statistics on their way from the device, what is written of them,
     # and a watchdog for ranks that hang.
     pending = PendingSteps(progress, config, split, folder, topology)
-    telemetry = Telemetry(
-        config, folder, topology, dataset, schedule, progress.step, progress.evaluated_step
-    )
+    telemetry = Telemetry(config, folder, topology, dataset, schedule, progress)
     watchdog = Watchdog(
         topology, lambda: signals.polls, config.layout.timeout_s,
         lambda reason: folder.report("failed", exit=1, reason=reason),

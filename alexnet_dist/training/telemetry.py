@@ -31,6 +31,7 @@ from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.logs import quarantine
 from alexnet_dist.training.progress_bar import ProgressBar, say
 from alexnet_dist.training.run_folder import RunFolder
+from alexnet_dist.training.state import Progress
 from alexnet_dist.training.tensorboard import Board
 from alexnet_dist.training.trace import Trace
 
@@ -44,17 +45,16 @@ class Telemetry:
     Each rank appends the samples that it found damaged to quarantine.jsonl.
 
     Args:
-        step: step at which the run continues; later points of an earlier attempt are removed.
-        evaluated_step: last step whose evaluation counts.
+        progress: where the run continues; later points of an earlier attempt are removed.
     """
 
     def __init__(
         self, config: Config, folder: RunFolder, topology: Topology, dataset: Dataset,
-        schedule: Schedule, step: int, evaluated_step: int,
+        schedule: Schedule, progress: Progress,
     ) -> None:  # fmt: skip
         self._config, self._folder, self._topology = config, folder, topology
         self._schedule = schedule
-        self._step = step  # of the last log point
+        self._step = step = progress.step  # of the last log point
         self._flops = training_flops(config)  # per image
         train_split = dataset.splits[config.data.train_split]
         self._none_larger = train_split.within(config.data.canvas)  # than the canvas
@@ -73,7 +73,7 @@ class Telemetry:
         self._undrawn: tuple[int, Tensor | None] | None = None  # step, and confusion
         if topology.is_rank_0:
             path = folder.path / "metrics.jsonl"
-            before = metrics_file.cut(path, step, evaluated_step)
+            before = metrics_file.cut(path, step, progress.evaluated_step)
             self._metrics = metrics_file.Writer(path)
             self._loggers = loggers.start(config, metrics_file.rows(before))
             self._bar = ProgressBar(step, schedule.last_step, config.log.every_steps, classes)

@@ -140,14 +140,13 @@ def decode_to_memory(
         gpu = topology.device.type == "cuda"
         there = f"{gb(room.device)} are free on the GPU beside the network, and " if gpu else ""
         images = " and ".join(f"{len(dataset.splits[name]):,} of {name!r}" for name in left)
-        error = MachineError(
+        raise MachineError(
             f"data.pipeline=resident: the decoded images ({images}) take {gb(size)} per rank at "
             f"data.canvas={config.data.canvas}, but {there}{gb(room.host)} of the host's memory "
             "are free for each: set data.pipeline=torch, which gives the same batches, or start "
-            "fewer ranks on this host"
+            "fewer ranks on this host",
+            on_every_rank=True,
         )
-        error.on_every_rank = True
-        raise error
     for name in left:
         with closing(dataclasses.replace(dataset.splits[name])) as split:  # with files of its own
             found = _decode_all(config, topology, split, device, signals)
