@@ -128,10 +128,7 @@ def parser() -> argparse.ArgumentParser:
         examples=("python -m launch.status runs/demo runs/second --json",),
     )
     made.add_argument(
-        "run_folder",
-        type=path,
-        nargs="+",
-        help="run folders, as in runs/*; anything else is skipped",
+        "run_folder", type=path, nargs="+", help="run folders (runs/*); anything else is skipped"
     )
     add_json(made, "list")
     return made

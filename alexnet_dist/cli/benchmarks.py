@@ -32,16 +32,14 @@ def add(command: AddCommand) -> None:
     def part(name: str, run: Run, help: str) -> argparse.ArgumentParser:
         """Add a part with the options that all parts have."""
         sub = parts(name, run, help)
-        sub.add_argument(
-            "--repeats", type=count, default=5, help="passes over each measurement (default: 5)"
-        )
+        sub.add_argument("--repeats", type=count, default=5, help="passes over each measurement")
         add_json(sub)
         return sub
 
     sub = part("data", bench_data, "decoding, against ImageFolder and the bare decoder")
     sub.add_argument("folder", type=path, help="folder of images to decode, [train/]CLASS/*")
     sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
-    sub.add_argument("--images", type=count, default=2000, help="images per pass (default: 2000)")
+    sub.add_argument("--images", type=count, default=2000, help="images per pass")
     sub.add_argument(
         "--differences", action="store_true",
         help="compare instead DALI's pixels with torchvision's, by kind of JPEG",
@@ -76,9 +74,7 @@ def add(command: AddCommand) -> None:
     sub = part_of_a_run(
         "layouts", "every layout on this host's ranks, against one process and replicas"
     )
-    sub.add_argument(
-        "--ranks", type=count, default=2, help="number of ranks on this host (default: 2)"
-    )
+    sub.add_argument("--ranks", type=count, default=2, help="number of ranks on this host")
     add_share_gpu(sub)
     part_of_a_run("checkpoint", "how long saving a checkpoint holds up the training loop")
     sub = part_of_a_run(
@@ -86,9 +82,8 @@ def add(command: AddCommand) -> None:
         "training from packed data, against batches that are ready; ten views; start-up; memory",
     )
     sub.add_argument(
-        "--steps", type=int, default=0,
-        help="steps to run while watching memory (default: 0, not watched)",
-    )  # fmt: skip
+        "--steps", type=int, default=0, help="steps to run while watching memory; 0: not watched"
+    )
     sub.add_argument(
         "--cold", action="store_true",
         help="on a GPU: time also a start for which no kernel has been compiled before",

@@ -33,9 +33,7 @@ def add(command: AddCommand) -> None:
     )  # fmt: skip
     sub.add_argument("out", type=path, help="folder to create")
     sub.add_argument(
-        "--keep",
-        action="store_true",
-        help="keep each image's size (by default, large images become 256 × 256)",
+        "--keep", action="store_true", help="keep own sizes; else large images become 256 × 256"
     )
     sub.add_argument(
         "--max-bad",
@@ -45,11 +43,7 @@ def add(command: AddCommand) -> None:
         "source)",
     )
     sub.add_argument(
-        "--workers",
-        type=int,
-        default=0,
-        metavar="N",
-        help="number of processes (default: 0, one per core)",
+        "--workers", type=int, default=0, metavar="N", help="processes; 0: one for each core"
     )
     sub.add_argument(
         "--part",
@@ -69,9 +63,7 @@ def add(command: AddCommand) -> None:
     )  # fmt: skip
     sub.add_argument("data", type=path, help="folder made by prepare")
     sub.add_argument(
-        "--sheet",
-        type=picture,
-        help="PNG in which to draw samples (default: DATA/contact-sheet.png)",
+        "--sheet", type=picture, help="PNG to draw samples in (default: DATA/contact-sheet.png)"
     )
     sub.add_argument(
         "--quick", action="store_true", help="check only sizes and some images, draw nothing"

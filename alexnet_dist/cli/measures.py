@@ -32,16 +32,11 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument(
-        "config",
-        nargs="+",
-        help="a config, as for train, whose layouts are compared; or two or more run folders",
+        "config", nargs="+", help="a config whose layouts are compared, or two or more run folders"
     )
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],… (default: all that this config allows)")
     sub.add_argument(
-        "--steps",
-        type=int,
-        default=20,
-        help="steps to train on each layout, 3 or more (default: 20)",
+        "--steps", type=int, default=20, help="steps to train on each layout, 3 or more"
     )
     add_share_gpu(sub)
     sub.add_argument(
@@ -49,7 +44,7 @@ def add(command: AddCommand) -> None:
         type=picture,
         default="compare.png",
         metavar="PNG",
-        help="where to draw the runs' curves (default: compare.png)",
+        help="where to draw the runs' curves",
     )
     add_json(sub, "list (layouts) or object (runs)")
 
@@ -67,15 +62,10 @@ def add(command: AddCommand) -> None:
         help="devices to predict for: h100:8x4, 8xh100, cpu:2 (default: this machine's)",
     )
     sub.add_argument(
-        "--ranks",
-        type=count,
-        help="number of ranks (default: all of --gpus, or as many as train would start)",
+        "--ranks", type=count, help="ranks (default: all of --gpus, or as train would start)"
     )
     sub.add_argument(
-        "--machine",
-        type=path,
-        metavar="JSON",
-        help="read this machine's numbers from a file that --fit wrote",
+        "--machine", type=path, metavar="JSON", help="a machine's numbers, as --fit wrote them"
     )
     sub.add_argument(
         "--fit", type=path, nargs="+", metavar="JSON",

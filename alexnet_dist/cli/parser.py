@@ -13,6 +13,16 @@ from alexnet_dist.config.schema import keys
 Run = Callable[[argparse.Namespace, Sequence[str]], int]
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Ends the help of an option with its default, if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        has = action.option_strings and type(action.default) in (int, float, str)
+        if has and action.default != argparse.SUPPRESS:
+            return f"{action.help} (default: {action.default})"
+        return action.help
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes options and key=value arguments in any order, and whose error
     for --batch=64 suggests train.batch=…, and for a mistyped command or choice the nearest one.
@@ -25,7 +35,7 @@ class Parser(argparse.ArgumentParser):
         lines = "\n".join(f"  {example}" for example in examples)
         super().__init__(
             **options,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Help,
             epilog=f"examples:\n{lines}" if examples else None,
         )
         self._in_order = False

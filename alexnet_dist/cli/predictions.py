@@ -30,34 +30,22 @@ def add(command: AddCommand) -> None:
         "checkpoint", type=path, help="run folder (its best checkpoint), or a checkpoint"
     )
     sub.add_argument(
-        "image",
-        nargs="+",
-        type=path,
-        help="an image file, or a folder whose images are classified, at any depth",
+        "image", nargs="+", type=path, help="an image file, or a folder with images at any depth"
     )
     sub.add_argument(
         "--views", type=int, choices=(1, 10), help="windows per image (default: as in the run)"
     )
     sub.add_argument(
-        "--top",
-        type=count,
-        default=5,
-        help="number of likeliest classes to give per image (default: 5)",
+        "--top", type=count, default=5, help="number of likeliest classes to give per image"
     )
     sub.add_argument(
-        "--data",
-        type=path,
-        metavar="FOLDER",
-        help="where the network's packed data set is, if it has moved",
+        "--data", type=path, metavar="FOLDER", help="the network's packed data set, if it has moved"
     )
     form = sub.add_mutually_exclusive_group()
     form.add_argument("--csv", action="store_true", help="print CSV, one row per image")
     form.add_argument("--json", action="store_true", help="print one JSON object")
     form.add_argument(
-        "--out",
-        type=table,
-        metavar="FILE",
-        help="write to this file instead, NAME.csv or NAME.json",
+        "--out", type=table, metavar="FILE", help="write to NAME.csv or NAME.json instead"
     )
     sub.add_argument(
         "--picture", type=picture, metavar="PNG",

@@ -2,7 +2,6 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from alexnet_dist.cli.parser import AddCommand, out, path
 from alexnet_dist.errors import ConfigError, looked_in
@@ -29,13 +28,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument(
         "run_folder", type=path, nargs="*", help="run folders; anything else is skipped"
     )
-    sub.add_argument(
-        "--out",
-        type=out,
-        default=Path("report.html"),
-        metavar="HTML",
-        help="file to write (default: report.html)",
-    )
+    sub.add_argument("--out", type=out, default="report.html", metavar="HTML", help="file to write")
 
     sub = command(
         "export", export, "write a run's weights in another program's format",
@@ -48,10 +41,7 @@ def add(command: AddCommand) -> None:
     kinds = ["safetensors", "torchvision", "caffe", "onnx"]
     sub.add_argument("--format", choices=kinds, required=True)
     sub.add_argument(
-        "--data",
-        type=path,
-        metavar="FOLDER",
-        help="onnx: where the network's packed data set is, if it has moved",
+        "--data", type=path, metavar="FOLDER", help="onnx: its packed data set, if that has moved"
     )
 
     sub = command(

@@ -53,10 +53,7 @@ def add(command: AddCommand) -> None:
         "--views", type=int, choices=(1, 10), help="windows per image (default: as in the run)"
     )
     sub.add_argument(
-        "--predictions",
-        type=out,
-        metavar="NPZ",
-        help="also write each image's prediction to this file",
+        "--predictions", type=out, metavar="NPZ", help="also write every prediction to this file"
     )
     add_json(sub)
 
