@@ -33,6 +33,8 @@ _CUT = ("folder", "cifar10")  # kinds that take --validation
 _ARCHIVES = ("folder", "tiny_imagenet", "imagenette")  # kinds that may be an archive
 # Unicode categories: control, surrogate, line and paragraph separator.
 _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+# Files written aside, of which the last two are 0.1.0's.
+_WRITING = (".writing-*", "*/.writing-*", "*.writing", "*/*.writing")
 
 
 @dataclass(frozen=True)
@@ -193,18 +195,15 @@ def locked(aside: Path, identity: Mapping[str, Any], alone: bool) -> Iterator[No
             )
         write(begun, ours.encode())
         if alone:
-            _sweep_writing(aside)
+            _remove(aside, *_WRITING)
         yield
 
 
 def _sweep(out: Path) -> None:
     """Remove the files that were needed only while the data set was being made."""
-    for left in (path for p in (".lock", ".begun.json", "*/.shard-*.npz") for path in out.glob(p)):
-        left.unlink(missing_ok=True)
-    _sweep_writing(out)
+    _remove(out, ".lock", ".begun.json", "*/.shard-*.npz", *_WRITING)
 
 
-def _sweep_writing(folder: Path) -> None:
-    for name in (".writing-*", "*.writing"):  # the latter is 0.1.0's
-        for left in (*folder.glob(name), *folder.glob(f"*/{name}")):
-            left.unlink(missing_ok=True)
+def _remove(folder: Path, *patterns: str) -> None:
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        path.unlink(missing_ok=True)
