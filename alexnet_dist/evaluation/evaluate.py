@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from alexnet_dist.checkpoint import store as checkpoints
+from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.from_data import HELD_OUT
 from alexnet_dist.config.load import IN_ONE_PROCESS, overridden
 from alexnet_dist.config.schema import Config, fingerprint, flat
@@ -113,33 +114,11 @@ def evaluate_checkpoints(
     Raises CheckpointError, DatasetError, ConfigError where they cannot be averaged, or MachineError
     where the probabilities to keep do not fit in memory.
     """
-    # Their configs, for this process; what must be equal to average them.
     found = [checkpoints.at(path) for path in paths]
     configs = [overridden(for_one_pass(c.config), *IN_ONE_PROCESS, *overrides) for c in found]
     config, topology = configs[0], connect(configs[0])
     dataset = found[0].open_data(config)
-    alike = ["model.classes", "data.path", "data.eval_split", "evaluate.views"]
-    if config.data.eval_split == HELD_OUT:  # else a network may have been trained on some of it
-        alike += ["data.hold_out", "data.train_split"]
-    for checkpoint, other in zip(found, configs, strict=True):
-        for key in alike:
-            here, there = flat(other)[key], flat(config)[key]
-            if here != there:
-                model = key.startswith("model.")
-                remedy = "it must be the same" if model else f"set {key}=VALUE, if it suits both"
-                raise ConfigError(
-                    f"{checkpoint.path}: {key}={here!r}, but {there!r} in {found[0].path}: to "
-                    f"average them {remedy}"
-                )
-        checkpoint.check_classes(dataset)
-        most = checkpoint.config.data.hold_out
-        same = checkpoint.manifest["dataset"] == dataset.digest
-        if same and other.data.eval_split == HELD_OUT and other.data.hold_out > most:
-            raise ConfigError(
-                f"data.hold_out={other.data.hold_out:g}: {checkpoint.path} was trained on some of "
-                f"these images, since it held out {most:g}: set data.hold_out={most:g} or less, or "
-                "another data.eval_split="
-            )
+    _check_alike(found, configs, dataset)
     # One network after another; the last one's turn completes the averages, which are scored batch
     # by batch.
     average = labels = None
@@ -179,6 +158,39 @@ def evaluate_checkpoints(
         changed=changed,
     )
     return Evaluation(score, tuple(found), dataset.classes, confusion, average, labels, conditions)
+
+
+def _check_alike(found: Sequence[Checkpoint], configs: Sequence[Config], dataset: Dataset) -> None:
+    """Raise ConfigError where networks cannot be averaged, or are to be scored on images that one
+    of them was trained on.
+
+    Args:
+        configs: of the networks, as they are evaluated.
+        dataset: the data set that they are scored on.
+    """
+    config = configs[0]
+    alike = ["model.classes", "data.path", "data.eval_split", "evaluate.views"]
+    if config.data.eval_split == HELD_OUT:  # else a network may have been trained on some of it
+        alike += ["data.hold_out", "data.train_split"]
+    for checkpoint, other in zip(found, configs, strict=True):
+        for key in alike:
+            here, there = flat(other)[key], flat(config)[key]
+            if here != there:
+                model = key.startswith("model.")
+                remedy = "it must be the same" if model else f"set {key}=VALUE, if it suits both"
+                raise ConfigError(
+                    f"{checkpoint.path}: {key}={here!r}, but {there!r} in {found[0].path}: to "
+                    f"average them {remedy}"
+                )
+        checkpoint.check_classes(dataset)
+        most = checkpoint.config.data.hold_out
+        same = checkpoint.manifest["dataset"] == dataset.digest
+        if same and other.data.eval_split == HELD_OUT and other.data.hold_out > most:
+            raise ConfigError(
+                f"data.hold_out={other.data.hold_out:g}: {checkpoint.path} was trained on some of "
+                f"these images, since it held out {most:g}: set data.hold_out={most:g} or less, or "
+                "another data.eval_split="
+            )
 
 
 def _room(configs: Sequence[Config], dataset: Dataset) -> tuple[Tensor, Tensor]:
