@@ -25,6 +25,8 @@ from alexnet_dist.parallel.device import machine
 log = logging.getLogger(__name__)
 _LONGEST = 2**26  # bytes read of a file
 _NUMBERS = ("samples", "correct1", "correct5", "loss", "top1", "top5", "step", "views")
+_OTHERS = {"date": str, "split": str, "of": list, "changed": dict, "machine": dict,
+           "classes": list, "confusion": list}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -222,30 +224,21 @@ def saved_scores(run: Path) -> list[Mapping[str, Any]]:
 
 def _is_score(found: Mapping[str, Any]) -> bool:
     """Whether a file has the numbers that readers calculate with; the rest is text to show."""
-    classes, confusion = found.get("classes"), found.get("confusion")
+
+    def is_class(row: Any) -> bool:
+        counts: list[Any] = [*map(row.get, ("right", "samples"))] if isinstance(row, dict) else []
+        return [*map(type, counts)] == [int] * 2 and 0 <= counts[0] <= counts[1]
+
+    def is_cell(cell: Any) -> bool:
+        whole = isinstance(cell, list) and [*map(type, cell)] == [int] * 3
+        return whole and min(cell) >= 0 and max(cell[:2]) < len(found["classes"])
+
     return (
         all(files.is_count(found.get(key)) for key in _NUMBERS)
+        and all(isinstance(found.get(key), kind) for key, kind in _OTHERS.items())
         and max(found["top1"], found["top5"]) <= 1
         and found["correct1"] <= found["samples"]
         and 0 < found["samples"] < 2**53
-        and isinstance(found.get("date"), str)
-        and isinstance(found.get("split"), str)
-        and isinstance(found.get("of"), list)
-        and isinstance(found.get("changed"), dict)
-        and isinstance(found.get("machine"), dict)
-        and isinstance(classes, list)
-        and all(
-            isinstance(row, dict)
-            and type(row.get("samples")) is type(row.get("right")) is int
-            and 0 <= row["right"] <= row["samples"]
-            for row in classes
-        )
-        and isinstance(confusion, list)
-        and all(
-            isinstance(cell, list)
-            and [type(value) for value in cell] == [int] * 3
-            and min(cell) >= 0
-            and max(cell[:2]) < len(classes)
-            for cell in confusion
-        )
+        and all(map(is_class, found["classes"]))
+        and all(map(is_cell, found["confusion"]))
     )
