@@ -35,7 +35,7 @@ def rank(**own: Any) -> Rank:
                    "bytes": {}, "calls": {}} | own)  # fmt: skip
 
 
-def counted(ranks: int, alone: Rank | None = None, **layouts: Rank) -> Plan:
+def counted(ranks: int, **layouts: Rank) -> Plan:
     """A plan made by hand: 8 images of 0.5 GFLOP, and two layers of a million parameters."""
     return Plan(
         recipe={
@@ -51,13 +51,12 @@ def counted(ranks: int, alone: Rank | None = None, **layouts: Rank) -> Plan:
         forward_flops_per_image={"conv1": 100_000_000, "fc2": 100_000_000},
         training_flops_per_image=500_000_000,  # conv1: forward, weights; fc2 also inputs
         map_values_per_image={"all": 1_000_000, "normalised": 0},
-        layouts=layouts,
-        alone=alone or rank(),
+        layouts={"one": rank()} | layouts,
     )
 
 
 def test_a_step_on_one_device_is_the_sum_of_its_parts() -> None:
-    found = predict(counted(1), "alone", Cluster(ROUND, 1))
+    found = predict(counted(1), "one", Cluster(ROUND, 1))
     assert found.parts_s == pytest.approx({
         "arithmetic": 4.0,  # 8 × 0.5 GFLOP at 1 GFLOP/s
         "maps": 11 * 8 * 4e6 / 1e9,
@@ -73,7 +72,7 @@ def test_a_step_on_one_device_is_the_sum_of_its_parts() -> None:
 
 def test_decoding_limits_where_it_takes_longer_than_all_the_rest() -> None:
     slow = dataclasses.replace(ROUND, decode=1.0)
-    found = predict(counted(1), "alone", Cluster(slow, 1))
+    found = predict(counted(1), "one", Cluster(slow, 1))
     assert (found.step_s, found.bottleneck) == (8.0, "decode")
     assert found.training_images_per_s == pytest.approx(8 / 4.674)
 
@@ -85,7 +84,7 @@ def test_a_step_of_kernels_is_arithmetic_passes_and_what_starts_them() -> None:
 
     def parts(execution: str) -> dict[str, float]:
         one = rank(execution=execution, passes=passes)
-        return dict(predict(counted(1, one), "alone", Cluster(gpu, 1)).parts_s)
+        return dict(predict(counted(1, one=one), "one", Cluster(gpu, 1)).parts_s)
 
     computing = {
         "arithmetic": 8 * 0.2e9 / 16e9 + 8 * 0.3e9 / 16e9,  # half of the peak; conv1, fc2
@@ -102,7 +101,7 @@ def test_a_step_of_kernels_is_arithmetic_passes_and_what_starts_them() -> None:
 def test_few_samples_pass_over_weights_for_longer_than_they_compute() -> None:
     one = rank(execution="graph", passes=Passes(0, 0, 0))
     gpu = dataclasses.replace(ROUND, peak={"fp32": 32e12}, memory=1e8, fused=True)
-    found = predict(counted(1, one), "alone", Cluster(gpu, 1)).parts_s["arithmetic"]
+    found = predict(counted(1, one=one), "one", Cluster(gpu, 1)).parts_s["arithmetic"]
     assert found == pytest.approx(8 * 0.2e9 / 16e12 + 3 * 4 * 1_000_000 / 0.8e8)
 
 
@@ -202,7 +201,7 @@ def test_a_fit_finds_the_machine_that_took_the_seconds() -> None:
     measured = []
     for overrides in (["train.batch=24"], ["train.batch=48"], ["model.fc=[360,280]"]):
         planned = plan(tiny("train.precision=fp32", *overrides), 2)
-        for kind in ("alone", "columns", "replicas", "sharded_fc"):
+        for kind in ("one", "columns", "replicas", "sharded_fc"):
             found = predict(planned, kind, Cluster(there, 2))
             seconds = planned.batch / found.training_images_per_s
             measured.append(Measured(planned, kind, 2, seconds))
@@ -275,7 +274,7 @@ def test_a_batch_held_out_of_the_fit_is_predicted(cpu: str, measured: list[Measu
                 assert abs(error(one, others)) < 0.15, place(one)
 
 
-@pytest.mark.parametrize("kind", ["alone", "columns", "replicas", "sharded_fc", "zero1", "zero2"])
+@pytest.mark.parametrize("kind", ["one", "columns", "replicas", "sharded_fc", "zero1", "zero2"])
 def test_a_layout_and_a_batch_both_held_out_are_predicted(
     measured: list[Measured], kind: str
 ) -> None:
@@ -290,8 +289,8 @@ def test_what_is_recommended_is_the_fastest_that_fits_and_the_simplest_of_equals
         return Prediction(1, speed, speed, 1.0, {}, "", "", too_large=too_large)
 
     assert recommended({"one": one(5.0)}) == "one"
-    assert recommended({"alone": one(10.0), "zero1": one(10.2)}) == "alone"
-    assert recommended({"alone": one(10.0), "sharded_fc": one(11.0)}) == "sharded_fc"
+    assert recommended({"one": one(10.0), "zero1": one(10.2)}) == "one"
+    assert recommended({"one": one(10.0), "sharded_fc": one(11.0)}) == "sharded_fc"
     assert recommended({"columns": one(10.0), "replicas": one(20.0, too_large="9")}) == "columns"
     assert recommended({"one": one(5.0, too_large="9 GB of 3")}) is None
 
@@ -333,7 +332,7 @@ def test_published_speeds_are_met(
     planned = plan(load_config(by_operators), at.total)
     found = predict(planned, kind, at).training_images_per_s
     if what == "times":
-        found /= predict(planned, "alone", at).training_images_per_s
+        found /= predict(planned, "one", at).training_images_per_s
     assert found == pytest.approx(published, rel=bound)
 
 

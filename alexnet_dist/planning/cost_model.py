@@ -49,11 +49,11 @@ _BASIS = {
 _LOCKED, _LOCKED_BY_MORE = 4750 * (224 / 256) ** 2, 4000 * (224 / 256) ** 2
 
 
-def quantities(planned: Plan, kind: str, cores: float = 1.0) -> dict[str, float]:
+def quantities(planned: Plan, kind: str, cores: float) -> dict[str, float]:
     """Count what a rank's step does with torch's operators, other than sending.
 
     Args:
-        kind: the layout; `alone` for everything on one device.
+        kind: the layout.
         cores: cores of a rank; 1 for a GPU.
 
     Returns:
@@ -104,7 +104,7 @@ def collectives(planned: Plan, kind: str) -> list[Collective]:
     """Return the collectives of a rank's step in which it sends anything."""
     found, pairs = [], kind.startswith("columns")
     for name, size in planned.of(kind).bytes.items():
-        if name == "total" or kind == "alone":
+        if name == "total":
             continue
         group, stride = planned.ranks, 1
         if pairs:  # the ranks of a replica exchange; those of a column, one of each replica, sum

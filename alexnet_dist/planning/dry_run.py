@@ -56,7 +56,7 @@ _STATS_BYTES = 48  # of a step's `StepStats`
 def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
     """Plan a config on a number of ranks, for every layout, its own among them.
 
-    A layout that cannot have so many ranks is a `Misfit`.
+    A layout that cannot have so many ranks is a `Misfit`, but for `one`, which always has one.
 
     Args:
         gpu: whether each rank has a GPU; else they share a CPU.
@@ -68,7 +68,8 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
         values = map_values(counted)
         kinds = dict.fromkeys((*KINDS, config.layout.kind))  # the config's may be a user's own
         planned = {kind: _rank(config, kind, ranks, gpu) for kind in kinds}
-        one = planned["one"]
+        if ranks > 1:
+            planned["one"] = _whole_batch(config, ranks, gpu)
         return Plan(
             recipe=flat(config),
             layout=config.layout.kind,
@@ -84,7 +85,6 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
                 "normalised": sum(values[name] for name in config.model.lrn.layers),
             },
             layouts=planned,
-            alone=one if isinstance(one, Rank) else _whole_batch(config, ranks, gpu),
         )
 
 

@@ -104,7 +104,7 @@ def read_bench(path: Path) -> list[Measured]:
         raise ConfigError(f"--fit {path}: was measured on {gpu}, but only CPUs can be fitted")
     planned = plan(config, ranks)
     return [
-        Measured(planned, "alone" if kind == "one" else kind, cores, config.train.batch / speed)
+        Measured(planned, kind, cores, config.train.batch / speed)
         for kind, speed in speeds.items()
         if not (kind == "columns_x_replicas" and ranks == 2)  # then it is the same as columns
     ]

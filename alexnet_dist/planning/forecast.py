@@ -27,7 +27,7 @@ from alexnet_dist.training.metrics_file import read_metrics
 
 _ILSVRC_2012 = 1_281_167, 50_000  # training, validation images; used if the data set is not here
 # Of layouts that are about equally fast, the first is recommended.
-_SIMPLEST = ("alone", "replicas", "columns", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
+_SIMPLEST = ("one", "replicas", "columns", "columns_x_replicas", "sharded_fc", "zero1", "zero2")
 _AS_FAST = 0.97
 # Keys beside the network's that a step's time depends on.
 _STEP = ("layout.kind", "train.batch", "train.micro_batches", "train.precision", "train.execution")
@@ -103,8 +103,7 @@ def forecast(planned: Plan, config: Config, cluster: Cluster) -> Forecast:
             "fewer --ranks"
         )
     images, kept, source, missing = _images(config)
-    layouts = {} if ranks == 1 else {"alone": planned.alone}
-    layouts |= {kind: rank for kind, rank in planned.layouts.items() if isinstance(rank, Rank)}
+    layouts = {kind: rank for kind, rank in planned.layouts.items() if isinstance(rank, Rank)}
     if ranks == 2:  # then it is the same as columns
         layouts.pop("columns_x_replicas", None)
     needs = {kind: gpu_memory(rank) if machine.overlap else rank.memory["peak"]
@@ -148,7 +147,7 @@ def _decoding(
         training: its prediction, or that of the config's layout; None if neither is possible.
     """
     machine, needs = cluster.machine, training.training_images_per_s if training else 0.0
-    devices = 1 if machine.overlap and best == "alone" else cluster.total
+    devices = 1 if machine.overlap and best == "one" else cluster.total
     by = decoding(planned, cluster, pipeline)
     decoded = by.images_per_s * devices
     dali = decoding(planned, cluster, "dali") if machine.overlap else None
@@ -190,7 +189,7 @@ def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[
 def recommended(found: Mapping[str, Prediction]) -> str | None:
     """Return the fastest layout that fits in memory, or a simpler one that is nearly as fast."""
     speeds = {kind: one.images_per_s for kind, one in found.items() if not one.too_large}
-    order = [kind for kind in ("one", *_SIMPLEST) if kind in speeds]
+    order = [kind for kind in _SIMPLEST if kind in speeds]
     bound = _AS_FAST * max(speeds.values(), default=0.0)
     return next((kind for kind in order if speeds[kind] >= bound), None)
 

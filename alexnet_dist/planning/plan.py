@@ -60,8 +60,8 @@ class Plan:
         batch: the global batch.
         parameters, forward_flops_per_image: by layer.
         map_values_per_image: values in the maps of all layers, and of those that are normalised.
-        layouts: by kind, the config's own among them.
-        alone: the whole batch on one device.
+        layouts: by kind, the config's own among them; `one` is the whole batch on one device,
+            however many ranks the others have.
     """
 
     recipe: Mapping[str, Any]
@@ -73,17 +73,16 @@ class Plan:
     training_flops_per_image: int
     map_values_per_image: Mapping[str, int]
     layouts: Mapping[str, Rank | Misfit]
-    alone: Rank
 
     def of(self, kind: str) -> Rank:
-        """Return a layout that fits, or `alone`."""
-        rank = self.alone if kind == "alone" else self.layouts[kind]
+        """Return a layout that fits."""
+        rank = self.layouts[kind]
         assert isinstance(rank, Rank), kind
         return rank
 
     def ranks_of(self, kind: str) -> int:
-        """Return the number of ranks that a layout, or `alone`, uses."""
-        return 1 if kind == "alone" else self.ranks
+        """Return the number of ranks that a layout uses."""
+        return 1 if kind == "one" else self.ranks
 
 
 @dataclass(frozen=True)

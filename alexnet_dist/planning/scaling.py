@@ -33,7 +33,7 @@ def curve(config: Config, cluster: Cluster, most: int = _MOST) -> list[dict[str,
         nodes = -(-ranks // cluster.devices)
         there = Cluster(cluster.machine, min(cluster.devices, ranks), nodes)
         for kind in KINDS:
-            if isinstance(planned.layouts[kind], Misfit):
+            if isinstance(planned.layouts[kind], Misfit) or planned.ranks_of(kind) < ranks:
                 continue
             factor, _ = correction(planned, kind, cluster.machine)
             prediction = predict(planned, kind, there, factor=factor)

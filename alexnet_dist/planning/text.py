@@ -50,24 +50,23 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
             f"({machine['source']}):",
             f"{'':20}{'images/s':>10}{'× one':>8}{epochs:>12}{'step, ms':>10}  of it, ms",
             ]  # fmt: skip
-    base = predicted.get("alone") or predicted.get("one")
+    base = predicted.get("one")
     for kind, one in predicted.items():
         parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
         listed = ", ".join(
             f"{name} {_milliseconds(s)}" for name, s in parts if s > 0.01 * one.step_s
         )
-        name = "one, on one device" if kind == "alone" else kind
         times = one.images_per_s / base.images_per_s if base else 1.0
         text.append(
-            f"{name:20}{one.images_per_s:10,.0f}{times:8.2f}"
+            f"{kind:20}{one.images_per_s:10,.0f}{times:8.2f}"
             f"{_hours(one.hours):>12}{1e3 * one.step_s:10.4g}  {listed}"
             + (f"; DOES NOT FIT: {one.too_large}" if one.too_large else "")
         )
     bases: dict[str, list[str]] = {}
     for kind, one in predicted.items():
-        bases.setdefault(one.basis, []).append("one" if kind == "alone" else kind)
+        bases.setdefault(one.basis, []).append(kind)
     text.append("basis of the times: " + "; ".join(
-        f"{', '.join(dict.fromkeys(kinds))}: {basis}" for basis, kinds in bases.items()
+        f"{', '.join(kinds)}: {basis}" for basis, kinds in bases.items()
     ))  # fmt: skip
     best, decode = outlook.recommended, outlook.decode
     if best is None:
@@ -77,8 +76,7 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     else:
         speed = predicted[best]
         text.append(
-            f"recommended: {'one, on one device' if best == 'alone' else best}: "
-            f"{_hours(speed.hours)} for {epochs} of "
+            f"recommended: {best}: {_hours(speed.hours)} for {epochs} of "
             f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
             f"its bottleneck: {speed.bottleneck}"
             + ("" if best == own else f" (your layout, {own}, is in the table)")
