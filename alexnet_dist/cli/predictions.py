@@ -66,7 +66,7 @@ def table(text: str) -> Path:
 def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Print or write the likeliest classes of image files; return 1 if some could not be read."""
     from alexnet_dist.evaluation.load import load_checkpoint
-    from alexnet_dist.evaluation.predict import draw, images_in
+    from alexnet_dist.evaluation.predict import images_in
     from alexnet_dist.parallel.device import cores
 
     paths, others = images_in(options.image)
@@ -97,7 +97,7 @@ def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             _as_json(kept, options.top, trained.checkpoint, views, file)
     if options.picture and not refused:
         (prediction,) = kept
-        draw(trained.model, trained.config, trained.dataset, prediction, options.picture)
+        trained.draw(prediction, options.picture)
         print(f"picture: {options.picture}", file=sys.stderr if quiet else sys.stdout)
     if len(paths) > 1 or options.out or others:
         written = f", written to {options.out}" if options.out else ""

@@ -14,18 +14,16 @@ from alexnet_dist.checkpoint.store import Checkpoint
 from alexnet_dist.config.load import IN_ONE_PROCESS, overridden
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset, open_trained_on
+from alexnet_dist.data.prepare.convert import convert
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
-from alexnet_dist.errors import DatasetError
-from alexnet_dist.evaluation.features import logits, with_views
-from alexnet_dist.evaluation.predict import (
-    Prediction,
-    features,
-    images_in,
-    predictions,
-    windows_of,
-)
+from alexnet_dist.errors import ConfigError, DatasetError, NotFinite
+from alexnet_dist.evaluation.features import activations, logits, with_views
+from alexnet_dist.evaluation.predict import Prediction, batches_of, images_in, windows_of
+from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
+from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import parameter_dtype
+from alexnet_dist.plotting import columns_picture
 
 Images = Path | str | Iterable[Path | str]
 
@@ -108,9 +106,22 @@ class Trained:
         Args:
             workers: number of processes that read files; with more than one, the main program must
                 be guarded by `if __name__ == "__main__":`.
+
+        Raises NotFinite where the network's outputs are not finite.
         """
         config = with_views(self.config, views or self.config.evaluate.views)
-        return predictions(self.model, config, self.dataset, _files(images), workers)
+        for part, windows in self._batches(config, images, workers):
+            shares = iter(())
+            if len(windows):
+                outputs = logits(self.model, config, windows).softmax(1)
+                shares = iter(outputs.unflatten(0, (-1, config.evaluate.views)).mean(1).cpu())
+            for path, refused in part:
+                own = None if refused else next(shares)
+                if own is not None and not own.isfinite().all():
+                    raise NotFinite(
+                        f"{path}: the network's outputs are not finite: use an earlier checkpoint"
+                    )
+                yield Prediction(path, self.classes, own, refused)
 
     def features(self, images: Images, layer: str = "fc7") -> Tensor:
         """Return a layer's outputs for image files: (n, units), or (n, maps, height, width).
@@ -123,13 +134,43 @@ class Trained:
 
         Raises DatasetError where an image cannot be read, ConfigError for an unknown layer.
         """
+        if layer not in (names := self.config.model.layer_names):
+            raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
+        config, outputs = with_views(self.config, 1), []
+        for part, windows in self._batches(config, images):
+            for path, refused in part:
+                if refused:
+                    raise DatasetError(f"{path}: {refused}: leave it out")
+            seen = activations(self.model, config, windows, [layer])[layer]
+            outputs.append(side_by_side(seen).cpu())
+        if not outputs:
+            raise ConfigError(f"features of {layer!r}: name at least one image")
+        return torch.cat(outputs)
+
+    def draw(self, prediction: Prediction, out: Path) -> None:
+        """Draw an image, its prediction, and each column's strongest maps of it, layer by layer.
+
+        Args:
+            out: the PNG to write.
+        """
         config = with_views(self.config, 1)
-        return features(self.model, config, self.dataset, _files(images), layer)
+        ((_, windows),) = self._batches(config, prediction.path)
+        made = activations(self.model, config, windows, config.model.conv_names)
+        maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
+        image = convert(read_bytes(prediction.path, MOST_ENCODED), keep=True).image
+        whole = image.expand(3, -1, -1).movedim(0, -1).numpy()
+        seen = config.model.crop / config.data.canvas
+        with written_aside(out) as aside:
+            columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
 
-
-def _files(images: Images) -> list[Path]:
-    named = [images] if isinstance(images, str | Path) else images
-    return images_in([Path(name) for name in named])[0]
+    def _batches(
+        self, config: Config, images: Images, workers: int = 1
+    ) -> Iterator[tuple[list[tuple[Path, str]], Tensor]]:
+        """As `batches_of`, of image files and those in folders."""
+        named = [images] if isinstance(images, str | Path) else images
+        paths, _ = images_in([Path(name) for name in named])
+        device = next(self.model.parameters()).device
+        return batches_of(config, self.dataset, device, paths, workers)
 
 
 def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained:

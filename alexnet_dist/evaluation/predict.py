@@ -1,4 +1,4 @@
-"""Run a trained network on image files.
+"""Image files as a trained network sees them, and what it predicts for one.
 
 Files are read as `prepare` reads them and cut as evaluation cuts them, so that the prediction for a
 file of a data set is that for its packed sample.
@@ -22,21 +22,10 @@ from alexnet_dist.data.missing import IMAGE_SUFFIXES
 from alexnet_dist.data.prepare.convert import ConvertOptions, RefusedImage, convert, options_of
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
-from alexnet_dist.errors import (
-    ConfigError,
-    DatasetError,
-    MachineError,
-    NotFinite,
-    filled_by,
-    of_memory,
-)
-from alexnet_dist.evaluation.features import activations, logits, with_views
-from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
-from alexnet_dist.network.exchange import side_by_side
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.errors import MachineError, filled_by, of_memory
+from alexnet_dist.files import MOST_ENCODED, read_bytes
 from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.parallel.workers import worker_pool
-from alexnet_dist.plotting import columns_picture
 
 WORTH_A_PROCESS = 500  # images per process that are worth starting it for
 _AHEAD = 16  # images read ahead by each process
@@ -67,72 +56,6 @@ class Prediction:
         best = self.probabilities.sort(descending=True, stable=True)
         shares, places = best.values[:count].tolist(), best.indices[:count].tolist()
         return [(self.classes[place], share) for place, share in zip(places, shares, strict=True)]
-
-
-def predictions(
-    model: AlexNet, config: Config, dataset: Dataset, paths: Sequence[Path], workers: int = 1
-) -> Iterator[Prediction]:
-    """Yield a network's prediction for each image file, in order, `evaluate.batch` at a time.
-
-    Args:
-        dataset: has the class names and the mean, and files are read as its images were.
-        workers: number of processes that read files; with more than one, the main program must be
-            importable (`__main__`).
-
-    Raises NotFinite where the network's outputs are not finite.
-    """
-    for part, windows in _batches(config, dataset, _device(model), paths, workers):
-        shares = iter(())
-        if len(windows):
-            outputs = logits(model, config, windows).softmax(1)
-            shares = iter(outputs.unflatten(0, (-1, config.evaluate.views)).mean(1).cpu())
-        for path, refused in part:
-            own = None if refused else next(shares)
-            if own is not None and not own.isfinite().all():
-                raise NotFinite(
-                    f"{path}: the network's outputs are not finite: use an earlier checkpoint"
-                )
-            yield Prediction(path, dataset.classes, own, refused)
-
-
-def features(
-    model: AlexNet, config: Config, dataset: Dataset, paths: Sequence[Path], layer: str
-) -> Tensor:
-    """Return a layer's outputs for image files: (n · views, …), as from `activations`, the columns'
-    side by side, on the CPU.
-
-    Raises DatasetError where an image cannot be read; ConfigError where there is no such layer.
-    """
-    if layer not in (names := config.model.layer_names):
-        raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
-    outputs = []
-    for part, windows in _batches(config, dataset, _device(model), paths, 1):
-        for path, refused in part:
-            if refused:
-                raise DatasetError(f"{path}: {refused}: leave it out")
-        outputs.append(side_by_side(activations(model, config, windows, [layer])[layer]).cpu())
-    if not outputs:
-        raise ConfigError(f"features of {layer!r}: name at least one image")
-    return torch.cat(outputs)
-
-
-def draw(
-    model: AlexNet, config: Config, dataset: Dataset, prediction: Prediction, out: Path
-) -> None:
-    """Draw an image, its prediction, and each column's strongest maps of it, layer by layer.
-
-    Args:
-        out: the PNG to write.
-    """
-    config = with_views(config, 1)
-    ((_, windows),) = _batches(config, dataset, _device(model), [prediction.path], 1)
-    made = activations(model, config, windows, config.model.conv_names)
-    maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
-    image = convert(read_bytes(prediction.path, MOST_ENCODED), keep=True).image
-    whole = image.expand(3, -1, -1).movedim(0, -1).numpy()
-    seen = config.model.crop / config.data.canvas
-    with written_aside(out) as aside:
-        columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)
 
 
 def windows_of(config: Config, preprocess: Preprocess, canvases: Tensor) -> Tensor:
@@ -181,14 +104,14 @@ def images_in(names: Sequence[Path]) -> tuple[list[Path], int]:
     return found, others
 
 
-def _device(model: AlexNet) -> torch.device:
-    return next(model.parameters()).device
-
-
-def _batches(
+def batches_of(
     config: Config, dataset: Dataset, device: torch.device, paths: Sequence[Path], workers: int
 ) -> Iterator[tuple[list[tuple[Path, str]], Tensor]]:
-    """Read files in batches.
+    """Read image files, as the images of a data set were read, `evaluate.batch` at a time.
+
+    Args:
+        workers: number of processes that read; with more than one, the main program must be
+            importable (`__main__`).
 
     Yields:
         The path of each file, with the reason why it was refused, or an empty string; and the
