@@ -30,6 +30,7 @@ from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.parallel.topology import connect
 from alexnet_dist.planning import shared_gpus
+from alexnet_dist.planning.dry_run import needed
 from alexnet_dist.reporting import compare_layouts, doctor
 from alexnet_dist.reporting.compare_layouts import Row
 
@@ -163,7 +164,7 @@ def test_the_version_is_the_loaded_nccls(monkeypatch: Patch) -> None:
 
 def test_a_rank_that_needs_more_than_its_share_is_refused_before_it_starts(tiny: Tiny) -> None:
     config = tiny(*SHARED, "layout.kind=replicas", "model.fc=[1024,1024]")
-    need = shared_gpus.memory(config, 2)
+    need = needed(config, 2)
     assert need > 4 * 4 * 1024 * 1024  # weights, gradients, momenta, a bucket
     with with_gpus(1, memory=2 * (GB + need) + 2):
         shared_gpus.check(config, 2)

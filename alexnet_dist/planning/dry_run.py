@@ -96,6 +96,7 @@ def plan_on(config: Config, ranks: int, machine: Machine | None) -> Plan:
     return plan(config, ranks, gpu)
 
 
+@functools.cache
 def needed(config: Config, ranks: int) -> int:
     """Return the bytes of GPU memory that the tensors of a rank take at their peak, other than
     images that it keeps there; raises ConfigError if the layout cannot have so many ranks."""

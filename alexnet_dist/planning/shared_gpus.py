@@ -1,8 +1,6 @@
 """Ranks that share a GPU (`layout.share_gpu`): whether they fit on it together, and what cannot be
 concluded from their speed."""
 
-import functools
-
 import torch
 
 from alexnet_dist.config.schema import Config
@@ -21,7 +19,9 @@ def check(config: Config, ranks: int) -> None:
     properties = (torch.cuda.get_device_properties(i) for i in range(device.gpus(config)))
     least = min(properties, key=lambda gpu: gpu.total_memory)
     share = device.memory_share(least.total_memory, each)
-    need = memory(config, ranks)
+    from alexnet_dist.planning.dry_run import needed  # takes a second to import
+
+    need = needed(config, ranks)
     if need > share:
         raise ConfigError(
             f"layout.share_gpu=true: a rank of layout.kind={config.layout.kind} needs about "
@@ -29,14 +29,6 @@ def check(config: Config, ranks: int) -> None:
             f"{least.name} ({least.total_memory / 1e9:.0f} GB) have {share / 1e9:.1f} GB each: "
             "raise train.micro_batches, lower train.batch, or start fewer ranks"
         )
-
-
-@functools.cache
-def memory(config: Config, ranks: int) -> int:
-    """Return the bytes of tensors that `plan` predicts for a rank at its peak."""
-    from alexnet_dist.planning.dry_run import needed  # takes a second to import
-
-    return needed(config, ranks)
 
 
 def unseen(config: Config, ranks: int) -> str:
