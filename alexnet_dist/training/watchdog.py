@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 from numba import types
+from torch._C._distributed_c10d import HashStore
 
 from alexnet_dist.network.kernels.numba_loops import compiled
 from alexnet_dist.parallel.topology import Topology
@@ -57,7 +58,7 @@ class Watchdog:
         self._topology, self._rounds, self._report = topology, rounds, report
         self._limit_s = 0.8 * limit_s  # the rest is for the diagnosis, before collectives time out
         self._closed = threading.Event()
-        self._store = topology.store
+        self._store = topology.store or HashStore()  # of this process alone
         self._post("who", {"host": socket.gethostname(), "pid": os.getpid()})
         topology.disable_timeouts()
         self._pause_s = min(0.9, self._limit_s / 20)
@@ -120,13 +121,10 @@ class Watchdog:
 
     def _post(self, what: str, content: dict[str, Any]) -> None:
         """Leave a message for the other ranks, which read it by `_read`."""
-        if self._store is not None:
-            self._store.set(f"{what}/{self._topology.global_rank}", json.dumps(content))
+        self._store.set(f"{what}/{self._topology.global_rank}", json.dumps(content))
 
     def _read(self, what: str, rank: int) -> dict[str, Any] | None:
         """Return the message that a rank has left under this key; None if it has left none."""
-        if self._store is None:
-            return {"rounds": 0, **_where()} if what == "stuck" else {"pid": os.getpid()}
         key = f"{what}/{rank}"
         return dict(json.loads(self._store.get(key))) if self._store.check([key]) else None
 
@@ -156,7 +154,7 @@ def _verdict(
     order = {rank: (message["rounds"], message["waits"]) for rank, message in stuck.items()}
     behind = [rank for rank, place in order.items() if place == min(order.values())]
     at_fault = silent or (behind if len(behind) < len(stuck) else [])
-    names = [f"{r} (process {who[r].get('pid')} on {who[r].get('host', 'this host')})" for r in
+    names = [f"{r} (process {who[r].get('pid')} on {who[r].get('host')})" for r in
              at_fault or stuck]  # fmt: skip
     if silent:
         what = f"no step for {limit_s:g} s: rank {', '.join(names)} does not answer"
