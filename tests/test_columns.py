@@ -150,7 +150,7 @@ def scores(config: Config, sizes: list[int]) -> Any:
     for size in sizes:
         batched = dataclasses.replace(config.evaluate, batch=size)
         resized = dataclasses.replace(config, evaluate=batched)
-        found.append(evaluate_engine(engine, resized, topology, dataset))
+        found.append(evaluate_engine(engine, resized, dataset))
     return found
 
 

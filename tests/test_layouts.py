@@ -81,7 +81,7 @@ def trajectories(configs: Sequence[Config]) -> list[Any]:
         topology = connect(config)
         engine = make_engine(config, topology)
         stats = list(steps_of(config, topology, engine))
-        score = evaluate_engine(engine, config, topology, open_for(config))
+        score = evaluate_engine(engine, config, open_for(config))
         found.append((stats, *engine.whole_tensors(), score))
     return found
 

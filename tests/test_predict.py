@@ -134,7 +134,7 @@ def test_features_are_what_layers_make(own: Trained) -> None:
     topology = connect(own.config)
     engine = TorchEngine(own.config, topology)
     engine.load(own.checkpoint.parameters(), None)
-    theirs, _ = features_and_logits(engine, own.config, topology, own.dataset, "val", range(9))
+    theirs, _ = features_and_logits(engine, own.config, own.dataset, "val", range(9))
     at_test = 1 - own.config.model.dropout  # fc8 sees units scaled at test
     assert_close(own.features(images_of(own), "fc7") * at_test, theirs, 1e-5)
 

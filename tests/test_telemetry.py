@@ -358,11 +358,11 @@ def test_confusion_and_features_are_those_of_the_evaluation(
     config = tiny("layout.kind=one", "train.precision=fp32", "evaluate.views=10", *network)
     engine, dataset = TorchEngine(config, Topology()), open_for(config)
     confusion = torch.zeros(10, 10, dtype=torch.int64)
-    score = evaluate_engine(engine, config, Topology(), dataset, confusion=confusion)
+    score = evaluate_engine(engine, config, dataset, confusion=confusion)
     assert score is not None
     assert (int(confusion.sum()), int(confusion.trace())) == (score.samples, score.correct1)
     samples = range(0, 23, 2)
-    features, logits = features_and_logits(engine, config, Topology(), dataset, "test", samples)
+    features, logits = features_and_logits(engine, config, dataset, "test", samples)
     assert (features.shape, logits.shape) == ((12, units), (12, 10))
     weight, bias = (engine.model.get_parameter(f"{last}.{name}") for name in ("weight", "bias"))
     assert torch.allclose(torch.nn.functional.linear(features, weight, bias), logits, atol=1e-5)

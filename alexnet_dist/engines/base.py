@@ -13,6 +13,7 @@ from alexnet_dist.data.batch import Batch, StepInput, to_host
 from alexnet_dist.engines.optimizer import state_shapes
 from alexnet_dist.errors import CheckpointError
 from alexnet_dist.network.model import AlexNet, whole_shapes
+from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.tensor_files import Shape, misfit
 
 T = TypeVar("T")
@@ -57,6 +58,7 @@ class Engine(Protocol):
     """Trains and predicts on one layout; each rank has one."""
 
     model: AlexNet  # this rank's part of the network
+    topology: Topology  # this rank's place
 
     def train_step(
         self, batch: StepInput, step: int, rate: float, keep_gradients: bool = False

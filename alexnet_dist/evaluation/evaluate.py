@@ -28,7 +28,7 @@ from alexnet_dist.network.precision import allow_tf32, parameter_dtype
 from alexnet_dist.parallel.device import free_host_memory
 from alexnet_dist.parallel.replicas import summed
 from alexnet_dist.parallel.stop_signals import StopSignals
-from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.parallel.topology import connect
 
 T = TypeVar("T")
 
@@ -64,19 +64,18 @@ def evaluate(
     trained = network if isinstance(network, Trained) else load_checkpoint(network)
     changes = {"evaluate.views": views} | ({} if data is None else {"data.path": str(data)})
     config = overridden(for_one_pass(trained.config), changes)
-    topology = connect(config)
-    engine = TorchEngine(config, topology, init_weights=False)
+    engine = TorchEngine(config, connect(config), init_weights=False)
     engine.model.load_state_dict(trained.model.state_dict())
     engine.optimizer.narrow_all()  # the copies that a GPU computes with
     dataset = trained.checkpoint.open_data(config)
-    score = evaluate_engine(engine, config, topology, dataset)
+    score = evaluate_engine(engine, config, dataset)
     assert score is not None  # without signals, nothing stops it
     return _finite(score, trained.checkpoint.path)
 
 
 def evaluate_engine(
-    engine: Engine, config: Config, topology: Topology, dataset: Dataset,
-    signals: StopSignals | None = None, confusion: Tensor | None = None,
+    engine: Engine, config: Config, dataset: Dataset, signals: StopSignals | None = None,
+    confusion: Tensor | None = None,
 ) -> Score | None:  # fmt: skip
     """Score one network on the evaluation split, with the ranks of this run. Collective.
 
@@ -87,8 +86,8 @@ def evaluate_engine(
     Returns:
         The score, the same on every rank; None where a signal ended the evaluation.
     """
-    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
-    for probabilities, labels in _probabilities(engine, config, topology, dataset):
+    sums, topology = torch.zeros(len(_Sums._fields), dtype=torch.float64), engine.topology
+    for probabilities, labels in _probabilities(engine, config, dataset):
         sums += _summed(probabilities, labels)
         if confusion is not None:
             add_confusion(confusion, probabilities, labels)
@@ -135,7 +134,7 @@ def evaluate_checkpoints(
             total=len(evaluation_split(own, dataset)), unit=" images", desc="evaluating",
             leave=False, delay=2, disable=None,
         ) as bar:  # fmt: skip
-            for outputs, truth in _probabilities(engine, own, topology, dataset):
+            for outputs, truth in _probabilities(engine, own, dataset):
                 part = outputs / len(found)
                 if average is not None and labels is not None:
                     rows = slice(end, end := end + len(part))
@@ -234,7 +233,7 @@ def _finite(score: Score, *networks: Path) -> Score:
 
 
 def _probabilities(
-    engine: Engine, config: Config, topology: Topology, dataset: Dataset
+    engine: Engine, config: Config, dataset: Dataset
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield softmax outputs averaged over views (n, classes) and labels (n,), batch by batch, on
     the CPU. The device computes the next batch meanwhile.
@@ -242,8 +241,8 @@ def _probabilities(
     The label of a damaged sample is −1. Every rank yields the same number of batches, of any size,
     even zero.
     """
-    total, size = len(evaluation_split(config, dataset)), config.evaluate.batch
-    every = range(total)
+    topology, size = engine.topology, config.evaluate.batch
+    every = range(len(evaluation_split(config, dataset)))
     shares = [topology.shares(every[start : start + size]) for start in every[::size]]
     mine = [parts[topology.column] for parts in shares]
     counts = [[len(part) for part in parts] for parts in shares]

@@ -16,7 +16,6 @@ from alexnet_dist.network.exchange import side_by_side
 from alexnet_dist.network.layers import ACTIVATIONS
 from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
-from alexnet_dist.parallel.topology import Topology
 
 
 def with_views(config: Config, views: Literal[1, 10]) -> Config:
@@ -64,9 +63,8 @@ def activations(
 
 
 def features_and_logits(
-    engine: Engine, config: Config, topology: Topology, dataset: Dataset, split: str,
-    samples: range,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    engine: Engine, config: Config, dataset: Dataset, split: str, samples: range
+) -> tuple[Tensor, Tensor]:
     """Return what a network's last layer sees of samples (fc7), and its logits. Collective; each
     rank decodes all samples.
 
@@ -85,7 +83,7 @@ def features_and_logits(
         return products(inputs, weight, bias)
 
     last.products = recorded  # type: ignore[method-assign]
-    pipeline = make_pipeline(config, topology, dataset, split)
+    pipeline = make_pipeline(config, engine.topology, dataset, split)
     size = config.evaluate.batch
     parts = [samples[first : first + size] for first in range(0, len(samples), size)]
     try:

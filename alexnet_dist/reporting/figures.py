@@ -52,13 +52,12 @@ def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
     checkpoint = checkpoints.at(folder)
     config = overridden(for_one_pass(checkpoint.config), *IN_ONE_PROCESS, *overrides)
     dataset, out = checkpoint.open_data(config), _folder(folder)
-    topology = connect(config)
-    engine = TorchEngine(config, topology)
+    engine = TorchEngine(config, connect(config))
     engine.load(checkpoint.parameters(), None)
 
     def see(split: str, samples: range) -> tuple[Tensor, Tensor]:
         """Return features and logits of some samples of a split."""
-        return features_and_logits(engine, config, topology, dataset, split, samples)
+        return features_and_logits(engine, config, dataset, split, samples)
 
     shown = evaluation_split(config, dataset)
     samples = evenly(len(shown), ANSWERED)

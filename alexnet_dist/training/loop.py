@@ -213,7 +213,7 @@ def _run(
                 pending.read()
                 with TIMELINE.span("evaluate"):
                     confusion = telemetry.new_confusion()
-                    score = evaluate_engine(engine, config, topology, dataset, signals, confusion)
+                    score = evaluate_engine(engine, config, dataset, signals, confusion)
                     if score is None:
                         continue  # interrupted by a signal, which the poll above now returns
                     progress.observe(score, schedule)

@@ -154,8 +154,8 @@ class Board:
 
     def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
         """Return features and logits of some evaluation samples. Collective."""
-        config, split = self._config, self._config.data.eval_split
-        return features_and_logits(engine, config, self._topology, self._dataset, split, samples)
+        split = self._config.data.eval_split
+        return features_and_logits(engine, self._config, self._dataset, split, samples)
 
     def _embed(
         self, to: SummaryWriter, name: str, features: Tensor, samples: range, step: int
