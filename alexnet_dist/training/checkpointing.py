@@ -5,12 +5,10 @@ from pathlib import Path
 
 from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.checkpoint.writer import Saver
-from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.engines.base import Engine, check_values
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, ConfigError
-from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.training.logs import log
 from alexnet_dist.training.run_folder import RunFolder
 from alexnet_dist.training.state import Progress
@@ -25,11 +23,10 @@ class RunCheckpoints:
     """
 
     def __init__(
-        self, config: Config, folder: RunFolder, engine: Engine, schedule: Schedule,
-        dataset: Dataset, topology: Topology,
-    ) -> None:  # fmt: skip
-        self._config, self._folder, self._dataset = config, folder, dataset
-        self._engine, self._schedule, self._topology = engine, schedule, topology
+        self, folder: RunFolder, engine: Engine, schedule: Schedule, dataset: Dataset
+    ) -> None:
+        self._config, self._folder, self._dataset = folder.config, folder, dataset
+        self._engine, self._schedule, self._topology = engine, schedule, engine.topology
         self._saver = Saver(lambda: bool(store.steps(folder.checkpoints)))
         self._newest = 0, 0  # step and evaluated_step of the newest checkpoint
 

@@ -174,7 +174,7 @@ def _run(
     split = dataset.splits[config.data.train_split]
     schedule = Schedule.of(config, len(split))
     engine = make_engine(config, topology)
-    checkpoints = RunCheckpoints(config, folder, engine, schedule, dataset, topology)
+    checkpoints = RunCheckpoints(folder, engine, schedule, dataset)
     progress = checkpoints.resume()
     START.reached("network")
     folder.running(progress.step, schedule.last_step)
