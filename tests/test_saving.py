@@ -403,7 +403,7 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
     folder.take()
     folder.running(0, 100)
     schedule = Schedule.of(config, 60)
-    telemetry = Telemetry(config, folder, Topology(), dataset, schedule, Progress())
+    telemetry = Telemetry(folder, Topology(), dataset, schedule, Progress())
     values = {"loss": 1.0, "top1": 0.5, "top5": 1.0, "damaged": 0.0, "rate": 0.01}
 
     def step(number: int) -> None:

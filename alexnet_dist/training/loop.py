@@ -119,7 +119,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     folder = RunFolder(config)
     topology.decided_by_rank_0(folder.take)
     try:
-        outcome = _run(config, signals, topology, dataset, folder, decoding)
+        outcome = _run(folder, signals, topology, dataset, decoding)
     except Exception as error:
         explained = in_words(error)
         known = explained is error  # one of ours, which would recur
@@ -165,10 +165,10 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
 
 
 def _run(
-    config: Config, signals: StopSignals, topology: Topology, dataset: Dataset, folder: RunFolder,
-    decoding: str,
-) -> Outcome:  # fmt: skip
+    folder: RunFolder, signals: StopSignals, topology: Topology, dataset: Dataset, decoding: str
+) -> Outcome:
     """Run the training loop. The ranks are connected and the run folder is held."""
+    config = folder.config
     # The network, its optimiser and its position in the schedule: new, or restored from the newest
     # checkpoint. The data need no state: the sampler computes the batch of any step.
     split = dataset.splits[config.data.train_split]
@@ -186,12 +186,9 @@ def _run(
 
     # What runs beside the steps: statistics on their way from the device, what is written of them,
     # and a watchdog for ranks that hang.
-    pending = PendingSteps(progress, config, split, folder, topology)
-    telemetry = Telemetry(config, folder, topology, dataset, schedule, progress)
-    watchdog = Watchdog(
-        topology, lambda: signals.polls, config.layout.timeout_s,
-        lambda reason: folder.report("failed", exit=1, reason=reason),
-    )  # fmt: skip
+    pending = PendingSteps(progress, split, folder, topology)
+    telemetry = Telemetry(folder, topology, dataset, schedule, progress)
+    watchdog = Watchdog(topology, signals, folder)
     compare_every = config.train.compare_replicas_every
     exit_code: int | None = None  # none where an error ends the run
 

@@ -120,10 +120,9 @@ class PendingSteps:
     """
 
     def __init__(
-        self, progress: Progress, config: Config, split: Split, folder: RunFolder,
-        topology: Topology,
-    ) -> None:  # fmt: skip
-        self._progress, self._config, self._split = progress, config, split
+        self, progress: Progress, split: Split, folder: RunFolder, topology: Topology
+    ) -> None:
+        self._progress, self._config, self._split = progress, folder.config, split
         self._folder, self._topology = folder, topology
         self._steps: deque[tuple[int, StepInput, Callable[[], StepStats[float]]]] = deque()
 

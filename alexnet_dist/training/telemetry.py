@@ -16,7 +16,6 @@ import psutil
 import torch
 from torch import Tensor
 
-from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.engines.base import Engine
 from alexnet_dist.engines.optimizer import Schedule
@@ -49,10 +48,11 @@ class Telemetry:
     """
 
     def __init__(
-        self, config: Config, folder: RunFolder, topology: Topology, dataset: Dataset,
-        schedule: Schedule, progress: Progress,
+        self, folder: RunFolder, topology: Topology, dataset: Dataset, schedule: Schedule,
+        progress: Progress,
     ) -> None:  # fmt: skip
-        self._config, self._folder, self._topology = config, folder, topology
+        self._config = config = folder.config
+        self._folder, self._topology = folder, topology
         self._schedule = schedule
         self._step = step = progress.step  # of the last log point
         self._flops = training_flops(config)  # per image

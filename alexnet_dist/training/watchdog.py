@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ from numba import types
 from torch._C._distributed_c10d import HashStore
 
 from alexnet_dist.network.kernels.numba_loops import compiled
+from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.training.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent.parent
@@ -46,17 +47,13 @@ class Watchdog:
     """Watches this process's main thread from construction until `close`.
 
     Args:
-        rounds: returns how many rounds the training loop has made.
-        limit_s: the longest that a round may take, seconds.
-        report: called on rank 0 with the reason before the watchdog ends the run.
+        signals: counts the rounds of the training loop, each of which polls them.
     """
 
-    def __init__(
-        self, topology: Topology, rounds: Callable[[], int], limit_s: float,
-        report: Callable[[str], None],
-    ) -> None:  # fmt: skip
-        self._topology, self._rounds, self._report = topology, rounds, report
-        self._limit_s = 0.8 * limit_s  # the rest is for the diagnosis, before collectives time out
+    def __init__(self, topology: Topology, signals: StopSignals, folder: RunFolder) -> None:
+        self._topology, self._signals, self._folder = topology, signals, folder
+        # The rest of the time is for the diagnosis, before collectives time out.
+        self._limit_s = 0.8 * folder.config.layout.timeout_s
         self._closed = threading.Event()
         self._store = topology.store or HashStore()  # of this process alone
         self._post("who", {"host": socket.gethostname(), "pid": os.getpid()})
@@ -83,10 +80,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         """Beat until closed; end the process once the loop has stood still for the limit."""
-        seen, still_s, last_look = self._rounds(), 0.0, time.monotonic()
+        seen, still_s, last_look = self._signals.polls, 0.0, time.monotonic()
         while not self._closed.wait(self._pause_s):
             self._beats[0] += 1
-            now, before, last_look = self._rounds(), last_look, time.monotonic()
+            now, before, last_look = self._signals.polls, last_look, time.monotonic()
             # A longer gap than that means that this process itself was stopped.
             still_s += min(last_look - before, 2 * self._pause_s)
             if now != seen:
@@ -108,7 +105,7 @@ class Watchdog:
             verdict = _verdict(stuck, silent, who, self._limit_s)
             log.error(verdict)
             if self._topology.is_rank_0:
-                self._report(verdict.partition("\n")[0])
+                self._folder.report("failed", exit=1, reason=verdict.partition("\n")[0])
             self._post("said", {})
         else:
             deadline = time.monotonic() + 5
