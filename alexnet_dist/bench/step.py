@@ -69,8 +69,10 @@ def bench_step(
     gpu = device_of(config).type == "cuda"
     few = (_OURS, _NO_LRN, _PRODUCT, *((_BEST,) if gpu else ()))
     names = few if best else (*_CONTESTANTS, *(_ON_A_GPU if gpu else ()))
-    # All of them start at the same time, and from then on work one at a time.
-    alike = [] if best else _without_dropout(configs[0])
+    # All of them start at the same time, and from then on work one at a time. Without dropout, the
+    # losses of a first step are equal if the work is.
+    without = overridden(configs[0], "model.dropout=0")
+    alike = [] if best else [_made(name, without, pieces=1) for name in _LOSSES]
     groups = [_contestants(configs[0], names), *(_contestants(one, few) for one in configs[1:])]
     everyone = [*alike, *(one for group in groups for one in group.values())]
     try:
@@ -164,12 +166,6 @@ def _gpu_ratios(
     planned = plan(overridden(config, "train.precision=bf16"), 1, gpu=True)
     memory = planned.of("one").memory["peak"]
     return ratios | {"ours, bf16, peak memory / planned": peak_memory / memory}
-
-
-def _without_dropout(config: Config) -> list[Contestant]:
-    """Start contestants whose first step has no dropout; its losses are equal if the work is."""
-    without = overridden(config, "model.dropout=0")
-    return [_made(name, without, pieces=1) for name in _LOSSES]
 
 
 def _first_losses(contestants: Sequence[Contestant]) -> dict[str, float]:
