@@ -22,7 +22,7 @@ from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.evaluation import predict
 from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
-from alexnet_dist.evaluation.features import features_and_logits
+from alexnet_dist.evaluation.features import activations, features_and_logits
 from alexnet_dist.evaluation.load import Trained
 from alexnet_dist.network.layers import ACTIVATIONS
 from alexnet_dist.network.shapes import map_sides
@@ -296,7 +296,7 @@ def test_the_printed_maps_are_those_that_are_made(preset: str) -> None:
     model = AlexNet(config.model, init_weights=False).eval()
     windows = torch.zeros(1, 3, config.model.crop, config.model.crop)
     config_fp32 = load_config([preset, "train.precision=fp32"])
-    made = predict.activations(model, config_fp32, windows, config.model.conv_names)
+    made = activations(model, config_fp32, windows, config.model.conv_names)
     sides = [made[name][0].shape[-1] for name in config.model.conv_names]
     assert sides == [side for side, _ in map_sides(config.model)]
 
