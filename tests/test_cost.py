@@ -374,7 +374,7 @@ def test_a_forecast_as_json() -> None:
     replicas = found["predicted"]["replicas"]
     assert replicas.keys() == {
         "ranks", "images_per_s", "training_images_per_s", "step_s", "parts_s", "bottleneck",
-        "basis", "hours",
+        "basis", "hours", "too_large",
     }  # fmt: skip
     hours = found["epochs"] * found["images_per_epoch"] / replicas["images_per_s"] / 3600
     assert replicas["hours"] == pytest.approx(hours)
