@@ -35,7 +35,18 @@ def test_what_is_typed_is_taken_as_it_stands(monkeypatch: pytest.MonkeyPatch) ->
     assert config.data.path == "/home/me/packed: a"
     assert (config.model.init_std, config.train.epochs, config.data.flip) == ((0.01,), 10, False)
     assert (config.model.lrn.size, config.model.lrn.layers) == (3, ("conv1",))
-    assert load_config("data.train_split=${oc.env:HOME}").data.train_split == "${oc.env:HOME}"
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_no_config_copies_the_environment(
+    typed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "theirs.yaml").write_text("data: {path: '${oc.env:SECRET}'}\n")
+    source = "data.path=${oc.env:SECRET}" if typed else tmp_path / "theirs.yaml"
+    said = r"data\.path='\$\{oc\.env:SECRET\}': \$\{…\} is not filled in: write the value itself"
+    with pytest.raises(ConfigError, match=said):
+        load_config([source])
 
 
 def test_every_path_may_begin_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Figures and reports made from runs."""
 
+import base64
 import json
 import re
 import shutil
@@ -95,6 +96,9 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
            "correct5": 20, "loss": 2.0}  # fmt: skip
     (folders[1] / "evaluation-views-10.json").write_text(json.dumps(ten))  # before they were kept
 
+    secret = tmp_path / "secret"
+    secret.write_text("hunter2")
+    (folders[0] / "figures" / "fig4-theirs.png").symlink_to(secret)  # in a stranger's run folder
     result = alexnet_dist("figures", str(folders[0]), "--fig4")
     assert result.returncode == 0, result.stderr
     assert re.search(r"^column 2: 0\.\d{3}$", result.stdout, re.M)
@@ -129,6 +133,7 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(?:src|href)=.(?!data:)", page), "nothing lies outside the page"
     assert page.count("data:image/png;base64,") >= 4 * 2 + 2 + 2
+    assert base64.b64encode(b"hunter2").decode() not in page
     assert "tiny-alexnet-2012 on" in page
     assert re.search(r"tiny-alexnet-2012 on \S+ [0-9.]+ ± [0-9.]+ \(1 view, n = 2\) ", page)
     assert "50.00 [" in page

@@ -165,7 +165,7 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             f"shipped configs{nearest(text, list(shipped()))}"
         )
     try:
-        layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=True)
+        layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=False)
     except (OmegaConfBaseException, *NOT_YAML) as error:
         raise ConfigError(
             f"{path}: not a YAML file of keys and values: {one_line(error)}"

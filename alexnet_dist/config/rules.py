@@ -19,7 +19,7 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
         origin: dotted key to where its value was given, in the order in which they were given.
     """
     values = flat(config)
-    for section in (_lengths, _layers, _model, _data, _layout, _training, _columns):
+    for section in (_texts, _lengths, _layers, _model, _data, _layout, _training, _columns):
         for key, holds, rule in section(config, values):
             if not holds:
                 mentioned = re.findall(r"[a-z_]+(?:\.[a-z_0-9]+)+", rule)
@@ -29,6 +29,14 @@ def check_combinations(config: Config, origin: Mapping[str, str]) -> None:
                     where = f" of {origin[key]}" if origin[key] != origin[last] else ""
                     fault = f"{last}={values[last]!r}, with {fault}{where}"
                 raise ConfigError(f"{origin[last]}: {fault}: {rule}")
+
+
+def _texts(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
+    """Texts, which are taken as they stand: a config from elsewhere must not copy this machine's
+    environment into the run folder, by ${oc.env:…}."""
+    for key, value in values.items():
+        plain = not isinstance(value, str) or "${" not in value
+        yield key, plain, "${…} is not filled in: write the value itself"
 
 
 def _lengths(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:

@@ -1,7 +1,8 @@
 """Checks on YAML text before it is parsed.
 
-A small file can expand beyond any memory or stack, through aliases of aliases, interpolations of
-interpolations, or deep nesting; and YAML 1.1 reads some numbers in a base that nobody meant.
+A small file can expand beyond any memory or stack, through aliases of aliases or deep nesting, or
+take minutes to parse, with many interpolations; and YAML 1.1 reads some numbers in a base that
+nobody meant.
 """
 
 import re

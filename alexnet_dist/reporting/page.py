@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
+from alexnet_dist.data.header import PNG
 from alexnet_dist.errors import printable
 from alexnet_dist.files import read_bytes, written_aside
 
@@ -24,8 +25,11 @@ def write(path: Path, parts: Sequence[str]) -> None:
 
 
 def image(path: Path) -> str:
-    """Return a PNG file as an element of the page."""
-    return inline(read_bytes(path), path.stem)
+    """Return a PNG file as an element of the page; any other file as a line that says so, since a
+    link in a stranger's run folder may lead to what must not be published."""
+    if (content := read_bytes(path)).startswith(PNG):
+        return inline(content, path.stem)
+    return f"<p>{escape(path.name)} is not a PNG</p>"
 
 
 def inline(png: bytes, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,12 @@ def rounding(dtype: torch.dtype) -> tuple[Any, Any, Any]:
 def compiled(function: Callable[..., None], **how: Any) -> Any:
     """Compile a function with Numba, cached on disk if there is a place for it."""
     try:
-        return njit(cache=True, **how)(function)
+        made = njit(cache=True, **how)(function)
     except RuntimeError:
         return njit(**how)(function)
+    # A full home, or another user's files there, ends no run: Numba ignores that on Windows only.
+    made._cache._guard_against_spurious_io_errors = lambda: suppress(OSError)
+    return made
 
 
 def parallel(function: Callable[..., None]) -> Callable[..., None]:
