@@ -7,6 +7,7 @@ import numba
 import numpy as np
 import pytest
 
+from alexnet_dist.data.missing import not_packed
 from alexnet_dist.network.kernels.numba_loops import compiled
 
 
@@ -26,3 +27,8 @@ def test_loops_whose_cache_cannot_be_written_are_compiled_all_the_same(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert values.tolist() == [2, 2, 2]
+
+
+def test_a_command_to_copy_holds_a_folder_as_one_word() -> None:
+    said = str(not_packed(Path("my data; $(id)")))
+    assert "`alexnet-dist prepare SOURCE PATH 'my data; $(id)'`" in said

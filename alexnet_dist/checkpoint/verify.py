@@ -89,10 +89,11 @@ class Checkpoint:
         """Raise ConfigError where the classes are others than the network was trained on."""
         if other := other_class(self.manifest.get("classes"), dataset.classes):
             last = self.config.model.layer_names[-1]
+            data, init = shlex.quote(str(dataset.folder)), shlex.quote(str(self.path))
             raise ConfigError(
                 f"data.path={str(dataset.folder)!r}: {other} where {self.path} was trained: set "
                 "data.path= to data of the same classes, or fine-tune it: train CONFIG "
-                f"name=NEW data.path={dataset.folder} train.init_from={self.path} "
+                f"name=NEW data.path={data} train.init_from={init} "
                 f"'train.init_new=[{last}]'"
             )
 

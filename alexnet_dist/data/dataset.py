@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -189,14 +190,15 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
     ours, theirs = config.model.classes, len(dataset.classes)
     if ours != theirs:
         again, last = f"model.classes={theirs}", config.model.layer_names[-1]
+        data, init = shlex.quote(str(dataset.folder)), shlex.quote(str(trained))
         raise ConfigError(
             f"model.classes={ours}: {dataset.folder} has {theirs} classes: "
             + (
                 f"train a new network on it with {again}, or set data.path= to other data"
                 if trained is None
                 else f"set data.path= to data of the classes that {trained} was trained on, or "
-                f"fine-tune it: train CONFIG name=NEW data.path={dataset.folder} {again} "
-                f"train.init_from={trained} 'train.init_new=[{last}]'"
+                f"fine-tune it: train CONFIG name=NEW data.path={data} {again} "
+                f"train.init_from={init} 'train.init_new=[{last}]'"
             )
         )
     return dataset

@@ -38,9 +38,9 @@ def not_packed(folder: Path) -> DatasetError:
             f"them with `{shlex.join(line)}`, if each class has a folder of its own, and set "
             + shlex.quote(f"data.path={root}-packed")
         )
-    demo = f"fashion_mnist {configs_folder()}/fashion-mnist-sample"
+    demo = f"fashion_mnist {shlex.quote(str(configs_folder() / 'fashion-mnist-sample'))}"
     source = demo if folder == Path("data/demo") else "SOURCE PATH"
-    out = "OUT` and set data.path=OUT" if folder.exists() else f"{folder}`"
+    out = "OUT` and set data.path=OUT" if folder.exists() else f"{shlex.quote(str(folder))}`"
     return DatasetError(
         f"{path} is missing{looked_in(path)}: make the data set with `alexnet-dist prepare "
         f"{source} {out}, or set data.path to where it is"

@@ -4,6 +4,7 @@ import fcntl
 import math
 import os
 import platform
+import shlex
 import shutil
 import tempfile
 import time
@@ -197,6 +198,6 @@ def _data(folder: Path, named: bool) -> Finding:
     return Finding(
         "data",
         f"{folder}: {summary['classes']} classes, {', '.join(splits)} images; file sizes are "
-        f"right, and some images were decoded (`alexnet-dist inspect {folder}` checks all); "
-        f"{disk:.1f} GB free",
+        f"right, and some images were decoded (`alexnet-dist inspect {shlex.quote(str(folder))}` "
+        f"checks all); {disk:.1f} GB free",
     )

@@ -8,6 +8,7 @@ row says what data it is about, so that nobody compares ten classes with a thous
 import html
 import math
 import re
+import shlex
 import statistics
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -194,7 +195,7 @@ def _one_run(run: RunResults) -> Iterable[str]:
         views = " --views 10" if run.config.ten_views_differ else ""
         yield (
             "<p>What each class came to is not known: <code>alexnet-dist evaluate "
-            f"{html.escape(str(run.folder))}{views}</code></p>"
+            f"{html.escape(shlex.quote(str(run.folder)))}{views}</code></p>"
         )
     else:
         yield from _classes(detailed, detailed.kept)
