@@ -138,6 +138,7 @@ class ForkedPython:
     """In the place of a contestant's Popen: its program in a fork that has everything imported."""
 
     def __init__(self, command: list[str], env: dict[str, str], **pipes: Any) -> None:
+        assert pipes["process_group"] == 0  # a terminal's Ctrl-C is not for it
         folder = Path(tempfile.mkdtemp())
         ends = [folder / "stdin", folder / "stdout"]
         for end in ends:

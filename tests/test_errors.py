@@ -434,6 +434,22 @@ def test_what_fails_on_a_rank_started_here_is_said() -> None:
     assert "[r1] [Errno 28] No space left: make room" in ended.stderr
 
 
+def _interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+
+
+def _interrupt() -> None:
+    forks.fork_ranks()
+    with pytest.raises(RanksFailed, match="killed by SIGINT"):
+        spawn.call(_interrupted, 2)
+
+
+def test_an_interrupted_rank_leaves_the_message_to_its_launcher() -> None:
+    ended = in_a_fork(_interrupt)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def _told_to_stop() -> None:
     if os.environ["RANK"] == "0":
         os.kill(os.getppid(), signal.SIGTERM)

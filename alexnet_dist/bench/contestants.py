@@ -54,7 +54,7 @@ class Contestant:
             environment.pop("GOMP_SPINCOUNT", None)
         self._process = subprocess.Popen(
             [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env=environment,
+            env=environment, process_group=0,  # so that Ctrl-C reaches this process alone
         )  # fmt: skip
 
     def wait(self) -> None:

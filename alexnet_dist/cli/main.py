@@ -21,6 +21,8 @@ try:
     from alexnet_dist.config.load import source_of
 except ImportError as error:  # dependencies are missing from this Python
     sys.exit(f"alexnet-dist: {in_words(error) or error}")
+except KeyboardInterrupt:
+    sys.exit(EXITS[FLAGS[signal.SIGINT]])
 
 # How often a thread of OpenMP checks for work before it sleeps. With the default it spins for
 # milliseconds, which, where cores are shared, takes the core from the thread it waits for. OpenMP
@@ -29,13 +31,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code. A program that is a rank ends here instead."""
     if sys.platform != "linux":
         sys.exit(
             f"alexnet-dist: this is {sys.platform}, but it runs only on Linux: use a container"
         )
     typed = list(sys.argv[1:] if arguments is None else arguments)
-    return with_usable(lambda: _run(typed))
+    code = with_usable(lambda: _run(typed))
+    if arguments is None and environment.place():
+        os._exit(code)  # a thread that gloo left behind may abort an interpreter that ends
+    return code
 
 
 def _run(arguments: Sequence[str]) -> int:

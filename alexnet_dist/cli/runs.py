@@ -66,31 +66,29 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     from alexnet_dist.parallel.stop_signals import StopSignals
 
     signals, parent = StopSignals(), os.getppid()  # handlers first: the imports take seconds
-    config = load_config(options.config)
-    if not environment.place():
+    config, is_rank = load_config(options.config), environment.place() is not None
+    # Until there is something to save, a signal ends this process at once; a rank, in silence.
+    signals.last_words = "" if is_rank else f"{config.folder}: stopped before it began\n"
+    if signals.exit_code is not None:
+        print(signals.last_words, end="", file=sys.stderr)
+        return signals.exit_code
+    if not is_rank:
         _check_sources(config)
     from alexnet_dist.parallel import device, layouts, spawn
 
     spawn.begin_start()
     wanted = layouts.ranks_wanted(config, device.gpus(config))
-    if environment.place():
+    if is_rank:
         spawn.leave_with_parent(parent)
-        signals.last_words = ""  # a signal ends this rank until it polls: others may wait for it
-        if signals.exit_code is not None:
-            return signals.exit_code
     elif wanted > 1:
         layouts.check(config, wanted)
         if config.layout.share_gpu:
             from alexnet_dist.planning import shared_gpus
 
             shared_gpus.check(config, wanted)
-        signals.last_words = f"{config.folder}: stopped before it began\n"
-        if signals.exit_code is None:
-            from alexnet_dist.training.run_folder import RunFolder
+        from alexnet_dist.training.run_folder import RunFolder
 
-            return spawn.start(arguments, wanted, config.folder, RunFolder(config).killed)
-        print(signals.last_words, end="", file=sys.stderr)
-        return signals.exit_code
+        return spawn.start(arguments, wanted, config.folder, RunFolder(config).killed)
 
     from alexnet_dist.training import loop
 

@@ -108,6 +108,7 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
 
 def _mistake_or(function: Callable[..., Any], *args: Any) -> Any:
     """Return a function's result, or the error that every rank raises; print any other error."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback: the launcher reports it
     try:
         return function(*args)
     except Exception as error:
