@@ -49,7 +49,9 @@ class Fork:
         place = (prints, cwd or Path.cwd(), dict(environment or os.environ))
         self._process = context.Process(target=_begin, args=(*place, function, args))
         with pytest.MonkeyPatch.context() as patched:
-            patched.setenv("PYTHONPATH", str(Path(__file__).parent))  # where a new server has warm
+            # Where a new server has warm, and this checkout's package, whichever is installed.
+            tests = Path(__file__).parent
+            patched.setenv("PYTHONPATH", f"{tests}{os.pathsep}{tests.parent}")
             forkserver.ensure_running()
         self._process.start()
 
