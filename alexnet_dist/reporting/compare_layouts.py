@@ -234,7 +234,12 @@ def _run(config: Config, steps: int, path: Path) -> Run:
 
 def _updates(config: Config, steps: int) -> float:
     """Return the largest relative difference of a single update, starting at each step from the
-    oracle's state. Every rank computes the oracle as well."""
+    oracle's state. Every rank computes the oracle as well.
+
+    Adam's ε is 1: it divides a gradient by its own size + ε, so that with a small ε the rounding
+    errors of a gradient near 0 move its weight by up to twice the learning rate.
+    """
+    config = _with(config, "optimizer.eps=1")
     topology = connect(config)
     alone = Topology(device=topology.device)
     engine: Engine = make_engine(config, topology)
