@@ -39,9 +39,10 @@ def test_the_best_of_equal_errors_is_that_of_training() -> None:
         step: Score(4, right, 4, loss)
         for step, (right, loss) in enumerate([(2, 0.1), (3, 0.9), (3, 0.5), (3, 0.5), (3, 0.7)], 1)
     }
-    progress, schedule = Progress(), Schedule.of(load_config(["demo"]), 8)
+    progress, config = Progress(), load_config(["demo"])
+    schedule = Schedule.of(config, 8)
     for progress.step, score in scores.items():
-        progress.observe(score, schedule)
+        progress.observe(score, config, schedule)
     assert _best_and_last(scores) == {progress.best_step: "best", 5: "last"}
 
 

@@ -209,16 +209,41 @@ def test_no_network_is_evaluated_twice_at_the_end(
     assert found == evaluated
 
 
+@pytest.mark.parametrize("first", ["1", "2.02", "2.5"])
+def test_a_plateau_run_that_is_lengthened_falls_as_one_that_was_as_long_at_once(
+    first: str, tiny: Callable[..., Config]
+) -> None:
+    """50.5 steps an epoch, at whose ends it is evaluated: after 51, 101, 152, …"""
+
+    def rates(*lengths: str) -> list[float]:
+        progress, found = Progress(), list[float]()
+        state = Schedule.of(tiny(), samples=404).state()
+        for epochs in lengths:
+            config = tiny("schedule.kind=plateau", "schedule.patience=1", f"train.epochs={epochs}")
+            schedule = Schedule.of(config, samples=404)
+            schedule.load(state)
+            while not progress.finished(config, schedule):
+                found.append(schedule.rate(progress.step))
+                progress.step += 1
+                if progress.evaluation_due(config, schedule):
+                    progress.observe(Score(100, 10, 50, 2.0), config, schedule)
+            state = schedule.state()
+        return found
+
+    assert len(set(rates("8"))) == 4
+    assert rates(first, "8") == rates("8")
+
+
 def test_of_equal_errors_the_best_has_the_lowest_loss(tiny: Callable[..., Config]) -> None:
-    progress, best = Progress(), []
-    schedule = Schedule.of(tiny(), samples=400)
+    progress, best, config = Progress(), [], tiny()
+    schedule = Schedule.of(config, samples=400)
     for correct, loss in ((20, 2.1), (20, 2.3), (20, 1.9), (19, 0.5), (21, 2.0)):
         progress.step += 1
-        progress.observe(Score(81, correct, 60, loss), schedule)
+        progress.observe(Score(81, correct, 60, loss), config, schedule)
         best.append(progress.best_step)
     assert best == [1, 1, 3, 3, 5]
     again = Progress.of(asdict(progress))
     assert (again.best_step, again.best_loss) == (5, 2.0)
     with pytest.raises(NotFinite, match="the evaluation after step 5 gave a loss of nan"):
-        progress.observe(Score(81, 30, 60, float("nan")), schedule)
+        progress.observe(Score(81, 30, 60, float("nan")), config, schedule)
     assert progress == again

@@ -219,8 +219,8 @@ class LayoutConfig:
         "sum gradients over replicas in bf16: half the bytes, 8 bits of precision"
     )
     deepspeed: str = key(
-        "zero1, zero2: a DeepSpeed config (JSON) whose keys override ours, or none",
-        mutable=True, path=True,
+        "zero1, zero2: a DeepSpeed config (JSON) whose keys override ours, or none; what it says is "
+        "not checked when a run continues, although it may change the run", mutable=True, path=True,
     )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto: a GPU for each rank where there are enough, otherwise the CPU", mutable=True
@@ -321,7 +321,7 @@ class EvaluateConfig:
 
     every_epochs: float = key(
         "epochs between evaluations; the last follows the last step, and replaces one shortly "
-        "before", gt=0,
+        "before, but not with schedule.kind=plateau", gt=0,
     )  # fmt: skip
     views: Literal[1, 10] = key("windows per image: the centre window, or the paper's ten")
     batch: int = key("images evaluated at a time, all ranks together", ge=1, mutable=True)
@@ -434,7 +434,7 @@ def fingerprint(config: Config) -> dict[str, Any]:
     """Return the keys that define the run, with their values, to compare with a checkpoint's.
 
     The run's length counts only where the learning rate depends on it: on `steps` and `plateau`, a
-    longer run starts exactly like a shorter one.
+    longer run starts exactly like a shorter one, but for the evaluation at the shorter one's end.
     """
     values = flat(config)
     if config.schedule.kind in ("steps", "plateau"):

@@ -239,7 +239,7 @@ def _updates(config: Config, steps: int) -> float:
     Adam's ε is 1: it divides a gradient by its own size + ε, so that with a small ε the rounding
     errors of a gradient near 0 move its weight by up to twice the learning rate.
     """
-    config = _with(config, "optimizer.eps=1")
+    config = overridden(config, "optimizer.eps=1")
     topology = connect(config)
     alone = Topology(device=topology.device)
     engine: Engine = make_engine(config, topology)

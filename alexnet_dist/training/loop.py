@@ -213,7 +213,7 @@ def _run(
                     score = evaluate_engine(engine, config, dataset, signals, confusion)
                     if score is None:
                         continue  # interrupted by a signal, which the poll above now returns
-                    progress.observe(score, schedule)
+                    progress.observe(score, config, schedule)
                     telemetry.evaluation(step, score, engine, confusion)
 
             # Save a checkpoint: at its interval, after the best evaluation so far, and before the

@@ -79,21 +79,28 @@ class Progress:
 
     def evaluation_due(self, config: Config, schedule: Schedule) -> bool:
         """Return whether an evaluation follows the step just made: every `evaluate.every_epochs`,
-        and after the last step. One that would come shortly before the last is left out."""
-        if config.data.eval_split == NO_SPLIT:
+        and after the last step. One that would come shortly before the last is left out, unless the
+        learning rate depends on it."""
+        if config.data.eval_split == NO_SPLIT or self.evaluated_step == self.step:
             return False
-        step, every = self.step, config.evaluate.every_epochs * schedule.steps_per_epoch
-        crossed = step // every > (step - 1) // every
-        at_end, near_end = step == schedule.last_step, schedule.last_step - step < every / 10
-        return self.evaluated_step < step and (at_end or (crossed and not near_end))
+        every = config.evaluate.every_epochs * schedule.steps_per_epoch
+        left_out = schedule.last_step - self.step < every / 10 and config.schedule.kind != "plateau"
+        at_end = self.step == schedule.last_step
+        return at_end or (self._at_interval(config, schedule) and not left_out)
+
+    def _at_interval(self, config: Config, schedule: Schedule) -> bool:
+        """Return whether the step just made completes an interval of evaluate.every_epochs."""
+        every = config.evaluate.every_epochs * schedule.steps_per_epoch
+        return self.step // every > (self.step - 1) // every
 
     def finished(self, config: Config, schedule: Schedule) -> bool:
         """Return whether all steps are done, and the evaluation after them."""
         done = self.step == schedule.last_step
         return done and not self.evaluation_due(config, schedule)
 
-    def observe(self, score: Score, schedule: Schedule) -> None:
-        """Take in an evaluation: the schedule sees its error, and it may be the best so far.
+    def observe(self, score: Score, config: Config, schedule: Schedule) -> None:
+        """Take in an evaluation, which may be the best so far. The schedule sees its error, unless
+        it was made only because the run ends: a longer run would not make it.
 
         Raises NotFinite if its loss is not.
         """
@@ -104,7 +111,8 @@ class Progress:
                 "up longer"
             )
         self.evaluated_step, self.score = self.step, score
-        schedule.observe(1 - score.top1)
+        if self._at_interval(config, schedule):
+            schedule.observe(1 - score.top1)
         error, loss = 1 - score.top1, score.loss
         tie = error == self.best_error and self.best_loss is not None and loss < self.best_loss
         if error < self.best_error or tie:
