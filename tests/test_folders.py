@@ -90,6 +90,18 @@ def test_plain_folders_at_any_depth_and_what_lies_beside_is_named(tmp_path: Path
     assert more["bee/winter/2020/deep.jpg"] in stored(tmp_path / "out", "train")
 
 
+def test_a_class_spelt_as_macos_does_is_the_same_class(tmp_path: Path) -> None:
+    """é as two characters, which would sort before f and not after z."""
+    names = ("fox", "ours", "\u00e9lan")
+    source = classes(tmp_path / "source" / "train", 2, names)
+    classes(source.parent / "val", 2, ("fox", "ours", "e\u0301lan"))
+    (source / names[2]).rename(source / "e\u0301lan")
+    assert "left out" not in prepare("folder", source.parent, tmp_path / "out", ONE)
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.classes == names
+    assert dataset.splits["val"].index["label"].tolist().count(2) == 2
+
+
 def test_a_data_set_packed_into_its_source_is_no_class(tmp_path: Path) -> None:
     """Its contact sheets are images."""
     source = classes(tmp_path, 2)

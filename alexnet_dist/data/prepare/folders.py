@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +55,9 @@ def folder(path: Path, validation: float = 0) -> Source:
     # List the images of each split, and number the classes.
     for split, top in names.items():
         part = listing.below(top) if top else listing
-        found[split] = _images(part, f"{top}/" if top else "", left)
+        images = _images(part, f"{top}/" if top else "", left)
+        # macOS may write é as two characters: such names are the same, and sort alike.
+        found[split] = [(unicodedata.normalize("NFC", name), item) for name, item in images]
     classes = tuple(sorted(_classes(found["train"])))
     _check_classes(path, classes, found, names)
     label = {name: place for place, name in enumerate(classes)}
