@@ -219,8 +219,9 @@ class LayoutConfig:
         "sum gradients over replicas in bf16: half the bytes, 8 bits of precision"
     )
     deepspeed: str = key(
-        "zero1, zero2: a DeepSpeed config (JSON) whose keys override ours, or none; what it says is "
-        "not checked when a run continues, although it may change the run", mutable=True, path=True,
+        "zero1, zero2: a DeepSpeed config (JSON) whose keys override ours, or none; what it says "
+        "is not checked when a run continues, although it may change the run",
+        mutable=True, path=True,
     )  # fmt: skip
     device: Literal["auto", "cpu", "cuda"] = key(
         "auto: a GPU for each rank where there are enough, otherwise the CPU", mutable=True
