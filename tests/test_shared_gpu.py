@@ -29,8 +29,7 @@ from alexnet_dist.parallel.device import (
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.stop_signals import handlers_restored
 from alexnet_dist.parallel.topology import connect
-from alexnet_dist.planning import shared_gpus
-from alexnet_dist.planning.dry_run import needed
+from alexnet_dist.planning import dry_run, shared_gpus
 from alexnet_dist.reporting import compare_layouts, doctor
 from alexnet_dist.reporting.compare_layouts import Row
 
@@ -164,7 +163,7 @@ def test_the_version_is_the_loaded_nccls(monkeypatch: Patch) -> None:
 
 def test_a_rank_that_needs_more_than_its_share_is_refused_before_it_starts(tiny: Tiny) -> None:
     config = tiny(*SHARED, "layout.kind=replicas", "model.fc=[1024,1024]")
-    need = needed(config, 2)
+    need = dry_run.needed(config, 2)
     assert need > 4 * 4 * 1024 * 1024  # weights, gradients, momenta, a bucket
     with with_gpus(1, memory=2 * (GB + need) + 2):
         shared_gpus.check(config, 2)
@@ -220,7 +219,7 @@ def test_without_a_gpu_each_command_says_one_line(
 
 
 def test_layouts_are_compared_on_the_gpu_that_they_share(tiny: Tiny, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(shared_gpus, "memory", lambda config, ranks: GB)
+    monkeypatch.setattr(dry_run, "needed", lambda config, ranks: GB)
     with with_gpus(1):
         found = compare_layouts.chosen(tiny(*SHARED), "columns:2,replicas:4")
         assert [one.layout.device for one in found] == ["auto"] * 3
@@ -239,7 +238,7 @@ def test_images_per_s_are_said_to_be_of_a_shared_gpu(
     rows = [Row("one", 1, 2.3, 0, 1e-12, True, 900, 0, 1),
             Row("columns", 2, 2.3, 1e-15, 1e-12, True, 500, 9, 2)]  # fmt: skip
     monkeypatch.setattr(compare_layouts, "compare", lambda *_: [(row, None, None) for row in rows])
-    monkeypatch.setattr(shared_gpus, "memory", lambda config, ranks: GB)
+    monkeypatch.setattr(dry_run, "needed", lambda config, ranks: GB)
     keys = [f"data.path={flat(tiny())['data.path']}", "--share-gpu"]
     with with_gpus(1):
         assert main(["compare", "demo", *keys]) == 0
