@@ -179,6 +179,9 @@ _TRANSLATIONS = (
     (r"Connection (closed|reset) by peer|NCCL communicator was abort",
      f"{RANK_LOST}: it or its node has ended, and reports why itself; run the same command to "
      "resume from the last checkpoint"),
+    (r"failed to map segment from shared object",
+     "a library cannot be loaded: raise the limit on address space (ulimit -v unlimited), or move "
+     "this Python from a disk that is mounted noexec"),
     (r"Failed to find C compiler|CalledProcessError.*(cuda_utils|triton)",
      f"a GPU's kernels cannot be built: {COMPILER}"),
     (r"inline_container.*unexpected pos|PytorchStreamWriter failed writing",

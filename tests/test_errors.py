@@ -141,6 +141,10 @@ def driver_too_old(tiny: Tiny, patch: Patch) -> None:
     raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).")
 
 
+def address_space_full(tiny: Tiny, patch: Patch) -> None:
+    raise ImportError("libtorch_cuda.so: failed to map segment from shared object")
+
+
 def port_taken(tiny: Tiny, patch: Patch) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -227,6 +231,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (dali_not_installed, r"nvidia\.dali is not installed .*pip install nvidia-dali-cuda120"),
         (onnx_not_installed, r"--format onnx needs onnx: pip install 'alexnet-dist\[export\]'"),
         (driver_too_old, r"torch and this GPU's driver do not match: update the driver, or "),
+        (address_space_full, r"library cannot be loaded: raise .*ulimit -v unlimited.*noexec"),
         (no_compiler, r"kernels cannot be built: install gcc and Python's headers .*Debian"),
         (port_taken, r"port where the ranks meet is taken: set MASTER_PORT to another, or "),
         (rank_1_never_comes, r"did not meet within layout\.timeout_s: start all.*1/2 clients"),

@@ -122,6 +122,7 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     out = tmp_path / "report.html"
     said = report([*folders, hostile, damaged, several, of_train, out], out)
     assert said.endswith("5 runs; no evaluated run in 1: <b>hostile")
+    assert not (folders[1] / "figures").exists()  # a run may be another user's
     mine = tmp_path / "mine.html"
     mine.write_text("<title>Report</title> of my own")
     result = alexnet_dist("report", str(folders[0]), "--out", str(mine))

@@ -30,13 +30,17 @@ _QUERIES, _NEIGHBOURS = 5, 6  # rows and neighbours of Fig. 4, right
 _CHUNK = 4096  # training images whose features are computed, and compared, at a time
 
 
-def draw(folder: Path) -> tuple[list[Path], list[float]]:
-    """Draw curves and the newest kernels of a run into its `figures/`; return the files' paths, and
-    the chroma of each column's conv1 kernels: Fig. 3 in numbers."""
+def draw(folder: Path, out: Path | None = None) -> tuple[list[Path], list[float]]:
+    """Draw curves and the newest kernels of a run; return the files' paths, and the chroma of each
+    column's conv1 kernels: Fig. 3 in numbers.
+
+    Args:
+        out: folder to draw into; the run's `figures/` by default.
+    """
     newest, _ = checkpoints.newest_good(folder / "checkpoints")
     if newest is None:
         raise CheckpointError(f"{folder} has no checkpoint to draw{looked_in(folder)}")
-    model, out = newest.config.model, _folder(folder)
+    model, out = newest.config.model, out or _folder(folder)
     conv1 = newest.parameters().rows("conv1.weight", slice(None))
     _write(kernel_picture(conv1, model.columns), out / "kernels.png")
     drawn = [out / "kernels.png"]

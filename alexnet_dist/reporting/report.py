@@ -89,7 +89,7 @@ def report(folders: Sequence[Path], out: Path) -> str:
         *([_ensembles(averaged, runs)] if averaged else []),
     ]
     with tempfile.TemporaryDirectory() as aside:
-        parts += [part for run in runs for part in _one_run(run)]
+        parts += [part for run in runs for part in _one_run(run, Path(aside))]
         parts += [*_ablations(groups, Path(aside)), *_fig1(groups, Path(aside))]
     parts.append(_published(groups))
     page.write(out, parts)
@@ -182,7 +182,7 @@ def _all_runs(runs: Sequence[RunResults]) -> str:
     return "<h2>Runs</h2>" + page.table(names, rows)
 
 
-def _one_run(run: RunResults) -> Iterable[str]:
+def _one_run(run: RunResults, aside: Path) -> Iterable[str]:
     """Yield what distinguishes a run from its nearest preset, its classes and its pictures."""
     yield f"<h2>{html.escape(run.folder.name)}</h2>"
     preset, differ = nearest_preset(run.config)
@@ -199,7 +199,7 @@ def _one_run(run: RunResults) -> Iterable[str]:
         )
     else:
         yield from _classes(detailed, detailed.kept)
-    yield from _pictures(run.folder)
+    yield from _pictures(run.folder, aside)
 
 
 def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
@@ -262,10 +262,10 @@ def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[s
         yield page.table(["run", "n", "epochs to 25 % training error, median"], rows)
 
 
-def _pictures(folder: Path) -> Iterable[str]:
-    """Yield a run's figures."""
+def _pictures(folder: Path, aside: Path) -> Iterable[str]:
+    """Yield a run's figures, drawn aside: the run may be another user's."""
     try:
-        drawn, colour = figures.draw(folder)
+        drawn, colour = figures.draw(folder, aside)
     except (AlexNetDistError, OSError) as error:
         yield f"<p>{html.escape(str(error))}</p>"
         return
