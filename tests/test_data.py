@@ -608,6 +608,21 @@ def test_any_slots_of_any_step_are_the_part_of_the_whole(tiny: Callable[..., Con
                 )
 
 
+def test_lighting_is_rounded_alike_whatever_the_number_of_samples(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With α and axes whose products cancel, so that a fused multiply-add shows."""
+    near_1 = 1 + 2.0**-30
+    monkeypatch.setattr(
+        "alexnet_dist.network.philox.normals",
+        lambda words: [np.full(words[0].shape, alpha) for alpha in (1.0, 0.0, near_1, 0.0)],
+    )
+    sampler = TrainSampler(tiny("data.lighting=1"), 20, AXES)
+    sampler.axes = np.outer([-(near_1**2), 0.0, near_1], np.ones(3))
+    alone, beside = (sampler.samples(0, range(count)).lighting[0] for count in (1, 8))
+    np.testing.assert_array_equal(alone, beside)
+
+
 def test_windows_flips_and_lighting_have_their_distributions(tiny: Callable[..., Config]) -> None:
     sampler = TrainSampler(tiny("train.batch=6000"), 3000, AXES)
     drawn = sampler.samples(0, range(6000))

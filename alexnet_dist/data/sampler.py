@@ -68,7 +68,8 @@ class TrainSampler:
             ids=ids,
             corners=corners[:, None, :],
             flips=(data.flip & (mirror >> 31 == 1))[:, None],
-            lighting=(alphas @ self.axes).astype(np.float32),
+            # Not a product of matrices, which may round otherwise with fewer samples.
+            lighting=(alphas[..., None] * self.axes).sum(1).astype(np.float32),
         )
 
 
