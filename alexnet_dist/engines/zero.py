@@ -2,7 +2,6 @@
 and at stage 2 the gradients. The only module that imports DeepSpeed.
 """
 
-import json
 import logging
 import os
 import warnings
@@ -27,7 +26,7 @@ from alexnet_dist.engines.base import (
 from alexnet_dist.engines.graph import capture_forward, captures, on_stream
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.errors import ConfigError, one_line
-from alexnet_dist.files import read_bytes
+from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.network import kernels
 from alexnet_dist.network.layers import Layer
 from alexnet_dist.network.model import AlexNet
@@ -72,8 +71,8 @@ def deepspeed_config(config: Config, replicas: int) -> dict[str, Any]:
     if config.layout.deepspeed == "none":
         return ours
     try:
-        theirs = json.loads(read_bytes(Path(config.layout.deepspeed)))
-        return _laid_over(ours, dict(theirs))
+        theirs = json_object(read_bytes(Path(config.layout.deepspeed)))
+        return _laid_over(ours, theirs)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"layout.deepspeed={config.layout.deepspeed!r}: not a JSON file of DeepSpeed keys: "

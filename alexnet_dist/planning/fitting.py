@@ -1,7 +1,6 @@
 """`plan --fit`: a CPU's figures, fitted to layouts that `bench layouts` measured on it."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.files import read_bytes
+from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.parallel.layouts import ZERO_STAGES
 from alexnet_dist.planning.cost_model import collectives, quantities
 from alexnet_dist.planning.dry_run import plan
@@ -91,7 +90,7 @@ def read_bench(path: Path) -> list[Measured]:
     """Read the layouts in the output of `bench layouts --json`, each at its fastest pass: slower
     ones were disturbed by other programs."""
     try:
-        output = json.loads(read_bytes(path))
+        output = json_object(read_bytes(path))
         config, cores = load_config([output["recipe"]]), int(output["machine"]["cores"])
         runs, ranks = output["runs"], int(output["ceilings"]["ranks"])
         gpu = output["machine"]["gpu"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alexnet_dist.errors import ConfigError
-from alexnet_dist.files import read_bytes, write
+from alexnet_dist.files import json_object, read_bytes, write
 from alexnet_dist.parallel.device import PEAK_FLOPS
 
 CORE_DECODES = 2400.0  # images/s of a core: torchvision, JPEGs of 256 × 256 pixels (docs/data.md)
@@ -236,7 +236,7 @@ def known(device: str) -> Machine | None:
 def read_machine(path: Path) -> Machine:
     """Read a machine that `write_machine` wrote; raises ConfigError."""
     try:
-        return Machine(**json.loads(read_bytes(path)))
+        return Machine(**json_object(read_bytes(path)))
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--machine {path}: is not a machine that plan --fit wrote: {error}"

@@ -1,7 +1,6 @@
 """A run folder, read in order to be shown: its config, its curves, its scores."""
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +142,7 @@ def _best_and_last(by_step: Mapping[int, Score]) -> dict[int, str]:
 
 def _of_a_file(path: Path, split: str, data: str) -> Scored:
     """Read what `evaluate --json` printed of the best network, before `evaluate` saved scores."""
-    printed = json.loads(read_bytes(path))
+    printed = json_object(read_bytes(path))
     views = int(path.stem.rpartition("-")[2])
     where = f"{_date(path.stat().st_mtime)}, in {path.name}"
     step = int(Path(printed["of"][0]).name.removeprefix("step-"))
