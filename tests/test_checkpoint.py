@@ -374,6 +374,19 @@ def test_another_versions_checkpoint_is_not_damaged(
     assert not isinstance(raised.value, Damaged)
 
 
+def test_a_checkpoint_with_a_newer_versions_key_is_named(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    folder = save(tmp_path, tiny(), 3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["config"]["data.new"] = 1
+    manifest["sha256"] = checkpoints.own_sha256(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    newer = r"step-00000003: .* unknown key data\.new; .*if a newer alexnet-dist saved it"
+    with pytest.raises(CheckpointError, match=newer):
+        _ = checkpoints.verify(folder).config
+
+
 def test_what_is_set_aside_displaces_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:
     """Not what was set aside before, and not a stranger in the place of a new checkpoint."""
     save(tmp_path, tiny(), 1)

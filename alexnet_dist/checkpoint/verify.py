@@ -75,8 +75,12 @@ class Checkpoint:
 
     @property
     def config(self) -> Config:
-        """The config it was made with; keys added since then have base.yaml's values."""
-        return load_config([self.manifest["config"]])
+        """The config it was made with; keys added since then have base.yaml's values. Raises
+        CheckpointError where this version cannot read it."""
+        try:
+            return load_config([self.manifest["config"]])
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from error
 
     def open_data(self, config: Config) -> Dataset:
         """Open the data set that a config names for this network; raises as `open_for` and

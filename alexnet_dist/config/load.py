@@ -202,6 +202,7 @@ def flatten(
     """
     known = {dotted: (kind, key) for dotted, kind, key in keys(of, prefix)}
     sections = {dotted.rpartition(".")[0] for dotted in known} - {""}
+    saved = source == _SAVED or Path(source).name == "config.json"
 
     def walk(node: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for name, value in node.items():
@@ -210,7 +211,7 @@ def flatten(
                 yield dotted, check_value(dotted, value, *known[dotted], source)
                 continue
             if dotted in RETIRED:
-                if source != _SAVED and Path(source).name != "config.json":
+                if not saved:
                     raise ConfigError(f"{source}: {dotted} is no longer a key: {RETIRED[dotted]}")
                 continue
             section = dotted in sections and isinstance(value, Typed | dict)
@@ -225,6 +226,8 @@ def flatten(
             else:
                 near = nearest_key(dotted, known)
                 meant = f"; did you mean {near}?" if near else ""
+                if saved:
+                    meant += " (if a newer alexnet-dist saved it, use that version)"
                 raise ConfigError(f"{source}: unknown key {dotted}{meant}")
 
     yield from walk(layer, "")
