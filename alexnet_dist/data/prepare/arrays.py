@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from alexnet_dist.config.load import configs_folder
 from alexnet_dist.data.prepare.sources import (
     LARGEST_MEMBER,
     Item,
@@ -219,5 +220,6 @@ def _either(path: Path, name: str) -> Path:
             return candidate
     raise DatasetError(
         f"{path} has neither {name}.gz nor {name}: name the folder of Fashion-MNIST's four files "
-        f"(Debian: the package dataset-fashion-mnist, in {FASHION_MNIST})"
+        f"(Debian: the package dataset-fashion-mnist, in {FASHION_MNIST}; a sample: "
+        f"{configs_folder()}/fashion-mnist-sample)"
     )
