@@ -163,8 +163,8 @@ class RunState(TypedDict, total=False):
 
 
 def read_run(folder: Path) -> RunState:
-    """Read a run folder's run.json; return an empty dict where there is none, or another file. Keys
-    whose values are of another type are left out.
+    """Read a run folder's run.json; return an empty dict where there is none, or another file. What
+    `RunState` has of another type is left out.
 
     (It is in this module so that reading it does not load torch.) Raises RunFolderError where it
     cannot be read.
@@ -178,8 +178,8 @@ def read_run(folder: Path) -> RunState:
         raise RunFolderError(cannot_be_read(path, error)) from error
     number = {key: kind in (int, float) for key, kind in RunState.__annotations__.items()}
     return cast(RunState, {
-        key: value for key, value in found.items() if key in number
-        and (is_count(value) if number[key] else isinstance(value, str | bool))
+        key: value for key, value in found.items() if key not in number  # a newer version's
+        or (is_count(value) if number[key] else isinstance(value, str | bool))
     })  # fmt: skip
 
 
