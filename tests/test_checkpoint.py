@@ -21,6 +21,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint import verify
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, Damaged, NotFinite
+from alexnet_dist.training.loop import train
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 2, 2), "conv1.bias": torch.randn(4)}
 BUFFERS = {f"momentum_buffer/{name}": tensor * 2 for name, tensor in TENSORS.items()}
@@ -385,6 +386,22 @@ def test_a_checkpoint_with_a_newer_versions_key_is_named(
     newer = r"step-00000003: .* unknown key data\.new; .*if a newer alexnet-dist saved it"
     with pytest.raises(CheckpointError, match=newer):
         _ = checkpoints.verify(folder).config
+
+
+@pytest.mark.parametrize("saved_with", ["2.11.0", torch.__version__])
+def test_a_run_says_that_it_continues_with_another_torch(
+    saved_with: str, tiny: Callable[..., Config], capfd: pytest.CaptureFixture[str]
+) -> None:
+    keys = ("layout.kind=one", "schedule.kind=steps", "schedule.at_epochs=[]")
+    config = tiny(*keys, "train.epochs=0.1")
+    assert train(config).exit == 0
+    path = checkpoints.at(config.folder).path / "manifest.json"
+    manifest = json.loads(path.read_text()) | {"torch": saved_with}
+    path.write_text(json.dumps(manifest | {"sha256": checkpoints.own_sha256(manifest)}))
+    capfd.readouterr()
+    assert train(tiny(*keys, "train.epochs=0.2")).exit == 0
+    said = f"was saved with torch 2.11.0, and the run continues with {torch.__version__}: it may"
+    assert (said in capfd.readouterr().err) == (saved_with == "2.11.0")
 
 
 def test_what_is_set_aside_displaces_nothing(tiny: Callable[..., Config], tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import torch
+
 from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.checkpoint.writer import Saver
 from alexnet_dist.data.dataset import Dataset
@@ -79,6 +81,12 @@ class RunCheckpoints:
                     "another name="
                 )
             check_values(newest.parameters(), newest.optimizer())
+            before, now = newest.manifest.get("torch"), torch.__version__
+            if before != now and newest.step < last_step:
+                log.warning(
+                    f"{newest.path} was saved with torch {before}, and the run continues with "
+                    f"{now}: it may end with other bits than if it had never stopped"
+                )
         path = store.continue_from(folder.checkpoints, newest, damaged)
         folder.resumes_at(0 if newest is None else newest.step)
         folder.save_config()
