@@ -20,7 +20,7 @@ from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.split import Split
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.errors import CheckpointError, ConfigError, MachineError
+from alexnet_dist.errors import CheckpointError, ConfigError, MachineError, RunFolderError
 from alexnet_dist.evaluation import results
 from alexnet_dist.evaluation.evaluate import _changed, evaluate, evaluate_checkpoints
 from alexnet_dist.evaluation.load import load_checkpoint
@@ -346,7 +346,8 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     assert len(found.scores) == 3
     lines = (run / "metrics.jsonl").read_text()
     (run / "metrics.jsonl").write_text(re.sub(r'"correct1": \d+', '"correct1": Infinity', lines))
-    assert read_run_folder(run) is None
+    with pytest.raises(RunFolderError, match=f"{run} cannot be read: .*infinity"):
+        read_run_folder(run)
 
     alone = shutil.copytree(at.path, tmp_path / "alone")
     assert save_score(evaluate_checkpoints([alone])) is None

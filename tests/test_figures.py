@@ -16,10 +16,11 @@ from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.engines.optimizer import Schedule
-from alexnet_dist.errors import ConfigError
+from alexnet_dist.errors import ConfigError, RunFolderError
 from alexnet_dist.evaluation.results import Score
 from alexnet_dist.plotting import chroma, confusion_picture, distinct, kernel_picture
 from alexnet_dist.reporting import figures
+from alexnet_dist.reporting.compare_runs import compare_runs
 from alexnet_dist.reporting.report import PUBLISHED, _groups, report
 from alexnet_dist.reporting.runs import _best_and_last, read_run_folder
 from alexnet_dist.training.loop import train
@@ -52,6 +53,23 @@ def test_a_report_of_nothing_is_refused_and_replaces_none(tmp_path: Path) -> Non
         with pytest.raises(ConfigError, match=f"no evaluated run{where}: name run folders"):
             report(folders, tmp_path / "report.html")
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_run_of_a_newer_version_is_left_out_and_the_reason_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "runs/newer"
+    run.mkdir(parents=True)
+    (tmp_path / "runs/logs").mkdir()
+    newer = flat(load_config(["demo"])) | {"model.attention": True}
+    (run / "config.json").write_text(json.dumps(newer))
+    why = r"runs/newer cannot be read: .*unknown key model\.attention.* \(if a newer alexnet-dist"
+    with pytest.raises(ConfigError, match="no evaluated run in newer, logs: "):
+        report([run, run.with_name("logs")], tmp_path / "report.html")
+    (said,) = caplog.messages
+    assert re.search(why, said)
+    with pytest.raises(RunFolderError, match=why):
+        compare_runs([run, run], tmp_path / "compare.png")
 
 
 def test_small_kernels_are_drawn_as_large_as_the_papers() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import ConfigError, aligned, printable
+from alexnet_dist.errors import aligned, printable
 from alexnet_dist.plotting import figure
 from alexnet_dist.reporting.runs import RunResults, check_replaces, differing, read_run_folder
 from alexnet_dist.training.metrics_file import accuracies
@@ -17,13 +17,14 @@ _MARK = "alexnet-dist compare"  # in the PNG's text, by which a comparison is kn
 def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any], str]:
     """Draw the runs' curves in `picture`, and return the comparison as data and as text.
 
-    Raises ConfigError if a run cannot be read, or if `picture` exists and is not a comparison.
+    Raises RunFolderError if a run cannot be read, ConfigError if `picture` exists and is not a
+    comparison.
     """
     check_replaces(picture, _MARK.encode(), "comparison")
     runs = []
     for folder in folders:
-        if (run := read_run_folder(folder)) is None:
-            raise ConfigError(f"compare {folder}: its config.json or metrics.jsonl cannot be read")
+        run = read_run_folder(folder)
+        assert run is not None, folder
         runs.append(run)
     differ, names = differing([run.config for run in runs]), _names(folders)
     _draw(runs, names, picture)

@@ -16,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import AlexNetDistError, ConfigError, counted, printable
+from alexnet_dist.errors import AlexNetDistError, ConfigError, counted
 from alexnet_dist.plotting import MOST_CLASSES, confusion_picture, png
 from alexnet_dist.reporting import figures, page
 from alexnet_dist.reporting.published import PUBLISHED, preset_of
 from alexnet_dist.reporting.runs import (
+    Average,
     RunResults,
     Scored,
     check_replaces,
     confusion_of,
     nearest_preset,
-    read_average,
-    read_run_folder,
+    read_evaluated,
     recipe,
 )  # fmt: skip
 from alexnet_dist.training.metrics_file import accuracies
@@ -65,20 +65,11 @@ def report(folders: Sequence[Path], out: Path) -> str:
     Raises ConfigError if `out` exists and is not a report, or if nothing was evaluated.
     """
     check_replaces(out, page.BEGINNING.encode(), "report")
-    folders = [folder for folder in folders if folder != out]
-    averaged, runs, others = list[tuple[str, Mapping[str, Any]]](), list[RunResults](), list[str]()
-    for folder in folders:
-        if average := read_average(folder):
-            averaged.append(average)
-        elif (run := read_run_folder(folder)) and run.scores:
-            runs.append(run)
-        else:
-            others.append(printable(folder.name))
+    runs, averaged, others = read_evaluated([folder for folder in folders if folder != out])
     named = ", ".join(others[:_NAMED]) + ", …" * (len(others) > _NAMED)
     if not (runs or averaged):
         where = f" in {named}" if named else ""
         raise ConfigError(f"report: no evaluated run{where}: name run folders, as in runs/*")
-    runs.sort(key=lambda run: run.folder.name)
     averaged += [(_average_name(one), one) for run in runs for one in run.averages]
     groups = _groups(runs)
     parts = [
@@ -103,9 +94,7 @@ def _average_name(one: Mapping[str, Any]) -> str:
     return f"{' + '.join(names)}, {one['split']}, views-{one['views']}"
 
 
-def _ensembles(
-    averaged: Sequence[tuple[str, Mapping[str, Any]]], runs: Sequence[RunResults]
-) -> str:
+def _ensembles(averaged: Sequence[Average], runs: Sequence[RunResults]) -> str:
     """Return a table of averages of several networks, beside the mean of their own errors."""
     rows = []
     for name, average in averaged:

@@ -1,6 +1,7 @@
 """A run folder, read in order to be shown: its config, its curves, its scores."""
 
 import contextlib
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from torch import Tensor
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import configs_folder, load_config, shipped
 from alexnet_dist.config.schema import Config, fingerprint, flat
-from alexnet_dist.errors import AlexNetDistError, ConfigError
+from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError, in_words, printable
 from alexnet_dist.evaluation.results import Score, saved_scores
-from alexnet_dist.files import as_json, json_object, opened, read_bytes, read_run
+from alexnet_dist.files import as_json, is_there, json_object, opened, read_bytes, read_run
 from alexnet_dist.training.metrics_file import read_metrics
+
+log = logging.getLogger(__name__)
 
 _NAMING = ("name", "output_dir")
 _SEEDED = ("seed", "train.init_sha256")  # weights to start from have a seed of their own
@@ -85,18 +88,48 @@ class RunResults:
         )  # fmt: skip
 
 
+Average = tuple[str, Mapping[str, Any]]  # its name, and what `evaluate` saved or printed
+
+
+def read_evaluated(
+    folders: Sequence[Path],
+) -> tuple[list[RunResults], list[Average], list[str]]:
+    """Return the runs that were evaluated, sorted by name; the averages that `read_average` finds;
+    and the names of all other folders. Logs why a run cannot be read."""
+    runs, averages, others = list[RunResults](), list[Average](), list[str]()
+    for folder in folders:
+        run, average = None, read_average(folder)
+        try:
+            run = None if average else read_run_folder(folder)
+        except RunFolderError as error:
+            log.warning(printable(f"{error}"))
+        if average:
+            averages.append(average)
+        elif run and run.scores:
+            runs.append(run)
+        else:
+            others.append(printable(folder.name))
+    return sorted(runs, key=lambda run: run.folder.name), averages, others
+
+
 def read_run_folder(folder: Path) -> RunResults | None:
-    """Read a run folder, or what `import` made; None if it has no config that can be read."""
+    """Read a run folder, or what `import` made; None if it is neither.
+
+    Raises RunFolderError, which says why, if it cannot be read.
+    """
     try:
         if (saved := folder / "config.json").is_file():
             config = load_config([json_object(read_bytes(saved))])
-        else:  # imported: it was not trained here
+        elif is_there(folder / "checkpoints"):  # imported: it was not trained here
             config = checkpoints.at(folder).config
+        else:
+            return None
         points = read_metrics(folder)
         run = read_run(folder)
         evaluated = [(p, _score(p)) for p in points if p["kind"] == "eval"]
-    except (OSError, ValueError, OverflowError, KeyError, TypeError, AlexNetDistError):
-        return None
+    except (OSError, ValueError, OverflowError, KeyError, TypeError, AlexNetDistError) as error:
+        why = in_words(error) or repr(error)
+        raise RunFolderError(f"{folder} cannot be read: {why}") from error
     by_step = {point["step"]: score for point, score in evaluated if point["step"]}
     names = _best_and_last(by_step)
     where = f"{_date(run.get('updated'))}, in training on {run.get('host', '?')}"
@@ -119,7 +152,7 @@ def read_run_folder(folder: Path) -> RunResults | None:
     return RunResults(folder, config, points, scores, several, str(run.get("state", "")))
 
 
-def read_average(path: Path) -> tuple[str, Mapping[str, Any]] | None:
+def read_average(path: Path) -> Average | None:
     """Return the name and content of a file that `evaluate --json` wrote for several networks."""
     try:
         average = json_object(read_bytes(path))
