@@ -117,8 +117,13 @@ class Metadata:
     flips: Tensor
 
     @staticmethod
+    def width(windows: int) -> int:
+        """Return how many numbers `pack` makes of a sample of so many windows."""
+        return 6 + 3 * windows
+
+    @staticmethod
     def pack(samples: Samples, read: IdArray, split: Split) -> Tensor:
-        """Return the metadata of samples as (n, 6 + 3 · v) float64.
+        """Return the metadata of samples as (n, width) float64.
 
         Args:
             read: (n,) the samples that were read for them.

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.batch import Decoded
+from alexnet_dist.data.batch import Decoded, Metadata
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.optimizer import Optimizer
 from alexnet_dist.engines.sharded_fc import ShardedFcEngine
@@ -154,5 +154,5 @@ def fake_decoded(config: Config, topology: Topology) -> tuple[Decoded, list[int]
         return windows.contiguous(memory_format=torch.channels_last)
 
     patches = torch.empty(counts[0], side, side, 3, dtype=torch.uint8)
-    metadata = torch.empty(counts[0], 9, dtype=torch.float64)  # of one window per sample
+    metadata = torch.empty(counts[0], Metadata.width(windows=1), dtype=torch.float64)
     return Decoded(patches, metadata, preprocess), counts
