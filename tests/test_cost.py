@@ -129,7 +129,7 @@ def test_who_decodes_is_by_pipeline_card_and_size() -> None:
     assert of("k20", "dali")[0].endswith("share Python's lock")
     assert of("h100", "resident") == ("each image is decoded once, at the start", float("inf"))
     for canvas, rate in ((128, 2400), (256, 2400), (512, 600)):
-        assert of("cpu", "torch", canvas) == ("per core", rate)
+        assert of("cpu", "torch", canvas) == ("on all cores", rate)
     # DALI on an H100 gives more than threads do.
     assert of("h100", "dali")[1] > 10 * of("h100", "torch")[1]
     few, many = 10_000, 1_281_167
@@ -387,6 +387,26 @@ def test_a_forecast_as_json() -> None:
     assert found["measured"] is None
     assert "problem" in found["layouts"]["sharded_fc"]
     assert "sharded_fc" not in found["predicted"]
+
+
+def test_as_many_gpus_decode_as_there_are_ranks() -> None:
+    config = tiny("layout.kind=replicas", "data.pipeline=dali")
+
+    def decoded(ranks: int, gpus: str) -> float | None:
+        at = Cluster.of(gpus)
+        return forecast(plan_on(config, ranks, at.machine), config, at).decode.decoded_images_per_s
+
+    assert decoded(2, "h100:8") == decoded(2, "h100:2")
+
+
+def test_what_does_not_fit_leaves_others_their_memory() -> None:
+    config = tiny("layout.kind=replicas", "layout.ranks=0", "train.batch=8")
+    at = Cluster.of("h100:8")
+    planned = plan_on(config, 8, at.machine)
+    large = dataclasses.replace(planned.of("one"), memory={"peak": 10**12})
+    planned = dataclasses.replace(planned, layouts={**planned.layouts, "one": large})
+    found = forecast(planned, config, at)
+    assert (found.predicted["one"].too_large != "", found.decode.pipeline) == (True, "resident")
 
 
 def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:

@@ -254,7 +254,7 @@ def decoding(planned: Plan, cluster: Cluster, pipeline: str = "") -> Decoding:
         return Decoding(wanted, "each image is decoded once, at the start", math.inf, basis)
     if not machine.overlap:
         rate = (machine.decode or CORE_DECODES) * on_cores
-        return Decoding(wanted, "per core", rate, "measured")
+        return Decoding(wanted, "on all cores", rate, "measured")
     if wanted == "dali" and machine.decode:
         how, rate = "the GPU's hardware decoder", machine.decode
     elif wanted == "dali" and machine.decode_by_cuda:

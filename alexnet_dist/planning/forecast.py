@@ -108,7 +108,8 @@ def forecast(planned: Plan, config: Config, cluster: Cluster) -> Forecast:
         layouts.pop("columns_x_replicas", None)
     needs = {kind: gpu_memory(rank) if machine.overlap else rank.memory["peak"]
              for kind, rank in layouts.items()}  # fmt: skip
-    pipeline, why = assumed(config, machine, kept, max(needs.values(), default=0))
+    fitting = (need for need in needs.values() if need <= machine.capacity)
+    pipeline, why = assumed(config, machine, kept, max(fitting, default=0))
     predicted: dict[str, Prediction] = {}
     for kind in layouts:
         factor, basis = correction(planned, kind, machine)
@@ -147,7 +148,8 @@ def _decoding(
         training: its prediction, or that of the config's layout; None if neither is possible.
     """
     machine, needs = cluster.machine, training.training_images_per_s if training else 0.0
-    devices = 1 if machine.overlap and best == "one" else cluster.total
+    # Each rank's GPU decodes for it; on a CPU, all cores decode.
+    devices = planned.ranks_of(best or planned.layout) if machine.overlap else cluster.total
     by = decoding(planned, cluster, pipeline)
     decoded = by.images_per_s * devices
     dali = decoding(planned, cluster, "dali") if machine.overlap else None
