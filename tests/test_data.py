@@ -539,7 +539,7 @@ def test_a_share_of_the_training_images_is_held_out_by_their_checksums(
     assert [*splits["test"].index] == [*open_for(tiny()).splits["test"].index]
     with pytest.raises(ConfigError, match=r"eval_split='held_out': .* the splits train, test"):
         open_for(tiny("data.eval_split=held_out"))
-    with pytest.raises(DatasetError, match=r"eval_split='held_out': the split is empty"):
+    with pytest.raises(DatasetError, match=r"'held_out': the split is empty: .*data\.hold_out"):
         open_for(tiny("data.hold_out=1e-9", "data.eval_split=held_out"))
 
 

@@ -186,7 +186,10 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
                 f"{key}={name!r}: {dataset.folder} has only the splits {', '.join(dataset.splits)}"
             )
         if len(dataset.splits[name]) == 0:
-            raise DatasetError(f"{key}={name!r}: the split is empty")
+            raise DatasetError(
+                f"{key}={name!r}: the split is empty: name another, or hold out another share "
+                "(data.hold_out)"
+            )
     ours, theirs = config.model.classes, len(dataset.classes)
     if ours != theirs:
         again, last = f"model.classes={theirs}", config.model.layer_names[-1]
@@ -260,11 +263,16 @@ def evaluation_split(config: Config, dataset: Dataset) -> Split:
 
 
 def check_damaged(config: Config, split: Split, damaged: int) -> None:
-    """Raise DatasetError where more samples of a split are damaged than data.max_damaged allows."""
+    """Raise DatasetError where more samples of a split are damaged than data.max_damaged allows.
+
+    Args:
+        damaged: how many are, counted over all ranks.
+    """
     bound = config.data.max_damaged * len(split)
     if damaged > bound:
         raise DatasetError(
             f"data.max_damaged={config.data.max_damaged:g}: {damaged} of the {len(split)} samples "
             f"of split {split.name!r} in {split.shards[0].parent.parent} are damaged: prepare the "
-            "data set again, or raise data.max_damaged"
+            "data set again, or raise data.max_damaged",
+            on_every_rank=True,
         )

@@ -185,10 +185,10 @@ def _check_alike(found: Sequence[Checkpoint], configs: Sequence[Config], dataset
         most = checkpoint.config.data.hold_out
         same = checkpoint.manifest["dataset"] == dataset.digest
         if same and other.data.eval_split == HELD_OUT and other.data.hold_out > most:
+            less = f"data.hold_out={most:g} or less, or " if most else ""
             raise ConfigError(
                 f"data.hold_out={other.data.hold_out:g}: {checkpoint.path} was trained on some of "
-                f"these images, since it held out {most:g}: set data.hold_out={most:g} or less, or "
-                "another data.eval_split="
+                f"these images, since it held out {most:g}: set {less}another data.eval_split="
             )
 
 
