@@ -6,22 +6,15 @@ import math
 import pickle
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alexnet_dist.config.load import configs_folder
-from alexnet_dist.data.prepare.sources import (
-    LARGEST_MEMBER,
-    Item,
-    Pixels,
-    Source,
-    needed,
-    open_tar,
-    read_member,
-)
+from alexnet_dist.data.prepare.sources import Item, Pixels, Source, needed
+from alexnet_dist.data.prepare.tars import LARGEST_MEMBER, open_tar, read_member
 from alexnet_dist.errors import DatasetError, one_line
 from alexnet_dist.files import LONGEST_SIDE, MOST_PIXELS, check_opcodes, opened, read_bytes
 
@@ -55,11 +48,7 @@ def cifar10(path: Path, validation: float = 0) -> Source:
             raise DatasetError(f"{path}: {name} is not a batch of CIFAR-10")
         if not all(isinstance(label, int) and 0 <= label < len(classes) for label in labels):
             raise DatasetError(f"{path}: {name} has a label outside its {len(classes)} classes")
-        planes = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-        return [
-            Item(f"{name}/{number:05d}", label, pixels=image)
-            for number, (label, image) in enumerate(zip(labels, planes, strict=True))
-        ]
+        return _items(name, labels, pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
 
     names = read_pickle(read("batches.meta"), "batches.meta").get(b"label_names")
     if not isinstance(names, list) or not all(isinstance(name, bytes) for name in names):
@@ -68,6 +57,18 @@ def cifar10(path: Path, validation: float = 0) -> Source:
     train = [item for number in range(1, 6) for item in batch(f"data_batch_{number}")]
     source = Source("cifar10", classes, {"train": train, "test": batch("test_batch")})
     return _with_validation(source, validation) if validation else source
+
+
+def _items(file: str, labels: Iterable[int], images: Pixels) -> list[Item]:
+    """List the images of a file, named by their number in it.
+
+    Args:
+        images: (n, h, w) or (n, h, w, 3).
+    """
+    return [
+        Item(f"{file}/{number:05d}", int(label), pixels=image)
+        for number, (label, image) in enumerate(zip(labels, images, strict=True))
+    ]
 
 
 def _with_validation(source: Source, share: float) -> Source:
@@ -165,18 +166,15 @@ def fashion_mnist(path: Path) -> Source:
     """List the images in the four IDX files of Fashion-MNIST, gzipped or not."""
     splits = {}
     for split, stem in (("train", "train"), ("test", "t10k")):
-        images = read_idx(_either(path, f"{stem}-images-idx3-ubyte"), dims=3)
-        labels_file = _either(path, f"{stem}-labels-idx1-ubyte")
+        images = read_idx(_gzipped_or_plain(path, f"{stem}-images-idx3-ubyte"), dims=3)
+        labels_file = _gzipped_or_plain(path, f"{stem}-labels-idx1-ubyte")
         labels = read_idx(labels_file, dims=1)
         if len(images) != len(labels) or labels.max(initial=0) >= len(FASHION_MNIST_CLASSES):
             raise DatasetError(
                 f"{labels_file}: {len(labels)} labels up to {labels.max(initial=0)}, but there "
                 f"are {len(images)} images of {len(FASHION_MNIST_CLASSES)} classes"
             )
-        splits[split] = [
-            Item(f"{stem}/{number:05d}", int(label), pixels=image)
-            for number, (label, image) in enumerate(zip(labels, images, strict=True))
-        ]
+        splits[split] = _items(stem, labels, images)
     return Source("fashion_mnist", FASHION_MNIST_CLASSES, splits)
 
 
@@ -213,7 +211,7 @@ def _check_shape(path: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def _either(path: Path, name: str) -> Path:
+def _gzipped_or_plain(path: Path, name: str) -> Path:
     """Return the path of a file that may be gzipped; raise DatasetError where it is missing."""
     for candidate in (path / f"{name}.gz", path / name):
         if candidate.is_file():

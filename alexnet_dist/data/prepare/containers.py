@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
 
-from alexnet_dist.data.prepare.sources import LARGEST_MEMBER, Item, open_tar
+from alexnet_dist.data.prepare.sources import Item
+from alexnet_dist.data.prepare.tars import LARGEST_MEMBER, entries, leads_out, members, open_tar
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import opened
 
@@ -77,7 +78,7 @@ def list_files(path: Path) -> Listing:
         return Listing(list(_gzipped(path)), [])
     try:
         with open_tar(path) as tar:
-            return Listing(sorted(_named(members(tar, path)), key=_by_parts), [])
+            return Listing(sorted(_without_dot(members(tar, path)), key=_by_parts), [])
     except tarfile.ReadError:
         raise DatasetError(
             f"{path} is neither a folder nor a .tar, .tar.gz, .tgz or .zip: unpack it, and name "
@@ -115,43 +116,9 @@ def _walk(folder: Path, prefix: str, level: int) -> Iterator[Item | str]:
         yield prefix.rstrip("/")
 
 
-def _named(items: Iterator[Item]) -> Iterator[Item]:
+def _without_dot(items: Iterator[Item]) -> Iterator[Item]:
     """Strip the `./` that `tar c .` puts before every name."""
     return (item._replace(name=item.name.removeprefix("./")) for item in items)
-
-
-def members(tar: tarfile.TarFile, path: Path, start: int = 0) -> Iterator[Item]:
-    """Yield the files of a tar that begins at byte `start` of the file at `path`."""
-    whole = path.stat().st_size
-    for item in _members(tar, start):
-        past = "the archive ends in the middle of it" if item.offset + item.size > whole else ""
-        yield item._replace(path=str(path), refused=item.refused or past)
-    check_end(tar, path)
-
-
-def _members(tar: tarfile.TarFile, start: int) -> Iterator[Item]:
-    """Yield the files of a tar, without their path; what is no regular file is refused."""
-    for member in tar:
-        name, refused = member.name, ""
-        if member.isdir():
-            continue
-        if not member.isreg() or member.issparse():
-            refused = "a link, device or hole in the archive, not a file"
-        elif _leaves(name):
-            refused = "a name that leads out of its folder"
-        yield Item(name, 0, "", start + member.offset_data, member.size, refused=refused)
-
-
-def _leaves(name: str) -> bool:
-    return name.startswith("/") or ".." in name.split("/")
-
-
-def check_end(tar: tarfile.TarFile, path: Path) -> None:
-    """Raise DatasetError where a tar's listing ended at damage, which tarfile does not report."""
-    assert tar.fileobj is not None
-    tar.fileobj.seek(tar.offset)
-    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise DatasetError(f"{path}: the archive is damaged or cut short at byte {tar.offset}")
 
 
 def _gzipped(path: Path) -> Iterator[Item]:
@@ -159,7 +126,7 @@ def _gzipped(path: Path) -> Iterator[Item]:
     with gzip.open(path) as unpacked:
         stream = cast("IO[bytes]", unpacked)
         with open_tar(stream) as tar:
-            for item in _named(_members(tar, 0)):
+            for item in _without_dot(entries(tar)):
                 if item.offset + item.size > _MOST_UNPACKED:
                     raise DatasetError(
                         f"{path}: it unpacks to more than {_MOST_UNPACKED:,} bytes: unpack it "
@@ -180,7 +147,7 @@ def _zipped(path: Path) -> Iterator[Item]:
                 continue
             if stat.S_IFMT(one.external_attr >> 16) not in (0, stat.S_IFREG):
                 refused = "a link or device in the archive, not a file"
-            elif _leaves(one.filename):
+            elif leads_out(one.filename):
                 refused = "a name that leads out of its folder"
             elif one.flag_bits & 1 or one.compress_type not in (_STORED, _DEFLATED):
                 refused = "encrypted, or compressed by another method than deflate"

@@ -46,7 +46,7 @@ def folder(path: Path, validation: float = 0) -> Source:
     """
     # Find the folder of each split, or take all as the training split.
     left = _LeftOut(list)
-    listing = _unwrapped(_shown(list_files(path), left), left)
+    listing = _unwrapped(_visible(list_files(path), left), left)
     tops, found = listing.tops(), {}
     names = _split_folders(path, tops) or {"train": ""}
     if names["train"]:
@@ -69,7 +69,8 @@ def folder(path: Path, validation: float = 0) -> Source:
     # Set validation images apart, and say what was left out.
     notes = _note(left)
     if validation:
-        splits = _cut(path, splits, validation, len(names["train"]) and len(names["train"]) + 1)
+        top = f"{names['train']}/" if names["train"] else ""
+        splits = _with_validation(path, splits, validation, top)
         held = {item.label for item in splits["val"]}
         if never := [name for name in classes if label[name] not in held]:
             notes += (f"no validation images of {some(never)}",)
@@ -91,7 +92,7 @@ def imagenette(path: Path) -> Source:
 def tiny_imagenet(path: Path) -> Source:
     """List tiny-imagenet-200.zip or its folder. Classes are sorted by WordNet id."""
     left = _LeftOut(list)
-    listing = _unwrapped(_shown(list_files(path), left), left)
+    listing = _unwrapped(_visible(list_files(path), left), left)
     files = {item.name: item for item in listing.files}
 
     def lines(name: str) -> list[str]:
@@ -125,7 +126,7 @@ def _label_of(wnid: str, label: Mapping[str, int], item: Item, path: Path) -> in
     return label[wnid]
 
 
-def _shown(listing: Listing, left: _LeftOut) -> Listing:
+def _visible(listing: Listing, left: _LeftOut) -> Listing:
     """Return a listing without what is hidden and without data sets that were packed into it, which
     are added to `left`."""
 
@@ -239,17 +240,17 @@ def _check_classes(
             raise DatasetError(f"{path / names[split] / name}: {names['train']}/ has no such class")
 
 
-def _cut(
-    path: Path, splits: Mapping[str, list[Item]], share: float, start: int
+def _with_validation(
+    path: Path, splits: Mapping[str, list[Item]], share: float, top: str
 ) -> dict[str, list[Item]]:
-    """Move a share of `train` to `val`, by the hash of each name from character `start` on."""
+    """Move a share of `train` to `val`, by the hash of each name below the folder `top`."""
     if "val" in splits:
         raise DatasetError(
             f"--validation {share:g}: {path} has its own validation images: leave the option out"
         )
     cut: dict[str, list[Item]] = {"train": [], "val": []}
     for item in splits["train"]:
-        name = item.name[start:].encode("utf-8", "surrogateescape")
+        name = item.name.removeprefix(top).encode("utf-8", "surrogateescape")
         uniform = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
         cut["val" if uniform < share else "train"].append(item)
     if not all(cut.values()):

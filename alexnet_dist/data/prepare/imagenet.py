@@ -1,18 +1,16 @@
 """List the images in ImageNet's tars as downloaded; they are read in place."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alexnet_dist.data.prepare.containers import check_end, members
 from alexnet_dist.data.prepare.devkit import read_synsets
-from alexnet_dist.data.prepare.sources import (
+from alexnet_dist.data.prepare.sources import Item, Source, needed, some
+from alexnet_dist.data.prepare.tars import (
     LARGEST_MEMBER,
-    Item,
-    Source,
-    needed,
+    check_end,
+    members,
     open_tar,
     read_member,
-    some,
 )
 from alexnet_dist.errors import DatasetError
 
@@ -25,47 +23,63 @@ def imagenet(path: Path) -> Source:
         needed(path / f"ILSVRC2012_{name}", "of the three files that image-net.org offers")
         for name in ("img_train.tar", "img_val.tar", "devkit_t12.tar.gz")
     )
-    # The devkit says which classes there are, and the validation images' classes.
     words, truth = _devkit(devkit)
     ids = sorted(words)
     label = {wnid: place for place, wnid in enumerate(ids)}
-    # The training tar holds a tar of each class.
+    splits = {"train": _training(train, label), "val": _validation(val, [label[w] for w in truth])}
+    classes = tuple(f"{wnid} {words[wnid]}" for wnid in ids)
+    return Source("imagenet", classes, splits, enlarge=True)
+
+
+def _training(path: Path, label: Mapping[str, int]) -> list[Item]:
+    """List the training images: a tar that holds a tar of each class.
+
+    Args:
+        label: of each WordNet id of the devkit.
+    """
     items: list[Item] = []
     seen = set()
-    with open_tar(train) as outer:
+    with open_tar(path) as outer:
         for member in outer:
             wnid = member.name.removesuffix(".tar")
             if wnid not in label or not member.isreg():
-                raise DatasetError(
-                    f"{train}: {member.name!r} is not one of the devkit's class tars"
-                )
+                raise DatasetError(f"{path}: {member.name!r} is not one of the devkit's class tars")
             if wnid in seen:
-                raise DatasetError(f"{train}: {member.name!r} is in it twice: download it again")
+                raise DatasetError(f"{path}: {member.name!r} is in it twice: download it again")
             seen.add(wnid)
             inner = outer.extractfile(member)
             assert inner is not None
             with open_tar(inner) as tar:
-                own = members(tar, train, member.offset_data)
+                own = members(tar, path, member.offset_data)
                 items += [item._replace(label=label[wnid]) for item in own]
-        check_end(outer, train)
-    _check_whole(train, [f"{wnid}.tar" for wnid in ids if wnid not in seen], len(ids), "classes")
-    # The validation tar holds images alone, whose class follows from their number.
-    with open_tar(val) as tar:
-        listed = sorted(members(tar, val))
-    wanted = {f"ILSVRC2012_val_{n:08d}.JPEG": label[wnid] for n, wnid in enumerate(truth, start=1)}
+        check_end(outer, path)
+    _check_whole(path, [f"{wnid}.tar" for wnid in label if wnid not in seen], len(label), "classes")
+    return items
+
+
+def _validation(path: Path, labels: Sequence[int]) -> list[Item]:
+    """List the validation images: a tar of images alone.
+
+    Args:
+        labels: of images 1, 2, ….
+    """
+    with open_tar(path) as tar:
+        listed = sorted(members(tar, path))
+    wanted = {f"ILSVRC2012_val_{n:08d}.JPEG": label for n, label in enumerate(labels, start=1)}
     names = [item.name.rpartition("/")[2] for item in listed]
     for place, (item, name) in enumerate(zip(listed, names, strict=True)):
         if name not in wanted and not item.refused:
             raise DatasetError(
-                f"{item.name!r}: not one of the devkit's {len(truth)} validation images, "
+                f"{item.name!r}: not one of the devkit's {len(labels)} validation images, "
                 "ILSVRC2012_val_…JPEG"
             )
         listed[place] = item if item.refused else item._replace(label=wanted[name])
-    _check_whole(val, sorted({*wanted} - {*names}), len(wanted), "validation images")
+    _check_whole(path, sorted({*wanted} - {*names}), len(wanted), "validation images")
     if len(listed) > len(wanted):
-        raise DatasetError(f"{val}: has {len(listed)} images, not {len(wanted)}: download it again")
-    classes = tuple(f"{wnid} {words[wnid]}" for wnid in ids)
-    return Source("imagenet", classes, {"train": items, "val": listed}, enlarge=True)
+        raise DatasetError(
+            f"{path}: has {len(listed)} images, not {len(wanted)}: download it again"
+        )
+    return listed
 
 
 def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> None:
