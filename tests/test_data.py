@@ -65,7 +65,8 @@ def test_the_bundled_sample_is_stratified_and_small() -> None:
 def test_a_packed_data_set_holds_the_sources_images(packed: Path) -> None:
     from torchvision.io import decode_image
 
-    dataset = open_dataset(packed, verify_hashes=True)
+    dataset = open_dataset(packed)
+    verify_shards(dataset, Topology())
     assert len(dataset.classes) == 10
     for split, stem, count in (("train", "train", 60), ("test", "t10k", 23)):
         images = read_idx(SAMPLE / f"{stem}-images-idx3-ubyte.gz", dims=3)
@@ -347,7 +348,7 @@ def test_damage_is_one_clear_error(
     shutil.copytree(packed, root)
     damage(root)
     with pytest.raises(DatasetError, match=message) as caught:
-        open_dataset(root, verify_hashes=True)
+        verify_shards(open_dataset(root), Topology())
     assert "\n" not in str(caught.value)
 
 

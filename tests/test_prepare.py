@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import decode_image
 
-from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.dataset import open_dataset, verify_shards
 from alexnet_dist.data.header import size_of
 from alexnet_dist.data.prepare import convert as convert_module
 from alexnet_dist.data.prepare import packing
@@ -39,6 +39,7 @@ from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.prepare.sources import Item, Source
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import within_memory
+from alexnet_dist.parallel.topology import Topology
 
 ONE = Options(workers=1)
 
@@ -67,7 +68,8 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_imagenet_is_read_in_place_from_its_tars(imagenet: Path, tmp_path: Path) -> None:
     said = prepare("imagenet", imagenet, tmp_path / "out", ONE)
     assert "packed 24 train, 8 val images of 4 classes" in said
-    dataset = open_dataset(tmp_path / "out", verify_hashes=True)
+    dataset = open_dataset(tmp_path / "out")
+    verify_shards(dataset, Topology())
     # In the order of WordNet ids, as PyTorch numbers ImageNet's classes.
     assert [name.split()[0] for name in dataset.classes] == sorted(made.WNIDS)
     assert dataset.classes[0] == "n01440764 tench, Tinca tinca"

@@ -74,13 +74,10 @@ class Dataset:
     resident: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
 
-def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
+def open_dataset(folder: Path) -> Dataset:
     """Open a packed data set; raise DatasetError unless every file is as dataset.json records it.
 
-    The sizes of all files and the hashes of all but the shards are always checked.
-
-    Args:
-        verify_hashes: check the shards' hashes too (about a second per gigabyte in memory).
+    Of shards only the sizes are checked; `verify_shards` checks their hashes.
     """
     # The description, whose hash is the data set's identity.
     path = folder / "dataset.json"
@@ -103,22 +100,11 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
         if not all(re.fullmatch(r"[A-Za-z0-9_-]{1,99}", name) for name in names):
             raise ValueError(f"names {names}")
         classes = tuple(str(name) for name in meta["classes"])
-        statistics = Statistics(
-            load_array(folder, meta["mean_image"], np.dtype("<f4"), dims=3),
-            *(np.array(meta[k], float) for k in ("mean_rgb", "eigenvalues", "eigenvectors")),
-        )
-        arrays = [*vars(statistics).values()]
-        shapes = [(*statistics.mean_image.shape[:2], 3), (3,), (3,), (3, 3)]
-        finite = all(np.isfinite(array).all() for array in arrays)
-        if not finite or [array.shape for array in arrays] != shapes:
-            raise ValueError("colour statistics that training could not use")
+        statistics = _statistics(folder, meta)
         splits = {
             name: open_split(folder, name, split, len(classes))
             for name, split in meta["splits"].items()
         }
-        for split in splits.values() if verify_hashes else ():
-            for number in range(len(split.shards)):
-                split.check_shard(number)
     except DatasetError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -129,12 +115,27 @@ def open_dataset(folder: Path, verify_hashes: bool = False) -> Dataset:
     return Dataset(folder, digest, source, classes, statistics, splits)
 
 
+def _statistics(folder: Path, meta: Mapping[str, Any]) -> Statistics:
+    """Return the colour statistics in dataset.json; raise ValueError where they cannot be used."""
+    statistics = Statistics(
+        load_array(folder, meta["mean_image"], np.dtype("<f4"), dims=3),
+        *(np.array(meta[k], float) for k in ("mean_rgb", "eigenvalues", "eigenvectors")),
+    )
+    arrays = [*vars(statistics).values()]
+    shapes = [(*statistics.mean_image.shape[:2], 3), (3,), (3,), (3, 3)]
+    finite = all(np.isfinite(array).all() for array in arrays)
+    if not finite or [array.shape for array in arrays] != shapes:
+        raise ValueError("colour statistics that training could not use")
+    return statistics
+
+
 def verify_shards(dataset: Dataset, topology: "Topology") -> None:
     """Hash every shard, each rank a share of them, some at once. Collective: ranks meet after each
     few shards, so that hashing many on a slow disk does not run into a timeout. How many must not
     depend on their cores, which may differ from node to node.
 
-    Raises DatasetError on every rank, for one shard that has changed since it was packed.
+    Raises DatasetError on every rank, for one shard that has changed since it was packed. Hashing
+    takes about a second per gigabyte in memory.
     """
     every = [(split, n) for split in dataset.splits.values() for n in range(len(split.shards))]
     # Each shard once: a training split and what is held out of it share theirs.
@@ -190,21 +191,27 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
                 f"{key}={name!r}: the split is empty: name another, or hold out another share "
                 "(data.hold_out)"
             )
-    ours, theirs = config.model.classes, len(dataset.classes)
-    if ours != theirs:
-        again, last = f"model.classes={theirs}", config.model.layer_names[-1]
-        data, init = shlex.quote(str(dataset.folder)), shlex.quote(str(trained))
-        raise ConfigError(
-            f"model.classes={ours}: {dataset.folder} has {theirs} classes: "
-            + (
-                f"train a new network on it with {again}, or set data.path= to other data"
-                if trained is None
-                else f"set data.path= to data of the classes that {trained} was trained on, or "
-                f"fine-tune it: train CONFIG name=NEW data.path={data} {again} "
-                f"train.init_from={init} 'train.init_new=[{last}]'"
-            )
-        )
+    _check_number_of_classes(config, dataset, trained)
     return dataset
+
+
+def _check_number_of_classes(config: Config, dataset: Dataset, trained: Path | None) -> None:
+    """Raise ConfigError where the network has more or fewer classes than the data set."""
+    ours, theirs = config.model.classes, len(dataset.classes)
+    if ours == theirs:
+        return
+    again, last = f"model.classes={theirs}", config.model.layer_names[-1]
+    data, init = shlex.quote(str(dataset.folder)), shlex.quote(str(trained))
+    raise ConfigError(
+        f"model.classes={ours}: {dataset.folder} has {theirs} classes: "
+        + (
+            f"train a new network on it with {again}, or set data.path= to other data"
+            if trained is None
+            else f"set data.path= to data of the classes that {trained} was trained on, or "
+            f"fine-tune it: train CONFIG name=NEW data.path={data} {again} "
+            f"train.init_from={init} 'train.init_new=[{last}]'"
+        )
+    )
 
 
 def other_class(trained: Sequence[str] | None, here: Sequence[str]) -> str:

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.codecs import decode_image
-from alexnet_dist.data.dataset import Dataset, open_dataset
+from alexnet_dist.data.dataset import Dataset, open_dataset, verify_shards
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.data.split import Split
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import written_aside
+from alexnet_dist.parallel.device import cores
+from alexnet_dist.parallel.topology import Topology
 
 _AHEAD = 1000  # samples that threads are given at a time: a million would take gigabytes
 QUICK = 100  # samples decoded of a split in a quick look
@@ -33,19 +35,18 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
 
     Raises DatasetError for the first error found.
     """
-    dataset = open_dataset(folder, verify_hashes=sheet is not None)
-    with contextlib.ExitStack() as left:
-        for split in dataset.splits.values():
-            left.callback(split.close)
-        return {"folder": str(folder), **_inspected(dataset, sheet)}
-
-
-def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
-    """Return the summary of an opened data set, less its folder."""
-    found: dict[str, Any] = {"source": dataset.source["kind"], "classes": len(dataset.classes)}
+    dataset = open_dataset(folder)
+    if sheet is not None:
+        verify_shards(dataset, Topology(cores=cores()))
+    found: dict[str, Any] = {
+        "folder": str(folder),
+        "source": dataset.source["kind"],
+        "classes": len(dataset.classes),
+    }
     for name, split in dataset.splits.items():
         step = 1 if sheet else max(1, len(split) // QUICK)
-        found[name] = _verified(split, dataset, range(0, len(split), step))
+        with contextlib.closing(split):
+            found[name] = _verified(split, dataset, range(0, len(split), step))
     statistics = dataset.statistics
     found["mean RGB"] = statistics.mean_rgb.round(2).tolist()
     found["√λ of the covariance"] = np.sqrt(statistics.eigenvalues).round(2).tolist()
@@ -53,13 +54,13 @@ def _inspected(dataset: Dataset, sheet: Path | None) -> dict[str, Any]:
     if sheet is None:
         return found
     try:
-        _contact_sheet(dataset, sheet)
+        with contextlib.closing(dataset.splits["train"]):
+            _contact_sheet(dataset, sheet)
     except OSError as error:
         raise DatasetError(
             f"{sheet} cannot be written: {error}; name another file by --sheet"
         ) from error
-    found["contact sheet"] = str(sheet)
-    return found
+    return found | {"contact sheet": str(sheet)}
 
 
 def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:

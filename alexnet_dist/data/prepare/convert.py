@@ -110,7 +110,7 @@ def _convert(content: bytes, keep: bool, enlarge: bool) -> tuple[str, bytes]:
     keep = keep or (min(width, height) < SIDE and not enlarge)
     jpeg = opened.format in ("JPEG", "MPO")
     if jpeg:
-        _check_scans(content)
+        _check_complete(content)
     elif opened.format == "TIFF":
         _check_tiff(opened, content)
     kind = "jpg" if not keep or jpeg else "png"
@@ -151,7 +151,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _check_scans(jpeg: bytes) -> None:
+def _check_complete(jpeg: bytes) -> None:
     """Raise RefusedImage where a JPEG is truncated. Pillow and torchvision fill what is missing
     with grey and ignore libjpeg's warning; here it is decoded at an eighth of each side.
     """

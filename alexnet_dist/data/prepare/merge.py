@@ -1,10 +1,9 @@
 """Merge shards into a data set: write its index, statistics and description, each durably."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,7 @@ from alexnet_dist.data.prepare.shards import Shard
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import DatasetError
-from alexnet_dist.files import sha256, written_aside
+from alexnet_dist.files import sha256, write, written_aside
 
 
 def merge(
@@ -38,7 +37,7 @@ def merge(
     write_lines(aside / "quarantine.jsonl", map(json.dumps, refused))
     for split, found in shards.items():
         index = np.concatenate([np.empty(0, INDEX), *(shard.index for shard in found)])
-        write(aside / split / "samples.npy", partial(np.save, arr=index))
+        _save(aside / split / "samples.npy", index)
         for number, shard in enumerate(found):
             lines = [f"v1.2 {len(shard.meta['lines'])}", *shard.meta["lines"]]
             write_lines(aside / split / f"shard-{number:05d}.idx", lines)
@@ -53,7 +52,7 @@ def merge(
             ],
         }
     mean_image, colours = colour_statistics(shards["train"])
-    write(aside / "mean.npy", partial(np.save, arr=mean_image))
+    _save(aside / "mean.npy", mean_image)
     meta |= {"mean_image": described(aside, "mean.npy"), **colours}
     write_lines(aside / "dataset.json", [json.dumps(meta, indent=1)])
 
@@ -99,10 +98,10 @@ def described(folder: Path, name: str) -> dict[str, Any]:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Write a text file durably."""
-    write(path, lambda file: file.writelines(f"{line}\n".encode() for line in lines))
+    write(path, "".join(f"{line}\n" for line in lines).encode())
 
 
-def write(path: Path, save: Callable[[BinaryIO], object]) -> None:
-    """Write a file durably, by a function that is given it opened."""
-    with written_aside(path) as aside, aside.open("wb") as file:
-        save(file)
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write a .npy file durably."""
+    with written_aside(path) as aside:
+        np.save(aside, array)

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from alexnet_dist.data.prepare.imagenet import imagenet
 from alexnet_dist.data.prepare.merge import merge
 from alexnet_dist.data.prepare.packing import tasks_of, write_shards
 from alexnet_dist.data.prepare.provenance import check_same, write_provenance
+from alexnet_dist.data.prepare.shards import Shard
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import ConfigError, DatasetError, NotAFile, looked_in, one_line
 from alexnet_dist.files import appended, read_bytes, sync, write
@@ -29,7 +30,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
     "imagenet": imagenet, "folder": folder, "tiny_imagenet": tiny_imagenet,
     "imagenette": imagenette, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
 }  # fmt: skip
-_CUT = ("folder", "cifar10")  # kinds that take --validation
+_DIVISIBLE = ("folder", "cifar10")  # kinds that take --validation
 _ARCHIVES = ("folder", "tiny_imagenet", "imagenette")  # kinds that may be an archive
 # Unicode categories: control, surrogate, line and paragraph separator.
 _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
@@ -64,8 +65,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
         kind: a key of SOURCES.
         path: where the source lies; None (for fashion_mnist only): where the system keeps it.
 
-    Returns:
-        One or more lines that say what was done.
+    Returns one or more lines that say what was done.
 
     Raises:
         ConfigError: the arguments do not fit the source.
@@ -75,12 +75,8 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     options = options or Options()
     source = list_source(kind, path, options.validation)
     identity = source.identity() | {"keep": options.keep}
-    # Nothing to do, or an error: what is there is never replaced.
     if out.exists():
-        compared = check_same(out, identity, tasks_of(source, out, options.keep))
-        _sweep(out)
-        like = "these files" if compared else "files of these names and sizes"
-        return f"{out}: already prepared from {like}, and complete"
+        return _already_there(source, identity, out, options.keep)
     # Write shards aside, merge them when all are there, rename the folder last.
     aside = out.with_name(out.name + ".partial")
     try:
@@ -93,21 +89,38 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
                     "are, run the same command without --part to merge them into the data set"
                 )
             merge(source, identity, shards, aside)
-            metas = [shard.meta for split in shards.values() for shard in split]
-            write_provenance(aside, ((meta["stamp"], meta["contents"]) for meta in metas))
-            for named in (aside, *(aside / split for split in shards)):
-                sync(named)
-            aside.rename(out)
-            sync(out.parent)
-            _sweep(out)
+            _complete(aside, out, shards)
     except NotAFile:
         raise
     except OSError as error:
-        next_step = ": name another OUT"
-        if os.path.exists(aside):
-            next_step = f"; what is done is kept in {aside}, and the same command continues"
+        kept = f"; what is done is kept in {aside}, and the same command continues"
+        next_step = kept if os.path.exists(aside) else ": name another OUT"
         raise DatasetError(f"{out} cannot be written: {error}{next_step}") from error
-    # A summary for the user.
+    return _summary(source, out, shards)
+
+
+def _already_there(source: Source, identity: Mapping[str, Any], out: Path, keep: bool) -> str:
+    """Return a line that says that `out` is this data set; raise DatasetError where it is not: what
+    is there is never replaced."""
+    compared = check_same(out, identity, tasks_of(source, out, keep))
+    _sweep(out)
+    like = "these files" if compared else "files of these names and sizes"
+    return f"{out}: already prepared from {like}, and complete"
+
+
+def _complete(aside: Path, out: Path, shards: Mapping[str, Sequence[Shard]]) -> None:
+    """Give a merged data set its own name, once all names in it are on the disk."""
+    metas = [shard.meta for split in shards.values() for shard in split]
+    write_provenance(aside, ((meta["stamp"], meta["contents"]) for meta in metas))
+    for named in (aside, *(aside / split for split in shards)):
+        sync(named)
+    aside.rename(out)
+    sync(out.parent)
+    _sweep(out)
+
+
+def _summary(source: Source, out: Path, shards: Mapping[str, Sequence[Shard]]) -> str:
+    """Return lines that say what was packed, refused and left out."""
     counts = ", ".join(f"{sum(len(shard.index) for shard in shards[s])} {s}" for s in source.splits)
     bad = sum(len(shard.meta["refused"]) for split in shards.values() for shard in split)
     refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""
@@ -121,7 +134,7 @@ def _unscored(source: Source) -> tuple[str, ...]:
         return ()
     more = (
         ": train with data.hold_out=0.1, or prepare into another OUT with --validation 0.1"
-        if source.kind in _CUT
+        if source.kind in _DIVISIBLE
         else ""
     )
     return (f"no split to evaluate on{more}",)
@@ -139,17 +152,13 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
                 f"prepare {kind}: name the folder or archive: prepare {kind} PATH OUT"
             )
         path = FASHION_MNIST
-    if kind != "fashion_mnist" and not path.exists():
-        raise DatasetError(f"{path}{looked_in(path)}: there is no such file or folder")
-    archive = kind in _ARCHIVES and path.is_file()
-    if kind != "fashion_mnist" and not path.is_dir() and not archive:
-        wrong = "is a file: unpack it, and" if path.is_file() else "is not a folder:"
-        raise DatasetError(f"{path} {wrong} name the folder that holds {kind}'s files")
+    if kind != "fashion_mnist":  # which says itself where it can be had
+        _check_path(kind, path)
     cut = {"validation": validation} if validation else {}
-    if cut and (kind not in _CUT or not 0 < validation < 1):
+    if cut and (kind not in _DIVISIBLE or not 0 < validation < 1):
         raise ConfigError(
             f"--validation {validation:g}: must be a share between 0 and 1, and only for "
-            f"{' or '.join(_CUT)}; leave it out otherwise"
+            f"{' or '.join(_DIVISIBLE)}; leave it out otherwise"
         )
     try:
         source = SOURCES[kind](path, **cut)
@@ -166,6 +175,15 @@ def list_source(kind: str, path: Path | None, validation: float = 0) -> Source:
     if not source.splits.get("train"):
         raise DatasetError(f"{path}: no training images found")
     return source
+
+
+def _check_path(kind: str, path: Path) -> None:
+    """Raise DatasetError unless a source of this kind can lie at a path."""
+    if not path.exists():
+        raise DatasetError(f"{path}{looked_in(path)}: there is no such file or folder")
+    if not path.is_dir() and not (kind in _ARCHIVES and path.is_file()):
+        wrong = "is a file: unpack it, and" if path.is_file() else "is not a folder:"
+        raise DatasetError(f"{path} {wrong} name the folder that holds {kind}'s files")
 
 
 @contextlib.contextmanager

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alexnet_dist.data.dataset import open_dataset
+from alexnet_dist.data.dataset import open_dataset, verify_shards
 from alexnet_dist.data.prepare.merge import write_lines
 from alexnet_dist.data.prepare.packing import progress
 from alexnet_dist.data.prepare.shards import Task, contents, stamp
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import json_object, read_bytes
+from alexnet_dist.parallel.device import cores
+from alexnet_dist.parallel.topology import Topology
 
 _FILE = ".source.json"
 
@@ -21,6 +23,15 @@ def write_provenance(folder: Path, shards: Iterable[tuple[str, str]]) -> None:
     """Record the `stamp` and `contents` of each shard."""
     entries = [{"stamp": stamp, "contents": contents} for stamp, contents in shards]
     write_lines(folder / _FILE, [json.dumps({"shards": entries})])
+
+
+def _recorded(folder: Path) -> list[tuple[str, str]]:
+    """Return the `stamp` and `contents` of each shard; nothing where none can be read."""
+    try:
+        shards = json_object(read_bytes(folder / _FILE))["shards"]
+        return [(str(shard["stamp"]), str(shard["contents"])) for shard in shards]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) -> bool:
@@ -38,18 +49,15 @@ def check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) ->
     if not (out / "dataset.json").exists():
         raise DatasetError(f"{out} exists, but is not a packed data set: name another OUT")
     try:
-        found = open_dataset(out, verify_hashes=True)
+        found = open_dataset(out)
+        verify_shards(found, Topology(cores=cores()))
     except DatasetError as error:
         raise DatasetError(f"{error}: name another OUT, since {out} exists") from error
     if found.source != identity:
         raise DatasetError(
             f"{out} holds a data set made from other files or with other options: name another OUT"
         )
-    try:
-        before = json_object(read_bytes(out / _FILE))["shards"]
-        made = [(str(shard["stamp"]), str(shard["contents"])) for shard in before]
-    except (OSError, ValueError, KeyError, TypeError):
-        made = []
+    made = _recorded(out)
     if len(made) != len(tasks):
         return False
     now = [stamp(task.items) for task in tasks]
