@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,24 +28,7 @@ from alexnet_dist.network.precision import allow_tf32, parameter_dtype
 from alexnet_dist.parallel.device import free_host_memory
 from alexnet_dist.parallel.replicas import summed
 from alexnet_dist.parallel.stop_signals import StopSignals
-from alexnet_dist.parallel.topology import connect
-
-T = TypeVar("T")
-
-
-class _Sums(NamedTuple, Generic[T]):
-    """Sums over samples; ranks add them as a vector in this order.
-
-    Attributes:
-        samples: number of samples, without damaged ones.
-        loss: nats.
-        correct1, correct5: samples whose label ranked first, among the first five.
-    """
-
-    samples: T
-    loss: T
-    correct1: T
-    correct5: T
+from alexnet_dist.parallel.topology import Topology, connect
 
 
 def evaluate(
@@ -56,7 +39,8 @@ def evaluate(
     Args:
         network: what `load_checkpoint` returned, with its model's present weights; or a run folder
             or checkpoint.
-        data: a packed data set of the same classes; by default the one the config names.
+        data: a packed data set of the same classes, whose own mean is subtracted unless
+            data.mean_from names another; by default the one the config names.
         views: windows per image: the centre window, or the paper's ten.
 
     Raises CheckpointError, DatasetError or ConfigError, naming what does not fit.
@@ -86,7 +70,8 @@ def evaluate_engine(
     Returns:
         The score, the same on every rank; None where a signal ended the evaluation.
     """
-    sums, topology = torch.zeros(len(_Sums._fields), dtype=torch.float64), engine.topology
+    topology = engine.topology
+    sums = torch.zeros(4, dtype=torch.float64)  # as `_summed` returns
     for probabilities, labels in _probabilities(engine, config, dataset):
         sums += _summed(probabilities, labels)
         if confusion is not None:
@@ -118,45 +103,42 @@ def evaluate_checkpoints(
     config, topology = configs[0], connect(configs[0])
     dataset = found[0].open_data(config)
     _check_alike(found, configs, dataset)
-    # One network after another; the last one's turn completes the averages, which are scored batch
-    # by batch.
-    average = labels = None
-    if keep or len(found) > 1:
-        average, labels = _room(configs, dataset)
-    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
+    # One network after another; the last one completes the averages, which are scored batch by
+    # batch.
+    kept = _memory_for_all(configs, dataset) if keep or len(found) > 1 else None
+    sums = torch.zeros(4, dtype=torch.float64)  # as `_summed` returns
     confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.int64)
     for checkpoint, own in zip(found, configs, strict=True):
-        allow_tf32(own.train.precision)
-        engine = make_engine(own, topology)
-        engine.load(checkpoint.parameters(), None)
         end = 0
-        with tqdm(
-            total=len(evaluation_split(own, dataset)), unit=" images", desc="evaluating",
-            leave=False, delay=2, disable=None,
-        ) as bar:  # fmt: skip
-            for outputs, truth in _probabilities(engine, own, dataset):
-                part = outputs / len(found)
-                if average is not None and labels is not None:
-                    rows = slice(end, end := end + len(part))
-                    part = average[rows].add_(part)
-                    labels[rows] = truth
-                if checkpoint is found[-1]:
-                    sums += _summed(part, truth)
-                    add_confusion(confusion, part, truth)
-                bar.update(len(part))
-        del engine  # before the next one is made
+        for outputs, truth in _predicted(checkpoint, own, topology, dataset):
+            part = outputs / len(found)
+            if kept is not None:
+                rows = slice(end, end := end + len(part))
+                part = kept[0][rows].add_(part)
+                kept[1][rows] = truth
+            if checkpoint is found[-1]:
+                sums += _summed(part, truth)
+                add_confusion(confusion, part, truth)
     score = _finite(_score(sums, config, dataset), *paths)
-    changed = _changed(found[0].config, config)
-    if found[0].manifest["dataset"] not in ("imported", dataset.digest):
-        changed["data.path"] = config.data.path
-    conditions = Conditions(
-        split=config.data.eval_split,
-        views=config.evaluate.views,
-        data=str(dataset.folder),
-        data_sha256=dataset.digest,
-        changed=changed,
-    )
-    return Evaluation(score, tuple(found), dataset.classes, confusion, average, labels, conditions)
+    average, labels = kept or (None, None)
+    how = _conditions(found[0], config, dataset)
+    return Evaluation(score, tuple(found), dataset.classes, confusion, average, labels, how)
+
+
+def _predicted(
+    checkpoint: Checkpoint, config: Config, topology: Topology, dataset: Dataset
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what `_probabilities` does, of a checkpoint's network, with a progress bar."""
+    allow_tf32(config.train.precision)
+    engine = make_engine(config, topology)
+    engine.load(checkpoint.parameters(), None)
+    with tqdm(
+        total=len(evaluation_split(config, dataset)), unit=" images", desc="evaluating",
+        leave=False, delay=2, disable=None,
+    ) as bar:  # fmt: skip
+        for outputs, labels in _probabilities(engine, config, dataset):
+            yield outputs, labels
+            bar.update(len(labels))
 
 
 def _check_alike(found: Sequence[Checkpoint], configs: Sequence[Config], dataset: Dataset) -> None:
@@ -192,7 +174,7 @@ def _check_alike(found: Sequence[Checkpoint], configs: Sequence[Config], dataset
             )
 
 
-def _room(configs: Sequence[Config], dataset: Dataset) -> tuple[Tensor, Tensor]:
+def _memory_for_all(configs: Sequence[Config], dataset: Dataset) -> tuple[Tensor, Tensor]:
     """Return zeros for the probabilities of all samples, and for their labels; raise MachineError
     where they would not fit in memory."""
     samples, classes = len(evaluation_split(configs[0], dataset)), len(dataset.classes)
@@ -211,6 +193,20 @@ def _room(configs: Sequence[Config], dataset: Dataset) -> tuple[Tensor, Tensor]:
             "(data.eval_split)"
         )
     return torch.zeros(samples, classes, dtype=dtype), torch.zeros(samples, dtype=torch.int64)
+
+
+def _conditions(checkpoint: Checkpoint, config: Config, dataset: Dataset) -> Conditions:
+    """Return the conditions under which the first network is scored."""
+    changed = _changed(checkpoint.config, config)
+    if checkpoint.manifest["dataset"] not in ("imported", dataset.digest):
+        changed["data.path"] = config.data.path
+    return Conditions(
+        split=config.data.eval_split,
+        views=config.evaluate.views,
+        data=str(dataset.folder),
+        data_sha256=dataset.digest,
+        changed=changed,
+    )
 
 
 def _changed(trained: Config, config: Config) -> dict[str, Any]:
@@ -266,26 +262,23 @@ def _probabilities(
 
 
 def _summed(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return `_Sums` over a batch as a float64 vector.
+    """Return sums over a batch, (4,) float64: samples, ranked first, among the first five, loss.
 
     Args:
         labels: (n,); samples with a negative label are left out.
     """
-    counts, labels = labels >= 0, labels.clamp_min(0)
+    counted, labels = labels >= 0, labels.clamp_min(0)
     own = probabilities.double().gather(1, labels[:, None])[:, 0]
     rank = label_ranks(probabilities, labels)
     loss = -own.clamp_min(torch.finfo(torch.float64).tiny).log()
-    values = _Sums(
-        samples=counts, loss=loss * counts, correct1=(rank < 1) & counts,
-        correct5=(rank < 5) & counts,
-    )  # fmt: skip
+    values = counted, (rank < 1) & counted, (rank < 5) & counted, loss * counted
     return torch.stack([value.double().sum() for value in values])
 
 
-def _score(vector: Tensor, config: Config, dataset: Dataset) -> Score:
-    """Return the score of `_Sums` over the split; raise DatasetError where too much is damaged."""
-    sums: _Sums[float] = _Sums(*vector.tolist())
+def _score(sums: Tensor, config: Config, dataset: Dataset) -> Score:
+    """Return the score of `_summed` over the split; raise DatasetError where too much is
+    damaged."""
+    samples, correct1, correct5, loss = sums.tolist()
     split = evaluation_split(config, dataset)
-    samples = int(sums.samples)
-    check_damaged(config, split, len(split) - samples)
-    return Score(samples, int(sums.correct1), int(sums.correct5), sums.loss / samples)
+    check_damaged(config, split, len(split) - int(samples))
+    return Score(int(samples), int(correct1), int(correct5), loss / samples)

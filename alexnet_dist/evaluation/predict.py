@@ -22,7 +22,7 @@ from alexnet_dist.data.missing import IMAGE_SUFFIXES
 from alexnet_dist.data.prepare.convert import ConvertOptions, RefusedImage, convert, options_of
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
-from alexnet_dist.errors import MachineError, filled_by, of_memory
+from alexnet_dist.errors import MachineError, filled_by, of_memory, one_line
 from alexnet_dist.files import MOST_ENCODED, read_bytes
 from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.parallel.workers import worker_pool
@@ -158,4 +158,4 @@ def _canvas_or_why(path: Path, options: ConvertOptions, side: int) -> Canvas | s
     try:
         return canvas_of(path, options, side)
     except RefusedImage as error:
-        return " ".join(f"{error}".split())[:300] or "it cannot be read"
+        return one_line(error)
