@@ -15,7 +15,7 @@ from torch import Tensor
 from alexnet_dist.bench import Pass
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.codecs import decode_image
-from alexnet_dist.data.pipelines.dali_pipeline import on_a_gpu
+from alexnet_dist.data.pipelines.dali_pipeline import decoding
 from alexnet_dist.data.split import Split
 
 
@@ -108,9 +108,6 @@ def bare_dali(split: Split, device: torch.device, workers: int, batch: int, imag
 
     encoded = [np.frombuffer(split.read(i), np.uint8) for i in range(len(split))]
     endless = itertools.cycle(encoded)
-    how: dict[str, Any] = {"device": "cpu"}
-    if device.type == "cuda":
-        how |= on_a_gpu(device)
     graph = Pipeline(
         batch_size=batch, num_threads=workers, device_id=device.index, prefetch_queue_depth=3
     )
@@ -119,7 +116,7 @@ def bare_dali(split: Split, device: torch.device, workers: int, batch: int, imag
             source=lambda: [*itertools.islice(endless, batch)], batch=True, no_copy=True,
             dtype=types.DALIDataType.UINT8, ndim=1,
         )  # fmt: skip
-        graph.set_outputs(fn.decoders.image(source, jpeg_fancy_upsampling=True, **how))
+        graph.set_outputs(fn.decoders.image(source, **decoding(device)))
 
     def run() -> float:
         return rate(len(graph.run()[0]) for _ in range(-(-images // batch) + 1))

@@ -14,7 +14,7 @@ from alexnet_dist.config.from_data import AUTO
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import open_for
-from alexnet_dist.data.pipelines.make import on_gpu, splits_of
+from alexnet_dist.data.pipelines.make import choose_on_gpu, splits_of
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
@@ -181,7 +181,7 @@ def assumed(config: Config, machine: Machine, kept: int, needs: float) -> tuple[
     if not machine.overlap:
         return "torch", "auto, on a CPU"
     decodes = machine.decode or machine.decode_by_cuda
-    return on_gpu(
+    return choose_on_gpu(
         3.0 * config.data.canvas**2 * kept,
         machine.capacity - needs,
         lambda: "" if decodes else f"it does not support a {machine.name}",

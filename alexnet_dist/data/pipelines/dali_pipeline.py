@@ -108,35 +108,21 @@ class DaliPipeline(Pipeline):
 
         os.environ.setdefault(*_QUIET)
         graph = Pipeline(
-            batch_size=batch,
-            num_threads=self.threads,
-            device_id=self.device.index,
+            batch_size=batch, num_threads=self.threads, device_id=self.device.index,
             prefetch_queue_depth=self.prefetch,
             exec_dynamic=True,  # what a batch returns is then its own memory
-        )
-        how: dict[str, Any] = {
-            "device": "cpu",
-            "output_type": types.DALIImageType.RGB,
-            "adjust_orientation": False,  # prepare has settled it
-            "jpeg_fancy_upsampling": True,  # as libjpeg does; nvJPEG's default is cruder
-        }
-        if gpu := self.device.type == "cuda":
-            how |= on_a_gpu(self.device)
-        resizes, cuts = self.canvases.resizes, self.canvases.cuts
+        )  # fmt: skip
+        resizes, cuts, how = self.canvases.resizes, self.canvases.cuts, decoding(self.device)
         with graph:
             dtype = types.DALIDataType
             dtypes = [dtype.UINT8, dtype.INT32, dtype.FLOAT, dtype.INT32, dtype.INT32]
             inputs = 2 + resizes + 2 * cuts
             encoded, start, *canvas = fn.external_source(
-                source=feed,
-                num_outputs=inputs,
-                batch=True,
+                source=feed, num_outputs=inputs, batch=True, dtype=dtypes[:inputs], ndim=1,
                 no_copy=True,  # `inside` keeps them alive
-                dtype=dtypes[:inputs],
-                ndim=1,
-            )
+            )  # fmt: skip
             where = {"start": start, "shape": (side, side), "axes": (0, 1)}
-            if gpu or resizes:
+            if self.device.type == "cuda" or resizes:
                 image = fn.decoders.image(encoded, **how)
                 if cuts:
                     image = fn.slice(image, start=canvas[1], shape=canvas[2], axes=(0, 1))
@@ -198,10 +184,17 @@ class GpuDecoders:
         return f"on the GPU, by {' and '.join(by)}" if by else "on the CPU, although there is a GPU"
 
 
-def on_a_gpu(device: torch.device) -> dict[str, Any]:
-    """Return the arguments with which `fn.decoders.image` decodes on a GPU."""
-    hardware = gpu_decoders(device.index or 0).hardware
-    return {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE if hardware else 0.0}
+def decoding(device: torch.device) -> dict[str, Any]:
+    """Return the arguments with which DALI decodes on a device."""
+    how: dict[str, Any] = {
+        "device": "cpu",
+        "adjust_orientation": False,  # prepare has settled it
+        "jpeg_fancy_upsampling": True,  # as libjpeg does; nvJPEG's default is cruder
+    }
+    if device.type == "cuda":
+        hardware = gpu_decoders(device.index or 0).hardware
+        how |= {"device": "mixed", "hw_decoder_load": _HARDWARE_SHARE if hardware else 0.0}
+    return how
 
 
 @functools.cache

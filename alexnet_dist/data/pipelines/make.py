@@ -39,11 +39,11 @@ def choose_pipeline(config: Config, topology: Topology, dataset: Dataset) -> tup
     else:
         size = decoded_bytes(config, dataset, splits_of(config))
         free = FreeMemory.of(config, topology).device
-        kind, why = on_gpu(size, free, lambda: _dali_fails(topology))
+        kind, why = choose_on_gpu(size, free, lambda: _dali_fails(topology))
     return replace(config, data=replace(config.data, pipeline=kind)), why
 
 
-def on_gpu(size: float, free: float, dali_fails: Callable[[], str]) -> tuple[Kind, str]:
+def choose_on_gpu(size: float, free: float, dali_fails: Callable[[], str]) -> tuple[Kind, str]:
     """Return what data.pipeline=auto chooses on a GPU, and the reason.
 
     Args:

@@ -121,8 +121,7 @@ def decode_to_memory(
     """Decode the splits of a data set that are not yet in memory. Collective.
 
     Every rank decodes whole splits: samples are shuffled over ranks, so each rank needs all of
-    them in time.
-    A signal stops the decoding, and what was decoded so far is lost.
+    them in time. A signal stops the decoding, and what was decoded so far is lost.
 
     Raises on every rank MachineError where the images do not fit, and DatasetError where one cannot
     be decoded.
@@ -131,22 +130,7 @@ def decode_to_memory(
     left = [n for n in dict.fromkeys(splits) if _key(config, topology, n) not in held]
     if not left:
         return
-    size, room = decoded_bytes(config, dataset, left), FreeMemory.of(config, topology)
-    if size <= room.device:
-        device = topology.device
-    elif size <= room.host:
-        device = _CPU
-    else:
-        gpu = topology.device.type == "cuda"
-        there = f"{gb(room.device)} are free on the GPU beside the network, and " if gpu else ""
-        images = " and ".join(f"{len(dataset.splits[name]):,} of {name!r}" for name in left)
-        raise MachineError(
-            f"data.pipeline=resident: the decoded images ({images}) take {gb(size)} per rank at "
-            f"data.canvas={config.data.canvas}, but {there}{gb(room.host)} of the host's memory "
-            "are free for each: set data.pipeline=torch, which gives the same batches, or start "
-            "fewer ranks on this host",
-            on_every_rank=True,
-        )
+    device = _device_with_room(config, topology, dataset, left)
     for name in left:
         with closing(dataclasses.replace(dataset.splits[name])) as split:  # with files of its own
             found = _decode_all(config, topology, split, device, signals)
@@ -154,7 +138,30 @@ def decode_to_memory(
             return
         held[_key(config, topology, name)] = found
     where = "the GPU's memory" if device.type == "cuda" else "the host's memory"
-    log.info(f"{' and '.join(left)}: {gb(size)} of decoded images per rank, in {where}")
+    size = gb(decoded_bytes(config, dataset, left))
+    log.info(f"{' and '.join(left)}: {size} of decoded images per rank, in {where}")
+
+
+def _device_with_room(
+    config: Config, topology: Topology, dataset: Dataset, splits: Sequence[str]
+) -> torch.device:
+    """Return the rank's device if the images of these splits fit there, else the CPU; raise
+    MachineError on every rank where they fit in neither's memory. Collective."""
+    size, room = decoded_bytes(config, dataset, splits), FreeMemory.of(config, topology)
+    if size <= room.device:
+        return topology.device
+    if size <= room.host:
+        return _CPU
+    gpu = topology.device.type == "cuda"
+    there = f"{gb(room.device)} are free on the GPU beside the network, and " if gpu else ""
+    images = " and ".join(f"{len(dataset.splits[name]):,} of {name!r}" for name in splits)
+    raise MachineError(
+        f"data.pipeline=resident: the decoded images ({images}) take {gb(size)} per rank at "
+        f"data.canvas={config.data.canvas}, but {there}{gb(room.host)} of the host's memory "
+        "are free for each: set data.pipeline=torch, which gives the same batches, or start "
+        "fewer ranks on this host",
+        on_every_rank=True,
+    )
 
 
 def _key(config: Config, topology: Topology, split: str) -> tuple[str, int, torch.device]:
