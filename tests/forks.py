@@ -85,13 +85,18 @@ def command(arguments: Sequence[str], **where: Any) -> Fork:
 
 def run(arguments: Sequence[str]) -> None:
     """Run `alexnet-dist ARGUMENTS` in this process, which exits; ranks are forks of it."""
-    for _ in range(_ranks_of(arguments)):
-        _Rank.waiting.append(_forked())
-    subprocess_handler.Popen = _Rank  # torchrun's API starts ranks by it
+    fork_commands(_ranks_of(arguments))
     if arguments[0] in ("compare", "bench", "doctor"):
         fork_ranks()
     sys.argv = ["alexnet-dist", *arguments]
     runpy.run_module("alexnet_dist", run_name="__main__", alter_sys=True)
+
+
+def fork_commands(count: int) -> None:
+    """Make torchrun's API take forks for this many ranks that it starts by a command."""
+    for _ in range(count):
+        _Rank.waiting.append(_forked())
+    subprocess_handler.Popen = _Rank  # by which it starts them
 
 
 def fork_ranks() -> None:

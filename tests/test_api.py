@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from conftest import as_overrides
+from conftest import as_overrides, in_a_fork
 from torchvision.io import decode_image
 
 from alexnet_dist import evaluate, load_checkpoint, load_config, train
@@ -40,11 +41,13 @@ def test_every_order_of_imports_gives_the_functions() -> None:
         "assert a.train is sys.modules['alexnet_dist.training.loop'].train\n"
         "assert a.evaluate is sys.modules['alexnet_dist.evaluation.evaluate'].evaluate\n"
     )
-    # One interpreter: what was imported is forgotten between orders, torch is not.
+    # One interpreter: what was imported is forgotten before each order, torch is not.
     forget = "for name in [n for n in sys.modules if n.startswith('alexnet_dist')]:\n"
     forget += "    del sys.modules[name]\n"
     orders = ["\n".join(order) + "\n" for order in itertools.permutations(IMPORTS)]
-    python("import sys\n" + forget.join(order + check for order in orders))
+    code = "import sys\n" + "".join(forget + order + check for order in orders)
+    ended = in_a_fork(exec, code, {})
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_importing_the_package_is_light() -> None:
@@ -121,14 +124,20 @@ def test_without_its_data_set_a_network_has_no_words(
         load_checkpoint(tmp_path)
 
 
-def test_a_layout_of_several_ranks_is_started_here(
-    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tiny("layout.kind=columns", "train.epochs=1")
+def train_columns(config: Config) -> None:
+    forks.fork_commands(2)
     outcome = train(config)
     assert (outcome.exit, outcome.step, outcome.is_rank_0) == (0, 8, True)
     assert outcome.score is not None
     assert outcome.score.samples == 23
+
+
+def test_a_layout_of_several_ranks_is_started_here(
+    tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny("layout.kind=columns", "train.epochs=1")
+    ended = in_a_fork(train_columns, config)
+    assert ended.returncode == 0, ended.stderr
     monkeypatch.setattr(spawn, "start", lambda *_: 1)
     with pytest.raises(RanksFailed, match="a rank ended with exit code 1, and reported why"):
         train(config)
@@ -140,10 +149,7 @@ def test_the_documents_examples_run(packed: Path, tmp_path: Path) -> None:
     assert len(blocks) == 6
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo").symlink_to(packed)
-    result = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], check=False, capture_output=True, text=True,
-        cwd=tmp_path, timeout=300,
-    )  # fmt: skip
+    result = in_a_fork(exec, "\n".join(blocks), {}, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert re.search(r"top-1 \d+\.\d %, between", result.stdout)
     assert "60965224\n" in result.stdout

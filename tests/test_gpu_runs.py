@@ -1,10 +1,10 @@
 """Whole runs of several ranks on as few GPUs as there are: stopped, resumed, killed, hung."""
 
+import functools
 import re
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import shared
@@ -12,7 +12,7 @@ from conftest import alexnet_dist, as_overrides
 from shared import SHARED
 from small_runs import final_state
 from test_run import RUN, Started, start
-from test_watchdog import STUCK
+from test_watchdog import delaying, stuck
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.files import read_run
@@ -77,13 +77,9 @@ def test_a_killed_rank_takes_the_other_with_it_and_is_named(
     assert re.search(named, read_run(config.folder)["reason"])
 
 
-def test_a_rank_that_hangs_is_named_with_its_stack(
-    tiny: Callable[..., Config], tmp_path: Path
-) -> None:
+def test_a_rank_that_hangs_is_named_with_its_stack(tiny: Callable[..., Config]) -> None:
     config = tiny(*RUN, *FOREVER, "name=hangs")
-    (tmp_path / "stuck.py").write_text(STUCK)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "stuck.py"))
-    run = Started(["train", *as_overrides(config)], torchrun)
+    run = Started(["train", *as_overrides(config)], begin=functools.partial(delaying, stuck))
     begin = time.monotonic()
     code, output = run.end()
     assert code == 1

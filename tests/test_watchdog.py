@@ -1,36 +1,27 @@
 """A run that stops making progress ends, and says which rank held it up, and where."""
 
+import ctypes
+import functools
 import os
 import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import psutil
+import forks
 import pytest
+import torch
 from conftest import TINY, alexnet_dist, as_overrides
 from test_run import RUN, Started
 
 from alexnet_dist.config.schema import Config
+from alexnet_dist.data.batch import StepInput
+from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.files import read_run
 from alexnet_dist.training.metrics_file import read_metrics
 
 FOREVER = ["train.epochs=1000", "evaluate.every_epochs=1000", "layout.timeout_s=5"]
-STUCK = """
-import os, sys, time
-from alexnet_dist.cli.main import main
-from alexnet_dist.engines.ddp import TorchEngine
-
-sound = TorchEngine.train_step
-
-def train_step(engine, batch, step, rate, *more):
-    if os.environ["RANK"] == "1":
-        time.sleep(1000 if step == 9 else 0.6)
-    return sound(engine, batch, step, rate, *more)
-
-TorchEngine.train_step = train_step
-sys.exit(main())
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,8 +32,8 @@ def compiled(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     assert run.returncode == 0, run.stderr
 
 
-def started(config: Config, *launcher: str) -> Started:
-    return Started(["train", *as_overrides(config)], launcher or ("-m", "alexnet_dist"))
+def started(config: Config, begin: Callable[[list[str]], None] = forks.run) -> Started:
+    return Started(["train", *as_overrides(config)], begin=begin)
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.drill), 1])
@@ -51,8 +42,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tiny: Callable[..., Config], r
     run = started(config)
     run.wait_for_step(config.folder, 6)
     processes = run.all()
-    found = {int(p.environ()["RANK"]): p for p in processes if "RANK" in p.environ()}
-    frozen = found[rank]
+    frozen = processes[1 + rank]
     frozen.suspend()
     begin = time.monotonic()
     code, output = run.end()
@@ -65,13 +55,32 @@ def test_a_stopped_rank_is_named_and_the_run_ends(tiny: Callable[..., Config], r
     assert not any(process.is_running() for process in processes)
 
 
+def delaying(delay: Callable[[int], object], arguments: list[str]) -> None:
+    """Run a command whose steps each begin with a delay."""
+    sound = TorchEngine.train_step
+
+    def train_step(
+        engine: TorchEngine, batch: StepInput, step: int, rate: float, *more: Any
+    ) -> torch.Tensor:
+        delay(step)
+        return sound(engine, batch, step, rate, *more)
+
+    TorchEngine.train_step = train_step  # type: ignore[method-assign]
+    forks.run(arguments)
+
+
+def stuck(step: int) -> None:
+    if os.environ["RANK"] == "1":
+        time.sleep(1000 if step == 9 else 0.6)
+
+
 def test_a_rank_that_is_slow_is_named_and_one_that_hangs_with_its_stack(
-    tiny: Callable[..., Config], tmp_path: Path
+    tiny: Callable[..., Config],
 ) -> None:
     config = tiny(*RUN, *FOREVER, "name=hangs")
-    (tmp_path / "stuck.py").write_text(STUCK)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "stuck.py"))
-    run = started(config, *torchrun)
+    run = started(config, functools.partial(delaying, stuck))
+    run.wait_for_step(config.folder, 6)
+    processes = run.all()
     code, output = run.end()
     assert code == 1
     points = [point for point in read_metrics(config.folder) if point["kind"] == "speed"]
@@ -83,8 +92,7 @@ def test_a_rank_that_is_slow_is_named_and_one_that_hangs_with_its_stack(
     reason = read_run(config.folder)["reason"]
     assert reason.startswith("no step for 4 s: the others wait for rank 1")
     assert reason.endswith("the run ends (layout.timeout_s), start it again to resume")
-    children = psutil.Process().children(recursive=True)
-    assert not [child for child in children if "stuck.py" in " ".join(child.cmdline())]
+    assert not any(process.is_running() for process in processes)
 
 
 def test_a_run_that_was_stopped_for_longer_than_the_timeout_goes_on(
@@ -92,7 +100,7 @@ def test_a_run_that_was_stopped_for_longer_than_the_timeout_goes_on(
 ) -> None:
     """As by Ctrl-Z, or `scontrol suspend`: no clock of the ranks saw them stand still."""
     config = tiny(*RUN, "layout.timeout_s=2", "train.epochs=12", "name=suspended")
-    run = Started(["train", *as_overrides(config)])
+    run = started(config)
     run.wait_for_step(config.folder, 6)
     processes = run.all()
     for process in processes:
@@ -107,29 +115,15 @@ def test_a_run_that_was_stopped_for_longer_than_the_timeout_goes_on(
     assert read_run(config.folder)["state"] == "finished"
 
 
-HELD = """
-import ctypes, sys
-from alexnet_dist.cli.main import main
-from alexnet_dist.engines.ddp import TorchEngine
-
-sound = TorchEngine.train_step
-
-def train_step(engine, batch, step, rate, *more):
+def held(step: int) -> None:
     if step == 3:
         ctypes.PyDLL(None).sleep(100)  # with Python's lock
-    return sound(engine, batch, step, rate, *more)
-
-TorchEngine.train_step = train_step
-sys.exit(main())
-"""
 
 
 def test_a_process_whose_python_stands_still_is_ended_with_its_stacks(
-    tiny: Callable[..., Config], tmp_path: Path
+    tiny: Callable[..., Config],
 ) -> None:
     config = tiny(*RUN, "layout.kind=one", "layout.timeout_s=2", "name=held")
-    (tmp_path / "held.py").write_text(HELD)
-    run = started(config, str(tmp_path / "held.py"))
-    code, output = run.end()
+    code, output = started(config, functools.partial(delaying, held)).end()
     assert code == -signal.SIGABRT
-    assert "held.py" in output  # where it is
+    assert "in held" in output  # where it is
