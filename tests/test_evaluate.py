@@ -11,10 +11,11 @@ import made
 import numpy as np
 import pytest
 import torch
-from conftest import alexnet_dist, as_overrides, assert_close
+from conftest import TINY, alexnet_dist, as_overrides, assert_close
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.cli.main import main
+from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -37,13 +38,20 @@ from alexnet_dist.training.loop import train
 from alexnet_dist.training.run_folder import RunFolder
 
 
-@pytest.fixture
-def two_runs(tiny: Callable[..., Config]) -> list[Path]:
+@pytest.fixture(scope="module")
+def trained(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     one = ["layout.kind=one", "train.precision=fp32", "train.epochs=1", "model.columns=1"]
-    configs = [tiny(*one, f"name=seed-{seed}", f"seed={seed}") for seed in (1, 2)]
+    places = [f"data.path={packed}", f"output_dir={tmp_path_factory.mktemp('trained')}"]
+    configs = [load_config([*TINY, *one, *places, f"name=seed-{s}", f"seed={s}"]) for s in (1, 2)]
     for config in configs:
         assert train(config).exit == 0
     return [config.folder for config in configs]
+
+
+@pytest.fixture
+def two_runs(trained: list[Path], tmp_path: Path) -> list[Path]:
+    """Copies that may be changed."""
+    return [shutil.copytree(run, tmp_path / "runs" / run.name) for run in trained]
 
 
 def test_an_ensemble_averages_softmax_outputs_and_says_all_of_them(

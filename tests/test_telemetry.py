@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import alexnet_dist, as_overrides
+from conftest import TINY, alexnet_dist, as_overrides
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -167,9 +167,17 @@ def tags_of(folder: Path) -> set[str]:
     }
 
 
-def test_a_run_writes_the_tags_that_are_documented(tiny: Callable[..., Config]) -> None:
-    config = tiny(*WATCHED, "layout.kind=one", "profile.steps=[2,3]", "name=watched")
+@pytest.fixture(scope="module")
+def watched(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run that writes all there is; its folder is not to be changed."""
+    places = [f"data.path={packed}", f"output_dir={tmp_path_factory.mktemp('runs')}"]
+    config = load_config([*TINY, *places, *WATCHED, "layout.kind=one", "profile.steps=[2,3]"])
     assert train(config).exit == 0
+    return config
+
+
+def test_a_run_writes_the_tags_that_are_documented(watched: Config) -> None:
+    config = watched
     text = DOCUMENTED.read_text().replace("SPLIT", "test")
     table = re.findall(r"^\| `([\w/, `]+)` \|", text, re.M)
     patterns = [tag for row in table for tag in re.split(r"`, `", row)]
@@ -261,10 +269,8 @@ def test_a_run_without_evaluations_is_marked_as_ended_too(tiny: Callable[..., Co
     assert HParamsPluginData.FromString(content).session_end_info.status == 1
 
 
-def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
-    config = tiny(*WATCHED, "layout.kind=one", "profile.steps=[2,3]", "name=drawn")
-    assert train(config).exit == 0
-    board = board_of(config.folder)
+def test_what_is_drawn_is_there(watched: Config) -> None:
+    config, board = watched, board_of(watched.folder)
     for tag in ("kernels/conv1", "answers/test", "confusion/test"):
         (image,) = board.Images(tag)
         assert image.encoded_image_string.startswith(b"\x89PNG")
@@ -297,13 +303,14 @@ def test_what_is_drawn_is_there(tiny: Callable[..., Config]) -> None:
     (_,) = (tag for tag in board.Tags()["tensors"] if tag == "profile/text_summary")
 
 
-def test_watching_changes_nothing_and_none_is_written_unasked(tiny: Callable[..., Config]) -> None:
+def test_watching_changes_nothing_and_none_is_written_unasked(
+    watched: Config, tiny: Callable[..., Config]
+) -> None:
     """Weights, momenta and metrics to the bit."""
+    plain = tiny("layout.kind=one", "log.every_steps=1", "train.epochs=1", "train.precision=fp32")
+    assert train(plain).exit == 0
     ends = []
-    for name, more in {"watched": [*WATCHED, "profile.steps=[2,3]"], "plain": []}.items():
-        every = ["log.every_steps=1", "train.epochs=1", "train.precision=fp32"]
-        config = tiny("layout.kind=one", *every, *more, f"name={name}")
-        assert train(config).exit == 0
+    for config in (watched, plain):
         last = checkpoints.verify(checkpoints.steps(config.folder / "checkpoints")[-1])
         points = [p for p in read_metrics(config.folder) if p["kind"] not in TIMES]
         ends.append((last.manifest["files"], last.progress, points))
