@@ -276,11 +276,15 @@ def test_a_choice_may_differ_by_rounding_only() -> None:
     assert not sweep._alike(places, other | 1)
 
 
-def test_a_choice_that_cannot_be_compiled_ends_no_sweep() -> None:
-    """In processes of their own, which are asked for on GPUs only."""
+def test_a_choice_that_cannot_be_compiled_ends_no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a process of its own, as are asked for on GPUs only."""
     config = load_config([*TINY, "layout.kind=one", "train.batch=1"])
     names = ("conv1", "conv1 backward")  # whose inputs come from conv1's kernel
-    sweep._compile([config], [sweep.Choice(name, 1, (("pooled._ROWS", 1),)) for name in names])
+    choices = [sweep.Choice(name, 1, (("pooled._NOWHERE", 1),)) for name in names]
+    with pytest.raises(AttributeError, match="_NOWHERE"):
+        choices[0].call(lambda: ())
+    monkeypatch.setattr(sweep, "cores", lambda: 1)
+    sweep._compile([config], choices)
 
 
 UNITS = [  # n, units, activation, first unit, drop, at_test

@@ -203,6 +203,23 @@ def test_what_follows_is_read_from_the_run() -> None:
         assert job.verdict(run, state)[0] == again, run
 
 
+@pytest.mark.parametrize(
+    ("said", "state"),
+    [
+        ("JobState=RUNNING PreemptEligibleTime=2026-11-27T10:00:00 PreemptTime=None", "RUNNING"),
+        ("JobState=RUNNING PreemptTime=2026-11-27T10:00:00 RunTime=00:01:00", "PREEMPTED"),
+        ("JobState=CANCELLED Reason=None PreemptTime=None", "CANCELLED"),
+        (None, "UNKNOWN"),
+    ],
+)
+def test_a_jobs_state_is_read_as_scontrol_writes_it(
+    said: str | None, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(job, "slurm", lambda *_, **__: (said, ""))
+    assert job.job_state() == state
+
+
 @pytest.fixture
 def requeued(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was put back in the queue of a Slurm that is not there."""
@@ -244,6 +261,19 @@ def test_a_job_whose_starts_cannot_be_counted_is_not_tried_again(
     monkeypatch.setattr(run_folder, "write_json", full)
     with pytest.raises(RunFolderError, match=r"run\.json could not be written.*not tried again"):
         job.after(1, config)
+    assert requeued == ["7"]
+
+
+def test_a_job_that_is_not_tried_again_leaves_with_its_runs_code(
+    tiny: Callable[..., Config], requeued: list[str]
+) -> None:
+    """Whatever srun's was."""
+    for code, left in ((75, 0), (143, 143)):
+        folder = RunFolder(tiny("name=left"))
+        folder.take()
+        folder.report("stopped", exit=code, step=4)
+        folder.close()
+        assert job.after(137, folder.config) == left
     assert requeued == ["7"]
 
 
@@ -708,10 +738,11 @@ def test_a_finished_run_that_is_started_again_was_not_restarted(
     assert read_run(config.folder)["attempt"] == 3
 
 
-def test_pickles_that_others_could_write_are_not_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["720", "702"])
+def test_pickles_that_others_could_write_are_not_loaded(tmp_path: Path, mode: str) -> None:
     job.check_private(tmp_path)
-    tmp_path.chmod(0o777)
-    with pytest.raises(RunFolderError, match=r"others may write here .*mode 777.*chmod go-w"):
+    tmp_path.chmod(int(mode, 8))
+    with pytest.raises(RunFolderError, match=rf"others may write here .*mode {mode}.*chmod go-w"):
         job.check_private(tmp_path)
 
 

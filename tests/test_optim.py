@@ -235,7 +235,7 @@ def test_a_plateau_run_that_is_lengthened_falls_as_one_that_was_as_long_at_once(
 
 
 def test_of_equal_errors_the_best_has_the_lowest_loss(tiny: Callable[..., Config]) -> None:
-    progress, best, config = Progress(), [], tiny()
+    progress, best, config = Progress(interval=[1.5] * 5, damaged=2, skipped=1), [], tiny()
     schedule = Schedule.of(config, samples=400)
     for correct, loss in ((20, 2.1), (20, 2.3), (20, 1.9), (19, 0.5), (21, 2.0)):
         progress.step += 1
