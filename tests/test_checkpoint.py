@@ -108,7 +108,7 @@ def test_an_interrupted_write_is_no_checkpoint(
     found, wrong = checkpoints.newest_good(tmp_path)
     assert found is not None
     assert (found.step, wrong) == (1, [])
-    checkpoints.sweep(tmp_path)
+    assert checkpoints.continue_from(tmp_path, found, wrong) == found.path
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
 
 
