@@ -46,6 +46,7 @@ from alexnet_dist.formats.convert import import_weights
 from alexnet_dist.parallel.workers import worker_pool
 from alexnet_dist.tensor_files import TensorFile, save_tensors
 from alexnet_dist.training.metrics_file import read_metrics
+from alexnet_dist.training.run_folder import RunFolder
 
 SHORT = ("layout.kind=one", "train.epochs=0.5", "train.precision=fp32")
 ONE = Options(workers=1)
@@ -175,7 +176,9 @@ def test_a_lock_that_is_a_link_is_refused(tiny: Callable[..., Config], tmp_path:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_files_aside_have_the_mode_of_any_file_and_go_when_they_are_old(tmp_path: Path) -> None:
+def test_files_aside_have_the_mode_of_any_file_and_go_when_they_are_old(
+    tmp_path: Path, tiny: Callable[..., Config]
+) -> None:
     (tmp_path / "any").touch()
     write_json(tmp_path / "a.json", {"a": 1})
     save_tensors(tmp_path / "b.safetensors", {"b": torch.zeros(2)})
@@ -188,6 +191,14 @@ def test_files_aside_have_the_mode_of_any_file_and_go_when_they_are_old(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {
         "any", "a.json", "b.safetensors", ".writing-0-new"
     }  # fmt: skip
+    folder = RunFolder(tiny())
+    left = folder.path / ".writing-0-old"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    os.utime(left, (0, 0))
+    folder.take()  # a run that begins removes them
+    folder.close()
+    assert not left.exists()
 
 
 # --- checksums that formats bring
