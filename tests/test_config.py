@@ -233,7 +233,7 @@ def test_an_error_between_keys_names_the_source_of_the_one_given_last(
 
 
 def test_a_saved_config_is_the_config(tiny: Callable[..., Config], tmp_path: Path) -> None:
-    config = tiny("schedule.at_epochs=[1,2.5]", "model.exchange=[]")
+    config = tiny("schedule.at_epochs=[1,2.5]", "model.exchange=[]", "output_dir=/tmp/\U0001f41f")
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps(dataclasses.asdict(config)))
     assert load_config([saved]) == config

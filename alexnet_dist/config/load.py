@@ -25,6 +25,7 @@ from alexnet_dist.config.schema import Config, flat, keys
 from alexnet_dist.config.values import Typed, check_value, parse
 from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml
 from alexnet_dist.errors import ConfigError, one_line
+from alexnet_dist.files import json_object, read_bytes
 
 Source = str | Path | Mapping[str, Any]
 IN_ONE_PROCESS = ("layout.kind=one", "layout.ranks=0", "layout.share_gpu=false")
@@ -164,15 +165,19 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             f"{text!r} is neither a config file nor key=value; `alexnet-dist configs` lists the "
             f"shipped configs{nearest(text, list(shipped()))}"
         )
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=False)
+        if kind == "JSON":  # it escapes an emoji otherwise than YAML
+            layer: Any = json_object(read_bytes(path))
+        else:
+            layer = OmegaConf.to_container(OmegaConf.create(bounded_yaml(path)), resolve=False)
     except (OmegaConfBaseException, *NOT_YAML) as error:
         raise ConfigError(
-            f"{path}: not a YAML file of keys and values: {one_line(error)}"
+            f"{path}: not a {kind} file of keys and values: {one_line(error)}"
         ) from error
     if not isinstance(layer, dict):
         raise ConfigError(f"{path}: holds a {type(layer).__name__}, not keys and values")
-    return str(path), layer  # type: ignore[return-value]
+    return str(path), layer
 
 
 def parse_argument(text: str) -> dict[str, Typed]:
