@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -161,18 +161,23 @@ def test_any_json_is_a_checkpoint_or_a_checkpoint_error(
 
 @FEW
 @given(st.integers(0, 10**6), st.integers(0, 255), st.booleans())
+@example(288, 13, False)  # in the manifest, a line's end for another
 def test_no_changed_or_missing_byte_is_loaded(
     saved: Path, place: int, value: int, cut: bool
 ) -> None:
-    """Any byte of any file."""
+    """Any byte of any file; but the manifest's content counts, not how it is written."""
     files = sorted(saved.iterdir())
     path = files[place % len(files)]
     sound = path.read_bytes()
     at = place // len(files) % len(sound)
     changed = sound[:at] if cut else sound[:at] + bytes([value]) + sound[at + 1 :]
+    same = changed == sound
+    if path.name == "manifest.json":
+        with contextlib.suppress(ValueError):
+            same = json.loads(changed) == json.loads(sound)
     try:
         path.write_bytes(changed)
-        if changed != sound:
+        if not same:
             with pytest.raises(CheckpointError):
                 checkpoints.verify(saved)
     finally:
