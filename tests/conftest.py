@@ -181,6 +181,18 @@ def interpreted(function: Callable[..., Any], *args: Any) -> Any:
     return found
 
 
+def with_small_tiles(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function that launches kernels returns, sooner: the interpreter takes its time for
+    each operation, however many lanes it is of. Other tests are of the tiles that are shipped."""
+    from alexnet_dist.network.kernels import lanes, pooled
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooled, "_ROWS", 1)
+        patch.setattr(pooled, "_COLUMNS", 1)
+        patch.setattr(lanes, "WARP", 128)
+        return function(*args)
+
+
 def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """In half the time: the interpreter patches its language anew at each call of a device
     function, and works out whether integers overflow, of which it then says nothing."""
@@ -190,6 +202,7 @@ def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     from alexnet_dist.network import precision
 
     patch_language, patched = interpreter._patch_lang, set[Any]()
+    scope = Mock()  # whose restore() undoes nothing: this process only interprets
 
     def patch_once(kernel: Callable[..., Any]) -> Mock:
         known = kernel.__globals__.values()
@@ -197,7 +210,7 @@ def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         if not modules <= patched:
             patched.update(modules)
             patch_language(kernel)
-        return Mock()  # whose restore() undoes nothing: this process only interprets
+        return scope
 
     precision._cpu_multiplies = lambda _: True  # as the GPU that it stands for
     interpreter._patch_lang = patch_once

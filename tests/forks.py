@@ -27,6 +27,7 @@ from alexnet_dist.compat import elastic_launch
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import AlexNetDistError
 from alexnet_dist.parallel import layouts, spawn
+from alexnet_dist.reporting import figures
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["warm"])
@@ -84,7 +85,10 @@ def command(arguments: Sequence[str], **where: Any) -> Fork:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Run `alexnet-dist ARGUMENTS` in this process, which exits; ranks are forks of it."""
+    """Run `alexnet-dist ARGUMENTS` in this process, which exits; ranks are forks of it. A training
+    draws no figures at its end, which would take most of a tiny one's time."""
+    if arguments[0] == "train":
+        figures.draw = lambda _: ([], [])
     fork_commands(_ranks_of(arguments))
     if arguments[0] in ("compare", "bench", "doctor"):
         fork_ranks()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import TINY, alexnet_dist
 
 from alexnet_dist.config.load import load_config
@@ -599,7 +600,7 @@ def test_a_batch_held_out_is_predicted_of_each_card() -> None:
                     "there is one, then `make docs`")  # fmt: skip
 
 
-def test_what_cannot_be_foretold_is_one_line() -> None:
+def test_what_cannot_be_foretold_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny("layout.kind=replicas", "train.precision=bf16")
     planned = plan(config, 2)
     with pytest.raises(
@@ -608,6 +609,9 @@ def test_what_cannot_be_foretold_is_one_line() -> None:
         forecast(planned, config, Cluster.of("k20:2"))
     with pytest.raises(ConfigError, match="2 ranks do not fit on 1 × H100"):
         forecast(planned, config, Cluster.of("h100"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ConfigError, match="device=cuda: this machine has no GPU to predict for"):
+        here(tiny("layout.device=cuda"), None)
     with pytest.raises(ConfigError, match=r"--fit .*: is not what `bench layouts --json` prints"):
         read_bench(Path(__file__))
     with pytest.raises(ConfigError, match=r"--machine .*: is not a machine that plan --fit wrote"):

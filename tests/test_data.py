@@ -450,7 +450,7 @@ def test_a_batch_is_read_as_each_of_its_samples_is(
     for place, sample in ((1, 7), (2, 20), (4, 50), (5, 59)):
         with pytest.raises(DatasetError) as alone:
             read(split, sample)
-        assert why[place] == f"{alone.value}: sample {found[place]} is used instead"
+        assert why[place] == f"{alone.value}: sample {found[place]} is read instead"
     split.close()
     (root / "train/shard-00000.tar").unlink()
     with pytest.raises(DatasetError, match=r"sample 3 .*cannot be read .*no other sample"):

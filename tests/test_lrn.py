@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -88,7 +89,8 @@ def test_bf16_is_near_float64() -> None:
     assert_close(maps.grad.double(), wide.grad, 0.02)
 
 
-def gradient() -> bytes:
+def gradient(cache: str) -> bytes:
+    numba.config.CACHE_DIR = cache
     torch.manual_seed(0)
     maps = (torch.randn(4, 96, 13, 13) * 30).contiguous(memory_format=torch.channels_last)
     leaf = maps.requires_grad_()
@@ -97,10 +99,9 @@ def gradient() -> bytes:
 
 
 def test_the_loop_that_is_compiled_and_the_one_that_is_loaded_give_the_same_bits(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    (compiled,) = on_ranks(1, gradient, fresh=True)
+    (compiled,) = on_ranks(1, gradient, str(tmp_path))
     assert list(tmp_path.rglob("*.nbc"))
-    (loaded,) = on_ranks(1, gradient, fresh=True)
+    (loaded,) = on_ranks(1, gradient, str(tmp_path))
     assert compiled == loaded

@@ -405,7 +405,7 @@ def test_a_run_bears_so_much_damage_and_stops_past_it(
     borne = run(config, "name=borne", "data.max_damaged=0.06")
     assert borne.returncode == 0, borne.stderr
     assert "sample 4 of split 'train' (offset" in borne.stderr
-    assert "does not match its checksum: sample 5 is used instead" in borne.stderr
+    assert "does not match its checksum: sample 5 is read instead" in borne.stderr
     points = read_metrics(tmp_path / "runs" / "borne")
     per_step = [point["damaged"] for point in points if point["kind"] == "train"]
     assert per_step[2] == per_step[5] == 2, "counted anew in each epoch"
@@ -488,7 +488,7 @@ def test_what_decodes_as_nothing_is_named(stored: dict[str, Path], tmp_path: Pat
 def test_an_image_larger_than_its_index_says_is_not_decoded(
     stored: dict[str, Path], tmp_path: Path, pipeline: str
 ) -> None:
-    """Its checksum fits. It is named, counted, and another is used instead, as for any damage."""
+    """Its checksum fits. It is named, counted, and another is read instead, as for any damage."""
     import zlib
 
     dataset = open_dataset(stored["256"])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, alexnet_dist, interpreted, on_ranks
+from conftest import TINY, alexnet_dist, interpreted, on_ranks, with_small_tiles
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -339,7 +339,7 @@ def saved_by_formula(config: Config) -> int:
 
 def test_a_step_by_kernels_keeps_and_takes_what_was_planned() -> None:
     """To the byte: real tensors by the interpreter, beside shapes alone, beside a formula."""
-    found, kept = interpreted(kept_for_backward, GPU_CASES)
+    found, kept = interpreted(with_small_tiles, kept_for_backward, GPU_CASES)
     for overrides, alive in zip(GPU_CASES, found, strict=True):
         # Only after a kernel: the interpreter holds what it was given until the next one.
         assert alive == planned_at_kernels(load_config(overrides)), overrides

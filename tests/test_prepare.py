@@ -15,14 +15,16 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import forks
 import made
 import numpy as np
 import pytest
 import torch
-from conftest import alexnet_dist
+from conftest import alexnet_dist, in_a_fork
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -504,20 +506,26 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(many: Path, out: Path, *more: str) -> list[str]:
-    command = [sys.executable, str(many / "prepare.py"), "prepare", "folder", str(many / "source")]
-    return [*command, str(out), "--max-bad", "0.01", *more]
+    return ["prepare", "folder", str(many / "source"), str(out), "--max-bad", "0.01", *more]
+
+
+def in_small_shards(arguments: list[str]) -> None:
+    packing.ITEMS_PER_SHARD = 7
+    forks.run(arguments)
+
+
+def packed_to_the_end(*more: Any) -> str:
+    """What it says, in one process."""
+    done = in_a_fork(in_small_shards, [*arguments(*more), "--workers", "1"])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
 def whole(many: Path) -> dict[str, bytes]:
     """What an uninterrupted run makes, in one process."""
-    done = subprocess.run(
-        arguments(many, many / "whole", "--workers", "1"),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "270 train, 27 val images of 3 classes; 2 refused" in done.stdout
+    said = packed_to_the_end(many, many / "whole")
+    assert "270 train, 27 val images of 3 classes; 2 refused" in said
     return contents(many / "whole")
 
 
@@ -526,11 +534,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
 ) -> None:
     random.seed(3)
     out = tmp_path / "out"
+    command = [sys.executable, many / "prepare.py", *arguments(many, out)]
     kills = 0
     while not out.exists():
-        run = subprocess.Popen(arguments(many, out), stderr=subprocess.DEVNULL)
-        if kills < 3:
-            time.sleep(random.uniform(0.5, 6))
+        run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        if kills < 2:
+            time.sleep(random.uniform(1, 6))
             kills += run.poll() is None
             number = random.choice(["SIGKILL", "SIGINT", "SIGTERM", "SIGUSR1"])
             run.send_signal(signal.Signals[number])
@@ -538,8 +547,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
             assert run.wait(timeout=120) in (codes[number], -signal.Signals[number], 0)
         run.wait(timeout=120)
     assert kills >= 1
-    again = subprocess.run(arguments(many, out), capture_output=True, text=True, check=True)
-    assert "already prepared from these files, and complete" in again.stdout
+    again = packed_to_the_end(many, out)
+    assert "already prepared from these files, and complete" in again
     assert contents(out) == whole
 
 
@@ -558,19 +567,15 @@ def test_all_names_are_on_the_disk_before_the_folder_has_its_own(
 
 def test_parts_make_the_same_bytes(many: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    parts = [
-        subprocess.Popen(arguments(many, out, "--part", f"{i}/3", "--workers", "1"),
-                         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        for i in (1, 2)
-    ]  # fmt: skip
+    with ThreadPoolExecutor() as at_once:
+        parts = [at_once.submit(packed_to_the_end, many, out, "--part", f"{i}/3") for i in (1, 2)]
     for i, part in enumerate(parts, start=1):
-        said, _ = part.communicate(timeout=120)
         assert (
-            f"part {i} of 3 is written; when all are, run the same command without --part" in said
+            f"part {i} of 3 is written; when all are, run the same command without --part"
+            in part.result()
         )
     assert not out.exists()
-    merged = subprocess.run(arguments(many, out), capture_output=True, text=True, check=True)
-    assert "270 train" in merged.stdout
+    assert "270 train" in packed_to_the_end(many, out)
     assert contents(out) == whole
 
 

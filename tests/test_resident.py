@@ -80,7 +80,7 @@ def test_what_stands_in_for_damaged_samples_is_the_same_and_named_each_time(
 ) -> None:
     config = config_of(damaged_copy(stored, tmp_path, [4, 5, 35], "train"))
     assert_equal(config, lambda c: training(c, 8))
-    said = [r.getMessage() for r in caplog.records if "is used instead" in r.getMessage()]
+    said = [r.getMessage() for r in caplog.records if "is read instead" in r.getMessage()]
     assert len(said) >= 6
     half = len(said) // 2
     assert sorted(said[:half]) == sorted(said[half:])

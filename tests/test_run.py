@@ -452,8 +452,7 @@ def test_torchrun_does_the_same(
     code, output = run.end()
     assert code != 0  # torchrun hides codes: run.json has them
     assert read_run(runs / "torchrun")["exit"] == CODES[number], output
-    run = start(command("torchrun", MICRO), torchrun())
-    assert run.end()[0] == 0
+    assert alexnet_dist(*command("torchrun", MICRO)).returncode == 0
     assert final_state(runs / "torchrun") == whole.state()
 
 
@@ -595,7 +594,7 @@ def test_wrong_numbers_of_ranks_are_refused(command: Callable[..., list[str]]) -
     assert "layout.kind=columns takes 2 ranks, but the launcher started 3" in result.stderr
 
 
-def test_a_run_is_scored_drawn_and_watched(command: Callable[..., list[str]], runs: Path) -> None:
+def test_a_run_is_scored_and_watched(command: Callable[..., list[str]], runs: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for seed, name in enumerate("ab"):
@@ -610,9 +609,6 @@ def test_a_run_is_scored_drawn_and_watched(command: Callable[..., list[str]], ru
     assert [point.step for point in board.Scalars("train/loss")] == list(range(3, 31, 3))
     assert board.Tags()["images"] == ["kernels/conv1"]
     assert "config/text_summary" in board.Tags()["tensors"]
-
-    for path in ("kernels.png", "curves.png"):
-        assert (runs / "a" / "figures" / path).read_bytes().startswith(b"\x89PNG")
 
     best = checkpoints.best(runs / "a" / "checkpoints")
     scored = alexnet_dist("evaluate", str(best.path), "--json")

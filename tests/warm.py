@@ -15,4 +15,5 @@ for name in (
     "forks",
 ):
     importlib.import_module(name)
+importlib.import_module("alexnet_dist.data.pipelines.torch_pipeline")._compiled()
 numba.njit(lambda: 0)()  # makes its compiler ready, and starts no thread

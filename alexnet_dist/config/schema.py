@@ -6,6 +6,7 @@ between two starts of a run; all others define the run and are part of a checkpo
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -412,9 +413,12 @@ class Config:
         return self.data.canvas > self.model.crop
 
 
+_types_of = functools.cache(get_type_hints)
+
+
 def keys(of: type = Config, prefix: str = "") -> Iterator[tuple[str, Any, Key]]:
     """Yield every key below a dataclass as (dotted name, type, Key)."""
-    hints = get_type_hints(of)
+    hints = _types_of(of)
     for field in dataclasses.fields(of):
         kind = hints[field.name]
         if dataclasses.is_dataclass(kind):

@@ -162,7 +162,7 @@ class Split:
                 other = (sample + ahead) % len(self)
                 with contextlib.suppress(DatasetError):
                     encoded = self.read(other)
-                    return other, encoded, f"{error}: sample {other} is used instead"
+                    return other, encoded, f"{error}: sample {other} is read instead"
             raise DatasetError(f"{error}; no other sample is undamaged either") from error
 
     def _descriptors_of(self, shards: npt.NDArray[np.uint32]) -> npt.NDArray[np.int32]:

@@ -119,10 +119,10 @@ def dropout_mask(
         now = step if isinstance(step, Tensor) else torch.full((), step, device=slots.device)
         kept: Tensor = by_kernel(slots, now, layer, first, count, seed, threshold)
         return kept
-    values = type(slots) is Tensor  # not a fake tensor, as `plan` uses
-    if values and slots.device.type == "cpu" and not torch.compiler.is_compiling():
+    if slots.device.type == "cpu" and not torch.compiler.is_compiling():
         stay = torch.empty(len(slots), count, dtype=torch.bool)
-        _masks(stay.numpy(), slots.numpy(), first, int(step), layer, seed, threshold)
+        if type(slots) is Tensor:  # `plan` uses fake tensors, which have no values
+            _masks(stay.numpy(), slots.numpy(), first, int(step), layer, seed, threshold)
         return stay
     start, end = first // 4, -(-(first + count) // 4)
     units = torch.arange(start, end, device=slots.device)[None, :]

@@ -79,8 +79,17 @@ class Forecast:
 
 
 def here(config: Config, machine: Machine | None) -> Cluster | None:
-    """Return this host's GPUs or cores as a cluster; None if its GPUs are not a known kind."""
+    """Return this host's GPUs or cores as a cluster; None if its GPUs are not a known kind.
+
+    Raises:
+        ConfigError: layout.device is cuda, and there is no GPU.
+    """
     count = gpus(config)
+    if not count and config.layout.device == "cuda":
+        raise ConfigError(
+            "layout.device=cuda: this machine has no GPU to predict for: name what the run would "
+            "have, as in --gpus h100:8"
+        )
     if not count:
         flags, like = cpu_flags(), "cpu-avx2"
         if {"avx512f", "bf16"} & flags:
