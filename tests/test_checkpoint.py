@@ -94,6 +94,18 @@ def test_none_good_is_an_error_and_none_at_all_is_not(
         checkpoints.newest_good(tmp_path)
 
 
+def test_what_is_wrong_with_a_runs_only_checkpoint_is_said(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    path = save(tmp_path / "checkpoints", tiny(), 1)
+    assert checkpoints.at(tmp_path).path == path
+    (path / "progress.json").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"step-00000001 is damaged: progress\.json is missing"
+    ):
+        checkpoints.at(tmp_path)
+
+
 def test_an_interrupted_write_is_no_checkpoint(
     tiny: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,7 +168,8 @@ def test_those_of_every_so_many_steps_are_kept_for_good(
     for step in range(10, 80, 10):
         save(tmp_path, tiny(), step)
         checkpoints.prune(tmp_path, keep_last=1, keep_every=30, best_step=None)
-    assert [checkpoints.step_of(p) for p in checkpoints.steps(tmp_path)] == [30, 60, 70]
+    assert sorted(os.listdir(tmp_path)) == [f"step-000000{step}" for step in (30, 60, 70)]
+    assert checkpoints.best(tmp_path).step == 70, "the newest, where none was evaluated"
 
 
 def test_damaged_checkpoints_never_displace_good_ones(
@@ -425,13 +438,13 @@ def test_what_is_set_aside_displaces_nothing(tiny: Callable[..., Config], tmp_pa
 def test_a_newer_checkpoint_of_a_name_of_ones_own_is_not_passed_over_in_silence(
     tiny: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for step, name in ((2, "before-the-move"), (6, "step-6"), (4, "")):
+    for step, name in ((2, "before-the-move"), (6, "step-6"), (4, "kept-4"), (4, "")):
         path = save(tmp_path, tiny(), step)
         path.rename(path.with_name(name or path.name))
     checkpoints.continue_from(tmp_path, *checkpoints.newest(tmp_path))
     (said,) = caplog.messages
     assert f"{tmp_path}/step-6 holds step 6, newer than 4: to resume from it, stop this run" in said
-    assert len(checkpoints.traces(tmp_path)) == 3
+    assert len(checkpoints.traces(tmp_path)) == 4
 
 
 @pytest.mark.parametrize("kind", ["old", "gone"])
