@@ -13,7 +13,8 @@ from alexnet_dist.errors import ConfigError, looked_in, printable
 from alexnet_dist.files import as_json
 
 if TYPE_CHECKING:
-    from alexnet_dist.planning.machines import Machine
+    from alexnet_dist.config.schema import Config
+    from alexnet_dist.planning.machines import Cluster, Machine
 
 _UNKNOWN_GPU = (
     "this machine's GPUs are of a kind with no known figures: name a known kind, as in --gpus "
@@ -144,21 +145,14 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Print what a run would need, and the time it would take; or how it would scale."""
     config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
-    from alexnet_dist.planning import dry_run, forecast, scaling, text
+    from alexnet_dist.planning import dry_run, forecast, text
     from alexnet_dist.planning.machines import Cluster
 
     machine = _machine(options)
     named = options.gpus and Cluster.of(options.gpus, machine)
     cluster = named or forecast.here(config, machine)
     if options.curve:
-        if cluster is None:
-            raise ConfigError(f"--curve: {_UNKNOWN_GPU}")
-        rows = scaling.curve(config, cluster)
-        scaling.draw(rows, cluster, options.curve)
-        print(as_json(rows) if options.json else "\n".join(scaling.lines(rows)))
-        if not options.json:
-            print(f"curve: {options.curve}")
-        return 0
+        return _curve(options, config, cluster)
 
     # What a rank needs.
     would_start = named.total if named else layouts.ranks_wanted(config, device.gpus(config))
@@ -187,6 +181,20 @@ def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     else:
         lines += ["", f"no prediction: {why}"]
     print("\n".join(lines))
+    return 0
+
+
+def _curve(options: argparse.Namespace, config: "Config", cluster: "Cluster | None") -> int:
+    """Print, and draw, how a config would scale."""
+    from alexnet_dist.planning import scaling
+
+    if cluster is None:
+        raise ConfigError(f"--curve: {_UNKNOWN_GPU}")
+    rows = scaling.curve(config, cluster)
+    scaling.draw(rows, cluster, options.curve)
+    print(as_json(rows) if options.json else "\n".join(scaling.lines(rows)))
+    if not options.json:
+        print(f"curve: {options.curve}")
     return 0
 
 

@@ -42,15 +42,35 @@ def plan_lines(planned: Plan) -> list[str]:
 
 def forecast_lines(outlook: Forecast, own: str) -> list[str]:
     """Return a forecast as lines of text; `own` is the config's layout."""
+    epochs = f"{outlook.epochs:g} epoch{'' if outlook.epochs == 1 else 's'}"
+    decode = outlook.decode
+    text = [
+        *_speeds(outlook, epochs),
+        _recommended(outlook, own, epochs),
+        f"decoding: training needs {decode.images_per_s:,.0f} images/s; {_decoded(decode)}",
+    ]
+    if outlook.data_missing:
+        text.append(f"no data set: {printable(outlook.data_missing)}")
+    text += ["", *plot(outlook.schedule)]
+    if outlook.drops_assumed:
+        text.append("when the error stalls cannot be known: evenly spaced drops are assumed")
+    if run := outlook.measured:
+        text += ["", f"measured in {run['folder']} {_on(run['on'])}: {run['images_per_s']:,.0f} "
+                 f"images/s, waiting for data {run['data_wait']:.0%} (median of "
+                 f"{counted(run['points'], 'point')}); " + _beside(run)]  # fmt: skip
+    return text
+
+
+def _speeds(outlook: Forecast, epochs: str) -> list[str]:
+    """Return the table of the layouts' speeds, and what they are based on."""
     machine, predicted = outlook.machine, outlook.predicted
     devices, nodes = int(machine["devices"]), int(machine["nodes"])
     on_nodes = f" on {nodes} nodes" if nodes > 1 else ""
-    epochs = f"{outlook.epochs:g} epoch{'' if outlook.epochs == 1 else 's'}"
     text = ["", f"predicted, {devices * nodes} × {machine['name']}{on_nodes} "
             f"({machine['source']}):",
             f"{'':20}{'images/s':>10}{'× one':>8}{epochs:>12}{'step, ms':>10}  of it, ms",
             ]  # fmt: skip
-    base = predicted.get("one")
+    base, bases = predicted.get("one"), dict[str, list[str]]()
     for kind, one in predicted.items():
         parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
         listed = ", ".join(
@@ -62,36 +82,24 @@ def forecast_lines(outlook: Forecast, own: str) -> list[str]:
             f"{_hours(one.hours):>12}{1e3 * one.step_s:10.4g}  {listed}"
             + (f"; DOES NOT FIT: {one.too_large}" if one.too_large else "")
         )
-    bases: dict[str, list[str]] = {}
-    for kind, one in predicted.items():
         bases.setdefault(one.basis, []).append(kind)
-    text.append("basis of the times: " + "; ".join(
-        f"{', '.join(kinds)}: {basis}" for basis, kinds in bases.items()
-    ))  # fmt: skip
-    best, decode = outlook.recommended, outlook.decode
-    if best is None:
-        text.append(
+    of = [f"{', '.join(kinds)}: {basis}" for basis, kinds in bases.items()]
+    return [*text, f"basis of the times: {'; '.join(of)}"]
+
+
+def _recommended(outlook: Forecast, own: str, epochs: str) -> str:
+    """Say which layout to take, how long it trains, and what limits it."""
+    if (best := outlook.recommended) is None:
+        return (
             "recommended: none, because none fits: lower train.batch, or raise train.micro_batches"
         )
-    else:
-        speed = predicted[best]
-        text.append(
-            f"recommended: {best}: {_hours(speed.hours)} for {epochs} of "
-            f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
-            f"its bottleneck: {speed.bottleneck}"
-            + ("" if best == own else f" (your layout, {own}, is in the table)")
-        )
-    text.append(f"decoding: training needs {decode.images_per_s:,.0f} images/s; {_decoded(decode)}")
-    if outlook.data_missing:
-        text.append(f"no data set: {printable(outlook.data_missing)}")
-    text += ["", *plot(outlook.schedule)]
-    if outlook.drops_assumed:
-        text.append("when the error stalls cannot be known: evenly spaced drops are assumed")
-    if run := outlook.measured:
-        text += ["", f"measured in {run['folder']} {_on(run['on'])}: {run['images_per_s']:,.0f} "
-                 f"images/s, waiting for data {run['data_wait']:.0%} (median of "
-                 f"{counted(run['points'], 'point')}); " + _beside(run)]  # fmt: skip
-    return text
+    speed = outlook.predicted[best]
+    return (
+        f"recommended: {best}: {_hours(speed.hours)} for {epochs} of "
+        f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
+        f"its bottleneck: {speed.bottleneck}"
+        + ("" if best == own else f" (your layout, {own}, is in the table)")
+    )
 
 
 def _on(measured: Any) -> str:
