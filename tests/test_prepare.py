@@ -538,8 +538,8 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     kills = 0
     while not out.exists():
         run = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        if kills < 2:
-            time.sleep(random.uniform(1, 6))
+        if kills < 3:
+            time.sleep(random.uniform(0.5, 6))
             kills += run.poll() is None
             number = random.choice(["SIGKILL", "SIGINT", "SIGTERM", "SIGUSR1"])
             run.send_signal(signal.Signals[number])

@@ -84,8 +84,7 @@ def test_the_installed_wheel_trains_the_demo_from_any_folder(python: Path, tmp_p
         assert Path(file).is_relative_to(python.parent.parent), file
     assert "prepare" in says("alexnet-dist", "--help")
     says("alexnet-dist", "prepare", "fashion_mnist", str(tmp_path / "idx"), "data/demo")
-    # Each rank would compile its loops anew, LRN's for the longest.
-    quick = [*TINY, "layout.kind=one", "train.epochs=1", "model.lrn.layers=[]"]
+    quick = [*TINY, "train.epochs=1", "model.lrn.layers=[]"]  # LRN's loops would be compiled anew
     assert "next: " in says("alexnet-dist", "train", "demo", *quick)
     run = tmp_path / "empty/runs/demo"
     assert read_run(run)["state"] == "finished"
