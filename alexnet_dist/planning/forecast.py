@@ -85,12 +85,12 @@ def here(config: Config, machine: Machine | None) -> Cluster | None:
         ConfigError: layout.device is cuda, and there is no GPU.
     """
     count = gpus(config)
-    if not count and config.layout.device == "cuda":
-        raise ConfigError(
-            "layout.device=cuda: this machine has no GPU to predict for: name what the run would "
-            "have, as in --gpus h100:8"
-        )
     if not count:
+        if config.layout.device == "cuda":
+            raise ConfigError(
+                "layout.device=cuda: this machine has no GPU to predict for: name what the run "
+                "would have, as in --gpus h100:8"
+            )
         flags, like = cpu_flags(), "cpu-avx2"
         if {"avx512f", "bf16"} & flags:
             like = "cpu" if "amx_bf16" in flags else "cpu-avx512"
