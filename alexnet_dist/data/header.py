@@ -17,7 +17,7 @@ def size_of(encoded: bytes | bytearray) -> tuple[int, int]:
     """
     from alexnet_dist.data import loops  # Numba is slow to load
 
-    problem, height, width = loops.image_size(np.frombuffer(encoded, np.uint8))
+    problem, height, width = loops.image_size(np.frombuffer(bytearray(encoded), np.uint8))
     if problem:
         raise ValueError(loops.PROBLEMS[problem])
     return height, width

@@ -108,7 +108,8 @@ class Preprocess:
         windows = torch.empty((*flips.shape, self.crop, self.crop, 3), dtype=dtype)
         given = (patches.flatten(2), places, inside, corners, flips, light.repeat(1, self.crop),
                  self.mean.flatten(1), self.divide_by.repeat(self.crop))  # fmt: skip
-        _loop(dtype)(*(tensor.numpy() for tensor in given), bits(windows.flatten(3)))
+        # Contiguous, because Numba compiles anew for each combination of strides.
+        _loop(dtype)(*(tensor.contiguous().numpy() for tensor in given), bits(windows.flatten(3)))
         return windows.to(self.dtype)
 
 

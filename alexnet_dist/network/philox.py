@@ -122,7 +122,9 @@ def dropout_mask(
     if slots.device.type == "cpu" and not torch.compiler.is_compiling():
         stay = torch.empty(len(slots), count, dtype=torch.bool)
         if type(slots) is Tensor:  # `plan` uses fake tensors, which have no values
-            _masks(stay.numpy(), slots.numpy(), first, int(step), layer, seed, threshold)
+            _masks(
+                stay.numpy(), slots.contiguous().numpy(), first, int(step), layer, seed, threshold
+            )
         return stay
     start, end = first // 4, -(-(first + count) // 4)
     units = torch.arange(start, end, device=slots.device)[None, :]
