@@ -157,8 +157,7 @@ def connect(config: Config) -> Topology:
         cores=cores_of(place),
     )
     check(config, here.world_size)
-    # Set up this process.
-    device = take_device(config, place)
+    here = dataclasses.replace(here, device=take_device(config, place))
     torch.set_num_threads(config.layout.threads or here.cores)
     allow_tf32(config.train.precision)
     repeats = config.train.deterministic
@@ -169,22 +168,24 @@ def connect(config: Config) -> Topology:
         torch.use_deterministic_algorithms(repeats)
     keep_freed_memory()
     shorten_switch_interval()
-    if here.world_size == 1:
-        return dataclasses.replace(here, device=device)
-    # Meet the other ranks.
+    return here if here.world_size == 1 else _joined(here, config, place)
+
+
+def _joined(here: Topology, config: Config, place: Place) -> Topology:
+    """Return the topology with its groups: meet the other ranks, and make them. Collective."""
     keep_to_this_host(place)
     timeout = datetime.timedelta(seconds=config.layout.timeout_s)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if here.device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # one process may go through several layouts
         dist.init_process_group(
-            backend, timeout=timeout, device_id=device if backend == "nccl" else None,
+            backend, timeout=timeout, device_id=here.device if backend == "nccl" else None,
             store=meet(config, place, timeout), rank=place.rank, world_size=place.world,
         )  # fmt: skip
-    # Make the groups. Not by init_device_mesh: its subgroups lack our timeout on some backends.
+    # Not by init_device_mesh: its subgroups lack our timeout on some backends.
     world, columns = here.world_size, here.columns
-    control = _group(range(world), "gloo", timeout)
+    here = dataclasses.replace(here, control=_group(range(world), "gloo", timeout))
     if place.node is not None:
-        nodes = dataclasses.replace(here, control=control).gather(place.node)
+        nodes = here.gather(place.node)
         environment.check_even(place.tasks_per_node)  # now, so that rank 0 lives to say it
         check_columns_meet([int(node) for (node,) in nodes], columns)
     by_replica = [
@@ -197,8 +198,6 @@ def connect(config: Config) -> Topology:
     ]
     return dataclasses.replace(
         here,
-        device=device,
-        control=control,
         column_group=by_replica[here.replica],
         replica_group=by_column[here.column],
         store=PrefixStore("alexnet_dist", _get_default_store()),
