@@ -96,7 +96,7 @@ class RunCheckpoints:
         """Return whether to save now: at the interval, at a new best, and (`last`) before the run
         stops or ends; but not what the newest checkpoint holds already."""
         step = progress.step
-        at_interval = step > 0 and step % self._config.checkpoint.every_steps == 0
+        at_interval = step % self._config.checkpoint.every_steps == 0
         wanted = at_interval or progress.best_step == step or last
         return wanted and self._newest != (step, progress.evaluated_step)
 

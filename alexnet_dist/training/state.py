@@ -153,8 +153,8 @@ class PendingSteps:
         """Count a step's damaged samples, and add its statistics to the interval or, if its loss or
         gradient was not finite, keep its batch in the run folder."""
         progress, train = self._progress, self._config.train
-        size, in_epoch = train.batch, len(self._split)
-        if (step - 1) * size // in_epoch > (step - 2) * size // in_epoch:  # a new epoch began
+        size = train.batch
+        if (step - 1) * size % len(self._split) < size:  # the first step that begins in its epoch
             progress.damaged = 0
         progress.damaged += int(stats.damaged)
         check_damaged(self._config, self._split, progress.damaged)
