@@ -27,7 +27,7 @@ from conftest import alexnet_dist, as_overrides, assert_close, on_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import SAMPLE, write_idx
-from torchvision.io import encode_jpeg
+from torchvision.io import decode_image, encode_jpeg
 
 import alexnet_dist as package_of_ours
 import launch
@@ -35,9 +35,9 @@ from alexnet_dist.config.from_data import NO_SPLIT
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, fingerprint
 from alexnet_dist.data import loops
-from alexnet_dist.data.batch import Batch
+from alexnet_dist.data.batch import Batch, Metadata
 from alexnet_dist.data.dataset import Dataset, Statistics, open_dataset, open_for, verify_shards
-from alexnet_dist.data.pipelines.make import make_pipeline
+from alexnet_dist.data.pipelines.make import make_pipeline, train_batches
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.data.prepare.arrays import read_idx
 from alexnet_dist.data.prepare.prepare import Options, prepare
@@ -595,6 +595,11 @@ def test_the_stream_is_every_epochs_samples_once(tiny: Callable[..., Config]) ->
     for epoch in epochs:
         assert sorted(epoch) == list(range(20))
     assert len({tuple(epoch) for epoch in epochs}) == 6
+    config = tiny("train.batch=23", "data.train_split=test")
+    dataset = open_for(config)
+    (batch,) = train_batches(config, Topology(), dataset, 0, 1)
+    labels = Metadata.unpack(batch.metadata).labels
+    assert sorted(labels.tolist()) == sorted(dataset.splits["test"].index["label"].tolist())
 
 
 def test_any_slots_of_any_step_are_the_part_of_the_whole(tiny: Callable[..., Config]) -> None:
@@ -759,6 +764,7 @@ def test_batches_do_not_depend_on_threads_or_prefetch(tiny: Callable[..., Config
 def test_ten_views_are_windows_of_one_image(tiny: Callable[..., Config]) -> None:
     config = tiny("evaluate.views=10", "train.precision=fp32", "data.subtract=mean_rgb")
     (batch,) = batches(config, "test", evaluation_plan(config, [range(3, 5)]))
+    assert not batch.lighting.any()
     windows = batch.windows.unflatten(0, (2, 10))
     assert torch.equal(windows[:, 5:], windows[:, :5].flip(-1))
     assert torch.equal(windows[0, 0, :, 5:, 5:], windows[0, 3, :, :-5, :-5])
@@ -786,6 +792,8 @@ def test_a_colour_jpeg_off_canvas_is_resized_and_centred(
     (decoded,) = pipeline.batches(evaluation_plan(config, [range(1)]))
     batch = decoded.batch()
     pipeline.close()
+    whole = on_canvas(decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8)), 72)
+    assert torch.equal(batch.windows[0], whole[:, 2:69, 2:69].float())
     # 90 → 72 rows, 120 → 96 columns; the centre's 72; the window begins 2 in: column 14 of 96.
     columns = (torch.arange(67) + 14 + 0.5) * 120 / 96 - 0.5
     ramp = columns * 255 / 119

@@ -242,6 +242,8 @@ def test_a_mean_images_content_is_part_of_a_run(
         ConfigError, match=r"data\.mean_sha256: '[0-9a-f]{64}' there, '[0-9a-f]{64}"
     ):
         train(config)
+    np.save(mean, np.arange(6, dtype=np.float32).reshape(3, 2, 1).T)  # by columns
+    assert read_array(mean).tolist() == [[[0, 2, 4], [1, 3, 5]]]
     statistics = open_for(config).statistics
     with pytest.raises(
         DatasetError, match=r"its SHA-256 is .*, not data\.mean_sha256=.*: name the"

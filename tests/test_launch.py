@@ -732,10 +732,11 @@ def test_a_finished_run_that_is_started_again_was_not_restarted(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     assert start("stopped", exit=143)["restarts"] == 0
     assert start("finished", exit=0)["restarts"] == 1
-    clock[0] += 1000
-    found = start("finished", exit=0)
-    assert (found["restarts"], found["goodput"]) == (1, pytest.approx(1))
-    assert read_run(config.folder)["attempt"] == 3
+    for attempt in (3, 4):
+        clock[0] += 1000
+        found = start("finished", exit=0)
+        assert (found["restarts"], found["goodput"]) == (1, pytest.approx(1))
+        assert read_run(config.folder)["attempt"] == attempt
 
 
 @pytest.mark.parametrize("mode", ["720", "702"])

@@ -84,9 +84,11 @@ def test_a_run_whose_first_save_fails_once_goes_on(
 ) -> None:
     """No older checkpoint is there: it is tried again at once, and the run ends only where that
     fails too."""
-    sound, full = checkpoints.save, [1]
+    sound, full, synced = checkpoints.save, [1], list[str]()
+    monkeypatch.setattr(os, "fsync", lambda of: synced.append(os.readlink(f"/proc/self/fd/{of}")))
 
     def save(*args: Any) -> Path:
+        assert synced[-1].endswith("/metrics.jsonl"), "its points are on the disk before it"
         if full and full.pop():
             raise CheckpointError("the disk is full")
         return sound(*args)
@@ -169,9 +171,11 @@ def test_a_stopped_run_that_was_given_another_config_stays_stopped(
     config = tiny()
     attempt(config, "stopped", saved=8, exit=130, step=8)
 
-    def refused() -> tuple[object, ...]:
+    def refused(begun: bool = False) -> tuple[object, ...]:
         folder = RunFolder(config)
         folder.take()
+        if begun:
+            folder.running(8, 100)
         folder.failed(2, "belongs to another run", known=True)
         folder.close()
         run = read_run(config.folder)
@@ -180,19 +184,33 @@ def test_a_stopped_run_that_was_given_another_config_stays_stopped(
     assert refused() == ("stopped", 130, 8)
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # `launch.job after` reads why its ranks left
     assert refused() == ("failed", 2, None)
+    attempt(config, "finished", exit=0, step=8)
+    assert refused() == ("finished", 0, 8)
+    assert refused(begun=True) == ("failed", 2, 8)
 
 
 def test_a_run_keeps_its_best_its_last_and_those_of_every_so_many_steps(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = iter([10, 15, 12, 11])
-    monkeypatch.setattr(loop, "evaluate_engine", lambda *_: Score(23, next(right), 20, 1.0))
+    """And says of each how it scored, although the last was saved before it was evaluated."""
+    right = iter([10, 15, 12, None, 11])
+
+    def evaluate_engine(*given: Any) -> Score | None:
+        if (correct := next(right)) is not None:
+            return Score(23, correct, 20, 1.0)
+        given[3].flag = 1  # a signal arrives
+        return None
+
+    monkeypatch.setattr(loop, "evaluate_engine", evaluate_engine)
     config = tiny("layout.kind=one", "train.epochs=4", "evaluate.every_epochs=1",
                   "checkpoint.every_steps=6", "checkpoint.keep_last=1",
                   "checkpoint.keep_every_steps=12")  # fmt: skip
-    assert train(config).exit == 0
-    kept = map(checkpoints.step_of, checkpoints.steps(config.folder / "checkpoints"))
-    assert [*kept] == [12, 15, 24, 30]
+    for code, last in ((75, None), (0, 1 - 11 / 23)):
+        assert train(config).exit == code
+        kept = map(checkpoints.verify, checkpoints.steps(config.folder / "checkpoints"))
+        assert [(one.step, one.error) for one in kept] == [
+            (12, None), (15, 1 - 15 / 23), (24, None), (30, last)
+        ]  # fmt: skip
 
 
 @pytest.fixture
@@ -239,6 +257,7 @@ def test_a_run_whose_checkpoints_are_lost_never_begins_anew_unless_told_to(
     capfd.readouterr()
     assert train(kept("checkpoint.begin_anew=true", "train.epochs=0.5")).exit == 0
     assert "begins: 4 steps, 2 columns on" in capfd.readouterr().err
+    assert read_run(kept().folder)["resumed_at"] == 0
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["from-backup", "step-8", "step-00000004", *(f"damaged-{name}" for name in LEFT)]
     )
@@ -443,5 +462,6 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
     telemetry._metrics.close()
     telemetry._metrics._file = Remote(metrics, "a")
     telemetry.close(finished=False)
+    assert telemetry._quarantine not in logging.getLogger("alexnet_dist.data").handlers
     written = [p["step"] for p in read_metrics(folder.path) if p["kind"] != "eval"]
     assert written == [1, 1, 2, 2, 3, 3]

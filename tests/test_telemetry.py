@@ -243,6 +243,7 @@ def test_the_start_is_written_in_stages_and_its_step_is_no_measure_of_speed(
     waited_s = speed["time"]["data"] * 2 * 8 / speed["images_per_s"]
     assert waited_s < 0.5
     assert speed["images_per_s"] > 3 * 8 / 1.5  # three steps' images in all the time slept
+    assert speed["images_per_s"] * speed["ranks"]["own_s"][0] == pytest.approx(2 * 8)
 
 
 def test_a_start_counts_from_the_command_that_was_typed(tiny: Callable[..., Config]) -> None:
