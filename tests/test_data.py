@@ -457,13 +457,19 @@ def test_a_batch_is_read_as_each_of_its_samples_is(
         split.read_with_warnings(np.array([3]))
 
 
-def test_a_copy_of_a_split_has_files_of_its_own(packed: Path) -> None:
-    split = open_dataset(packed).splits["train"]
-    ours = dataclasses.replace(split)
+def test_each_pipeline_has_files_of_its_own(tiny: Callable[..., Config]) -> None:
+    """An evaluation on the training split closes none that training reads."""
+    config = tiny()
+    dataset = open_for(config)
+    training, evaluation = (make_pipeline(config, Topology(), dataset, "train") for _ in range(2))
+    split, ours = training.split, evaluation.split
     before = split.read_with_warnings(np.arange(9))
     ours.read_with_warnings(np.arange(9))
-    ours.close()
+    held = split._descriptors.tolist()
+    evaluation.close()
+    assert split._descriptors.tolist() == held
     again = split.read_with_warnings(np.arange(9))
+    training.close()
     assert [bytes(one) for one in before[1]] == [bytes(one) for one in again[1]]
     assert ours.read_with_warnings(np.arange(9))[0].tolist() == [*range(9)]  # opened anew
 

@@ -18,7 +18,12 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data import batch
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines import make, resident
-from alexnet_dist.data.pipelines.make import choose_pipeline, make_pipeline, train_batches
+from alexnet_dist.data.pipelines.make import (
+    choose_pipeline,
+    for_one_pass,
+    make_pipeline,
+    train_batches,
+)
 from alexnet_dist.data.pipelines.resident import (
     FreeMemory,
     ResidentPipeline,
@@ -283,7 +288,9 @@ def test_images_that_do_not_fit_are_one_error_before_any_is_decoded(
     size = resident.decoded_bytes(config, dataset, ["train", "test"])
     assert size == 83 * 72 * 72 * 3
     monkeypatch.setattr(resident, "_decode_all", lambda *_: pytest.fail("decoded"))
-    free(monkeypatch, size - 1)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    free(monkeypatch, 2 * size - 1)
     message = (
         r"data\.pipeline=resident: the decoded images \(60 of 'train' and 23 of 'test'\) take 0\."
         r"00 GB per rank at data\.canvas=72, but 0\.00 GB of the host's memory are free for each: "
@@ -369,6 +376,7 @@ def test_auto_on_a_gpu_takes_what_fits(
     )
     assert re.search(why, said)
     assert choose_pipeline(found, ON_GPU, dataset) == (found, "set")
+    assert for_one_pass(found).data.pipeline == kind.replace("resident", "torch")
 
 
 def test_a_run_keeps_the_pipeline_that_it_began_with(tiny: Callable[..., Config]) -> None:

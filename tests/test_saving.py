@@ -211,6 +211,7 @@ def test_a_run_keeps_its_best_its_last_and_those_of_every_so_many_steps(
         assert [(one.step, one.error) for one in kept] == [
             (12, None), (15, 1 - 15 / 23), (24, None), (30, last)
         ]  # fmt: skip
+    assert read_run(config.folder)["last_step"] == 30
 
 
 @pytest.fixture
