@@ -17,6 +17,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset, open_for
 from alexnet_dist.errors import ConfigError
+from alexnet_dist.parallel.stop_signals import StopSignals, handlers_restored
 from alexnet_dist.training import loggers, loop, tensorboard
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
@@ -119,9 +120,13 @@ def test_loggers_are_told_that_a_run_is_finished_however_it_came_there(
     told: list[bool] = []
     monkeypatch.setattr(loggers, "close", lambda threads, finished: told.append(finished))
     config = tiny(*SHORT, *more)
+    with handlers_restored():
+        signals = StopSignals()
+        signals.flag = 1
+        assert train(config, signals).exit == 75
     for _ in range(2):  # the second has nothing left to do
         assert train(config).exit == 0
-    assert told == [True, True]
+    assert told == [False, True, True]
 
 
 class Failing:

@@ -1,5 +1,6 @@
 """Non-finite numbers: ranks agree, nothing is applied or saved, and the cause is named."""
 
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,14 +143,20 @@ def test_a_flipped_bit_is_found_and_named() -> None:
 def test_replicas_are_compared_every_so_often_and_before_every_save(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared = []
+    compared, ends, sound = [], threading.Event(), checkpoints.save
 
     def differ(tensors: object, topology: Topology, step: int) -> None:
         compared.append(step)
         if step == 10:
+            ends.set()
             raise ReplicasDiffer("step 10")
 
+    def slow(*args: Any) -> Path:
+        ends.wait(60)  # what is being written as a run fails is still written
+        return sound(*args)
+
     monkeypatch.setattr(loop, "check_replicas", differ)
+    monkeypatch.setattr(checkpoints, "save", slow)
     config = tiny("layout.kind=one", "train.epochs=2", "checkpoint.every_steps=5",
                   "train.compare_replicas_every=4", "data.eval_split=none")  # fmt: skip
     with pytest.raises(ReplicasDiffer, match="step 10"):
