@@ -141,20 +141,18 @@ def _compared(*layouts: str) -> Part:
     return Part([demo, compare], 280, of_compare, expected=200)
 
 
-# Test files that are parts of their own; the last two are drills too.
-_FIRST, _LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
+# By file, as to collect all tests takes each worker long, and needs packages that these do not.
+_FIRST, _ONE_RANK, _LAYOUTS, _GRAPHS, _RUNS, _HOSTS = (
     f"tests/test_{name}.py"
-    for name in ("gpu_first", "gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
+    for name in ("gpu_first", "gpu", "gpu_layouts", "gpu_graphs", "gpu_runs", "two_hosts")
 )
 _FUSED = "tests/test_fused_kernels.py"  # with or without a GPU; with one worker, as it starts many
-_OTHERS = (f"--ignore={file}" for file in (_FIRST, _LAYOUTS, _GRAPHS, _RUNS))
-_ONE_RANK = ["-m", "gpu and not drill", *_OTHERS, "--continue-on-collection-errors"]
 _BEST = Part([_bench("step", "--best", "--batch", "128", "1024")], 240, expected=80)
 # What has never been measured comes first. `expected` is an estimate for these.
 PARTS = {
     "first": Part([_pytest(_FIRST)], 200, of_pytest, expected=85),
     "tests-fused": Part([_pytest(_FUSED, workers=1)], 200, of_pytest, expected=120),
-    "sweep": Part([_bench("maps", "--sweep", "128", "1024", "--repeats", "3")], 330, expected=150),
+    "sweep": Part([_bench("maps", "--sweep", "128", "1024", "--repeats", "3")], 330, expected=220),
     "data": Part(
         [_MAKE_IMAGES, _bench_data("--images", "10000", "--repeats", "2")], 330, expected=150
     ),
@@ -164,7 +162,7 @@ PARTS = {
     "end-to-end-torch": _from_shards("torch", 80),
     "end-to-end-resident": _from_shards("resident", 80),
     "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 200, of_pytest, expected=80),
-    "tests": Part([_pytest(*_ONE_RANK)], 280, of_pytest, expected=200),
+    "tests": Part([_pytest(_ONE_RANK)], 280, of_pytest, expected=200),
     "compare-shared": _compared("columns", "replicas"),
     "compare-shared-mixed": _compared("columns_x_replicas:4", "sharded_fc"),
     "compare-shared-zero": _compared("zero1", "zero2"),

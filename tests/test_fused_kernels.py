@@ -2,6 +2,7 @@
 interpreter, which truncates to bfloat16 where a GPU rounds."""
 
 import io
+import itertools
 import os
 import re
 import traceback
@@ -27,11 +28,13 @@ from alexnet_dist.network.kernels.maps import maps
 from alexnet_dist.network.kernels.units import units
 from alexnet_dist.network.kernels.update import sgd_update
 from alexnet_dist.network.kernels.windows import fold
+from alexnet_dist.parallel import environment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 # A value is rounded once: cut off, it may lose a whole unit in the last place.
 EPS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+THIRDS = [*itertools.product(EPS, range(3))]  # of all_maps, each a process on a GPU
 # Functions here that launch kernels, besides all_maps.
 OTHERS = (
     "same_places", "all_units", "sums", "swept", "updated", "judgements", "folded", "strangers",
@@ -44,10 +47,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cache = tmp_path_factory.mktemp("triton")
     if not torch.cuda.is_available():
         return by_kernels(all_of_them, cache)
-    # A core would compile for minutes: a process for each type of maps, and one for each function.
+    # A core would compile for minutes: a process for each third of maps of each type, and one for
+    # each function.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(cache))
-        shares = on_ranks(len(EPS) + len(OTHERS), a_share, fresh=True)
+        shares = on_ranks(len(THIRDS) + len(OTHERS), a_share, fresh=True)
     found = {name: made for share in shares for name, made in share.items()}
     return found | {"all_maps": [case for share in shares for case in share.get("all_maps", [])]}
 
@@ -57,11 +61,12 @@ def all_of_them() -> dict[str, Any]:
 
 
 def a_share() -> dict[str, Any]:
-    """What a rank finds by its share of the functions."""
-    rank = int(os.environ["RANK"])
-    if rank < len(EPS):
-        return {"all_maps": all_maps([list(EPS)[rank]])}
-    name = OTHERS[rank - len(EPS)]
+    """What a rank finds by its share of the functions, each of which is of one process."""
+    rank = int(os.environ.pop("RANK"))
+    if rank < len(THIRDS):
+        dtype, first = THIRDS[rank]
+        return {"all_maps": all_maps([dtype], slice(first, None, 3))}
+    name = OTHERS[rank - len(THIRDS)]
     return {name: globals()[name]()}
 
 
@@ -116,6 +121,7 @@ def compared(
 
 PAPER, POOL = (5, 1e-2, 0.75, 2.0), (3, 2, False)
 MAPS: list[tuple[tuple[int, ...], tuple[Any, ...]]] = [  # n, channels, h, w; as `maps` takes them
+    ((2, 12, 3, 3), (None, PAPER, None)),  # the normalisation alone
     ((2, 16, 7, 9), ("relu", PAPER, POOL)),
     ((2, 96, 5, 5), ("relu", PAPER, (3, 2, True))),
     ((1, 22, 8, 6), ("relu", (3, 1e-2, 0.5, 1.0), (3, 2, True))),
@@ -131,22 +137,26 @@ MAPS: list[tuple[tuple[int, ...], tuple[Any, ...]]] = [  # n, channels, h, w; as
 ]
 
 
-def all_maps(dtypes: Sequence[torch.dtype] = (*EPS,)) -> list[tuple[int, torch.dtype, list[float]]]:
+def all_maps(
+    dtypes: Sequence[torch.dtype] = (*EPS,), cases: slice = slice(None)
+) -> list[tuple[int, torch.dtype, list[float]]]:
     """By so few programs that a backward takes several steps in each, as with many pixels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pooled_backward, "PROGRAMS", 2)
-        return list(_all_maps(dtypes))
+        return list(_all_maps(dtypes, cases))
 
 
-def _all_maps(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[int, torch.dtype, list[float]]]:
+def _all_maps(
+    dtypes: Sequence[torch.dtype], cases: slice
+) -> Iterator[tuple[int, torch.dtype, list[float]]]:
     torch.manual_seed(0)
-    for case, (shape, of) in enumerate(MAPS):
-        for dtype in dtypes if case < 3 else [one for one in dtypes if one in list(EPS)[:3]]:
+    for case, (shape, of) in [*enumerate(MAPS)][cases]:
+        for dtype in dtypes if case < 4 else [one for one in dtypes if one in list(EPS)[:3]]:
             # Smaller for tanh and sigmoid: of values that are 1 to float32, another is the largest.
             scale = 3 if of[0] in (None, "relu") else 1
             x = (scale * torch.randn(shape, dtype=torch.float64)).to(dtype).to(memory_format=LAST)
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            bias = torch.randn(shape[1], dtype=wide)
+            bias = None if of[0] is None else torch.randn(shape[1], dtype=wide)
 
             def ours(x: Tensor, b: Tensor | None, of: Any = of) -> Tensor:
                 y = maps(x, b, *of)
@@ -157,19 +167,19 @@ def _all_maps(dtypes: Sequence[torch.dtype]) -> Iterator[tuple[int, torch.dtype,
                 return plain_maps(x, b, *of)
 
             yield case, dtype, compared(ours, plain, x, bias)
-    for dtype in dtypes:  # the normalisation alone
-        x = (3 * torch.randn(2, 12, 3, 3)).to(dtype).to(memory_format=LAST)
-        alone = compared(
-            lambda x, _: maps(x, None, None, PAPER),
-            lambda x, _: plain_maps(x, None, None, PAPER, None),
-            x, None,
-        )  # fmt: skip
-        yield -1, dtype, alone
+
+
+def test_a_rank_of_the_tests_on_a_gpu_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its functions may ask for layouts of one process."""
+    monkeypatch.setenv("WORLD_SIZE", f"{len(THIRDS) + len(OTHERS)}")
+    monkeypatch.setitem(globals(), OTHERS[0], environment.place)
+    monkeypatch.setenv("RANK", f"{len(THIRDS)}")
+    assert a_share() == {OTHERS[0]: None}
 
 
 def test_maps_are_the_formula(found: dict[str, Any]) -> None:
     of_maps = found["all_maps"]
-    assert len(of_maps) == 3 * len(MAPS) + 3 + 4
+    assert len(of_maps) == 3 * len(MAPS) + 4
     # Where the activation is last there are two roundings, and a slope from a rounded value.
     far = [(MAPS[case], dtype, of) for case, dtype, of in of_maps
            if max(of) > (3 if case == len(MAPS) - 1 else 1)]  # fmt: skip
