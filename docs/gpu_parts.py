@@ -161,7 +161,9 @@ PARTS = {
     ),
     "end-to-end-torch": _from_shards("torch", 80),
     "end-to-end-resident": _from_shards("resident", 80),
-    "tests-kernels": Part([_pytest("tests/test_gpu_kernels.py")], 200, of_pytest, expected=80),
+    "tests-kernels": Part(
+        [_pytest("tests/test_gpu_kernels.py", workers=1)], 200, of_pytest, expected=80
+    ),
     "tests": Part([_pytest(_ONE_RANK)], 280, of_pytest, expected=200),
     "compare-shared": _compared("columns", "replicas"),
     "compare-shared-mixed": _compared("columns_x_replicas:4", "sharded_fc"),

@@ -174,7 +174,14 @@ def test_the_parts_are_commands_that_there_are() -> None:
                 if hasattr(options, "config"):
                     load_config(options.config)
             for file in (word for word in arguments if word.endswith(".py")):
-                assert Path(ROOT, file.removeprefix("--ignore=")).exists()
+                assert Path(ROOT, file).exists()
+
+
+def test_the_parts_run_every_file_of_tests_for_a_gpu() -> None:
+    run = {word for part in PARTS.values() for command in part.commands for word in command}
+    for file in Path(ROOT, "tests").glob("test_*.py"):
+        if re.search(r"pytest\.mark\.gpu\b|\bshared\.marks\b", file.read_text()):
+            assert f"tests/{file.name}" in run
 
 
 def test_what_compare_prints_is_read() -> None:
