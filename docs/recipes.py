@@ -50,12 +50,21 @@ class Variant:
     average: bool = False
 
 
-def _fig1(unit: str, told: str, epochs: int, *values: float) -> Variant:
-    """Return a variant of figure 1."""
-    keys = (f"train.epochs={epochs}", "data.eval_split=none", "log.every_steps=39",
+def _fig1(unit: str, told: str, epochs: int, *values: float, released: bool = False) -> Variant:
+    """Return a variant of figure 1.
+
+    Args:
+        released: whether its initial weights are those of the released code's layers-18pct.cfg, for
+            grey levels of 0–255.
+    """
+    keys: tuple[str, ...] = (f"train.epochs={epochs}", "data.eval_split=none", "log.every_steps=39",
             "checkpoint.every_steps=100000")  # fmt: skip
+    if released:
+        told += ", the released code's weights"
+        keys += ("data.divide_by=[1,1,1]", "model.init=paper",
+                 "model.init_std=[0.0001,0.01,0.01,0.01]")  # fmt: skip
     return Variant(
-        "fig1", f"fig1-{unit}", told, (f"paper/fig1-{unit}", *keys),
+        "fig1", f"fig1-{unit}" + "-released" * released, told, (f"paper/fig1-{unit}", *keys),
         candidates=rates(*values), brief=(f"train.epochs={min(epochs, 20)}",), by_training=True,
         speed=60_000, together=4,
     )  # fmt: skip
@@ -65,7 +74,7 @@ def _four(name: str, told: str, *keys: str) -> Variant:
     """Return a variant of the four-layer CIFAR-10 network."""
     return Variant(
         "lrn", name, told, ("results/cifar10-four-layers", *keys),
-        candidates=rates(0.003, 0.01, 0.03, 0.1), brief=("train.epochs=40",),
+        candidates=rates(0.0003, 0.001, 0.003, 0.01), brief=("train.epochs=40",),
         speed=60_000, together=4,
     )  # fmt: skip
 
@@ -91,6 +100,8 @@ VARIANTS = (
     _fig1("relu", "ReLU", 10, 0.001, 0.003, 0.01, 0.03, 0.1),
     _fig1("tanh", "tanh", 20, 0.001, 0.003, 0.01, 0.03, 0.1),
     _fig1("sigmoid", "logistic", 40, 0.01, 0.03, 0.1, 0.3),
+    _fig1("relu", "ReLU", 10, 0.0003, 0.001, 0.003, released=True),
+    _fig1("tanh", "tanh", 40, 0.0003, 0.001, 0.003, released=True),
     Variant("cifar10", "cifar10", "the paper's network", ("results/cifar10",),
             candidates=RECIPES, brief=("train.epochs=10",)),
     Variant("imagenette", "imagenette", "the paper's network", ("results/imagenette",),
