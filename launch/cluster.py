@@ -111,6 +111,8 @@ def _read(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, not keys and values")
+    if any(str(name).partition(".")[0] == "cluster" for name in content):
+        raise ConfigError(f"{path}: here, keys are written without `cluster.`, as in nodes: 2")
     return content
 
 

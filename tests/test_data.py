@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import errno
 import gzip
 import hashlib
 import io
@@ -151,6 +152,17 @@ def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -
     assert f"`{line}`" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_data_set_that_this_user_may_not_read_is_its_owners_to_open(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("alexnet_dist.data.dataset.read_bytes", refused)
+    with pytest.raises(DatasetError, match=r"dataset\.json cannot .* have \w+ let you read it"):
+        open_dataset(packed)
 
 
 def test_every_command_says_that_images_are_images(
@@ -317,6 +329,7 @@ def pipe(root: Path) -> None:
 
 DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no dataset.json", lambda r: (r / "dataset.json").unlink(), "dataset.json is missing: make"),
+    ("a file", lambda r: [shutil.rmtree(r), r.touch()], "dataset.json is missing: make the data"),
     ("torn dataset.json", lambda r: (r / "dataset.json").write_text('{"ver'), "cannot be read"),
     ("a list", lambda r: (r / "dataset.json").write_text("[]"), "a list, not an object"),
     ("no splits", edit_json(lambda m: m.pop("splits")), "is damaged .*'splits'"),

@@ -223,8 +223,8 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
     [
         (out_of_gpu_memory, r"GPU's memory is full: raise train\.micro_batches, lower"),
         (out_of_memory, r"this machine's memory is full: raise train\.micro_batches.*tried to all"),
-        (no_gpu, r"layout\.device=cuda: 1 ranks .* but it has 0; set layout\.device=auto .*doctor"),
-        (one_gpu_for_two_columns, r"2 ranks .* need a GPU each, but it has 1; "),
+        (no_gpu, r"device=cuda: .* need 1 GPU, but it has 0; set layout\.device=auto; .*doctor"),
+        (one_gpu_for_two_columns, r"need 2 GPUs, but it has 1; set .*=auto, layout\.kind=one or "),
         (tf32_on_a_cpu, r"train\.precision=tf32: only GPUs have it, .*precision=fp32 or bf16$"),
         (bf16_on_an_old_gpu, r"bf16: needs .*, but Tesla V100 has 7\.0: .*precision=fp16$"),
         (dali_without_driver, r"data\.pipeline=dali: no pipeline .* on cuda:0 .*pipeline=torch"),
@@ -413,7 +413,7 @@ def test_a_mistake_that_only_ranks_see_is_one_line(tiny: Tiny) -> None:
         pytest.skip("here are GPUs")
     ended = in_a_fork(forks.run, ["compare", *as_overrides(config), "--layouts", "one"])
     assert ended.returncode == 2
-    said = "the command line: layout.device=cuda: 1 ranks on this host need a GPU each"
+    said = "the command line: layout.device=cuda: this host's ranks need 1 GPU, but it has 0"
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
 

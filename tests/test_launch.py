@@ -353,6 +353,14 @@ def test_a_cluster_file_that_would_grow_is_refused(tmp_path: Path) -> None:
         cluster.split([f"cluster={file}"])
 
 
+@pytest.mark.parametrize("text", ["cluster: {nodes: 2}\n", "cluster.nodes: 2\n"])
+def test_a_cluster_file_of_full_names_is_told_to_shorten_them(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml: .* without `cluster\.`, as in nodes: 2"):
+        cluster.split([f"cluster={file}"])
+
+
 def test_a_cluster_says_what_its_keys_say(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("time_min: 1:20\n")

@@ -27,7 +27,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.missing import not_packed
 from alexnet_dist.data.split import Split, open_split
 from alexnet_dist.data.verified import load_array
-from alexnet_dist.errors import ConfigError, DatasetError
+from alexnet_dist.errors import ConfigError, DatasetError, cannot_be_read
 from alexnet_dist.files import allow_open_files, json_object, read_bytes
 
 if TYPE_CHECKING:  # errors in a data set are reported before torch is loaded
@@ -84,8 +84,10 @@ def open_dataset(folder: Path) -> Dataset:
     try:
         text = read_bytes(path)
         meta = json_object(text)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise not_packed(folder) from None
+    except PermissionError as error:
+        raise DatasetError(cannot_be_read(path, error)) from error
     except (OSError, ValueError) as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     # What it names, each file checked. Its contents may be anything, so any error is damage.

@@ -117,11 +117,11 @@ def own_device(config: Config, place: Place) -> torch.device:
     match ranks_per_gpu(config, ranks):
         case 0:
             if config.layout.device == "cuda":
-                remedy = (", or layout.share_gpu=true" if found
+                remedy = (", layout.kind=one or layout.share_gpu=true" if found
                           else "; `alexnet-dist doctor` says why there is none")  # fmt: skip
                 raise ConfigError(
-                    f"layout.device=cuda: {ranks} ranks on this host need a GPU each, but it has "
-                    f"{found}; set layout.device=auto or layout.kind=one{remedy}"
+                    f"layout.device=cuda: this host's ranks need {counted(ranks, 'GPU')}, but it "
+                    f"has {found}; set layout.device=auto{remedy}"
                 )
             if found and place.rank == 0:
                 log.warning(
