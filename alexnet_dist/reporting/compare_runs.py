@@ -68,7 +68,7 @@ def _draw(runs: Sequence[RunResults], names: Sequence[str], path: Path) -> None:
     """Draw loss and top-1 error by epoch: a colour for each run, training thin, evaluation dots."""
     with figure(path, 1, 2, (13, 5), software=_MARK) as axes:
         for place, (run, name) in enumerate(zip(runs, names, strict=True)):
-            for kind, style in (("train", {"alpha": 0.5, "lw": 1}), ("eval", {"marker": "o"})):
+            for kind, line, style in (("train", "-", {"alpha": 0.5, "lw": 1}), ("eval", "o-", {})):
                 points = [point for point in run.points if point["kind"] == kind]
                 if not points:
                     continue
@@ -78,7 +78,8 @@ def _draw(runs: Sequence[RunResults], names: Sequence[str], path: Path) -> None:
                 for panel, values in zip(
                     axes[0], ([point["loss"] for point in points], errors), strict=True
                 ):
-                    panel.plot(epochs, values, color=f"C{place}", label=label, **style)
+                    shown = line if len(points) > 1 else "o"
+                    panel.plot(epochs, values, shown, color=f"C{place}", label=label, **style)
         axes[0, 0].set(xlabel="epoch", ylabel="loss, nats")
         axes[0, 1].set(xlabel="epoch", ylabel="top-1 error, %", ylim=(0, None))
         for panel in axes[0]:
