@@ -22,7 +22,7 @@ from alexnet_dist.planning.forecast import assumed, forecast, here, recommended,
 from alexnet_dist.planning.machines import MACHINES, Cluster, Machine, known
 from alexnet_dist.planning.measured import Step, correction, read_steps
 from alexnet_dist.planning.plan import Passes, Plan, Prediction, Rank
-from alexnet_dist.planning.text import plot
+from alexnet_dist.planning.text import _hours, plot
 
 # 1 GFLOP/s reached, 1 GB/s of memory, links of 100 MB/s and nodes of 80: round seconds.
 ROUND = Machine(
@@ -455,6 +455,11 @@ def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
     said = planned("--gpus", "cpu:2", "--ranks", "1", as_json=False)
     assert "on a machine that it did not note: 100 images/s" in said
     assert "of that" not in said
+
+
+def test_no_time_is_said_to_be_nothing() -> None:
+    said = [_hours(seconds / 3600) for seconds in (1.43, 90, 7200, 400_000)]
+    assert said == ["1.4 s", "1.5 min", "2.0 h", "4.6 days"]
 
 
 def test_a_schedule_is_drawn() -> None:

@@ -187,6 +187,7 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
         if name not in dataset.splits:
             raise ConfigError(
                 f"{key}={name!r}: {dataset.folder} has only the splits {', '.join(dataset.splits)}"
+                ": name one of these, or another data set"
             )
         if len(dataset.splits[name]) == 0:
             raise DatasetError(

@@ -141,6 +141,8 @@ def _milliseconds(seconds: float) -> str:
 def _hours(hours: float) -> str:
     if hours >= 48:
         return f"{hours / 24:.1f} days"
+    if hours < 1 / 60:
+        return f"{3600 * hours:.1f} s"
     return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
