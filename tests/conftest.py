@@ -212,7 +212,7 @@ def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             patch_language(kernel)
         return scope
 
-    precision._cpu_multiplies = lambda _: True  # as the GPU that it stands for
+    precision.cpu_multiplies = lambda _: True  # as the GPU that it stands for
     interpreter._patch_lang = patch_once
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
         sanitize_overflow=False

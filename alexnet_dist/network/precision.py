@@ -31,8 +31,7 @@ def product(
     their sums rounded, as those are everywhere; torch's own loop takes ten times as long. A plan's
     fake tensors, which may stand for a GPU's, are left alone.
     """
-    narrow = type(x) is Tensor and x.dtype.itemsize == 2 and not x.is_cuda
-    if not narrow or _cpu_multiplies(x.dtype):
+    if type(x) is not Tensor or x.is_cuda or cpu_multiplies(x.dtype):
         return function(x, weight, bias)
     with torch.autocast("cpu", enabled=False):  # DeepSpeed's
         out = function(x.float(), weight.float(), None if bias is None else bias.float())
@@ -40,8 +39,11 @@ def product(
 
 
 @functools.cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies numbers of 16 bits: with AVX-512, or instructions of ARM."""
+def cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies numbers of a dtype: those of 16 bits by oneDNN, with AVX-512 or
+    instructions of ARM."""
+    if dtype.itemsize > 2:
+        return True
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.float16:

@@ -20,6 +20,7 @@ from alexnet_dist.errors import ConfigError
 from alexnet_dist.network import kernels
 from alexnet_dist.network.flops import map_values, multiply_adds, training_flops
 from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.precision import DTYPES, cpu_multiplies
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.traffic import Traffic
 from alexnet_dist.planning.fake import (
@@ -177,6 +178,8 @@ def _stepped(laid_out: Config, ranks: int, gpu: bool, narrows: bool) -> Rank:
         # depending on the CPU.
         weights = [p.numel() * p.element_size() for p in engine.model.parameters()]
         parts["workspace"] = 2 * max(weights)
+        if not cpu_multiplies(DTYPES[laid_out.train.precision]):
+            parts["workspace"] += sum(weights)  # in float32, which autograd keeps
     return Rank(
         batch_per_replica=laid_out.train.batch // topology.replicas,
         parameters=sum(p.numel() for p in engine.model.parameters()),
