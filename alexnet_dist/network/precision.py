@@ -31,7 +31,8 @@ def product(
     their sums rounded, as those are everywhere; torch's own loop takes ten times as long. A plan's
     fake tensors, which may stand for a GPU's, are left alone.
     """
-    if type(x) is not Tensor or x.is_cuda or cpu_multiplies(x.dtype):
+    narrow = type(x) is Tensor and x.dtype.itemsize == 2 and not x.is_cuda
+    if not narrow or cpu_multiplies(x.dtype):
         return function(x, weight, bias)
     with torch.autocast("cpu", enabled=False):  # DeepSpeed's
         out = function(x.float(), weight.float(), None if bias is None else bias.float())
@@ -40,10 +41,7 @@ def product(
 
 @functools.cache
 def cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies numbers of a dtype: those of 16 bits by oneDNN, with AVX-512 or
-    instructions of ARM."""
-    if dtype.itemsize > 2:
-        return True
+    """Whether oneDNN multiplies numbers of 16 bits: with AVX-512, or instructions of ARM."""
     if not torch.backends.mkldnn.is_available():
         return False
     if dtype == torch.float16:

@@ -178,7 +178,8 @@ def _stepped(laid_out: Config, ranks: int, gpu: bool, narrows: bool) -> Rank:
         # depending on the CPU.
         weights = [p.numel() * p.element_size() for p in engine.model.parameters()]
         parts["workspace"] = 2 * max(weights)
-        if not cpu_multiplies(DTYPES[laid_out.train.precision]):
+        dtype = DTYPES[laid_out.train.precision]
+        if dtype.itemsize == 2 and not cpu_multiplies(dtype):
             parts["workspace"] += sum(weights)  # in float32, which autograd keeps
     return Rank(
         batch_per_replica=laid_out.train.batch // topology.replicas,
