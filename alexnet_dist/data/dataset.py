@@ -86,9 +86,9 @@ def open_dataset(folder: Path) -> Dataset:
         meta = json_object(text)
     except (FileNotFoundError, NotADirectoryError):
         raise not_packed(folder) from None
-    except PermissionError as error:
+    except OSError as error:
         raise DatasetError(cannot_be_read(path, error)) from error
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DatasetError(f"{path} cannot be read: {error}") from error
     # What it names, each file checked. Its contents may be anything, so any error is damage.
     try:
