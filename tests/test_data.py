@@ -271,6 +271,9 @@ def test_ranks_that_see_different_data_sets_do_not_begin(
     about.write_text(about.read_text() + " ")
     said = on_ranks(2, resolved_where, config, folders)
     assert all("data.path='data': rank 1, on " in one for one in said), said
+    edit_json(lambda m: m["classes"].append("zebra"))(tmp_path / "there" / "data")
+    said = on_ranks(2, resolved_where, config, folders)
+    assert all("data.path='data': rank 1, on " in one for one in said), said
     shutil.rmtree(tmp_path / "there" / "data")
     said = on_ranks(2, resolved_where, config, folders)
     assert said[0] == said[1] != ""

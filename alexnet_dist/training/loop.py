@@ -10,11 +10,18 @@ import json
 import socket
 import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
 from alexnet_dist.checkpoint import store, warm_start
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
-from alexnet_dist.data.dataset import Dataset, open_for, raised_on_every_rank, verify_shards
+from alexnet_dist.data.dataset import (
+    Dataset,
+    open_dataset,
+    open_for,
+    raised_on_every_rank,
+    verify_shards,
+)
 from alexnet_dist.data.pipelines.make import (
     choose_pipeline,
     decoder_in_words,
@@ -145,13 +152,15 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     resolved = load_config([topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))])
     digest = topology.decided_by_rank_0(lambda: open_for(resolved).digest)
     with raised_on_every_rank(topology):
-        dataset = open_for(resolved)
-        if dataset.digest != digest:  # each node may have a copy on its own disk
+        # Each node may have a copy on its own disk; compared before it is held against the config,
+        # which fits rank 0's.
+        if open_dataset(Path(resolved.data.path)).digest != digest:
             raise DatasetError(
                 f"data.path={resolved.data.path!r}: rank {topology.global_rank}, on "
                 f"{socket.gethostname()}, has another data set than rank 0: copy the same one to "
                 "every node"
             )
+        dataset = open_for(resolved)
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
     START.reached("data set")
