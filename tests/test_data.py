@@ -46,7 +46,7 @@ from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import TrainSampler, evaluation_plan, lighting_axes, views
 from alexnet_dist.data.split import INDEX, Split
 from alexnet_dist.errors import ConfigError, DatasetError, in_words
-from alexnet_dist.files import within_memory
+from alexnet_dist.files import sha256, within_memory
 from alexnet_dist.parallel import spawn
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.reporting import doctor
@@ -323,6 +323,14 @@ def pickled(root: Path) -> None:
     edit_json(lambda m: m["splits"]["train"]["index"].update(described))(root)
 
 
+def no_mean(root: Path) -> None:
+    """A mean image without pixels, as dataset.json describes it."""
+    path = root / "mean.npy"
+    np.save(path, np.empty((0, 0, 3), np.float32))
+    described = {"size": path.stat().st_size, "sha256": sha256(path)}
+    edit_json(lambda m: m["mean_image"].update(described))(root)
+
+
 def pipe(root: Path) -> None:
     """A file that cannot be read, where its size is right."""
     (root / "mean.npy").unlink()
@@ -343,6 +351,8 @@ DAMAGE: list[tuple[str, Callable[[Path], Any], str]] = [
     ("no index", lambda r: (r / "train/samples.npy").unlink(), "samples.npy cannot be read"),
     ("flipped index", flip("train/samples.npy", 200), "samples.npy: SHA-256"),
     ("flipped mean", flip("mean.npy", 200), "mean.npy: SHA-256"),
+    ("empty mean", no_mean, "colour statistics that training could not use"),
+    ("negative", edit_json(lambda m: m.update(eigenvalues=[3, 2, -1])), "colour statistics that"),
     ("no file", pipe, r"mean\.npy cannot be read \(a pipe, not a file"),
     ("class", edit_index(lambda i: i["label"].put(3, 10)), "sample 3 has class 10, out of range"),
     ("offset", edit_index(lambda i: i["offset"].put(4, 2**40)), "sample 4 lies outside its shard"),

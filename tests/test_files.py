@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -254,6 +255,23 @@ def test_a_mean_images_content_is_part_of_a_run(
         DatasetError, match=r"data\.mean_from=.*mean\.npy cannot be read: .*missing"
     ):
         train(config)
+
+
+@pytest.mark.parametrize(
+    ("mean", "said"),
+    [
+        (np.full((8, 8, 3), np.nan), "holds NaN or infinity"),
+        (np.empty((0, 8, 3)), r"of shape \(0, 8, 3\), but must be"),
+    ],
+)
+def test_a_mean_that_training_could_not_use_is_refused(
+    tiny: Callable[..., Config], tmp_path: Path, mean: npt.NDArray[np.float64], said: str
+) -> None:
+    np.save(tmp_path / "mean.npy", mean)
+    config = tiny(f"data.mean_from={tmp_path / 'mean.npy'}")
+    statistics = open_for(config).statistics
+    with pytest.raises(DatasetError, match=rf"data\.mean_from=.*{said}"):
+        Preprocess(config, statistics, torch.device("cpu"), torch.float32)
 
 
 def test_a_run_from_before_the_hash_of_its_mean_goes_on(

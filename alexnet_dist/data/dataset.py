@@ -125,8 +125,9 @@ def _statistics(folder: Path, meta: Mapping[str, Any]) -> Statistics:
     )
     arrays = [*vars(statistics).values()]
     shapes = [(*statistics.mean_image.shape[:2], 3), (3,), (3,), (3, 3)]
-    finite = all(np.isfinite(array).all() for array in arrays)
-    if not finite or [array.shape for array in arrays] != shapes:
+    usable = all(array.size and np.isfinite(array).all() for array in arrays)
+    usable = usable and bool((statistics.eigenvalues >= 0).all())  # their roots are taken
+    if not usable or [array.shape for array in arrays] != shapes:
         raise ValueError("colour statistics that training could not use")
     return statistics
 

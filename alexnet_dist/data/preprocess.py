@@ -252,22 +252,22 @@ def mean_sha256(config: Config) -> str:
 def _read_mean(path: Path, expected: str) -> npt.NDArray[np.float32]:
     """Read a mean image (height, width, 3), whose SHA-256 must be as expected."""
     try:
-        mean = read_array(path)
-        if expected not in ("any", found := sha256(path)):
-            raise DatasetError(
-                f"data.mean_from={path}: its SHA-256 is {found}, not data.mean_sha256={expected}: "
-                "name the mean image that the run began with"
-            )
-    except DatasetError:
-        raise
+        mean, found = read_array(path), sha256(path)
     except (OSError, ValueError) as error:
         raise DatasetError(
             f"data.mean_from={path}: cannot be read as a .npy file: {error}"
         ) from error
-    if mean.dtype.kind != "f" or mean.ndim != 3 or mean.shape[2] != 3:
+    if expected not in ("any", found):
+        raise DatasetError(
+            f"data.mean_from={path}: its SHA-256 is {found}, not data.mean_sha256={expected}: "
+            "name the mean image that the run began with"
+        )
+    if mean.dtype.kind != "f" or mean.ndim != 3 or mean.shape[2] != 3 or not mean.size:
         raise DatasetError(
             f"data.mean_from={path}: {mean.dtype} of shape {mean.shape}, but must be floats of "
             "(height, width, 3)"
         )
     floats: npt.NDArray[np.float32] = mean.astype(np.float32)
+    if not np.isfinite(floats).all():
+        raise DatasetError(f"data.mean_from={path}: holds NaN or infinity, but must be grey levels")
     return floats
