@@ -99,10 +99,17 @@ def test_a_file_is_answered_as_its_packed_sample_is_evaluated(
     assert best[0][1] == found.probabilities[0].max()
 
 
-@pytest.mark.parametrize("image", [torch.zeros(4, 9, 9).byte(), torch.zeros(3, 9, 9)])
+@pytest.mark.parametrize(
+    "image", [torch.zeros(4, 9, 9).byte(), torch.zeros(3, 9, 9), torch.zeros(3, 0, 9).byte()]
+)
 def test_a_tensor_that_is_no_image_is_refused(own: Trained, image: torch.Tensor) -> None:
     with pytest.raises(DatasetError, match=r"must be \(1 or 3, height, width\), uint8"):
         own.probabilities(image)
+
+
+def test_predictions_are_of_one_view_or_ten(own: Trained) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.views=5"):
+        own.predict(images_of(own), views=5)  # type: ignore[arg-type]
 
 
 def test_features_have_the_networks_own_activation(

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,9 +17,9 @@ from alexnet_dist.network.model import AlexNet
 from alexnet_dist.network.precision import DTYPES
 
 
-def with_views(config: Config, views: Literal[1, 10]) -> Config:
-    """Return the config with so many windows per image."""
-    return replace(config, evaluate=replace(config.evaluate, views=views))
+def by_one_view(config: Config) -> Config:
+    """Return the config with one window per image: the centre."""
+    return replace(config, evaluate=replace(config.evaluate, views=1))
 
 
 @torch.no_grad()
@@ -72,7 +71,7 @@ def features_and_logits(
         (n, units) float32, the units that the last layer sees on this rank; and logits
         (n, classes). Both on the CPU.
     """
-    config = with_views(config, 1)
+    config = by_one_view(config)
     features: list[Tensor] = []
     *_, last = engine.model.layers()
     products = last.products

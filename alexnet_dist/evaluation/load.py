@@ -17,7 +17,7 @@ from alexnet_dist.data.dataset import Dataset, open_trained_on
 from alexnet_dist.data.prepare.convert import convert
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.errors import ConfigError, DatasetError, NotFinite
-from alexnet_dist.evaluation.features import activations, logits, with_views
+from alexnet_dist.evaluation.features import activations, by_one_view, logits
 from alexnet_dist.evaluation.predict import Prediction, batches_of, images_in, windows_of
 from alexnet_dist.files import MOST_ENCODED, read_bytes, written_aside
 from alexnet_dist.network.exchange import side_by_side
@@ -72,7 +72,8 @@ class Trained:
 
         Raises DatasetError for any other tensor.
         """
-        if image.dtype != torch.uint8 or image.ndim != 3 or len(image) not in (1, 3):
+        pixels = image.dtype == torch.uint8 and image.ndim == 3 and image.numel() > 0
+        if not pixels or len(image) not in (1, 3):
             raise DatasetError(
                 f"an image of {(*image.shape,)}, {image.dtype}: must be (1 or 3, height, width), "
                 'uint8, as from decode_image(path, mode="RGB")'
@@ -107,9 +108,10 @@ class Trained:
             workers: number of processes that read files; with more than one, the main program must
                 be guarded by `if __name__ == "__main__":`.
 
-        Raises NotFinite where the network's outputs are not finite.
+        Raises ConfigError for another number of views, NotFinite where the network's outputs are
+        not finite.
         """
-        config = with_views(self.config, views or self.config.evaluate.views)
+        config = overridden(self.config, {} if views is None else {"evaluate.views": views})
         for part, windows in self._batches(config, images, workers):
             shares = iter(())
             if len(windows):
@@ -136,7 +138,7 @@ class Trained:
         """
         if layer not in (names := self.config.model.layer_names):
             raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
-        config, outputs = with_views(self.config, 1), []
+        config, outputs = by_one_view(self.config), []
         for part, windows in self._batches(config, images):
             for path, refused in part:
                 if refused:
@@ -153,7 +155,7 @@ class Trained:
         Args:
             out: the PNG to write.
         """
-        config = with_views(self.config, 1)
+        config = by_one_view(self.config)
         ((_, windows),) = self._batches(config, prediction.path)
         made = activations(self.model, config, windows, config.model.conv_names)
         maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
