@@ -71,9 +71,9 @@ def evaluate_engine(
         The score, the same on every rank; None where a signal ended the evaluation.
     """
     topology = engine.topology
-    sums = torch.zeros(4, dtype=torch.float64)  # as `_summed` returns
+    sums = torch.zeros(4, dtype=torch.float64)  # as `_batch_sums` returns
     for probabilities, labels in _probabilities(engine, config, dataset):
-        sums += _summed(probabilities, labels)
+        sums += _batch_sums(probabilities, labels)
         if confusion is not None:
             add_confusion(confusion, probabilities, labels)
         if signals is not None and signals.poll(topology):
@@ -106,7 +106,7 @@ def evaluate_checkpoints(
     # One network after another; the last one completes the averages, which are scored batch by
     # batch.
     kept = _memory_for_all(configs, dataset) if keep or len(found) > 1 else None
-    sums = torch.zeros(4, dtype=torch.float64)  # as `_summed` returns
+    sums = torch.zeros(4, dtype=torch.float64)  # as `_batch_sums` returns
     confusion = torch.zeros(len(dataset.classes), len(dataset.classes), dtype=torch.int64)
     for checkpoint, own in zip(found, configs, strict=True):
         end = 0
@@ -117,7 +117,7 @@ def evaluate_checkpoints(
                 part = kept[0][rows].add_(part)
                 kept[1][rows] = truth
             if checkpoint is found[-1]:
-                sums += _summed(part, truth)
+                sums += _batch_sums(part, truth)
                 add_confusion(confusion, part, truth)
     score = _finite(_score(sums, config, dataset), *paths)
     average, labels = kept or (None, None)
@@ -261,7 +261,7 @@ def _probabilities(
         pipeline.close()
 
 
-def _summed(probabilities: Tensor, labels: Tensor) -> Tensor:
+def _batch_sums(probabilities: Tensor, labels: Tensor) -> Tensor:
     """Return sums over a batch, (4,) float64: samples, ranked first, among the first five, loss.
 
     Args:
@@ -276,7 +276,7 @@ def _summed(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 
 def _score(sums: Tensor, config: Config, dataset: Dataset) -> Score:
-    """Return the score of `_summed` over the split; raise DatasetError where too much is
+    """Return the score of `_batch_sums` over the split; raise DatasetError where too much is
     damaged."""
     samples, correct1, correct5, loss = sums.tolist()
     split = evaluation_split(config, dataset)
