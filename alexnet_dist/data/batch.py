@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.split import IdArray, Split
+from alexnet_dist.data.split import Ints, Split
 from alexnet_dist.parallel.columns import gather_rows
 from alexnet_dist.timing import TIMELINE
 
@@ -38,12 +38,12 @@ class Samples:
         lighting: (n, 3) float32, added to every pixel's red, green and blue, grey levels.
     """
 
-    ids: IdArray
-    corners: npt.NDArray[np.int64]
+    ids: Ints
+    corners: Ints
     flips: npt.NDArray[np.bool_]
     lighting: npt.NDArray[np.float32]
 
-    def patch(self, crop: int, canvas: int) -> tuple[IdArray, int]:
+    def patch(self, crop: int, canvas: int) -> tuple[Ints, int]:
         """Return the part of each canvas to decode: top and left (n, 2), and its side, pixels.
 
         With one window it is the window; with several it is the canvas, so that an image is decoded
@@ -122,7 +122,7 @@ class Metadata:
         return 6 + 3 * windows
 
     @staticmethod
-    def pack(samples: Samples, read: IdArray, split: Split) -> Tensor:
+    def pack(samples: Samples, read: Ints, split: Split) -> Tensor:
         """Return the metadata of samples as (n, width) float64.
 
         Args:
@@ -247,7 +247,7 @@ class Pipeline:
         self.split.close()
 
     def decoded(
-        self, samples: Samples, read: IdArray, patches: Tensor, resident: bool = False
+        self, samples: Samples, read: Ints, patches: Tensor, resident: bool = False
     ) -> Decoded:
         """Return samples with their patches, which are on the device.
 

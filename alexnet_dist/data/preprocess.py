@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Statistics
-from alexnet_dist.data.split import IdArray
+from alexnet_dist.data.split import Ints
 from alexnet_dist.data.verified import read_array
 from alexnet_dist.errors import DatasetError, cannot_be_read
 from alexnet_dist.files import sha256
@@ -211,10 +211,10 @@ class Canvases:
         self.cuts = bool((self._table[:, 1] != stored).any())
         self.resizes = bool((stored != side).any())
 
-    def __call__(self, samples: IdArray) -> IdArray:
+    def __call__(self, samples: Ints) -> Ints:
         """Return (n, 4, 2), pixels, for samples (n,): (top, left) and (height, width) of the part
         that is resized; (height, width) it is resized to; (top, left) of the canvas in that."""
-        places: IdArray = self._table[np.searchsorted(self._kinds, _kinds(self._index[samples]))]
+        places: Ints = self._table[np.searchsorted(self._kinds, _kinds(self._index[samples]))]
         return places
 
 

@@ -4,6 +4,7 @@ Slot s of step t is sample t·B + s of the concatenated epoch permutations, for 
 nothing is dropped or padded at the end of an epoch, and there is no loader state to save.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Samples
 from alexnet_dist.data.dataset import Statistics
+from alexnet_dist.data.split import Ints
 from alexnet_dist.network import philox
 from alexnet_dist.network.philox import Purpose
 
@@ -26,30 +28,26 @@ class TrainSampler:
     def __init__(self, config: Config, count: int, statistics: Statistics) -> None:
         self.config, self.count = config, count
         self.axes = lighting_axes(config, statistics)
-        self._orders: dict[int, npt.NDArray[np.int64]] = {}
+        # Of an epoch, (count,). A batch rarely needs more than two.
+        self._order = functools.lru_cache(maxsize=2)(
+            lambda epoch: philox.permutation(config.seed, epoch, count)
+        )
 
     def samples(self, step: int, slots: range) -> Samples:
         """Return the samples in some slots of a step."""
         position = step * self.config.train.batch + np.arange(slots.start, slots.stop)
         epochs, places = np.divmod(position, self.count)
         ids = np.empty_like(places)
-        for epoch in np.unique(epochs):
+        for epoch in np.unique(epochs).tolist():
             chosen = epochs == epoch
-            ids[chosen] = self._order(int(epoch))[places[chosen]]
+            ids[chosen] = self._order(epoch)[places[chosen]]
         return self._draw(ids, epochs)
 
     def plan(self, first_step: int, last_step: int, slots: range) -> Iterator[Samples]:
         """Return the samples of steps first_step … last_step − 1, lazily."""
         return (self.samples(step, slots) for step in range(first_step, last_step))
 
-    def _order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Return the permutation of an epoch, (count,). Only two are kept in memory."""
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = philox.permutation(self.config.seed, epoch, self.count)
-        return self._orders[epoch]
-
-    def _draw(self, ids: npt.NDArray[np.int64], epochs: npt.NDArray[np.int64]) -> Samples:
+    def _draw(self, ids: Ints, epochs: Ints) -> Samples:
         """Draw windows, flips and lighting for samples (n,), each in its epoch (n,)."""
         data, seed = self.config.data, self.config.seed
         zero = np.zeros_like(ids)
@@ -84,7 +82,7 @@ def lighting_axes(config: Config, statistics: Statistics) -> npt.NDArray[np.floa
     return scale[:, None] * statistics.eigenvectors
 
 
-def views(config: Config) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def views(config: Config) -> tuple[Ints, npt.NDArray[np.bool_]]:
     """Return corners (v, 2) and flips (v,) of the test windows: the centre, or the ten of §4.1."""
     margin = config.data.canvas - config.model.crop
     middle = margin // 2

@@ -30,7 +30,7 @@ INDEX = np.dtype(
      ("height", "<u2"), ("width", "<u2")]
 )  # fmt: skip
 Encoded = npt.NDArray[np.uint8]  # (bytes,), a JPEG or PNG
-IdArray = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
 
 
@@ -58,7 +58,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.index)
 
-    def labels(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def labels(self, ids: Ints) -> Ints:
         """Return the classes of samples, both (n,)."""
         return self.index["label"][ids].astype(np.int64)
 
@@ -112,14 +112,14 @@ class Split:
         except ValueError as error:
             raise undecodable(self, [sample], error) from None
 
-    def read_batch(self, samples: IdArray) -> tuple[IdArray, list[Encoded]]:
+    def read_batch(self, samples: Ints) -> tuple[Ints, list[Encoded]]:
         """Do what `read_with_warnings` does, and log the warnings."""
         read, encoded, warnings = self.read_with_warnings(samples)
         for warning in warnings.values():
             log.warning(warning)
         return read, encoded
 
-    def read_with_warnings(self, samples: IdArray) -> tuple[IdArray, list[Encoded], dict[int, str]]:
+    def read_with_warnings(self, samples: Ints) -> tuple[Ints, list[Encoded], dict[int, str]]:
         """Read samples' encoded images, in one call that does not hold the GIL.
 
         A damaged sample is replaced by the next one that is not.

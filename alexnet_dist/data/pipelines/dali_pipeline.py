@@ -22,7 +22,7 @@ from torch.utils.dlpack import from_dlpack
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Decoded, Pipeline, Preprocessor, Samples, started_ahead
 from alexnet_dist.data.preprocess import Canvases
-from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
+from alexnet_dist.data.split import Encoded, Ints, Split, undecodable
 from alexnet_dist.errors import MachineError, one_line
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class _Read:
     """Samples, the ids that were read for them, and DALI's list of their encoded images."""
 
     samples: Samples
-    read: IdArray
+    read: Ints
     encoded: Any
 
 
@@ -151,7 +151,7 @@ class DaliPipeline(Pipeline):
                 continue
             origins, _ = read.samples.patch(self.crop, self.canvas)
             corner, kept, size, offset = self.canvases(read.read).swapaxes(0, 1)  # (n, 2) each
-            numbers: list[tuple[IdArray, type]] = [(origins + offset, np.int32)]
+            numbers: list[tuple[Ints, type]] = [(origins + offset, np.int32)]
             numbers += [(size, np.float32)] * self.canvases.resizes
             numbers += [(corner, np.int32), (kept, np.int32)] * self.canvases.cuts
             yield read.encoded, *(np.ascontiguousarray(value, dtype) for value, dtype in numbers)

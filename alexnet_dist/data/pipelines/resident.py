@@ -29,7 +29,7 @@ from alexnet_dist.data.batch import (
 from alexnet_dist.data.dataset import Dataset, raised_on_every_rank
 from alexnet_dist.data.loops import cut
 from alexnet_dist.data.pipelines.torch_pipeline import Decoder
-from alexnet_dist.data.split import IdArray, Split
+from alexnet_dist.data.split import Ints, Split
 from alexnet_dist.errors import MachineError
 from alexnet_dist.network.flops import map_values, multiply_adds
 from alexnet_dist.network.model import AlexNet
@@ -56,10 +56,10 @@ class Resident:
     """
 
     images: Tensor
-    read: IdArray
+    read: Ints
     damaged: Mapping[int, str]
 
-    def read_for(self, samples: Samples) -> IdArray:
+    def read_for(self, samples: Samples) -> Ints:
         """Return the samples that were read for these, and log the damaged ones each time, as the
         other pipelines do."""
         read = self.read[samples.ids]
@@ -214,8 +214,9 @@ def _decode_all(
 
 
 class ResidentPipeline(Pipeline):
-    """A `Pipeline` over decoded images. A step cuts its windows from them where they are on its
-    device; for a GPU, threads cut patches from the host's memory, without holding the GIL.
+    """A `Pipeline` over decoded images, which stay with the data set for the next pipeline. A step
+    cuts its windows from them where they are on its device; for a GPU, threads cut patches from the
+    host's memory, without holding the GIL.
 
     Args:
         threads: number of the host's threads that cut.
@@ -241,14 +242,10 @@ class ResidentPipeline(Pipeline):
             read = resident.read_for(samples)
             yield self.decoded(samples, read, resident.images, resident=True)
 
-    def close(self) -> None:
-        """Stop the threads. The images stay with the data set, for the next pipeline."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
     def _from_host(self, resident: Resident, plan: Iterable[Samples]) -> Iterator[Decoded]:
         images, pinned = resident.images.flatten(2).numpy(), self.device.type == "cuda"
 
-        def start(samples: Samples) -> tuple[Samples, IdArray, Tensor, Future[None]]:
+        def start(samples: Samples) -> tuple[Samples, Ints, Tensor, Future[None]]:
             corners, side = samples.patch(self.crop, self.canvas)
             shape = (len(samples.ids), side, side, 3)
             patches = torch.empty(shape, dtype=torch.uint8, pin_memory=pinned)

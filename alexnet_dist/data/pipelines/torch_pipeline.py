@@ -25,11 +25,11 @@ from alexnet_dist.data.batch import (
 )
 from alexnet_dist.data.codecs import UNCHANGED, operators
 from alexnet_dist.data.preprocess import Canvases
-from alexnet_dist.data.split import Encoded, IdArray, Split, undecodable
+from alexnet_dist.data.split import Encoded, Ints, Split, undecodable
 from alexnet_dist.errors import MachineError, filled_by
 
 _Decode = Callable[[list[Tensor], list[list[int]], Tensor], None]
-_Started = tuple[Samples, IdArray, Tensor, list[Future[None]]]
+_Started = tuple[Samples, Ints, Tensor, list[Future[None]]]
 
 
 class TorchPipeline(Pipeline):
@@ -79,9 +79,7 @@ class Decoder:
         self.split, self.canvases = split, Canvases(split.index, canvas)
         self._decode = _compiled()  # here, since Python 3.11 can parse in one thread at a time only
 
-    def __call__(
-        self, samples: IdArray, encoded: list[Encoded], origins: IdArray, out: Tensor
-    ) -> None:
+    def __call__(self, samples: Ints, encoded: list[Encoded], origins: Ints, out: Tensor) -> None:
         """Decode samples in one call that does not hold the GIL, unless one of them fails.
 
         Args:
