@@ -211,8 +211,9 @@ def test_fine_tuning_begins_from_the_named_weights_and_a_new_last_layer(
     shallow = ["model.fc=[36]", "model.exchange=[conv3,fc6,fc7]", "model.dropout_before=[fc7]"]
     with pytest.raises(ConfigError, match=r"fc8\.bias is \[10\] there, but not here: change"):
         InitialWeights(tiny(*one, *shallow, f"train.init_from={first}", "train.init_new=[fc7]"), ())
-    with pytest.raises(ConfigError, match=r"train\.init_sha256='f+': .*first has "):
+    with pytest.raises(ConfigError, match=r"train\.init_sha256='f+': .*first has ") as refused:
         InitialWeights(moved, ())  # as where they changed before a run begins anew
+    assert not refused.value.on_every_rank, "a rank whose disk has other weights says so itself"
     shutil.rmtree(first)
     assert train(config).exit == 0, "it has weights of its own"
     with pytest.raises(CheckpointError, match="first is neither"):

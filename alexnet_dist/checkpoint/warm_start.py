@@ -21,8 +21,8 @@ from alexnet_dist.tensor_files import Shape, misfit
 
 def resolved(config: Config) -> Config:
     """Return the config with what a run resolves once, when it first starts: the path and weight
-    hash of the checkpoint to start from, the hash of the mean image, and of `data.pipeline=auto`
-    what an earlier start made of it (DALI on a GPU decodes to other bytes than torchvision).
+    hash of the checkpoint to start from, and the hash of the mean image. `data.pipeline=auto` stays
+    what it became at an earlier start, since DALI on a GPU decodes to other bytes than torchvision.
 
     Once the run has checkpoints of its own, the files it started from may change or be removed.
 
@@ -75,14 +75,15 @@ def _source(train: TrainConfig) -> tuple[checkpoints.Checkpoint, str]:
     if train.init_sha256 not in ("any", digest):
         raise ConfigError(
             f"train.init_sha256={train.init_sha256!r}: {train.init_from} has {digest}: name the "
-            "weights that this run is to start from, or set train.init_sha256=any"
+            "weights that this run is to start from, or set train.init_sha256=any",
+            on_every_rank=False,  # each node may have a copy on its own disk
         )
     return source, digest
 
 
 class InitialWeights:
-    """Whole initial parameters: those of train.init_from, but for train.init_new those of any new
-    run. They are read like a checkpoint's.
+    """Whole initial parameters: those of train.init_from, except that the layers of train.init_new
+    begin as in any new run. They are read like a checkpoint's.
 
     Args:
         classes: the data set's class names.
