@@ -66,7 +66,7 @@ class Telemetry:
             "ranks": topology.world_size,
             "cores": topology.world_size * topology.cores,
         }
-        self._board = Board(folder.path, config, schedule, topology, dataset, step)
+        self._board = Board(config, schedule, topology, dataset, step)
         self._loggers: list[loggers.LoggerThread] = []
         classes, wanted = config.model.classes, config.log.pictures and loggers.pictured(config)
         self._draws_confusion = wanted and classes <= MOST_CLASSES

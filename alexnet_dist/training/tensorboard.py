@@ -5,7 +5,6 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,10 +55,9 @@ class Board:
     """
 
     def __init__(
-        self, folder: Path, config: Config, schedule: Schedule, topology: Topology,
-        dataset: Dataset, step: int,
-    ) -> None:  # fmt: skip
-        self._folder, self._config, self._topology = folder, config, topology
+        self, config: Config, schedule: Schedule, topology: Topology, dataset: Dataset, step: int
+    ) -> None:
+        self._config, self._topology = config, topology
         own = config.data.eval_split  # without one, the training split, of which nothing is shown
         self._dataset = dataset
         self._split = dataset.splits.get(own, dataset.splits[config.data.train_split])
@@ -72,7 +70,7 @@ class Board:
             with self._guard:
                 # Opened by file descriptor: the writer opens its file by name at every flush, and
                 # the folder may have been moved.
-                self._descriptor = os.open(folder, os.O_PATH)
+                self._descriptor = os.open(config.folder, os.O_PATH)
                 place = f"/proc/self/fd/{self._descriptor}"
                 self._writer = SummaryWriter(place, purge_step=step + 1)
             self.draw(lambda to: _begin(to, config, schedule, step))
@@ -114,7 +112,7 @@ class Board:
         samples = evenly(len(self._split), ANSWERED)
         pictures: dict[str, Picture] = {}
         if config.log.pictures:
-            _, logits = self._seen(engine, samples)
+            _, logits = self._features_and_logits(engine, samples)
         if not self._topology.is_rank_0:
             return pictures
         with self._guard:
@@ -140,7 +138,7 @@ class Board:
         name = f"seen_by_{engine.model.layers()[-1].name}"
         wanted = self._config.log.embedding if "tensorboard" in self._config.log.to else 0
         if samples := evenly(len(self._split), wanted):
-            features, _ = self._seen(engine, samples)
+            features, _ = self._features_and_logits(engine, samples)
             self.draw(lambda to: self._embed(to, name, features, samples, step))
 
     def close(self, finished: bool) -> None:
@@ -152,7 +150,7 @@ class Board:
             os.close(self._descriptor)
         self._split.close()
 
-    def _seen(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
+    def _features_and_logits(self, engine: Engine, samples: range) -> tuple[Tensor, Tensor]:
         """Return features and logits of some evaluation samples. Collective."""
         split = self._config.data.eval_split
         return features_and_logits(engine, self._config, self._dataset, split, samples)
@@ -161,7 +159,7 @@ class Board:
         self, to: SummaryWriter, name: str, features: Tensor, samples: range, step: int
     ) -> None:
         """Write features, labels and thumbnails for the projector."""
-        shutil.rmtree(self._folder / f"{step:05d}" / name, ignore_errors=True)
+        shutil.rmtree(self._config.folder / f"{step:05d}" / name, ignore_errors=True)
         labels = [self._classes[y] for y in self._split.labels(np.array(samples))]
         images = torch.cat([self._thumbnail(sample) for sample in samples])
         to.add_embedding(features, labels, images, step, name)
