@@ -17,7 +17,8 @@ def size_of(encoded: bytes | bytearray) -> tuple[int, int]:
     """
     from alexnet_dist.data import loops  # Numba is slow to load
 
-    problem, height, width = loops.image_size(np.frombuffer(bytearray(encoded), np.uint8))
+    writable = np.frombuffer(bytearray(encoded), np.uint8)  # for bytes, Numba would compile anew
+    problem, height, width = loops.image_size(writable)
     if problem:
         raise ValueError(loops.PROBLEMS[problem])
     return height, width

@@ -28,7 +28,7 @@ class TrainSampler:
     def __init__(self, config: Config, count: int, statistics: Statistics) -> None:
         self.config, self.count = config, count
         self.axes = lighting_axes(config, statistics)
-        # Of an epoch, (count,). A batch rarely needs more than two.
+        # The permutation of an epoch, (count,). A batch rarely spans more than two epochs.
         self._order = functools.lru_cache(maxsize=2)(
             lambda epoch: philox.permutation(config.seed, epoch, count)
         )

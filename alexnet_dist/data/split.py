@@ -67,8 +67,8 @@ class Split:
         return bool((self.index["height"] == side).all() and (self.index["width"] == side).all())
 
     def within(self, side: int) -> bool:
-        """Whether no image is stored larger than this, as `prepare` stores them without --keep: its
-        shorter side, pixels."""
+        """Whether no image's shorter side exceeds this, pixels: so `prepare` stores them, unless
+        told to --keep their size."""
         return bool((np.minimum(self.index["height"], self.index["width"]) <= side).all())
 
     def check_shard(self, number: int) -> None:

@@ -13,9 +13,9 @@ def verdict(
     shares: Mapping[str, float], slowest: tuple[float, int], config: Config, cores: int,
     within_canvas: bool, cuda: bool, mfu: float | None = None,
 ) -> str:  # fmt: skip
-    """Return what limits the speed of training, with advice: a slow rank, unless most time goes
-    besides training; else the span that exceeds its acceptable share most; else a GPU that is
-    hardly used; else nothing.
+    """Return what limits the speed of training, with advice: a slow rank, unless most of the time
+    goes into evaluating, saving and logging; else the span that exceeds its acceptable share most;
+    else a GPU that is hardly used; else nothing.
 
     Args:
         shares: share of the time by span, the names of `timing.SPANS`.
