@@ -128,14 +128,10 @@ class Metadata:
         Args:
             read: (n,) the samples that were read for them.
         """
-        windows = np.concatenate([samples.corners, samples.flips[..., None]], axis=2)
-        numbers = [split.labels(read), read, read != samples.ids]
-        columns = [
-            np.stack(numbers, axis=1),
-            samples.lighting,
-            windows.reshape(len(read), 3 * windows.shape[1]),
-        ]
-        return torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float64))
+        windows = np.concatenate([samples.corners, samples.flips[..., None]], axis=2)  # (n, v, 3)
+        flat = windows.reshape(len(read), 3 * windows.shape[1])
+        of_each = split.labels(read), read, read != samples.ids  # (n,)
+        return torch.from_numpy(np.column_stack([*of_each, samples.lighting, flat]))
 
     @classmethod
     def unpack(cls, packed: Tensor) -> "Metadata":
