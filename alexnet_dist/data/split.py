@@ -213,21 +213,21 @@ def open_split(folder: Path, name: str, meta: Mapping[str, Any], classes: int) -
         raise DatasetError(
             f"{where}: {len(index)} samples, but dataset.json says {meta['samples']}"
         )
-    if len(index) and index["label"].max() >= classes:
-        bad = int(np.argmax(index["label"] >= classes))
+    wrong = index["label"] >= classes
+    if wrong.any():
+        bad = int(np.argmax(wrong))
         raise DatasetError(
             f"{where}: sample {bad} has class {index['label'][bad]}, out of range for "
             f"{classes} classes: prepare the data set again"
         )
-    if len(index):
-        limits = np.array([*sizes, 0], "<u8")[np.minimum(index["shard"], len(sizes))]
-        inside = index["offset"] <= limits
-        inside &= index["size"] <= limits - index["offset"]
-        if not inside.all():
-            raise DatasetError(
-                f"{where}: sample {int(np.argmin(inside))} lies outside its shard: "
-                "prepare the data set again"
-            )
-        if not (index["height"].all() and index["width"].all()):
-            raise DatasetError(f"{where}: an image has no pixels: prepare the data set again")
+    # The size of each sample's shard; 0 where there is no such shard.
+    limits = np.array([*sizes, 0], "<u8")[np.minimum(index["shard"], len(sizes))]
+    inside = (index["offset"] <= limits) & (index["size"] <= limits - index["offset"])
+    if not inside.all():
+        raise DatasetError(
+            f"{where}: sample {int(np.argmin(inside))} lies outside its shard: "
+            "prepare the data set again"
+        )
+    if not (index["height"].all() and index["width"].all()):
+        raise DatasetError(f"{where}: an image has no pixels: prepare the data set again")
     return Split(name, shards, index, tuple(str(shard["sha256"]) for shard in meta["shards"]))
