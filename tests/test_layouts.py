@@ -21,15 +21,17 @@ from alexnet_dist.data.pipelines.make import train_batches
 from alexnet_dist.engines.base import AT, Engine
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
+from alexnet_dist.engines.optimizer import state_shapes
 from alexnet_dist.engines.zero import deepspeed_config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.network import kernels
+from alexnet_dist.network.model import whole_shapes
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
 from alexnet_dist.reporting.compare_layouts import ZERO_BOUND, InMemory, _updates
-from alexnet_dist.tensor_files import TensorFile
+from alexnet_dist.tensor_files import Shape, TensorFile
 
 STEPS = 20 if torch.cuda.is_available() else 10  # graphs of DDP are captured after eleven
 ON = [
@@ -521,3 +523,17 @@ def test_ranks_are_started_as_there_are_gpus() -> None:
     assert [wanted("columns_x_replicas", gpus) for gpus in (0, 2, 5, 8)] == [4, 4, 4, 8]
     assert [wanted("columns", 8), wanted("sharded_fc", 8), wanted("one", 8)] == [2, 4, 1]
     assert wanted("replicas", 8, "layout.ranks=3") == 3
+
+
+def as_saved(config: Config) -> tuple[dict[str, Shape], dict[str, Shape]]:
+    """The optimiser's tensors before the first step, on rank 0, and what a checkpoint must hold."""
+    engine = make_engine(config, connect(config))
+    wanted = state_shapes(config.optimizer, whole_shapes(config.model))
+    return {n: tuple(t.shape) for n, t in engine.whole_tensors()[1].items()}, wanted
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_zero_has_its_state_before_the_first_step(optimizer: str, packed: Path) -> None:
+    config = config_of(packed, "train.precision=fp32", f"optimizer.kind={optimizer}")
+    saved, wanted = on_ranks(2, as_saved, on(config, "zero1", 2))[0]
+    assert saved == wanted

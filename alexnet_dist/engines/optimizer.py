@@ -81,15 +81,8 @@ class Optimizer:
                 # torch would warn of uncaptured steps; those before the capture are meant to be.
                 self.optimizer._warned_capturable_if_run_uncaptured = True
         self.parameters = dict(named)
-        # torch would make the state at the first step, and not at all if that is skipped.
-        for key, shape in state_shapes(config, {n: tuple(p.shape) for n, p in named}).items():
-            kind, _, name = key.partition("/")
-            like = self.parameters[name]
-            self.optimizer.state[like][kind] = (
-                torch.zeros_like(like)
-                if shape
-                else torch.zeros((), dtype=torch.float32, device=like.device)
-            )
+        for parameter in self.parameters.values():
+            self.optimizer.state[parameter] = initial_state(config, parameter)
         first = named[0][1]
         self.dtype, self.device = first.dtype, first.device
         self.fixed_rates, self.scaled_rates = self._rates()
@@ -227,6 +220,17 @@ class Optimizer:
     def state_tensors(self) -> list[Tensor]:
         """Return all tensors that a step changes: weights, narrow copies, optimiser state."""
         return [*self.parameters.values(), *(self.narrow or {}).values(), *self.tensors().values()]
+
+
+def initial_state(config: OptimizerConfig, parameter: Tensor) -> dict[str, Tensor]:
+    """Return a parameter's state before the first step. (torch would make it in that step, and not
+    at all if it is skipped; but a checkpoint of step 0 must hold it.)"""
+    return {
+        kind: parameter.new_zeros((), dtype=torch.float32)
+        if kind == "step"
+        else torch.zeros_like(parameter)
+        for kind in STATE[config.kind]
+    }
 
 
 def state_shapes(

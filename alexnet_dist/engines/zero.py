@@ -24,7 +24,7 @@ from alexnet_dist.engines.base import (
     with_damaged,
 )
 from alexnet_dist.engines.graph import capture_forward, captures, on_stream
-from alexnet_dist.engines.optimizer import Optimizer
+from alexnet_dist.engines.optimizer import Optimizer, initial_state
 from alexnet_dist.errors import ConfigError, one_line
 from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.network import kernels
@@ -117,10 +117,8 @@ class ZeroEngine:
         with on_stream(stream):  # where autograd will work with the nodes that DeepSpeed keeps
             self.engine = self._initialised(model)
         self.zero = self.engine.optimizer
-        if config.optimizer.kind == "sgd":
-            for piece in self._pieces():
-                momentum = {"momentum_buffer": torch.zeros_like(piece)}
-                self.optimizer.optimizer.state[piece].update(momentum)
+        for piece in self._pieces():
+            self.optimizer.optimizer.state[piece] = initial_state(config.optimizer, piece)
         if stream is not None:
             self._capture(stream)
 
