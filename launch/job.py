@@ -80,7 +80,8 @@ def check_private(folder: Path) -> None:
 def before(arguments: Sequence[str]) -> Config:
     """Check a job that is about to start its ranks; raises what all of them would raise."""
     config = load_config(arguments)
-    tasks = environment.tasks_per_node(os.environ.get("SLURM_TASKS_PER_NODE", "1"))
+    name = "SLURM_TASKS_PER_NODE"
+    tasks = environment.tasks_per_node(os.environ.get(name, "1"), name)
     if sum(tasks) != int(os.environ.get("SLURM_NTASKS", sum(tasks))):
         tasks = (*tasks[:-1], int(os.environ["SLURM_NTASKS"]) - sum(tasks[:-1]))
     check_placement(config, tasks)

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, as_overrides, on_ranks
+from conftest import TINY, alexnet_dist, as_overrides, on_ranks
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
 from alexnet_dist.cli import main
@@ -61,11 +61,50 @@ def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment.place() == Place(1, 2)
 
 
-def test_tasks_on_nodes_are_read_as_slurm_writes_them() -> None:
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x': must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2': must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK='a': must be a number"),
+        (STEP | {"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS='two': must be"),
+        (STEP | {"SLURM_NODEID": ""}, "SLURM_NODEID='': must be a number"),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": ""}, "SLURM_STEP_TASKS_PER_NODE=: must be"),
+    ],
+)
+def test_a_launchers_variable_that_is_not_a_number_is_named(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        environment.place()
+
+
+def test_empty_variables_of_a_launcher_count_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.setenv(name, "")
+    assert environment.place() is None
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert environment.place() == Place(1, 2)
+
+
+def test_a_launchers_bad_variable_is_one_line() -> None:
+    odd = os.environ | {"RANK": "x", "WORLD_SIZE": "2"}
+    done = alexnet_dist("configs", fresh=True, env=odd)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "RANK='x': must be a number" in done.stderr
+
+
+def test_tasks_on_nodes_are_read_as_slurm_writes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment.tasks_per_node("2(x3),1") == (2, 2, 2, 1)
     assert environment.tasks_per_node("4") == (4,)
     with pytest.raises(ConfigError, match=r"SLURM_STEP_TASKS_PER_NODE=two: must be as Slurm"):
         environment.tasks_per_node("two")
+    monkeypatch.setenv("SLURM_TASKS_PER_NODE", "two")
+    with pytest.raises(ConfigError, match=r"^SLURM_TASKS_PER_NODE=two: must be as Slurm"):
+        job.before(["demo"])
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     typed = list(sys.argv[1:] if arguments is None else arguments)
     code = with_usable(lambda: _run(typed))
-    if arguments is None and environment.place():
+    if arguments is None and environment.launched():
         os._exit(code)  # a thread that gloo left behind may abort an interpreter that ends
     return code
 

@@ -41,25 +41,33 @@ class Place:
         return self.world == self.local_world
 
 
-def place() -> Place | None:
-    """Return this process's place; None if no launcher started it."""
+def launched() -> bool:
+    """Whether a launcher started this process, as one of its ranks."""
     has = os.environ.get
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return Place(
-            rank=int(os.environ["RANK"]),
-            world=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(has("LOCAL_RANK", "0")),
-            local_world=int(has("LOCAL_WORLD_SIZE", "1")),
-        )
-    world = int(has("SLURM_STEP_NUM_TASKS", "1"))
-    if world == 1:
+    return bool(has("RANK") and has("WORLD_SIZE")) or (has("SLURM_STEP_NUM_TASKS") or "1") != "1"
+
+
+def place() -> Place | None:
+    """Return this process's place; None if no launcher started it.
+
+    Raises ConfigError where a variable is not as launchers set it.
+    """
+    has = os.environ.get
+    if not launched():
         return None
-    tasks, node = tasks_per_node(os.environ["SLURM_STEP_TASKS_PER_NODE"]), _number("SLURM_NODEID")
+    if has("RANK") and has("WORLD_SIZE"):
+        return Place(
+            rank=_number("RANK"),
+            world=_number("WORLD_SIZE"),
+            local_rank=_number("LOCAL_RANK", 0),
+            local_world=_number("LOCAL_WORLD_SIZE", 1),
+        )
+    tasks, node = tasks_per_node(has("SLURM_STEP_TASKS_PER_NODE", "")), _number("SLURM_NODEID")
     gpus, cores = has("SLURM_GPUS_ON_NODE"), has("SLURM_CPUS_PER_TASK")
     start = (*job(), _number("SLURM_STEP_ID"))
     return Place(
         rank=_number("SLURM_PROCID"),
-        world=world,
+        world=_number("SLURM_STEP_NUM_TASKS"),
         local_rank=_number("SLURM_LOCALID"),
         local_world=tasks[node],
         node=node,
@@ -73,22 +81,30 @@ def place() -> Place | None:
 
 def job() -> tuple[str | None, int]:
     """Return Slurm's job id, None outside a job, and how often Slurm has restarted the job."""
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return os.environ.get("SLURM_JOB_ID"), _number("SLURM_RESTART_COUNT", 0)
 
 
-def _number(name: str) -> int:
-    return int(os.environ[name])
+def _number(name: str, default: int | None = None) -> int:
+    """Return the number in an environment variable; the default where it is missing or empty."""
+    text = os.environ.get(name, "")
+    if text.isdecimal():
+        return int(text)
+    if text or default is None:
+        raise ConfigError(
+            f"{name}={text!r}: must be a number, as a launcher sets it; to run alone, unset RANK "
+            "and SLURM_STEP_NUM_TASKS"
+        )
+    return default
 
 
-def tasks_per_node(text: str) -> tuple[int, ...]:
-    """Parse Slurm's list of tasks per node: 2(x3),1 is (2, 2, 2, 1). Raises ConfigError."""
+def tasks_per_node(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") -> tuple[int, ...]:
+    """Parse Slurm's list of tasks per node, from the variable of this name: 2(x3),1 is
+    (2, 2, 2, 1). Raises ConfigError."""
     counts: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if found is None:
-            raise ConfigError(
-                f"SLURM_STEP_TASKS_PER_NODE={text}: must be as Slurm writes it: 2(x3),1"
-            )
+            raise ConfigError(f"{name}={text}: must be as Slurm writes it: 2(x3),1")
         counts += [int(found[1])] * int(found[2] or 1)
     return tuple(counts)
 
