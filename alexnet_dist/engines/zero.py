@@ -196,23 +196,16 @@ class ZeroEngine:
         check_fit(self.config, parameters, optimizer)
         for name, parameter in self.engine.module.named_parameters():
             parameter.copy_(parameters.rows(name, slice(None)))
-        kinds = {key.partition("/")[0] for key in (optimizer.shapes() if optimizer else ())}
         for group, piece in enumerate(self._pieces()):
             mine = slice(self.group.rank() * len(piece), (self.group.rank() + 1) * len(piece))
             piece.copy_(self.zero.bit16_groups_flat[group][mine])
-            for kind in sorted(kinds):
-                assert optimizer is not None
+            if optimizer is None:
+                continue
+            for kind, state in self.optimizer.optimizer.state[piece].items():
                 flat = torch.zeros(self._length(group))
-                for name, shape, rows in self._places(group):
-                    tensor = optimizer.rows(f"{kind}/{name}", slice(None))
-                    if tensor.dim() == 0 and shape:
-                        alike = tensor.to(piece.device, copy=True)
-                        self.optimizer.optimizer.state[piece][kind] = alike
-                        break
-                    flat[rows] = tensor.flatten()
-                else:
-                    state = flat[mine].to(piece.device)
-                    self.optimizer.optimizer.state[piece][kind] = state
+                for name, _, rows in self._places(group):
+                    flat[rows] = optimizer.rows(f"{kind}/{name}", slice(None)).flatten()
+                state.copy_(flat[mine] if state.dim() else flat[0])  # a number is that of all
 
     def _gradients(self) -> list[Tensor]:
         """Return this rank's part of the summed gradients; none if DeepSpeed offloads them."""
