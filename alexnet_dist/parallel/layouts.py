@@ -15,7 +15,6 @@ from alexnet_dist.errors import ConfigError, counted
 
 SPLIT_IN_COLUMNS = ("columns", "columns_x_replicas")
 ZERO_STAGES = {"zero1": 1, "zero2": 2}
-_LEAST = {"one": 1, "columns": 2, "columns_x_replicas": 4}
 
 
 def columns_of(config: Config) -> int:
@@ -26,10 +25,10 @@ def columns_of(config: Config) -> int:
 def ranks_wanted(config: Config, gpus: int) -> int:
     """Return how many ranks to start if no launcher did: `layout.ranks`, or the most that the GPUs
     and the layout allow, or the fewest that the layout needs."""
-    least = _LEAST.get(config.layout.kind, 2)
-    most = 2 if config.layout.kind == "columns" else gpus
     if config.layout.ranks or config.layout.kind == "one":
         return config.layout.ranks or 1
+    least = 4 if config.layout.kind == "columns_x_replicas" else 2
+    most = 2 if config.layout.kind == "columns" else gpus
     fitting = (ranks for ranks in range(most, least, -1) if not problem(config, ranks))
     return next(fitting, least)
 
@@ -76,7 +75,7 @@ def _ranks_problem(config: Config, ranks: int) -> str:
             "layout.ranks=0 to use as many as it starts"
         )
     if kind == "sharded_fc" and (any(width % ranks for width in model.fc) or model.classes < ranks):
-        both = [n for n in divisors(*model.fc) if 1 < n <= model.classes]
+        both = [n for n in range(2, model.classes + 1) if not any(width % n for width in model.fc)]
         return (
             f"layout.kind=sharded_fc: model.fc={list(model.fc)} and model.classes="
             f"{model.classes} cannot be split over {ranks} ranks, only over {_some(both)}"
@@ -114,9 +113,9 @@ def check_columns_meet(nodes: list[int], columns: int) -> None:
         )
 
 
-def divisors(*numbers: int) -> list[int]:
-    """Return the common divisors of these numbers, ascending."""
-    return [n for n in range(1, min(numbers) + 1) if not any(number % n for number in numbers)]
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def _some(numbers: list[int]) -> str:
