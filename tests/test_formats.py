@@ -204,6 +204,16 @@ def test_a_caffemodel_of_2014_gives_the_logits_of_its_network(tmp_path: Path) ->
     assert_close(logits / y.abs().max(), y / y.abs().max(), 1e-6)
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (4, 4, 4), (3, 4)])
+def test_a_mean_of_caffes_that_is_no_image_is_refused(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    path = tmp_path / "mean.binaryproto"
+    path.write_bytes(old_blob(np.zeros(shape)))
+    with pytest.raises(CheckpointError, match=r"a mean of shape .* must be 3 × height × width"):
+        caffe.read_mean(path)
+
+
 @pytest.mark.parametrize("preset", ["paper/released-code", "paper/caffenet", "paper/no-exchange"])
 def test_onnxruntime_gives_our_logits(
     ours: Callable[..., Path], tmp_path: Path, preset: str

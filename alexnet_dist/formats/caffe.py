@@ -1,6 +1,7 @@
 """Read and write Caffe's .caffemodel and .binaryproto, by the few fields of caffe.proto that hold
 weights."""
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -81,12 +82,11 @@ def read_layers(path: Path) -> dict[str, list[Floats]]:
 def read_mean(path: Path) -> Floats:
     """Read a mean image (.binaryproto): (height, width, 3), red first; raise CheckpointError."""
     mean = _array(_parsed("BlobProto", path), path)
-    planes = mean.reshape(mean.shape[-3:]) if mean.ndim >= 3 else mean
-    if planes.ndim != 3 or len(planes) != 3:
+    if mean.shape[-3:-2] != (3,) or mean.size != math.prod(mean.shape[-3:]):
         raise CheckpointError(
             f"{path}: a mean of shape {mean.shape}, but must be 3 × height × width"
         )
-    return np.ascontiguousarray(planes[::-1].transpose(1, 2, 0))
+    return np.ascontiguousarray(mean.reshape(mean.shape[-3:])[::-1].transpose(1, 2, 0))
 
 
 def write_layers(path: Path, name: str, layers: Mapping[str, list[Floats]]) -> None:
