@@ -163,7 +163,10 @@ def test_what_builds_a_gpus_kernels_is_named(monkeypatch: Patch, tmp_path: Path)
     assert not found.broken  # by torch's operators a run is slower, and the same
     assert "no C compiler" in found.found
     assert "gcc python3-dev" in found.remedy
-    monkeypatch.setenv("CC", "gcc-12")
+    for name in ("", "gcc-12"):
+        monkeypatch.setenv("CC", name)
+        assert f"CC={name!r} is no program" in machine.compiler().found
+    monkeypatch.setattr(kernels.shutil, "which", lambda name: name or None)
     monkeypatch.setattr(kernels.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     assert "Python.h" in machine.compiler().found
     (tmp_path / "Python.h").touch()

@@ -64,11 +64,15 @@ def lacking() -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if compiler() is None:
-        return "there is no C compiler"
+        named = os.environ.get("CC")
+        return "there is no C compiler" if named is None else f"CC={named!r} is no program"
     headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
     return "" if headers.exists() else f"there is no {headers}"
 
 
 def compiler() -> str | None:
-    """Return the C compiler that Triton would use; None if there is none."""
-    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    """Return the C compiler that Triton would use: CC, or its own choice; None if there is none."""
+    named = os.environ.get("CC")
+    if named is not None:
+        return named if shutil.which(named) else None
+    return shutil.which("gcc") or shutil.which("clang")
