@@ -1,5 +1,6 @@
 """The resources that a job asks Slurm for: `cluster=FILE` and `cluster.KEY=VALUE`."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from alexnet_dist.config.load import configs_folder, flatten, parse_argument
+from alexnet_dist.config.load import configs_folder, flatten, is_file, parse_argument
 from alexnet_dist.config.schema import Key, key
-from alexnet_dist.config.yaml_text import bounded_yaml
+from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml
 from alexnet_dist.errors import ConfigError, one_line
 
 # Words in a refusal by Slurm, and the keys that it is about.
@@ -93,8 +94,7 @@ def _checked(layer: Mapping[str, Any], source: str) -> dict[str, Any]:
 def _find(name: str) -> Path:
     """Return the path of a cluster file, given as a path or as the name of a shipped one."""
     folder = configs_folder() / "cluster"
-    candidates = (Path(name).expanduser(), folder / f"{name}.yaml")
-    path = next((path for path in candidates if path.is_file()), None)
+    path = next(filter(is_file, (Path(os.path.expanduser(name)), folder / f"{name}.yaml")), None)
     if path is None:
         known = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
         raise ConfigError(f"cluster={name}: there is no such file, and it is not one of {known}")
@@ -105,7 +105,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Return a cluster file's content; raises ConfigError if it is no mapping."""
     try:
         content = yaml.safe_load(bounded_yaml(path))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except NOT_YAML as error:
         raise ConfigError(
             f"{path}: not a YAML file of keys and values: {one_line(error)}"
         ) from error

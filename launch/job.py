@@ -72,7 +72,7 @@ def check_private(folder: Path) -> None:
     if about.st_uid != os.getuid() or about.st_mode & 0o022:
         raise RunFolderError(
             f"{folder}: others may write here (owner {about.st_uid}, mode "
-            f"{about.st_mode & 511:o}), but a job runs the pickles in it: chown it to you, chmod "
+            f"{about.st_mode & 0o777:o}), but a job runs the pickles in it: chown it to you, chmod "
             "go-w"
         )
 

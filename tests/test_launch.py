@@ -359,6 +359,8 @@ def test_shipped_clusters_load(name: str) -> None:
             ["cluster=nowhere"],
             r"cluster=nowhere: there is no such file, and it is not one of dev, template",
         ),
+        (["cluster=" + "x" * 300], "there is no such file, and it is not one of dev"),
+        (["cluster=~no-such-user/site.yaml"], "there is no such file, and it is not one of dev"),
         (
             ["cluster.node=1"],
             r"command line: unknown key cluster\.node; did you mean cluster\.node",
@@ -376,6 +378,10 @@ def test_shipped_clusters_load(name: str) -> None:
             r"cluster\.signal_s=120: must be less than the 2 minutes of cluster\.time_min",
         ),
         (["cluster.setup=["], r"cluster\.setup=\[: '\[' is not valid YAML"),
+        (
+            ["cluster.sbatch={begin: 2026-99-99}"],
+            r"cluster\.sbatch=.*not valid YAML: month must be",
+        ),
         (["cluster.sbatch=long"], r"cluster\.sbatch=long: must be keys and values, as in \{qos:"),
         (["cluster.mem=8"], r"unknown key cluster\.mem; did you mean cluster\.memory_gb\?"),
     ],

@@ -150,16 +150,16 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
         return _SAVED, source
     text = str(source)
     own = Path(os.path.expanduser(text))
-    if "=" in text and not _is_file(own):
+    if "=" in text and not is_file(own):
         return "the command line", parse_argument(text)
     shipped_names = (configs_folder() / text, configs_folder() / f"{text}.yaml")
-    path = next(filter(_is_file, (own, *shipped_names)), None)
+    path = next(filter(is_file, (own, *shipped_names)), None)
     if path is None:
         if text in {dotted for dotted, _, _ in keys()}:
             raise ConfigError(f"{text!r} is a key without a value: write {text}=VALUE")
-        if _is_file(own / "config.json"):
+        if is_file(own / "config.json"):
             raise ConfigError(f"{text!r} is a run folder; its config is {own / 'config.json'}")
-        if _is_file(own / "dataset.json"):
+        if is_file(own / "dataset.json"):
             raise ConfigError(f"{text!r} is a packed data set: write data.path={text}")
         raise ConfigError(
             f"{text!r} is neither a config file nor key=value; `alexnet-dist configs` lists the "
@@ -188,7 +188,8 @@ def parse_argument(text: str) -> dict[str, Typed]:
     return {key: Typed(value)}
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
+    """Whether this is the path of a file; not if there can be none of such a name."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # not a valid file name

@@ -36,9 +36,14 @@ def parse(text: Typed, dotted: str) -> Any:
             return {str(name): leaves(value) for name, value in node.items()}
         return [leaves(value) for value in node] if isinstance(node, list) else Typed(node or "")
 
+    return leaves(_loaded(text, dotted, yaml.BaseLoader))
+
+
+def _loaded(text: Typed, dotted: str, loader: Any) -> Any:
+    """Load typed YAML with one of PyYAML's loaders; raise ConfigError where that is impossible."""
     try:
         check_yaml(text)
-        return leaves(yaml.BaseLoader(text).get_single_data())
+        return yaml.load(text, loader)
     except NOT_YAML as error:
         raise ConfigError(
             f"{dotted}={text}: {str(text)!r} is not valid YAML: {one_line(error)}"
@@ -52,8 +57,8 @@ def _convert(text: Typed, kind: Any, dotted: str) -> Any:
     if get_origin(kind) is tuple:
         return parse(text, dotted)
     if get_origin(kind) is dict:
-        mapping = isinstance(parse(text, dotted), dict)
-        return yaml.safe_load(text) if mapping else text
+        mapping = _loaded(text, dotted, yaml.SafeLoader)
+        return mapping if isinstance(mapping, dict) else text
     if kind is bool:
         return _WORDS.get(text.lower(), text)
     if kind is str:
