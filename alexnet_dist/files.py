@@ -130,11 +130,11 @@ def sweep_writing(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
-    opened = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 class RunState(TypedDict, total=False):

@@ -144,8 +144,7 @@ def main(arguments: Sequence[str]) -> int:
             return code
     while options.wait and waiting(_name(run, members)):
         time.sleep(5)
-    begun = [member for member in members if read_run(member.config.folder)]
-    if begun:
+    if any(read_run(member.config.folder) for member in members):
         print(table(members))
     if any(not member.finished for member in members) and not (
         options.wait or options.evaluate or options.local

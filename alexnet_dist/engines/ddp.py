@@ -107,7 +107,7 @@ class TorchEngine:
         """Compute gradients, micro-batch by micro-batch, and update the weights."""
         batch = given.batch()  # decoded bytes become windows: `Preprocess`
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
-        stats: Tensor | None = None
+        counted: list[Tensor] = []
         for part, (windows, labels, slots) in enumerate(self._micro_batches(batch), start=1):
             with self.gradient_sync(part == parts):
                 with TIMELINE.span("forward"):
@@ -117,14 +117,13 @@ class TorchEngine:
                 # is inside the velocity (`Optimizer.loss_scale`).
                 with TIMELINE.span("backward"):
                     loss.backward(_filled(loss, scale / self.config.train.batch))
-            stats = counts if stats is None else stats + counts
-        assert stats is not None
+            counted.append(counts)
         if keep_gradients:
             self.gradients = self._kept_gradients(scale)
         # The update, which also clears the gradients. It is skipped, on all ranks, where the loss
         # or the gradient is not finite.
         with TIMELINE.span("optimizer"):
-            stats = with_damaged(stats, batch)
+            stats = with_damaged(functools.reduce(torch.add, counted), batch)
             self.complete_stats(stats)
             self.optimizer.step(rate, skip=skip_flag(stats, scale, self.fused))
         return stats

@@ -36,8 +36,7 @@ def constants_of(config: LrnConfig, layer: str) -> tuple[int, float, float, floa
 
 def alpha_of(config: LrnConfig, layer: str) -> float:
     """Return the factor of the sum of squares for a layer that is among `config.layers`."""
-    alphas = config.alpha * (len(config.layers) if len(config.alpha) == 1 else 1)
-    alpha = dict(zip(map(str, config.layers), alphas, strict=True))[layer]
+    alpha = config.alpha[config.layers.index(layer) if len(config.alpha) > 1 else 0]
     return alpha / config.size if config.alpha_over_size else alpha
 
 
