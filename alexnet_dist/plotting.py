@@ -103,11 +103,10 @@ def confusion_picture(confusion: Tensor, classes: Sequence[str]) -> Picture:
     """
     shares = confusion.double() / confusion.sum(1, keepdim=True).clamp_min(1)
     grey = np.rint(255 * (1 - shares.numpy())).astype(np.uint8)
+    zoom = _CELL if len(classes) <= _NAMED else max(1, 600 // len(classes))
+    cells = Image.fromarray(grey.repeat(zoom, axis=0).repeat(zoom, axis=1))
     if len(classes) > _NAMED:
-        zoom = max(1, 600 // len(classes))
-        cells = Image.fromarray(grey.repeat(zoom, axis=0).repeat(zoom, axis=1))
         return np.asarray(cells.convert("RGB"))
-    cells = Image.fromarray(grey.repeat(_CELL, axis=0).repeat(_CELL, axis=1))
     names = [_fitted(name, _LONGEST) for name in distinct(classes)]
     margin = 8 + round(max(map(_FONT.getlength, names)))
     whole = Image.new("RGB", (margin + cells.width, cells.height + margin), "white")

@@ -88,13 +88,9 @@ class Optimizer:
         self.fixed_rates, self.scaled_rates = self._rates()
 
     @property
-    def with_momentum(self) -> bool:
-        """Whether `momentum_form` and our own kernel apply; otherwise the update is torch's."""
-        return self.config.kind in ("sgd", "lars")
-
-    @property
     def velocity(self) -> bool:
-        return self.with_momentum and self.config.momentum_form == "velocity"
+        """Whether the learning rate is inside the momentum."""
+        return self.config.kind != "adam" and self.config.momentum_form == "velocity"
 
     def loss_scale(self, rate: float | Tensor) -> float | Tensor:
         """Return the factor by which the loss must be multiplied before its backward."""
@@ -107,7 +103,7 @@ class Optimizer:
 
     def step(self, rate: float | Tensor, skip: Tensor) -> None:
         """Update the parameters, unless `skip` (() float32, on the device) is not 0."""
-        if self.narrow is None or not self.with_momentum:
+        if self.narrow is None or self.config.kind == "adam":
             self.prepare(rate, skip)
             self.optimizer.step()
             self.narrow_all()

@@ -170,9 +170,8 @@ class ZeroEngine:
         return logits.float()
 
     def parameter(self, name: str) -> Tensor | None:
-        if not self.topology.is_rank_0:
-            return None
-        return self.engine.module.get_parameter(name).detach().cpu().clone()  # type: ignore[no-any-return]
+        whole = self.model.get_parameter(name).detach()
+        return whole.to("cpu", copy=True) if self.topology.is_rank_0 else None
 
     def gradient(self, name: str) -> Tensor | None:
         return None
@@ -189,12 +188,12 @@ class ZeroEngine:
         return parameters, optimizer
 
     def replicated(self) -> dict[str, Tensor]:
-        return dict(self.engine.module.named_parameters())
+        return dict(self.model.named_parameters())
 
     @torch.no_grad()
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
         check_fit(self.config, parameters, optimizer)
-        for name, parameter in self.engine.module.named_parameters():
+        for name, parameter in self.model.named_parameters():
             parameter.copy_(parameters.rows(name, slice(None)))
         for group, piece in enumerate(self._pieces()):
             mine = slice(self.group.rank() * len(piece), (self.group.rank() + 1) * len(piece))
@@ -220,7 +219,7 @@ class ZeroEngine:
 
     def _places(self, group: int) -> Iterator[tuple[str, torch.Size, slice]]:
         """Yield each parameter's name, shape and position in the group's flat vector."""
-        names = {parameter: name for name, parameter in self.engine.module.named_parameters()}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
         for parameter in self.zero.bit16_groups[group]:
             begin = parameter.storage_offset()
             yield names[parameter], parameter.shape, slice(begin, begin + parameter.numel())
