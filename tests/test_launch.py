@@ -65,6 +65,7 @@ def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> 
     ("variables", "message"),
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x': must be a number"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: must be less than WORLD_SIZE=2, counted from"),
         ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2': must be a number"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK='a': must be a number"),
         (STEP | {"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS='two': must be"),

@@ -56,12 +56,10 @@ def place() -> Place | None:
     if not launched():
         return None
     if has("RANK") and has("WORLD_SIZE"):
-        return Place(
-            rank=_number("RANK"),
-            world=_number("WORLD_SIZE"),
-            local_rank=_number("LOCAL_RANK", 0),
-            local_world=_number("LOCAL_WORLD_SIZE", 1),
-        )
+        rank, world = _number("RANK"), _number("WORLD_SIZE")
+        if rank >= world:
+            raise ConfigError(f"RANK={rank}: must be less than WORLD_SIZE={world}, counted from 0")
+        return Place(rank, world, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
     tasks, node = tasks_per_node(has("SLURM_STEP_TASKS_PER_NODE", "")), _number("SLURM_NODEID")
     gpus, cores = has("SLURM_GPUS_ON_NODE"), has("SLURM_CPUS_PER_TASK")
     start = (*job(), _number("SLURM_STEP_ID"))
