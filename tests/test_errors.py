@@ -360,6 +360,15 @@ def test_options_that_are_not_there_are_explained(
     assert said in capfd.readouterr().err
 
 
+def test_where_compare_draws_matters_only_if_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "compare.png").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["compare", "demo", "data.path=nowhere"]) == 1
+    assert "nowhere/dataset.json is missing" in capfd.readouterr().err
+
+
 def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) -> None:
     """In a fraction of the seconds that its import takes."""
     run = tmp_path / "runs" / "mine"

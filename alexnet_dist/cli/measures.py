@@ -41,12 +41,9 @@ def add(command: AddCommand) -> None:
     )
     add_share_gpu(sub)
     sub.add_argument(
-        "--out",
-        type=picture,
-        default="compare.png",
-        metavar="PNG",
-        help="where to draw the runs' curves",
-    )
+        "--out", type=picture, metavar="PNG",
+        help="where to draw the runs' curves (default: compare.png)",
+    )  # fmt: skip
     add_json(sub, "list (layouts) or object (runs)")
 
     sub = command(
@@ -95,7 +92,7 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if (folders := _runs_named(options.config)) is not None:
         from alexnet_dist.reporting.compare_runs import compare_runs
 
-        comparison, text = compare_runs(folders, options.out)
+        comparison, text = compare_runs(folders, options.out or Path("compare.png"))
         print(as_json(comparison) if options.json else text)
         return 0
     if options.steps < 3:
