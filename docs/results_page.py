@@ -59,10 +59,12 @@ def _section(part: str, rows: Rows) -> Iterator[str]:
     yield from _commands(trained)
 
 
-def _spread(values: Sequence[float], digits: int = 2) -> str:
-    """Return the mean, and the standard deviation over seeds."""
+def _spread(values: Sequence[float], rows: Rows, digits: int = 2) -> str:
+    """Return the mean, the standard deviation over seeds, and, if some of the rows have no value,
+    how many have one."""
     mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return mean + spread + (f" ({len(values)} of {len(rows)})" if len(values) < len(rows) else "")
 
 
 def _scores(rows: Rows) -> Iterator[str]:
@@ -70,7 +72,7 @@ def _scores(rows: Rows) -> Iterator[str]:
     for views in ("1", "10"):
         for top in ("top1", "top5"):
             found = [row["scores"][views][top] for row in rows if views in row.get("scores", {})]
-            yield _spread(found) if found else "diverged"
+            yield _spread(found, rows) if found else "diverged"
 
 
 def _epochs(rows: Rows) -> Iterator[str]:
@@ -78,8 +80,7 @@ def _epochs(rows: Rows) -> Iterator[str]:
     for error in ERRORS:
         every = [row.get("epochs_to", {}).get(f"{error}") for row in rows]
         reached = [epochs for epochs in every if epochs is not None]
-        some = f" ({len(reached)} of {len(every)})" if len(reached) < len(every) else ""
-        yield _spread(reached, 1) + some if reached else "never"
+        yield _spread(reached, rows, digits=1) if reached else "never"
 
 
 def _where(rows: Rows) -> str:
@@ -126,17 +127,21 @@ def in_words(figures: Mapping[str, Any]) -> str:
 def _colours(rows: Rows) -> Iterator[str]:
     """Yield the colour of each column's conv1 kernels, and some of these kernels."""
     found = [row for row in rows if two_columns(row)]
+    several = len({row["variant"] for row in found}) > 1  # networks
     if found:
         yield "\nColour's share of the energy of conv1's kernels (of noise, it is 2/3):\n"
         yield table_head(
-            "seed", "by epoch: first column, second", "kernels, a column above the other"
-        )
+            "network, seed" if several else "seed",
+            "by epoch: first column, second", "kernels, a column above the other",
+        )  # fmt: skip
     for row in found:
+        variant = BY_NAME[row["variant"]]
         shares = "; ".join(f"{epoch:g}: {one:.2f}, {two:.2f}" for epoch, one, two in row["colour"])
         picture = f"images/results-{row['row']}-kernels.png"
-        shown = row["seed"] == 0 or BY_NAME[row["variant"]].average
+        shown = row["seed"] == 0 or variant.average
         kernels = f"![kernels of seed {row['seed']}]({picture})" if shown else ""
-        yield table_line(row["seed"], shares, kernels)
+        whose = f"{variant.told}, {row['seed']}" if several else row["seed"]
+        yield table_line(whose, shares, kernels)
 
 
 def two_columns(row: Mapping[str, Any]) -> bool:
@@ -163,7 +168,7 @@ def front(rows: Rows) -> str:
                  and row["row"] != f"{variant.name}-average"]  # fmt: skip
         title, _ = TITLES[variant.part]
         if alone:
-            score = _spread([row["scores"]["10"]["top1"] for row in alone])
+            score = _spread([row["scores"]["10"]["top1"] for row in alone], alone)
             lines.append(table_line(title, score, len(alone), _where(alone)))
     page = "docs/results.md#trainings-on-what-can-be-had"
     if len(lines) == 1:

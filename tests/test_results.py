@@ -251,6 +251,14 @@ def test_the_tables_show_means_choices_colour_and_commands() -> None:
     assert "| ReLU | 1 | 1.0 | 5.0 | never | 1.5 |" in results_page.tables([once])
     again = once | {"row": "fig1-relu-1", "epochs_to": {"50": 1.0, "25": None, "15": None}}
     assert "| ReLU | 2 | 1.0 ± 0.0 | 5.0 (1 of 2) | never |" in results_page.tables([once, again])
+    diverged = {key: it for key, it in rows[4].items() if key != "scores"} | {"diverged": "nan"}
+    told = results_page.tables([rows[3], diverged])
+    assert "| the paper's network | 2 | 44.00 (1 of 2) | 70.00 (1 of 2) |" in told
+    kept, left_out = (row(one) for one in planned(["ablations"]) if one.name in
+                      ("ablation-none-0", "ablation-no-lrn-0"))  # fmt: skip
+    told = results_page.tables([kept, left_out])
+    assert "\n| the paper's network, 0 | 5: 0.60, 0.40 |" in told
+    assert "\n| no normalisation, 0 | 5: 0.60, 0.40 |" in told
     told = results_page.tables(rows[:2])
     assert "Recipes for the paper's network, 2 of 3 so far, judged on" in told
 
