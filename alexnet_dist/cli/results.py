@@ -13,7 +13,7 @@ def add(command: AddCommand) -> None:
     sub = command("figures", figures, "draw a run's kernels and learning curves",
                   ("alexnet-dist figures runs/demo --fig4",))  # fmt: skip
     sub.add_argument("run_folder", type=path, help="run folder")
-    sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, as for train")
+    sub.add_argument("overrides", nargs="*", metavar="key=value", help="config keys, for --fig4")
     sub.add_argument(
         "--fig4",
         action="store_true",
