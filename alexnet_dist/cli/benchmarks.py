@@ -2,8 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from alexnet_dist.cli.parser import (
     AddCommand,
@@ -16,9 +16,6 @@ from alexnet_dist.cli.parser import (
 )
 from alexnet_dist.config.load import load_config
 from alexnet_dist.files import as_json
-
-if TYPE_CHECKING:
-    from alexnet_dist.bench import Result
 
 
 def add(command: AddCommand) -> None:
@@ -92,27 +89,26 @@ def add(command: AddCommand) -> None:
 
 def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Time decoding, or compare decoders' pixels (`bench data`)."""
-    from alexnet_dist.bench import data, decoders
+    from alexnet_dist.bench import data, decoders, table
 
     if options.differences:
         apart = decoders.bench_differences(options.folder, options.images, options.overrides)
-        print(as_json(apart) if options.json else decoders.lines(apart))
-        return 0
+        return _print(apart, decoders.lines, options)
     result = data.bench_data(options.folder, options.images, options.repeats, options.overrides)
-    return _print_bench(result, options)
+    return _print(result, table, options)
 
 
 def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Time the part that options.part names (`bench step`, `bench layouts`, …)."""
+    from alexnet_dist.bench import table
+
     shared = getattr(options, "shared", [])
     config = load_config(["layout.kind=one", *options.config, *shared])
     match options.part:
         case "step" if options.kernels:
             from alexnet_dist.bench.kernel_times import bench_kernels, kernel_lines
 
-            times = bench_kernels(config, options.repeats)
-            print(as_json(times) if options.json else kernel_lines(times))
-            return 0
+            return _print(bench_kernels(config, options.repeats), kernel_lines, options)
         case "step":
             from alexnet_dist.bench.step import bench_step
 
@@ -141,12 +137,10 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from alexnet_dist.bench.checkpoint import bench_checkpoint
 
             result = bench_checkpoint(config, options.repeats)
-    return _print_bench(result, options)
+    return _print(result, table, options)
 
 
-def _print_bench(result: "Result", options: argparse.Namespace) -> int:
-    """Print what a benchmark measured, as JSON or as a table."""
-    from alexnet_dist import bench
-
-    print(as_json(result) if options.json else bench.table(result))
+def _print(result: Any, as_text: Callable[[Any], str], options: argparse.Namespace) -> int:
+    """Print what a benchmark measured, as JSON or as text; return the exit code."""
+    print(as_json(result) if options.json else as_text(result))
     return 0

@@ -115,15 +115,14 @@ def path(text: str) -> Path:
 
 def out(text: str) -> Path:
     """Parse the path of a file to write; refused now, if it cannot be created after the work."""
-    path = Path(os.path.expanduser(text))
-    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
-        why = (
-            "it is a folder"
-            if path.is_dir()
-            else f"there is no folder {path.parent} that you may write in"
-        )
-        raise argparse.ArgumentTypeError(f"{text!r}: {why}: name a file to write")
-    return path
+    file = path(text)
+    if file.is_dir():
+        why = "it is a folder"
+    elif not os.access(file.parent, os.W_OK | os.X_OK):
+        why = f"there is no folder {file.parent} that you may write in"
+    else:
+        return file
+    raise argparse.ArgumentTypeError(f"{text!r}: {why}: name a file to write")
 
 
 def picture(text: str) -> Path:
