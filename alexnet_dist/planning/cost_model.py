@@ -153,8 +153,7 @@ def predict(
     parts |= {"exchange": 0.0, "all-reduce": 0.0}
     for one in collectives(planned, kind):
         if one.name == "all-reduce" and machine.overlap and kind not in ZERO_STAGES:
-            backward = parts["arithmetic"] + parts["maps"]
-            parts["all-reduce"] = _exposed(planned, kind, one, cluster, backward)
+            parts["all-reduce"] = _exposed(planned, kind, one, cluster, parts)
             continue
         seconds = transfer_s(one, cluster)
         if one.name == "all-to-all" and machine.fused:  # others ran programs without it
@@ -273,7 +272,7 @@ def threads(machine: Machine) -> float:
 
 
 def _exposed(
-    planned: Plan, kind: str, all_reduce: Collective, cluster: Cluster, step_s: float
+    planned: Plan, kind: str, all_reduce: Collective, cluster: Cluster, parts: Mapping[str, float]
 ) -> float:
     """Return the seconds of gradient all-reduces that do not overlap the backward pass. Each
     layer's starts when its gradient is ready and the previous layer's has been sent."""
@@ -282,9 +281,9 @@ def _exposed(
         name: 0 if kind == "sharded_fc" and name.startswith("fc") else count
         for name, count in planned.parameters.items()
     }
-    now = sent = 0.0
+    layers_s, now, sent = parts["arithmetic"] + parts["maps"], 0.0, 0.0  # forward and backward
     for name in reversed(list(flops)):
-        now += step_s * (1 if name == "conv1" else 2) * flops[name] / whole
+        now += layers_s * (1 if name == "conv1" else 2) * flops[name] / whole
         part = all_reduce.size * summed[name] / sum(summed.values())
         sent = max(now, sent) + transfer_s(replace(all_reduce, size=part, calls=1), cluster)
     return max(0.0, sent - now)

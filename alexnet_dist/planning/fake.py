@@ -88,14 +88,14 @@ class PlannedEngine(TorchEngine):
 
     def fuse(self, narrows: bool) -> None:
         """Use a GPU's fused kernels, as the engine does if there is a GPU."""
-        self.fused, copies = True, self._fuse_layers()
+        self.fused = True
+        copies: dict[str, Tensor] | None = self._fuse_layers()
         if not narrows:  # ZeRO's engine keeps no copies in the computing dtype
-            copies = {}
+            copies = None
             for layer in self.model.layers():
                 layer.narrow = None
         named = self.model.named_parameters()
-        narrow = copies if narrows else None
-        self.optimizer = Optimizer(self.config.optimizer, named, self.sum_over_shards, narrow)
+        self.optimizer = Optimizer(self.config.optimizer, named, self.sum_over_shards, copies)
 
     def replicate(self, group: dist.ProcessGroup) -> nn.Module:
         compress = self.config.layout.compress_gradients
