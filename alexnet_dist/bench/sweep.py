@@ -213,13 +213,13 @@ def _add(result: Result, found: _Found) -> None:
 
 def _works(config: Config, name: str, device: torch.device) -> list[_Work]:
     """Return what launches a kernel, for each column, on noise in bf16; it returns its results."""
+    columns = range(config.model.columns)
+    if name == "fc6's update":
+        return [_update_of(config, column, device) for column in columns]
     layer, _, backward = name.partition(" ")
-    layer, _, updates = layer.partition("'")
-    columns = config.model.columns
-    if not layer.startswith("conv"):
-        make = _update_of if updates else _units_of
-        return [make(config, column, bool(backward), device) for column in range(columns)]
-    return [_maps_of(config, layer, column, bool(backward), device) for column in range(columns)]
+    if layer == "fc6":
+        return [_units_of(config, column, bool(backward), device) for column in columns]
+    return [_maps_of(config, layer, column, bool(backward), device) for column in columns]
 
 
 def _maps_of(
@@ -264,7 +264,7 @@ def _units_of(config: Config, column: int, backward: bool, device: torch.device)
     return functools.partial(units_backward, upper, y, True, model.activation, *drawn)
 
 
-def _update_of(config: Config, column: int, backward: bool, device: torch.device) -> _Work:
+def _update_of(config: Config, column: int, device: torch.device) -> _Work:
     """As `_works`, for the update of fc6's weights."""
     from alexnet_dist.network.kernels.update import sgd_update
 
