@@ -157,7 +157,6 @@ def lines(result: dict[str, Any]) -> str:
     heads = next(iter(rows.values()))
     text = [f"DALI less torchvision, grey levels{'':7}" + "".join(f"{h:>18}" for h in heads)]
     for name, one in rows.items():
-        cells = "".join(f"{value:18,.4g}" for value in one.values())
-        text.append(f"{name:41}{cells}")
-    text += ["red, green and blue are signed means", ""]
-    return "\n".join([*text, ", ".join(f"{k} {v}" for k, v in result["machine"].items())])
+        text.append(f"{name:41}" + "".join(f"{value:18,.4g}" for value in one.values()))
+    on = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
+    return "\n".join([*text, "red, green and blue are signed means", "", on])
