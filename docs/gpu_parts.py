@@ -107,10 +107,9 @@ _IMAGES = "data/gpu-images"
 _MAKE_IMAGES = ["docs/gpu.py", "--photographs", _IMAGES]
 
 
-def _bench(*arguments: str) -> list[str]:
+def _bench(name: str, *arguments: str) -> list[str]:
     """Return a benchmark of the paper's network."""
-    name, *rest = arguments
-    return [*_ALEXNET_DIST, "bench", name, "paper/alexnet-2012", *rest, "--json"]
+    return [*_ALEXNET_DIST, "bench", name, "paper/alexnet-2012", *arguments, "--json"]
 
 
 def _bench_data(*arguments: str) -> list[str]:

@@ -25,14 +25,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row with today's date."""
+    """Append a row with today's date, in UTC."""
     with path.open("a") as file:
-        file.write(json.dumps({**row, "date": today()}) + "\n")
-
-
-def today() -> str:
-    """Return the date of a row, in UTC."""
-    return f"{datetime.now(UTC):%Y-%m-%d}"
+        file.write(json.dumps({**row, "date": f"{datetime.now(UTC):%Y-%m-%d}"}) + "\n")
 
 
 def commit_of(*measured: str) -> str:

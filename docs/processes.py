@@ -16,10 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+from ledger import ROOT
 
 _MARK = "ALEXNET_DIST_STARTED"  # in the environment of a command and of all that it starts
 _START_S = 60  # a new folder is locked well within this time
-ROOT = Path(__file__).parent.parent
 
 
 @contextlib.contextmanager

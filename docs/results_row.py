@@ -115,7 +115,6 @@ def print_row(name: str, bench: Bench) -> None:
 def trained(row: Row, arguments: Sequence[str], bench: Bench) -> dict[str, Any]:
     """Train a row, or resume it, score it, and return its figures. Exits if it is stopped; the same
     call resumes."""
-    from alexnet_dist.config.load import load_config
     from alexnet_dist.errors import NotFinite
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
     from alexnet_dist.reporting import figures
@@ -123,7 +122,7 @@ def trained(row: Row, arguments: Sequence[str], bench: Bench) -> dict[str, Any]:
     from alexnet_dist.training.metrics_file import read_metrics
 
     # Train, with an evaluation at the end, and a few before it where a curve is drawn.
-    config = load_config([*arguments])
+    config = config_of(arguments)
     every = config.train.epochs / (1 if row.candidate else CURVE)
     more = [
         f"name={row.name}",
@@ -136,7 +135,7 @@ def trained(row: Row, arguments: Sequence[str], bench: Bench) -> dict[str, Any]:
         units = [units // 64 for units in config.model.fc]
         more += [f"model.conv={conv}", f"model.fc={units}"]
     try:
-        outcome = train(load_config([*arguments, *more]))
+        outcome = train(config_of([*arguments, *more]))
     except NotFinite as error:
         return {"diverged": str(error)}
     if outcome.exit:

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ledger import ROOT
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
 
-ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "tests"))  # for `made`, here, and `forks`, in docs/storm.py
 
-import made  # noqa: E402
+import made
 
 COMMAND = [sys.executable, "-m", "alexnet_dist"]
 SAVE = 4  # steps between two saves

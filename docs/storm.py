@@ -17,7 +17,6 @@ import importlib
 import itertools
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ledger import ROOT, append_row, read_rows, today
+from ledger import ROOT, append_row, read_rows
 from processes import scratch
 from small_runs import LAYOUTS, SAVE, Started, Testbed, kill, reach, wait_until_gone
 from storm_inputs import changed, tried
@@ -37,6 +36,7 @@ from storm_page import PAGE, ROWS, numbers_left, ranges, trials_left
 from storm_readers import Reader, files_of, readers
 
 from alexnet_dist.files import sha256
+from alexnet_dist.parallel.device import machine
 
 forks = importlib.import_module("forks")  # in tests/, by the name that its processes import it by
 KILLS, INPUTS = 1000, 1000  # kills in all; inputs of each reader
@@ -165,9 +165,9 @@ def about() -> dict[str, Any]:
     """Return what a row says of the code and the machine."""
     git = ["git", "-C", str(ROOT), "log", "-1", "--abbrev=9", "--format=%h"]
     commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    machine = f"{os.cpu_count()} cores, {name[1] if name else 'unknown'}, torch {torch.__version__}"
-    return {"date": today(), "commit": commit or "unknown", "machine": machine}
+    found = machine()
+    on = f"{found['cores']} cores, {found['cpu']}, torch {found['torch']}"
+    return {"commit": commit or "unknown", "machine": on}
 
 
 def storm(testbed: Testbed, options: argparse.Namespace, until: float) -> bool:
