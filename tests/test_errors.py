@@ -344,6 +344,7 @@ def test_it_says_its_version_and_what_is_shipped(capfd: pytest.CaptureFixture[st
         (["prepare", "folder", "a", "b", "--part", "3"], "'3': must be I/N, as in 2/8"),
         (["bench", "step", "--repeats", "0"], "'0': must be a whole number, 1 or more"),
         (["plan", "demo", "--ranks", "-1"], "'-1': must be a whole number, 1 or more"),
+        (["plan", "demo", "--ranks", "4", "--curve", "a.png"], "not allowed with argument"),
         (["plan", "demo", "--curve", "a.pdf"], "'a.pdf': must be a picture to write, NAME.png"),
         (["report", "--out", "/nowhere/a.html"], "no folder /nowhere that you may write in"),
         (["evaluate", "runs/demo", "--predictions", "/tmp"], "'/tmp': it is a folder: name a file"),

@@ -59,9 +59,14 @@ def add(command: AddCommand) -> None:
         metavar="KIND:DEVICES[xNODES]",
         help="devices to predict for: h100:8x4, 8xh100, cpu:2 (default: this machine's)",
     )
-    sub.add_argument(
+    size = sub.add_mutually_exclusive_group()
+    size.add_argument(
         "--ranks", type=count, help="ranks (default: all of --gpus, or as train would start)"
     )
+    size.add_argument(
+        "--curve", type=picture, metavar="PNG",
+        help="draw the scaling from 1 to 1,024 devices, with train.batch images on each",
+    )  # fmt: skip
     sub.add_argument(
         "--machine", type=path, metavar="JSON", help="a machine's numbers, as --fit wrote them"
     )
@@ -70,12 +75,6 @@ def add(command: AddCommand) -> None:
         help="fit this CPU's numbers to these outputs of `bench layouts --json`, and write them "
              "to --machine",
     )  # fmt: skip
-    sub.add_argument(
-        "--curve",
-        type=picture,
-        metavar="PNG",
-        help="draw the scaling from 1 to 1,024 devices, with train.batch images on each",
-    )
     add_json(sub)
 
     sub = command(
