@@ -101,7 +101,7 @@ VARIANTS = (
     _fig1("tanh", "tanh", 20, 0.001, 0.003, 0.01, 0.03, 0.1),
     _fig1("sigmoid", "logistic", 40, 0.01, 0.03, 0.1, 0.3),
     _fig1("relu", "ReLU", 10, 0.0003, 0.001, 0.003, 0.01, released=True),
-    _fig1("tanh", "tanh", 40, 0.0003, 0.001, 0.003, 0.01, released=True),
+    _fig1("tanh", "tanh", 40, 0.0003, 0.001, 0.003, 0.01, 0.03, released=True),
     Variant("cifar10", "cifar10", "the paper's network", ("results/cifar10",),
             candidates=RECIPES, brief=("train.epochs=10",)),
     Variant("imagenette", "imagenette", "the paper's network", ("results/imagenette",),

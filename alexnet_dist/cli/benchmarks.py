@@ -10,6 +10,7 @@ from alexnet_dist.cli.parser import (
     Run,
     add_json,
     add_share_gpu,
+    at_least,
     commands_of,
     count,
     path,
@@ -79,7 +80,10 @@ def add(command: AddCommand) -> None:
         "training from packed data, against batches that are ready; ten views; start-up; memory",
     )
     sub.add_argument(
-        "--steps", type=int, default=0, help="steps to run while watching memory; 0: not watched"
+        "--steps",
+        type=at_least(0),
+        default=0,
+        help="steps to run while watching memory; 0: not watched",
     )
     sub.add_argument(
         "--cold", action="store_true",

@@ -4,7 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from alexnet_dist.cli.parser import AddCommand, add_json, part, path, picture
+from alexnet_dist.cli.parser import AddCommand, add_json, at_least, part, path, picture
 from alexnet_dist.errors import printable
 from alexnet_dist.files import as_json
 
@@ -43,7 +43,11 @@ def add(command: AddCommand) -> None:
         "source)",
     )
     sub.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes; 0: one for each core"
+        "--workers",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="processes; 0: one for each core",
     )
     sub.add_argument(
         "--part",

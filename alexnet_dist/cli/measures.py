@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alexnet_dist.cli.parser import AddCommand, add_json, add_share_gpu, count, path, picture
+from alexnet_dist.cli.parser import (
+    AddCommand,
+    add_json,
+    add_share_gpu,
+    at_least,
+    count,
+    path,
+    picture,
+)
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, looked_in, printable
 from alexnet_dist.files import as_json
@@ -37,8 +45,9 @@ def add(command: AddCommand) -> None:
     )
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],… (default: all that this config allows)")
     sub.add_argument(
-        "--steps", type=int, default=20, help="steps to train on each layout, 3 or more"
-    )
+        "--steps", type=at_least(3), default=20,
+        help="steps to train on each layout, 3 or more, because two warm up",
+    )  # fmt: skip
     add_share_gpu(sub)
     sub.add_argument(
         "--out", type=picture, metavar="PNG",
@@ -94,8 +103,6 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         comparison, text = compare_runs(folders, options.out or Path("compare.png"))
         print(as_json(comparison) if options.json else text)
         return 0
-    if options.steps < 3:
-        raise ConfigError(f"--steps {options.steps}: must be 3 or more, because two warm up")
     config = load_config([*options.config, *options.shared])
     from alexnet_dist.data.dataset import open_for
 

@@ -101,11 +101,18 @@ def add_share_gpu(sub: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def count(text: str) -> int:
-    """Parse a whole number of 1 or more (an argparse type, like those below)."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, 1 or more")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Return an argparse type that parses a whole number of `least` or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number, {least} or more")
+        return int(text)
+
+    return parse
+
+
+count = at_least(1)  # an argparse type, as the functions below are
 
 
 def path(text: str) -> Path:
