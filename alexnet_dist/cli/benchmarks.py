@@ -104,8 +104,6 @@ def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Time the part that options.part names (`bench step`, `bench layouts`, …)."""
-    from alexnet_dist.bench import table
-
     shared = getattr(options, "shared", [])
     config = load_config(["layout.kind=one", *options.config, *shared])
     match options.part:
@@ -141,6 +139,8 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             from alexnet_dist.bench.checkpoint import bench_checkpoint
 
             result = bench_checkpoint(config, options.repeats)
+    from alexnet_dist.bench import table
+
     return _print(result, table, options)
 
 

@@ -43,7 +43,7 @@ def _loaded(text: Typed, dotted: str, loader: Any) -> Any:
     """Load typed YAML with one of PyYAML's loaders; raise ConfigError where that is impossible."""
     try:
         check_yaml(text)
-        return yaml.load(text, loader)
+        return loader(text).get_single_data()
     except NOT_YAML as error:
         raise ConfigError(
             f"{dotted}={text}: {str(text)!r} is not valid YAML: {one_line(error)}"
