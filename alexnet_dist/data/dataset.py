@@ -173,7 +173,12 @@ def open_for(config: Config, trained: Path | None = None) -> Dataset:
 
     Raises DatasetError where the data set is missing or damaged.
     """
-    dataset = open_dataset(Path(config.data.path))
+    return matched(open_dataset(Path(config.data.path)), config, trained)
+
+
+def matched(dataset: Dataset, config: Config, trained: Path | None = None) -> Dataset:
+    """Return an opened data set with the splits that the config makes of it; raises as `open_for`
+    where the two do not agree."""
     # The split held_out exists only by the config.
     if config.data.hold_out and config.data.train_split in dataset.splits:
         whole = dataset.splits[config.data.train_split]

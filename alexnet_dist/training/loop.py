@@ -17,6 +17,7 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import (
     Dataset,
+    matched,
     open_dataset,
     open_for,
     raised_on_every_rank,
@@ -154,13 +155,14 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     with raised_on_every_rank(topology):
         # Each node may have a copy on its own disk; compared before it is held against the config,
         # which fits rank 0's.
-        if open_dataset(Path(resolved.data.path)).digest != digest:
+        dataset = open_dataset(Path(resolved.data.path))
+        if dataset.digest != digest:
             raise DatasetError(
                 f"data.path={resolved.data.path!r}: rank {topology.global_rank}, on "
                 f"{socket.gethostname()}, has another data set than rank 0: copy the same one to "
                 "every node"
             )
-        dataset = open_for(resolved)
+        dataset = matched(dataset, resolved)
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
     START.reached("data set")
