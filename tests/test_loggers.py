@@ -15,7 +15,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.schema import Config
-from alexnet_dist.data.dataset import Dataset, open_for
+from alexnet_dist.data.dataset import Dataset, matched, open_for
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.parallel.stop_signals import StopSignals, handlers_restored
 from alexnet_dist.training import loggers, loop, tensorboard
@@ -215,14 +215,14 @@ def test_names_that_are_no_utf_8_are_drawn_escaped(
 ) -> None:
     odd = os.fsdecode(b"caf\xe9"), "a\nb\tc", "日本", "x" * 300
 
-    def opened(config: Config, *more: Any) -> Dataset:
-        dataset = open_for(config, *more)
+    def named(dataset: Dataset, config: Config) -> Dataset:
+        dataset = matched(dataset, config)
         return dataclasses.replace(dataset, classes=(*odd, *dataset.classes[4:]))
 
-    monkeypatch.setattr(loop, "open_for", opened)
+    monkeypatch.setattr(loop, "matched", named)
     config = tiny(*SHORT, *DRAWN)
     assert train(config).exit == 0
     assert "failed" not in capfd.readouterr().err
     names = {*(config.folder / "00008" / "seen_by_fc8" / "metadata.tsv").read_text().splitlines()}
-    assert names <= {"caf\\udce9", "a b\\tc", odd[2], odd[3], *opened(config).classes[4:]}
+    assert names <= {"caf\\udce9", "a b\\tc", odd[2], odd[3], *open_for(config).classes[4:]}
     assert (config.folder / "projector_config.pbtxt").exists()
