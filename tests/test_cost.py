@@ -628,3 +628,17 @@ def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert machines.read_machine(tmp_path / "k20.json") == MACHINES["k20"]
     with pytest.raises(ConfigError, match=r"--machine /.*/k20\.json: cannot be written: No such f"):
         machines.write_machine(MACHINES["k20"], tmp_path / "nowhere" / "k20.json")
+
+
+@pytest.mark.parametrize(
+    "odd", [{"peak": "lots"}, {"peak": {"bf16": "1"}}, {"link": "1e9"}, {"memory": -1},
+            {"step_s": float("nan")}, {"fused": 1}, {"name": None}]
+)  # fmt: skip
+def test_a_machine_with_a_figure_of_another_type_is_refused(
+    odd: dict[str, Any], tmp_path: Path
+) -> None:
+    ((name, value),) = odd.items()
+    text = json.dumps(dataclasses.asdict(MACHINES["k20"]) | odd)
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"is not a machine .*: {name} is {value!r}"):
+        machines.read_machine(tmp_path / "odd.json")

@@ -364,6 +364,21 @@ def test_options_that_are_not_there_are_explained(
     assert said in capfd.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["compare", "demo", "--out", "a.png"], "--out: has no effect on a comparison of layouts"),
+        (["bench", "step", "demo", "--kernels", "--best"], "--best: has no effect beside --ker"),
+        (["bench", "step", "demo", "--kernels", "--batch", "8"], "--batch: has no effect beside"),
+    ],
+)
+def test_an_option_without_effect_is_refused(
+    arguments: list[str], said: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main.main(arguments) == 2
+    assert said in capfd.readouterr().err
+
+
 def test_where_compare_draws_matters_only_if_it_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

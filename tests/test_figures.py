@@ -291,6 +291,7 @@ def test_runs_side_by_side_show_what_differs(tiny: Callable[..., Config], tmp_pa
     for arguments, said in (
         ([*folders, "--out", mine], f"{mine}: there is such a file, and it is no comparison"),
         (folders[:1], "name another run folder"),
+        ([*folders, "--steps", "9"], "--steps: has no effect on a comparison of run folders"),
         ([folders[0], "demo"], "compare demo: not a run folder (looked in "),
     ):
         result = alexnet_dist("compare", *arguments)

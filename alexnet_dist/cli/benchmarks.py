@@ -14,6 +14,7 @@ from alexnet_dist.cli.parser import (
     commands_of,
     count,
     path,
+    refuse,
 )
 from alexnet_dist.config.load import load_config
 from alexnet_dist.files import as_json
@@ -110,6 +111,8 @@ def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         case "step" if options.kernels:
             from alexnet_dist.bench.kernel_times import bench_kernels, kernel_lines
 
+            others = {"--batch": options.batch, "--best": options.best}
+            refuse(others, "beside --kernels; a step has train.batch=… images")
             return _print(bench_kernels(config, options.repeats), kernel_lines, options)
         case "step":
             from alexnet_dist.bench.step import bench_step

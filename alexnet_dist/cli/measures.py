@@ -15,6 +15,7 @@ from alexnet_dist.cli.parser import (
     count,
     path,
     picture,
+    refuse,
 )
 from alexnet_dist.config.load import load_config
 from alexnet_dist.errors import ConfigError, looked_in, printable
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from alexnet_dist.config.schema import Config
     from alexnet_dist.planning.machines import Cluster, Machine
 
+_STEPS = 20  # that compare trains on each layout
 _UNKNOWN_GPU = (
     "this machine's GPUs are of a kind with no known figures: name a known kind, as in --gpus "
     "h100:8"
@@ -45,7 +47,7 @@ def add(command: AddCommand) -> None:
     )
     sub.add_argument("--layouts", help="LAYOUT[:RANKS],… (default: all that this config allows)")
     sub.add_argument(
-        "--steps", type=at_least(3), default=20,
+        "--steps", type=at_least(3), default=_STEPS,
         help="steps to train on each layout, 3 or more, because two warm up",
     )  # fmt: skip
     add_share_gpu(sub)
@@ -100,9 +102,12 @@ def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     if (folders := _runs_named(options.config)) is not None:
         from alexnet_dist.reporting.compare_runs import compare_runs
 
+        of_layouts = {"--layouts": options.layouts, "--steps": options.steps != _STEPS}
+        refuse(of_layouts | {"--share-gpu": options.shared}, "on a comparison of run folders")
         comparison, text = compare_runs(folders, options.out or Path("compare.png"))
         print(as_json(comparison) if options.json else text)
         return 0
+    refuse({"--out": options.out}, "on a comparison of layouts, which draws nothing")
     config = load_config([*options.config, *options.shared])
     from alexnet_dist.data.dataset import open_for
 

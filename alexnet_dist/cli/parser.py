@@ -3,12 +3,13 @@
 import argparse
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.schema import keys
+from alexnet_dist.errors import ConfigError
 
 Run = Callable[[argparse.Namespace, Sequence[str]], int]
 
@@ -99,6 +100,13 @@ def add_share_gpu(sub: argparse.ArgumentParser) -> None:
         "--share-gpu", dest="shared", action="append_const", const="layout.share_gpu=true",
         default=[], help="set layout.share_gpu=true: ranks share the GPUs of this host",
     )  # fmt: skip
+
+
+def refuse(given: Mapping[str, object], because: str) -> None:
+    """Raise ConfigError for the first of these options whose value is set."""
+    for option, value in given.items():
+        if value:
+            raise ConfigError(f"{option}: has no effect {because}: leave it out")
 
 
 def at_least(least: int) -> Callable[[str], int]:

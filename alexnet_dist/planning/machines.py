@@ -5,6 +5,7 @@ A GPU's figures are from its data sheet, other than those measured on an H200, w
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -236,11 +237,24 @@ def known(device: str) -> Machine | None:
 def read_machine(path: Path) -> Machine:
     """Read a machine that `write_machine` wrote; raises ConfigError."""
     try:
-        return Machine(**json_object(read_bytes(path)))
+        found = json_object(read_bytes(path))
+        for name, like in dataclasses.asdict(MACHINES["cpu"]).items():
+            if not _as(like, found.get(name, like)):
+                raise TypeError(f"{name} is {found[name]!r}")
+        return Machine(**found)
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
             f"--machine {path}: is not a machine that plan --fit wrote: {error}"
         ) from error
+
+
+def _as(like: object, value: object) -> bool:
+    """Whether a value is of the same JSON type as another, and a number is at least 0."""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(_as(0.0, one) for one in value.values())
+    if isinstance(like, (bool, str)):
+        return type(value) is type(like)
+    return isinstance(value, (int, float)) and 0 <= value < math.inf
 
 
 def write_machine(machine: Machine, path: Path) -> None:

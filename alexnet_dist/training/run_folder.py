@@ -57,8 +57,8 @@ class RunFolder:
 
     def take(self) -> None:
         """Create the folder and hold it; raises RunFolderError if another process holds it."""
-        self._hold()
         try:
+            self._hold()
             self._begin_attempt()
         except Exception:
             self.close()
