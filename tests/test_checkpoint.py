@@ -100,9 +100,12 @@ def test_what_is_wrong_with_a_runs_only_checkpoint_is_said(
     path = save(tmp_path / "checkpoints", tiny(), 1)
     assert checkpoints.at(tmp_path).path == path
     (path / "progress.json").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"step-00000001 is damaged: progress\.json is missing"
-    ):
+    said = r"valid \(.*step-00000001 is damaged: progress\.json is missing\): restore one"
+    with pytest.raises(CheckpointError, match=said):
+        checkpoints.at(tmp_path)
+    shutil.rmtree(path)
+    (tmp_path / "run.json").write_text('{"newest_step": 1}')
+    with pytest.raises(CheckpointError, match=r"though run\.json says .* of step 1: restore it"):
         checkpoints.at(tmp_path)
 
 
@@ -258,7 +261,7 @@ def test_another_runs_checkpoint_is_refused_by_key(
     checkpoints.check_same_run(found, tiny("layout.kind=one", "log.every_steps=7"), "digest")
     with pytest.raises(ConfigError, match=r"another run \(seed: 0 there, 3 here\): give"):
         checkpoints.check_same_run(found, tiny("seed=3"), "digest")
-    with pytest.raises(ConfigError, match=r"data\.path: it had another data set"):
+    with pytest.raises(ConfigError, match=r"data\.path: '.*packed.*' there, with another"):
         checkpoints.check_same_run(found, tiny(), "other")
 
 

@@ -154,6 +154,12 @@ def test_a_folder_of_images_is_told_how_to_pack_it(tmp_path: Path, named: str) -
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_data_set_that_is_not_finished_is_known_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mine.partial").mkdir()
+    with pytest.raises(DatasetError, match=r"partial: not finished: .*ues, and name /.*mine$"):
+        open_dataset(tmp_path / "mine.partial")
+
+
 def test_a_data_set_that_this_user_may_not_read_is_its_owners_to_open(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -552,6 +552,20 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     assert contents(out) == whole
 
 
+def test_an_interrupted_preparation_says_that_it_can_be_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare_module, "write_shards", interrupt)
+    idx = made.write_idx(tmp_path / "idx", 20, 10)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("fashion_mnist", idx, tmp_path / "out", Options(workers=1))
+    kept = f"what is done is kept in {tmp_path / 'out.partial'}, and the same command continues"
+    assert caplog.messages == [kept]
+
+
 def test_all_names_are_on_the_disk_before_the_folder_has_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,7 +47,7 @@ from alexnet_dist.checkpoint.verify import (
 )
 from alexnet_dist.config.schema import Config, fingerprint, flat
 from alexnet_dist.errors import CheckpointError, ConfigError, Damaged, NotFinite
-from alexnet_dist.files import check_trained, is_there, sha256, sync, write
+from alexnet_dist.files import check_trained, is_there, read_run, sha256, sync, write
 from alexnet_dist.tensor_files import TensorFile, save_tensors
 
 # What the rest of the program uses of checkpoints.
@@ -186,39 +186,53 @@ def newest_good(folder: Path) -> tuple[Checkpoint | None, list[Damaged]]:
     damaged."""
     good, damaged = newest(folder)
     if damaged and good is None:
-        raise CheckpointError(
-            f"{folder}: none of its checkpoints is valid ({damaged[0]}): restore one"
-        )
+        raise _none_valid(folder, damaged)
     return good, damaged
 
 
 def best(folder: Path) -> Checkpoint:
     """Return the undamaged checkpoint with the lowest validation error, of equals the one with the
     lowest loss, as a run's progress has it; the newest where none was evaluated."""
-    candidates = []
+    candidates, damaged = [], list[Damaged]()
     for path in steps(folder):
-        with contextlib.suppress(Damaged):  # a damaged one cannot be the best
+        try:
             standing = error_and_loss(path) or (math.inf, -step_of(path))
             candidates.append((*standing, path))
+        except Damaged as error:
+            damaged.append(error)
     for *_, path in sorted(candidates):
         try:
-            return verify(path)
+            found = verify(path)
         except Damaged as error:
-            log.warning(f"not used: {error}")
-    if not steps(folder):
+            damaged.append(error)
+        else:
+            for wrong in damaged:
+                log.warning(f"not used: {wrong}")
+            return found
+    if damaged:
+        raise _none_valid(folder, damaged)
+    if step := read_run(folder.parent).get("newest_step"):
         raise CheckpointError(
-            f"{folder}: no checkpoint yet: a run saves one every checkpoint.every_steps steps, "
-            "after its best evaluation so far, and when it stops"
+            f"{folder}: no checkpoint, though run.json says that there was one of step {step}: "
+            "restore it"
         )
-    raise CheckpointError(f"{folder}: none of its checkpoints is valid")
+    raise CheckpointError(
+        f"{folder}: no checkpoint yet: a run saves one every checkpoint.every_steps steps, "
+        "after its best evaluation so far, and when it stops"
+    )
+
+
+def _none_valid(folder: Path, damaged: Sequence[Damaged]) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: none of its checkpoints is valid ({damaged[0]}): restore one"
+    )
 
 
 def at(path: Path) -> Checkpoint:
-    """Return the checkpoint at a path, or where that is a run folder its only or best one."""
+    """Return the checkpoint at a path, or where that is a run folder its best one."""
     check_trained(path)
     if is_there(path / "checkpoints"):
-        only = steps(path / "checkpoints")
-        return verify(only[0]) if len(only) == 1 else best(path / "checkpoints")
+        return best(path / "checkpoints")
     return verify(path)
 
 
@@ -231,7 +245,7 @@ def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) 
         if theirs.get(key) != ours.get(key)
     ]
     if checkpoint.manifest["dataset"] != dataset_digest:
-        differ.append("data.path: it had another data set")
+        differ.append(f"data.path: {checkpoint.config.data.path!r} there, with another data set")
     if differ:
         raise ConfigError(
             f"{checkpoint.path} belongs to another run ({'; '.join(differ)}): "

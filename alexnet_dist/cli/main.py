@@ -7,6 +7,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from multiprocessing import current_process
 from types import FrameType
 
 from alexnet_dist import __version__
@@ -14,6 +15,11 @@ from alexnet_dist.cli.streams import reader_left, with_usable
 from alexnet_dist.errors import in_words, printable
 from alexnet_dist.parallel import environment
 from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, signals_heeded
+
+# A process that this program spawned imports this module first, and then for seconds what it works
+# with. A Ctrl-C is reported by the process that spawned it.
+if current_process().name != "MainProcess":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
     from alexnet_dist.cli import benchmarks, datasets, measures, predictions, results, runs

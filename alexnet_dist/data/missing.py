@@ -16,6 +16,7 @@ SPLIT_FOLDERS = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val",
     "test": "test", "testing": "test",
 }  # fmt: skip
+PARTIAL = ".partial"  # ends the name of a folder in which `prepare` has not finished
 _LOOKED_AT = 10_000  # names read to tell whether a folder holds images
 
 
@@ -25,6 +26,12 @@ def not_packed(folder: Path) -> DatasetError:
     The folder may be the user's own: no remedy given here may remove anything in it.
     """
     path = folder / "dataset.json"
+    if folder.name.endswith(PARTIAL):
+        whole = folder.with_name(folder.name.removesuffix(PARTIAL))
+        return DatasetError(
+            f"{folder}: not finished: run the same `alexnet-dist prepare` again, which continues, "
+            f"and name {whole}"
+        )
     if images := _first_image(folder):
         # A folder with images of its own may be a class, and its parent train/.
         near = (folder,) if "/" in images else (folder, folder.parent)

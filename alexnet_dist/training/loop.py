@@ -214,6 +214,8 @@ def _run(
             if stop == CANNOT_SAVE:
                 checkpoints.finish()  # tries again, and raises if that fails
                 continue
+            if stop:
+                log.info(f"step {step}: asked to stop, and saves before it does")
 
             # Evaluate. With schedule.kind=plateau the learning rate is divided when the validation
             # error stops improving, as in the paper's section 5.

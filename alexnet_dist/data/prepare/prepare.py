@@ -8,6 +8,7 @@ run again: it continues, and the result has the same bytes.
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alexnet_dist.data.missing import PARTIAL
 from alexnet_dist.data.prepare.arrays import FASHION_MNIST, cifar10, fashion_mnist
 from alexnet_dist.data.prepare.folders import folder, imagenette, tiny_imagenet
 from alexnet_dist.data.prepare.imagenet import imagenet
@@ -25,6 +27,8 @@ from alexnet_dist.data.prepare.shards import Shard
 from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import ConfigError, DatasetError, NotAFile, looked_in, one_line
 from alexnet_dist.files import appended, read_bytes, sync, write
+
+log = logging.getLogger(__name__)
 
 SOURCES: dict[str, Callable[..., Source]] = {
     "imagenet": imagenet, "folder": folder, "tiny_imagenet": tiny_imagenet,
@@ -78,7 +82,8 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
     if out.exists():
         return _already_there(source, identity, out, options.keep)
     # Write shards aside, merge them when all are there, rename the folder last.
-    aside = out.with_name(out.name + ".partial")
+    aside = out.with_name(out.name + PARTIAL)
+    kept = f"what is done is kept in {aside}, and the same command continues"
     try:
         with locked(aside, identity, alone=options.part is None):
             tasks = tasks_of(source, aside, options.keep, options.part)
@@ -92,9 +97,11 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             _complete(aside, out, shards)
     except NotAFile:
         raise
+    except KeyboardInterrupt:
+        log.warning(kept)
+        raise
     except OSError as error:
-        kept = f"; what is done is kept in {aside}, and the same command continues"
-        next_step = kept if os.path.exists(aside) else ": name another OUT"
+        next_step = f"; {kept}" if os.path.exists(aside) else ": name another OUT"
         raise DatasetError(f"{out} cannot be written: {error}{next_step}") from error
     return _summary(source, out, shards)
 
