@@ -491,7 +491,10 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(packed: Path) -
     ("overrides", "ranks", "message"),
     [
         (["layout.kind=columns"], 3, "columns takes 2 ranks, but the launcher started 3; on 3, "
-         "replicas, zero1, zero2, sharded_fc would fit$"),
+         "replicas, zero1, zero2 would fit$"),
+        (["layout.ranks=3", "optimizer.kind=lars", "model.fc=[36,30]", "model.classes=9"], 3,
+         "columns takes 2 ranks; on 3, replicas, sharded_fc would fit$"),
+        (["layout.ranks=3", "train.batch=32"], 3, "; on 3, no layout of this config would fit$"),
         (["layout.kind=columns_x_replicas"], 5, "takes an even number of ranks"),
         (["layout.kind=one"], 4, "on 4, replicas, .*columns_x_replicas would fit"),
         (["layout.kind=zero1"], 1, "zero1 takes 2 or more ranks"),

@@ -189,7 +189,7 @@ def test_a_layout_that_does_not_fit_says_what_does() -> None:
     planned = plan(config_of("columns"), 3)
     columns = planned.layouts["columns"]
     assert isinstance(columns, Misfit)
-    assert columns.problem == "takes 2 ranks; on 3, replicas, zero1, zero2, sharded_fc would fit"
+    assert columns.problem == "takes 2 ranks; on 3, replicas, zero1, zero2 would fit"
     assert planned.of("replicas").bytes["total"] > 0
     assert any("on 3, replicas" in line for line in plan_lines(planned))
     alone = plan(config_of("one", "model.columns=1", "model.exchange=[]"), 2).layouts["columns"]

@@ -10,7 +10,11 @@
 | sharded_fc | N | convolutions as replicas, fc6 … fc8 split over all ranks (Krizhevsky 2014, (a)) |
 """
 
-from alexnet_dist.config.schema import Config
+import dataclasses
+from typing import Any
+
+from alexnet_dist.config.rules import check_combinations
+from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.errors import ConfigError, counted
 
 SPLIT_IN_COLUMNS = ("columns", "columns_x_replicas")
@@ -44,28 +48,42 @@ def problem(config: Config, ranks: int) -> str:
     return _ranks_problem(config, ranks) or _batch_problem(config, ranks // columns_of(config))
 
 
-def misfit(config: Config, ranks: int) -> tuple[str, list[str]] | None:
-    """Return how many ranks the layout takes, and which layouts fit this one; None if it fits."""
-    model, kind = config.model, config.layout.kind
+def misfit(config: Config, ranks: int) -> tuple[str, str] | None:
+    """Return how many ranks the layout takes, and which would fit these; None if it fits."""
+    if not (takes := _takes(config.layout.kind, ranks)):
+        return None
+    pairs = "columns" if ranks == 2 else "columns_x_replicas"
+    kinds = ("replicas", "zero1", "zero2", "sharded_fc", "one", pairs)
+    fitting = [kind for kind in kinds if not _takes(kind, ranks) and _permits(config, kind, ranks)]
+    return takes, f"on {ranks}, {', '.join(fitting) or 'no layout of this config'} would fit"
+
+
+def _takes(kind: str, ranks: int) -> str:
+    """Return how many ranks a layout takes; empty if it can have so many."""
     takes, fits = {
         "one": ("1 rank", ranks == 1),
         "columns": ("2 ranks", ranks == 2),
         "columns_x_replicas": ("an even number of ranks", ranks % 2 == 0),
         "replicas": ("any number of ranks", True),
     }.get(kind, ("2 or more ranks", ranks >= 2))
-    if fits:
-        return None
-    fitting = ["replicas", *(["zero1", "zero2", "sharded_fc"] if ranks > 1 else ["one"])]
-    if model.columns == 2 and ranks % 2 == 0:
-        fitting.append("columns" if ranks == 2 else "columns_x_replicas")
-    return takes, fitting
+    return "" if fits else takes
+
+
+def _permits(config: Config, kind: Any, ranks: int) -> bool:
+    """Whether the rest of a config permits a layout on so many ranks, which it can have."""
+    other = dataclasses.replace(config.layout, kind=kind, ranks=ranks)
+    laid_out = dataclasses.replace(config, layout=other)
+    try:
+        check_combinations(laid_out, dict.fromkeys(flat(laid_out), ""))
+    except ConfigError:
+        return False
+    return not problem(laid_out, ranks)
 
 
 def _ranks_problem(config: Config, ranks: int) -> str:
     model, kind = config.model, config.layout.kind
     if wrong := misfit(config, ranks):
-        takes, fitting = wrong
-        fit = f"on {ranks}, {', '.join(fitting)} would fit"
+        takes, fit = wrong
         if config.layout.ranks == ranks:
             return f"layout.ranks={ranks}: layout.kind={kind} takes {takes}; {fit}"
         return f"layout.kind={kind} takes {takes}, but the launcher started {ranks}; {fit}"

@@ -122,8 +122,7 @@ def _rank(config: Config, kind: str, ranks: int, gpu: bool, narrows: bool = True
     try:
         laid_out = overridden(config, f"layout.kind={kind}", f"layout.ranks={ranks}")
         if wrong := layouts.misfit(laid_out, ranks):
-            takes, fitting = wrong
-            return Misfit(f"takes {takes}; on {ranks}, {', '.join(fitting)} would fit")
+            return Misfit(f"takes {'; '.join(wrong)}")
         layouts.check(laid_out, ranks)
     except ConfigError as error:
         return Misfit(str(error).removeprefix("the command line: "))  # which named no such layout
