@@ -417,7 +417,12 @@ def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     config = tiny("layout.kind=one", f"output_dir={tmp_path / 'runs'}", "train.precision=bf16")
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config)))
-    on = {"device": "AMD EPYC", "ranks": 1, "cores": 2}
+    own = here(tiny("layout.device=cpu"), None)
+    assert own is not None
+    cpus = [kind for kind in MACHINES if kind.startswith("cpu")]
+    cpu = next(kind for kind in cpus if MACHINES[kind] == own.machine)
+    other = next(kind for kind in cpus if kind != cpu)
+    on = {"device": device.machine()["cpu"], "ranks": 1, "cores": 2}
     before = {"device": "NVIDIA H100 80GB HBM3", "ranks": 8, "cores": 96}
     rows = [
         (before, 7000.0),
@@ -433,28 +438,32 @@ def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout) if as_json else result.stdout
 
-    found = planned("--gpus", "cpu:2", "--ranks", "1")
+    found = planned("--gpus", f"{cpu}:2", "--ranks", "1")
     assert (found["measured"]["images_per_s"], found["measured"]["points"]) == (100, 3)
     assert found["measured"]["predicted_to_measured"] == pytest.approx(
         found["predicted"]["one"]["images_per_s"] / 100
     )
-    said = planned("--gpus", "cpu:2", "--ranks", "1", as_json=False)
-    for word in ("recommended: one", "on 1 rank, AMD EPYC, 2 cores: 100 images/s", "decoding",
-                 "waiting for data 25% (median of 3 points); predicted: ", "rate"):  # fmt: skip
+    said = planned("--gpus", f"{cpu}:2", "--ranks", "1", as_json=False)
+    for word in ("recommended: one", f"on 1 rank, {on['device']}, 2 cores: 100 images/s", "rate",
+                 "waiting for data 25% (median of 3 points); predicted: ", " times that",
+                 "decoding"):  # fmt: skip
         assert word in said
 
-    # Only like is compared with like: other GPUs, other cores, another network, older metrics.
-    found = planned("--gpus", "cpu:16", "--ranks", "1")
-    assert found["measured"]["images_per_s"] == 100
-    assert "predicted_to_measured" not in found["measured"]
+    # Only like is compared with like: other GPUs, CPUs, cores, another network, older metrics.
+    for unlike in (f"{cpu}:16", f"{other}:2"):
+        found = planned("--gpus", unlike, "--ranks", "1")
+        assert found["measured"]["images_per_s"] == 100
+        assert "predicted_to_measured" not in found["measured"]
     said = planned("train.epochs=1", "--gpus", "h100", "--ranks", "1", as_json=False)
     assert " for 1 epoch of " in said
     assert "not compared: only what is of the same devices and ranks is" in said
-    assert planned("model.fc=[20,28]", "--gpus", "cpu:2", "--ranks", "1")["measured"] is None
+    assert planned("model.fc=[20,28]", "--gpus", f"{cpu}:2", "--ranks", "1")["measured"] is None
     points = [{k: v for k, v in point.items() if k != "on"} for point in points]
-    said = planned("--gpus", "cpu:2", "--ranks", "1", as_json=False)
+    said = planned("--gpus", f"{cpu}:2", "--ranks", "1", as_json=False)
     assert "on a machine that it did not note: 100 images/s" in said
-    assert "of that" not in said
+    assert "times that" not in said
+    said = planned("layout.kind=columns", "--gpus", "h100:8", as_json=False)
+    assert "(your layout, columns, is only in the first table)" in said
 
 
 def test_no_time_is_said_to_be_nothing() -> None:

@@ -18,6 +18,7 @@ from alexnet_dist.data.pipelines.make import choose_on_gpu, splits_of
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.parallel.device import cores, cpu_flags, gpus
+from alexnet_dist.parallel.device import machine as this_machine
 from alexnet_dist.planning.cost_model import decoding, predict
 from alexnet_dist.planning.dry_run import gpu_memory
 from alexnet_dist.planning.machines import MACHINES, Cluster, Machine, known
@@ -91,12 +92,17 @@ def here(config: Config, machine: Machine | None) -> Cluster | None:
                 "layout.device=cuda: this machine has no GPU to predict for: name what the run "
                 "would have, as in --gpus h100:8"
             )
-        flags, like = cpu_flags(), "cpu-avx2"
-        if {"avx512f", "bf16"} & flags:
-            like = "cpu" if "amx_bf16" in flags else "cpu-avx512"
-        return Cluster(machine or MACHINES[like], cores())
+        return Cluster(machine or _own_cpu(), cores())
     found = machine or known(torch.cuda.get_device_name())
     return Cluster(found, count) if found else None
+
+
+def _own_cpu() -> Machine:
+    """Return this host's kind of CPU, by its instructions."""
+    flags = cpu_flags()
+    if {"avx512f", "bf16"} & flags:
+        return MACHINES["cpu" if "amx_bf16" in flags else "cpu-avx512"]
+    return MACHINES["cpu-avx2"]
 
 
 def forecast(planned: Plan, config: Config, cluster: Cluster) -> Forecast:
@@ -258,7 +264,7 @@ def _measured(
 
 def _is_on(measured: Any, planned: Plan, cluster: Cluster) -> bool:
     """Return whether a point was measured on as many ranks as planned and on the same kind of
-    device; on CPUs, on as many cores.
+    device; on CPUs, on as many cores of this host's, since another's kind is not known by its name.
 
     Args:
         measured: the point's `on`; None in runs of older versions, which did not write it.
@@ -268,6 +274,8 @@ def _is_on(measured: Any, planned: Plan, cluster: Cluster) -> bool:
             machine = known(device)
             if cluster.machine.overlap:
                 return machine is not None and machine.name == cluster.machine.name
-            return machine is None and cores == cluster.total
+            others = [one for one in MACHINES.values() if one != _own_cpu()]
+            own = device == this_machine()["cpu"] and cluster.machine not in others
+            return machine is None and own and cores == cluster.total
         case _:
             return False

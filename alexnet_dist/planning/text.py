@@ -93,12 +93,12 @@ def _recommended(outlook: Forecast, own: str, epochs: str) -> str:
         return (
             "recommended: none, because none fits: lower train.batch, or raise train.micro_batches"
         )
-    speed = outlook.predicted[best]
+    speed, listed = outlook.predicted[best], own in outlook.predicted
+    yours = f"your layout, {own}, is " + ("in the table" if listed else "only in the first table")
     return (
         f"recommended: {best}: {_hours(speed.hours)} for {epochs} of "
         f"{outlook.images_per_epoch:,} images ({outlook.images_source}); "
-        f"its bottleneck: {speed.bottleneck}"
-        + ("" if best == own else f" (your layout, {own}, is in the table)")
+        f"its bottleneck: {speed.bottleneck}" + ("" if best == own else f" ({yours})")
     )
 
 
@@ -114,7 +114,7 @@ def _on(measured: Any) -> str:
 def _beside(run: Mapping[str, Any]) -> str:
     """Set a prediction beside what was measured, if that was on the same devices."""
     if "predicted_to_measured" in run:
-        return f"predicted: {run['predicted_to_measured']:.2f} of that"
+        return f"predicted: {run['predicted_to_measured']:.2f} times that"
     return "not compared: only what is of the same devices and ranks is"
 
 
