@@ -143,6 +143,8 @@ def test_a_folder_in_place_of_a_config_is_told_by_what_it_holds(
         ("train.epochs=.nan", r"must be"),
         ("layout.kind=colums", r"one of one, columns, replicas, .*; did you mean columns\?"),
         ("model.conv=96", r"must be a list, as in \[96\] \("),
+        ("model.lrn.layers=conv9", r"must be a list, as in \[conv1\] \("),
+        ("model.lrn.layers=conv2", r"must be a list, as in \[conv2\] \("),
         ("model.lrn.layers=none", r"must be a list, as in \[\] \("),
         ("model.lrn.layers=", r"model\.lrn\.layers=: must be a list, as in \[\] \("),
         ("model.lrn.layers=[conv9]", r"must be one of conv1, conv2, .*; did you mean conv"),

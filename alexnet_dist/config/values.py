@@ -90,8 +90,10 @@ def check_value(dotted: str, value: Any, kind: Any, key: Key, source: str) -> An
         if key.one_for_all and isinstance(value, int | float | Typed):
             value = [value]
         if not isinstance(value, list):
-            nothing = value in (None, "none", "off", False) or isinstance(value, dict)
-            raise wrong("a list, as in []" if nothing else f"a list, as in [{value}]")
+            if value in (None, "", "none", "off", False) or isinstance(value, dict):
+                raise wrong("a list, as in []")
+            choices = get_args(item) or [value]
+            raise wrong(f"a list, as in [{value if value in choices else choices[0]}]")
         return tuple(check_value(dotted, v, item, key, source) for v in value)
     if get_origin(kind) is Literal:
         choices = get_args(kind)

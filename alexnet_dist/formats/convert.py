@@ -64,8 +64,9 @@ def import_weights(
     wanted = whole_shapes(config.model)
     if wrong := misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted):
         raise CheckpointError(
-            f"{path}: {wrong}, by the config: name the preset that fits it "
-            "(paper/torchvision-2014, paper/caffe-alexnet, paper/caffenet), and set model.classes"
+            f"{path}: {wrong}, by the config: name the one that it was exported from, or another "
+            "program's preset (paper/torchvision-2014, paper/caffe-alexnet, paper/caffenet), and "
+            "set model.classes"
         )
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
