@@ -1,6 +1,7 @@
 """The resources that a job asks Slurm for: `cluster=FILE` and `cluster.KEY=VALUE`."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -120,3 +121,8 @@ def keys_of_refusal(words: str) -> str:
     """Return the keys that a refusal by Slurm is about; empty if they are not known."""
     about = next((keys for word, keys in _ABOUT.items() if word in words.lower()), "")
     return ", ".join(f"cluster.{key}" for key in about.split(", ") if about)
+
+
+def out_of_reach(words: str) -> bool:
+    """Whether a Slurm command says that it cannot find or reach Slurm's controller."""
+    return re.search("configuration source|contact slurm controller", words, re.I) is not None

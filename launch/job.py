@@ -26,7 +26,7 @@ from alexnet_dist.data.dataset import open_for
 from alexnet_dist.errors import ConfigError, RunFolderError, in_words, printable
 from alexnet_dist.files import read_run
 from alexnet_dist.parallel import environment, layouts
-from launch.cluster import keys_of_refusal
+from launch.cluster import keys_of_refusal, out_of_reach
 
 PRIVATE = 0o077  # umask of jobs: Submitit's results are pickles, and loading a pickle runs code
 
@@ -275,7 +275,9 @@ def _guarded(main: Callable[[Sequence[str]], int]) -> int:
     except FailedJobError as error:  # its text is sbatch's
         keys = keys_of_refusal(str(error))
         about = f" (see {keys}, and `python -m launch.submit --dry-run`)" if keys else ""
-        words = printable(str(error)).strip()
+        words = "; ".join(printable(str(error)).strip().splitlines())
+        if out_of_reach(words):
+            about = ": its controller is out of reach; add --local to train on this machine"
         print(f"launch: Slurm refused: {words}{about}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:

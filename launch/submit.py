@@ -1,6 +1,7 @@
 """Submit a run to Slurm through Submitit, or train it here: `python -m launch.submit --help`."""
 
 import argparse
+import io
 import os
 import re
 import shlex
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from subprocess import CalledProcessError
 from types import FrameType
@@ -139,14 +140,17 @@ def executor(cluster: Cluster, name: str, folder: Path, parallel: int) -> submit
 @contextmanager
 def removed_if_refused(folder: Path) -> Iterator[None]:
     """Remove what a submission leaves in `folder` (RUN/launch) if Slurm refuses it, and those of
-    the folders up to output_dir that it created.
+    the folders up to output_dir that it created. Submitit prints sbatch's words, which its error
+    has too: they are left to who reports that.
 
     Nothing is removed after another failure, as of reading sbatch's answer: a job may be queued.
     """
     created = [path for path in (folder, *folder.parents[:2]) if not path.exists()]
     before = {*folder.glob("*")}
+    printed = io.StringIO()
     try:
-        yield
+        with redirect_stderr(printed):
+            yield
     except (ConfigError, FailedJobError) as error:
         if isinstance(error, ConfigError) or isinstance(error.__cause__, CalledProcessError):
             for left in {*folder.glob("*")} - before:
@@ -155,7 +159,10 @@ def removed_if_refused(folder: Path) -> Iterator[None]:
             with suppress(OSError):  # something else is in it
                 for path in created:
                     path.rmdir()
+            printed.truncate(0)
         raise
+    finally:
+        sys.stderr.write(printed.getvalue())
 
 
 def train_command(run: Sequence[str]) -> list[str]:

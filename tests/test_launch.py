@@ -617,14 +617,19 @@ def test_what_slurm_refuses_is_one_line(capsys: pytest.CaptureFixture[str]) -> N
     assert (code, said.count("\n")) == (1, 1)
     assert "Slurm refused: sbatch: error: invalid partition" in said
     assert "(see cluster.partition, and `python -m launch.submit --dry-run`)" in said
+    lost = "sbatch: error: fetch_config\nsbatch: fatal: Could not establish a configuration source"
+    code, said = refused(FailedJobError(lost))
+    assert (code, said.count("\n")) == (1, 1)
+    assert said.endswith("controller is out of reach; add --local to train on this machine\n")
     assert refused(KeyboardInterrupt())[0] == 130
     code, said = refused(PermissionError(13, "Permission denied", "/runs"))
     assert (code, said.count("\n")) == (1, 1)
 
 
 def test_a_refused_submission_leaves_nothing_behind(
-    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.touch(0o755)
@@ -641,6 +646,7 @@ def test_a_refused_submission_leaves_nothing_behind(
             with pytest.raises(FailedJobError, match="invalid partition"):
                 program.main(arguments)
             assert {*tmp_path.rglob("*")} == before
+        assert "invalid partition" not in capsys.readouterr().err  # but in the error, once
         kept = tmp_path / "runs" / "one" / "launch" / "7_submitted.pkl"  # of a job that waits
         kept.parent.mkdir(parents=True)
         kept.touch()
