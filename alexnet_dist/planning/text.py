@@ -73,8 +73,11 @@ def _speeds(outlook: Forecast, epochs: str) -> list[str]:
     base, bases = predicted.get("one"), dict[str, list[str]]()
     for kind, one in predicted.items():
         parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
+        beside = " (beside the rest)" * (one.step_s < 0.999 * sum(one.parts_s.values()))
         listed = ", ".join(
-            f"{name} {_milliseconds(s)}" for name, s in parts if s > 0.01 * one.step_s
+            f"{name} {_milliseconds(s)}{beside * (name == 'decode')}"
+            for name, s in parts
+            if s > 0.01 * one.step_s
         )
         times = one.images_per_s / base.images_per_s if base else 1.0
         text.append(
