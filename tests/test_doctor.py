@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import shutil
 import sys
 from collections import namedtuple
@@ -105,14 +106,16 @@ def half_a_core(patch: Patch, tmp_path: Path) -> None:
     patch.setattr(machine, "CGROUP", tmp_path)
 
 
-def no_bf16(patch: Patch, tmp_path: Path) -> None:
-    patch.setattr(machine, "cpu_flags", lambda: {"avx2"})
-    patch.setattr(machine, "gpus", lambda config: 0)
-
-
 def one_gpu(patch: Patch, tmp_path: Path) -> None:
     for module in (doctor, machine, device):
         patch.setattr(module, "gpus", lambda config: 1)
+
+
+def no_controller(patch: Patch, tmp_path: Path) -> None:
+    for name in ("srun", "scontrol"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    patch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
 
 
 def no_dali(patch: Patch, tmp_path: Path) -> None:
@@ -130,7 +133,7 @@ def no_dali(patch: Patch, tmp_path: Path) -> None:
         (old_package, "tqdm", "tqdm>=4.70 is needed", True),
         (no_dali, "dali", "nvidia-dali-cuda120", False),
         (half_a_core, "cpu quota", "set layout.threads=1", False),
-        (no_bf16, "bf16", "train.precision=fp32", False),
+        (no_controller, "slurm", "its controller does not answer (scontrol ping)", False),
         (one_gpu, "layout", "layout.kind=one would use the GPU", False),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -154,6 +157,10 @@ def test_bf16_in_hardware_is_the_processors_own(
     monkeypatch.setattr(machine, "cpu_flags", lambda: {"avx2"})
     monkeypatch.setattr(machine, "gpus", lambda config: 1)
     assert "bf16" not in [one.what for one in machine.processor(tiny("train.precision=bf16"))]
+    monkeypatch.setattr(machine, "gpus", lambda config: 0)
+    (said,) = [one for one in machine.processor(tiny("train.precision=bf16")) if one.what == "bf16"]
+    assert "as fast as with train.precision=fp32" in said.found
+    assert not said.remedy  # fp32 would be another run, and no faster
 
 
 def test_what_builds_a_gpus_kernels_is_named(monkeypatch: Patch, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,8 +78,9 @@ def processor(config: Config) -> Iterator[Finding]:
     if {"avx512_bf16", "amx_bf16", "bf16"} & flags:
         yield Finding("bf16", "in hardware")
     elif config.train.precision == "bf16" and not gpus(config):
-        remedy = "try train.precision=fp32, which may be faster here"
-        yield Finding("bf16", "this processor has no bf16 instructions", remedy)
+        alike = ": products are computed in float32, as fast as with train.precision=fp32"
+        found = "this processor has no bf16 instructions" + alike * ("avx512f" not in flags)
+        yield Finding("bf16", found)
 
 
 def _cores_of_quota() -> float | None:
@@ -164,6 +166,14 @@ def slurm(config: Config) -> Iterator[Finding]:
     within = f"in job {job}, {counted(restarts, 'restart')}" if job else "not in a job"
     missing = {"srun", "scontrol"} - {*there} if there or job else set()
     remedy = f"install Slurm's client: {', '.join(sorted(missing))} missing" if missing else ""
+    if "scontrol" in there and not job:
+        try:
+            subprocess.run(["scontrol", "ping"], check=True, capture_output=True, timeout=20)
+        except (OSError, subprocess.SubprocessError):
+            within = "its controller does not answer (scontrol ping)"
+            remedy = (
+                remedy or "jobs cannot be submitted from here; runs without Slurm are not affected"
+            )
     yield Finding("slurm", f"{', '.join(there)}; {within}" if there else "not here", remedy)
 
 
