@@ -166,7 +166,7 @@ def test_the_report_is_one_page_of_all_runs_and_says_what_was_not_run(
     assert first.count('alt="confusion"') == 1
     assert re.search(r"<td>Ankle boot</td><td>\d+\.\d</td><td>\d+ of \d+</td>", first)
     assert f"evaluate {folders[1]} --views 10" in page  # its classes are not known
-    assert "recipe complete (paper/no-exchange), not run: needs ILSVRC-2012" in page
+    assert "recipe complete (paper/no-exchange), not among these runs: needs ILSVRC-2012" in page
     error = 100 * (1 - json.loads(scored.stdout)["top1"])
     row = f"<td>tiny-ensemble</td><td>2</td><td>{error:.2f}</td><td>[0-9.]+</td>"
     (alone,) = re.findall(f"{row}<td>([^<]+)</td>", page)

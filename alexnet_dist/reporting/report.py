@@ -125,7 +125,8 @@ def _published(groups: Mapping[str, Sequence[RunResults]]) -> str:
         ]
         beside = "<br>".join(ours)
         if not beside and row.preset:
-            beside = f"recipe complete (paper/{row.preset}), not run: needs {row.data.split()[0]}"
+            needs = f"not among these runs: needs {row.data.split()[0]}"
+            beside = f"recipe complete (paper/{row.preset}), {needs}"
         rows.append(
             [row.what, row.data, _or_dash(row.top1), _or_dash(row.top5), beside or "not ours"]
         )
