@@ -1,5 +1,6 @@
 """What a run reports: where its time went, and its metrics, read back from TensorBoard."""
 
+import dataclasses
 import gzip
 import json
 import logging
@@ -23,6 +24,7 @@ from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import open_for
 from alexnet_dist.data.pipelines.torch_pipeline import TorchPipeline
 from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import in_hours
 from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.evaluation.features import features_and_logits
@@ -34,6 +36,7 @@ from alexnet_dist.training.logs import quarantine, watch
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
 from alexnet_dist.training.run_folder import RunFolder
+from alexnet_dist.training.tensorboard import Board
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
 CONVOLUTIONS = ["model.fc=[]", "model.dropout_before=[]", "model.exchange=[conv3,fc6]",
@@ -165,6 +168,24 @@ def tags_of(folder: Path) -> set[str]:
     return {*found["scalars"], *found["images"], *found["histograms"], *texts} - {
         "custom_scalars__config__"
     }
+
+
+@pytest.mark.parametrize(("classes", "shown"), [(5, False), (6, True)])
+def test_among_five_classes_nothing_is_shown_of_the_first_five(
+    tiny: Callable[..., Config], classes: int, shown: bool
+) -> None:
+    config = tiny("layout.kind=one")
+    dataset = open_for(config)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=classes))
+    config.folder.mkdir(parents=True)
+    board = Board(config, Schedule.of(config, 60), Topology(), dataset, 0)
+    board.scalars(1, {"train/loss": 1.0, "train/top1": 0.5, "train/top5": 1.0, "eval/top5": 1.0})
+    board.close(finished=True)
+    tags = tags_of(config.folder)
+    assert {"train/loss", "train/top1", "Error/train_top1"} <= tags
+    assert any("top5" in tag for tag in tags) == shown
+    (events,) = config.folder.glob("events.*")
+    assert (b"top5" in events.read_bytes()) == shown  # of its charts and HPARAMS too
 
 
 @pytest.fixture(scope="module")

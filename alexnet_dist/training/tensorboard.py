@@ -33,6 +33,7 @@ from alexnet_dist.plotting import (
     kernel_picture,
 )
 from alexnet_dist.timing import SPANS
+from alexnet_dist.training.metrics_file import accuracies
 from alexnet_dist.training.tolerance import WarnOnce
 
 ANSWERED = 8  # evaluation images whose predictions are drawn
@@ -88,8 +89,10 @@ class Board:
 
         def draw(to: SummaryWriter) -> None:
             for tag, value in values.items():
-                to.add_scalar(tag, value, step)
                 kind, _, name = tag.partition("/")
+                if name == "top5" and not _tells_top5(self._config):
+                    continue
+                to.add_scalar(tag, value, step)
                 if kind in self._names and name in _FIRST_TAGS:
                     first = value if name == "loss" else 1 - value
                     to.add_scalar(_FIRST_TAGS[name].format(self._names[kind]), first, step)
@@ -217,6 +220,7 @@ def _begin(to: SummaryWriter, config: Config, schedule: Schedule, step: int) -> 
             [_FIRST_TAGS[key].format(name) for name in split_names(config).values()],
         ]
         for title, key in (("loss", "loss"), ("top-1 error", "top1"), ("top-5 error", "top5"))
+        if key != "top5" or _tells_top5(config)
     }
     more = {"where the time goes": times, "rate, as planned": rates}
     to.add_custom_scalars({"run": curves | more})
@@ -234,8 +238,13 @@ def _hparams(config: Config) -> tuple[Any, Any, Any]:
     this run's values, and that it ended."""
     values = flat(config)
     own = {k: v if type(v) in (int, float) else str(v) for k, v in values.items() if k in _HPARAMS}
-    parts: tuple[Any, Any, Any] = hparams(own, dict.fromkeys(_HPARAM_METRICS, 0))
+    metrics = [tag for tag in _HPARAM_METRICS if tag != "eval/top5" or _tells_top5(config)]
+    parts: tuple[Any, Any, Any] = hparams(own, dict.fromkeys(metrics, 0))
     return parts
+
+
+def _tells_top5(config: Config) -> bool:
+    return "top5" in accuracies(config.model.classes)
 
 
 def _histograms(
