@@ -307,7 +307,7 @@ def test_a_signal_saves_and_leaves_with_its_code(
     assert time.monotonic() - begin < 10, output
     assert found == code, output
     assert "stopped at step" in output
-    assert output.count("asked to stop, and saves") == 1
+    assert output.count("a stop was requested, saving first") == 1
     assert "Traceback" not in output
     assert "torch/distributed" not in output  # torchelastic's own warnings
     state = read_run(runs / "stopped")

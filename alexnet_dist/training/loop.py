@@ -215,7 +215,7 @@ def _run(
                 checkpoints.finish()  # tries again, and raises if that fails
                 continue
             if stop:
-                log.info(f"step {step}: asked to stop, and saves before it does")
+                log.info(f"step {step}: a stop was requested, saving first")
 
             # Evaluate. With schedule.kind=plateau the learning rate is divided when the validation
             # error stops improving, as in the paper's section 5.
