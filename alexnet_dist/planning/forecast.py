@@ -274,8 +274,8 @@ def _is_on(measured: Any, planned: Plan, cluster: Cluster) -> bool:
             machine = known(device)
             if cluster.machine.overlap:
                 return machine is not None and machine.name == cluster.machine.name
-            others = [one for one in MACHINES.values() if one != _own_cpu()]
-            own = device == this_machine()["cpu"] and cluster.machine not in others
+            fitted = cluster.machine not in MACHINES.values()  # --machine
+            own = device == this_machine()["cpu"] and (fitted or cluster.machine == _own_cpu())
             return machine is None and own and cores == cluster.total
         case _:
             return False
