@@ -265,17 +265,12 @@ def figure(
     width_ratios: Sequence[float] | None = None, software: str = "alexnet-dist",
 ) -> Iterator[Any]:  # fmt: skip
     """Give (rows, columns) axes of a matplotlib figure, which is written to `path` at the end."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=size, width_ratios=width_ratios, layout="constrained", squeeze=False
-    )
-    yield axes
+    figure = Figure(size, dpi=120, layout="constrained")
+    yield figure.subplots(rows, columns, width_ratios=width_ratios, squeeze=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about characters that the font lacks
         with written_aside(path) as aside:
-            figure.savefig(aside, dpi=120, metadata={"Software": software})
-    pyplot.close(figure)
+            FigureCanvasAgg(figure).print_png(aside, metadata={"Software": software})

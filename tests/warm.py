@@ -9,7 +9,7 @@ for name in (
     "alexnet_dist.training.loop",
     "alexnet_dist.reporting.figures",
     "alexnet_dist.parallel.spawn",
-    "matplotlib.pyplot",
+    "matplotlib.backends.backend_agg",
     "torch._dynamo",  # what some layouts import on their way to the first step
     "torch.fx.experimental.symbolic_shapes",
     "forks",
