@@ -35,7 +35,7 @@ from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.prepare.prepare import Options, prepare
-from alexnet_dist.engines.graph import release
+from alexnet_dist.engines.graph import release_graphs
 
 # Small, and awkward: odd shares of units, so that a column does not begin at a multiple of four.
 TINY = [
@@ -234,7 +234,7 @@ def _on_rank(call: bytes, returned: Path) -> None:
     faulthandler.dump_traceback_later(150 if torch.cuda.is_available() else 570, exit=True, file=2)
     function, args = pickle.loads(call)
     returned.write_bytes(pickle.dumps(function(*args)))
-    release()
+    release_graphs()
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -30,7 +30,7 @@ from alexnet_dist.data.preprocess import Preprocess
 from alexnet_dist.engines import ddp
 from alexnet_dist.engines.base import AT, Engine
 from alexnet_dist.engines.ddp import TorchEngine
-from alexnet_dist.engines.graph import release
+from alexnet_dist.engines.graph import release_graphs
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.sharded_fc import ShardedFcEngine
 from alexnet_dist.engines.zero import ZeroEngine
@@ -565,7 +565,7 @@ def test_graphs_are_given_up_before_ranks_part() -> None:
         engine.train_step(batch, 0, 0.01)
         (graph,) = [step.graph for step in engine.graphs.values()]
         assert graph.tape
-        release()
+        release_graphs()
     assert not graph.tape
 
 

@@ -68,9 +68,9 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     signals, parent = StopSignals(), os.getppid()  # handlers first: the imports take seconds
     config, is_rank = load_config(options.config), environment.place() is not None
     # Until there is something to save, a signal ends this process at once; a rank, in silence.
-    signals.last_words = "" if is_rank else f"{config.folder}: stopped before it began\n"
+    signals.exit_message = "" if is_rank else f"{config.folder}: stopped before it began\n"
     if signals.exit_code is not None:
-        print(signals.last_words, end="", file=sys.stderr)
+        print(signals.exit_message, end="", file=sys.stderr)
         return signals.exit_code
     if not is_rank:
         _check_sources(config)

@@ -6,8 +6,8 @@ kernels too, and become part of the graph. This has consequences:
 - torch's process groups do not watch the collectives of a graph. A rank that waits for another
   forever does so where it reads a step's statistics, and `training.watchdog` ends it.
 - Graphs and single collectives may alternate on one communicator (NCCL_GRAPH_MIXING_SUPPORT).
-- NCCL waits forever when it destroys a communicator that a graph still holds: `release` must be
-  called before.
+- NCCL waits forever when it destroys a communicator that a graph still holds: `release_graphs`
+  must be called before.
 - A replay runs no Python: `Traffic` is told what each replay sends, and times inside a step come
   from CUDA events in the graph.
 """
@@ -125,7 +125,7 @@ _CAPTURED: weakref.WeakSet[CapturedStep] = weakref.WeakSet()
 
 
 @atexit.register
-def release() -> None:
+def release_graphs() -> None:
     """Release this process's captured steps, so that its communicators can be destroyed."""
     for step in _CAPTURED:
         if step.graph is not None:

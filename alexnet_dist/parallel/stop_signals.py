@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # handlers are installed before torch is imported
 
 # Exit codes by the flag's value; where ranks saw different signals, the highest counts.
 EXITS = {1: 75, 2: 143, 3: 130}
-CANNOT_SAVE = 4  # no signal: rank 0 sends it for as long as it cannot save
+CANNOT_SAVE = 4  # no signal: what `poll` returns on all ranks while rank 0 cannot save
 FLAGS = {
     signal.SIGUSR1: 1, signal.SIGUSR2: 1, signal.SIGTERM: 2, signal.SIGHUP: 2, signal.SIGINT: 3,
 }  # fmt: skip
@@ -40,9 +40,9 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.flag = 0
-        self.cannot_save = False  # rank 0: tell the other ranks that saving fails
+        self.cannot_save = False  # on rank 0: all polls, an evaluation's too, tell the other ranks
         # While there is nothing to save yet: print this and exit as soon as a signal arrives.
-        self.last_words: str | None = None
+        self.exit_message: str | None = None
         self.polls = 0
         self._pid = os.getpid()
         self._agreed = 0
@@ -91,8 +91,8 @@ class StopSignals:
         if number == signal.SIGINT and self.flag == FLAGS[signal.SIGINT]:
             os._exit(130)
         self.flag = max(self.flag, FLAGS[signal.Signals(number)])
-        if self.last_words is not None:
-            os.write(2, self.last_words.encode())
+        if self.exit_message is not None:
+            os.write(2, self.exit_message.encode())
             os._exit(EXITS[self.flag])
 
 

@@ -210,7 +210,7 @@ def _group(ranks: range, backend: str, timeout: datetime.timedelta) -> dist.Proc
     return group if isinstance(group, dist.ProcessGroup) else None
 
 
-def leave() -> None:
+def leave_groups() -> None:
     """Destroy the process groups."""
     if dist.is_initialized():
         dist.destroy_process_group()

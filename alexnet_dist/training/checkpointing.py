@@ -92,12 +92,12 @@ class RunCheckpoints:
         folder.save_config()
         return None if path is None else str(path)
 
-    def due(self, progress: Progress, last: bool) -> bool:
-        """Return whether to save now: at the interval, at a new best, and (`last`) before the run
-        stops or ends; but not what the newest checkpoint holds already."""
+    def due(self, progress: Progress, ending: bool) -> bool:
+        """Return whether to save now: at the interval, at a new best, and before the run stops or
+        ends; but not what the newest checkpoint holds already."""
         step = progress.step
         at_interval = step % self._config.checkpoint.every_steps == 0
-        wanted = at_interval or progress.best_step == step or last
+        wanted = at_interval or progress.best_step == step or ending
         return wanted and self._newest != (step, progress.evaluated_step)
 
     def save(self, progress: Progress) -> None:

@@ -2,7 +2,8 @@
 
 `train` starts the ranks where no launcher has, `_train` connects them and takes the run folder, and
 `_run` is the run itself: evaluate, save, one step of gradient descent, until the last step.
-A step's forward, backward and update are `_step` in engines/ddp.py.
+A step's forward, backward and update are `_step` in engines/ddp.py. `START` and `TIMELINE` only
+measure where the time goes.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ from alexnet_dist.data.pipelines.make import (
     train_batches,
 )
 from alexnet_dist.data.pipelines.resident import decode_to_memory
-from alexnet_dist.engines.graph import release
+from alexnet_dist.engines.graph import release_graphs
 from alexnet_dist.engines.make import make_engine
 from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import DatasetError, RanksFailed, in_words
@@ -41,7 +42,7 @@ from alexnet_dist.parallel.device import gpus
 from alexnet_dist.parallel.layouts import check, ranks_wanted
 from alexnet_dist.parallel.replicas import check_replicas
 from alexnet_dist.parallel.stop_signals import CANNOT_SAVE, EXITS, StopSignals, handlers_restored
-from alexnet_dist.parallel.topology import Topology, connect, leave
+from alexnet_dist.parallel.topology import Topology, connect, leave_groups
 from alexnet_dist.timing import START, TIMELINE, now
 from alexnet_dist.training.checkpointing import RunCheckpoints
 from alexnet_dist.training.loggers import check_installed
@@ -121,7 +122,7 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
     START.reached("imports")
     topology = connect(config)
     START.reached("device")
-    signals.last_words = None  # from here on, the loop polls for signals
+    signals.exit_message = None  # a signal no longer ends the process at once: the run polls
     configure_logging(topology)
     config, dataset, decoding = _resolve(config, topology)
     folder = RunFolder(config)
@@ -138,8 +139,8 @@ def _train(config: Config, signals: StopSignals) -> Outcome:
         raise explained from error
     finally:
         folder.close()
-    release()  # captured steps hold on to the groups, which leave() destroys
-    leave()
+    release_graphs()  # first, since they hold on to the groups
+    leave_groups()
     return outcome
 
 
@@ -150,11 +151,13 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
     Returns the config, its data set, and what decodes the images, in words.
     """
     topology.decided_by_rank_0(lambda: check_installed(config))
-    resolved = load_config([topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))])
+    # What rank 0 decides is sent as JSON, so the config travels as a mapping.
+    values = topology.decided_by_rank_0(lambda: flat(warm_start.resolved(config)))
+    resolved = load_config([values])
     digest = topology.decided_by_rank_0(lambda: open_for(resolved).digest)
     with raised_on_every_rank(topology):
-        # Each node may have a copy on its own disk; compared before it is held against the config,
-        # which fits rank 0's.
+        # Each node may have a copy on its own disk. It must be rank 0's data set, which fits the
+        # config.
         dataset = open_dataset(Path(resolved.data.path))
         if dataset.digest != digest:
             raise DatasetError(
@@ -201,39 +204,39 @@ def _run(
     telemetry = Telemetry(folder, topology, dataset, schedule, progress)
     watchdog = Watchdog(topology, signals, folder)
     compare_every = config.train.compare_replicas_every
-    exit_code: int | None = None  # none where an error ends the run
+    exit_code: int | None = None  # stays None if an error ends the run
 
     try:
         while True:
             step = progress.step
 
-            # Has a signal asked the run to stop, or has a save failed? All ranks learn it at the
+            # Has a signal asked the run to stop, or can rank 0 not save? All ranks learn it at the
             # same step.
             signals.cannot_save = checkpoints.failed
             stop = signals.poll(topology)
             if stop == CANNOT_SAVE:
-                checkpoints.finish()  # tries again, and raises if that fails
-                continue
+                checkpoints.finish()  # rank 0 tries once more; all ranks raise if that fails
+                continue  # it is saved: nothing stops the run, unless a signal came meanwhile
             if stop:
                 log.info(f"step {step}: a stop was requested, saving first")
 
             # Evaluate. With schedule.kind=plateau the learning rate is divided when the validation
             # error stops improving, as in the paper's section 5.
             if not stop and progress.evaluation_due(config, schedule):
-                pending.read()
+                pending.read()  # the step just made may fail the run: then no evaluation
                 with TIMELINE.span("evaluate"):
                     confusion = telemetry.new_confusion()
                     score = evaluate_engine(engine, config, dataset, signals, confusion)
                     if score is None:
-                        continue  # interrupted by a signal, which the poll above now returns
+                        continue  # the poll above now returns what interrupted it
                     progress.observe(score, config, schedule)
                     telemetry.evaluation(step, score, engine, confusion)
 
             # Save a checkpoint: at its interval, after the best evaluation so far, and before the
             # run stops or ends. Replicas must be equal, since only the first is saved.
             finished = progress.finished(config, schedule)
-            last = finished or stop != 0
-            if checkpoints.due(progress, last):
+            ending = finished or stop != 0
+            if checkpoints.due(progress, ending):
                 pending.read()
                 with TIMELINE.span("checkpoint"):
                     check_replicas(engine.replicated(), topology, step)
@@ -241,10 +244,10 @@ def _run(
                     checkpoints.save(progress)
             elif compare_every and step and step % compare_every == 0:
                 check_replicas(engine.replicated(), topology, step)
-            if last:
+            if ending:
                 checkpoints.finish()
             telemetry.pictures(engine)  # only now: if drawing is killed, the evaluation is saved
-            if last:
+            if ending:
                 break
 
             # One step of stochastic gradient descent: a batch of random crops, mirrored and lit
