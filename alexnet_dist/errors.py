@@ -269,15 +269,12 @@ def _owner(path: Path) -> tuple[str, str]:
     """Return the owner's name or number, and the mode; those of the nearest folder above where the
     path itself cannot be examined."""
     for place in (path, *path.absolute().parents):
-        try:
+        with suppress(OSError):
             about = place.stat()
-        except OSError:
-            continue
-        try:
-            name = pwd.getpwuid(about.st_uid).pw_name
-        except KeyError:
             name = f"uid {about.st_uid}"
-        return name, f"{about.st_mode & 0o7777:04o}"
+            with suppress(KeyError):
+                name = pwd.getpwuid(about.st_uid).pw_name
+            return name, f"{about.st_mode & 0o7777:04o}"
     return "unknown", "unknown"
 
 
