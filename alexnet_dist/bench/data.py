@@ -49,11 +49,7 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         (grey levels), machine, and every pass's images/s.
     """
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
-        packed = {}
-        for name, keep in (("256", False), ("kept", True)):
-            out = Path(scratch) / name
-            prepare("folder", folder, out, Options(keep=keep))
-            packed[name] = open_dataset(out)
+        packed = _packed(folder, Path(scratch))
         data = f"data.path={packed['256'].folder}"
         config = load_config(["layout.kind=one", data, *overrides])
         topology = connect(config)
@@ -89,6 +85,15 @@ def bench_data(folder: Path, images: int, repeats: int, overrides: Sequence[str]
         "unit": "images/s",
         "runs": runs,
     }
+
+
+def _packed(folder: Path, scratch: Path) -> dict[str, Dataset]:
+    """Pack a folder's images at canvas size and as they are; return both data sets by name."""
+    packed = {}
+    for name, keep in (("256", False), ("kept", True)):
+        prepare("folder", folder, scratch / name, Options(keep=keep))
+        packed[name] = open_dataset(scratch / name)
+    return packed
 
 
 def _passes_of(

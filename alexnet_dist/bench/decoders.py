@@ -124,13 +124,7 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
     with tempfile.TemporaryDirectory(prefix="alexnet-dist-bench-") as scratch:
         for stored, size in (("at size", (side, side)), ("resized", _LARGE)):
             source = Path(scratch) / stored
-            for kind in _KINDS:
-                (source / "train" / kind).mkdir(parents=True)
-            for number, name in enumerate(names[:of_each]):
-                image = ImageOps.fit(Image.open(name).convert("RGB"), size)
-                for kind, how in _KINDS.items():
-                    written = image.convert("L") if "grey" in kind else image
-                    written.save(source / "train" / kind / f"{number}.jpg", **how)
+            _save_as_each_kind(names[:of_each], size, source / "train")
             out = Path(scratch) / f"{stored}, packed"
             prepare("folder", source, out, Options(keep=True))
             parts = differences(config, topology, open_dataset(out), of_each * len(_KINDS))
@@ -149,6 +143,17 @@ def bench_differences(folder: Path, images: int, overrides: list[str]) -> dict[s
         "unit": "grey levels",
         "runs": [{name: one["mean"] for name, one in by_kind.items()} | worst],
     }
+
+
+def _save_as_each_kind(names: list[Path], size: tuple[int, int], folder: Path) -> None:
+    """Save images at this size as each kind of JPEG, in a folder for each kind."""
+    for kind in _KINDS:
+        (folder / kind).mkdir(parents=True)
+    for number, name in enumerate(names):
+        image = ImageOps.fit(Image.open(name).convert("RGB"), size)
+        for kind, how in _KINDS.items():
+            written = image.convert("L") if "grey" in kind else image
+            written.save(folder / kind / f"{number}.jpg", **how)
 
 
 def lines(result: dict[str, Any]) -> str:

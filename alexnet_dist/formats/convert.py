@@ -15,7 +15,7 @@ data.divide_by.
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,7 @@ from alexnet_dist.files import write, written_aside
 from alexnet_dist.formats import caffe, onnx, torchvision
 from alexnet_dist.network.model import whole_shapes
 from alexnet_dist.network.precision import parameter_dtype
-from alexnet_dist.tensor_files import TensorFile, misfit, save_tensors
+from alexnet_dist.tensor_files import Shape, TensorFile, misfit, save_tensors
 
 
 def import_weights(
@@ -62,6 +62,19 @@ def import_weights(
     # Its tensors, checked before anything is written.
     tensors = _read(kind, path, config)
     wanted = whole_shapes(config.model)
+    _check(tensors, wanted, path)
+    # A checkpoint of step 0.
+    dtype = parameter_dtype(config.train.precision)
+    whole = {name: tensors[name].to(dtype).contiguous() for name in wanted}
+    progress = {"step": 0, "score": None}
+    if mean is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write(out / "mean.npy", packed.getvalue())
+    return checkpoints.save(out / "checkpoints", config, "imported", whole, {}, progress, None)
+
+
+def _check(tensors: Mapping[str, Tensor], wanted: Mapping[str, Shape], path: Path) -> None:
+    """Raise CheckpointError unless a file's tensors are finite numbers of the wanted shapes."""
     if wrong := misfit({name: tuple(tensor.shape) for name, tensor in tensors.items()}, wanted):
         raise CheckpointError(
             f"{path}: {wrong}, by the config: name the one that it was exported from, or another "
@@ -73,14 +86,6 @@ def import_weights(
             raise CheckpointError(f"{path}: {name} holds {tensor.dtype}: save it as float32")
         if not tensor.isfinite().all():
             raise CheckpointError(f"{path}: {name} is not finite: use weights of an earlier step")
-    # A checkpoint of step 0.
-    dtype = parameter_dtype(config.train.precision)
-    whole = {name: tensors[name].to(dtype).contiguous() for name in wanted}
-    progress = {"step": 0, "score": None}
-    if mean is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "mean.npy", packed.getvalue())
-    return checkpoints.save(out / "checkpoints", config, "imported", whole, {}, progress, None)
 
 
 def export_weights(kind: str, source: Path, out: Path, data: Path | None = None) -> Path:

@@ -173,13 +173,7 @@ def _stepped(laid_out: Config, ranks: int, gpu: bool, narrows: bool) -> Rank:
             parts["graph's batch"] = size_of([*joined.changing().values()])
             parts["undone by warm-up"] = size_of(engine.optimizer.state_tensors())
     else:
-        # Measured rather than derived: oneDNN and MKL pack the largest weights, one to three times
-        # depending on the CPU.
-        weights = [p.numel() * p.element_size() for p in engine.model.parameters()]
-        parts["workspace"] = 2 * max(weights)
-        dtype = DTYPES[laid_out.train.precision]
-        if dtype.itemsize == 2 and not cpu_multiplies(dtype):
-            parts["workspace"] += sum(weights)  # in float32, which autograd keeps
+        parts["workspace"] = _cpu_workspace(engine.model, DTYPES[laid_out.train.precision])
     return Rank(
         batch_per_replica=laid_out.train.batch // topology.replicas,
         parameters=sum(p.numel() for p in engine.model.parameters()),
@@ -189,6 +183,18 @@ def _stepped(laid_out: Config, ranks: int, gpu: bool, narrows: bool) -> Rank:
         execution=how,
         passes=None if how == "eager" else passes.found(),
     )
+
+
+def _cpu_workspace(model: AlexNet, dtype: torch.dtype) -> int:
+    """Return the bytes that a CPU's libraries take besides tensors. Measured rather than derived:
+    oneDNN and MKL pack the largest weights, one to three times depending on the CPU.
+
+    Args:
+        dtype: what the network computes in.
+    """
+    weights = [p.numel() * p.element_size() for p in model.parameters()]
+    widened = dtype.itemsize == 2 and not cpu_multiplies(dtype)  # to float32, which autograd keeps
+    return 2 * max(weights) + (sum(weights) if widened else 0)
 
 
 def _with_peak(parts: dict[str, int]) -> dict[str, int]:

@@ -41,6 +41,11 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
     }  # fmt: skip
     rows = [[key, *map(as_typed, values)] for key, values in differ.items()]
     text = aligned([["key", *names], *rows]) if rows else "their configs are equal"
+    return comparison, f"{text}\n\n{_scores(runs, names)}\n\ncurves: {picture}"
+
+
+def _scores(runs: Sequence[RunResults], names: Sequence[str]) -> str:
+    """Return the scores of the runs as a table."""
     with_top5 = ["top5" in accuracies(run.config.model.classes) for run in runs]
     scores = []
     for run, name, top5 in zip(runs, names, with_top5, strict=True):
@@ -54,8 +59,7 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
             ])  # fmt: skip
     tops = ["top-1 error", *(["top-5"] if any(with_top5) else [])]
     heading = ["run", "network", "step", "split", "views", *tops, "loss", "when"]
-    text += "\n\n" + (aligned([heading, *scores]) if scores else "none of them has been evaluated")
-    return comparison, f"{text}\n\ncurves: {picture}"
+    return aligned([heading, *scores]) if scores else "none of them has been evaluated"
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -25,36 +25,16 @@ def verdict(
         cuda: whether the run is on GPUs.
         mfu: share of the GPUs' peak that is used; None if it is not known.
     """
-    data, save, keys = config.data, config.checkpoint, config.evaluate
-    if 0 < data.workers < cores:
-        faster = f"data.workers={cores}"
-    elif data.pipeline == "resident":  # it only crops
-        faster = "more cores for each rank"
-    elif not within_canvas and data.canvas == 256:  # the size that `prepare` stores
-        faster = "prepare the images without --keep, so that they need no resizing at each step"
-    elif cuda and data.pipeline == "torch":
-        faster = "data.pipeline=dali decodes on the GPU"
-    else:
-        faster = "more cores for each rank, or a smaller model.crop"
-    narrower = (
-        "a larger train.batch, or layout.kind=sharded_fc"
-        if config.layout.compress_gradients or config.layout.kind == "sharded_fc"
-        else "layout.compress_gradients=true halves the bytes"
-    )
-    if data.pipeline == "torch":
-        fewer = "data.pipeline=dali, whose threads do not need Python's lock"
-    elif config.train.execution != "graph":
-        fewer = "train.execution=graph, or a larger train.batch"
-    else:
-        fewer = "a larger train.batch"
     parts = config.train.micro_batches > 1
     larger = f"{'fewer train.micro_batches, or ' * parts}a larger train.batch"
+    faster = _faster_decoding(config, cores, within_canvas, cuda)
+    every, save = config.evaluate.every_epochs, config.checkpoint.every_steps
     rules = (  # span, acceptable share of the time, in words, what helps
         ("data", 0.1, "waiting for data", faster),
         ("exchange", 0.3, "exchanging between columns", "see what `plan` says of other layouts"),
-        ("all_reduce", 0.25, "summing over ranks", narrower),
-        ("evaluate", 0.25, "evaluating", f"evaluate.every_epochs={2 * keys.every_epochs:g}"),
-        ("checkpoint", 0.1, "saving", f"checkpoint.every_steps={2 * save.every_steps}"),
+        ("all_reduce", 0.25, "summing over ranks", _fewer_bytes(config)),
+        ("evaluate", 0.25, "evaluating", f"evaluate.every_epochs={2 * every:g}"),
+        ("checkpoint", 0.1, "saving", f"checkpoint.every_steps={2 * save}"),
         ("log", 0.1, "logging", f"log.every_steps={2 * config.log.every_steps}, "
          "log.histograms_every_steps=0"),
         ("other", 0.2, "waiting for Python", larger),
@@ -66,8 +46,41 @@ def verdict(
     span, may, what, help_ = max(rules, key=lambda rule: shares[rule[0]] / rule[1])
     if shares[span] < may:
         if mfu is not None and mfu < STARVED and config.train.precision in ("bf16", "fp16"):
-            return f"the GPU reaches {mfu:.1%} of its peak, and may be waiting for Python: {fewer}"
+            return (
+                f"the GPU reaches {mfu:.1%} of its peak, and may be waiting for Python: "
+                f"{_less_python(config)}"
+            )
         spans = ("windows", "forward", "backward", "optimizer", "step")
         computing = sum(shares[name] for name in spans)
         return f"computing {computing:.0%} of the time: nothing else holds it up"
     return f"{what} {shares[span]:.0%} of the time: {help_}"
+
+
+def _faster_decoding(config: Config, cores: int, within_canvas: bool, cuda: bool) -> str:
+    """Return what makes a run wait less for data; arguments as for `verdict`."""
+    data = config.data
+    if 0 < data.workers < cores:
+        return f"data.workers={cores}"
+    if data.pipeline == "resident":  # it only crops
+        return "more cores for each rank"
+    if not within_canvas and data.canvas == 256:  # the size that `prepare` stores
+        return "prepare the images without --keep, so that they need no resizing at each step"
+    if cuda and data.pipeline == "torch":
+        return "data.pipeline=dali decodes on the GPU"
+    return "more cores for each rank, or a smaller model.crop"
+
+
+def _fewer_bytes(config: Config) -> str:
+    """Return what makes sums over ranks take less time."""
+    if config.layout.compress_gradients or config.layout.kind == "sharded_fc":
+        return "a larger train.batch, or layout.kind=sharded_fc"
+    return "layout.compress_gradients=true halves the bytes"
+
+
+def _less_python(config: Config) -> str:
+    """Return what makes a GPU wait less for Python."""
+    if config.data.pipeline == "torch":
+        return "data.pipeline=dali, whose threads do not need Python's lock"
+    if config.train.execution != "graph":
+        return "train.execution=graph, or a larger train.batch"
+    return "a larger train.batch"

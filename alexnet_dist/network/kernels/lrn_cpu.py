@@ -28,25 +28,28 @@ def fits(maps: Tensor, beta: float) -> bool:
 
 def forward(maps: Tensor, size: int, alpha: float, k: float) -> Tensor:
     """Normalise (n, channels, h, w); the result is in channels_last."""
-    return _called(0, (maps,), size, alpha, k)
+    return _called(_forward_loop, (maps,), size, alpha, k)
 
 
 def backward(maps: Tensor, grads: Tensor, size: int, alpha: float, k: float) -> Tensor:
     """Return the gradient of `forward`'s input, given that of its output."""
-    return _called(1, (maps, grads), size, alpha, k)
+    return _called(_backward_loop, (maps, grads), size, alpha, k)
 
 
-def _called(which: int, given: tuple[Tensor, ...], size: int, alpha: float, k: float) -> Tensor:
+def _called(
+    loop_of: Callable[[torch.dtype, int], Callable[..., None]], given: tuple[Tensor, ...],
+    size: int, alpha: float, k: float,
+) -> Tensor:  # fmt: skip
     out = torch.empty_like(given[0], memory_format=torch.channels_last)
     last = [t.permute(0, 2, 3, 1).contiguous().view(-1, t.shape[1]) for t in (*given, out)]
-    loop = _loops(out.dtype, size)[which]
+    loop = loop_of(out.dtype, size)
     loop(*map(bits, last), np.float32(alpha), np.float32(k))
     return out
 
 
 @functools.cache
-def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return the compiled forward and backward loops, for which dtype and size are constants."""
+def _forward_loop(dtype: torch.dtype, size: int) -> Callable[..., None]:
+    """Return the compiled loop of `forward`, for which dtype and size are constants."""
     half, zero = size // 2, np.float32(0)
     shift, below, odd = rounding(dtype)
 
@@ -72,6 +75,15 @@ def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable
                 for i in range(wide):
                     b = sum_bits[i]
                     result[i] = (b + below + ((b >> shift) & odd)) >> shift
+
+    return forward
+
+
+@functools.cache
+def _backward_loop(dtype: torch.dtype, size: int) -> Callable[..., None]:
+    """Return the compiled loop of `backward`, for which dtype and size are constants."""
+    half, zero = size // 2, np.float32(0)
+    shift, below, odd = rounding(dtype)
 
     @parallel
     def backward(maps: Bits, grads: Bits, out: Bits, alpha: float, k: float) -> None:
@@ -105,4 +117,4 @@ def _loops(dtype: torch.dtype, size: int) -> tuple[Callable[..., None], Callable
                     b = g_bits[i]
                     result[i] = (b + below + ((b >> shift) & odd)) >> shift
 
-    return forward, backward
+    return backward
