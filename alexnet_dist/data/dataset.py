@@ -258,13 +258,14 @@ def open_trained_on(config: Config, digest: str, trained: Path) -> Dataset:
     would be wrong for the network.
     """
     folder = Path(config.data.path)
-    if not (folder / "dataset.json").exists() or open_dataset(folder).digest != digest:
+    dataset = open_dataset(folder) if (folder / "dataset.json").exists() else None
+    if dataset is None or dataset.digest != digest:
         raise DatasetError(
             f"data.path={str(folder)!r}: the data set that {trained} was trained on is missing: "
             "say where it is now with --data FOLDER, or in Python load_checkpoint(path, "
             "data=FOLDER)"
         )
-    return open_for(config, trained)
+    return matched(dataset, config, trained)
 
 
 def evaluation_split(config: Config, dataset: Dataset) -> Split:
