@@ -1,9 +1,9 @@
-"""The contract between sampler, pipelines and training loop.
+"""The contract between sampler, pipelines and training loop: `Samples`, `Decoded`, `Batch`.
 
-A pipeline is given samples and returns decoded patches as bytes on the rank's device; it does
-nothing else. Column ranks exchange these bytes, and a GPU is sent them: an eighth of the size of
-float64, half that of bf16. All further processing is `Preprocess`'s, the same for every pipeline,
-and part of the step: of its CUDA graph, where there is one.
+The sampler draws `Samples`. A pipeline decodes them and returns `Decoded`, which holds bytes on the
+rank's device; it does nothing else. Column ranks exchange these bytes, and a GPU is sent them: half
+the size of bf16, an eighth of float64's. The training step begins by making the `Batch` of windows
+from them (`Preprocess`), in the same way for every pipeline, and in its CUDA graph if it has one.
 """
 
 from collections import deque
@@ -85,7 +85,7 @@ class Batch:
 class StepInput(Protocol):
     """What a training step is given, on the rank's device: `Decoded`, or a `Batch` that is ready.
 
-    A dataclass.
+    Must be a dataclass, since a captured step replaces its fields.
     """
 
     def batch(self) -> Batch:
@@ -97,8 +97,8 @@ class StepInput(Protocol):
 
 @dataclass(frozen=True)
 class Metadata:
-    """What belongs to the patches of n samples of v windows each. `pack` turns it into one tensor,
-    so that each column rank sends one message, and a device is sent one copy.
+    """What belongs to the patches of n samples of v windows each. `pack` makes one tensor of it, so
+    that a column rank sends it as one message, and it is copied to the device at once.
 
     Attributes:
         labels: (n,) int64.
@@ -126,7 +126,7 @@ class Metadata:
         """Return the metadata of samples as (n, width) float64.
 
         Args:
-            read: (n,) the samples that were read for them.
+            read: (n,), the sample that was read for each: another one if it was damaged.
         """
         windows = np.concatenate([samples.corners, samples.flips[..., None]], axis=2)  # (n, v, 3)
         flat = windows.reshape(len(read), 3 * windows.shape[1])
@@ -148,7 +148,7 @@ Preprocessor = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Decoded:
-    """n samples as a pipeline returns them: bytes, and what is to be done with them.
+    """n samples as a pipeline returns them: bytes, and what their windows are made with.
 
     Attributes:
         patches: (n, side, side, 3) uint8, the part of each canvas that `Samples.patch` names; if
@@ -248,7 +248,7 @@ class Pipeline:
         """Return samples with their patches, which are on the device.
 
         Args:
-            read: (n,), the samples that were read for them; others where some were damaged.
+            read: as in `Metadata.pack`.
             patches, resident: as in `Decoded`.
         """
         metadata = to_device(Metadata.pack(samples, read, self.split), self.device)

@@ -22,12 +22,12 @@ T = TypeVar("T")
 class StepStats(NamedTuple, Generic[T]):
     """The statistics of a step, over all replicas.
 
-    On a device they are a vector in this order, whose indices are in `AT`: stats[AT.loss].
+    On the device they are a vector in this order, of which `AT` holds the indices: stats[AT.loss].
 
     Attributes:
         loss: cross-entropy, summed over the samples.
-        top1: number of labels ranked first.
-        top5: number of labels among the first five.
+        top1: number of samples whose label had the highest score.
+        top5: number of samples whose label was among the five highest.
         failed: 0 if loss and gradient were finite, and the update was made; else 1.
         damaged: number of damaged samples, replaced by others.
         norm: norm of the whole network's gradient.
@@ -45,8 +45,8 @@ AT: StepStats[int] = StepStats(*range(6))
 
 
 class WholeTensors(Protocol):
-    """Whole tensors by name, of which any rows can be read; for example a checkpoint's. str() says
-    where they are stored."""
+    """Whole tensors by name, of which any rows can be read; for example a checkpoint's. Errors name
+    them by str(), which says where they are stored."""
 
     def shapes(self) -> Mapping[str, Shape]: ...
 
@@ -91,16 +91,16 @@ class Engine(Protocol):
         none on other ranks. Collective."""
 
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
-        """Load this rank's parts of whole tensors; raise CheckpointError, and load nothing, if
-        `check_fit` does."""
+        """Load this rank's parts of whole tensors. Raises CheckpointError if they do not fit
+        (`check_fit`), before anything is loaded."""
 
     def replicated(self) -> dict[str, Tensor]:
         """Return the tensors whose copies must be bit-identical on every replica."""
 
 
 def loss_and_counts(logits: Tensor, labels: Tensor, fused: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the summed cross-entropy, (), and the first three of `StepStats`, (3,) float64; does
-    not synchronise the host.
+    """Return the summed cross-entropy, (), and loss, top1 and top5 of `StepStats`, (3,) float64;
+    does not synchronise the host.
 
     Args:
         logits: (n, classes).
@@ -120,7 +120,8 @@ def loss_and_counts(logits: Tensor, labels: Tensor, fused: bool = False) -> tupl
 
 
 def with_damaged(counts: Tensor, batch: Batch) -> Tensor:
-    """Make `StepStats` from the counts of a batch and its damaged samples; the rest is 0."""
+    """Make `StepStats` of what `loss_and_counts` counted, and of the batch's damaged samples;
+    `failed` and `norm` are 0."""
     stats = F.pad(counts, (0, len(AT) - len(counts)))
     stats[AT.damaged] = batch.damaged.sum()
     return stats
@@ -167,8 +168,9 @@ def skip_flag(stats: Tensor, scale: float | Tensor, fused: bool = False) -> Tens
 
 
 def check_fit(config: Config, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
-    """Raise CheckpointError unless these tensors have the names and whole shapes of this network's
-    and its optimiser's. A rank reads only rows, and could read them from another network's too."""
+    """Raise CheckpointError unless these tensors have the names and whole shapes that this network
+    and its optimiser have. (A rank reads some rows of each, which a tensor of another shape may
+    have too.)"""
     shapes = whole_shapes(config.model)
     if wrong := misfit(parameters.shapes(), shapes):
         last = config.model.layer_names[-1]
@@ -227,6 +229,6 @@ def label_ranks(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def on_host(stats: Tensor) -> Callable[[], StepStats[float]]:
-    """As `to_host`, of `StepStats`."""
+    """Start a copy of a step's statistics to the host; the function returned waits for it."""
     read = to_host(stats)
     return lambda: StepStats(*read().tolist())

@@ -104,7 +104,8 @@ class TorchEngine:
     def _step(
         self, given: StepInput, step: int | Tensor, rate: float | Tensor, keep_gradients: bool
     ) -> Tensor:
-        """Compute gradients, micro-batch by micro-batch, and update the weights."""
+        """Compute gradients, micro-batch by micro-batch, and update the weights; return
+        `StepStats`, as a tensor."""
         batch = given.batch()  # decoded bytes become windows: `Preprocess`
         parts, scale = self.config.train.micro_batches, self.optimizer.loss_scale(rate)
         counted: list[Tensor] = []
@@ -130,7 +131,7 @@ class TorchEngine:
 
     def complete_stats(self, stats: Tensor) -> None:
         """Complete a step's statistics in place: sum them over replicas, and fill in the squared
-        norm of the whole network's gradient, which is already summed."""
+        norm of the whole network's gradient, which the backward has already summed over them."""
         summed(stats, self.topology.replica_group)
         squares = squared_norm(self.model.parameters())
         stats[AT.norm] = summed(squares, self.topology.column_group)
@@ -195,7 +196,8 @@ class TorchEngine:
         return torch.arange(topology.replicas * n, device=topology.device).view(-1, n)
 
     def labels_and_slots(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return labels and slots, (k, n), of the k × n samples that the last layer here scores."""
+        """Return labels and slots, (k, n), of the k × n samples that the last layer here scores:
+        this replica's own, k = 1, unless an engine overrides this."""
         return batch.labels[None], self.slots(len(batch.labels))[self.topology.replica, None]
 
     @torch.no_grad()
@@ -234,6 +236,7 @@ class TorchEngine:
         return {name: tensor for name, tensor in merged.items() if tensor is not None}
 
     def _merged(self, name: str, part: Tensor) -> Tensor | None:
+        """Return the tensor that this is a part of, on rank 0's CPU; None elsewhere. Collective."""
         group = self.shard_group(name)
         holders = dist.get_process_group_ranks(group) if group else [self.topology.global_rank]
         if holders[0] != 0:  # another replica, whose copy is not needed
@@ -246,7 +249,7 @@ class TorchEngine:
         return self.topology.column_group
 
     def sum_over_shards(self, sums: Tensor) -> Tensor:
-        """Sum, (2, weights), over the ranks that hold other rows of the same tensors."""
+        """Add up `sums`, (2, weights), over the ranks that hold rows of the same tensors."""
         return summed(sums, self.topology.column_group)
 
     def replicate(self, group: dist.ProcessGroup) -> nn.Module:

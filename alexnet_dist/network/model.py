@@ -147,7 +147,7 @@ class AlexNet(nn.Module):
         fc_parts = conv_parts if fc_part is None else [fc_part]
 
         def whole_shape(name: str, outputs: int, inputs: int, *kernel: int) -> tuple[int, ...]:
-            """The weight's shape over all columns; a layer without exchange sees its own column."""
+            """The weight's shape over all columns; without an exchange each sees its own inputs."""
             alone = name not in ("conv1", *config.exchange)
             return (outputs, inputs // config.columns if alone else inputs, *kernel)
 
@@ -201,12 +201,12 @@ class AlexNet(nn.Module):
             # Each column activates, normalises and pools its own maps.
             each = [functools.partial(column.maps, conv.name) for column in self.columns]
             outputs = at_once(each, list(zip(outputs, conv.biases(outputs), strict=True)))
-        # Dropout before fc6 acts on the maps, of the samples that are on this device.
+        # Dropout before fc6 acts on the maps: those of this device's samples; fc6 may see others.
         own = None if slots is None else self.exchange.own_slots(slots)
         if dropout := self._dropout(fcs[0], own, step):
             of_columns = zip(self.columns, outputs, strict=True)
             outputs = [column.dropped(maps, dropout) for column, maps in of_columns]
-        for fc, after in itertools.pairwise(fcs):  # (n, 2048); all columns here: (n, 4096)
+        for fc, after in itertools.pairwise(fcs):  # (n, 2048); (n, 4096) of both, if they meet here
             dropout = self._dropout(after, slots, step)
             outputs = fc.units(outputs, self._exchange_before(fc), self.config.activation, dropout)
         return self.exchange.logits(fcs[-1].units(outputs, self._exchange_before(fcs[-1])))
@@ -216,15 +216,15 @@ class AlexNet(nn.Module):
         return self.exchange if layer.name in self.config.exchange else None
 
     def _dropout(self, before: Layer, slots: Tensor | None, step: int | Tensor) -> Dropout | None:
-        """Return the dropout of the units that a layer sees (the outputs of the one below); None
-        where there is none."""
+        """Return the dropout of the units that a layer sees, which are the outputs of the one
+        below; None where there is none."""
         config = self.config
         if config.dropout == 0 or before.name not in config.dropout_before:
             return None
         at_test = config.dropout_scaling == "test"
         if not self.training and not at_test:
             return None
-        below = int(before.name[-1]) - 1
+        below = int(before.name[-1]) - 1  # the layer that made the units
         if self.training:
             assert slots is not None, "dropout needs the samples' slots"
         kept = slots if self.training else None

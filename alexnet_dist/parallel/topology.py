@@ -88,12 +88,12 @@ class Topology:
     def decided_by_rank_0(self, decide: Callable[[], T]) -> T:
         """Call `decide` on rank 0, and return its result on every rank. Collective.
 
-        If it raises, every rank raises. Its result must be JSON: torch's object collectives
-        unpickle what a peer sends, and are not used.
+        If it raises, every rank raises: the others, `SaidByRank0`. Its result must be JSON: torch's
+        object collectives unpickle what a peer sends, and are not used.
         """
         if self.control is None:
             return decide()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # the result; the exit code, if it raised
         failure: Exception | None = None
         if self.is_rank_0:
             try:
@@ -109,7 +109,7 @@ class Topology:
         return outcome[0]  # type: ignore[no-any-return]
 
     def disable_timeouts(self) -> None:
-        """Stop the process groups from timing out: from now on a watchdog looks for ranks that wait
+        """Keep the process groups from timing out: from now on a watchdog looks for ranks that wait
         too long. Unlike the groups' clocks, it knows when a process was suspended."""
         for group in (self.control, self.column_group, self.replica_group):
             if group is not None:
@@ -160,19 +160,21 @@ def connect(config: Config) -> Topology:
     here = dataclasses.replace(here, device=take_device(config, place))
     torch.set_num_threads(config.layout.threads or here.cores)
     allow_tf32(config.train.precision)
-    repeats = config.train.deterministic
-    torch.backends.cudnn.benchmark = not repeats  # its choice goes by time
-    if repeats:
+    deterministic = config.train.deterministic
+    torch.backends.cudnn.benchmark = not deterministic  # it chooses what it measures as fastest
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if repeats != torch.are_deterministic_algorithms_enabled():  # setting it imports the compiler
-        torch.use_deterministic_algorithms(repeats)
+    # Only where it changes, since setting it imports the compiler.
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
     keep_freed_memory()
     shorten_switch_interval()
     return here if here.world_size == 1 else _joined(here, config, place)
 
 
 def _joined(here: Topology, config: Config, place: Place) -> Topology:
-    """Return the topology with its groups: meet the other ranks, and make them. Collective."""
+    """Meet the other ranks, make the process groups, and return the topology with them.
+    Collective."""
     keep_to_this_host(place)
     timeout = datetime.timedelta(seconds=config.layout.timeout_s)
     backend = "nccl" if here.device.type == "cuda" else "gloo"
@@ -186,7 +188,8 @@ def _joined(here: Topology, config: Config, place: Place) -> Topology:
     here = dataclasses.replace(here, control=_group(range(world), "gloo", timeout))
     if place.node is not None:
         nodes = here.gather(place.node)
-        environment.check_even(place.tasks_per_node)  # now, so that rank 0 lives to say it
+        # Only now that they have met: otherwise one's end could kill rank 0 before it reports it.
+        environment.check_even(place.tasks_per_node)
         check_columns_meet([int(node) for (node,) in nodes], columns)
     by_replica = [
         _group(range(first, first + columns), backend, timeout) if columns > 1 else None
