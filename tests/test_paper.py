@@ -220,6 +220,17 @@ def test_fine_tuning_begins_from_the_named_weights_and_a_new_last_layer(
         train(tiny(*warm, "name=third"))
 
 
+def test_a_run_that_its_initial_weights_do_not_fit_leaves_no_folder(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    first = tiny("layout.kind=one", "train.epochs=0.2", "name=first")
+    train(first)
+    other = tiny("layout.kind=one", f"train.init_from={first.folder}", "model.fc=[36,20]")
+    with pytest.raises(ConfigError, match=r"fc7\.weight is \[28, 36\] there, but \[20, 36\] here"):
+        train(other)
+    assert not other.folder.exists()
+
+
 def test_where_the_weights_lie_does_not_define_a_run(tiny: Callable[..., Config]) -> None:
     here = fingerprint(tiny("train.init_from=a", "train.init_sha256=x"))
     assert here == fingerprint(tiny("train.init_from=b", "train.init_sha256=x"))

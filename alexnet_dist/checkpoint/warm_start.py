@@ -14,9 +14,9 @@ from alexnet_dist.config.schema import Config, TrainConfig
 from alexnet_dist.data.dataset import other_class
 from alexnet_dist.data.preprocess import mean_sha256
 from alexnet_dist.errors import CheckpointError, ConfigError
-from alexnet_dist.network.model import AlexNet
+from alexnet_dist.network.model import AlexNet, whole_shapes
 from alexnet_dist.network.precision import parameter_dtype
-from alexnet_dist.tensor_files import Shape, misfit
+from alexnet_dist.tensor_files import Shape, TensorFile, misfit
 
 
 def resolved(config: Config) -> Config:
@@ -81,6 +81,42 @@ def _source(train: TrainConfig) -> tuple[checkpoints.Checkpoint, str]:
     return source, digest
 
 
+def check_fits(config: Config, classes: Sequence[str]) -> None:
+    """Check that a run can begin from train.init_from, before its folder is made; raises as
+    `InitialWeights`. Does nothing where it begins from its own checkpoint, or from no weights.
+
+    Args:
+        config: as `resolved` returned it.
+        classes: the data set's class names.
+    """
+    if config.train.init_from != "none" and not checkpoints.steps(config.folder / "checkpoints"):
+        _fitting(checkpoints.read(Path(config.train.init_from)), config, classes)
+
+
+def _fitting(source: checkpoints.Checkpoint, config: Config, classes: Sequence[str]) -> TensorFile:
+    """Open the parameters of train.init_from; raise ConfigError where they do not fit."""
+    file, new = source.parameters(), config.train.init_new
+    there, here = (
+        {name: shape for name, shape in of.items() if name.partition(".")[0] not in new}
+        for of in (file.shapes(), whole_shapes(config.model))
+    )
+    if wrong := misfit(there, here):
+        layer = wrong.partition(".")[0]
+        known = layer in config.model.layer_names
+        remedy = f"add {layer} to train.init_new, or " if known else ""
+        raise ConfigError(
+            f"train.init_from={config.train.init_from!r}: {wrong}: {remedy}change the network"
+        )
+    last = config.model.layer_names[-1]
+    other = other_class(source.manifest.get("classes"), classes)
+    if other and last not in new:
+        raise ConfigError(
+            f"train.init_from={config.train.init_from!r}: {last} would predict other "
+            f"classes: {other} there: add {last} to train.init_new"
+        )
+    return file
+
+
 class InitialWeights:
     """Whole initial parameters: those of train.init_from, except that the layers of train.init_new
     begin as in any new run. They are read like a checkpoint's.
@@ -94,29 +130,10 @@ class InitialWeights:
     """
 
     def __init__(self, config: Config, classes: Sequence[str]) -> None:
+        source, _ = _source(config.train)
+        self.file, self.new = _fitting(source, config, classes), config.train.init_new
         dtype = parameter_dtype(config.train.precision)
         self.fresh = AlexNet(config.model, config.seed, dtype=dtype)
-        source, _ = _source(config.train)
-        self.file = source.parameters()
-        self.new = config.train.init_new
-        there, here = (
-            {name: shape for name, shape in of.items() if name.partition(".")[0] not in self.new}
-            for of in (self.file.shapes(), self.shapes())
-        )
-        if wrong := misfit(there, here):
-            layer = wrong.partition(".")[0]
-            known = layer in config.model.layer_names
-            remedy = f"add {layer} to train.init_new, or " if known else ""
-            raise ConfigError(
-                f"train.init_from={config.train.init_from!r}: {wrong}: {remedy}change the network"
-            )
-        last = config.model.layer_names[-1]
-        other = other_class(source.manifest.get("classes"), classes)
-        if other and last not in self.new:
-            raise ConfigError(
-                f"train.init_from={config.train.init_from!r}: {last} would predict other "
-                f"classes: {other} there: add {last} to train.init_new"
-            )
 
     def shapes(self) -> dict[str, Shape]:
         """Return each parameter's whole shape."""

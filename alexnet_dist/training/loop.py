@@ -166,6 +166,7 @@ def _resolve(config: Config, topology: Topology) -> tuple[Config, Dataset, str]:
                 "every node"
             )
         dataset = matched(dataset, resolved)
+    topology.decided_by_rank_0(lambda: warm_start.check_fits(resolved, dataset.classes))
     if config.data.verify_hashes:
         verify_shards(dataset, topology)
     START.reached("data set")
