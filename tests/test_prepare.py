@@ -268,19 +268,26 @@ def turned(image: Image.Image, orientation: int) -> Image.Image:
     return image
 
 
+BMP_OF_25_BITS = made.encoded(made.photograph(1), "BMP").replace(b"\x18", b"\x19", 1)
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "the file is empty"),
         (b"hello, this is a text file, not an image", "not one of JPEG, PNG"),
         (made.encoded(made.photograph(1))[:-700], "the JPEG is cut short"),
+        (made.encoded(made.photograph(1))[:300], "^the file is cut short: copy it again"),
         (made.encoded(made.photograph(1), "PNG")[:400], "the PNG is cut short"),
-        (made.png_of(60_000, 60_000), "Image size .3600000000 pixels. exceeds limit"),
+        (made.encoded(made.photograph(1), "BMP")[:-700], "^the file is cut short: copy it again"),
+        (BMP_OF_25_BITS, r"^damaged, or .* Pillow cannot decode \(Unsupported BMP .*\): copy"),
+        (made.png_of(60_000, 60_000), "too many pixels: Image size .3600000000 pixels. exceeds"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not one of JPEG, PNG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "a HEIC or AVIF file.*: convert it to JPEG"),
     ],
-    ids=["empty", "text", "truncated JPEG", "truncated PNG", "bomb", "PostScript", "HEIC"],
-)
+    ids=["empty", "text", "truncated JPEG", "JPEG's header", "truncated PNG", "truncated BMP",
+         "other BMP", "bomb", "PostScript", "HEIC"],
+)  # fmt: skip
 @pytest.mark.parametrize("keep", [False, True])
 def test_what_is_no_image_is_refused_with_its_reason(
     content: bytes, reason: str, keep: bool
@@ -417,8 +424,9 @@ def test_odd_names_and_bad_images_are_quarantined_and_the_rest_is_packed(tmp_pat
     assert "--max-bad: 4 of 29 images cannot be packed, more than 2 ('train/cat/bad" in (
         strict.stderr
     )
+    assert strict.stderr.endswith("name another OUT, or raise --max-bad to 0.14 or more\n")
     assert not (tmp_path / "out").exists()
-    arguments = ["prepare", "folder", str(source), str(tmp_path / "out"), "--max-bad", "0.2"]
+    arguments = ["prepare", "folder", str(source), str(tmp_path / "out"), "--max-bad", "0.14"]
     said = alexnet_dist(*arguments)
     assert said.returncode == 0, said.stderr
     assert "packed 19 train, 6 val images of 3 classes; 4 refused" in said.stdout

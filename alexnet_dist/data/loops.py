@@ -14,7 +14,7 @@ from alexnet_dist.network.kernels.numba_loops import compiled
 # Messages for the problems that `image_size` returns.
 PROBLEMS = (
     "",
-    "neither a JPEG nor a PNG",
+    "neither a JPEG nor a PNG, or damaged or cut short at its beginning",
     f"a JPEG of more than {MOST_SCANS} scans",
     f"a JPEG of more than {MOST_SEGMENTS} segments",
 )

@@ -19,6 +19,7 @@ from alexnet_dist.data.codecs import decode_image, encode_png
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.header import PNG, check_png, size_of
 from alexnet_dist.data.prepare.sources import Pixels
+from alexnet_dist.errors import one_line
 from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
 
 SIDE = 256  # side of stored images, pixels (paper §2)
@@ -84,7 +85,19 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
         except MemoryError as error:
             raise RefusedImage(f"it takes more than {MOST_MEMORY:,} bytes to read") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported
-            raise RefusedImage(f"{type(error).__name__}: {error}") from error
+            raise RefusedImage(_in_words(error)) from error
+
+
+def _in_words(error: Exception) -> str:
+    """Return what is wrong with an image, given what a decoder raised."""
+    if isinstance(error, Image.DecompressionBombError):
+        return f"its header says too many pixels: {one_line(error)}"
+    if "truncated" in f"{error}".lower():
+        return "the file is cut short: copy it again from its source"
+    return (
+        f"damaged, or of a kind that Pillow cannot decode ({one_line(error)}): copy it again from "
+        "its source, or save it as JPEG or PNG"
+    )
 
 
 class ConvertOptions(NamedTuple):
@@ -141,7 +154,9 @@ def _stored(kind: str, encoded: bytes) -> Stored:
         buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return Stored(kind, encoded, decode_image(buffer))
     except RuntimeError as error:
-        raise RefusedImage(f"decoded by Pillow but not by torchvision: {error}") from error
+        raise RefusedImage(
+            f"decoded by Pillow but not by torchvision: {one_line(error)}"
+        ) from error
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,6 +1,7 @@
 """Write a source's shards, in parallel where there are many images."""
 
 import json
+import math
 import multiprocessing
 import shutil
 import sys
@@ -119,15 +120,23 @@ def _check_refused(
     """Raise DatasetError, and list the refused images in a file, where there are too many."""
     refused = [entry for shard in shards if shard is not None for entry in shard.meta["refused"]]
     allowed = max(_MAX_BAD * total, min(_FEW, total / 10)) if max_bad is None else max_bad * total
+    allowed = int(allowed + 1e-6)  # 0.29 of 100 images, computed, is a little less than 29
     if len(refused) > allowed:
         write_lines(folder / "quarantine.jsonl", map(json.dumps, refused))
         shown = "; ".join(f"{entry['name']!r}: {entry['reason']}" for entry in refused[:3])
         share = "" if max_bad is None else f" {max_bad:g}"
         raise DatasetError(
             f"--max-bad{share}: {len(refused)} of {total} images cannot be packed, more than "
-            f"{int(allowed)} ({shown}): all found so far are listed in "
-            f"{folder / 'quarantine.jsonl'}; repair them and name another OUT, or raise --max-bad"
+            f"{allowed} ({shown}): all found so far are listed in "
+            f"{folder / 'quarantine.jsonl'}; repair them and name another OUT, or raise --max-bad "
+            f"to {_rounded_up(len(refused) / total):g} or more"
         )
+
+
+def _rounded_up(share: float) -> float:
+    """Return a share above 0 with two significant digits, rounded up."""
+    scale = 10.0 ** (1 - math.floor(math.log10(share)))
+    return math.ceil(round(share * scale, 6)) / scale
 
 
 def _check_disk(folder: Path, left: list[Task]) -> None:
