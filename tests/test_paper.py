@@ -197,10 +197,15 @@ def test_fine_tuning_begins_from_the_named_weights_and_a_new_last_layer(
                  f"train.init_sha256={'f' * 64}")  # fmt: skip
     with pytest.raises(ConfigError, match=r"train\.init_sha256='f+': .*first has "):
         train(moved)
-    with pytest.raises(ConfigError, match=r"train\.init_sha256: '[0-9a-f]{64}' there, 'any'"):
+    with pytest.raises(
+        ConfigError, match=r"init_sha256: '\w{64}' there, 'any' here \(train.init_from="
+    ):
         checkpoints.check_same_run(after, config, after.manifest["dataset"])
     with pytest.raises(CheckpointError, match=r"train\.init_from='nowhere': nowhere is neither"):
         resolved(tiny("train.init_from=nowhere"))
+    for name, above in (("first", "."), ("second", tmp_path / "runs")):  # not what they began from
+        with pytest.raises(CheckpointError, match=r"train\.init_from=.* is neither a run folder"):
+            resolved(tiny(*one, f"name={name}", f"train.init_from={above}"))
     other = tiny(*warm, "model.fc=[36,20]")
     with pytest.raises(ConfigError, match=r"fc7\.weight is \[28, 36\] there, but \[20, 36\] here"):
         InitialWeights(other, ())

@@ -239,8 +239,13 @@ def at(path: Path) -> Checkpoint:
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
     """Raise ConfigError where the checkpoint is from another run than the config defines."""
     theirs, ours = fingerprint(checkpoint.config), fingerprint(config)
+    given = {  # the hashes of files that the config names by other keys
+        "train.init_sha256": f" (train.init_from={config.train.init_from!r})",
+        "data.mean_sha256": f" (data.mean_from={config.data.mean_from!r})",
+    }
     differ = [
         f"{key}: {theirs.get(key, 'unset')!r} there, {ours.get(key, 'unset')!r} here"
+        f"{given.get(key, '')}"
         for key in sorted({*theirs, *ours})
         if theirs.get(key) != ours.get(key)
     ]

@@ -60,7 +60,8 @@ def _last_start(config: Config) -> Config | None:
 
 def _started_from(train: TrainConfig, last: TrainConfig) -> bool:
     """Whether the weights that the config asks for are those that the run started from."""
-    same = Path(last.init_from).is_relative_to(train.init_from)
+    given, taken = Path(train.init_from), Path(last.init_from)
+    same = given == taken or given / "checkpoints" == taken.parent
     return same and train.init_sha256 in ("any", last.init_sha256)
 
 
