@@ -68,12 +68,19 @@ def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> 
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2: must be less than WORLD_SIZE=2, counted from"),
         ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE='-2': must be a number"),
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK='a': must be a number"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "0"}, "LOCAL_RANK=0: must be less"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2"},
+         "LOCAL_RANK=2: must be less than LOCAL_WORLD_SIZE=2"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "2"}, "must be at most WORLD_SIZE=1"),
+        (STEP | {"SLURM_PROCID": "4"}, "SLURM_PROCID=4: must be less than SLURM_STEP_NUM_TASKS=4"),
+        (STEP | {"SLURM_NODEID": "2"}, "SLURM_NODEID=2: must be less than the nodes of SLURM"),
+        (STEP | {"SLURM_LOCALID": "2"}, "SLURM_LOCALID=2: must be less than this node's tasks=2"),
         (STEP | {"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS='two': must be"),
         (STEP | {"SLURM_NODEID": ""}, "SLURM_NODEID='': must be a number"),
         (STEP | {"SLURM_STEP_TASKS_PER_NODE": ""}, "SLURM_STEP_TASKS_PER_NODE=: must be"),
     ],
-)
-def test_a_launchers_variable_that_is_not_a_number_is_named(
+)  # fmt: skip
+def test_a_launchers_variable_that_makes_no_sense_is_named(
     variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():

@@ -56,17 +56,31 @@ def place() -> Place | None:
     if not launched():
         return None
     if has("RANK") and has("WORLD_SIZE"):
-        rank, world = _number("RANK"), _number("WORLD_SIZE")
-        if rank >= world:
-            raise ConfigError(f"RANK={rank}: must be less than WORLD_SIZE={world}, counted from 0")
-        return Place(rank, world, _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1))
+        place = Place(
+            _number("RANK"), _number("WORLD_SIZE"),
+            _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1),
+        )  # fmt: skip
+        _check_below("RANK", place.rank, "WORLD_SIZE", place.world)
+        if has("LOCAL_WORLD_SIZE"):
+            _check_below("LOCAL_RANK", place.local_rank, "LOCAL_WORLD_SIZE", place.local_world)
+        if place.local_world > place.world:
+            raise ConfigError(
+                f"LOCAL_WORLD_SIZE={place.local_world}: must be at most WORLD_SIZE={place.world}"
+            )
+        return place
     tasks, node = tasks_per_node(has("SLURM_STEP_TASKS_PER_NODE", "")), _number("SLURM_NODEID")
     gpus, cores = has("SLURM_GPUS_ON_NODE"), has("SLURM_CPUS_PER_TASK")
     start = (*job(), _number("SLURM_STEP_ID"))
+    rank, world, local_rank = map(
+        _number, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    )
+    _check_below("SLURM_PROCID", rank, "SLURM_STEP_NUM_TASKS", world)
+    _check_below("SLURM_NODEID", node, "the nodes of SLURM_STEP_TASKS_PER_NODE", len(tasks))
+    _check_below("SLURM_LOCALID", local_rank, "this node's tasks", tasks[node])
     return Place(
-        rank=_number("SLURM_PROCID"),
-        world=_number("SLURM_STEP_NUM_TASKS"),
-        local_rank=_number("SLURM_LOCALID"),
+        rank=rank,
+        world=world,
+        local_rank=local_rank,
         local_world=tasks[node],
         node=node,
         tasks_per_node=tasks,
@@ -93,6 +107,12 @@ def _number(name: str, default: int | None = None) -> int:
             "and SLURM_STEP_NUM_TASKS"
         )
     return default
+
+
+def _check_below(name: str, value: int, of: str, count: int) -> None:
+    """Raise ConfigError unless a place, counted from 0, is one of so many."""
+    if value >= count:
+        raise ConfigError(f"{name}={value}: must be less than {of}={count}, counted from 0")
 
 
 def tasks_per_node(text: str, name: str = "SLURM_STEP_TASKS_PER_NODE") -> tuple[int, ...]:
