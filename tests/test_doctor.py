@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from importlib import metadata
@@ -148,6 +149,20 @@ def test_what_is_amiss_is_named(
     assert found[what].remedy
     assert found[what].broken == broken
     assert not any(one.broken for one in found.values() if one.what != what)
+
+
+def test_a_controller_that_does_not_answer_is_waited_for_for_a_few_seconds(
+    tiny: Callable[..., Config], monkeypatch: Patch, tmp_path: Path
+) -> None:
+    no_controller(monkeypatch, tmp_path)
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexec sleep 30\n")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert machine.PING_S <= 5
+    monkeypatch.setattr(machine, "PING_S", 0.2)
+    begin = time.monotonic()
+    (found,) = machine.slurm(tiny())
+    assert "does not answer" in found.found
+    assert time.monotonic() - begin < 15
 
 
 def test_bf16_in_hardware_is_the_processors_own(

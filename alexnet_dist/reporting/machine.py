@@ -23,6 +23,7 @@ from alexnet_dist.network import kernels
 from alexnet_dist.parallel import environment, layouts
 from alexnet_dist.parallel.device import CGROUP, cores, cpu_flags, gpus, precision_problem
 
+PING_S = 4  # seconds in which Slurm's controller must answer
 DRIVER = Path("/proc/driver/nvidia/version")
 _MB = 2**20
 
@@ -168,7 +169,7 @@ def slurm(config: Config) -> Iterator[Finding]:
     remedy = f"install Slurm's client: {', '.join(sorted(missing))} missing" if missing else ""
     if "scontrol" in there and not job:
         try:
-            subprocess.run(["scontrol", "ping"], check=True, capture_output=True, timeout=20)
+            subprocess.run(["scontrol", "ping"], check=True, capture_output=True, timeout=PING_S)
         except (OSError, subprocess.SubprocessError):
             within = "its controller does not answer (scontrol ping)"
             remedy = (
