@@ -32,6 +32,7 @@ from torchvision.io import decode_image
 
 from alexnet_dist.data.dataset import open_dataset, verify_shards
 from alexnet_dist.data.header import size_of
+from alexnet_dist.data.inspect import inspect
 from alexnet_dist.data.prepare import convert as convert_module
 from alexnet_dist.data.prepare import packing
 from alexnet_dist.data.prepare import prepare as prepare_module
@@ -663,6 +664,22 @@ def test_inspect_shows_what_is_there_and_finds_what_is_wrong(
     result = alexnet_dist("inspect", str(damaged))
     assert result.returncode == 1
     assert "shard-00000.tar: SHA-256" in result.stderr
+
+
+def test_inspect_shows_another_split_where_there_is_none_to_train_on(
+    folder_packed: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folder_packed, tmp_path / "data")
+    about = tmp_path / "data" / "dataset.json"
+    meta = json.loads(about.read_text())
+    del meta["splits"]["train"]
+    about.write_text(json.dumps(meta))
+    found = inspect(tmp_path / "data", tmp_path / "sheet.png")
+    assert "train" not in found
+    assert (tmp_path / "sheet.png").exists()
+    about.write_text(json.dumps(meta | {"splits": {}}))
+    with pytest.raises(DatasetError, match=r"dataset\.json: has no splits"):
+        inspect(tmp_path / "data", None)
 
 
 def test_options_have_defaults_that_the_command_line_repeats() -> None:

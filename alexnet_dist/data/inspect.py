@@ -30,12 +30,15 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
     """Read and decode everything in a packed data set; return a summary of it.
 
     Args:
-        sheet: PNG in which to draw samples of the first classes; None for a quick look, which
-            hashes no shard, decodes some samples of each split, and draws nothing.
+        sheet: PNG in which to draw samples of the first classes, of the split train if there is
+            one; None for a quick look, which hashes no shard, decodes some samples of each split,
+            and draws nothing.
 
     Raises DatasetError for the first error found.
     """
     dataset = open_dataset(folder)
+    if not dataset.splits:
+        raise DatasetError(f"{folder / 'dataset.json'}: has no splits: prepare the data set again")
     if sheet is not None:
         verify_shards(dataset, Topology(cores=cores()))
     found: dict[str, Any] = {
@@ -54,8 +57,9 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
     if sheet is None:
         return found
     try:
-        with contextlib.closing(dataset.splits["train"]):
-            _contact_sheet(dataset, sheet)
+        shown = dataset.splits.get("train") or next(iter(dataset.splits.values()))
+        with contextlib.closing(shown):
+            _contact_sheet(dataset, shown, sheet)
     except OSError as error:
         raise DatasetError(
             f"{sheet} cannot be written: {error}; name another file by --sheet"
@@ -102,9 +106,8 @@ def _decoded(split: Split, sample: int) -> Tensor:
         ) from error
 
 
-def _contact_sheet(dataset: Dataset, path: Path) -> None:
-    """Draw the first training samples of the first classes, one row per class."""
-    split = dataset.splits["train"]
+def _contact_sheet(dataset: Dataset, split: Split, path: Path) -> None:
+    """Draw a split's first samples of the first classes, one row per class."""
     names = dataset.classes[:_SHOWN_CLASSES]
     size = (_NAME_WIDTH + _SHOWN_SAMPLES * _SHOWN_SIDE, len(names) * _SHOWN_SIDE)
     sheet = Image.new("RGB", size, "white")
