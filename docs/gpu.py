@@ -11,6 +11,7 @@ output of every attempt is kept in runs/gpu.
 """
 
 import contextlib
+import math
 import os
 import signal
 import subprocess
@@ -172,7 +173,12 @@ def _run(part: Part, output: Path, errors: Path) -> tuple[Sequence[str], str]:
 
 
 def _rounded(figures: Figures) -> Figures:
-    """Return the figures to four digits, without empty groups."""
+    """Return the figures to four digits, without empty groups; raise ValueError where one is not
+    finite, which a ledger cannot hold."""
+    for group, found in figures.items():
+        for name, value in found.items():
+            if not math.isfinite(value):
+                raise ValueError(f"{group}: {name} is {value}")
     return {
         group: {name: float(f"{value:.4g}") for name, value in found.items()}
         for group, found in figures.items() if found

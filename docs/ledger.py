@@ -7,6 +7,7 @@ A ledger is a JSON line for each row, the oldest first.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,9 +26,21 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row with today's date, in UTC."""
+    """Append a row with today's date, in UTC; raise ValueError, and append nothing, where a number
+    in it is not finite."""
+    dated = {**row, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
+    try:
+        line = json.dumps(dated, allow_nan=False)
+    except ValueError as error:
+        wrong = ", ".join(
+            f"{key}={value}" for key, value in row.items()
+            if re.search(r"\b(NaN|Infinity)\b", json.dumps(value))
+        )  # fmt: skip
+        raise ValueError(
+            f"{path}: a row with {wrong} is not JSON, which has neither NaN nor infinity"
+        ) from error
     with path.open("a") as file:
-        file.write(json.dumps({**row, "date": f"{datetime.now(UTC):%Y-%m-%d}"}) + "\n")
+        file.write(f"{line}\n")
 
 
 def commit_of(*measured: str) -> str:

@@ -181,11 +181,11 @@ def _record(row: Row, failed: str, done: Mapping[str, Any], bench: Bench) -> boo
             said = bench.log(row, "err").read_text(errors="replace").strip().splitlines()
             raise ValueError(f"{failed}: {[' ', *said][-1][-400:]}")
         found = json.loads(bench.log(row, "out").read_text().splitlines()[-1])
+        append_row(bench.rows, about | found)
     except (ValueError, IndexError) as error:
         append_row(bench.rows, about | {"failed": f"{error}"})
         print(f"{row.name}: failed: {error}", flush=True)
         return False
-    append_row(bench.rows, about | found)
     print(f"{row.name}: {found['seconds']:.0f} s; {in_words(found)}", flush=True)
     # Keep the kernels that the page shows, and of the checkpoints, of half a gigabyte each, only
     # those that other rows need.

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import psutil
 import pytest
 from gpu import measure
 from gpu_parts import PARTS, Part, failures, of_bench, of_compare, of_pytest, photographs
-from ledger import ROOT, read_rows
+from ledger import ROOT, append_row, read_rows
 
 from alexnet_dist.cli.main import build_parser, main
 from alexnet_dist.config.load import load_config
@@ -58,6 +59,16 @@ def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
     for other in ({"commit": "abc123def+"}, {"commit": "abc123def+"}, {"card": "Another"}):
         assert measure(parts, ABOUT | other, 90, rows, logs)
     assert len(read_rows(rows)) == 4
+
+
+def test_a_figure_that_is_not_finite_is_named_and_not_recorded(tmp_path: Path) -> None:
+    parts = {"step": Part([says(json.dumps(FOUND | {"runs": [{"ours": math.inf}]}))], 60)}
+    assert not measure(parts, ABOUT, 90, tmp_path / "gpu.jsonl", tmp_path / "logs")
+    (row,) = read_rows(tmp_path / "gpu.jsonl")
+    assert "ours is inf" in row["failed"]
+    with pytest.raises(ValueError, match=r"x\.jsonl: a row with loss=inf, all=.*nan.* is not JSON"):
+        append_row(tmp_path / "x.jsonl", {"loss": math.inf, "all": {"a": [math.nan]}, "top1": 1.0})
+    assert not (tmp_path / "x.jsonl").exists()
 
 
 def test_a_part_that_fails_says_so_and_the_others_go_on(
