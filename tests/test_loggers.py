@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import os
+import resource
 import shutil
 import threading
 from collections.abc import Callable
@@ -49,6 +50,20 @@ def test_a_csv_is_the_metrics_with_a_row_for_each_point_whatever_was_made_again(
         assert {tag: float(row[tag]) for tag in told} == told
         assert (row["speed/images_per_s"] != "") == (point["kind"] == "train")
     assert not list(config.folder.glob("events.*"))
+
+
+def test_a_row_that_a_full_disk_takes_only_a_part_of_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    table = loggers._Csv(path, [{"step": 2, "train/loss": 2.5}])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 3, limits[1]))
+    try:
+        with pytest.raises(OSError, match="No space left on device"):
+            table.scalars(4, {"train/loss": 1.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    table.scalars(6, {"train/loss": 0.5})
+    assert path.read_bytes() == b"step,train/loss\r\n2,2.5\r\n6,0.5\r\n"
 
 
 def test_mlflow_goes_on_in_one_run(

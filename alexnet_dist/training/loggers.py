@@ -5,6 +5,7 @@ delays a run or ends it.
 """
 
 import csv
+import errno
 import importlib.util
 import io
 import logging
@@ -156,12 +157,22 @@ class _Csv:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         row: dict[str, Any] = {"step": step, **values}
         if row.keys() <= {*self._columns}:
-            with io.TextIOWrapper(files.appended(self._path), newline="") as file:
-                csv.DictWriter(file, self._columns).writerow(row)
+            line = io.StringIO(newline="")
+            csv.DictWriter(line, self._columns).writerow(row)
+            self._append(line.getvalue().encode())
         else:  # a new tag needs a new header
             with io.TextIOWrapper(files.opened(self._path), newline="") as file:
                 known = list(csv.DictReader(file))
             self._begin([*known, row])
+
+    def _append(self, line: bytes) -> None:
+        """Append a whole line, or raise OSError and leave the file as it was: of what is written
+        last, a full disk takes a part."""
+        with files.appended(self._path) as file:
+            before = file.seek(0, os.SEEK_END)
+            if file.write(line) < len(line):
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def picture(self, step: int, tag: str, picture: Picture) -> None:
         pass
