@@ -143,7 +143,9 @@ def _answer(part: Part, output: Path, errors: Path) -> dict[str, Any]:
         failed = failed or f"its figures are of less than they say: {less}"
     if last == part.commands[-1]:
         try:
-            figures = _rounded(part.read(printed))
+            found = part.read(printed)
+            figures, odd = _rounded(found), _not_finite(found)
+            failed = failed or (odd and f"{odd}, which a ledger cannot hold")
         except Exception as error:  # the other parts go on
             failed = failed or f"its output says nothing: {error!r}"
     typed = " ".join(part.commands[-1]).removeprefix("-m ").replace("alexnet_dist", "alexnet-dist")
@@ -172,15 +174,22 @@ def _run(part: Part, output: Path, errors: Path) -> tuple[Sequence[str], str]:
     return command, failed
 
 
+def _not_finite(figures: Figures) -> str:
+    """Return in words which figures are infinite or not a number; "" if none is."""
+    return ", ".join(
+        f"{name} is {value}"
+        for found in figures.values()
+        for name, value in found.items()
+        if not math.isfinite(value)
+    )
+
+
 def _rounded(figures: Figures) -> Figures:
-    """Return the figures to four digits, without empty groups; raise ValueError where one is not
-    finite, which a ledger cannot hold."""
-    for group, found in figures.items():
-        for name, value in found.items():
-            if not math.isfinite(value):
-                raise ValueError(f"{group}: {name} is {value}")
+    """Return the finite figures to four digits, without empty groups."""
     return {
-        group: {name: float(f"{value:.4g}") for name, value in found.items()}
+        group: {
+            name: float(f"{value:.4g}") for name, value in found.items() if math.isfinite(value)
+        }
         for group, found in figures.items() if found
     }  # fmt: skip
 

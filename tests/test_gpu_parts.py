@@ -62,10 +62,13 @@ def test_a_part_leaves_a_row_and_is_asked_once_a_commit_and_card(
 
 
 def test_a_figure_that_is_not_finite_is_named_and_not_recorded(tmp_path: Path) -> None:
-    parts = {"step": Part([says(json.dumps(FOUND | {"runs": [{"ours": math.inf}]}))], 60)}
+    odd = FOUND | {"runs": [{"ours": math.inf, "torch": 2.5}]}
+    parts = {"step": Part([says(json.dumps(odd))], 60)}
     assert not measure(parts, ABOUT, 90, tmp_path / "gpu.jsonl", tmp_path / "logs")
     (row,) = read_rows(tmp_path / "gpu.jsonl")
-    assert "ours is inf" in row["failed"]
+    assert row["failed"].startswith("ours is inf, which a ledger cannot hold")
+    assert row["figures"]["ratios"] == {"ours / theirs": 1.25}  # what else was measured is kept
+    assert "Infinity" not in json.dumps(row["figures"])
     with pytest.raises(ValueError, match=r"x\.jsonl: a row with loss=inf, all=.*nan.* is not JSON"):
         append_row(tmp_path / "x.jsonl", {"loss": math.inf, "all": {"a": [math.nan]}, "top1": 1.0})
     assert not (tmp_path / "x.jsonl").exists()
