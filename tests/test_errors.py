@@ -410,6 +410,8 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["evaluate", str(run), "data.eval_split=vla"], 2, "has only the splits train, test"),
         (["evaluate", str(run), "data.eval_split=test"], 2, "model.classes=9"),
         (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
+        (["evaluate", str(run), "train.epochs=3"], 2, "train.epochs changes nothing in an evaluat"),
+        (["evaluate", str(run), "evaluate={every_epochs: 2}"], 2, "every_epochs changes nothing"),
         (["figures", "runs/no"], 1, "neither a run folder"),
         (["export", "runs/no", "a.pth", "--format", "torchvision"], 1, "neither a run folder"),
         (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),

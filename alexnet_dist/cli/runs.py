@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from alexnet_dist.cli.parser import AddCommand, add_json, out, path
-from alexnet_dist.config.load import IN_ONE_PROCESS, load_config, shipped
+from alexnet_dist.config.load import IN_ONE_PROCESS, check_scored_with, load_config, shipped
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import CheckpointError, ConfigError, counted, printable
 from alexnet_dist.files import as_json, check_trained, read_run
@@ -47,7 +47,9 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument(
-        "path", nargs="+", help="run folder (its best checkpoint), checkpoint, or key=value"
+        "path",
+        nargs="+",
+        help="run folder (its best checkpoint), checkpoint, or key=value that a score depends on",
     )
     sub.add_argument(
         "--views", type=int, choices=(1, 10), help="windows per image (default: as in the run)"
@@ -147,6 +149,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     paths = [path(text) for text in options.path if "=" not in text]
     if not paths:
         raise ConfigError("evaluate: name a run folder or a checkpoint")
+    check_scored_with(overrides)
     if options.views:
         overrides.append(f"evaluate.views={options.views}")
     from alexnet_dist.data.dataset import open_for

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from alexnet_dist.config.from_data import fill_from_data
 from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.rules import check_combinations
-from alexnet_dist.config.schema import Config, flat, keys
+from alexnet_dist.config.schema import SCORED_WITH, Config, flat, keys
 from alexnet_dist.config.values import Typed, check_value, parse
 from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml
 from alexnet_dist.errors import ConfigError, one_line
@@ -61,6 +61,19 @@ def load_config(sources: Source | Sequence[Source]) -> Config:
 def overridden(config: Config, *sources: Source) -> Config:
     """Return the config with each source laid over it in order; raises as `load_config` does."""
     return load_config([flat(config), *sources])
+
+
+def check_scored_with(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a `key=value` that no evaluation depends on."""
+    for text in overrides:
+        for dotted, _ in flatten(parse_argument(text), "the command line"):
+            if dotted not in SCORED_WITH and dotted.partition(".")[0] not in SCORED_WITH:
+                whole = ", ".join(name for name in SCORED_WITH if "." not in name)
+                others = ", ".join(name for name in SCORED_WITH if "." in name)
+                raise ConfigError(
+                    f"evaluate {text}: {dotted} changes nothing in an evaluation: leave it out; "
+                    f"keys of {whole} can be set, and {others}"
+                )
 
 
 def source_of(error: Exception, sources: Sequence[Source]) -> str:

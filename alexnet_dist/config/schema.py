@@ -435,6 +435,14 @@ def flat(config: Config) -> dict[str, Any]:
     }
 
 
+# What an evaluation may depend on: sections, and keys of others. Those of train's batch also say
+# on which layouts a config can be laid.
+SCORED_WITH = (
+    "model", "data", "layout", "evaluate.views", "evaluate.batch", "train.precision",
+    "train.deterministic", "train.execution", "train.batch", "train.micro_batches",
+)  # fmt: skip
+
+
 def fingerprint(config: Config) -> dict[str, Any]:
     """Return the keys that define the run, with their values, to compare with a checkpoint's.
 
