@@ -318,6 +318,7 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     before = (run / "run.json").read_bytes()
     result = alexnet_dist("evaluate", str(run), "--views", "10")
     assert result.returncode == 0, result.stderr
+    assert result.stderr.endswith(": evaluating 23 images, 10 views each\n")
     path = run / "evaluations" / "step-00000008-test-views-10.json"
     assert result.stdout.splitlines()[-1] == f"saved: {path}"
     assert (run / "run.json").read_bytes() == before
@@ -367,3 +368,14 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
     monkeypatch.setattr(results.files, "write", full)
     assert save_score(again) is None
     assert "this score is printed, but could not be saved" in caplog.text
+
+
+def test_an_evaluation_without_a_terminal_logs_how_far_it_is(
+    two_runs: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("alexnet_dist.evaluation.evaluate._SAID_EVERY_S", -1)
+    with caplog.at_level("INFO", "alexnet_dist.evaluation"):
+        evaluate_checkpoints(two_runs[:1], ["evaluate.batch=10"])
+    begins, *further = caplog.messages
+    assert begins.endswith("evaluating 23 images, 1 view each")
+    assert further == ["evaluated 10 of 23 images", "evaluated 20 of 23 images"]

@@ -160,7 +160,10 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             open_for(load_config([saved, *IN_ONE_PROCESS, *overrides]), trained)
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
     from alexnet_dist.evaluation.results import save_score
+    from alexnet_dist.parallel.topology import Topology
+    from alexnet_dist.training.logs import configure_logging
 
+    configure_logging(Topology())
     result = evaluate_checkpoints(paths, overrides, keep=options.predictions is not None)
     kept = save_score(result)
     if options.predictions:

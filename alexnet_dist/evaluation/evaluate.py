@@ -1,6 +1,8 @@
 """Evaluate one network or several: every sample counted exactly once, by one window or ten."""
 
+import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +23,7 @@ from alexnet_dist.data.sampler import evaluation_plan
 from alexnet_dist.engines.base import Engine, label_ranks
 from alexnet_dist.engines.ddp import TorchEngine
 from alexnet_dist.engines.make import make_engine
-from alexnet_dist.errors import ConfigError, MachineError, NotFinite
+from alexnet_dist.errors import ConfigError, MachineError, NotFinite, counted
 from alexnet_dist.evaluation.load import Trained, load_checkpoint
 from alexnet_dist.evaluation.results import Conditions, Evaluation, Score, add_confusion
 from alexnet_dist.network.precision import allow_tf32, parameter_dtype
@@ -29,6 +31,10 @@ from alexnet_dist.parallel.device import free_host_memory
 from alexnet_dist.parallel.replicas import summed
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect
+
+log = logging.getLogger(__name__)
+
+_SAID_EVERY_S = 30  # seconds between lines of progress, where there is no terminal
 
 
 def evaluate(
@@ -128,17 +134,25 @@ def evaluate_checkpoints(
 def _predicted(
     checkpoint: Checkpoint, config: Config, topology: Topology, dataset: Dataset
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what `_probabilities` does, of a checkpoint's network, with a progress bar."""
+    """Yield what `_probabilities` does, of a checkpoint's network, with a progress bar; where there
+    is no terminal for one, it is logged what begins and, now and then, how far it is."""
     allow_tf32(config.train.precision)
     engine = make_engine(config, topology)
     engine.load(checkpoint.parameters(), None)
+    total, done, said_s = len(evaluation_split(config, dataset)), 0, time.monotonic()
     with tqdm(
-        total=len(evaluation_split(config, dataset)), unit=" images", desc="evaluating",
-        leave=False, delay=2, disable=None,
-    ) as bar:  # fmt: skip
+        total=total, unit=" images", desc="evaluating", leave=False, delay=2, disable=None
+    ) as bar:
+        if bar.disable:
+            views = counted(config.evaluate.views, "view")
+            log.info(f"{checkpoint.path}: evaluating {counted(total, 'image')}, {views} each")
         for outputs, labels in _probabilities(engine, config, dataset):
             yield outputs, labels
             bar.update(len(labels))
+            done += len(labels)
+            if bar.disable and time.monotonic() - said_s > _SAID_EVERY_S and done < total:
+                log.info(f"evaluated {done} of {counted(total, 'image')}")
+                said_s = time.monotonic()
 
 
 def _check_alike(found: Sequence[Checkpoint], configs: Sequence[Config], dataset: Dataset) -> None:
