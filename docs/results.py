@@ -27,7 +27,7 @@ from typing import Any
 
 import processes
 from ledger import ROOT, Rows, append_row, commit_of, parse_parts, part_parser, read_rows
-from recipes import PARTS, VARIANTS, Row, Variant, planned, succeeded
+from recipes import BY_NAME, PARTS, VARIANTS, Row, Variant, planned, succeeded
 from results_page import PAGES, in_words, two_columns
 from results_row import Bench, config_of, print_row, sources
 
@@ -200,16 +200,17 @@ def _record(row: Row, failed: str, done: Mapping[str, Any], bench: Bench) -> boo
 
 
 def _draw_fig1(bench: Bench) -> None:
-    """Draw figure 1 from the runs that are here."""
-    from alexnet_dist.reporting.figures import draw_fig1
+    """Draw figure 1 from the ledger."""
+    from alexnet_dist.reporting.figures import Curve, draw_fig1
 
-    there: dict[str, list[Path]] = {}
-    for variant in (variant for variant in VARIANTS if variant.by_training):
-        folders = [bench.runs / f"{variant.name}-{seed}" for seed in range(variant.seeds)]
-        if found := [folder for folder in folders if (folder / "metrics.jsonl").exists()]:
-            there[variant.told] = found
-    if there:
-        draw_fig1(there, bench.pictures / "results-fig1.png")
+    curves: dict[str, list[Curve]] = {}
+    for row in succeeded(read_rows(bench.rows)).values():
+        variant = BY_NAME[row["variant"]]
+        if variant.by_training and not row["candidate"] and "diverged" not in row:
+            curve = [(epoch - 0.5, error / 100) for epoch, error in row["training"]]
+            curves.setdefault(variant.told, []).append(curve)
+    if curves:
+        draw_fig1(curves, bench.pictures / "results-fig1.png")
 
 
 def main() -> int:

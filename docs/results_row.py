@@ -119,7 +119,6 @@ def trained(row: Row, arguments: Sequence[str], bench: Bench) -> dict[str, Any]:
     from alexnet_dist.evaluation.evaluate import evaluate_checkpoints
     from alexnet_dist.reporting import figures
     from alexnet_dist.training.loop import train
-    from alexnet_dist.training.metrics_file import read_metrics
 
     # Train, with an evaluation at the end, and a few before it where a curve is drawn.
     config = config_of(arguments)
@@ -142,7 +141,7 @@ def trained(row: Row, arguments: Sequence[str], bench: Bench) -> dict[str, Any]:
         sys.exit(outcome.exit)
     # Score: with one view as training did last, and with ten; or by the epochs to an error.
     folder = bench.runs / row.name
-    found: dict[str, Any] = {"steps": outcome.step, "scores": {}, **_curves(read_metrics(folder))}
+    found: dict[str, Any] = {"steps": outcome.step, "scores": {}, **_curves(folder)}
     found["split"] = config.data.eval_split
     if outcome.score is not None:
         found["scores"]["1"] = _percent(outcome.score)
@@ -150,7 +149,8 @@ def trained(row: Row, arguments: Sequence[str], bench: Bench) -> dict[str, Any]:
         ten = evaluate_checkpoints([_last(folder)], ["evaluate.views=10"], keep=False)
         found["scores"]["10"] = _percent(ten.score)
     if row.variant.by_training:
-        to = {f"{e}": figures.epochs_to(e / 100, [folder]) for e in ERRORS}
+        curve = figures.training_curve(folder)
+        to = {f"{e}": figures.epochs_to(e / 100, [curve]) for e in ERRORS}
         found["epochs_to"] = {e: None if math.isinf(at) else round(at, 2) for e, at in to.items()}
     figures.draw(folder)
     return found
@@ -178,18 +178,19 @@ def _percent(score: Any) -> dict[str, float]:
             "samples": score.samples}  # fmt: skip
 
 
-def _curves(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _curves(run: Path) -> dict[str, Any]:
     """Return training error by epoch (at most 40 points), errors and colour by evaluation,
     and speed."""
-    by_epoch: dict[int, list[float]] = {}
-    for point in (point for point in points if point["kind"] == "train"):
-        by_epoch.setdefault(math.ceil(point["epoch"]), []).append(100 * (1 - point["top1"]))
-    errors = {epoch: round(statistics.fmean(found), 2) for epoch, found in by_epoch.items()}
-    thin = -(-len(errors) // 40) or 1
+    from alexnet_dist.reporting.figures import by_epoch, training_curve
+    from alexnet_dist.training.metrics_file import read_metrics
+
+    points = read_metrics(run)
+    errors = [[math.ceil(at), round(100 * error, 2)] for at, error in by_epoch(training_curve(run))]
+    thin = -(-len(errors) // 40)
     evaluated = [point for point in points if point["kind"] == "eval"]
     found = {
-        "training": [[e, v] for e, v in errors.items()][::-thin][::-1],
-        "training_error": [*errors.values()][-1],
+        "training": errors[::-thin][::-1],
+        "training_error": errors[-1][1],
         "evaluated": [[round(p["epoch"], 2), round(100 * p["top1"], 2)] for p in evaluated],
         "colour": [
             [round(p["epoch"], 2), *(round(p[f"chroma_{c}"], 3) for c in (1, 2))]

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -220,19 +221,18 @@ def test_curves_of_a_run_without_evaluations_name_none(
     assert named == ["train", "train, top-1", "train, top-5"]
 
 
-def test_epochs_are_counted_to_where_the_error_was_first_as_low(tmp_path: Path) -> None:
-    for run, shares in {"a": [0.1, 0.8, 0.7], "b": [0.1, 0.2, 0.9], "c": [0.1, 0.2, 0.3]}.items():
-        (tmp_path / run).mkdir()
-        points = [
-            {"kind": "train", "step": e, "epoch": e, "loss": 1, "top1": share, "top5": 1}
-            for e, share in enumerate(shares, start=1)
-        ]
-        text = "".join(json.dumps(point) + "\n" for point in points)
-        (tmp_path / run / "metrics.jsonl").write_text(text)
-    a, b, c = (tmp_path / run for run in "abc")
-    assert figures.epochs_to(0.25, [a]) == 2
-    assert figures.epochs_to(0.25, [a, b, c]) == 3
-    assert figures.epochs_to(0.25, [a, c, c]) == float("inf")
+def test_epochs_are_counted_to_where_the_epochs_means_cross_the_error() -> None:
+    halves = [(0.5, 0.9), (1, 0.7), (1.5, 0.2), (2, 0.4), (2.5, 0.1), (3, 0.3)]
+    falling = [(1.0, 0.8), (2.0, 0.4), (3.0, 0.2)]
+    never = [(1.0, 0.9), (2.0, 0.8), (3.0, 0.7)]
+    assert figures.by_epoch(halves) == [(0.5, 0.8), (1.5, pytest.approx(0.3)), (2.5, 0.2)]
+    assert figures.epochs_to(0.25, [halves]) == pytest.approx(2), "not 1.5, by one point"
+    assert figures.epochs_to(0.3, [falling]) == pytest.approx(2)
+    assert figures.epochs_to(0.4, [falling]) == pytest.approx(1.5)
+    assert figures.epochs_to(0.25, [falling, halves, never]) == pytest.approx(2.25)
+    assert figures.epochs_to(0.25, [falling, never, never]) == math.inf
+    assert figures.epochs_to(0.25, [[]]) == math.inf
+    assert figures.epochs_to(0.6, [[(0.1, 0.9), (0.2, 0.5), (1, 0.2)]]) == 0.2, "in the first epoch"
 
 
 def test_published_rows_have_presets() -> None:

@@ -13,11 +13,12 @@ import processes
 import pytest
 import results
 import results_page
-from ledger import read_rows
+from ledger import append_row, read_rows
 from recipes import BY_NAME, PARTS, chosen, planned
 from results_row import Bench, sources, trained
 
 from alexnet_dist.config.load import load_config
+from alexnet_dist.reporting import figures
 
 CHOICES = {"tiny-imagenet": (41.0, 43.5, 42.0), "cifar10": (80.0, 70.0, 60.0)}
 
@@ -39,6 +40,7 @@ def row(of: Any, **more: Any) -> dict[str, Any]:
              "colour": [[5, 0.6, 0.4]], "scores": scores}  # fmt: skip
     if of.variant.by_training:
         about["epochs_to"] = {"50": 1.0, "25": 5.0, "15": None}
+        about["training"] = [[1, 60.0], [2, 30.0]]
     return about | more
 
 
@@ -206,9 +208,9 @@ def test_rows_of_small_networks_run_together_and_data_that_is_missing_is_said(
     waits = "import pathlib, time\n"
     waits += f"here = pathlib.Path('{bench.small}')\n(here / f'at-{{time.monotonic()}}').touch()\n"
     waits += "while len(list(here.glob('at-*'))) < 4: time.sleep(0.05)"
-    figures = {"epochs_to": {"25": 3.0}, "training_error": 20.0, "scores": {}, "seconds": 1.0}
+    found = {"epochs_to": {"25": 3.0}, "training_error": 20.0, "scores": {}, "seconds": 1.0}
     names = [one.name for one in planned(["fig1"]) if one.candidate]
-    choices = {n: says(figures, waits if n in names[:4] else "") for n in names}
+    choices = {n: says(found, waits if n in names[:4] else "") for n in names}
     score = {"scores": {"1": {"top1": 50.0, "top5": 90.0, "samples": 9}}, "seconds": 2.0}
     played(choices | {f"tiny-imagenet-choose-{n}": says(score) for n in range(3)})
     (bench.small / "imagenette").unlink()
@@ -261,6 +263,20 @@ def test_the_tables_show_means_choices_colour_and_commands() -> None:
     assert "\n| no normalisation, 0 | 5: 0.60, 0.40 |" in told
     told = results_page.tables(rows[:2])
     assert "Recipes for the paper's network, 2 of 3 so far, judged on" in told
+
+
+def test_figure_1_is_drawn_of_the_ledgers_runs(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [row(one) for one in planned(["fig1"]) if one.candidate or one.seed < 2]
+    rows[-1]["diverged"] = "loss is nan"
+    for one in rows:
+        append_row(bench.rows, one)
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(figures, "draw_fig1", lambda curves, path: drawn.update(curves))
+    results._draw_fig1(bench)
+    assert drawn["ReLU"] == [[(0.5, 0.6), (1.5, 0.3)]] * 2
+    assert [len(curves) for curves in drawn.values()] == [2, 2, 2, 2, 1]
 
 
 def test_the_pages_show_what_is_in_the_ledger() -> None:

@@ -1,6 +1,7 @@
 """Pictures of runs after the paper's figures: Fig. 1 (curves), Fig. 3 (kernels), Fig. 4
 (predictions and nearest neighbours), and bars for ablations."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
 from alexnet_dist.training.metrics_file import accuracies, read_metrics
 from alexnet_dist.training.tensorboard import ANSWERED, draw_answers, evenly, image_of
 
+Curve = Sequence[tuple[float, float]]  # epochs, and errors as shares
 _QUERIES, _NEIGHBOURS = 5, 6  # rows and neighbours of Fig. 4, right
 _CHUNK = 4096  # training images whose features are computed, and compared, at a time
 
@@ -102,29 +104,48 @@ def nearest(queries: Tensor, rows: Iterable[Tensor], count: int) -> tuple[Tensor
     return places, best
 
 
-def draw_fig1(runs: Mapping[str, Sequence[Path]], path: Path) -> None:
+def draw_fig1(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
     """Draw Fig. 1: training error by epoch, for runs grouped by name."""
     with _axes(path, (6, 4)) as axes:
-        for place, (name, folders) in enumerate(runs.items()):
-            for number, run in enumerate(folders):
-                points = [p for p in read_metrics(run) if p["kind"] == "train"]
-                errors = [100 * (1 - p["top1"]) for p in points]
+        for place, (name, of_runs) in enumerate(curves.items()):
+            for number, curve in enumerate(of_runs):
+                errors = [100 * error for _, error in curve]
                 label = name if number == 0 else None
-                axes.plot([p["epoch"] for p in points], errors, f"C{place}", label=label)
+                axes.plot([epoch for epoch, _ in curve], errors, f"C{place}", label=label)
         axes.axhline(25, color="0.6", linestyle=":")
         axes.set(xlabel="epoch", ylabel="training error, %", ylim=(0, None))
         axes.legend()
 
 
-def epochs_to(error: float, folders: Sequence[Path]) -> float:
-    """Return the median over runs of the epoch at which the training error (a share) first fell to
-    `error`; infinity if at least half of the runs never reached it."""
+def training_curve(run: Path) -> Curve:
+    """Return the training errors that a run logged, each of the steps since the one before."""
+    return [(p["epoch"], 1 - p["top1"]) for p in read_metrics(run) if p["kind"] == "train"]
 
-    def first(run: Path) -> float:
-        points = [p for p in read_metrics(run) if p["kind"] == "train"]
-        return next((float(p["epoch"]) for p in points if 1 - p["top1"] <= error), math.inf)
 
-    return statistics.median(map(first, folders))
+def by_epoch(curve: Curve) -> Curve:
+    """Return each epoch's mean of a run's training errors, at the middle of the epoch."""
+    epochs = itertools.groupby(curve, lambda point: math.ceil(point[0]))
+    return [(n - 0.5, statistics.fmean(error for _, error in points)) for n, points in epochs]
+
+
+def epochs_to(error: float, curves: Sequence[Curve]) -> float:
+    """Return the median over runs of the epoch at which the training error (a share) fell to
+    `error`; infinity if at least half of the runs never reached it.
+
+    It counts where a line through the epochs' means crosses `error`, since single points of a flat
+    curve reach it early by chance; only if the first epoch's mean is as low, the first such point.
+    """
+
+    def reached(curve: Curve) -> float:
+        means = by_epoch(curve)
+        if means and means[0][1] <= error:
+            return next(epoch for epoch, found in curve if found <= error)
+        for (before, high), (after, low) in itertools.pairwise(means):
+            if low <= error:
+                return before + (high - error) / (high - low) * (after - before)
+        return math.inf
+
+    return statistics.median(map(reached, curves))
 
 
 def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:

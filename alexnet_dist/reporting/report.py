@@ -236,17 +236,18 @@ def _ablations(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Itera
 
 def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[str]:
     """Yield the curves of each activation function at its best rate, and all rates in a table."""
-    chosen: dict[str, tuple[float, str, list[Path]]] = {}
+    chosen: dict[str, tuple[float, str, list[figures.Curve]]] = {}
     rows = []
     for group, runs in groups.items():
-        preset, folders = preset_of(_stem(runs[0])), [run.folder for run in runs]
+        preset = preset_of(_stem(runs[0]))
         if preset.startswith("fig1-"):
-            epochs = figures.epochs_to(0.25, folders)
+            curves = [figures.training_curve(run.folder) for run in runs]
+            epochs = figures.epochs_to(0.25, curves)
             rows.append([group, str(len(runs)), f"{epochs:.2f}" if epochs < math.inf else "never"])
             if epochs < chosen.get(preset, (math.inf,))[0] or preset not in chosen:
-                chosen[preset] = epochs, group, folders
+                chosen[preset] = epochs, group, curves
     if chosen:
-        best = {group: folders for _, group, folders in chosen.values()}
+        best = {group: curves for _, group, curves in chosen.values()}
         figures.draw_fig1(best, aside / "fig1.png")
         yield "<h2>Fig. 1</h2>" + page.image(aside / "fig1.png")
         yield page.table(["run", "n", "epochs to 25 % training error, median"], rows)
