@@ -230,7 +230,7 @@ def test_your_own_images_to_the_end(place: Path) -> None:
 
 def test_the_source_that_is_shown_packs(place: Path) -> None:
     (example,) = blocks(ROOT / "docs/extending.md", "python")
-    ended = in_a_fork(exec, example, {})
+    ended = in_a_fork(exec, example, {"__name__": "__main__"})
     assert ended.stdout == "data/table: packed 43 train, 5 val images of 3 classes\n", ended.stderr
 
 

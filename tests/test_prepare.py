@@ -682,6 +682,17 @@ def test_inspect_shows_another_split_where_there_is_none_to_train_on(
         inspect(tmp_path / "data", None)
 
 
+def test_a_program_that_lacks_the_guard_for_its_processes_is_told(
+    many: Path, tmp_path: Path
+) -> None:
+    unguarded = tmp_path / "unguarded.py"
+    unguarded.write_text(SMALL_SHARDS.replace("if __name__ == '__main__': ", ""))
+    command = [sys.executable, unguarded, *arguments(many, tmp_path / "out", "--workers", "2")]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 1
+    assert 'must do so under if __name__ == "__main__":' in ended.stderr.splitlines()[-1]
+
+
 def test_options_have_defaults_that_the_command_line_repeats() -> None:
     assert dataclasses.astuple(Options()) == (False, None, 0, None, 0.0)
 

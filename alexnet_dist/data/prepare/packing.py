@@ -97,20 +97,27 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
     if workers <= 1:
         yield from ((place, write_shard(tasks[place])) for place in left)
         return
-    callers = multiprocessing.active_children()
+    callers = {*multiprocessing.active_children()}
     with worker_pool(workers) as pool:
         try:
             futures = {pool.submit(write_shard, tasks[place]): place for place in left}
+            processes = {*multiprocessing.active_children()} - callers
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
+            pool.shutdown()  # until the exit codes are known: negative where a signal killed it
+            if any((process.exitcode or 0) > 0 for process in processes):
+                raise DatasetError(
+                    "a process that packs images ended at its start, and reported why: a program "
+                    'that calls `prepare` must do so under if __name__ == "__main__":'
+                ) from error
             raise DatasetError(
                 f"a process that packs images was killed{of_memory()}; run the same command to "
                 "continue, with fewer --workers if it happens again"
             ) from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            for child in {*multiprocessing.active_children()} - {*callers}:
+            for child in {*multiprocessing.active_children()} - callers:
                 child.terminate()
 
 
