@@ -153,7 +153,11 @@ def test_a_folder_in_place_of_a_config_is_told_by_what_it_holds(
         ("model.conv=[]", r"model\.conv=.*: a network has at least one convolution"),
         ("model.fc=[8,8,8,8]", r"at most nine layers"),
         ("model.init_std=[1,2]", r"needs one number for all layers, or 8"),
-        ("model.fc=[64]", r"model\.exchange=.*: the layers of .* are conv1, .*, conv5, fc6, fc7$"),
+        (
+            "model.fc=[64]",
+            r"model\.exchange=.*: name others than fc8 in model\.exchange: "
+            r"the layers of .* are conv1, .*, conv5, fc6, fc7$",
+        ),
         ("model.pool_average=[conv3]", r"only the layers of .* pool"),
         ("train.init_new=[fc8]", r"with train\.init_from=none every layer is new"),
         ("model.conv=[95,256,384,384,256]", r"95 is not divisible by model\.columns=2"),

@@ -67,10 +67,12 @@ def _layers(config: Config, values: Mapping[str, Any]) -> Iterator[Rule]:
         "model.exchange", "model.activation_last", "model.pool_after", "model.lrn.layers",
         "model.spatial_norm.layers", "model.dropout_before", "train.init_new",
     ):  # fmt: skip
+        unknown = [name for name in values[key] if name not in model.layer_names]
         yield (
             key,
-            {*values[key]} <= {*model.layer_names},
-            f"the layers of model.conv and model.fc are {', '.join(model.layer_names)}",
+            not unknown,
+            f"name others than {', '.join(unknown)} in {key}: the layers of model.conv and "
+            f"model.fc are {', '.join(model.layer_names)}",
         )
     drawn = {} if model.init == "he" else {"init_std": layers, "init_bias": layers}
     for name, length in (drawn | {"lrn.alpha": len(model.lrn.layers)}).items():
