@@ -261,6 +261,9 @@ def test_another_runs_checkpoint_is_refused_by_key(
     checkpoints.check_same_run(found, tiny("layout.kind=one", "log.every_steps=7"), "digest")
     with pytest.raises(ConfigError, match=r"another run \(seed: 0 there, 3 here\): give"):
         checkpoints.check_same_run(found, tiny("seed=3"), "digest")
+    longer = tiny("schedule.kind=polynomial", "train.epochs=77")
+    with pytest.raises(ConfigError, match=r"77.* here \(the rate of schedule\.kind=polynomial dep"):
+        checkpoints.check_same_run(found, longer, "digest")
     with pytest.raises(ConfigError, match=r"data\.path: '.*packed.*' there, with another"):
         checkpoints.check_same_run(found, tiny(), "other")
 

@@ -239,7 +239,8 @@ def at(path: Path) -> Checkpoint:
 def check_same_run(checkpoint: Checkpoint, config: Config, dataset_digest: str) -> None:
     """Raise ConfigError where the checkpoint is from another run than the config defines."""
     theirs, ours = fingerprint(checkpoint.config), fingerprint(config)
-    given = {  # the hashes of files that the config names by other keys
+    given = {  # why it matters; of the hash of a file, by which key the config names it
+        "train.epochs": f" (the rate of schedule.kind={config.schedule.kind} depends on it)",
         "train.init_sha256": f" (train.init_from={config.train.init_from!r})",
         "data.mean_sha256": f" (data.mean_from={config.data.mean_from!r})",
     }
