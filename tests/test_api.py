@@ -146,7 +146,7 @@ def test_a_layout_of_several_ranks_is_started_here(
 def test_the_documents_examples_run(packed: Path, tmp_path: Path) -> None:
     """In one interpreter, as they stand, on fewer images."""
     blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "demo").symlink_to(packed)
     result = in_a_fork(exec, "\n".join(blocks), {}, cwd=tmp_path)
@@ -154,6 +154,7 @@ def test_the_documents_examples_run(packed: Path, tmp_path: Path) -> None:
     assert re.search(r"top-1 \d+\.\d %, between", result.stdout)
     assert "60965224\n" in result.stdout
     assert re.findall(r"step (\d): loss \d", result.stdout) == ["0", "1", "2"]
+    assert re.search(r"\[\(\d+, \d+\.\d+\)", result.stdout)  # steps and shares right
 
 
 def test_a_lone_source_needs_no_list() -> None:
