@@ -98,6 +98,7 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
         yield from ((place, write_shard(tasks[place])) for place in left)
         return
     callers = {*multiprocessing.active_children()}
+    processes = set[multiprocessing.process.BaseProcess]()
     with worker_pool(workers) as pool:
         try:
             futures = {pool.submit(write_shard, tasks[place]): place for place in left}
