@@ -412,6 +412,8 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["evaluate", str(run), "lr=1"], 2, "did you mean schedule.rate?"),
         (["evaluate", str(run), "train.epochs=3"], 2, "train.epochs changes nothing in an evaluat"),
         (["evaluate", str(run), "evaluate={every_epochs: 2}"], 2, "every_epochs changes nothing"),
+        (["figures", str(run), "seed=3", "--fig4"], 2, "figures seed=3: seed changes nothing"),
+        (["figures", str(run), "data.canvas=40"], 2, "data.canvas=40: keys change --fig4 only"),
         (["figures", "runs/no"], 1, "neither a run folder"),
         (["export", "runs/no", "a.pth", "--format", "torchvision"], 1, "neither a run folder"),
         (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),

@@ -52,6 +52,8 @@ def test_a_step_of_slurm_says_who_a_rank_is(monkeypatch: pytest.MonkeyPatch) -> 
     for name, value in STEP.items():
         monkeypatch.setenv(name, value)
     assert environment.place() == Place(3, 4, 1, 2, 1, (2, 2), None, "n2", "7-0-0")
+    monkeypatch.delenv("SLURMD_NODENAME")
+    assert environment.place().address == socket.gethostname()  # type: ignore[union-attr]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     assert environment.place().meeting == "7-2-0"  # type: ignore[union-attr]
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # salloc, srun --pty bash

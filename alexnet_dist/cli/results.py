@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, out, path
+from alexnet_dist.config.load import check_scored_with
 from alexnet_dist.errors import ConfigError, looked_in
 from alexnet_dist.files import check_trained, is_there
 
@@ -60,6 +61,9 @@ def add(command: AddCommand) -> None:
 def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """Draw a run's kernels and curves, and with --fig4 the paper's Fig. 4."""
     check_trained(options.run_folder)
+    check_scored_with(options.overrides, "figures")
+    if options.overrides and not options.fig4:
+        raise ConfigError(f"figures {options.overrides[0]}: keys change --fig4 only: add it")
     from alexnet_dist.reporting import figures as draws
 
     drawn, colour = draws.draw(options.run_folder)

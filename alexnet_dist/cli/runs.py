@@ -149,7 +149,7 @@ def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     paths = [path(text) for text in options.path if "=" not in text]
     if not paths:
         raise ConfigError("evaluate: name a run folder or a checkpoint")
-    check_scored_with(overrides)
+    check_scored_with(overrides, "evaluate")
     if options.views:
         overrides.append(f"evaluate.views={options.views}")
     from alexnet_dist.data.dataset import open_for

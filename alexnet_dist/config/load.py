@@ -63,15 +63,15 @@ def overridden(config: Config, *sources: Source) -> Config:
     return load_config([flat(config), *sources])
 
 
-def check_scored_with(overrides: Sequence[str]) -> None:
-    """Raise ConfigError for a `key=value` that no evaluation depends on."""
+def check_scored_with(overrides: Sequence[str], command: str) -> None:
+    """Raise ConfigError for a command's `key=value` that no evaluation depends on."""
     for text in overrides:
         for dotted, _ in flatten(parse_argument(text), "the command line"):
             if dotted not in SCORED_WITH and dotted.partition(".")[0] not in SCORED_WITH:
                 whole = ", ".join(name for name in SCORED_WITH if "." not in name)
                 others = ", ".join(name for name in SCORED_WITH if "." in name)
                 raise ConfigError(
-                    f"evaluate {text}: {dotted} changes nothing in an evaluation: leave it out; "
+                    f"{command} {text}: {dotted} changes nothing in an evaluation: leave it out; "
                     f"keys of {whole} can be set, and {others}"
                 )
 

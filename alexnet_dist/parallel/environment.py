@@ -7,6 +7,7 @@ A Slurm step of one task does not count as a launcher: a run in it starts its ow
 
 import os
 import re
+import socket
 from dataclasses import dataclass
 
 from alexnet_dist.errors import ConfigError
@@ -85,7 +86,7 @@ def place() -> Place | None:
         node=node,
         tasks_per_node=tasks,
         gpus_on_node=int(gpus) if gpus and gpus.isdecimal() else None,
-        address=os.environ["SLURMD_NODENAME"],
+        address=has("SLURMD_NODENAME") or socket.gethostname(),
         meeting="" if "MASTER_ADDR" in os.environ else "-".join(map(str, start)),
         cores=int(cores) if cores and cores.isdecimal() else None,
     )
