@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import forks
@@ -62,6 +63,9 @@ def test_a_layout_that_is_wrong_does_not_hold(command: list[str]) -> None:
     assert heading.split()[:2] == ["layout", "ranks"]
     assert " yes " in one
     assert " NO " in replicas
+    assert re.search(
+        r"layout.kind=replicas: (parameters|optimizer): \S+ differs most", result.stderr
+    )
 
 
 def test_what_is_not_a_number_is_infinitely_far() -> None:

@@ -182,11 +182,13 @@ def _row(
     if zero:
         del runs["bounded"]
     results, update = spawn.call(measure, config.layout.ranks, runs, path, zero)[0]
-    difference = update if zero else _difference(path / "bounded", oracle / "bounded")
+    difference, where = (update, "") if zero else _difference(path / "bounded", oracle / "bounded")
     only = ("parameters",)
-    drift = None if path == oracle else _difference(path / "fp32", oracle / "fp32", only)
-    floor = _difference(path / "parts", path / "fp32", only) if "parts" in runs else None
+    drift = None if path == oracle else _difference(path / "fp32", oracle / "fp32", only)[0]
+    floor = _difference(path / "parts", path / "fp32", only)[0] if "parts" in runs else None
     bound = ZERO_BOUND if zero else BOUND
+    if where and difference > bound:
+        log.warning(f"layout.kind={config.layout.kind}: {where} differs most from one process's")
     row = Row(
         config.layout.kind,
         config.layout.ranks,
@@ -277,12 +279,13 @@ def _batches(config: Config, topology: Topology, steps: int) -> Generator[tuple[
 
 def _difference(
     ours: Path, theirs: Path, names: Sequence[str] = ("parameters", "optimizer")
-) -> float:
-    """Return the largest relative difference between two saved runs."""
-    largest = 0.0
+) -> tuple[float, str]:
+    """Return the largest relative difference between two saved runs, and in what tensor it is."""
+    largest = 0.0, ""
     for name in names:
         mine, other = load_file(ours / name), load_file(theirs / name)
-        largest = max([largest, *(relative(mine[key], other[key]) for key in other)])
+        apart = ((relative(mine[key], other[key]), f"{name}: {key}") for key in other)
+        largest = max([largest, *apart])
     return largest
 
 
