@@ -109,7 +109,7 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
             pool.shutdown()  # until the exit codes are known: negative where a signal killed it
             if any((process.exitcode or 0) > 0 for process in processes):
                 raise DatasetError(
-                    "a process that packs images ended at its start, and reported why: a program "
+                    "a process that packs images failed, and reported why; as a rule, a program "
                     'that calls `prepare` must do so under if __name__ == "__main__":'
                 ) from error
             raise DatasetError(
