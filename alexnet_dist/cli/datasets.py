@@ -5,10 +5,9 @@ import os
 from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, add_json, at_least, part, path, picture
+from alexnet_dist.data.prepare import MODULES
 from alexnet_dist.errors import printable
 from alexnet_dist.files import as_json
-
-_SOURCES = ("imagenet", "folder", "tiny_imagenet", "imagenette", "cifar10", "fashion_mnist")
 
 
 def add(command: AddCommand) -> None:
@@ -23,8 +22,8 @@ def add(command: AddCommand) -> None:
         ),
     )  # fmt: skip
     sub.add_argument(
-        "source", type=_source, choices=_SOURCES, metavar="SOURCE",
-        help=f"one of {', '.join(_SOURCES)}",
+        "source", type=_source, choices=[*MODULES], metavar="SOURCE",
+        help=f"one of {', '.join(MODULES)}",
     )  # fmt: skip
     sub.add_argument(
         "path", type=path, nargs="?",
@@ -77,7 +76,7 @@ def add(command: AddCommand) -> None:
 
 def _source(text: str) -> str:
     """Parse SOURCE; refuse a path, which comes after it."""
-    if text not in _SOURCES and os.path.exists(text):
+    if text not in MODULES and os.path.exists(text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is a path: name its kind before it, as in prepare folder {text} OUT"
         )

@@ -18,6 +18,7 @@ from PIL import ExifTags, Image, ImageChops, TiffImagePlugin, UnidentifiedImageE
 from alexnet_dist.data.codecs import decode_image, encode_png
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.header import PNG, check_png, size_of
+from alexnet_dist.data.prepare import MODULES
 from alexnet_dist.data.prepare.sources import Pixels
 from alexnet_dist.errors import one_line
 from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
@@ -109,7 +110,7 @@ class ConvertOptions(NamedTuple):
 
 def options_of(dataset: Dataset) -> ConvertOptions:
     """Return the options with which `convert` converts an image as those of a data set were."""
-    pixels = dataset.source.get("kind") in ("cifar10", "fashion_mnist")  # stored as they are
+    pixels = MODULES.get(dataset.source["kind"]) == "arrays"  # stored as they are
     at_side = all(split.uniform(SIDE) for split in dataset.splits.values())
     return ConvertOptions(keep=bool(dataset.source.get("keep")) or pixels, enlarge=at_side)
 

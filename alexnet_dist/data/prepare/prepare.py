@@ -13,13 +13,13 @@ import os
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from alexnet_dist.data.missing import PARTIAL
-from alexnet_dist.data.prepare.arrays import FASHION_MNIST, cifar10, fashion_mnist
-from alexnet_dist.data.prepare.folders import folder, imagenette, tiny_imagenet
-from alexnet_dist.data.prepare.imagenet import imagenet
+from alexnet_dist.data.prepare import MODULES
+from alexnet_dist.data.prepare.arrays import FASHION_MNIST
 from alexnet_dist.data.prepare.merge import merge
 from alexnet_dist.data.prepare.packing import tasks_of, write_shards
 from alexnet_dist.data.prepare.provenance import check_same, write_provenance
@@ -30,12 +30,12 @@ from alexnet_dist.files import appended, read_bytes, sync, write
 
 log = logging.getLogger(__name__)
 
+# What lists the images of each kind of source; a program may add its own.
 SOURCES: dict[str, Callable[..., Source]] = {
-    "imagenet": imagenet, "folder": folder, "tiny_imagenet": tiny_imagenet,
-    "imagenette": imagenette, "cifar10": cifar10, "fashion_mnist": fashion_mnist,
-}  # fmt: skip
+    kind: getattr(import_module(f"{__package__}.{module}"), kind)
+    for kind, module in MODULES.items()
+}
 _DIVISIBLE = ("folder", "cifar10")  # kinds that take --validation
-_ARCHIVES = ("folder", "tiny_imagenet", "imagenette")  # kinds that may be an archive
 # Unicode categories: control, surrogate, line and paragraph separator.
 _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 # Files written aside, of which the last two are 0.1.0's.
@@ -188,7 +188,7 @@ def _check_path(kind: str, path: Path) -> None:
     """Raise DatasetError unless a source of this kind can lie at a path."""
     if not path.exists():
         raise DatasetError(f"{path}{looked_in(path)}: there is no such file or folder")
-    if not path.is_dir() and not (kind in _ARCHIVES and path.is_file()):
+    if not path.is_dir() and not (MODULES.get(kind) == "folders" and path.is_file()):
         wrong = "is a file: unpack it, and" if path.is_file() else "is not a folder:"
         raise DatasetError(f"{path} {wrong} name the folder that holds {kind}'s files")
 
