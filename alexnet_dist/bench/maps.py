@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from alexnet_dist.bench import Pass, Result, in_turn, machine, ratio
@@ -78,7 +79,7 @@ def _makers(config: Config, device: torch.device) -> tuple[_Made, _Made, _Made, 
     normal = torchs if "conv1" in lrn.layers else nn.Identity()
     pool = nn.MaxPool2d(model.pool[0], model.pool[1], ceil_mode=model.round_up)
     layers: list[Any] = [pool, normal] if model.pool_before_lrn else [normal, pool]
-    activation = getattr(torch, model.activation)
+    activation = getattr(F, model.activation)
     layers.insert(2 if "conv1" in model.activation_last else 0, activation)
 
     fused = kernels.fused(config.train.execution, device)

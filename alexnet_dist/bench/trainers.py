@@ -30,7 +30,7 @@ class Eager(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.model = model = config.model
-        self.activate = getattr(torch, model.activation)
+        self.activate = getattr(F, model.activation)
         self.dropout = nn.Dropout(model.dropout)
         shapes, seen = whole_shapes(model), 3
         self.convs, self.fcs = nn.ModuleDict(), nn.ModuleDict()

@@ -49,6 +49,7 @@ ConvName = Literal[
 ]  # fmt: skip
 FcName = Literal["fc2", "fc3", "fc4", "fc5", "fc6", "fc7", "fc8", "fc9"]
 LayerName = Literal[ConvName, FcName]
+Activation = Literal["relu", "tanh", "sigmoid"]  # of torch.nn.functional
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +104,7 @@ class ModelConfig:
     fc: tuple[int, ...] = key(
         "units of the fully-connected layers before the last, all columns together", ge=1
     )
-    activation: Literal["relu", "tanh", "sigmoid"] = key(
-        "activation after every layer but the last"
-    )
+    activation: Literal[Activation] = key("activation after every layer but the last")
     activation_last: tuple[ConvName, ...] = key(
         "layers activated after normalisation and pooling: conv1 in the released code"
     )

@@ -5,13 +5,14 @@ other's, so that every parameter splits on dim 0.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from alexnet_dist.config.schema import Activation
 from alexnet_dist.network import philox
 from alexnet_dist.network.concurrent import at_once
 from alexnet_dist.network.dropout import Dropout
@@ -19,8 +20,10 @@ from alexnet_dist.network.exchange import Exchange
 from alexnet_dist.network.precision import product
 from alexnet_dist.network.shapes import windows_along
 
-# By `model.activation`. Each returns its result, and may compute it in place.
-ACTIVATIONS = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_}
+# By `model.activation`. Each returns its result, computed in place where torch can.
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    name: getattr(torch, f"{name}_", None) or getattr(F, name) for name in get_args(Activation)
+}
 
 
 class Layer(nn.Module):
