@@ -241,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _before(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _before(options: argparse.Namespace) -> int:
     if "SLURM_JOB_ID" not in os.environ:
         raise ConfigError(
             "this is not a Slurm job: submit the script with `sbatch`, or train here with "
@@ -251,14 +251,14 @@ def _before(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def _after(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def _after(options: argparse.Namespace) -> int:
     job = options.submitted
     return after(options.code, load_config(submitted(job).arguments if job else options.config))
 
 
 def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
-    return int(options.run(options, arguments))
+    return int(options.run(options))
 
 
 def guarded(main: Callable[[Sequence[str]], int]) -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from alexnet_dist.cli.parser import (
@@ -92,7 +92,7 @@ def add(command: AddCommand) -> None:
     )  # fmt: skip
 
 
-def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def bench_data(options: argparse.Namespace) -> int:
     """Time decoding, or compare decoders' pixels (`bench data`)."""
     from alexnet_dist.bench import data, decoders, table
 
@@ -103,7 +103,7 @@ def bench_data(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return _print(result, table, options)
 
 
-def bench_config(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def bench_config(options: argparse.Namespace) -> int:
     """Time the part that options.part names (`bench step`, `bench layouts`, …)."""
     shared = getattr(options, "shared", [])
     config = load_config(["layout.kind=one", *options.config, *shared])

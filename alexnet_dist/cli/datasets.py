@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, add_json, at_least, part, path, picture
 from alexnet_dist.data.prepare import MODULES
@@ -83,7 +82,7 @@ def _source(text: str) -> str:
     return text
 
 
-def prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def prepare(options: argparse.Namespace) -> int:
     """Turn a source of images into a packed data set."""
     from alexnet_dist.data.prepare import prepare as data
 
@@ -94,7 +93,7 @@ def prepare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def inspect(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def inspect(options: argparse.Namespace) -> int:
     """Verify a packed data set, print a summary, and draw samples of it."""
     from alexnet_dist.data.dataset import open_dataset
 

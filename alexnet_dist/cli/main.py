@@ -63,7 +63,7 @@ def _run(arguments: Sequence[str]) -> int:
         signal.signal(number, stop)
     try:
         here = environment.place()
-        return int(options.run(options, arguments))
+        return int(options.run(options))
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, _Stopped) else signal.SIGINT
         print("alexnet-dist: interrupted", file=sys.stderr)

@@ -96,7 +96,7 @@ def add(command: AddCommand) -> None:
     add_json(sub)
 
 
-def compare(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def compare(options: argparse.Namespace) -> int:
     """Compare a config's layouts with one process, or several runs with each other; return 1 if a
     layout's numbers differ by more than they may."""
     if (folders := _runs_named(options.config)) is not None:
@@ -149,7 +149,7 @@ def _runs_named(texts: Sequence[str]) -> list[Path] | None:
     return folders
 
 
-def plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def plan(options: argparse.Namespace) -> int:
     """Print what a run would need, and the time it would take; or how it would scale."""
     config = load_config([_config_of(text) for text in options.config])
     from alexnet_dist.parallel import device, layouts
@@ -225,7 +225,7 @@ def _config_of(text: str) -> str:
     return str(saved) if saved.is_file() else text
 
 
-def doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def doctor(options: argparse.Namespace) -> int:
     """Print what this machine has and what would prevent a run; return 1 if something would."""
     config = load_config(options.config)
     from alexnet_dist.reporting.doctor import examine

@@ -11,7 +11,7 @@ from alexnet_dist.config.names import nearest, nearest_key
 from alexnet_dist.config.schema import keys
 from alexnet_dist.errors import ConfigError
 
-Run = Callable[[argparse.Namespace, Sequence[str]], int]
+Run = Callable[[argparse.Namespace], int]
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import csv
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -63,7 +63,7 @@ def table(text: str) -> Path:
     return out(text)
 
 
-def predict(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def predict(options: argparse.Namespace) -> int:
     """Print or write the likeliest classes of image files; return 1 if some could not be read."""
     from alexnet_dist.evaluation.load import load_checkpoint
     from alexnet_dist.evaluation.predict import images_in

@@ -1,7 +1,6 @@
 """The commands `figures`, `report`, `export` and `import`: what is made of a trained run."""
 
 import argparse
-from collections.abc import Sequence
 
 from alexnet_dist.cli.parser import AddCommand, out, path
 from alexnet_dist.config.load import check_scored_with
@@ -58,7 +57,7 @@ def add(command: AddCommand) -> None:
     sub.add_argument("--mean", type=path, help="caffe: its mean image, a .binaryproto")
 
 
-def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def figures(options: argparse.Namespace) -> int:
     """Draw a run's kernels and curves, and with --fig4 the paper's Fig. 4."""
     check_trained(options.run_folder)
     check_scored_with(options.overrides, "figures")
@@ -76,7 +75,7 @@ def figures(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def report(options: argparse.Namespace) -> int:
     """Write one HTML page of the results of several runs."""
     from alexnet_dist.reporting.report import report as write
 
@@ -87,7 +86,7 @@ def report(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def export(options: argparse.Namespace) -> int:
     """Write a run's weights in another program's format."""
     check_trained(options.checkpoint)
     from alexnet_dist.formats.convert import export_weights
@@ -96,7 +95,7 @@ def export(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     return 0
 
 
-def import_(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def import_(options: argparse.Namespace) -> int:
     """Make a checkpoint from another program's weights."""
     from alexnet_dist.formats.convert import import_weights
 

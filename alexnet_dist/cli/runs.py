@@ -4,7 +4,6 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +62,7 @@ def add(command: AddCommand) -> None:
     add_json(sub)
 
 
-def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def train(options: argparse.Namespace) -> int:
     """Train a run, or resume it; return the exit code of its ranks."""
     from alexnet_dist.parallel.stop_signals import StopSignals
 
@@ -90,7 +89,8 @@ def train(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             shared_gpus.check(config, wanted)
         from alexnet_dist.training.run_folder import RunFolder
 
-        return spawn.start(arguments, wanted, config.folder, RunFolder(config).killed)
+        typed = ["train", *options.config]
+        return spawn.start(typed, wanted, config.folder, RunFolder(config).killed)
 
     from alexnet_dist.training import loop
 
@@ -143,7 +143,7 @@ def _check_sources(config: Config) -> None:
             raise CheckpointError(f"train.init_from={init_from!r}: {error}") from error
 
 
-def evaluate(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def evaluate(options: argparse.Namespace) -> int:
     """Evaluate one checkpoint, or the average prediction of several."""
     overrides = [text for text in options.path if "=" in text]
     paths = [path(text) for text in options.path if "=" not in text]
@@ -196,7 +196,7 @@ def _print_score(result: "Evaluation") -> None:
         print(f"{row['samples']:8} {of} mistaken for {taken_for}")
 
 
-def configs(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+def configs(options: argparse.Namespace) -> int:
     """Print the shipped configs, each with the first sentence of its file."""
     known = shipped()
     if options.json:
