@@ -138,11 +138,14 @@ def main(arguments: Sequence[str]) -> int:
     over = options.over or ["seed=0..4"]
     members = members_of(run, over, None if options.local else cluster)
     left = [member for member in members if not member.finished]
+    base = load_config(run)
+    name = "-".join([base.name, "over", *members[0].keys])  # of the members' jobs
     if options.dry_run or (left and not options.evaluate):
-        code = _start(options, cluster, run, members, left)
+        folder = Path(base.output_dir) / name / "launch"
+        code = _start(options, cluster, name, folder, members, left)
         if options.dry_run or code:
             return code
-    while options.wait and waiting(_name(run, members)):
+    while options.wait and waiting(name):
         time.sleep(5)
     if any(read_run(member.config.folder) for member in members):
         print(table(members))
@@ -158,13 +161,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _start(
-    options: argparse.Namespace, cluster: Cluster, run: Sequence[str], members: list[Member],
-    left: list[Member],
+    options: argparse.Namespace, cluster: Cluster, name: str, folder: Path,
+    members: list[Member], left: list[Member],
 ) -> int:  # fmt: skip
     """Start the members in `left`, or print how they would be started; return the exit code if the
     program must end now, else 0."""
-    name = _name(run, members)
-    folder = Path(load_config(run).output_dir) / name / "launch"
     parallel = options.parallel or _AT_ONCE
     if options.dry_run:
         if not options.local:
@@ -189,11 +190,6 @@ def _start(
         print(f"job {job}: {len(left)} of {len(members)} runs, {parallel} at a time; in {folder}")
         print(f"stop: scancel {job}    (they save first)", flush=True)
     return 0
-
-
-def _name(run: Sequence[str], members: Sequence[Member]) -> str:
-    """Return the name of the members' jobs."""
-    return "-".join([load_config(run).name, "over", *members[0].keys])
 
 
 def _described(member: Member) -> str:

@@ -77,7 +77,7 @@ def check_private(folder: Path) -> None:
         )
 
 
-def before(arguments: Sequence[str]) -> Config:
+def before(arguments: Sequence[str]) -> None:
     """Check a job that is about to start its ranks; raises what all of them would raise."""
     config = load_config(arguments)
     name = "SLURM_TASKS_PER_NODE"
@@ -86,7 +86,6 @@ def before(arguments: Sequence[str]) -> Config:
         tasks = (*tasks[:-1], int(os.environ["SLURM_NTASKS"]) - sum(tasks[:-1]))
     check_placement(config, tasks)
     open_for(config)
-    return config
 
 
 def check_placement(config: Config, tasks: tuple[int, ...]) -> None:

@@ -137,17 +137,16 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Print a table or JSON of the runs; return 1 if one of them cannot be read."""
     options = parser().parse_args(arguments)
-    queue, rows, others, wrong = queued(), [], [], 0
+    queue, rows, others, wrong = queued(), [], [], False
     for folder in options.run_folder:
         try:
             rows.append(status(folder, queue))
-        except NoRun as error:
-            if folder.exists() and len(options.run_folder) > 1:
-                others.append(folder)
-                continue
-            wrong += _print_error(error)
         except RunFolderError as error:
-            wrong += _print_error(error)
+            if isinstance(error, NoRun) and folder.exists() and len(options.run_folder) > 1:
+                others.append(folder)
+            else:
+                wrong = True
+                print(f"launch: {printable(str(error))}", file=sys.stderr)
     if options.json:
         print(json.dumps(rows))
     elif rows:
@@ -155,12 +154,6 @@ def main(arguments: Sequence[str]) -> int:
     if others:
         print(f"skipped, not a run folder: {', '.join(map(str, others))}", file=sys.stderr)
     return 1 if wrong or not rows else 0
-
-
-def _print_error(error: RunFolderError) -> int:
-    """Print an error, and return 1."""
-    print(f"launch: {printable(str(error))}", file=sys.stderr)
-    return 1
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
