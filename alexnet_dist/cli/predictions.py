@@ -184,14 +184,10 @@ def _as_json(
     file: IO[str],
 ) -> None:  # fmt: skip
     """Write one JSON object with all images."""
-    images = [
-        {"image": str(prediction.path), "refused": prediction.refused}
-        if prediction.refused
-        else {
-            "image": str(prediction.path),
-            "answers": [{"class": n, "probability": p} for n, p in prediction.top(top)],
-        }
-        for prediction in predictions
-    ]
+    images = []
+    for prediction in predictions:
+        answers = [{"class": n, "probability": p} for n, p in prediction.top(top)]
+        found = {"refused": prediction.refused} if prediction.refused else {"answers": answers}
+        images.append({"image": str(prediction.path), **found})
     about = {"checkpoint": str(checkpoint.path), "step": checkpoint.step, "views": views}
     print(as_json(about | {"images": images}), file=file)
