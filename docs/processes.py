@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 from ledger import ROOT
@@ -105,17 +106,13 @@ def scratch(name: str) -> Iterator[Path]:
 def temporary_files_in(folder: Path) -> Iterator[None]:
     """Let this process, and what it starts, make its temporary files in a folder."""
     own = multiprocessing.current_process()._config  # type: ignore[attr-defined]
-    environment, known, sockets = os.environ.get("TMPDIR"), tempfile.tempdir, own.get("tempdir")
-    os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
-    own["tempdir"] = str(folder)  # else multiprocessing makes one, and fails at exit if it is gone
-    try:
+    with (
+        patch.dict(os.environ, TMPDIR=str(folder)),
+        patch.object(tempfile, "tempdir", str(folder)),
+        # Else multiprocessing makes one, and fails at exit if it is gone.
+        patch.dict(own, tempdir=str(folder)),
+    ):
         yield
-    finally:
-        tempfile.tempdir, own["tempdir"] = known, sockets
-        if environment is None:
-            del os.environ["TMPDIR"]
-        else:
-            os.environ["TMPDIR"] = environment
 
 
 @contextlib.contextmanager
