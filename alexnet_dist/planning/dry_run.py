@@ -89,12 +89,11 @@ def plan(config: Config, ranks: int, gpu: bool = False) -> Plan:
         )
 
 
-def plan_on(config: Config, ranks: int, machine: Machine | None) -> Plan:
-    """Plan for ranks on devices of this kind; None: on a CPU's cores."""
-    gpu = machine is not None and machine.overlap
-    if machine and gpu and not machine.fused:
+def plan_on(config: Config, ranks: int, machine: Machine) -> Plan:
+    """Plan for ranks on devices of this kind."""
+    if machine.overlap and not machine.fused:
         config = overridden(config, "train.execution=eager")
-    return plan(config, ranks, gpu)
+    return plan(config, ranks, gpu=machine.overlap)
 
 
 @functools.cache
