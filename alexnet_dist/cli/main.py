@@ -77,7 +77,7 @@ def _run(arguments: Sequence[str]) -> int:
     return code
 
 
-def _say(error: Exception, rank: int, sources: Sequence[str] = ()) -> int:
+def _say(error: Exception, rank: int, sources: Sequence[str]) -> int:
     """Print an error, in one line if it is a known kind and else with its traceback; return the
     exit code.
 

@@ -184,12 +184,10 @@ def matched(dataset: Dataset, config: Config, trained: Path | None = None) -> Da
         whole = dataset.splits[config.data.train_split]
         parts = {part.name: part for part in _held_out(whole, config.data.hold_out)}
         dataset = dataclasses.replace(dataset, splits={**dataset.splits, **parts})
-    for key, name in (
-        ("data.train_split", config.data.train_split),
-        ("data.eval_split", config.data.eval_split),
-    ):
-        if key == "data.eval_split" and name == NO_SPLIT:
-            continue
+    named = {"data.train_split": config.data.train_split}
+    if config.data.eval_split != NO_SPLIT:
+        named["data.eval_split"] = config.data.eval_split
+    for key, name in named.items():
         if name not in dataset.splits:
             raise ConfigError(
                 f"{key}={name!r}: {dataset.folder} has only the splits {', '.join(dataset.splits)}"

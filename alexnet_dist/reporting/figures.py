@@ -52,7 +52,7 @@ def draw(folder: Path, out: Path | None = None) -> tuple[list[Path], list[float]
     return drawn, chroma(conv1, model.columns)
 
 
-def draw_fig4(folder: Path, overrides: Sequence[str] = ()) -> list[Path]:
+def draw_fig4(folder: Path, overrides: Sequence[str]) -> list[Path]:
     """Draw Fig. 4: the five likeliest classes of eight evaluation images, and, for five of them,
     the six training images whose features before the last layer (fc7) are nearest."""
     checkpoint = checkpoints.at(folder)
