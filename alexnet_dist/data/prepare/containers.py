@@ -39,9 +39,8 @@ class Listing:
     files: list[Item]
     folders: list[str]
 
-    def below(self, top: str) -> "Listing":
-        """Return the contents of one of its folders."""
-        start = f"{top}/"
+    def below(self, start: str) -> "Listing":
+        """Return the contents of one of its folders, `NAME/`; of all with an empty string."""
         files = [
             item._replace(name=item.name.removeprefix(start))
             for item in self.files

@@ -48,18 +48,17 @@ def folder(path: Path, validation: float = 0) -> Source:
     left = _LeftOut(list)
     listing = _unwrapped(_visible(list_files(path), left), left)
     tops, found = listing.tops(), {}
-    names = _split_folders(path, tops) or {"train": ""}
-    if names["train"]:
-        left["beside train/"] += [f"{top}/" for top in tops if top not in names.values()]
+    starts = _split_folders(path, tops) or {"train": ""}
+    if starts["train"]:
+        left["beside train/"] += [f"{t}/" for t in tops if f"{t}/" not in starts.values()]
         left["beside train/"] += [item.name for item in listing.files if "/" not in item.name]
     # List the images of each split, and number the classes.
-    for split, top in names.items():
-        part = listing.below(top) if top else listing
-        images = _images(part, f"{top}/" if top else "", left)
+    for split, start in starts.items():
+        images = _images(listing.below(start), start, left)
         # macOS may write é as two characters: such names are the same, and sort alike.
         found[split] = [(unicodedata.normalize("NFC", name), item) for name, item in images]
     classes = tuple(sorted(_classes(found["train"])))
-    _check_classes(path, classes, found, names)
+    _check_classes(path, classes, found, starts)
     label = {name: place for place, name in enumerate(classes)}
     splits = {
         split: [item._replace(label=label.get(name, 0)) for name, item in images]
@@ -69,8 +68,7 @@ def folder(path: Path, validation: float = 0) -> Source:
     # Set validation images apart, and say what was left out.
     notes = _note(left)
     if validation:
-        top = f"{names['train']}/" if names["train"] else ""
-        splits = _with_validation(path, splits, validation, top)
+        splits = _with_validation(path, splits, validation, starts["train"])
         held = {item.label for item in splits["val"]}
         if never := [name for name in classes if label[name] not in held]:
             notes += (f"no validation images of {some(never)}",)
@@ -154,12 +152,12 @@ def _unwrapped(listing: Listing, left: _LeftOut) -> Listing:
         and any(item.name.count("/") > 1 for item in listing.files)
     ):
         left[f"beside {tops[0]}/"] += [i.name for i in listing.files if "/" not in i.name]
-        listing = listing.below(tops[0])
+        listing = listing.below(f"{tops[0]}/")
     return listing
 
 
 def _split_folders(path: Path, tops: Sequence[str]) -> dict[str, str]:
-    """Return the folder of each split; empty where the top level has none, but classes."""
+    """Return the folder of each split, `NAME/`; empty where the top level has none, but classes."""
     found: dict[str, str] = {}
     for top in tops:
         split = SPLIT_FOLDERS.get(top.lower())
@@ -173,20 +171,20 @@ def _split_folders(path: Path, tops: Sequence[str]) -> dict[str, str]:
         raise DatasetError(
             f"{path}: has {', '.join(found.values())}/, but no folder train/: {_LAY}"
         )
-    return {split: found[split] for split in ("train", "val", "test") if split in found}
+    return {split: f"{found[split]}/" for split in ("train", "val", "test") if split in found}
 
 
-def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
+def _images(part: Listing, start: str, left: _LeftOut) -> list[tuple[str, Item]]:
     """Return the class and the image of each file of a split.
 
     Args:
-        top: the split's folder, with `/`; empty where classes are at the top level.
+        start: the split's folder, with `/`; empty where classes are at the top level.
         left: files and folders that are left out are added to it.
     """
     found, loose, others = [], [], []
     for item in part.files:
         name, below, _ = item.name.partition("/")
-        shown = item._replace(name=f"{top}{item.name}")
+        shown = item._replace(name=f"{start}{item.name}")
         if not below:
             loose.append(shown.name)
         elif item.refused or _is_image(item):
@@ -196,8 +194,8 @@ def _images(part: Listing, top: str, left: _LeftOut) -> list[tuple[str, Item]]:
     left["beside class folders"] += loose
     left["no image, by its first bytes"] += others
     held = {name for name, _ in found}
-    empty = [f"{top}{name}/" for name in part.tops() if name not in held]
-    left["without images"] += empty or ([] if found or not top else [top])
+    empty = [f"{start}{name}/" for name in part.tops() if name not in held]
+    left["without images"] += empty or ([] if found or not start else [start])
     return found
 
 
@@ -219,15 +217,15 @@ def _is_image(item: Item) -> bool:
 
 def _check_classes(
     path: Path, classes: Sequence[str], found: Mapping[str, Sequence[tuple[str, Item]]],
-    names: Mapping[str, str],
+    starts: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Raise DatasetError where there are fewer than two classes, or a split has others than train.
 
     Args:
         found: the class and image of each file, by split.
-        names: the folder of each split.
+        starts: the folder of each split, with `/`; empty where classes are at the top level.
     """
-    where = path / names["train"]
+    where = path / starts["train"]
     if not classes:
         raise DatasetError(f"{where}: none of its folders holds images: {_LAY}")
     if len(classes) == 1:
@@ -237,20 +235,21 @@ def _check_classes(
         )
     for split, images in found.items():
         for name in sorted(_classes(images) - {*classes}):
-            raise DatasetError(f"{path / names[split] / name}: {names['train']}/ has no such class")
+            there = path / starts[split] / name
+            raise DatasetError(f"{there}: {starts['train']} has no such class")
 
 
 def _with_validation(
-    path: Path, splits: Mapping[str, list[Item]], share: float, top: str
+    path: Path, splits: Mapping[str, list[Item]], share: float, start: str
 ) -> dict[str, list[Item]]:
-    """Move a share of `train` to `val`, by the hash of each name below the folder `top`."""
+    """Move a share of `train` to `val`, by the hash of each name below the folder `start`."""
     if "val" in splits:
         raise DatasetError(
             f"--validation {share:g}: {path} has its own validation images: leave the option out"
         )
     cut: dict[str, list[Item]] = {"train": [], "val": []}
     for item in splits["train"]:
-        name = item.name.removeprefix(top).encode("utf-8", "surrogateescape")
+        name = item.name.removeprefix(start).encode("utf-8", "surrogateescape")
         uniform = int.from_bytes(hashlib.sha256(name).digest()[:8]) / 2**64
         cut["val" if uniform < share else "train"].append(item)
     if not all(cut.values()):

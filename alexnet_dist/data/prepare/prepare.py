@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ SOURCES: dict[str, Callable[..., Source]] = {
     kind: getattr(import_module(f"{__package__}.{module}"), kind)
     for kind, module in MODULES.items()
 }
-_DIVISIBLE = ("folder", "cifar10")  # kinds that take --validation
+# Kinds that take --validation.
+_DIVISIBLE = [k for k, lists in SOURCES.items() if "validation" in signature(lists).parameters]
 # Unicode categories: control, surrogate, line and paragraph separator.
 _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 # Files written aside, of which the last two are 0.1.0's.
