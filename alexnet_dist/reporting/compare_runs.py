@@ -46,18 +46,18 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> tuple[dict[str, Any]
 
 def _scores(runs: Sequence[RunResults], names: Sequence[str]) -> str:
     """Return the scores of the runs as a table."""
-    with_top5 = ["top5" in accuracies(run.config.model.classes) for run in runs]
+    any_top5 = any("top5" in accuracies(run.config.model.classes) for run in runs)
     scores = []
-    for run, name, top5 in zip(runs, names, with_top5, strict=True):
+    for run, name in zip(runs, names, strict=True):
+        tells = accuracies(run.config.model.classes)
         for one in run.scores:
-            errors = [f"{100 * (1 - one.score.top1):.2f}"]
-            if any(with_top5):
-                errors.append(f"{100 * (1 - one.score.top5):.2f}" if top5 else "–")
+            five = f"{100 * (1 - one.score.top5):.2f}" if "top5" in tells else "–"
+            errors = [f"{100 * (1 - one.score.top1):.2f}", *[five] * any_top5]
             scores.append([
                 name, one.which or f"step {one.step}", str(one.step), one.split, str(one.views),
                 *errors, f"{one.score.loss:.4f}", one.circumstances,
             ])  # fmt: skip
-    tops = ["top-1 error", *(["top-5"] if any(with_top5) else [])]
+    tops = ["top-1 error", *["top-5"] * any_top5]
     heading = ["run", "network", "step", "split", "views", *tops, "loss", "when"]
     return aligned([heading, *scores]) if scores else "none of them has been evaluated"
 
