@@ -156,10 +156,8 @@ def verdict(run: Mapping[str, object], job: str) -> tuple[bool, str]:
                 False,
                 f"stopped at step {step} with exit code {exit_code}; submit it again to resume",
             )
-        case "failed" if run.get("known"):
-            return False, f"failed: {run.get('reason')}"
         case "failed":
-            return True, f"failed: {run.get('reason')}"
+            return not run.get("known"), f"failed: {run.get('reason')}"
         case _:
             return True, "killed"
 
