@@ -35,9 +35,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, *, examples: Sequence[str] = (), **options: Any) -> None:
         lines = "\n".join(f"  {example}" for example in examples)
         super().__init__(
-            **options,
-            formatter_class=_Help,
-            epilog=f"examples:\n{lines}" if examples else None,
+            **options, formatter_class=_Help, epilog=f"examples:\n{lines}" if examples else None
         )
         self._in_order = False
 

@@ -136,7 +136,7 @@ def graphics(config: Config) -> Iterator[Finding]:
             broken=bool(problem),
         )
     if torch.cuda.device_count():
-        if gpus(config):
+        if here:
             yield compiler()
         return
     if DRIVER.exists() or shutil.which("nvidia-smi"):

@@ -91,9 +91,7 @@ class RunResults:
 Average = tuple[str, Mapping[str, Any]]  # its name, and what `evaluate` saved or printed
 
 
-def read_evaluated(
-    folders: Sequence[Path],
-) -> tuple[list[RunResults], list[Average], list[str]]:
+def read_evaluated(folders: Sequence[Path]) -> tuple[list[RunResults], list[Average], list[str]]:
     """Return the runs that were evaluated, sorted by name; the averages that `read_average` finds;
     and the names of all other folders. Logs why a run cannot be read."""
     runs, averages, others = list[RunResults](), list[Average](), list[str]()

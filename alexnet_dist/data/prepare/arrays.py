@@ -7,6 +7,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _with_validation(source: Source, share: float) -> Source:
     except ValueError as error:
         raise DatasetError(f"--validation {share:g}: {error}") from error
     cut = {"test": [items[i] for i in test], "val": [items[i] for i in val]}
-    return Source(source.kind, source.classes, {**source.splits, **cut})
+    return replace(source, splits={**source.splits, **cut})
 
 
 def _reader(path: Path) -> Callable[[str], bytes]:

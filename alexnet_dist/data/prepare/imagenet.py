@@ -5,13 +5,7 @@ from pathlib import Path
 
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.sources import Item, Source, needed, some
-from alexnet_dist.data.prepare.tars import (
-    LARGEST_MEMBER,
-    check_end,
-    members,
-    open_tar,
-    read_member,
-)
+from alexnet_dist.data.prepare.tars import LARGEST_MEMBER, check_end, members, open_tar, read_member
 from alexnet_dist.errors import DatasetError
 
 _MOST_TRUTH = 2**20  # bytes of the file of validation classes, which has 245,000

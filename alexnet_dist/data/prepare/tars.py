@@ -16,6 +16,8 @@ LARGEST_MEMBER = 64 * 2**20  # bytes of a file that is read whole; CIFAR-10's ha
 _MOST_UNPACKED = 2**28  # bytes of an unpacked .tar.gz; CIFAR-10's has 186 million
 _MOST_HEADER = 16384  # bytes of a member's long name or pax header
 _MOST_HEADERS = 8  # such headers before one member, which needs at most four
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_HEADERS = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)  # types of such headers
 _DIGITS = re.compile(rb"\d{257}")  # too long for a size, and for a file's name
 
 
@@ -35,17 +37,16 @@ class _Member(tarfile.TarInfo):
 
     def _block(self, count: int) -> int:
         """Round a size up to blocks, as tarfile does; raise DatasetError where it is hostile."""
-        named = self.type in (b"x", b"g", b"X", b"L", b"K")
-        if count < 0 or (named and count > _MOST_HEADER):
+        if count < 0 or (self.type in _HEADERS and count > _MOST_HEADER):
             raise DatasetError(f"{self.name!r}: its tar's header gives it {count} bytes")
         return super()._block(count)  # type: ignore[misc,no-any-return]
 
     def _proc_member(self, tar: _Tar) -> tarfile.TarInfo:
         """Read what follows a header, as tarfile does, after checking a pax header's content."""
-        tar.headers = tar.headers + 1 if self.type in (b"x", b"g", b"X", b"L", b"K") else 0
-        tar.global_bytes += self.size if self.type == b"g" else 0
+        tar.headers = tar.headers + 1 if self.type in _HEADERS else 0
+        tar.global_bytes += self.size if self.type == tarfile.XGLTYPE else 0
         digits = None
-        if self.type in (b"x", b"g", b"X"):
+        if self.type in _PAX:
             assert tar.fileobj is not None
             here = tar.fileobj.tell()
             digits = _DIGITS.search(tar.fileobj.read(self._block(self.size)))
