@@ -32,6 +32,7 @@ from alexnet_dist.evaluation.results import (
     save_score,
     saved_scores,
 )
+from alexnet_dist.progress import progress_bar
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.runs import RunResults, read_run_folder
 from alexnet_dist.training.loop import train
@@ -371,11 +372,16 @@ def test_scores_are_kept_in_the_run_folder_even_of_a_training_that_holds_it(
 
 
 def test_an_evaluation_without_a_terminal_logs_how_far_it_is(
-    two_runs: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("alexnet_dist.evaluation.evaluate._SAID_EVERY_S", -1)
+    two_runs: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr("alexnet_dist.progress.LOGGED_EVERY_S", 0)
+    monkeypatch.setattr(
+        "alexnet_dist.evaluation.evaluate.progress_bar",
+        lambda doing, **options: progress_bar(doing, **options | {"delay": 0}),
+    )
     with caplog.at_level("INFO", "alexnet_dist.evaluation"):
         evaluate_checkpoints(two_runs[:1], ["evaluate.batch=10"])
-    begins, *further = caplog.messages
+    (begins,) = caplog.messages
     assert begins.endswith("evaluating 23 images, 1 view each")
-    assert further == ["evaluated 10 of 23 images", "evaluated 20 of 23 images"]
+    assert re.findall(r"\| (\d+)/23 ", capsys.readouterr().err) == ["0", "10", "20", "23"]

@@ -116,12 +116,11 @@ def _watched(
     Args:
         hidden: whether to do without the bar.
     """
-    from tqdm import tqdm
+    from alexnet_dist.progress import progress_bar
 
-    with tqdm(
-        total=total, unit=" images", desc="predicting", leave=False, disable=hidden,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    ) as bar:  # fmt: skip
+    with progress_bar(
+        "predicting", total=total, unit=" images", leave=False, disable=hidden
+    ) as bar:
         for prediction in predictions:
             bar.update()
             if prediction.refused:

@@ -2,14 +2,13 @@
 
 import logging
 import math
-import time
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint.store import Checkpoint
@@ -31,10 +30,9 @@ from alexnet_dist.parallel.device import free_host_memory
 from alexnet_dist.parallel.replicas import summed
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology, connect
+from alexnet_dist.progress import progress_bar
 
 log = logging.getLogger(__name__)
-
-_SAID_EVERY_S = 30  # seconds between lines of progress, where there is no terminal
 
 
 def evaluate(
@@ -134,25 +132,19 @@ def evaluate_checkpoints(
 def _predicted(
     checkpoint: Checkpoint, config: Config, topology: Topology, dataset: Dataset
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what `_probabilities` does, of a checkpoint's network, with a progress bar; where there
-    is no terminal for one, it is logged what begins and, now and then, how far it is."""
+    """Yield what `_probabilities` does, of a checkpoint's network, with a progress bar; what begins
+    is logged where there is no terminal."""
     allow_tf32(config.train.precision)
     engine = make_engine(config, topology)
     engine.load(checkpoint.parameters(), None)
-    total, done, said_s = len(evaluation_split(config, dataset)), 0, time.monotonic()
-    with tqdm(
-        total=total, unit=" images", desc="evaluating", leave=False, delay=2, disable=None
-    ) as bar:
-        if bar.disable:
-            views = counted(config.evaluate.views, "view")
-            log.info(f"{checkpoint.path}: evaluating {counted(total, 'image')}, {views} each")
+    total = len(evaluation_split(config, dataset))
+    if not sys.stderr.isatty():
+        views = counted(config.evaluate.views, "view")
+        log.info(f"{checkpoint.path}: evaluating {counted(total, 'image')}, {views} each")
+    with progress_bar("evaluating", total=total, unit=" images", leave=False, delay=2) as bar:
         for outputs, labels in _probabilities(engine, config, dataset):
             yield outputs, labels
             bar.update(len(labels))
-            done += len(labels)
-            if bar.disable and time.monotonic() - said_s > _SAID_EVERY_S and done < total:
-                log.info(f"evaluated {done} of {counted(total, 'image')}")
-                said_s = time.monotonic()
 
 
 def _check_alike(found: Sequence[Checkpoint], configs: Sequence[Config], dataset: Dataset) -> None:

@@ -6,7 +6,6 @@ are the bytes that the torch pipeline decodes, so its batches are the same to th
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import (
@@ -39,6 +37,7 @@ from alexnet_dist.parallel.device import free_gpu_memory, free_host_memory
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.progress import progress_bar
 
 _CHUNK = 2**27  # bytes that each rank decodes before the ranks meet, whose cores may differ
 _CPU = torch.device("cpu")
@@ -193,10 +192,9 @@ def _decode_all(
 
     with (
         ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool,
-        tqdm(
-            total=len(split), unit=" images", desc=f"decoding {split.name}", leave=False,
-            disable=not topology.is_rank_0, mininterval=0.5 if sys.stderr.isatty() else 30,
-            delay=2,
+        progress_bar(
+            f"decoding {split.name}", total=len(split), unit=" images", leave=False,
+            disable=not topology.is_rank_0, delay=2,
         ) as bar,
     ):  # fmt: skip
         for first in range(0, len(split), size):

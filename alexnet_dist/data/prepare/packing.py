@@ -4,14 +4,10 @@ import json
 import math
 import multiprocessing
 import shutil
-import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import TypeVar
-
-from tqdm import tqdm
 
 from alexnet_dist.data.prepare.merge import write_lines
 from alexnet_dist.data.prepare.shards import Shard, Task, read_shard, write_shard
@@ -19,6 +15,7 @@ from alexnet_dist.data.prepare.sources import Source
 from alexnet_dist.errors import DatasetError, of_memory
 from alexnet_dist.parallel.device import cores
 from alexnet_dist.parallel.workers import worker_pool
+from alexnet_dist.progress import progress_bar
 
 ITEMS_PER_SHARD = 1000
 LEAST_IMAGES = 250  # fewest images per process that are worth starting it for
@@ -27,7 +24,6 @@ _MAX_BAD, _FEW = 0.001, 3
 _BYTES_PER_IMAGE = 45_000  # of a JPEG of 256 × 256, about
 _TAR_BYTES = 2048  # of headers and padding per image, about
 _PART_BYTES = 256 * 256 * 3 * 4  # of colour sums per shard, until the data set is complete
-T = TypeVar("T")
 
 
 def tasks_of(
@@ -66,18 +62,16 @@ def write_shards(
     # What an earlier command has written, and whether the rest can be.
     for split in source.splits:
         (folder / split).mkdir(exist_ok=True)
-    shards = [read_shard(task) for task in progress(tasks, "checking what is already packed")]
+    looking = progress_bar("checking what is already packed", tasks, unit=" shards", delay=2)
+    shards = [read_shard(task) for task in looking]
     left = [place for place, shard in enumerate(shards) if shard is None]
     _check_disk(folder, [tasks[place] for place in left])
     images = [len(task.items) for task in tasks]
     total = sum(len(items) for items in source.splits.values())
     _check_refused(shards, total, max_bad, folder)
     # Write what is left, in any order.
-    with tqdm(
-        total=sum(images),
-        initial=sum(images) - sum(images[place] for place in left),
-        unit=" images", desc="packing", mininterval=_interval_s(),
-    ) as bar:  # fmt: skip
+    done = sum(images) - sum(images[place] for place in left)
+    with progress_bar("packing", total=sum(images), initial=done, unit=" images") as bar:
         for place, shard in _written(tasks, left, workers):
             shards[place] = shard
             bar.update(images[place])
@@ -160,13 +154,3 @@ def _check_disk(folder: Path, left: list[Task]) -> None:
             f"{folder}: needs about {need / 1e9:.1f} GB, but {free / 1e9:.1f} "
             "GB are free: make room, or name a folder on another disk"
         )
-
-
-def progress(places: Sequence[T], doing: str) -> Iterable[T]:
-    """Iterate over shards, with a progress bar if that takes a while."""
-    return tqdm(places, doing, unit=" shards", delay=2, mininterval=_interval_s())
-
-
-def _interval_s() -> float:
-    """Return the seconds between updates of a progress bar."""
-    return 0.5 if sys.stderr.isatty() else 30

@@ -9,12 +9,12 @@ from typing import Any
 
 from alexnet_dist.data.dataset import open_dataset, verify_shards
 from alexnet_dist.data.prepare.merge import write_lines
-from alexnet_dist.data.prepare.packing import progress
 from alexnet_dist.data.prepare.shards import Task, contents, stamp
 from alexnet_dist.errors import DatasetError
 from alexnet_dist.files import json_object, read_bytes
 from alexnet_dist.parallel.device import cores
 from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.progress import progress_bar
 
 _FILE = ".source.json"
 
@@ -62,7 +62,7 @@ def check_same(out: Path, identity: Mapping[str, Any], tasks: Sequence[Task]) ->
         return False
     now = [stamp(task.items) for task in tasks]
     moved = [place for place, task in enumerate(tasks) if made[place][0] != now[place]]
-    for place in progress(moved, "comparing"):
+    for place in progress_bar("comparing", moved, unit=" shards", delay=2):
         items = tasks[place].items
         if contents(items) != made[place][1]:
             raise DatasetError(
