@@ -122,7 +122,7 @@ def test_sockets_devices_folders_and_links_are_named(
 
 def test_what_is_no_file_is_named_from_a_worker_too(tmp_path: Path) -> None:
     place = pipe(tmp_path / "place")
-    with worker_pool(1) as pool, pytest.raises(NotAFile, match="a pipe, not a file"):
+    with worker_pool(1, "opens", "") as pool, pytest.raises(NotAFile, match="a pipe, not a file"):
         pool.submit(opened, place).result()
 
 

@@ -168,6 +168,24 @@ def test_processes_read_the_same(own: Trained, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(one.probabilities, two.probabilities)
 
 
+def test_a_program_that_lacks_the_guard_for_its_processes_is_told(
+    own: Trained, tmp_path: Path
+) -> None:
+    unguarded = tmp_path / "unguarded.py"
+    unguarded.write_text(
+        "from alexnet_dist import load_checkpoint\n"
+        "from alexnet_dist.evaluation import predict\n"
+        "predict.WORTH_A_PROCESS = 3\n"
+        f"own = load_checkpoint({str(own.config.folder)!r})\n"
+        f"print(*own.predictions({str(images_of(own))!r}, workers=2))\n"
+    )
+    command = [sys.executable, unguarded]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 1
+    assert "MachineError: a process that reads images failed" in ended.stderr
+    assert 'must do so under if __name__ == "__main__":' in ended.stderr.splitlines()[-1]
+
+
 @pytest.fixture
 def holiday(own: Trained, tmp_path: Path) -> Path:
     """A folder as users have: good images, one in a folder below, bad ones, other files."""

@@ -6,7 +6,6 @@ file of a data set is that for its packed sample.
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from alexnet_dist.data.missing import IMAGE_SUFFIXES
 from alexnet_dist.data.prepare.convert import ConvertOptions, RefusedImage, convert, options_of
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
-from alexnet_dist.errors import MachineError, filled_by, of_memory, one_line
+from alexnet_dist.errors import filled_by, one_line
 from alexnet_dist.files import MOST_ENCODED, read_bytes
 from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.parallel.workers import worker_pool
@@ -140,18 +139,11 @@ def _read(
     if workers <= 1:
         yield from (_canvas_or_why(path, options, side) for path in paths)
         return
-    pool = worker_pool(workers)
-    try:
+    with worker_pool(workers, "reads images", "name fewer images at a time") as pool:
         for future in started_ahead(
             paths, lambda path: pool.submit(_canvas_or_why, path, options, side), workers * _AHEAD
         ):
             yield future.result()
-    except BrokenProcessPool as error:
-        raise MachineError(
-            f"a process that reads images was killed{of_memory()}; name fewer images at a time"
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _canvas_or_why(path: Path, options: ConvertOptions, side: int) -> Canvas | str:

@@ -3,17 +3,49 @@
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 
 import torch
 
+from alexnet_dist.errors import MachineError, of_memory
 
-def worker_pool(count: int) -> ProcessPoolExecutor:
-    """Return a pool of processes of one thread each, which ignore stop signals and are killed when
-    this process ends."""
+
+@contextmanager
+def worker_pool(count: int, does: str, remedy: str) -> Iterator[ProcessPoolExecutor]:
+    """Provide a pool of processes of one thread each, which ignore stop signals and are killed when
+    this process ends.
+
+    Args:
+        does: what each of them does, in the words of an error.
+        remedy: what the user can do if one was killed.
+
+    Raises MachineError where one of them ended before its time.
+    """
+    others, own = {*active_children()}, set[BaseProcess]()
     # Spawned, since forking a process that has threads can hang.
-    return ProcessPoolExecutor(count, get_context("spawn"), _begin_worker, (os.getpid(),))
+    pool = ProcessPoolExecutor(count, get_context("spawn"), _begin_worker, (os.getpid(),))
+    try:
+        for _ in range(count):  # each starts a process, since none is idle yet
+            pool.submit(int)
+        own = {*active_children()} - others
+        yield pool
+    except BrokenProcessPool as error:
+        pool.shutdown()  # until the exit codes are known: negative where a signal killed it
+        if any((process.exitcode or 0) > 0 for process in own):
+            raise MachineError(
+                f"a process that {does} failed, and reported why; as a rule, the program that "
+                'starts it must do so under if __name__ == "__main__":'
+            ) from error
+        raise MachineError(f"a process that {does} was killed{of_memory()}; {remedy}") from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in own:
+            process.terminate()
 
 
 def _begin_worker(parent: int) -> None:

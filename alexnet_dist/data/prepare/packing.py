@@ -2,17 +2,15 @@
 
 import json
 import math
-import multiprocessing
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from alexnet_dist.data.prepare.merge import write_lines
 from alexnet_dist.data.prepare.shards import Shard, Task, read_shard, write_shard
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.errors import DatasetError, of_memory
+from alexnet_dist.errors import DatasetError
 from alexnet_dist.parallel.device import cores
 from alexnet_dist.parallel.workers import worker_pool
 from alexnet_dist.progress import progress_bar
@@ -91,29 +89,11 @@ def _written(tasks: Sequence[Task], left: list[int], workers: int) -> Iterator[t
     if workers <= 1:
         yield from ((place, write_shard(tasks[place])) for place in left)
         return
-    callers = {*multiprocessing.active_children()}
-    processes = set[multiprocessing.process.BaseProcess]()
-    with worker_pool(workers) as pool:
-        try:
-            futures = {pool.submit(write_shard, tasks[place]): place for place in left}
-            processes = {*multiprocessing.active_children()} - callers
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            pool.shutdown()  # until the exit codes are known: negative where a signal killed it
-            if any((process.exitcode or 0) > 0 for process in processes):
-                raise DatasetError(
-                    "a process that packs images failed, and reported why; as a rule, a program "
-                    'that calls `prepare` must do so under if __name__ == "__main__":'
-                ) from error
-            raise DatasetError(
-                f"a process that packs images was killed{of_memory()}; run the same command to "
-                "continue, with fewer --workers if it happens again"
-            ) from error
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for child in {*multiprocessing.active_children()} - callers:
-                child.terminate()
+    remedy = "run the same command to continue, with fewer --workers if it happens again"
+    with worker_pool(workers, "packs images", remedy) as pool:
+        futures = {pool.submit(write_shard, tasks[place]): place for place in left}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def _check_refused(
