@@ -4,6 +4,7 @@ import datetime
 import os
 import socket
 import time
+from contextlib import suppress
 
 import psutil
 from torch._C._distributed_c10d import Store, TCPStore
@@ -56,7 +57,7 @@ def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | N
         return None
     path = config.folder / f"meet-{place.meeting}"
     if place.rank == 0:
-        store = store_at(own_address(place), timeout)
+        store, found = store_at(own_address(place), timeout), path.parent.exists()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_aside(path, durably=False) as aside:
@@ -69,6 +70,9 @@ def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | N
         for other in range(1, place.world):
             store.wait([f"met/{other}"], timeout)
         path.unlink(missing_ok=True)
+        if not found:  # the start may yet be refused
+            with suppress(OSError):
+                path.parent.rmdir()
         return store
     deadline = time.monotonic() + timeout.total_seconds()
     # Listing the folder makes a network file system refresh its cache.
