@@ -31,6 +31,7 @@ from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.parallel.device import peak_flops
 from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import SPANS, Timeline
+from alexnet_dist.training import metrics_file
 from alexnet_dist.training.bottleneck import verdict
 from alexnet_dist.training.logs import quarantine, watch
 from alexnet_dist.training.loop import train
@@ -179,7 +180,10 @@ def test_among_five_classes_nothing_is_shown_of_the_first_five(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, classes=classes))
     config.folder.mkdir(parents=True)
     board = Board(config, Schedule.of(config, 60), Topology(), dataset, 0)
-    board.scalars(1, {"train/loss": 1.0, "train/top1": 0.5, "train/top5": 1.0, "eval/top5": 1.0})
+    scores = {"step": 1, "loss": 1.0, "top1": 0.5, "top5": 1.0}
+    for row in metrics_file.rows([{"kind": k, **scores} for k in ("train", "eval")], classes):
+        assert ("train/top5" in row or "eval/top5" in row) == shown
+        board.scalars(1, row)
     board.close(finished=True)
     tags = tags_of(config.folder)
     assert {"train/loss", "train/top1", "Error/train_top1"} <= tags

@@ -28,11 +28,11 @@ def accuracies(classes: int) -> dict[str, str]:
     return {"top1": "top-1", "top5": "top-5"} if classes > 5 else {"top1": "top-1"}
 
 
-def rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def rows(points: Sequence[Mapping[str, Any]], classes: int) -> list[dict[str, float]]:
     """Return the numbers of some points by tag, as in {"step": 20, "train/loss": 2.3}: a row for
     each point, but a "speed" point shares the row of the training point of its step, and a "start"
-    has none."""
-    made: list[dict[str, float]] = []
+    has none. Of accuracies, only those worth showing of so many classes."""
+    made, untold = list[dict[str, float]](), {"top1", "top5"} - accuracies(classes).keys()
     for point in points:
         step, kind = point["step"], point["kind"]
         if kind == "start":
@@ -42,7 +42,7 @@ def rows(points: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
             made.append({"step": step})
         for group, values in {kind: point, **nested}.items():
             numbers = {key: value for key, value in values.items() if isinstance(value, float)}
-            made[-1] |= {f"{group}/{key}": value for key, value in numbers.items()}
+            made[-1] |= {f"{group}/{key}": numbers[key] for key in numbers if key not in untold}
     return made
 
 

@@ -75,7 +75,7 @@ class Telemetry:
             path = folder.path / "metrics.jsonl"
             before = metrics_file.cut(path, step, progress.evaluated_step)
             self._metrics = metrics_file.Writer(path)
-            self._loggers = loggers.start(config, metrics_file.rows(before))
+            self._loggers = loggers.start(config, metrics_file.rows(before, classes))
             self._bar = ProgressBar(step, schedule.last_step, config.log.every_steps, classes)
         profiled = tuple(config.profile.steps) if topology.is_rank_0 else ()
         self._trace = Trace(profiled, folder.path, self._cuda, self._traced)
@@ -259,7 +259,7 @@ class Telemetry:
         """Write the points of one step to metrics.jsonl, TensorBoard and the loggers."""
         for point in points:
             self._metrics.append(point)
-        for row in metrics_file.rows(points):
+        for row in metrics_file.rows(points, self._config.model.classes):
             step, values = int(row.pop("step")), row
             self._board.scalars(step, values)
             for logger in self._loggers:

@@ -90,8 +90,6 @@ class Board:
         def draw(to: SummaryWriter) -> None:
             for tag, value in values.items():
                 kind, _, name = tag.partition("/")
-                if name == "top5" and not _tells_top5(self._config):
-                    continue
                 to.add_scalar(tag, value, step)
                 if kind in self._names and name in _FIRST_TAGS:
                     first = value if name == "loss" else 1 - value
