@@ -120,6 +120,31 @@ def test_torchvisions_format_takes_its_own_network_alone(
     assert out.read_bytes() == b"as it was"
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["model.exchange=[conv3,fc7,fc8]"], r"=\[conv3, fc7, fc8\]: fc6 sees only its own column"),
+        (["model.crop=68", "model.round_up=true"], "=true: conv1 .* of 16 and 8 .* 15 and 7 in"),
+        (["model.crop=71"], "=false: conv1 .* maps of 16 and 7 pixels, but of 16 and 8 in Caffe"),
+    ],
+)
+def test_caffes_format_takes_what_caffe_has_layers_for(
+    ours: Callable[..., Path], tmp_path: Path, changed: list[str], said: str
+) -> None:
+    """Of another, a layer would not fit there, or compute something else."""
+    with pytest.raises(ConfigError, match=said):
+        export_weights("caffe", ours("paper/caffenet", "model.crop=67", *changed), tmp_path / "net")
+    assert not (tmp_path / "net").exists()
+
+
+def test_caffes_format_leaves_no_parameter_out(tmp_path: Path) -> None:
+    config = load_config("paper/caffenet")
+    layers = [f"{name}.{kind}" for name in config.model.layer_names for kind in ("weight", "bias")]
+    tensors = {name: torch.zeros(1, 1, 1, 1) for name in [*layers, "conv1.gain"]}
+    with pytest.raises(ConfigError, match=r"conv1\.gain: a layer of Caffe's has a weight"):
+        caffe.write(tmp_path / "net", config, tensors)
+
+
 def test_an_unknown_format_is_written_as_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

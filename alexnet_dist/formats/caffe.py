@@ -14,9 +14,11 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 from torch import Tensor
 
-from alexnet_dist.config.schema import Config
-from alexnet_dist.errors import CheckpointError
+from alexnet_dist.config.schema import Config, ModelConfig
+from alexnet_dist.config.values import as_typed
+from alexnet_dist.errors import CheckpointError, ConfigError
 from alexnet_dist.files import opened
+from alexnet_dist.network.shapes import map_sides, pooled_side, windows_along
 
 _MOST_FIELDS = 2**16  # fields read of a file: AlexNet has hundreds, and each takes 100 bytes
 
@@ -55,13 +57,44 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def write(out: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:
-    """Write weights as a .caffemodel; conv1's RGB is turned to BGR."""
+    """Write weights as a .caffemodel; conv1's RGB is turned to BGR. Raise ConfigError where Caffe
+    has no such layer."""
+    _check_network(config.model)
     weights = {**tensors, "conv1.weight": tensors["conv1.weight"].flip(1)}
     layers = {
-        name: [weights[f"{name}.{kind}"].numpy() for kind in ("weight", "bias")]
+        name: [weights.pop(f"{name}.{kind}").numpy() for kind in ("weight", "bias")]
         for name in config.model.layer_names
     }
+    for name in weights:
+        raise ConfigError(
+            f"{name}: a layer of Caffe's has a weight and a bias alone: use --format safetensors"
+        )
     write_layers(out, config.name, layers)
+
+
+def _check_network(model: ModelConfig) -> None:
+    """Raise ConfigError where Caffe has no layer that computes one of a network's."""
+    remedy = "use --format onnx or safetensors"
+    for name in model.fc_names:
+        if model.columns > 1 and name not in model.exchange:
+            raise ConfigError(
+                f"model.exchange={as_typed(model.exchange)}: {name} sees only its own column, but "
+                f"a fully-connected layer of Caffe's sees all units: {remedy}"
+            )
+    side, shapes = model.crop, zip(model.kernel, model.stride, model.padding, strict=True)
+    ours = zip(model.conv_names, shapes, map_sides(model), strict=True)
+    for name, (kernel, stride, padding), sides in ours:
+        made = pooled = windows_along(side + 2 * padding, kernel, stride, round_up=False)
+        if name in model.pool_after:
+            window, apart = model.pool
+            pooled = pooled_side(made, window, apart, round_up=True)
+        if (made, pooled) != sides:
+            raise ConfigError(
+                f"model.round_up={as_typed(model.round_up)}: {name} and its pooling leave maps of "
+                f"{sides[0]} and {sides[1]} pixels, but of {made} and {pooled} in Caffe, which "
+                f"rounds up in pooling alone: {remedy}"
+            )
+        side = pooled
 
 
 def read_layers(path: Path) -> dict[str, list[Floats]]:
