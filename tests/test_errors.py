@@ -503,6 +503,9 @@ def test_a_signal_while_ranks_work_reaches_this_programs_own_handler() -> None:
             spawn.call(_told_to_stop, 2)
         assert heard == [1]
         assert signal.getsignal(signal.SIGTERM) is ours
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with pytest.raises(KeyboardInterrupt):
+            spawn.call(_told_to_stop, 2)
 
 
 @pytest.mark.parametrize(

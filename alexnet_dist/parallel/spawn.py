@@ -97,6 +97,8 @@ def call(function: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
             results = launch_ranks(_mistake_or, ranks, 10, function, *args)
     except SignalException as error:
         signal.raise_signal(error.sigval)  # now to this program's own handler
+        if signal.getsignal(error.sigval) == signal.SIG_IGN:  # SIGINT, in a shell's background
+            raise KeyboardInterrupt from error
         raise
     except ChildFailedError as error:
         why = _killed_ranks(error) or "a rank failed, and reported why"
