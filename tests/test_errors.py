@@ -508,6 +508,21 @@ def test_a_signal_while_ranks_work_reaches_this_programs_own_handler() -> None:
             spawn.call(_told_to_stop, 2)
 
 
+def test_a_ctrl_c_while_modules_are_imported_is_silent() -> None:
+    code = (
+        "import signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'alexnet_dist.errors': signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+        "import alexnet_dist.cli.main\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, capture_output=True, text=True, timeout=60
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(
     ("before", "said"),
     [

@@ -7,28 +7,31 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from multiprocessing import current_process
 from types import FrameType
 
 from alexnet_dist import __version__
-from alexnet_dist.cli.streams import reader_left, with_usable
-from alexnet_dist.errors import in_words, printable
-from alexnet_dist.parallel import environment
-from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, signals_heeded
-
-# A process that this program spawned imports this module first, and then for seconds what it works
-# with. A Ctrl-C is reported by the process that spawned it.
-if current_process().name != "MainProcess":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 try:
-    from alexnet_dist.cli import benchmarks, datasets, measures, predictions, results, runs
-    from alexnet_dist.cli.parser import Parser, commands_of
-    from alexnet_dist.config.load import source_of
-except ImportError as error:  # dependencies are missing from this Python
-    sys.exit(f"alexnet-dist: {in_words(error) or error}")
+    from multiprocessing import current_process
+
+    # A process that this program spawned imports this module first, and then for seconds what it
+    # works with. A Ctrl-C is reported by the process that spawned it.
+    if current_process().name != "MainProcess":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    from alexnet_dist.cli.streams import reader_left, with_usable
+    from alexnet_dist.errors import in_words, printable
+    from alexnet_dist.parallel import environment
+    from alexnet_dist.parallel.stop_signals import EXITS, FLAGS, signals_heeded
+
+    try:
+        from alexnet_dist.cli import benchmarks, datasets, measures, predictions, results, runs
+        from alexnet_dist.cli.parser import Parser, commands_of
+        from alexnet_dist.config.load import source_of
+    except ImportError as error:  # dependencies are missing from this Python
+        sys.exit(f"alexnet-dist: {in_words(error) or error}")
 except KeyboardInterrupt:
-    sys.exit(EXITS[FLAGS[signal.SIGINT]])
+    sys.exit(128 + signal.SIGINT)
 
 # How often a thread of OpenMP checks for work before it sleeps. With the default it spins for
 # milliseconds, which, where cores are shared, takes the core from the thread it waits for. OpenMP
