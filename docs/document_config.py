@@ -49,7 +49,8 @@ def _section(of: type, prefix: str, values: dict[str, Any]) -> Iterator[str]:
         if (key := field.metadata.get("key")) is not None:
             name, kind = f"{prefix}{field.name}", _value(hints[field.name], key)
             mark, default = " ◦" if key.mutable else "", as_typed(values[name])
-            yield f"| `{name}`{mark} | {kind} | {default} | {_cell(key.doc)} |\n"
+            meaning = key.doc.replace("|", "\\|")
+            yield f"| `{name}`{mark} | {kind} | {default} | {meaning} |\n"
     for field in fields:
         if "key" not in field.metadata:
             yield from _section(hints[field.name], f"{prefix}{field.name}.", values)
@@ -71,11 +72,6 @@ def _value(kind: Any, key: Key) -> str:
     words = [f"{sign} {bound:,.10g}" for sign, bound in bounds.items() if bound is not None]
     names = {int: "whole number", float: "number", bool: "true, false", str: "text"}
     return " ".join([names[kind], ", ".join(words)]).strip()
-
-
-def _cell(text: str) -> str:
-    """Return a text that may stand in a cell of a Markdown table."""
-    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,8 @@ def _start(
         return 0
     if options.local:
         for number, member in enumerate(left, start=1):
-            print(f"run {number} of {len(left)}: {_described(member)}", flush=True)
+            values = " ".join(f"{key}={value}" for key, value in member.keys.items())
+            print(f"run {number} of {len(left)}: {member.config.folder}, {values}", flush=True)
             code = run_here(member.arguments)
             if code in EXITS.values():
                 print("stopped; run the same command to resume", file=sys.stderr)
@@ -190,11 +191,6 @@ def _start(
         print(f"job {job}: {len(left)} of {len(members)} runs, {parallel} at a time; in {folder}")
         print(f"stop: scancel {job}    (they save first)", flush=True)
     return 0
-
-
-def _described(member: Member) -> str:
-    """Return a member's folder and its values, as printed."""
-    return f"{member.config.folder}, {' '.join(f'{k}={v}' for k, v in member.keys.items())}"
 
 
 def table(members: Sequence[Member]) -> str:
