@@ -89,6 +89,20 @@ def test_adam_is_torchs_adam() -> None:
     assert kinds == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def test_a_kind_that_someone_adds_is_given_the_rate_itself() -> None:
+    """`momentum_form` is not its own: the rate is not inside it, nor in the loss."""
+    for rate in (0.1, 0.0):
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = Optimizer(
+            load_config(["optimizer.kind=adam"]).optimizer, [("a.weight", weight)]
+        )
+        optimizer.config = replace(optimizer.config, kind="added")  # type: ignore[arg-type]
+        assert optimizer.loss_scale(rate) == 1
+        optimizer.prepare(rate, torch.tensor(0.0))
+        (group, _) = optimizer.optimizer.param_groups
+        assert (group["lr"], group["weight_decay"]) == (rate, 5e-4)
+
+
 @pytest.mark.parametrize("form", ["velocity", "torch"])
 def test_lars_is_the_printed_formula(form: str) -> None:
     """λ = trust · ‖w‖ ÷ (‖g‖ + decay · ‖w‖), of each layer's weights; biases are as with SGD."""

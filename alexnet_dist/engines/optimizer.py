@@ -20,6 +20,9 @@ STATE = {
     "lars": ("momentum_buffer",),
     "adam": ("exp_avg", "exp_avg_sq", "step"),
 }
+# The kinds that `momentum_form` applies to, and whose update on a GPU is our own kernel. Any other
+# is given the learning rate in its groups, and updates by its `step`.
+WITH_MOMENTUM = ("sgd", "lars")
 
 
 def _uncompiled(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,7 +93,7 @@ class Optimizer:
     @property
     def velocity(self) -> bool:
         """Whether the learning rate is inside the momentum."""
-        return self.config.kind != "adam" and self.config.momentum_form == "velocity"
+        return self.config.kind in WITH_MOMENTUM and self.config.momentum_form == "velocity"
 
     def loss_scale(self, rate: float | Tensor) -> float | Tensor:
         """Return the factor by which the loss must be multiplied before its backward."""
@@ -103,7 +106,7 @@ class Optimizer:
 
     def step(self, rate: float | Tensor, skip: Tensor) -> None:
         """Update the parameters, unless `skip` (() float32, on the device) is not 0."""
-        if self.narrow is None or self.config.kind == "adam":
+        if self.narrow is None or self.config.kind not in WITH_MOMENTUM:
             self.prepare(rate, skip)
             self.optimizer.step()
             self.narrow_all()
