@@ -90,6 +90,19 @@ def test_plain_folders_at_any_depth_and_what_lies_beside_is_named(tmp_path: Path
     assert more["bee/winter/2020/deep.jpg"] in stored(tmp_path / "out", "train")
 
 
+def test_classes_that_are_never_scored_are_named(tmp_path: Path) -> None:
+    """A folder that is missing from val/ or test/ is more often forgotten than meant."""
+    source = tmp_path / "source"
+    for split, names in (
+        ("train", ("ant", "bee", "cow")),
+        ("val", ("ant",)),
+        ("test", ("bee", "cow")),
+    ):
+        classes(source / split, 2, names)
+    said = prepare("folder", source, tmp_path / "out", ONE).splitlines()
+    assert said[1:] == ["no validation images of bee, cow", "no test images of ant"]
+
+
 def test_a_class_spelt_as_macos_does_is_the_same_class(tmp_path: Path) -> None:
     """é as two characters, which would sort before f and not after z."""
     names = ("fox", "ours", "\u00e9lan")

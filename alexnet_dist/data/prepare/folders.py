@@ -69,10 +69,18 @@ def folder(path: Path, validation: float = 0) -> Source:
     notes = _note(left)
     if validation:
         splits = _with_validation(path, splits, validation, starts["train"])
-        held = {item.label for item in splits["val"]}
-        if never := [name for name in classes if label[name] not in held]:
-            notes += (f"no validation images of {some(never)}",)
-    return Source("folder", classes, splits, notes=notes)
+    return Source("folder", classes, splits, notes=notes + _never_scored(classes, splits))
+
+
+def _never_scored(classes: Sequence[str], splits: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:
+    """Return a line for each split to evaluate on that has no image of some classes."""
+    notes = []
+    for split, kind in (("val", "validation"), ("test", "test")):
+        held = {item.label for item in splits.get(split, ())}
+        never = [name for label, name in enumerate(classes) if label not in held]
+        if held and never:
+            notes.append(f"no {kind} images of {some(never)}")
+    return tuple(notes)
 
 
 def imagenette(path: Path) -> Source:
