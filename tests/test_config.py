@@ -149,6 +149,8 @@ def test_a_folder_in_place_of_a_config_is_told_by_what_it_holds(
         ("model.lrn.layers=", r"model\.lrn\.layers=: must be a list, as in \[\] \("),
         ("model.lrn.layers=[conv9]", r"must be one of conv1, conv2, .*; did you mean conv"),
         ("model=3", r"model is a section: set one of its keys, model\.columns"),
+        ("model.lrn=off", r"model\.lrn\.alpha_over_size; model\.lrn\.layers=\[\] switches it off$"),
+        ("model.pol_after=[]", r"unknown key model\.pol_after; did you mean model\.pool_after\?"),
         ("model.conv=[96,256]", r"model\.kernel=.*: needs 2 numbers, as model\.conv=\[96, 256\]"),
         ("model.conv=[]", r"model\.conv=.*: a network has at least one convolution"),
         ("model.fc=[8,8,8,8]", r"at most nine layers"),

@@ -238,9 +238,10 @@ def flatten(
             if section and isinstance(inside, dict):
                 yield from walk(inside, dotted + ".")
             elif dotted in sections:
+                off = f"; {dotted}.layers=[] switches it off" if f"{dotted}.layers" in known else ""
                 raise ConfigError(
                     f"{source}: {dotted}={value!r}: {dotted} is a section: set one of its keys, "
-                    f"{', '.join(k for k in known if k.startswith(dotted + '.'))}"
+                    f"{', '.join(k for k in known if k.startswith(dotted + '.'))}{off}"
                 )
             else:
                 near = nearest_key(dotted, known)

@@ -55,6 +55,6 @@ def nearest_key(name: str, known: Collection[str]) -> str:
     last = [key for key in known if key.rpartition(".")[2] == word]
     if len(last) == 1:  # the right word in the wrong section
         return last[0]
-    sections = {key.rpartition(".")[0] for key in known} - {""}
+    sections = {key.rpartition(".")[0] for key in known} - {"", name.rpartition(".")[0]}
     near = difflib.get_close_matches(name, [*known, *sections], n=1, cutoff=0.5)
     return near[0] if near else ""
