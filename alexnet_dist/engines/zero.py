@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -241,7 +242,7 @@ class ZeroEngine:
             "ignore", message=".*all_gather_into_tensor", category=FutureWarning
         )
         import deepspeed
-        from deepspeed.runtime import torch_autocast
+        from deepspeed.runtime import compiler, torch_autocast
         from deepspeed.utils import groups, logger
 
         logger.setLevel(logging.ERROR)  # it warns of optimisers that it has not tested; ours is
@@ -252,9 +253,11 @@ class ZeroEngine:
         config = deepspeed_config(self.config, self.topology.replicas)
         optimizer, theirs = self.optimizer.optimizer, self.config.layout.deepspeed
         try:
-            engine, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=config, dist_init_required=False
-            )
+            # It imports Muon in any case, where torch.compile would import Inductor, for seconds.
+            with patch.object(compiler, "compile", _not_compiled, create=True):
+                engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=config, dist_init_required=False
+                )
         except (ValueError, AssertionError) as error:
             if theirs == "none":
                 raise
@@ -262,3 +265,8 @@ class ZeroEngine:
                 f"layout.deepspeed={theirs!r}: DeepSpeed refuses it: {one_line(error)}"
             ) from None
         return engine
+
+
+def _not_compiled(function: Any = None, **_: Any) -> Any:
+    """Stand in for torch.compile as a decorator, with or without arguments."""
+    return function or _not_compiled
