@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 # OpenMP reads it as torch loads. Workers share cores: a thread that spins for the others keeps from
 # its core what it waits for.
@@ -194,29 +193,12 @@ def with_small_tiles(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """In half the time: the interpreter patches its language anew at each call of a device
-    function, and works out whether integers overflow, of which it then says nothing."""
-    from triton import language
-    from triton.runtime import interpreter
+    from interpreter import quicken
 
     from alexnet_dist.network import precision
 
-    patch_language, patched = interpreter._patch_lang, set[Any]()
-    scope = Mock()  # whose restore() undoes nothing: this process only interprets
-
-    def patch_once(kernel: Callable[..., Any]) -> Mock:
-        known = kernel.__globals__.values()
-        modules = {one for one in (language, language.core) if any(one is it for it in known)}
-        if not modules <= patched:
-            patched.update(modules)
-            patch_language(kernel)
-        return scope
-
     precision.cpu_multiplies = lambda _: True  # as the GPU that it stands for
-    interpreter._patch_lang = patch_once
-    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(
-        sanitize_overflow=False
-    )
+    quicken()
     return function(*args)
 
 
