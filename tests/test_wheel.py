@@ -1,6 +1,7 @@
 """The wheel is complete, and runs from any folder once installed in a new environment."""
 
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -38,6 +39,12 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # A folder that a .pth names has its own .pth files passed over: no editable install is seen.
     ours = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (site / "packages_of_the_tests.pth").write_text("\n".join(ours))
+    # What Numba has compiled of the same sources here, which it knows by their times and sizes.
+    for source in ROOT.glob("alexnet_dist/**/*.py"):
+        installed = site / source.relative_to(ROOT)
+        shutil.copystat(source, installed)
+        for loop in source.parent.glob(f"__pycache__/{source.stem}.*.nb[ci]"):
+            shutil.copy(loop, installed.parent / "__pycache__")
     return new
 
 
