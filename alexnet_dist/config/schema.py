@@ -104,7 +104,7 @@ class ModelConfig:
     fc: tuple[int, ...] = key(
         "units of the fully-connected layers before the last, all columns together", ge=1
     )
-    activation: Activation = key("activation after every layer but the last")
+    activation: Literal[Activation] = key("activation after every layer but the last")
     activation_last: tuple[ConvName, ...] = key(
         "layers activated after normalisation and pooling: conv1 in the released code"
     )
