@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -37,6 +38,7 @@ from alexnet_dist.training.logs import quarantine, watch
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
 from alexnet_dist.training.run_folder import RunFolder
+from alexnet_dist.training.telemetry import Telemetry
 from alexnet_dist.training.tensorboard import Board
 
 DOCUMENTED = Path(__file__).parent.parent / "docs" / "tensorboard.md"
@@ -269,6 +271,20 @@ def test_the_start_is_written_in_stages_and_its_step_is_no_measure_of_speed(
     assert waited_s < 0.5
     assert speed["images_per_s"] > 3 * 8 / 1.5  # three steps' images in all the time slept
     assert speed["images_per_s"] * speed["ranks"]["own_s"][0] == pytest.approx(2 * 8)
+
+
+def test_a_start_whose_stages_are_all_short_is_said_without_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As that of a second run in one Python."""
+    where = "alexnet_dist.training.telemetry"
+    took = Mock(total=0.02, seconds={"evaluate": 0.0, "data": 0.01})
+    monkeypatch.setattr(f"{where}.TIMELINE", Mock(take=lambda: took))
+    monkeypatch.setattr(f"{where}.START", Mock(stages=dict.fromkeys(("data set", "network"), 0.04)))
+    said: list[str] = []
+    monkeypatch.setattr(f"{where}.say", said.append)
+    Telemetry._started(Mock(), 1)
+    assert said == ["first step after 0.1 s"]
 
 
 def test_a_start_counts_from_the_command_that_was_typed(tiny: Callable[..., Config]) -> None:

@@ -122,7 +122,8 @@ class Telemetry:
             {"kind": "start", "step": step, "total_s": total_s, "stages_s": stages}
         )
         words = [f"{stage} {stages[stage]:.1f}" for stage in stages if stages[stage] >= _SHORT_S]
-        say(f"first step after {total_s:.1f} s: {', '.join(words)}")
+        of_which = f": {', '.join(words)}" if words else ""
+        say(f"first step after {total_s:.1f} s{of_which}")
 
     def _epoch(self, step: int) -> float:
         return step / self._schedule.steps_per_epoch
