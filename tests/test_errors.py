@@ -415,6 +415,8 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["figures", str(run), "seed=3", "--fig4"], 2, "figures seed=3: seed changes nothing"),
         (["figures", str(run), "data.canvas=40"], 2, "data.canvas=40: keys change --fig4 only"),
         (["figures", "runs/no"], 1, "neither a run folder"),
+        (["evaluate", __file__], 1, f"make one first: `alexnet-dist import {__file__} runs/NAME"),
+        (["train", "demo", data, f"train.init_from={__file__}"], 1, "`alexnet-dist import "),
         (["export", "runs/no", "a.pth", "--format", "torchvision"], 1, "neither a run folder"),
         (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),
         (["train", str(run)], 2, f"is a run folder; its config is {run}/config.json"),
