@@ -195,7 +195,7 @@ _REMEDIES = {  # what to do about a system call's error
     errno.EFBIG: "raise the limit on file sizes: ulimit -f unlimited",
     errno.EDQUOT: "make room, or name another disk by output_dir=, data.path= or TMPDIR",
     errno.EACCES: "have its owner let you in (chmod), or name a folder of your own",
-    errno.EROFS: "name a folder that is writable, by output_dir=",
+    errno.EROFS: "name a folder that is writable by output_dir=, or copy the run to one",
     errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
     errno.ENOMEM: "free memory, or lower data.workers and data.prefetch",
 }

@@ -183,6 +183,10 @@ def peer_lost(tiny: Tiny, patch: Patch) -> None:
     raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.0.0.2]:2093")
 
 
+def read_only(tiny: Tiny, patch: Patch) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), "runs/demo/figures")
+
+
 def no_space(tiny: Tiny, patch: Patch) -> None:
     config = tiny(ALONE)
     full = raises(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -239,6 +243,7 @@ def run_elsewhere(tiny: Tiny, patch: Patch) -> None:
         (no_address, r"RANK and WORLD_SIZE say .* set MASTER_ADDR and MASTER_PORT.*unset"),
         (peer_lost, r"connection to another rank is lost.* to resume from the last checkpoint"),
         (no_space, r"No space left on device.*: make room, or name another disk by output_dir="),
+        (read_only, r"Read-only file system: 'runs/demo/fig.*: name .*, or copy the run to one$"),
         (not_ours, r"/proc/run: cannot be written .*: set output_dir= or name="),
         (no_locks, r"file system has no locks .*set output_dir= to another file system, or"),
         (no_locks_on_lustre, r"file system has no locks .*Lustre: with flock"),
