@@ -208,6 +208,19 @@ def test_an_error_names_its_file(tmp_path: Path, text: str, message: str) -> Non
         load_config([path])
 
 
+def test_a_config_file_that_is_not_there_is_said_with_the_folder_and_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lesson.yaml").write_text("seed: 1\n")
+    for typed, where in (("lesson.yml", rf" \(looked in {tmp_path}\)"), ("lesson", "")):
+        said = rf"'{typed}' is neither .* key=value{where}; .*; did you mean lesson\.yaml\?$"
+        with pytest.raises(ConfigError, match=said):
+            load_config(["demo", typed])
+    with pytest.raises(ConfigError, match=r"'no/lesson\.yaml' is neither .*looked in"):
+        load_config(["demo", "no/lesson.yaml"])
+
+
 def test_the_command_line_says_it_in_one_line_and_exits_with_2() -> None:
     result = alexnet_dist("train", "demo", "train.bach=3")
     assert result.returncode == 2

@@ -24,7 +24,7 @@ from alexnet_dist.config.rules import check_combinations
 from alexnet_dist.config.schema import SCORED_WITH, Config, flat, keys
 from alexnet_dist.config.values import Typed, check_value, parse
 from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml
-from alexnet_dist.errors import ConfigError, one_line
+from alexnet_dist.errors import ConfigError, looked_in, one_line
 from alexnet_dist.files import json_object, read_bytes
 
 Source = str | Path | Mapping[str, Any]
@@ -174,9 +174,11 @@ def _read_layer(source: Source) -> tuple[str, Mapping[str, Any]]:
             raise ConfigError(f"{text!r} is a run folder; its config is {own / 'config.json'}")
         if is_file(own / "dataset.json"):
             raise ConfigError(f"{text!r} is a packed data set: write data.path={text}")
+        where = looked_in(own) if own.suffix in (".yaml", ".yml", ".json") else ""
+        here = [file.name for file in Path().glob("*.y*ml")]
         raise ConfigError(
-            f"{text!r} is neither a config file nor key=value; `alexnet-dist configs` lists the "
-            f"shipped configs{nearest(text, list(shipped()))}"
+            f"{text!r} is neither a config file nor key=value{where}; `alexnet-dist configs` lists "
+            f"the shipped configs{nearest(text, [*here, *shipped()])}"
         )
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
