@@ -5,6 +5,7 @@ itself use `fresh` ones: new Python processes.
 """
 
 import contextlib
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -21,6 +22,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from numba.core.caching import FunctionCache
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.dispatcher import Dispatcher
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 from alexnet_dist.compat import elastic_launch
@@ -214,3 +218,23 @@ def _begin(
     os.environ.clear()
     os.environ.update(environment)
     function(*args)
+
+
+_compile, _held = Dispatcher.compile, list[Any]()
+
+
+def _one_at_a_time(loop: Any, signature: Any) -> Any:
+    """Compile a loop, or load what another process compiled meanwhile: ranks come to it together,
+    and it takes seconds."""
+    if _held or not isinstance(loop._cache, FunctionCache):  # _held: another loop calls it
+        return _compile(loop, signature)
+    with global_compiler_lock, open(loop.py_func.__code__.co_filename) as source:
+        fcntl.flock(source, fcntl.LOCK_EX)
+        _held.append(loop)
+        try:
+            return _compile(loop, signature)
+        finally:
+            _held.pop()
+
+
+Dispatcher.compile = _one_at_a_time

@@ -46,6 +46,7 @@ ON = [
     "train.epochs=30",
     "evaluate.batch=9",  # 23 images: the last batch has 5
 ]
+FEWER = "train.batch=24"  # sooner, for 2, 3 or 4 ranks, where no bound was measured with 48
 Tensors = dict[str, torch.Tensor]
 
 
@@ -109,8 +110,9 @@ def config_of(packed: Path, *overrides: str) -> Config:
 @pytest.fixture(scope="module")
 def oracles(packed: Path) -> dict[str, Any]:
     """The grouped network on one process, with the paper's optimiser and with LARS."""
-    plain = config_of(packed, "train.precision=fp64")
-    lars = config_of(packed, "train.precision=fp64", "optimizer.kind=lars", "optimizer.trust=0.05")
+    exact = [FEWER, "train.precision=fp64"]
+    plain = config_of(packed, *exact)
+    lars = config_of(packed, *exact, "optimizer.kind=lars", "optimizer.trust=0.05")
     with by_groups():
         oracles = trajectories([plain, lars])
     assert len({stats[0] for stats in oracles[0][0]}) == STEPS
@@ -134,7 +136,7 @@ def test_every_layout_follows_the_oracle(
     cases = [
         (oracle, on(config, kind, ranks, micro_batches))
         for kind in kinds
-        for optimizer, micro_batches in (("sgd", 1), ("lars", 4))
+        for optimizer, micro_batches in (("sgd", 1), ("lars", 3 if ranks == 4 else 4))
         for config, oracle in [oracles[optimizer]]
     ]
     by_rank = on_ranks(ranks, trajectories, [config for _, config in cases])
@@ -178,7 +180,7 @@ def test_class_counts_that_do_not_divide_follow_the_oracle(
     cases, oracles = [], []
     for place, count in enumerate(classes):
         more = [f"model.classes={count}", "model.fc=[36,30]", "train.precision=fp64"]
-        config = load_config([*TINY, *ON, *more])
+        config = load_config([*TINY, *ON, FEWER, *more])
         with by_groups():
             oracles += of_made_batches([config]) * len(kinds)
         cases += [on(config, kind, ranks, micro_batches=1 + place % 2) for kind in kinds]
@@ -228,7 +230,7 @@ def updates(configs: Sequence[Config], states: Sequence[tuple[Tensors, Tensors]]
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.drill)])
 def test_an_update_by_zero_is_the_oracles(ranks: int, packed: Path, tmp_path: Path) -> None:
-    config = config_of(packed, "train.precision=fp32")
+    config = config_of(packed, FEWER, "train.precision=fp32")
     states = states_of(config)
     cases = [on(config, kind, ranks, parts) for kind in layouts.ZERO_STAGES for parts in (1, 4)]
     (tmp_path / "ours.json").write_text('{"zero_optimization": {"reduce_bucket_size": 999}}')
@@ -281,7 +283,7 @@ def test_every_layout_hands_on_to_the_next_what_hashes_equal(
     optimizer: str, packed: Path, tmp_path: Path
 ) -> None:
     """Through ZeRO and back, in float32, of files and not of values within a bound."""
-    config = config_of(packed, "train.precision=fp32", f"optimizer.kind={optimizer}")
+    config = config_of(packed, FEWER, "train.precision=fp32", f"optimizer.kind={optimizer}")
     kinds = ("replicas", "zero1", "columns", "zero2", "sharded_fc", "zero1", "replicas")
     chain = on_ranks(2, handed_on, [on(config, kind, 2) for kind in kinds], tmp_path)[0]
     for (_, saved), (loaded, _), kind in zip(chain, chain[1:], kinds[1:], strict=False):
@@ -321,7 +323,7 @@ def test_the_same_layout_resumed_is_identical_to_the_bit(
     ranks: int, kinds: tuple[str, ...], optimizer: str, packed: Path, tmp_path: Path
 ) -> None:
     """With several buckets of gradients and three ranks or more, where the order of sums shows."""
-    wide = ["model.fc=[1024,512]", "train.precision=fp32", f"optimizer.kind={optimizer}"]
+    wide = [FEWER, "model.fc=[1024,512]", "train.precision=fp32", f"optimizer.kind={optimizer}"]
     config = config_of(packed, *wide)
     cases = [on(config, kind, ranks, 2) for kind in kinds]
     for kind, (whole, again) in zip(
