@@ -25,15 +25,17 @@ def quicken() -> None:
 
 def _patch_language_once() -> None:
     """Not at each call of a device function."""
-    patch_language, patched = interpreter._patch_lang, set[Any]()
+    patch_language, patched, seen = interpreter._patch_lang, set[Any](), set[Any]()
     scope = Mock()  # whose restore() undoes nothing
 
     def patch_once(kernel: Callable[..., Any]) -> Mock:
-        known = kernel.__globals__.values()
-        modules = {one for one in (language, language.core) if any(one is it for it in known)}
-        if not modules <= patched:
-            patched.update(modules)
-            patch_language(kernel)
+        if kernel not in seen:
+            seen.add(kernel)
+            known = kernel.__globals__.values()
+            modules = {one for one in (language, language.core) if any(one is it for it in known)}
+            if not modules <= patched:
+                patched.update(modules)
+                patch_language(kernel)
         return scope
 
     interpreter._patch_lang = patch_once
