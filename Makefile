@@ -12,7 +12,7 @@ ON_GPU = $(shell $(BIN)/python -c 'from torch import cuda; gpus = cuda.device_co
 	print("layout.kind=one" * (gpus == 1), \
 	"train.precision=fp16" * (gpus > 0 and not cuda.is_bf16_supported(False)))')
 
-.PHONY: help venv demo report results test gpu test-slurm drill check format sample docs clean
+.PHONY: help venv demo report results test test-kernels gpu test-slurm drill check format sample docs clean
 
 help:           ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 12
@@ -42,9 +42,13 @@ report: $(READY) ## write runs/report.html: the paper's results, and those of th
 results: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## train the networks of docs/results.md, into docs/results.jsonl: hours; continues where it stopped; PARTS=… WITHIN=seconds
 	$(GPU_PYTHON) docs/results.py $(PARTS) $(if $(WITHIN),--within $(WITHIN)) $(if $(COMMIT),--commit $(COMMIT))
 
-test: $(READY)  ## run the tests
+test: $(READY)  ## run the tests, but for those of the other targets
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
-		-m "not drill and not slurm"
+		-m "not drill and not slurm and not kernels"
+
+test-kernels: $(READY) ## run the GPU's kernels by Triton's interpreter, in more shapes than `make test`: two minutes
+	$(BIN)/python -m pytest -n auto --maxprocesses 3 --dist loadfile -m kernels \
+		tests/test_fused_kernels.py tests/test_execution.py tests/test_plan.py
 
 gpu: $(if $(filter $(BIN)/%,$(GPU_PYTHON)),$(READY)) ## test and measure this GPU, into docs/gpu.jsonl: minutes; continues where it stopped; PARTS=…
 	$(GPU_PYTHON) docs/gpu.py $(PARTS) $(if $(COMMIT),--commit $(COMMIT))

@@ -130,6 +130,7 @@ def found() -> tuple[Any, Any]:
     return made
 
 
+@pytest.mark.kernels
 def test_a_network_of_kernels_is_that_of_operators(found: tuple[Any, Any]) -> None:
     """In float64 too, by the same kernels."""
     for config, (ours, launched) in zip(CONFIGS, found[0], strict=True):
@@ -153,6 +154,7 @@ def test_a_parameter_that_is_not_learnt_stays_and_is_saved() -> None:
     assert engine.gradient("conv1.weight") is not None
 
 
+@pytest.mark.kernels
 def test_an_update_narrows_the_weights(found: tuple[Any, Any]) -> None:
     for kinds, dtype in zip(found[1], ("bfloat16", "float16"), strict=True):
         assert kinds == dict.fromkeys(NARROW[0].model.layer_names, f"torch.{dtype}")

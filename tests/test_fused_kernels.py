@@ -30,6 +30,8 @@ from alexnet_dist.network.kernels.update import sgd_update
 from alexnet_dist.network.kernels.windows import fold
 from alexnet_dist.parallel import environment
 
+pytestmark = pytest.mark.kernels
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LAST = torch.channels_last
 # A value is rounded once: cut off, it may lose a whole unit in the last place.

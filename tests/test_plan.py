@@ -337,6 +337,7 @@ def saved_by_formula(config: Config) -> int:
     return kept + e * n * (seen * side**2 + sum(model.fc) + model.classes)
 
 
+@pytest.mark.kernels
 def test_a_step_by_kernels_keeps_and_takes_what_was_planned() -> None:
     """To the byte: real tensors by the interpreter, beside shapes alone, beside a formula."""
     found, kept = interpreted(with_small_tiles, kept_for_backward, GPU_CASES)
