@@ -185,13 +185,13 @@ def read_run(folder: Path) -> RunState:
 
 def check_trained(path: Path) -> None:
     """Raise CheckpointError where a path is neither a run folder nor a checkpoint."""
-    if path.is_file():
-        raise CheckpointError(
-            f"{path} is a file, neither a run folder nor a checkpoint: name runs/NAME; of another "
-            f"program's weights, make one first: `alexnet-dist import {path} runs/NAME CONFIG "
-            "--format …`"
-        )
     if not any(is_there(path / name) for name in ("checkpoints", "manifest.json")):
+        if path.is_file():
+            raise CheckpointError(
+                f"{path} is a file, neither a run folder nor a checkpoint: name runs/NAME; of "
+                f"another program's weights, make one first: `alexnet-dist import {path} runs/NAME "
+                "CONFIG --format …`"
+            )
         raise CheckpointError(
             f"{path} is neither a run folder nor a checkpoint{looked_in(path)}: name runs/NAME or "
             "runs/NAME/checkpoints/step-…"

@@ -12,7 +12,7 @@ import yaml
 from alexnet_dist.config.load import configs_folder, flatten, is_file, parse_argument
 from alexnet_dist.config.schema import Key, key
 from alexnet_dist.config.yaml_text import NOT_YAML, bounded_yaml
-from alexnet_dist.errors import ConfigError, one_line
+from alexnet_dist.errors import ConfigError, counted, one_line
 
 # Words in a refusal by Slurm, and the keys that it is about.
 _ABOUT = {
@@ -58,6 +58,14 @@ class Cluster:
     setup: tuple[str, ...] = key(
         "lines of shell to run before the ranks start, as in [module load cuda]", default=()
     )
+
+    def __str__(self) -> str:
+        """Return what a job asks for, in words."""
+        return (
+            f"{counted(self.nodes, 'node')} of {counted(self.tasks_per_node, 'task')} and "
+            f"{counted(self.gpus_per_node, 'GPU')}, {counted(self.cpus_per_task, 'core')} a task, "
+            f"{counted(self.time_min, 'minute')}"
+        )
 
 
 def split(arguments: Sequence[str]) -> tuple[Cluster, list[str]]:

@@ -189,7 +189,7 @@ def _start(
                 jobs = [made.submit(TrainJob(member.arguments)) for member in left]
         job = jobs[0].job_id.partition("_")[0]
         print(f"job {job}: {len(left)} of {len(members)} runs, {parallel} at a time; in {folder}")
-        print(f"stop: scancel {job}    (they save first)", flush=True)
+        print(f"asks: {cluster}\nstop: scancel {job}    (they save first)", flush=True)
     return 0
 
 

@@ -187,6 +187,7 @@ def main(arguments: Sequence[str]) -> int:
     again = shlex.join(["python", "-m", "launch.submit", *arguments])
     print(
         f"job {job.job_id}, run folder {config.folder}\n"
+        f"asks:   {cluster}\n"
         f"watch:  tail -F {shlex.quote(str(job.paths.stdout))}\n"
         f"        python -m launch.status {shlex.quote(str(config.folder))}\n"
         f"stop:   scancel {job.job_id}    (it saves first)\n"

@@ -518,6 +518,7 @@ def test_a_signal_while_ranks_work_reaches_this_programs_own_handler() -> None:
 def test_a_ctrl_c_while_modules_are_imported_is_silent() -> None:
     code = (
         "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it\n"
         "class Interrupting:\n"
         "    def find_spec(self, name, *_):\n"
         "        if name == 'alexnet_dist.errors': signal.raise_signal(signal.SIGINT)\n"

@@ -429,6 +429,7 @@ def test_a_cluster_says_what_its_keys_say(tmp_path: Path) -> None:
     made, _ = cluster.split(["cluster.account=007", "cluster.sbatch={qos: long, exclusive: true}",
                              "cluster.setup=[module load cuda, ulimit -n 9]"])  # fmt: skip
     assert made.account == "007"
+    assert f"{made}" == "1 node of 1 task and 0 GPUs, 1 core a task, 60 minutes"
     assert made.sbatch == {"qos": "long", "exclusive": True}
     assert made.setup == ("module load cuda", "ulimit -n 9")
 

@@ -436,6 +436,7 @@ def test_submitit_runs_and_resumes_to_the_bit(cluster: Cluster, whole: Callable[
     whole("four", ON_TWO_NODES, *FOUR)
     said = cluster.submit("submit", *FOUR, "name=submitted", "cluster=dev")
     job = re.search(r"job (\d+)", said)[1]  # type: ignore[index]
+    assert "asks:   2 nodes of 2 tasks and 0 GPUs, 1 core a task, 10 minutes\n" in said
     told = cluster.submit("submit", *FOUR, "name=submitted", "cluster=dev", "--dry-run")
     script = cluster.runs / "submitted" / "launch" / f"{job}_submission.sh"
     assert told.strip() == script.read_text().strip()

@@ -34,7 +34,7 @@ from alexnet_dist.parallel.topology import Topology
 from alexnet_dist.timing import SPANS, Timeline
 from alexnet_dist.training import metrics_file
 from alexnet_dist.training.bottleneck import verdict
-from alexnet_dist.training.logs import quarantine, watch
+from alexnet_dist.training.logs import opening, quarantine, watch
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
 from alexnet_dist.training.run_folder import RunFolder
@@ -519,3 +519,9 @@ def test_a_damaged_sample_that_cannot_be_listed_is_a_warning(
         logging.getLogger("alexnet_dist.data").removeHandler(handler)
     assert f"NOT WRITTEN, but the run continues: {path}: " in caplog.text
     assert json.loads(path.read_text())["reason"] == "sample 20"
+
+
+def test_a_batch_of_more_than_all_images_is_told() -> None:
+    config, told = load_config([*TINY, "train.batch=16"]), "train.batch=16: more than the 15 train"
+    assert told in opening(config, Topology(), 0, 1, 15, "torch")
+    assert told not in opening(config, Topology(), 0, 1, 16, "torch")

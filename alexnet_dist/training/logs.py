@@ -39,7 +39,12 @@ def opening(
     begins = f"continues at step {step} of {last_step}" if step else "begins"
     parts, replica = config.train.micro_batches, config.train.batch // topology.replicas
     decoded = max(map(len, topology.shares(range(config.train.batch))))
-    unscored = ""
+    repeated = unscored = ""
+    if config.train.batch > samples:
+        repeated = (
+            f"train.batch={config.train.batch}: more than the {samples} training images, so that a "
+            "step takes some of them several times: lower it\n"
+        )
     if config.data.eval_split == NO_SPLIT:
         unscored = f"data.eval_split={NO_SPLIT}: no evaluation; the last checkpoint is kept"
         if config.schedule.kind == "plateau":
@@ -53,7 +58,7 @@ def opening(
         f"batch {config.train.batch} in all, {replica} per replica, in "
         f"{counted(parts, 'micro-batch')} of {replica // parts}; each rank decodes {decoded}\n"
         f"{counted(samples, 'training image')} of {config.data.path}, decoded by {decoding}\n"
-        f"{unscored}{watch(config)}"
+        f"{repeated}{unscored}{watch(config)}"
     )
 
 

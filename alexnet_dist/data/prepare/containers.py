@@ -80,8 +80,8 @@ def list_files(path: Path) -> Listing:
             return Listing(sorted(_without_dot(members(tar, path)), key=_by_parts), [])
     except tarfile.ReadError:
         raise DatasetError(
-            f"{path} is neither a folder nor a .tar, .tar.gz, .tgz or .zip: unpack it, and name "
-            "the folder"
+            f"{path} is neither a folder nor a .tar, .tar.gz, .tgz or .zip: name the folder that "
+            "holds the images, unpacked first if this is another archive"
         ) from None
 
 
