@@ -52,12 +52,12 @@ def _scores(runs: Sequence[RunResults], names: Sequence[str]) -> str:
         tells = accuracies(run.config.model.classes)
         for one in run.scores:
             five = f"{100 * (1 - one.score.top5):.2f}" if "top5" in tells else "–"
-            errors = [f"{100 * (1 - one.score.top1):.2f}", *[five] * any_top5]
+            errors = [f"{100 * (1 - one.score.top1):.2f}", *([five] if any_top5 else [])]
             scores.append([
                 name, one.which or f"step {one.step}", str(one.step), one.split, str(one.views),
                 *errors, f"{one.score.loss:.4f}", one.circumstances,
             ])  # fmt: skip
-    tops = ["top-1 error", *["top-5"] * any_top5]
+    tops = ["top-1 error", *(["top-5"] if any_top5 else [])]
     heading = ["run", "network", "step", "split", "views", *tops, "loss", "when"]
     return aligned([heading, *scores]) if scores else "none of them has been evaluated"
 

@@ -166,7 +166,7 @@ def _all_runs(runs: Sequence[RunResults]) -> str:
                 str(one.views), *errors, f"{score.correct1:,} of {score.samples:,}",
                 f"{score.loss:.4f}", str(run.config.seed), run.state, one.circumstances,
             ])  # fmt: skip
-    tops = ["top-1", *["top-5"] * any_top5]
+    tops = ["top-1", *(["top-5"] if any_top5 else [])]
     names = ["run", "network (step)", "data, split", "views", *tops, "right", "loss",
              "seed", "state", "when, where"]  # fmt: skip
     return "<h2>Runs</h2>" + page.table(names, rows)
