@@ -1,5 +1,5 @@
 """Measures on one GPU, part by part, and appends a row for each part to docs/gpu.jsonl. From these
-rows come the tables of docs/performance.md and the step times that correct `plan`.
+rows come the tables of docs/gpu-measurements.md and the step times that correct `plan`.
 
     python docs/gpu.py [PART ...] [--commit NAME] [--within SECONDS]    (make gpu)
     python docs/gpu.py --document                                       (make docs)
@@ -199,7 +199,7 @@ def main() -> int:
     begin = time.monotonic()
     parser = part_parser(__doc__, PARTS, within=570)
     parser.add_argument(
-        "--document", action="store_true", help="only write the tables of docs/performance.md"
+        "--document", action="store_true", help="only write the tables of docs/gpu-measurements.md"
     )
     parser.add_argument(
         "--photographs", type=Path, help="only make the photographs, in this folder"

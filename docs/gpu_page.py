@@ -1,4 +1,4 @@
-"""What is made from docs/gpu.jsonl: the tables of docs/performance.md, and the step times that
+"""What is made from docs/gpu.jsonl: the tables of docs/gpu-measurements.md, and the step times that
 correct `plan`."""
 
 import json
@@ -53,7 +53,7 @@ def _table(rows: Rows) -> Iterator[str]:
         yield f"| {name.replace('|', '¦')}{unit} | {' | '.join(cells)} |\n"
 
 
-PAGE = Page(ROOT / "docs/performance.md", ROWS, tables)
+PAGE = Page(ROOT / "docs/gpu-measurements.md", ROWS, tables)
 
 
 def steps(rows: Rows) -> list[dict[str, Any]]:
