@@ -121,7 +121,7 @@ def _from_shards(pipeline: str, expected: int, *more: str) -> Part:
     prepare = [*_ALEXNET_DIST, "prepare", "folder", _IMAGES, "data/gpu"]
     own = ["data.path=data/gpu", f"model.classes={CLASSES}", f"data.pipeline={pipeline}"]
     bench = _bench("end-to-end", *own, "--repeats", "3", *more)
-    return Part([_MAKE_IMAGES, prepare, bench], 200, expected=expected)
+    return Part([_MAKE_IMAGES, prepare, bench], 260, expected=expected)
 
 
 def _pytest(*which: str, workers: int = 8) -> list[str]:
@@ -149,7 +149,7 @@ _FUSED = "tests/test_fused_kernels.py"  # with or without a GPU; with one worker
 _BEST = Part([_bench("step", "--best", "--batch", "128", "1024")], 240, expected=80)
 # What has never been measured comes first. `expected` is an estimate for these.
 PARTS = {
-    "first": Part([_pytest(_FIRST)], 200, of_pytest, expected=85),
+    "first": Part([_pytest(_FIRST)], 240, of_pytest, expected=130),
     "tests-fused": Part([_pytest(_FUSED, workers=1)], 200, of_pytest, expected=120),
     "sweep": Part([_bench("maps", "--sweep", "128", "1024", "--repeats", "3")], 330, expected=220),
     "data": Part(
@@ -175,7 +175,7 @@ PARTS = {
     "maps": Part([_bench("maps")], 90, expected=16),
     "kernels": Part([_bench("step", "--kernels", "--repeats", "20")], 90, expected=16),
     "step": Part([_bench("step", "--batch", "128", "1024")], 390, expected=190),
-    "end-to-end": _from_shards("dali", 140, "--cold"),
+    "end-to-end": _from_shards("dali", 180, "--cold"),
     # To see quickly what a change gives, and how much runs differ; `step` has all of it.
     "step-best": _BEST,
     "step-best-2": _BEST,

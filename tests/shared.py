@@ -12,7 +12,9 @@ from alexnet_dist.config.load import load_config
 from alexnet_dist.parallel.device import share_problem
 
 REHEARSED = "REHEARSE" in os.environ
-SHARED = ["layout.device=cuda", "layout.share_gpu=true", "train.deterministic=true"]
+# A run's first step builds kernels, TINY's in 40 s of a core, while its watchdog counts.
+PATIENT = "layout.timeout_s=120"
+SHARED = ["layout.device=cuda", "layout.share_gpu=true", "train.deterministic=true", PATIENT]
 if REHEARSED:
     SHARED = ["layout.device=cpu"]
 

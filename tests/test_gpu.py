@@ -9,6 +9,7 @@ import made
 import pytest
 import torch
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
+from shared import PATIENT
 from small_runs import final_state
 from test_layouts import assert_same_run, config_of, trajectories
 from test_run import ALONE, RUN, Started, start
@@ -74,7 +75,7 @@ def test_products_of_float32_are_exact_unless_tf32_is_asked_for(precision: str) 
     assert 5e-5 < error < 1e-3 if precision == "tf32" else error < 1e-5
 
 
-GPU = ["layout.device=cuda", "train.deterministic=true"]
+GPU = ["layout.device=cuda", "train.deterministic=true", PATIENT]
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,6 @@ def test_two_hosts_that_share_a_gpu_meet_over_nccls_sockets(
     kind: str, start: Start, runs: Path, one: Path
 ) -> None:
     """Each takes the GPU for its own: to NCCL they are two hosts, and what they send leaves it."""
-    patient = "layout.timeout_s=60"  # kernels are built in the first step
-    said = ended(start(f"nccl-{kind}", kind, 1, *SHARED, patient))
+    said = ended(start(f"nccl-{kind}", kind, 1, *SHARED))
     assert "via NET/Socket" in said
     assert_checkpoints_near(runs / f"nccl-{kind}", one, 1e-9)  # the other is a CPU's
