@@ -217,8 +217,9 @@ def to_host(tensor: Tensor) -> Callable[[], Tensor]:
 class Pipeline:
     """Decodes samples of one split and cuts their patches, with no random choices of its own.
 
-    A subclass implements `batches`: it reads by `Split.read_batch`, decodes the part that
-    `Samples.patch` names, and yields what `decoded` returns.
+    A subclass implements `batches`: it reads by `Split.read_batch`, decodes, makes the canvas as
+    `on_canvas` does (preprocess.py), cuts the part that `Samples.patch` names, and yields what
+    `decoded` returns.
 
     Attributes:
         pool: threads that work ahead.

@@ -224,7 +224,7 @@ class AlexNet(nn.Module):
         at_test = config.dropout_scaling == "test"
         if not self.training and not at_test:
             return None
-        below = int(before.name[-1]) - 1  # the layer that made the units
+        below = int(before.name.removeprefix("fc")) - 1  # the layer that made the units
         if self.training:
             assert slots is not None, "dropout needs the samples' slots"
         kept = slots if self.training else None
