@@ -93,6 +93,20 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         aside.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def overwrite_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Overwrite a JSON file in place, in one write that needs no more room on the disk.
+
+    Raises OSError, with the file as it was, where `content` does not fit into the file's first
+    block of 4 KiB, or the file system does need room for it (btrfs, ZFS).
+    """
+    data = f"{json.dumps(content, indent=1)}\n".encode()
+    with open(path, "r+b", buffering=0, opener=_regular) as file:
+        about = os.fstat(file.fileno())
+        if max(len(data), about.st_size) > min(about.st_blocks * 512, 4096):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        file.write(data.ljust(about.st_size))  # spaces after it are JSON too
+
+
 @contextmanager
 def written_aside(path: Path, durably: bool = True) -> Iterator[Path]:
     """Give an empty file beside `path` to write to, which replaces `path`, or a link there, once it

@@ -73,8 +73,10 @@ def test_a_checkpoint_that_cannot_be_written_is_a_warning_while_an_older_one_rem
     saver.close()
     assert not saver.failed
     assert "NOT SAVED, but the run continues: the disk is full" in caplog.text
+    caplog.clear()
     with pytest.raises(CheckpointError, match="the disk is full"):
         saver.finish()
+    assert not caplog.text, "the run does not continue"
     saver.finish()
     assert fails == []
 
@@ -466,3 +468,10 @@ def test_what_a_full_disk_refuses_of_the_metrics_is_written_later(
     assert telemetry._quarantine not in logging.getLogger("alexnet_dist.data").handlers
     written = [p["step"] for p in read_metrics(folder.path) if p["kind"] != "eval"]
     assert written == [1, 1, 2, 2, 3, 3]
+    monkeypatch.setattr(Path, "write_text", lambda *_: full(0))  # of what is written aside
+    for reason in ("the disk is full, and it is said at length", "short"):
+        folder.failed(1, reason, known=True)
+        assert read_run(folder.path)["reason"] == reason
+    folder.failed(1, "long" * 1024, known=True)
+    assert read_run(folder.path)["reason"] == "short"
+    assert f"NOT WRITTEN, but the run continues: {folder.path / 'run.json'}" in caplog.text

@@ -102,9 +102,11 @@ def save(
     except (OSError, SafetensorError, CheckpointError) as failure:
         with contextlib.suppress(OSError, CheckpointError):
             sweep(folder)  # what was written may fill the disk
+        size = sum(t.nbytes for tensors in (parameters, optimizer) for t in tensors.values())
         raise CheckpointError(
             f"{folder}: the checkpoint of step {progress['step']} could not be written "
-            f"({failure}); older ones are untouched"
+            f"({failure}); older ones are untouched. Make room there for its {size / 1e6:.1f} MB, "
+            "or mend what else prevents it; if the run has ended, the same command resumes it"
         ) from failure
 
 

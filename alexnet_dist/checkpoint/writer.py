@@ -43,7 +43,7 @@ class Saver:
         self._join()
         if isinstance(self._error, CheckpointError):
             self._error, self.failed = None, False
-            self._run()
+            self._run(last=True)
         if self._error is not None:
             raise self._error
 
@@ -56,7 +56,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
 
-    def _run(self) -> None:
+    def _run(self, last: bool = False) -> None:
         assert self._write is not None
         try:
             self._write()
@@ -64,5 +64,5 @@ class Saver:
         except Exception as error:
             self._error, self.failed = error, True  # first, since `_remains` may fail too
             self.failed = not (isinstance(error, CheckpointError) and self._remains())
-            if not self.failed:
+            if not (self.failed or last):  # the last try is reported by whoever raises it
                 log.warning(f"NOT SAVED, but the run continues: {error}")

@@ -18,7 +18,15 @@ from alexnet_dist.checkpoint.store import step_of, steps, traces
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.batch import Batch
 from alexnet_dist.errors import RANK_LOST, CheckpointError, CrashLoop, RunFolderError
-from alexnet_dist.files import RunState, appended, read_run, sweep_writing, write, write_json
+from alexnet_dist.files import (
+    RunState,
+    appended,
+    overwrite_json,
+    read_run,
+    sweep_writing,
+    write,
+    write_json,
+)
 from alexnet_dist.parallel import environment
 from alexnet_dist.tensor_files import save_tensors
 from alexnet_dist.training.tolerance import warn_if_unwritable
@@ -208,7 +216,10 @@ class RunFolder:
             held = self._lock is not None and not self._lock.closed
             path = ((self._current_path() if held else None) or self.path) / "run.json"
             with warn_if_unwritable(path):
-                write_json(path, self._run)
+                try:
+                    write_json(path, self._run)
+                except OSError:  # a full disk still takes what fits into the file's own blocks
+                    overwrite_json(path, self._run)
 
     def failed(self, code: int, reason: str, known: bool) -> None:
         """Note that this attempt failed. Before its first step, a finished run that was asked for
