@@ -142,6 +142,7 @@ def test_a_folder_in_place_of_a_config_is_told_by_what_it_holds(
         ("train.epochs=inf", r"train\.epochs=inf: must be finite"),
         ("train.epochs=.nan", r"must be"),
         ("layout.kind=colums", r"one of one, columns, replicas, .*; did you mean columns\?"),
+        ("layout.device=gpu", r"one of auto, cpu, cuda.*; did you mean cuda\?"),
         ("model.conv=96", r"must be a list, as in \[96\] \("),
         ("model.lrn.layers=conv9", r"must be a list, as in \[conv1\] \("),
         ("model.lrn.layers=conv2", r"must be a list, as in \[conv2\] \("),

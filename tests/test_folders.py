@@ -212,6 +212,7 @@ def test_images_without_classes_are_left_out_and_named(tmp_path: Path) -> None:
         ),
         (["train/cat/1.jpg", "val/cat/1.jpg"], r"train: has only one class, cat"),
         (["1.jpg", "2.jpg"], "none of its folders holds images: put the images of each class in"),
+        (["a.tar", "b.tar"], r"none of its folders holds images: .*; .* docs/extending\.md"),
         (["val/cat/1.jpg", "cat/1.jpg", "dog/1.jpg"], "has val/, but no folder train/: put"),
         (
             ["train/cat/1.jpg", "train/dog/1.jpg", "val/owl/1.jpg"],

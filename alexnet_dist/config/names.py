@@ -39,10 +39,12 @@ _SYNONYMS = {
     "cluster.time_min": "time timeout_min time_limit",
 }
 _KEY_OF = {word: key for key, words in _SYNONYMS.items() for word in words.split()}
+_VALUE_OF = {"gpu": "cuda"}  # what a value is also called
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean …?" with the known word most like this one, or an empty string."""
+    word = _VALUE_OF.get(word, word)
     matches = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean {matches[0]}?" if matches else ""
 

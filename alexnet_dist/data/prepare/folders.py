@@ -235,7 +235,9 @@ def _check_classes(
     """
     where = path / starts["train"]
     if not classes:
-        raise DatasetError(f"{where}: none of its folders holds images: {_LAY}")
+        shards = path.suffix == ".tar" or any(path.rglob("*.tar"))
+        how = "; of images that lie in shards, docs/extending.md reads them" if shards else ""
+        raise DatasetError(f"{where}: none of its folders holds images: {_LAY}{how}")
     if len(classes) == 1:
         raise DatasetError(
             f"{where}: has only one class, {classes[0]}, but a network needs two to tell apart: "
