@@ -189,6 +189,7 @@ def test_splits_go_by_any_of_their_names(tmp_path: Path, val: str) -> None:
     write(source, {"extra/x.jpg": small(1), "LICENSE": b"x"})
     said = prepare("folder", source, tmp_path / "out", ONE)
     assert "packed 4 train, 2 val, 2 test images of 2 classes\n" in said
+    assert "\n2 of the images in val are in train too\n" in said
     assert said.endswith("left out: beside train/: 2 (extra/, LICENSE)")
     classes(source / "validate".replace("ate", "ation" if val != "validation" else ""), 1)
     with pytest.raises(DatasetError, match=r"both hold val images: move one away"):

@@ -203,6 +203,7 @@ def test_hostile_members_are_refused_by_name_and_nothing_is_written_outside(tmp_
     after = set(tmp_path.parent.rglob("*")) | of_members()
     assert all(tmp_path / "out" in (p, *p.parents) for p in after - before)
     assert "packed 1 train, 4 val images of 4 classes; 6 refused" in said
+    assert "more images in val than in train: are they swapped?" in said
     refused = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").open()]
     reasons = {entry["name"]: entry["reason"] for entry in refused}
     for name in ("link.JPEG", "hard.JPEG", "device.JPEG", "pipe.JPEG"):

@@ -18,6 +18,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alexnet_dist.data.missing import PARTIAL
 from alexnet_dist.data.prepare import MODULES
 from alexnet_dist.data.prepare.arrays import FASHION_MNIST
@@ -134,7 +136,22 @@ def _summary(source: Source, out: Path, shards: Mapping[str, Sequence[Shard]]) -
     bad = sum(len(shard.meta["refused"]) for split in shards.values() for shard in split)
     refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""
     packed = f"{out}: packed {counts} images of {len(source.classes)} classes{refused}"
-    return "\n".join((packed, *source.notes, *_unscored(source)))
+    return "\n".join((packed, *_doubtful(shards), *source.notes, *_unscored(source)))
+
+
+def _doubtful(shards: Mapping[str, Sequence[Shard]]) -> tuple[str, ...]:
+    """Return a line for each split that has more images than train, or some of train's: those of
+    the same size and crc32."""
+    notes, packed = list[str](), dict[str, np.ndarray]()
+    for split, parts in shards.items():
+        index = np.concatenate([part.index[["crc32", "size"]] for part in parts])
+        packed[split] = index["crc32"].astype(np.uint64) << np.uint64(32) | index["size"]
+    for split in packed.keys() - {"train"}:
+        if len(packed[split]) > len(packed["train"]):
+            notes.append(f"more images in {split} than in train: are they swapped?")
+        if same := int(np.isin(packed[split], packed["train"]).sum()):
+            notes.append(f"{same} of the images in {split} are in train too")
+    return tuple(sorted(notes))
 
 
 def _unscored(source: Source) -> tuple[str, ...]:
