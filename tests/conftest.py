@@ -19,6 +19,7 @@ from typing import Any
 # its core what it waits for.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
+import cycles
 import forks
 import numpy as np
 import psutil
@@ -80,6 +81,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     first = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: first.get(item.path.name, len(LONG)))
+
+
+def pytest_collection_finish() -> None:
+    cycles.look()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -204,6 +209,7 @@ def _interpreted(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 def _on_rank(call: bytes, returned: Path) -> None:
     """The function in a rank; what it returns goes to a file."""
+    cycles.look()  # a new Python has just imported this module
 
     def refuse(*_: Any) -> None:
         raise AssertionError("ranks exchange no pickles, DeepSpeed's neither")

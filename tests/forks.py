@@ -56,7 +56,8 @@ class Fork:
         with pytest.MonkeyPatch.context() as patched:
             # Where a new server has warm, and this checkout's package, whichever is installed.
             tests = Path(__file__).parent
-            patched.setenv("PYTHONPATH", f"{tests}{os.pathsep}{tests.parent}")
+            places = (tests, tests.parent, tests.parent / "docs")
+            patched.setenv("PYTHONPATH", os.pathsep.join(map(str, places)))
             forkserver.ensure_running()
         self._process.start()
 

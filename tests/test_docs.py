@@ -250,7 +250,7 @@ def test_the_layer_and_the_layout_that_are_shown_hold(packed: Path, tmp_path: Pa
     # In one Python that imports the copy; ranks are forks of it.
     program = "import forks, warm; from alexnet_dist.cli.main import main\n"
     program += f"forks.fork_ranks(); main({planned}); print(flush=True); forks.run({compared})"
-    own = os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent}"}
+    own = os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}/tests:{ROOT}/docs"}
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=own, check=False,
                             capture_output=True, text=True, timeout=300)  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
