@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TINY, alexnet_dist
 
+from alexnet_dist.cli import main
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import ConfigError
@@ -412,7 +413,10 @@ def test_what_does_not_fit_leaves_others_their_memory() -> None:
     assert (found.predicted["one"].too_large != "", found.decode.pipeline) == (True, "resident")
 
 
-def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
+def test_a_run_is_set_beside_what_was_predicted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All in one process, which plans each layout once."""
     folder = tmp_path / "runs" / "run"
     folder.mkdir(parents=True)
     config = tiny("layout.kind=one", f"output_dir={tmp_path / 'runs'}", "train.precision=bf16")
@@ -434,9 +438,10 @@ def test_a_run_is_set_beside_what_was_predicted(tmp_path: Path) -> None:
 
     def planned(*options: str, as_json: bool = True) -> Any:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-        result = alexnet_dist("plan", str(folder), *options, *(["--json"] if as_json else []))
-        assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout) if as_json else result.stdout
+        code = main.main(["plan", str(folder), *options, *(["--json"] if as_json else [])])
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return json.loads(said.out) if as_json else said.out
 
     found = planned("--gpus", f"{cpu}:2", "--ranks", "1")
     assert (found["measured"]["images_per_s"], found["measured"]["points"]) == (100, 3)
