@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, alexnet_dist, assert_close
+from conftest import TINY, alexnet_dist, assert_close, in_a_fork
 from made import encoded, image_folder, photograph
 from PIL import ExifTags, Image
 
@@ -179,8 +180,7 @@ def test_a_program_that_lacks_the_guard_for_its_processes_is_told(
         f"own = load_checkpoint({str(own.config.folder)!r})\n"
         f"print(*own.predictions({str(images_of(own))!r}, workers=2))\n"
     )
-    command = [sys.executable, unguarded]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    ended = in_a_fork(runpy.run_path, str(unguarded), None, "__main__")
     assert ended.returncode == 1
     assert "MachineError: a process that reads images failed" in ended.stderr
     assert 'must do so under if __name__ == "__main__":' in ended.stderr.splitlines()[-1]

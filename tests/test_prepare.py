@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import runpy
 import shutil
 import signal
 import subprocess
@@ -683,13 +684,18 @@ def test_inspect_shows_another_split_where_there_is_none_to_train_on(
         inspect(tmp_path / "data", None)
 
 
+def as_program(path: Path, arguments: list[str]) -> None:
+    sys.argv = [str(path), *arguments]
+    runpy.run_path(str(path), run_name="__main__")
+
+
 def test_a_program_that_lacks_the_guard_for_its_processes_is_told(
     many: Path, tmp_path: Path
 ) -> None:
     unguarded = tmp_path / "unguarded.py"
     unguarded.write_text(SMALL_SHARDS.replace("if __name__ == '__main__': ", ""))
-    command = [sys.executable, unguarded, *arguments(many, tmp_path / "out", "--workers", "2")]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    given = arguments(many, tmp_path / "out", "--workers", "2")
+    ended = in_a_fork(as_program, unguarded, given)
     assert ended.returncode == 1
     assert 'must do so under if __name__ == "__main__":' in ended.stderr.splitlines()[-1]
 
