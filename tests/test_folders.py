@@ -100,7 +100,12 @@ def test_classes_that_are_never_scored_are_named(tmp_path: Path) -> None:
     ):
         classes(source / split, 2, names)
     said = prepare("folder", source, tmp_path / "out", ONE).splitlines()
-    assert said[1:] == ["no validation images of bee, cow", "no test images of ant"]
+    assert said[1:] == [
+        "4 of the images in test are in train too",
+        "2 of the images in val are in train too",
+        "no validation images of bee, cow",
+        "no test images of ant",
+    ]
 
 
 def test_a_class_spelt_as_macos_does_is_the_same_class(tmp_path: Path) -> None:
