@@ -301,7 +301,8 @@ def test_a_job_whose_ranks_never_began_is_tried_again_within_a_bound(
 def test_a_job_whose_starts_cannot_be_counted_is_not_tried_again(
     tiny: Callable[..., Config], requeued: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A full disk takes no run.json, without which the bound would never be reached."""
+    """A full disk takes no run.json, not even in the old one's place on some file systems; without
+    one the bound would never be reached."""
     config = tiny("name=full")
     assert job.after(137, config) == 0
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -310,6 +311,7 @@ def test_a_job_whose_starts_cannot_be_counted_is_not_tried_again(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(run_folder, "write_json", full)
+    monkeypatch.setattr(run_folder, "overwrite_json", full)
     with pytest.raises(RunFolderError, match=r"run\.json could not be written.*not tried again"):
         job.after(1, config)
     assert requeued == ["7"]
