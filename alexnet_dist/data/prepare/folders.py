@@ -236,7 +236,7 @@ def _check_classes(
     where = path / starts["train"]
     if not classes:
         shards = path.suffix == ".tar" or any(path.rglob("*.tar"))
-        how = "; of images that lie in shards, docs/extending.md reads them" if shards else ""
+        how = "; for images in shards of WebDataset, see docs/extending.md" if shards else ""
         raise DatasetError(f"{where}: none of its folders holds images: {_LAY}{how}")
     if len(classes) == 1:
         raise DatasetError(
