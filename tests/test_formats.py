@@ -20,7 +20,7 @@ from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.data.dataset import Statistics, open_dataset
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.errors import CheckpointError, ConfigError, DatasetError
-from alexnet_dist.formats import caffe
+from alexnet_dist.formats import caffe, torchvision
 from alexnet_dist.formats.convert import export_weights, import_weights
 from alexnet_dist.network.model import AlexNet, whole_shapes
 from alexnet_dist.network.precision import parameter_dtype
@@ -90,6 +90,14 @@ def test_torchvisions_weights_give_torchvisions_logits(tmp_path: Path) -> None:
     again.load_state_dict(torch.load(out, weights_only=True))
     with torch.no_grad():
         assert torch.equal(again(x), theirs(x))
+
+
+def test_a_state_dict_from_before_torch_1_6_is_read(tmp_path: Path) -> None:
+    theirs = {"features.0.weight": torch.randn(64, 3, 11, 11), "features.0.bias": torch.randn(64)}
+    torch.save(theirs, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    read = torchvision.read(tmp_path / "old.pth", load_config("paper/torchvision-2014"))
+    assert torch.equal(read["conv1.weight"], theirs["features.0.weight"])
+    assert torch.equal(read["conv1.bias"], theirs["features.0.bias"])
 
 
 @pytest.mark.parametrize(

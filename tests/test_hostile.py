@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import logging
+import pickle
 import re
 import shutil
 import struct
@@ -276,6 +277,7 @@ def zipped(content: bytes, packing: int) -> bytes:
 
 
 DICTIONARIES = b"\x80\x02}" + b"}" * 2**22 + b"l."
+BEFORE_1_6 = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2) + DICTIONARIES
 
 
 @pytest.mark.parametrize(
@@ -283,14 +285,17 @@ DICTIONARIES = b"\x80\x02}" + b"}" * 2**22 + b"l."
     [
         ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_DEFLATED), "it unpacks to"),
         ("torchvision", zipped(DICTIONARIES, zipfile.ZIP_STORED), "more than 32,768 opcodes"),
-        ("torchvision", DICTIONARIES, "more than 32,768 opcodes"),
+        ("torchvision", BEFORE_1_6, "more than 32,768 opcodes"),
+        ("torchvision", BEFORE_1_6 + zipped(b"N.", 0), "more than 32,768 opcodes"),
+        ("torchvision", DICTIONARIES, "does not begin as torch.save's files do"),
         ("torchvision", zipped(b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x08\x85R.", 0),
          "is not a state dict"),
         ("caffe", b"\x12\0" * 2**20, "more than 65,536 fields"),
         ("caffe", b"\x12\x80\x80\x40" + b"\x3a\0" * 2**19, "more than 65,536 fields|cut short"),
         ("caffe", b"\xff" * 11, "a number without an end"),
     ],
-    ids=["packed", "zip", "before 1.6", "bytearray", "layers", "blobs", "number"],
+    ids=["packed", "zip", "before 1.6", "a zip at its end", "bare", "bytearray", "layers", "blobs",
+         "number"],
 )  # fmt: skip
 def test_weights_are_counted_before_they_are_read(
     kind: str, content: bytes, said: str, tmp_path: Path

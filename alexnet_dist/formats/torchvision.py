@@ -1,6 +1,7 @@
 """Weights of torchvision's alexnet: a state dict as .pth or .safetensors."""
 
 import os
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,10 @@ from alexnet_dist.tensor_files import TensorFile, save_tensors
 # Most opcodes of a state dict's pickle, of which torchvision's alexnet has 500. Few are allowed,
 # since each can make a copy of everything before it.
 _MOST_OPCODES = 2**15
+# How a .pth begins: since torch 1.6 as a zip does; before, with a pickle of a number longer than
+# `check_opcodes` allows, so that it is compared instead.
+_ZIP = b"PK\3\4"
+_NUMBER = pickle.dumps(torch.serialization.MAGIC_NUMBER, torch.serialization.DEFAULT_PROTOCOL)
 # The names of the layers with weights in torchvision's alexnet.
 _LAYERS = ("features.0", "features.3", "features.6", "features.8", "features.10",
            "classifier.1", "classifier.4", "classifier.6")  # fmt: skip
@@ -67,12 +72,15 @@ def write(out: Path, config: Config, tensors: Mapping[str, Tensor]) -> None:
 def _check_archive(file: BinaryIO) -> None:
     """Raise where a .pth has pickles of more opcodes, or more bytes unpacked, than it needs, or a
     wrong checksum, which torch does not check. The file is left at its start."""
-    if not zipfile.is_zipfile(file):  # before torch 1.6: five pickles, then the numbers
-        file.seek(0)
-        for _ in range(5):
+    begins = file.read(len(_NUMBER))
+    if begins == _NUMBER:  # four more pickles, then the tensors' bytes
+        for _ in range(4):
             check_opcodes(file, _MOST_OPCODES)
         file.seek(0)
         return
+    # zipfile.is_zipfile goes by the end of a file, torch by its beginning.
+    if not begins.startswith(_ZIP):
+        raise ValueError("it does not begin as torch.save's files do")
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
         if unpacked > 2 * file.seek(0, os.SEEK_END) + 2**20:  # torch does not compress
