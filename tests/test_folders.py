@@ -286,6 +286,13 @@ def test_an_archive_is_the_folder_it_was_made_of(tmp_path: Path, kind: str, insi
         assert pairs[0] == pairs[1]
 
 
+def test_a_tar_with_a_zip_in_it_is_a_tar(tmp_path: Path) -> None:
+    """`zipfile` finds a zip's directory in the last 64 KB of any file."""
+    source = classes(tmp_path / "source", 2)
+    archived(classes(tmp_path / "masks", 1, ("cat", "dog")), "zip").rename(source / "masks.zip")
+    assert folder(archived(source, "tar")).classes == ("ant", "bee")
+
+
 def test_a_gzipped_tar_is_read_by_several_processes_and_goes_on(tmp_path: Path) -> None:
     source = classes(tmp_path / "source", 300)
     archive = archived(source, "tgz")

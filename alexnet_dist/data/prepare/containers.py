@@ -69,11 +69,11 @@ def list_files(path: Path) -> Listing:
         found = [*_walk(path, "", 0)]
         folders = [one for one in found if isinstance(one, str)]
         return Listing([one for one in found if not isinstance(one, str)], folders)
-    if zipfile.is_zipfile(path):
-        return Listing(sorted(_zipped(path), key=_by_parts), [])
     with opened(path) as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    if packed:
+        begins = file.read(2)
+    if begins == b"PK" and zipfile.is_zipfile(path):  # which alone would find one in a tar
+        return Listing(sorted(_zipped(path), key=_by_parts), [])
+    if begins == b"\x1f\x8b":
         return Listing(list(_gzipped(path)), [])
     try:
         with open_tar(path) as tar:
