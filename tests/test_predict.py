@@ -1,13 +1,16 @@
 """Predictions for image files agree with the evaluation, whatever the files are."""
 
 import csv
+import errno
 import io
 import json
+import os
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,6 +233,28 @@ def test_a_bad_image_is_named_and_the_others_go_on(own: Trained, holiday: Path) 
     assert "class_3" in rows[0]
     assert "class_4" not in rows[0]
     assert sorted(p.name for p in holiday.parent.iterdir()) == ["holiday", "out.csv"]
+
+
+def test_an_image_that_cannot_be_read_is_not_drawn(own: Trained, tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (prediction,) = own.predict(tmp_path)
+    with pytest.raises(DatasetError, match=r"empty\.jpg: the file is empty"):
+        own.draw(prediction, tmp_path / "seen.png")
+
+
+def test_a_folder_that_cannot_be_read_is_not_left_out_in_silence(
+    holiday: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.scandir
+
+    def closed(path: Any) -> Any:
+        if f"{path}".endswith("below"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(DatasetError, match=r"below cannot be read \(Permission denied; owner"):
+        predict.images_in([holiday])
 
 
 def test_json_and_text_say_the_same(

@@ -140,9 +140,7 @@ class Trained:
             raise ConfigError(f"layer {layer!r}: this network has only {', '.join(names)}")
         config, outputs = by_one_view(self.config), []
         for part, windows in self._batches(config, images):
-            for path, refused in part:
-                if refused:
-                    raise DatasetError(f"{path}: {refused}: leave it out")
+            _check_read(part)
             seen = activations(self.model, config, windows, [layer])[layer]
             outputs.append(side_by_side(seen).cpu())
         if not outputs:
@@ -154,9 +152,12 @@ class Trained:
 
         Args:
             out: the PNG to write.
+
+        Raises DatasetError where the image cannot be read.
         """
         config = by_one_view(self.config)
-        ((_, windows),) = self._batches(config, prediction.path)
+        ((part, windows),) = self._batches(config, prediction.path)
+        _check_read(part)
         made = activations(self.model, config, windows, config.model.conv_names)
         maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
         image = convert(read_bytes(prediction.path, MOST_ENCODED), keep=True).image
@@ -173,6 +174,13 @@ class Trained:
         paths, _ = images_in([Path(name) for name in named])
         device = next(self.model.parameters()).device
         return batches_of(config, self.dataset, device, paths, workers)
+
+
+def _check_read(part: Iterable[tuple[Path, str]]) -> None:
+    """Raise DatasetError where a file of a batch was refused."""
+    for path, refused in part:
+        if refused:
+            raise DatasetError(f"{path}: {refused}: leave it out")
 
 
 def load_checkpoint(path: Path | str, data: Path | str | None = None) -> Trained:

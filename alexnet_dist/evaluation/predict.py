@@ -21,7 +21,7 @@ from alexnet_dist.data.missing import IMAGE_SUFFIXES
 from alexnet_dist.data.prepare.convert import ConvertOptions, RefusedImage, convert, options_of
 from alexnet_dist.data.preprocess import Preprocess, on_canvas
 from alexnet_dist.data.sampler import views
-from alexnet_dist.errors import filled_by, one_line
+from alexnet_dist.errors import DatasetError, cannot_be_read, filled_by, one_line
 from alexnet_dist.files import MOST_ENCODED, read_bytes
 from alexnet_dist.network.precision import parameter_dtype
 from alexnet_dist.parallel.workers import worker_pool
@@ -87,14 +87,21 @@ def canvas_of(path: Path, options: ConvertOptions, side: int) -> Canvas:
 
 def images_in(names: Sequence[Path]) -> tuple[list[Path], int]:
     """Return the files that are named, and below folders all files that end as images do; and how
-    many other files these folders hold. Hidden files are left out of both."""
+    many other files these folders hold. Hidden files are left out of both.
+
+    Raises DatasetError where a folder cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise DatasetError(cannot_be_read(Path(error.filename), error)) from error
+
     found: list[Path] = []
     others = 0
     for name in names:
         if not os.path.isdir(name):  # is_dir() raises for some names
             found.append(name)
             continue
-        for root, folders, files in os.walk(name):
+        for root, folders, files in os.walk(name, onerror=fail):
             folders[:] = sorted(folder for folder in folders if not folder.startswith("."))
             shown = sorted(file for file in files if not file.startswith("."))
             images = [file for file in shown if file.lower().endswith(IMAGE_SUFFIXES)]
