@@ -41,7 +41,7 @@ from alexnet_dist.data.prepare.arrays import read_pickle
 from alexnet_dist.data.prepare.convert import RefusedImage, convert
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.prepare.sources import Item, Source
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, MachineError
 from alexnet_dist.files import within_memory
 from alexnet_dist.parallel.topology import Topology
 
@@ -682,6 +682,17 @@ def test_inspect_shows_another_split_where_there_is_none_to_train_on(
     about.write_text(json.dumps(meta | {"splits": {}}))
     with pytest.raises(DatasetError, match=r"dataset\.json: has no splits"):
         inspect(tmp_path / "data", None)
+
+
+def test_inspect_does_not_take_full_memory_for_damage(
+    folder_packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("alexnet_dist.data.inspect.decode_image", fails)
+    with pytest.raises(MachineError, match=r"'train': sample 0.*ran out of memory"):
+        inspect(folder_packed, None)
 
 
 def as_program(path: Path, arguments: list[str]) -> None:

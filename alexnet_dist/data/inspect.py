@@ -16,7 +16,7 @@ from alexnet_dist.data.codecs import decode_image
 from alexnet_dist.data.dataset import Dataset, open_dataset, verify_shards
 from alexnet_dist.data.preprocess import on_canvas
 from alexnet_dist.data.split import Split
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import DatasetError, MachineError, filled_by
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.device import cores
 from alexnet_dist.parallel.topology import Topology
@@ -95,14 +95,17 @@ def _verified(split: Split, dataset: Dataset, samples: range) -> dict[str, Any]:
 
 
 def _decoded(split: Split, sample: int) -> Tensor:
-    """Decode a sample: (1 or 3, h, w) uint8; raise DatasetError."""
+    """Decode a sample: (1 or 3, h, w) uint8; raise DatasetError, or MachineError where memory is
+    full."""
+    which = f"split {split.name!r}: sample {sample}"
     try:
-        buffer = torch.frombuffer(split.read(sample), dtype=torch.uint8)
-        return decode_image(buffer)
+        with filled_by(which):
+            return decode_image(torch.frombuffer(split.read(sample), dtype=torch.uint8))
+    except MachineError:
+        raise
     except RuntimeError as error:
         raise DatasetError(
-            f"split {split.name!r}: sample {sample} cannot be decoded ({error}): prepare the data "
-            "set again"
+            f"{which} cannot be decoded ({error}): prepare the data set again"
         ) from error
 
 
