@@ -103,7 +103,7 @@ def _alone(marker: Any) -> Any:
 
 
 @without_gil
-def read(rows: Any, files: Any, starts: Any, out: Any, whole: Any) -> None:
+def read(rows: Any, files: Any, starts: Any, out: Any, sound: Any) -> None:
     """Read samples one after another, and check them against the index.
 
     Args:
@@ -111,20 +111,20 @@ def read(rows: Any, files: Any, starts: Any, out: Any, whole: Any) -> None:
         files: file descriptor of each shard.
         starts: (n + 1,), where each sample begins in `out`, and where the last ends.
         out: uint8, receives the encoded images.
-        whole: (n,) bool, receives whether the sample was read, matches its checksum, and has the
+        sound: (n,) bool, receives whether the sample was read, matches its checksum, and has the
             size in its header.
     """
     for n in range(len(rows)):
         row, encoded = rows[n], out[starts[n] : starts[n + 1]]
         at, size = encoded.ctypes.data, row.size
-        whole[n] = False
+        sound[n] = False
         if _pread(files[row.shard], at, size, row.offset) != size:
             continue
         if _crc32(0, at, size) != row.crc32:
             continue
         problem, height, width = image_size(encoded)
         within = height * width <= MOST_PIXELS
-        whole[n] = problem == 0 and height == row.height and width == row.width and within
+        sound[n] = problem == 0 and height == row.height and width == row.width and within
 
 
 @without_gil

@@ -273,11 +273,11 @@ def _batch_sums(probabilities: Tensor, labels: Tensor) -> Tensor:
     Args:
         labels: (n,); samples with a negative label are left out.
     """
-    counted, labels = labels >= 0, labels.clamp_min(0)
+    sound, labels = labels >= 0, labels.clamp_min(0)
     own = probabilities.double().gather(1, labels[:, None])[:, 0]
     rank = label_ranks(probabilities, labels)
     loss = -own.clamp_min(torch.finfo(torch.float64).tiny).log()
-    values = counted, (rank < 1) & counted, (rank < 5) & counted, loss * counted
+    values = sound, (rank < 1) & sound, (rank < 5) & sound, loss * sound
     return torch.stack([value.double().sum() for value in values])
 
 

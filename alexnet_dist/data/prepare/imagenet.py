@@ -5,7 +5,7 @@ from pathlib import Path
 
 from alexnet_dist.data.prepare.devkit import read_synsets
 from alexnet_dist.data.prepare.sources import Item, Source, needed, some
-from alexnet_dist.data.prepare.tars import LARGEST_MEMBER, check_end, members, open_tar, read_member
+from alexnet_dist.data.prepare.tars import check_end, members, open_tar, read_member
 from alexnet_dist.errors import DatasetError
 
 _MOST_TRUTH = 2**20  # bytes of the file of validation classes, which has 245,000
@@ -88,15 +88,13 @@ def _check_whole(tar: Path, missing: Sequence[str], count: int, what: str) -> No
 def _devkit(path: Path) -> tuple[dict[str, str], list[str]]:
     """Return the words of the 1,000 classes by WordNet id, and the WordNet id of each validation
     image."""
-
-    def member(name: str, most: int = LARGEST_MEMBER) -> bytes:
-        return read_member(tar, f"ILSVRC2012_devkit_t12/data/{name}", path, most)
-
+    data = "ILSVRC2012_devkit_t12/data"
     with open_tar(path) as tar:
         try:
-            leaves = read_synsets(member("meta.mat"))
+            leaves = read_synsets(read_member(tar, f"{data}/meta.mat", path))
             wnid = {leaf.number: leaf.wnid for leaf in leaves}
-            lines = member("ILSVRC2012_validation_ground_truth.txt", _MOST_TRUTH).split()
+            file = f"{data}/ILSVRC2012_validation_ground_truth.txt"
+            lines = read_member(tar, file, path, _MOST_TRUTH).split()
             truth = [wnid[int(line)] for line in lines]
         except (KeyError, ValueError) as error:
             raise DatasetError(f"{path} is not ILSVRC-2012's devkit: {error}") from error
