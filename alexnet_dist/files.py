@@ -202,9 +202,9 @@ def check_trained(path: Path) -> None:
     if not any(is_there(path / name) for name in ("checkpoints", "manifest.json")):
         if path.is_file():
             raise CheckpointError(
-                f"{path} is a file, neither a run folder nor a checkpoint: name runs/NAME; of "
-                f"another program's weights, make one first: `alexnet-dist import {path} runs/NAME "
-                "CONFIG --format …`"
+                f"{path} is a file, neither a run folder nor a checkpoint: name runs/NAME; if it "
+                f"holds another program's weights, make one first: `alexnet-dist import {path} "
+                "runs/NAME CONFIG --format …`"
             )
         raise CheckpointError(
             f"{path} is neither a run folder nor a checkpoint{looked_in(path)}: name runs/NAME or "

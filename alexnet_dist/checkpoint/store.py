@@ -198,6 +198,7 @@ def best(folder: Path) -> Checkpoint:
     candidates, damaged = [], list[Damaged]()
     for path in steps(folder):
         try:
+            # Those that were not evaluated come last, the newest of them first.
             standing = error_and_loss(path) or (math.inf, -step_of(path))
             candidates.append((*standing, path))
         except Damaged as error:

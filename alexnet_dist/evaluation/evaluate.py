@@ -117,9 +117,9 @@ def evaluate_checkpoints(
         for outputs, truth in _predicted(checkpoint, own, topology, dataset):
             part = outputs / len(found)
             if kept is not None:
-                rows = slice(end, end := end + len(part))
-                part = kept[0][rows].add_(part)
-                kept[1][rows] = truth
+                begin, end = end, end + len(part)
+                part = kept[0][begin:end].add_(part)
+                kept[1][begin:end] = truth
             if checkpoint is found[-1]:
                 sums += _batch_sums(part, truth)
                 add_confusion(confusion, part, truth)

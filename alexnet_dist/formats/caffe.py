@@ -157,11 +157,12 @@ def _check_fields(content: memoryview, kind: str, left: int) -> int:
     at = 0
     while at < len(content):
         key, at = _varint(content, at)
-        size = {0: 0, 1: 8, 5: 4}.get(key & 7)
-        number, at = _varint(content, at) if key & 7 in (0, 2) else (0, at)
+        wire_type = key & 7  # 0: a varint, which is read here; 1, 5: 8 and 4 bytes; 2: see below
+        size = {0: 0, 1: 8, 5: 4}.get(wire_type)
+        number, at = _varint(content, at) if wire_type in (0, 2) else (0, at)
         left -= 1
         if size is None:  # bytes, a message, or packed numbers, of which each has a byte at least
-            if key & 7 != 2 or number > len(content) - at:
+            if wire_type != 2 or number > len(content) - at:
                 raise ValueError("a field that is cut short, or of an unknown kind")
             of, size = messages.get(key >> 3, ""), number
             if of in _FIELDS:

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -60,16 +60,17 @@ class DaliPipeline(Pipeline):
         """As `Pipeline.batches`. A graph is built for the first batch, and another one whenever a
         batch is larger than all before it."""
         futures = started_ahead(plan, lambda s: self.pool.submit(self._read, s), self.prefetch)
-        reads, larger = (future.result() for future in futures), list[_Read]()
-        while (first := larger.pop() if larger else next(reads, None)) is not None:
-            yield from self._by_one_graph(first, reads, larger)
+        reads = (future.result() for future in futures)
+        first = next(reads, None)
+        while first is not None:
+            first = yield from self._by_one_graph(first, reads)
 
     def _by_one_graph(
-        self, first: _Read, reads: Iterator[_Read], larger: list[_Read]
-    ) -> Iterator[Decoded]:
-        """Yield batches up to one that is larger than the first; append that one to `larger`."""
+        self, first: _Read, reads: Iterator[_Read]
+    ) -> Generator[Decoded, None, _Read | None]:
+        """Yield batches up to one that is larger than the first; return that one, or None."""
         batch, (_, side) = max(1, len(first.read)), first.samples.patch(self.crop, self.canvas)
-        inside = deque[_Read]()  # fed, and not yet out
+        inside, larger = deque[_Read](), list[_Read]()  # fed and not yet out; too large to be fed
         feed = self._feed(itertools.chain([first], reads), batch, inside, larger)
         try:
             graph = self.graph(feed, batch, side)
@@ -96,6 +97,7 @@ class DaliPipeline(Pipeline):
             yield self.decoded(done.samples, done.read, from_dlpack(patches.as_tensor()))
         for left in inside:
             yield self.decoded(left.samples, left.read, empty)
+        return larger[0] if larger else None
 
     def graph(self, feed: Iterator[Any], batch: int, side: int) -> Any:
         """Make the graph: encoded images to patches (batch, side, side, 3), uint8, on the device.
@@ -141,7 +143,7 @@ class DaliPipeline(Pipeline):
         self, reads: Iterator[_Read], batch: int, inside: deque[_Read], larger: list[_Read]
     ) -> Iterator[tuple[Any, ...]]:
         """Yield the graph's inputs for each batch: encoded images, corners, and the sizes and parts
-        that it resizes, if any."""
+        that it resizes, if any; end at a batch that is too large, which is added to `larger`."""
         for read in reads:
             if len(read.read) > batch:
                 larger.append(read)

@@ -113,6 +113,7 @@ def _decode(
     Args:
         places: for each image, eight numbers: top, left, height and width of the part that is
             resized, height and width it is resized to, top and left of the square in that.
+        mode: always UNCHANGED; a default value, since TorchScript reads no global.
     """
     # Rows are copied in parts so small that torch starts no threads of its own for them.
     side = out.size(1)

@@ -188,7 +188,9 @@ def _read(item: Item) -> bytes:
             raise ValueError("the archive has no file there")
         offset = item.offset + _LOCAL_HEADER.size + sum(lengths)
         packed = os.pread(file.fileno(), item.packed, offset)
-    return zlib.decompressobj(-15).decompress(packed, item.size + 1) if method else packed
+    if method == _STORED:
+        return packed
+    return zlib.decompressobj(-15).decompress(packed, item.size + 1)  # −15: without zlib's header
 
 
 @functools.lru_cache(maxsize=1)

@@ -183,12 +183,13 @@ def _check_tiff(opened: Image.Image, content: bytes) -> None:
     which libtiff does not check."""
     assert isinstance(opened, TiffImagePlugin.TiffImageFile)
     tag, tags = TiffImagePlugin, opened.tag_v2
-    bits, whole = tags.get(tag.BITSPERSAMPLE, (1,)), {*tags.get(tag.SAMPLEFORMAT, (1,))} <= {1, 4}
+    bits = tags.get(tag.BITSPERSAMPLE, (1,))
+    unsigned = {*tags.get(tag.SAMPLEFORMAT, (1,))} <= {1, 4}  # 4: undefined
     white = tags.get(tag.PHOTOMETRIC_INTERPRETATION)  # 0: at 0; 1: at the largest value
     deep = opened.mode[0] in "IF" and (bits != (16,) or white != 1)
-    if deep or not whole:
+    if deep or not unsigned:
         raise RefusedImage(
-            f"a TIFF of {bits[0]} bits a sample, {'unsigned' if whole else 'signed or floating'}"
+            f"a TIFF of {bits[0]} bits a sample, {'unsigned' if unsigned else 'signed or floating'}"
             f"{', white at 0' if deep and white == 0 else ''}: which value is white is not "
             "sure: save it with 8 bits, or 16 unsigned, black at 0"
         )
