@@ -177,8 +177,8 @@ class RunState(TypedDict, total=False):
 
 
 def read_run(folder: Path) -> RunState:
-    """Read a run folder's run.json; return an empty dict where there is none, or another file. What
-    `RunState` has of another type is left out.
+    """Read a run folder's run.json; return an empty dict where there is none, or another file.
+    Entries that are not of the type that `RunState` gives them are left out.
 
     (It is in this module so that reading it does not load torch.) Raises RunFolderError where it
     cannot be read.

@@ -153,7 +153,7 @@ def test_caffes_format_leaves_no_parameter_out(tmp_path: Path) -> None:
         caffe.write(tmp_path / "net", config, tensors)
 
 
-def test_an_unknown_format_is_written_as_no_other(
+def test_an_unknown_format_is_written_and_read_as_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = checkpoints.Checkpoint(tmp_path, {"config": flat(load_config([]))}, {})
@@ -163,6 +163,8 @@ def test_an_unknown_format_is_written_as_no_other(
     )
     with pytest.raises(ValueError, match="tensorflow"):
         export_weights("tensorflow", tmp_path, tmp_path / "net")
+    with pytest.raises(ValueError, match="tensorflow"):
+        import_weights("tensorflow", tmp_path / "net", tmp_path / "run", ["demo"])
     assert not [*tmp_path.iterdir()]
 
 

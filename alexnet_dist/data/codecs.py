@@ -27,7 +27,7 @@ def operators() -> Any:
 
 def decode_image(encoded: Tensor, mode: int = UNCHANGED) -> Tensor:
     """Decode a JPEG or PNG, (bytes,) uint8, to (channels, h, w) uint8; raise RuntimeError where it
-    cannot be."""
+    cannot be decoded."""
     image: Tensor = operators().decode_image(encoded, mode)
     return image
 

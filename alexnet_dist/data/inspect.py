@@ -14,7 +14,7 @@ from torch import Tensor
 from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.codecs import decode_image
 from alexnet_dist.data.dataset import Dataset, open_dataset, verify_shards
-from alexnet_dist.data.preprocess import on_canvas
+from alexnet_dist.data.preprocess import on_canvas, rgb_last
 from alexnet_dist.data.split import Split
 from alexnet_dist.errors import DatasetError, MachineError, filled_by
 from alexnet_dist.files import written_aside
@@ -120,8 +120,8 @@ def _contact_sheet(dataset: Dataset, split: Split, path: Path) -> None:
                   fill="black")  # fmt: skip
         shown = np.flatnonzero(split.index["label"] == row)[:_SHOWN_SAMPLES].tolist()
         for column, sample in enumerate(shown):
-            image = on_canvas(_decoded(split, sample), _SHOWN_SIDE).expand(3, -1, -1)
-            tile = Image.fromarray(image.movedim(0, -1).contiguous().numpy())
+            image = rgb_last(on_canvas(_decoded(split, sample), _SHOWN_SIDE))
+            tile = Image.fromarray(image.contiguous().numpy())
             sheet.paste(tile, (_NAME_WIDTH + column * _SHOWN_SIDE, row * _SHOWN_SIDE))
     with written_aside(path) as aside:
         sheet.save(aside)

@@ -60,8 +60,8 @@ class Preprocess:
             corners: (n, v, 2) int64, top and left pixel of each window on the canvas.
             flips: (n, v) bool.
             lighting: (n, 3), grey levels.
-            places: (n,) int64; if given, patches are canvases (N, canvas, canvas, 3), of which
-                these are the samples'.
+            places: (n,) int64; if given, `patches` are the canvases of a whole split, (N, canvas,
+                canvas, 3), and these are the samples' places in it.
         """
         # Top and left of each window in its patch; the mean image is cut at `corners`.
         inside = corners
@@ -164,6 +164,11 @@ def on_canvas(image: Tensor, side: int) -> Tensor:
     if image.shape[1:] != (height, width):
         image = F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
     return image[:, top : top + side, left : left + side]
+
+
+def rgb_last(image: Tensor) -> Tensor:
+    """Return a grey or RGB image (1 or 3, h, w) as RGB (h, w, 3), without copying it."""
+    return image.expand(3, -1, -1).movedim(0, -1)
 
 
 def centre_of(height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -245,7 +245,7 @@ def _probabilities(
     """
     topology, size = engine.topology, config.evaluate.batch
     every = range(len(evaluation_split(config, dataset)))
-    shares = [topology.shares(every[start : start + size]) for start in every[::size]]
+    shares = [topology.shares(every[at : at + size]) for at in range(0, len(every), size)]
     mine = [parts[topology.column] for parts in shares]
     counts = [[len(part) for part in parts] for parts in shares]
     pipeline = make_pipeline(config, topology, dataset, config.data.eval_split)

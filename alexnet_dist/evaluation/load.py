@@ -15,7 +15,7 @@ from alexnet_dist.config.load import IN_ONE_PROCESS, overridden
 from alexnet_dist.config.schema import Config
 from alexnet_dist.data.dataset import Dataset, open_trained_on
 from alexnet_dist.data.prepare.convert import convert
-from alexnet_dist.data.preprocess import Preprocess, on_canvas
+from alexnet_dist.data.preprocess import Preprocess, on_canvas, rgb_last
 from alexnet_dist.errors import ConfigError, DatasetError, NotFinite
 from alexnet_dist.evaluation.features import activations, by_one_view, logits
 from alexnet_dist.evaluation.predict import Prediction, batches_of, images_in, windows_of
@@ -80,8 +80,8 @@ class Trained:
             )
         weight = next(self.model.parameters())
         preprocess = Preprocess(self.config, self.dataset.statistics, weight.device, weight.dtype)
-        canvas = on_canvas(image, self.config.data.canvas).expand(3, -1, -1)  # grey to RGB
-        canvases = canvas.movedim(0, -1)[None].contiguous().to(weight.device)
+        canvas = rgb_last(on_canvas(image, self.config.data.canvas))
+        canvases = canvas[None].contiguous().to(weight.device)
         return windows_of(self.config, preprocess, canvases)
 
     def probabilities(self, image: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Trained:
         made = activations(self.model, config, windows, config.model.conv_names)
         maps = {name: [x[0].cpu().numpy() for x in parts] for name, parts in made.items()}
         image = convert(read_bytes(prediction.path, MOST_ENCODED), keep=True).image
-        whole = image.expand(3, -1, -1).movedim(0, -1).numpy()
+        whole = rgb_last(image).numpy()
         seen = config.model.crop / config.data.canvas
         with written_aside(out) as aside:
             columns_picture(aside, prediction.path.name, whole, seen, prediction.top(), maps)

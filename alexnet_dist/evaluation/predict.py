@@ -19,7 +19,7 @@ from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.missing import IMAGE_SUFFIXES
 from alexnet_dist.data.prepare.convert import ConvertOptions, RefusedImage, convert, options_of
-from alexnet_dist.data.preprocess import Preprocess, on_canvas
+from alexnet_dist.data.preprocess import Preprocess, on_canvas, rgb_last
 from alexnet_dist.data.sampler import views
 from alexnet_dist.errors import DatasetError, cannot_be_read, filled_by, one_line
 from alexnet_dist.files import MOST_ENCODED, read_bytes
@@ -81,7 +81,7 @@ def canvas_of(path: Path, options: ConvertOptions, side: int) -> Canvas:
         raise RefusedImage(f"{error}") from error
     with filled_by(str(path)):
         image = on_canvas(convert(content, *options).image, side)
-    canvas: Canvas = image.expand(3, -1, -1).movedim(0, -1).contiguous().numpy()
+    canvas: Canvas = rgb_last(image).contiguous().numpy()
     return canvas
 
 

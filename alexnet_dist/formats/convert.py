@@ -128,5 +128,7 @@ def _read(kind: str, path: Path, config: Config) -> dict[str, Tensor]:
             return torchvision.read(path, config)
         case "caffe":
             return caffe.read(path)
-        case _:
+        case "safetensors":
             return TensorFile(path).tensors()
+        case _:
+            raise ValueError(kind)

@@ -101,7 +101,7 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
                 )
             merge(source, identity, shards, aside)
             _complete(aside, out, shards)
-    except NotAFile:
+    except NotAFile:  # names what is in the way, whether or not OUT could be written
         raise
     except KeyboardInterrupt:
         log.warning(kept)

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from alexnet_dist.data.prepare.containers import read_content
 from alexnet_dist.data.prepare.convert import SIDE, RefusedImage, Stored, convert, pack_pixels
 from alexnet_dist.data.prepare.sources import Item
-from alexnet_dist.data.preprocess import on_canvas
+from alexnet_dist.data.preprocess import on_canvas, rgb_last
 from alexnet_dist.data.split import INDEX
 from alexnet_dist.errors import filled_by
 from alexnet_dist.files import MOST_ENCODED, opened, sha256, written_aside
@@ -227,7 +227,7 @@ def _stored(item: Item, content: bytes, why: str, task: Task) -> Stored:
 def _canvas(item: Item, stored: Stored) -> npt.NDArray[np.uint8]:
     """Return the image, (h, w, 3), as a run sees it: pixels at their size, others at 256 × 256."""
     image = stored.image if item.pixels is not None else on_canvas(stored.image, SIDE)
-    canvas: npt.NDArray[np.uint8] = image.expand(3, -1, -1).movedim(0, -1).numpy()
+    canvas: npt.NDArray[np.uint8] = rgb_last(image).numpy()
     return canvas
 
 
