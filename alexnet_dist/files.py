@@ -190,11 +190,14 @@ def read_run(folder: Path) -> RunState:
         return {}
     except OSError as error:
         raise RunFolderError(cannot_be_read(path, error)) from error
-    number = {key: kind in (int, float) for key, kind in RunState.__annotations__.items()}
-    return cast(RunState, {
-        key: value for key, value in found.items() if key not in number  # a newer version's
-        or (is_count(value) if number[key] else isinstance(value, str | bool))
-    })  # fmt: skip
+
+    def fits(key: str, value: Any) -> bool:
+        kind = RunState.__annotations__.get(key)
+        if kind in (int, float):
+            return is_count(value)
+        return kind is None or isinstance(value, str | bool)  # None: a newer version's
+
+    return cast(RunState, {key: value for key, value in found.items() if fits(key, value)})
 
 
 def check_trained(path: Path) -> None:

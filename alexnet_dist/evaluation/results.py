@@ -226,12 +226,16 @@ def _is_score(found: Mapping[str, Any]) -> bool:
     """Whether a file has the numbers that readers calculate with; the rest is text to show."""
 
     def is_class(row: Any) -> bool:
-        counts: list[Any] = [*map(row.get, ("right", "samples"))] if isinstance(row, dict) else []
-        return [*map(type, counts)] == [int] * 2 and 0 <= counts[0] <= counts[1]
+        if not isinstance(row, dict):
+            return False
+        right, samples = row.get("right"), row.get("samples")
+        return type(right) is int and type(samples) is int and 0 <= right <= samples
 
     def is_cell(cell: Any) -> bool:
-        whole = isinstance(cell, list) and [*map(type, cell)] == [int] * 3
-        return whole and min(cell) >= 0 and max(cell[:2]) < len(found["classes"])
+        if not (isinstance(cell, list) and len(cell) == 3):
+            return False
+        counts = all(type(number) is int and number >= 0 for number in cell)
+        return counts and max(cell[:2]) < len(found["classes"])
 
     return (
         all(files.is_count(found.get(key)) for key in _NUMBERS)

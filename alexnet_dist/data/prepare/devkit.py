@@ -36,7 +36,7 @@ def read_synsets(content: bytes) -> list[Synset]:
     except subprocess.TimeoutExpired:
         raise ValueError("meta.mat: reading it took too long") from None
     if child.returncode:
-        said = child.stderr.decode(errors="replace").split("\n")[-2:][0]
+        said = (child.stderr.decode(errors="replace").splitlines() or [""])[-1]
         raise ValueError(f"meta.mat: its reader ended with code {child.returncode} {said}")
     return [Synset(int(n), str(wnid), str(words)) for n, wnid, words in json.loads(child.stdout)]
 

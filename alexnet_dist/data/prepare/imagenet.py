@@ -62,12 +62,14 @@ def _validation(path: Path, labels: Sequence[int]) -> list[Item]:
     wanted = {f"ILSVRC2012_val_{n:08d}.JPEG": label for n, label in enumerate(labels, start=1)}
     names = [item.name.rpartition("/")[2] for item in listed]
     for place, (item, name) in enumerate(zip(listed, names, strict=True)):
-        if name not in wanted and not item.refused:
+        if item.refused:
+            continue
+        if name not in wanted:
             raise DatasetError(
                 f"{item.name!r}: not one of the devkit's {len(labels)} validation images, "
                 "ILSVRC2012_val_…JPEG"
             )
-        listed[place] = item if item.refused else item._replace(label=wanted[name])
+        listed[place] = item._replace(label=wanted[name])
     _check_whole(path, sorted({*wanted} - {*names}), len(wanted), "validation images")
     if len(listed) > len(wanted):
         raise DatasetError(
