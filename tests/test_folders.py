@@ -23,7 +23,7 @@ from alexnet_dist.data.prepare.containers import list_files, read_content
 from alexnet_dist.data.prepare.folders import IMAGENETTE, folder
 from alexnet_dist.data.prepare.prepare import Options, prepare
 from alexnet_dist.data.sampler import evaluation_plan
-from alexnet_dist.errors import DatasetError
+from alexnet_dist.errors import ConfigError, DatasetError
 from alexnet_dist.parallel.topology import Topology
 
 ONE = Options(workers=1)
@@ -184,6 +184,16 @@ def test_shares_that_cannot_be_are_named(tmp_path: Path) -> None:
     said = alexnet_dist("prepare", "folder", str(few), str(tmp_path / "out"), "--validation", "2")
     assert said.returncode == 2
     assert "--validation 2: must be a share between 0 and 1" in said.stderr
+    for share in (-0.1, 1.1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match=rf"--max-bad {share:g}: must be a share, from 0 to"):
+            prepare("folder", few, tmp_path / "out", Options(max_bad=share))
+
+
+def test_a_class_with_no_image_left_to_train_on_is_named(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", dict.fromkeys(("bee/005.jpg", "ant/000.jpg"), b"x"))
+    assert folder(source, 0.1).notes == (
+        "no training images of bee", "no validation images of ant"
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("val", ["val", "valid", "validation", "VAL", "Valid"])

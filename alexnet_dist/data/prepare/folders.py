@@ -69,13 +69,14 @@ def folder(path: Path, validation: float = 0) -> Source:
     notes = _note(left)
     if validation:
         splits = _with_validation(path, splits, validation, starts["train"])
-    return Source("folder", classes, splits, notes=notes + _never_scored(classes, splits))
+    return Source("folder", classes, splits, notes=notes + _incomplete(classes, splits))
 
 
-def _never_scored(classes: Sequence[str], splits: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:
-    """Return a line for each split to evaluate on that has no image of some classes."""
+def _incomplete(classes: Sequence[str], splits: Mapping[str, Sequence[Item]]) -> tuple[str, ...]:
+    """Return a line for each split that has no image of some classes; the training split may have
+    none of a small class after some were set apart."""
     notes = []
-    for split, kind in (("val", "validation"), ("test", "test")):
+    for split, kind in (("train", "training"), ("val", "validation"), ("test", "test")):
         held = {item.label for item in splits.get(split, ())}
         never = [name for label, name in enumerate(classes) if label not in held]
         if held and never:

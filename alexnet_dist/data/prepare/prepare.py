@@ -83,6 +83,8 @@ def prepare(kind: str, path: Path | None, out: Path, options: Options | None = N
             be written or holds something else. What was written so far stays in OUT.partial.
     """
     options = options or Options()
+    if options.max_bad is not None and not 0 <= options.max_bad <= 1:
+        raise ConfigError(f"--max-bad {options.max_bad:g}: must be a share, from 0 to 1")
     source = list_source(kind, path, options.validation)
     identity = source.identity() | {"keep": options.keep}
     if out.exists():
