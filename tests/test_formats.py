@@ -316,6 +316,8 @@ def test_what_does_not_fit_is_refused_in_words(ours: Callable[..., Path], tmp_pa
     ):
         with pytest.raises(CheckpointError, match=message):
             import_weights(kind, bad, tmp_path / "run", sources)
+        with pytest.raises(CheckpointError, match=r"none cannot be read: it is missing"):
+            import_weights(kind, tmp_path / "none", tmp_path / "run", sources)
     torch.save({"a": Path("/")}, bad)  # asks for a class
     with pytest.raises(CheckpointError, match="is not a state dict"):
         import_weights("torchvision", bad, tmp_path / "run", sources)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from alexnet_dist.config.schema import Config, ModelConfig
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import CheckpointError, ConfigError
+from alexnet_dist.errors import CheckpointError, ConfigError, cannot_be_read
 from alexnet_dist.files import opened
 from alexnet_dist.network.shapes import map_sides, pooled_side, windows_along
 
@@ -143,7 +143,9 @@ def _parsed(kind: str, path: Path) -> Any:
             content = file.read()
         _check_fields(memoryview(content), kind, _MOST_FIELDS)
         message.ParseFromString(content)
-    except (OSError, ValueError, DecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(cannot_be_read(path, error)) from error
+    except (ValueError, DecodeError) as error:
         raise CheckpointError(f"{path} cannot be read as Caffe's {kind}: {error}") from error
     return message
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config, flat
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import CheckpointError, ConfigError, one_line
+from alexnet_dist.errors import CheckpointError, ConfigError, cannot_be_read, one_line
 from alexnet_dist.files import MOST_MEMORY, check_opcodes, opened, within_memory
 from alexnet_dist.network.shapes import final_side
 from alexnet_dist.tensor_files import TensorFile, save_tensors
@@ -46,6 +46,8 @@ def read(path: Path, config: Config) -> dict[str, Tensor]:
                 _check_archive(file)
                 with within_memory(MOST_MEMORY + 2 * path.stat().st_size):
                     found = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise CheckpointError(cannot_be_read(path, error)) from error
         except Exception as error:  # a pickle can fail in any way
             raise CheckpointError(f"{path} is not a state dict: {one_line(error)}") from error
         if not isinstance(found, dict) or not all(map(torch.is_tensor, found.values())):
