@@ -296,6 +296,21 @@ def test_an_archive_is_the_folder_it_was_made_of(tmp_path: Path, kind: str, insi
         assert pairs[0] == pairs[1]
 
 
+@pytest.mark.parametrize(
+    ("encoding", "said"), [("utf-8", True), ("utf-8", False), ("cp437", False)]
+)
+def test_names_in_a_zip_are_those_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoding: str, said: bool
+) -> None:
+    """macOS writes UTF-8 without the flag that says so."""
+    flag = 0x800 if said else 0
+    names = classes(tmp_path / "source", 2, ("caf\u00e9", "th\u00e9"))
+    monkeypatch.setattr(
+        zipfile.ZipInfo, "_encodeFilenameFlags", lambda i: (i.filename.encode(encoding), flag)
+    )
+    assert folder(archived(names, "zip")).classes == ("caf\u00e9", "th\u00e9")
+
+
 def test_a_tar_with_a_zip_in_it_is_a_tar(tmp_path: Path) -> None:
     """`zipfile` finds a zip's directory in the last 64 KB of any file."""
     source = classes(tmp_path / "source", 2)

@@ -139,7 +139,7 @@ def _gzipped(path: Path) -> Iterator[Item]:
 
 def _zipped(path: Path) -> Iterator[Item]:
     """Yield the files of a zip; what cannot be read in place is refused."""
-    with zipfile.ZipFile(path) as archive:
+    with _open_zip(path) as archive:
         for one in archive.infolist():
             refused = ""
             if one.is_dir():
@@ -153,6 +153,15 @@ def _zipped(path: Path) -> Iterator[Item]:
             yield Item(one.filename, 0, str(path), one.header_offset, one.file_size,
                        refused=refused, packing="zip", packed=one.compress_size,
                        crc32=one.CRC)  # fmt: skip
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip. Its names are taken for UTF-8 where they can be, since macOS writes that without
+    saying so; else for code page 437, as the format has it."""
+    try:
+        return zipfile.ZipFile(path, metadata_encoding="utf-8")
+    except UnicodeDecodeError:
+        return zipfile.ZipFile(path)
 
 
 def read_content(item: Item, most: int = LARGEST_MEMBER) -> bytes:
