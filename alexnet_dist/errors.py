@@ -255,7 +255,7 @@ def cannot_be_read(path: Path, error: OSError) -> str:
             remedy = f"run as {whose}, or have {whose} let you read it (chmod)"
         case errno.EMFILE | errno.ENOMEM:
             remedy = _REMEDIES[error.errno]
-        case errno.EINVAL if isinstance(error, NotAFile):
+        case errno.EINVAL | errno.EISDIR if isinstance(error, NotAFile | IsADirectoryError):
             remedy = "put a file in its place, then start again"
         case _:
             remedy = "check the disk or mount that it is on, then start again"
