@@ -53,6 +53,12 @@ def test_what_is_saved_is_what_is_read(tiny: Callable[..., Config], tmp_path: Pa
     assert set(optimizer.keys()) == {*BUFFERS, "step/conv1.bias"}
 
 
+def test_a_checkpoint_that_only_rank_0_sees_is_named(tmp_path: Path) -> None:
+    """As on a node that does not share the run's folder."""
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read.* every node must"):
+        checkpoints.read(tmp_path / "step-00000003")
+
+
 def test_the_same_state_gives_the_same_bytes(tiny: Callable[..., Config], tmp_path: Path) -> None:
     one, two = (save(tmp_path / name, tiny(), 3) for name in ("a", "b"))
     for path in one.iterdir():

@@ -183,10 +183,18 @@ def _unread(path: Path, name: str, error: OSError) -> CheckpointError:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint that another rank has verified."""
-    manifest, progress = (
-        json_object(read_bytes(path / name)) for name in ("manifest.json", "progress.json")
-    )
+    """Read a checkpoint that another rank has verified.
+
+    Raises CheckpointError where this rank cannot, as on a node that does not share its folder.
+    """
+    try:
+        manifest, progress = (
+            json_object(read_bytes(path / name)) for name in ("manifest.json", "progress.json")
+        )
+    except OSError as error:
+        raise CheckpointError(
+            f"{cannot_be_read(path, error)}; every node must see what rank 0 has verified"
+        ) from error
     return Checkpoint(path, cast("Manifest", manifest), progress)
 
 
