@@ -197,6 +197,7 @@ _REMEDIES = {  # what to do about a system call's error
     errno.EACCES: "have its owner let you in (chmod), or name a folder of your own",
     errno.EROFS: "name a folder that is writable by output_dir=, or copy the run to one",
     errno.EMFILE: "raise the limit on open files: ulimit -n 65536",
+    errno.ENAMETOOLONG: "name a shorter path",
     errno.ENOMEM: "free memory, or lower data.workers and data.prefetch",
 }
 _PACKAGES = {  # the package that provides a module, where their names differ

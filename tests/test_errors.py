@@ -424,6 +424,7 @@ def test_mistakes_are_said_before_torch_is_loaded(packed: Path, tmp_path: Path) 
         (["train", "demo", data, f"train.init_from={__file__}"], 1, "`alexnet-dist import "),
         (["export", "runs/no", "a.pth", "--format", "torchvision"], 1, "neither a run folder"),
         (["inspect", "nowhere"], 1, "nowhere/dataset.json is missing"),
+        (["inspect", 300 * "n"], 1, ": name a shorter path"),
         (["train", str(run)], 2, f"is a run folder; its config is {run}/config.json"),
         (["plan", "runs/no"], 2, "'runs/no' is neither a config file nor key=value"),
         (["plan", "demo", "--gpus", "h100:8", "lr=1"], 2, "did you mean schedule.rate?"),
