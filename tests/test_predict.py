@@ -191,7 +191,8 @@ def test_a_program_that_lacks_the_guard_for_its_processes_is_told(
 
 @pytest.fixture
 def holiday(own: Trained, tmp_path: Path) -> Path:
-    """A folder as users have: good images, one in a folder below, bad ones, other files."""
+    """A folder as users have: good images, one in a folder below, bad ones, other files, a
+    link."""
     folder = tmp_path / "holiday"
     (folder / "below").mkdir(parents=True)
     (folder / "below" / "b.png").write_bytes(encoded(photograph(3), "PNG"))
@@ -201,6 +202,7 @@ def holiday(own: Trained, tmp_path: Path) -> Path:
     (folder / "text.PNG").write_text("not an image")
     (folder / "notes.txt").write_text("of the holiday")
     (folder / ".hidden.jpg").write_text("not looked at")
+    (folder / "again").symlink_to("below")
     return folder
 
 
@@ -218,7 +220,7 @@ def test_a_bad_image_is_named_and_the_others_go_on(own: Trained, holiday: Path) 
     assert re.search(r"holiday/text.PNG: not one of JPEG, PNG", result.stderr)
     assert told[-1] == (
         "2 of 6 images classified, written to out.csv; 4 could not be read (named above); "
-        "other files skipped: 1"
+        "other files, or links to folders, skipped: 2"
     )
     rows = list(csv.DictReader(io.StringIO(out.read_text())))
     assert [row["image"] for row in rows] == [

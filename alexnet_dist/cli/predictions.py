@@ -70,7 +70,7 @@ def predict(options: argparse.Namespace) -> int:
     from alexnet_dist.parallel.device import cores
 
     paths, others = images_in(options.image)
-    passed_over = f"; other files skipped: {others}" if others else ""
+    passed_over = f"; other files, or links to folders, skipped: {others}" if others else ""
     if not paths:
         raise ConfigError(
             f"{options.image[0]}: no images in it{passed_over}: name image files, or another folder"

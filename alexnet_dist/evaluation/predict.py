@@ -87,7 +87,7 @@ def canvas_of(path: Path, options: ConvertOptions, side: int) -> Canvas:
 
 def images_in(names: Sequence[Path]) -> tuple[list[Path], int]:
     """Return the files that are named, and below folders all files that end as images do; and how
-    many other files these folders hold. Hidden files are left out of both.
+    many other files, or links to folders, these hold. Hidden ones are left out of both.
 
     Raises DatasetError where a folder cannot be read.
     """
@@ -106,7 +106,8 @@ def images_in(names: Sequence[Path]) -> tuple[list[Path], int]:
             shown = sorted(file for file in files if not file.startswith("."))
             images = [file for file in shown if file.lower().endswith(IMAGE_SUFFIXES)]
             found += [Path(root, file) for file in images]
-            others += len(shown) - len(images)
+            linked = sum(os.path.islink(os.path.join(root, folder)) for folder in folders)
+            others += len(shown) - len(images) + linked
     return found, others
 
 
