@@ -43,7 +43,7 @@ class TorchEngine:
     by DDP.
 
     Other engines override these hooks: `build`, `replicate`, `gradient_sync`, `is_replicated`,
-    `labels_and_slots`, `complete_stats`, `shard_group`, `sum_over_shards`.
+    `labels_and_slots`, `complete_stats`, `shard_group`, `sum_over_shards`, `part`, `merged`.
     """
 
     def __init__(self, config: Config, topology: Topology, init_weights: bool = True) -> None:
@@ -207,36 +207,38 @@ class TorchEngine:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def parameter(self, name: str) -> Tensor | None:
-        return self._merged(name, self.model.get_parameter(name))
+        return self.merged(name, self.optimizer.parameters[name])
 
     def gradient(self, name: str) -> Tensor | None:
         part = self.gradients.get(name)
-        return None if part is None else self._merged(name, part)
+        return None if part is None else self.merged(name, part)
 
     def whole_tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        parameters = dict(self.model.named_parameters())
-        return self._whole(parameters), self._whole(self.optimizer.tensors())
+        return self._whole(self.optimizer.parameters), self._whole(self.optimizer.tensors())
 
     def load(self, parameters: WholeTensors, optimizer: WholeTensors | None) -> None:
         check_fit(self.config, parameters, optimizer)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(parameters.rows(name, self._layer(name).rows))
+            for name, parameter in self.optimizer.parameters.items():
+                parameter.copy_(self.part(name, parameters))
         if optimizer is not None:
-            self.optimizer.load(
-                {n: optimizer.rows(n, self._layer(n).rows) for n in optimizer.shapes()}
-            )
+            self.optimizer.load({n: self.part(n, optimizer) for n in optimizer.shapes()})
         self.optimizer.narrow_all()
 
     def replicated(self) -> dict[str, Tensor]:
-        return dict(self.model.named_parameters()) | self.optimizer.tensors()
+        return self.optimizer.parameters | self.optimizer.tensors()
 
     def _whole(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        merged = {name: self._merged(name, part) for name, part in parts.items()}
+        merged = {name: self.merged(name, part) for name, part in parts.items()}
         return {name: tensor for name, tensor in merged.items() if tensor is not None}
 
-    def _merged(self, name: str, part: Tensor) -> Tensor | None:
-        """Return the tensor that this is a part of, on rank 0's CPU; None elsewhere. Collective."""
+    def part(self, name: str, tensors: WholeTensors) -> Tensor:
+        """Read this rank's part of a whole parameter, or of its state (KIND/conv1.weight)."""
+        return tensors.rows(name, self._layer(name).rows)
+
+    def merged(self, name: str, part: Tensor) -> Tensor | None:
+        """Return the whole tensor, on rank 0's CPU, given every rank's `part`; None elsewhere.
+        Collective."""
         group = self.shard_group(name)
         holders = dist.get_process_group_ranks(group) if group else [self.topology.global_rank]
         if holders[0] != 0:  # another replica, whose copy is not needed
