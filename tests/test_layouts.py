@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, alexnet_dist, as_overrides, assert_checkpoints_near, on_ranks
 from oracle import by_groups
 from safetensors.torch import save, save_file
+from torch import nn
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import Config
@@ -27,7 +28,7 @@ from alexnet_dist.engines.zero import deepspeed_config
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.evaluation.evaluate import evaluate_engine
 from alexnet_dist.network import kernels
-from alexnet_dist.network.model import whole_shapes
+from alexnet_dist.network.model import AlexNet, whole_shapes
 from alexnet_dist.parallel import layouts
 from alexnet_dist.parallel.topology import Topology, connect
 from alexnet_dist.partition import share
@@ -61,6 +62,21 @@ def test_ranks_use_the_gpu_kernels_only_where_all_can_build_them() -> None:
     """Else one would capture its step, which the others do not meet."""
     config = load_config([*TINY, "layout.kind=replicas"])
     assert on_ranks(2, fused_where_rank_0_can, config) == [False, False]
+
+
+def modes_while_made(config: Config) -> list[bool]:
+    """Whether the network was in training at each pass that making an engine takes."""
+    topology, modes = connect(config), list[bool]()
+    with nn.modules.module.register_module_forward_pre_hook(
+        lambda module, _: modes.append(module.training) if isinstance(module, AlexNet) else None
+    ):
+        make_engine(config, topology)
+    return modes
+
+
+def test_a_pass_before_the_first_step_counts_for_no_running_statistic() -> None:
+    config = load_config([*TINY, "layout.kind=replicas"])
+    assert on_ranks(2, modes_while_made, config) == [[False], [False]]
 
 
 def on(config: Config, kind: str, ranks: int = 0, micro_batches: int = 1) -> Config:

@@ -272,7 +272,9 @@ class TorchEngine:
         windows = torch.zeros(1, 3, side, side, dtype=dtype, device=device)
         nothing = torch.zeros(1, dtype=torch.int64, device=device)
         _, slots = self.labels_and_slots(Batch(windows, nothing, nothing, windows, nothing.bool()))
+        self.model.eval()  # no running statistic of a layer of your own must count these windows
         network(windows, slots.flatten()).sum().backward()
+        self.model.train()
         self.optimizer.optimizer.zero_grad(set_to_none=True)
         return network
 
