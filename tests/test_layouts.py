@@ -528,6 +528,8 @@ def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_all(packed: Path) -
          "only over 2, 4"),
         (["layout.kind=sharded_fc", "model.fc=[]", "model.classes=2", "model.exchange=[fc6]",
           "model.dropout_before=[]"], 3, r"model.fc=\[\] .* over 3 ranks, only over 2$"),
+        (["layout.kind=sharded_fc", "model.columns=1", "model.fc=[36,35]"], 2,
+         "over 2 ranks, nor over others: set layout.kind=replicas$"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_laid_out_says_what_fits(

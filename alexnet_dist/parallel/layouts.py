@@ -94,9 +94,10 @@ def _ranks_problem(config: Config, ranks: int) -> str:
         )
     if kind == "sharded_fc" and (any(width % ranks for width in model.fc) or model.classes < ranks):
         both = [n for n in range(2, model.classes + 1) if not any(width % n for width in model.fc)]
+        remedy = f"only over {_some(both)}" if both else "nor over others: set layout.kind=replicas"
         return (
             f"layout.kind=sharded_fc: model.fc={list(model.fc)} and model.classes="
-            f"{model.classes} cannot be split over {ranks} ranks, only over {_some(both)}"
+            f"{model.classes} cannot be split over {ranks} ranks, {remedy}"
         )
     return ""
 
