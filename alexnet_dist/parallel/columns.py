@@ -121,9 +121,12 @@ def _begin_sum(whole: Tensor, group: dist.ProcessGroup, dim: int) -> Callable[[]
         A function that waits, and returns this rank's part summed over ranks. It sums in rank
         order, so the bits are the same on every backend.
     """
-    last = whole.movedim(dim, -dim)
-    parts = last.unflatten(-dim, (group.size(), -1)).movedim(-2 * dim, 0).contiguous()
-    mine = torch.empty_like(parts)  # (ranks, *shape)
+    if dim == 0:
+        parts = whole.unflatten(0, (group.size(), -1))
+    else:  # (ranks, n, …, own channels): channels are last in memory, and stay so
+        parts = whole.movedim(1, -1).unflatten(-1, (group.size(), -1)).movedim(-2, 0)
+    parts = parts.contiguous()
+    mine = torch.empty_like(parts)
     with TIMELINE.span("exchange"):
         work = dist.all_to_all_single(mine, parts, group=group, async_op=True)
     assert work is not None
@@ -131,7 +134,8 @@ def _begin_sum(whole: Tensor, group: dist.ProcessGroup, dim: int) -> Callable[[]
     def summed() -> Tensor:
         with TIMELINE.span("exchange"):
             work.wait()
-        return mine.sum(0).movedim(-dim, dim)
+        total = mine.sum(0)
+        return total if dim == 0 else total.movedim(-1, 1)
 
     return summed
 
