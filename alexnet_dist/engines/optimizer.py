@@ -48,7 +48,7 @@ class Optimizer:
     costs nothing. Buffers need no rescaling when ε changes, and ε = 0 lets the velocity decay.
 
     Args:
-        parameters: (name, parameter); names end in .weight or .bias.
+        parameters: (name, parameter); all whose names do not end in .bias count as weights.
         sum_over_shards: turns sums over this rank's rows, (2, weights), into sums over whole
             tensors; for LARS.
         narrow: by parameter name, copies in the dtype that the network computes in, to be kept up

@@ -63,7 +63,8 @@ class ShardedFcEngine(TorchEngine):
         return {n: t for n, t in super().replicated().items() if not self.shard_group(n)}
 
     def sum_over_shards(self, sums: Tensor) -> Tensor:
-        names = (name for name, _ in self.model.named_parameters() if name.endswith(".weight"))
+        named = self.model.named_parameters()
+        names = (name for name, _ in named if not name.endswith(".bias"))  # as `Optimizer` groups
         sums = sums.clone()
         for index, name in enumerate(names):
             if self.is_replicated(name) and self.shards.rank() > 0:  # rank 0 counts it
