@@ -227,11 +227,11 @@ class Timeline:
             event.record()
             self._graph.append((event, self._open[-1]))
             return
-        now: _Mark = time.perf_counter()
+        at: _Mark = time.perf_counter()
         if self._cuda:
-            now = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
-            now.record()
-        self._marks.append((now, self._open[-1], ends))
+            at = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+            at.record()
+        self._marks.append((at, self._open[-1], ends))
 
     def _read(self) -> None:
         """Add up times up to the newest mark that the device has passed."""

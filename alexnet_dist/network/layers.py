@@ -207,6 +207,7 @@ class Linear(Layer):
     ) -> list[Tensor]:  # fmt: skip
         """Apply `forward`, then the activation, then dropout."""
         products = self(inputs, exchange)
+        # A single product of both columns begins at the first one's units: the zip ends there.
         parts = zip(products, self.biases(products), self.starts, strict=False)
         return [_units(x, bias, activation, dropout, start) for x, bias, start in parts]
 

@@ -126,6 +126,7 @@ def dropout_mask(
                 stay.numpy(), slots.contiguous().numpy(), first, int(step), layer, seed, threshold
             )
         return stay
+    # Where torch compiles the network, and for a GPU that no kernel can be built for.
     start, end = first // 4, -(-(first + count) // 4)
     units = torch.arange(start, end, device=slots.device)[None, :]
     zero = torch.zeros_like(units)
