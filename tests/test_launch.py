@@ -14,16 +14,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import TINY, alexnet_dist, as_overrides, on_ranks
 from submitit.core.utils import FailedJobError, FailedSubmissionError, JobPaths
 
 from alexnet_dist.cli import main
-from alexnet_dist.config.load import configs_folder
+from alexnet_dist.config.load import configs_folder, load_config
 from alexnet_dist.config.schema import Config
 from alexnet_dist.errors import AlexNetDistError, ConfigError, RunFolderError
 from alexnet_dist.files import appended, read_run
@@ -31,6 +33,7 @@ from alexnet_dist.parallel import environment, topology
 from alexnet_dist.parallel.device import cores_of, take_device
 from alexnet_dist.parallel.environment import Place
 from alexnet_dist.parallel.layouts import check_columns_meet
+from alexnet_dist.parallel.rendezvous import meet
 from alexnet_dist.parallel.stop_signals import StopSignals
 from alexnet_dist.training import run_folder
 from alexnet_dist.training.run_folder import RunFolder
@@ -201,8 +204,6 @@ def test_a_task_counts_on_the_cores_slurm_gave_it(monkeypatch: pytest.MonkeyPatc
 
 def _meet(folder: str) -> tuple[int, list[str] | None]:
     """Ranks that Slurm started, as far as they can tell, meet without a port agreed on."""
-    from alexnet_dist.config.load import load_config
-
     rank = os.environ["RANK"]
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
@@ -225,6 +226,14 @@ def test_ranks_of_a_step_meet_in_the_run_folder(tmp_path: Path) -> None:
     assert on_ranks(2, _meet, str(tmp_path)) == [(3, None), (3, None)]
     (tmp_path / "met").mkdir()
     assert on_ranks(2, _meet, str(tmp_path)) == [(3, []), (3, [])]
+
+
+def test_a_step_whose_other_ranks_never_come_leaves_nothing(tmp_path: Path) -> None:
+    """Ranks that come late then say that rank 0 is not there, and do not call where it was."""
+    config = load_config([*TINY, f"output_dir={tmp_path}", "name=met"])
+    with pytest.raises(dist.DistStoreError):
+        meet(config, Place(0, 2, 0, 2, meeting="7-0-0"), timedelta(seconds=0.2))
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_element_of_an_array_is_not_the_array(monkeypatch: pytest.MonkeyPatch) -> None:

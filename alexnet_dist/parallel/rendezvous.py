@@ -67,12 +67,14 @@ def meet(config: Config, place: Place, timeout: datetime.timedelta) -> Store | N
                 f"{path}: cannot be written ({error.strerror}): set output_dir= to a folder that "
                 "all nodes share"
             ) from error
-        for other in range(1, place.world):
-            store.wait([f"met/{other}"], timeout)
-        path.unlink(missing_ok=True)
-        if not found:  # the start may yet be refused
-            with suppress(OSError):
-                path.parent.rmdir()
+        try:
+            for other in range(1, place.world):
+                store.wait([f"met/{other}"], timeout)
+        finally:
+            path.unlink(missing_ok=True)
+            if not found:  # the start may yet be refused
+                with suppress(OSError):
+                    path.parent.rmdir()
         return store
     deadline = time.monotonic() + timeout.total_seconds()
     # Listing the folder makes a network file system refresh its cache.
