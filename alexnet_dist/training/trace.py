@@ -44,10 +44,10 @@ class Trace:
         profiler, self._profiler = self._profiler, None
         if profiler is None:
             return
-        profiler.stop()
         first, last = self._steps
         path = self._folder / f"trace-{first}-{last}.json.gz"
         with WarnOnce(f"the trace {path}"):
+            profiler.stop()
             with written_aside(path, durably=False) as aside:
                 profiler.export_chrome_trace(str(aside))
             by = "self_cuda_time_total" if self._cuda else "self_cpu_time_total"
