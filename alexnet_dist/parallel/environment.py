@@ -44,8 +44,7 @@ class Place:
 
 def launched() -> bool:
     """Whether a launcher started this process, as one of its ranks."""
-    has = os.environ.get
-    return bool(has("RANK") and has("WORLD_SIZE")) or (has("SLURM_STEP_NUM_TASKS") or "1") != "1"
+    return _by_torchrun() or (os.environ.get("SLURM_STEP_NUM_TASKS") or "1") != "1"
 
 
 def place() -> Place | None:
@@ -53,24 +52,36 @@ def place() -> Place | None:
 
     Raises ConfigError where a variable is not as launchers set it.
     """
-    has = os.environ.get
     if not launched():
         return None
-    if has("RANK") and has("WORLD_SIZE"):
-        place = Place(
-            _number("RANK"), _number("WORLD_SIZE"),
-            _number("LOCAL_RANK", 0), _number("LOCAL_WORLD_SIZE", 1),
-        )  # fmt: skip
-        _check_below("RANK", place.rank, "WORLD_SIZE", place.world)
-        if has("LOCAL_WORLD_SIZE"):
-            _check_below("LOCAL_RANK", place.local_rank, "LOCAL_WORLD_SIZE", place.local_world)
-        if place.local_world > place.world:
-            raise ConfigError(
-                f"LOCAL_WORLD_SIZE={place.local_world}: must be at most WORLD_SIZE={place.world}"
-            )
-        return place
-    tasks, node = tasks_per_node(has("SLURM_STEP_TASKS_PER_NODE", "")), _number("SLURM_NODEID")
-    gpus, cores = has("SLURM_GPUS_ON_NODE"), has("SLURM_CPUS_PER_TASK")
+    return _torchrun_place() if _by_torchrun() else _slurm_place()
+
+
+def _by_torchrun() -> bool:
+    return bool(os.environ.get("RANK") and os.environ.get("WORLD_SIZE"))
+
+
+def _torchrun_place() -> Place:
+    place = Place(
+        rank=_number("RANK"),
+        world=_number("WORLD_SIZE"),
+        local_rank=_number("LOCAL_RANK", 0),
+        local_world=_number("LOCAL_WORLD_SIZE", 1),
+    )
+    _check_below("RANK", place.rank, "WORLD_SIZE", place.world)
+    if os.environ.get("LOCAL_WORLD_SIZE"):
+        _check_below("LOCAL_RANK", place.local_rank, "LOCAL_WORLD_SIZE", place.local_world)
+    if place.local_world > place.world:
+        raise ConfigError(
+            f"LOCAL_WORLD_SIZE={place.local_world}: must be at most WORLD_SIZE={place.world}"
+        )
+    return place
+
+
+def _slurm_place() -> Place:
+    get = os.environ.get
+    tasks, node = tasks_per_node(get("SLURM_STEP_TASKS_PER_NODE", "")), _number("SLURM_NODEID")
+    gpus, cores = get("SLURM_GPUS_ON_NODE"), get("SLURM_CPUS_PER_TASK")
     start = (*job(), _number("SLURM_STEP_ID"))
     rank, world, local_rank = map(
         _number, ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -86,7 +97,7 @@ def place() -> Place | None:
         node=node,
         tasks_per_node=tasks,
         gpus_on_node=int(gpus) if gpus and gpus.isdecimal() else None,
-        address=has("SLURMD_NODENAME") or socket.gethostname(),
+        address=get("SLURMD_NODENAME") or socket.gethostname(),
         meeting="" if "MASTER_ADDR" in os.environ else "-".join(map(str, start)),
         cores=int(cores) if cores and cores.isdecimal() else None,
     )
