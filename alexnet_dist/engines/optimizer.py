@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from alexnet_dist.config.schema import Config, OptimizerConfig, ScheduleConfig
 
-# The state tensors of each `optimizer.kind`, by parameter: its shape, but for `step`, a number.
+# The state tensors that each `optimizer.kind` keeps of a parameter: of its shape, but `step` is a
+# number.
 STATE = {
     "sgd": ("momentum_buffer",),
     "lars": ("momentum_buffer",),

@@ -10,7 +10,7 @@ Tensors = tuple[Tensor | None, ...]
 
 
 def at_once(functions: Sequence[Callable[..., Tensor]], columns: Sequence[Tensors]) -> list[Tensor]:
-    """Apply its function to each column's tensors. On a GPU each column has a stream of its own, so
+    """Apply each function to its column's tensors. On a GPU each column has a stream of its own, so
     that one fills the multiprocessors that another leaves idle; their backwards run side by side
     too, since autograd runs each on the stream of its forward.
 

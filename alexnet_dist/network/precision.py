@@ -14,7 +14,7 @@ DTYPES = {
 # By how much a loss, of sums over the batch, is scaled so that its gradients are neither lost below
 # fp16's least number (6e-8) nor above its largest (65,504): at a power of two nothing is rounded.
 GRADIENT_SCALE = {"fp16": 256.0}
-FIRST_WITH = {"bf16": (8, 0), "tf32": (8, 0)}  # the least compute capability: Ampere's
+FIRST_WITH = {"bf16": (8, 0), "tf32": (8, 0)}  # the lowest compute capability: Ampere's
 
 
 def parameter_dtype(precision: str) -> torch.dtype:

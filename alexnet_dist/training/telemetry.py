@@ -57,7 +57,7 @@ class Telemetry:
         self._step = step = progress.step  # of the last log point
         self._flops = training_flops(config)  # per image
         train_split = dataset.splits[config.data.train_split]
-        self._none_larger = train_split.within(config.data.canvas)  # than the canvas
+        self._within_canvas = train_split.within(config.data.canvas)
         self._since_evaluation: Counter[str] = Counter()
         self._slowest = 1.0, 0  # ratio to the median rank's own work, rank
         self._mfu: float | None = None
@@ -206,7 +206,7 @@ class Telemetry:
     def _verdict(self, shares: Mapping[str, float]) -> str:
         """Return what limits the speed, given each span's share of the time."""
         return verdict(
-            shares, self._slowest, self._config, self._topology.cores, self._none_larger,
+            shares, self._slowest, self._config, self._topology.cores, self._within_canvas,
             self._cuda, self._mfu,
         )  # fmt: skip
 
