@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,8 +21,13 @@ from safetensors.torch import save_file
 from alexnet_dist.checkpoint import store as checkpoints
 from alexnet_dist.checkpoint import verify
 from alexnet_dist.config.schema import Config
+from alexnet_dist.engines.ddp import TorchEngine
+from alexnet_dist.engines.optimizer import Schedule
 from alexnet_dist.errors import CheckpointError, ConfigError, Damaged, NotFinite
+from alexnet_dist.parallel.topology import Topology
+from alexnet_dist.training.checkpointing import RunCheckpoints
 from alexnet_dist.training.loop import train
+from alexnet_dist.training.run_folder import RunFolder
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 2, 2), "conv1.bias": torch.randn(4)}
 BUFFERS = {f"momentum_buffer/{name}": tensor * 2 for name, tensor in TENSORS.items()}
@@ -57,6 +63,26 @@ def test_a_checkpoint_that_only_rank_0_sees_is_named(tmp_path: Path) -> None:
     """As on a node that does not share the run's folder."""
     with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read.* every node must"):
         checkpoints.read(tmp_path / "step-00000003")
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [{}, 3, {"best_error": 10**400, "stalled": 0, "drops": 0}],
+    ids=["none", "3", "large"],
+)
+def test_a_position_that_no_run_writes_is_named(
+    tiny: Callable[..., Config], schedule: object
+) -> None:
+    config, progress = tiny(), {"step": 1, "schedule": schedule}
+    folder = RunFolder(config)
+    folder.take()
+    engine = TorchEngine(config, Topology())
+    whole = engine.whole_tensors()
+    checkpoints.save(folder.checkpoints, config, "digest", *whole, progress, None)
+    dataset: Any = SimpleNamespace(digest="digest")
+    with pytest.raises(CheckpointError, match=r"step-00000001/progress\.json: is not what a run"):
+        RunCheckpoints(folder, engine, Schedule.of(config, 60), dataset).resume()
+    folder.close()
 
 
 def test_the_same_state_gives_the_same_bytes(tiny: Callable[..., Config], tmp_path: Path) -> None:

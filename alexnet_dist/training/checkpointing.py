@@ -55,7 +55,7 @@ class RunCheckpoints:
         try:
             self._schedule.load(checkpoint.progress["schedule"])
             progress = Progress.of(checkpoint.progress)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise CheckpointError(
                 f"{path}/progress.json: is not what a run writes ({error!r}): move that checkpoint "
                 "out of the run folder to resume from the one before"
