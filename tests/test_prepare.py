@@ -695,6 +695,14 @@ def test_inspect_does_not_take_full_memory_for_damage(
         inspect(folder_packed, None)
 
 
+def test_an_image_is_not_refused_because_memory_is_full() -> None:
+    """Under a limit (ulimit -v) good photographs were set aside as taking more than a GiB."""
+    content = io.BytesIO()
+    Image.new("RGB", (8000, 8000)).save(content, "JPEG")
+    with within_memory(2**24), pytest.raises(MemoryError):
+        convert(content.getvalue(), keep=True)
+
+
 def as_program(path: Path, arguments: list[str]) -> None:
     sys.argv = [str(path), *arguments]
     runpy.run_path(str(path), run_name="__main__")

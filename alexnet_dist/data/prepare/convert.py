@@ -5,6 +5,7 @@ once, so that every pipeline sees the same pixels.
 """
 
 import io
+import mmap
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
             always kept so, unless `enlarge`.
         enlarge: resize them as well.
 
-    Raises RefusedImage where it cannot be packed.
+    Raises RefusedImage where it cannot be packed, MemoryError where this machine's memory is full.
     """
     if not content:
         raise RefusedImage("the file is empty")
@@ -84,9 +85,21 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
             remedy = ": convert it to JPEG" if made else ""
             raise RefusedImage(f"{made}not one of {', '.join(_FORMATS)}{remedy}") from error
         except MemoryError as error:
+            if _is_full():
+                raise
             raise RefusedImage(f"it takes more than {MOST_MEMORY:,} bytes to read") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported
             raise RefusedImage(_in_words(error)) from error
+
+
+def _is_full() -> bool:
+    """Whether this process cannot have the memory that one image may take, as under a limit
+    (ulimit -v): then the image is not at fault."""
+    try:
+        mmap.mmap(-1, MOST_MEMORY).close()
+    except OSError:
+        return True
+    return False
 
 
 def _in_words(error: Exception) -> str:
@@ -155,6 +168,8 @@ def _stored(kind: str, encoded: bytes) -> Stored:
         buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return Stored(kind, encoded, decode_image(buffer))
     except RuntimeError as error:
+        if "DefaultCPUAllocator" in f"{error}":
+            raise MemoryError(f"{error}") from error
         raise RefusedImage(
             f"decoded by Pillow but not by torchvision: {one_line(error)}"
         ) from error
