@@ -249,6 +249,11 @@ def drawable(name: str) -> str:
     return " ".join(printable(name).split())
 
 
+def as_label(name: str) -> str:
+    """Return a name for matplotlib, which would draw what is between two $ as a formula."""
+    return printable(name).replace("$", r"\$")
+
+
 def _fitted(name: str, width: int) -> str:
     """Return a name that can be drawn, cut to a width in pixels."""
     name = drawable(name)

@@ -207,6 +207,27 @@ def test_runs_are_averaged_if_they_differ_in_their_seed_alone(
                       "batch-8": 1}  # fmt: skip
 
 
+def test_a_run_with_an_odd_name_and_an_impossible_date_hides_no_other(
+    tiny: Callable[..., Config], tmp_path: Path
+) -> None:
+    """matplotlib took what is between two $ for a formula; no calendar has such a year."""
+    point = {"kind": "eval", "step": 8, "epoch": 1, "loss": 1.0, "top1": 0.5, "top5": 0.75,
+             "samples": 24, "correct1": 12, "correct5": 18}  # fmt: skip
+    folders = [tmp_path / "odd$_$", tmp_path / "plain"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(flat(tiny())))
+        (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+    (folders[0] / "run.json").write_text(json.dumps({"state": "finished", "updated": 1e18}))
+    assert report(folders, tmp_path / "report.html").endswith("report.html: 2 runs")
+    page = (tmp_path / "report.html").read_text()
+    assert "<td>?, in training on ?</td>" in page
+    assert "<h2>Variants on " in page
+    compare_runs(folders, tmp_path / "both.png")
+    figures._curves(folders[0], 10, tmp_path / "curves.png")
+    figures.draw_fig1({"odd$_$": [[(1, 0.5)]]}, tmp_path / "fig1.png")
+
+
 def test_curves_of_a_run_without_evaluations_name_none(
     tiny: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from alexnet_dist.config.values import as_typed
-from alexnet_dist.errors import aligned, printable
-from alexnet_dist.plotting import figure
+from alexnet_dist.errors import aligned
+from alexnet_dist.plotting import as_label, figure
 from alexnet_dist.reporting.runs import RunResults, check_replaces, differing, read_run_folder
 from alexnet_dist.training.metrics_file import accuracies
 
@@ -78,7 +78,7 @@ def _draw(runs: Sequence[RunResults], names: Sequence[str], path: Path) -> None:
                     continue
                 epochs = [point["epoch"] for point in points]
                 errors = [100 * (1 - point["top1"]) for point in points]
-                label = f"{printable(name)}, {'training' if kind == 'train' else 'evaluation'}"
+                label = f"{as_label(name)}, {'training' if kind == 'train' else 'evaluation'}"
                 for panel, values in zip(
                     axes[0], ([point["loss"] for point in points], errors), strict=True
                 ):

@@ -23,7 +23,7 @@ from alexnet_dist.errors import CheckpointError, looked_in
 from alexnet_dist.evaluation.features import features_and_logits
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.topology import connect
-from alexnet_dist.plotting import Picture, chroma, figure, kernel_picture
+from alexnet_dist.plotting import Picture, as_label, chroma, figure, kernel_picture
 from alexnet_dist.training.metrics_file import accuracies, read_metrics
 from alexnet_dist.training.tensorboard import ANSWERED, draw_answers, evenly, image_of
 
@@ -110,7 +110,7 @@ def draw_fig1(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
         for place, (name, of_runs) in enumerate(curves.items()):
             for number, curve in enumerate(of_runs):
                 errors = [100 * error for _, error in curve]
-                label = name if number == 0 else None
+                label = as_label(name) if number == 0 else None
                 axes.plot([epoch for epoch, _ in curve], errors, f"C{place}", label=label)
         axes.axhline(25, color="0.6", linestyle=":")
         axes.set(xlabel="epoch", ylabel="training error, %", ylim=(0, None))
@@ -156,7 +156,7 @@ def draw_ablations(errors: Mapping[str, Sequence[float]], path: Path) -> None:
             spread = statistics.stdev(percent) if len(percent) > 1 else 0.0
             axes.barh(place, statistics.fmean(percent), xerr=spread, color="C0", alpha=0.6)
             axes.plot(percent, [place] * len(percent), "k.")
-        axes.set_yticks(range(len(errors)), errors)
+        axes.set_yticks(range(len(errors)), map(as_label, errors))
         axes.invert_yaxis()
         axes.set(xlabel="top-1 error, %")
 
@@ -222,7 +222,7 @@ def _curves(folder: Path, classes: int, path: Path) -> None:
                 colours.plot(epochs, values, "o-", label=f"column {column}")
         if not colours.lines:  # it is measured at evaluations, and there was none
             colours.set_visible(False)
-        left.set(xlabel="epoch", ylabel="loss, nats", title=folder.name)
+        left.set(xlabel="epoch", ylabel="loss, nats", title=as_label(folder.name))
         right.set(xlabel="epoch", ylabel="error, %", ylim=(0, None))
         colours.set(xlabel="epoch", ylabel="colour in conv1's kernels", ylim=(0, 1))
         for panel in (left, right, colours):

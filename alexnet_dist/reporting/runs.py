@@ -201,7 +201,11 @@ def _scored(one: Mapping[str, Any], which: str) -> Scored:
 
 
 def _date(seconds: Any) -> str:
-    return time.strftime("%Y-%m-%d", time.gmtime(seconds)) if type(seconds) is float else "?"
+    """Return the day of a time in s since 1970; "?" if it is none, as in a damaged run.json."""
+    with contextlib.suppress(ValueError, OverflowError, OSError):
+        if type(seconds) is float:
+            return time.strftime("%Y-%m-%d", time.gmtime(seconds))
+    return "?"
 
 
 def confusion_of(kept: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
