@@ -82,9 +82,9 @@ def before(arguments: Sequence[str]) -> None:
     config = load_config(arguments)
     name = "SLURM_TASKS_PER_NODE"
     tasks = environment.tasks_per_node(os.environ.get(name, "1"), name)
-    if sum(tasks) != int(os.environ.get("SLURM_NTASKS", sum(tasks))):
-        tasks = (*tasks[:-1], int(os.environ["SLURM_NTASKS"]) - sum(tasks[:-1]))
-    check_placement(config, tasks)
+    # Of --nodes=2 --ntasks-per-node=2 --ntasks=3 Slurm says 2(x2), but the last node has only one.
+    total = int(os.environ.get("SLURM_NTASKS", sum(tasks)))
+    check_placement(config, (*tasks[:-1], total - sum(tasks[:-1])))
     open_for(config)
 
 
@@ -239,11 +239,6 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _before(options: argparse.Namespace) -> int:
-    if "SLURM_JOB_ID" not in os.environ:
-        raise ConfigError(
-            "this is not a Slurm job: submit the script with `sbatch`, or train here with "
-            "`alexnet-dist train`"
-        )
     before(options.config)
     return 0
 
@@ -254,7 +249,13 @@ def _after(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
+    """Run one of the two commands; raises ConfigError outside a Slurm job."""
     options = parser().parse_args(arguments)
+    if "SLURM_JOB_ID" not in os.environ:
+        raise ConfigError(
+            "this is not a Slurm job: submit the script with `sbatch`, or train here with "
+            "`alexnet-dist train`"
+        )
     return int(options.run(options))
 
 

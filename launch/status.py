@@ -152,7 +152,8 @@ def main(arguments: Sequence[str]) -> int:
     elif rows:
         print(table(rows))
     if others:
-        print(f"skipped, not a run folder: {', '.join(map(str, others))}", file=sys.stderr)
+        names = printable(", ".join(map(str, others)))
+        print(f"skipped, not a run folder: {names}", file=sys.stderr)
     return 1 if wrong or not rows else 0
 
 

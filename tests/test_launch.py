@@ -157,8 +157,9 @@ def test_fewer_tasks_than_places_are_seen(
 def test_a_batch_script_outside_a_job_says_to_submit_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """`bash slurm/train.sbatch demo` ended in a traceback, and left a run that had failed."""
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises(ConfigError, match="not a Slurm job: submit the script with `sbatch`"):
-        job.main(["before", "demo"])
+    for command in (["before", "demo"], ["after", "3", "demo"]):
+        with pytest.raises(ConfigError, match="not a Slurm job: submit the script with `sbatch`"):
+            job.main(command)
 
 
 def test_columns_that_slurm_laid_apart_are_refused() -> None:
