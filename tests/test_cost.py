@@ -646,9 +646,10 @@ def test_a_machine_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "odd", [{"peak": "lots"}, {"peak": {"bf16": "1"}}, {"link": "1e9"}, {"memory": -1},
-            {"step_s": float("nan")}, {"fused": 1}, {"name": None}]
+            {"step_s": float("nan")}, {"fused": 1}, {"name": None}, {"link": 0},
+            {"peak": {"bf16": 0}}]
 )  # fmt: skip
-def test_a_machine_with_a_figure_of_another_type_is_refused(
+def test_a_machine_with_a_figure_that_cannot_be_is_refused(
     odd: dict[str, Any], tmp_path: Path
 ) -> None:
     ((name, value),) = odd.items()

@@ -234,12 +234,15 @@ def known(device: str) -> Machine | None:
     return MACHINES.get(kind_of(device) or "")
 
 
+_DIVISORS = ("peak", "reached", "memory", "link", "node_link", "cores")  # of the cost model
+
+
 def read_machine(path: Path) -> Machine:
     """Read a machine that `write_machine` wrote; raises ConfigError."""
     try:
         found = json_object(read_bytes(path))
         for name, like in dataclasses.asdict(MACHINES["cpu"]).items():
-            if not _as(like, found.get(name, like)):
+            if not _as(like, found.get(name, like), name in _DIVISORS):
                 raise TypeError(f"{name} is {found[name]!r}")
         return Machine(**found)
     except (OSError, ValueError, TypeError) as error:
@@ -248,13 +251,16 @@ def read_machine(path: Path) -> Machine:
         ) from error
 
 
-def _as(like: object, value: object) -> bool:
-    """Whether a value is of the same JSON type as another, and a number is at least 0."""
+def _as(like: object, value: object, divides: bool) -> bool:
+    """Whether a value is of the same JSON type as another, and a number is at least 0, or above it
+    if it divides."""
     if isinstance(like, dict):
-        return isinstance(value, dict) and all(_as(0.0, one) for one in value.values())
+        return isinstance(value, dict) and all(_as(0.0, one, divides) for one in value.values())
     if isinstance(like, (bool, str)):
         return type(value) is type(like)
-    return isinstance(value, (int, float)) and 0 <= value < math.inf
+    if not isinstance(value, (int, float)) or not value < math.inf:
+        return False
+    return value > 0 if divides else value >= 0
 
 
 def write_machine(machine: Machine, path: Path) -> None:
