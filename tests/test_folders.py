@@ -18,6 +18,7 @@ from torchvision.io import decode_image
 
 from alexnet_dist.config.load import load_config
 from alexnet_dist.data.dataset import open_dataset, open_for
+from alexnet_dist.data.inspect import inspect
 from alexnet_dist.data.pipelines.make import make_pipeline
 from alexnet_dist.data.prepare.containers import list_files, read_content
 from alexnet_dist.data.prepare.folders import IMAGENETTE, folder
@@ -106,6 +107,8 @@ def test_classes_that_are_never_scored_are_named(tmp_path: Path) -> None:
         "no validation images of bee, cow",
         "no test images of ant",
     ]
+    doubts = inspect(tmp_path / "out", None)["doubtful"]
+    assert doubts.split("; ") == said[1:3], "`inspect` says it too"
 
 
 def test_a_class_spelt_as_macos_does_is_the_same_class(tmp_path: Path) -> None:

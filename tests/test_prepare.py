@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.io import decode_image
 
+from alexnet_dist.cli.main import build_parser
 from alexnet_dist.data.dataset import open_dataset, verify_shards
 from alexnet_dist.data.header import size_of
 from alexnet_dist.data.inspect import inspect
@@ -655,9 +656,13 @@ def test_inspect_shows_what_is_there_and_finds_what_is_wrong(
     assert found["train"]["samples"] == 12
     assert found["train"]["sizes"] == "256 × 256 (12)"
     assert found["train"]["per class"] == "4 to 4"
+    assert "doubtful" not in found
     with Image.open(sheet) as image:
         assert image.size == (220 + 10 * 96, 3 * 96)
         assert np.asarray(image)[:, 220:604].std() > 20
+    result = alexnet_dist("inspect", str(folder_packed), "--sheet", str(sheet), "--quick")
+    assert result.returncode == 2
+    assert "argument --quick: not allowed with argument --sheet" in result.stderr
     damaged = tmp_path / "damaged"
     shutil.copytree(folder_packed, damaged)
     content = bytearray((damaged / "train/shard-00000.tar").read_bytes())
@@ -701,6 +706,16 @@ def test_an_image_is_not_refused_because_memory_is_full() -> None:
     Image.new("RGB", (8000, 8000)).save(content, "JPEG")
     with within_memory(2**24), pytest.raises(MemoryError):
         convert(content.getvalue(), keep=True)
+
+
+def test_a_data_set_that_nobody_may_write_to_needs_another_place_for_its_sheet(
+    folder_packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said only after every image had been decoded, and instead of what was found."""
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder_packed)
+    options = build_parser().parse_args(["inspect", str(folder_packed)])
+    with pytest.raises(DatasetError, match=r"contact-sheet.png cannot be written: name another"):
+        options.run(options)
 
 
 def as_program(path: Path, arguments: list[str]) -> None:

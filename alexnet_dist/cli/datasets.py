@@ -5,7 +5,7 @@ import os
 
 from alexnet_dist.cli.parser import AddCommand, add_json, at_least, part, path, picture
 from alexnet_dist.data.prepare import MODULES
-from alexnet_dist.errors import printable
+from alexnet_dist.errors import DatasetError, printable
 from alexnet_dist.files import as_json
 
 
@@ -64,10 +64,11 @@ def add(command: AddCommand) -> None:
         ("alexnet-dist inspect data/mine", "alexnet-dist inspect data/mine --quick --json"),
     )  # fmt: skip
     sub.add_argument("data", type=path, help="folder made by prepare")
-    sub.add_argument(
+    extent = sub.add_mutually_exclusive_group()
+    extent.add_argument(
         "--sheet", type=picture, help="PNG to draw samples in (default: DATA/contact-sheet.png)"
     )
-    sub.add_argument(
+    extent.add_argument(
         "--quick", action="store_true", help="check only sizes and some images, draw nothing"
     )
     add_json(sub)
@@ -99,9 +100,11 @@ def inspect(options: argparse.Namespace) -> int:
 
     if not (options.data / "dataset.json").exists():
         open_dataset(options.data)  # raises a clear error, before seconds of importing torch
+    sheet = options.sheet or options.data / "contact-sheet.png"
+    if not (options.quick or os.access(sheet.parent, os.W_OK)):  # else said after hours
+        raise DatasetError(f"{sheet} cannot be written: name another file by --sheet")
     from alexnet_dist.data import inspect as data
 
-    sheet = options.sheet or options.data / "contact-sheet.png"
     summary = data.inspect(options.data, None if options.quick else sheet)
     if options.json:
         print(as_json(summary))

@@ -15,7 +15,7 @@ from alexnet_dist.data.batch import started_ahead
 from alexnet_dist.data.codecs import decode_image
 from alexnet_dist.data.dataset import Dataset, open_dataset, verify_shards
 from alexnet_dist.data.preprocess import on_canvas, rgb_last
-from alexnet_dist.data.split import Split
+from alexnet_dist.data.split import Split, doubtful
 from alexnet_dist.errors import DatasetError, MachineError, filled_by
 from alexnet_dist.files import written_aside
 from alexnet_dist.parallel.device import cores
@@ -50,20 +50,19 @@ def inspect(folder: Path, sheet: Path | None) -> dict[str, Any]:
         step = 1 if sheet else max(1, len(split) // QUICK)
         with contextlib.closing(split):
             found[name] = _verified(split, dataset, range(0, len(split), step))
+    if "train" in dataset.splits:
+        indexes = {name: split.index for name, split in dataset.splits.items()}
+        if doubts := "; ".join(doubtful(indexes)):
+            found["doubtful"] = doubts
     statistics = dataset.statistics
     found["mean RGB"] = statistics.mean_rgb.round(2).tolist()
     found["√λ of the covariance"] = np.sqrt(statistics.eigenvalues).round(2).tolist()
     found["its vectors"] = statistics.eigenvectors.round(3).tolist()
     if sheet is None:
         return found
-    try:
-        shown = dataset.splits.get("train") or next(iter(dataset.splits.values()))
-        with contextlib.closing(shown):
-            _contact_sheet(dataset, shown, sheet)
-    except OSError as error:
-        raise DatasetError(
-            f"{sheet} cannot be written: {error}; name another file by --sheet"
-        ) from error
+    shown = dataset.splits.get("train") or next(iter(dataset.splits.values()))
+    with contextlib.closing(shown):
+        _contact_sheet(dataset, shown, sheet)
     return found | {"contact sheet": str(sheet)}
 
 
@@ -110,7 +109,7 @@ def _decoded(split: Split, sample: int) -> Tensor:
 
 
 def _contact_sheet(dataset: Dataset, split: Split, path: Path) -> None:
-    """Draw a split's first samples of the first classes, one row per class."""
+    """Draw a split's first samples of the first classes, one row per class; raise DatasetError."""
     names = dataset.classes[:_SHOWN_CLASSES]
     size = (_NAME_WIDTH + _SHOWN_SAMPLES * _SHOWN_SIDE, len(names) * _SHOWN_SIDE)
     sheet = Image.new("RGB", size, "white")
@@ -123,5 +122,10 @@ def _contact_sheet(dataset: Dataset, split: Split, path: Path) -> None:
             image = rgb_last(on_canvas(_decoded(split, sample), _SHOWN_SIDE))
             tile = Image.fromarray(image.contiguous().numpy())
             sheet.paste(tile, (_NAME_WIDTH + column * _SHOWN_SIDE, row * _SHOWN_SIDE))
-    with written_aside(path) as aside:
-        sheet.save(aside)
+    try:
+        with written_aside(path) as aside:
+            sheet.save(aside)
+    except OSError as error:
+        raise DatasetError(
+            f"{path} cannot be written: {error}; name another file by --sheet"
+        ) from error

@@ -10,7 +10,7 @@ import itertools
 import logging
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -231,3 +231,26 @@ def open_split(folder: Path, name: str, meta: Mapping[str, Any], classes: int) -
     if not (index["height"].all() and index["width"].all()):
         raise DatasetError(f"{where}: an image has no pixels: prepare the data set again")
     return Split(name, shards, index, tuple(str(shard["sha256"]) for shard in meta["shards"]))
+
+
+def doubtful(indexes: Mapping[str, npt.NDArray[np.void]]) -> Iterator[str]:
+    """Yield a line for each split that has more images than train, or some of train's: those of
+    the same size and CRC-32.
+
+    Args:
+        indexes: (n,) records of INDEX, by split, train among them.
+    """
+    train = _fingerprints(indexes["train"])
+    for name in sorted(indexes.keys() - {"train"}):
+        images = _fingerprints(indexes[name])
+        if len(images) > len(train):
+            yield f"more images in {name} than in train: are they swapped?"
+        if same := np.count_nonzero(np.isin(images, train)):
+            yield f"{same} of the images in {name} are in train too"
+
+
+def _fingerprints(index: npt.NDArray[np.void]) -> npt.NDArray[np.uint64]:
+    """Return a number for each image: its CRC-32 and its size in bytes."""
+    crcs, sizes = index["crc32"].astype(np.uint64), index["size"]
+    numbers: npt.NDArray[np.uint64] = crcs << np.uint64(32) | sizes
+    return numbers

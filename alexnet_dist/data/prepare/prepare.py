@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from alexnet_dist.data.missing import PARTIAL
 from alexnet_dist.data.prepare import MODULES
@@ -29,7 +28,7 @@ from alexnet_dist.data.prepare.packing import tasks_of, write_shards
 from alexnet_dist.data.prepare.provenance import check_same, write_provenance
 from alexnet_dist.data.prepare.shards import Shard
 from alexnet_dist.data.prepare.sources import Source
-from alexnet_dist.data.split import INDEX
+from alexnet_dist.data.split import INDEX, doubtful
 from alexnet_dist.errors import ConfigError, DatasetError, NotAFile, looked_in, one_line
 from alexnet_dist.files import appended, read_bytes, sync, write
 
@@ -140,27 +139,11 @@ def _summary(source: Source, out: Path, shards: Mapping[str, Sequence[Shard]]) -
     bad = sum(len(shard.meta["refused"]) for split in shards.values() for shard in split)
     refused = f"; {bad} refused, see {out / 'quarantine.jsonl'}" if bad else ""
     packed = f"{out}: packed {counts} images of {len(source.classes)} classes{refused}"
-    return "\n".join((packed, *_doubtful(shards), *source.notes, *_unscored(source)))
-
-
-def _doubtful(shards: Mapping[str, Sequence[Shard]]) -> Iterator[str]:
-    """Yield a line for each split that has more images than train, or some of train's: those of
-    the same size and CRC-32."""
-    train = _fingerprints(shards["train"])
-    for split in sorted(shards.keys() - {"train"}):
-        images = _fingerprints(shards[split])
-        if len(images) > len(train):
-            yield f"more images in {split} than in train: are they swapped?"
-        if same := np.count_nonzero(np.isin(images, train)):
-            yield f"{same} of the images in {split} are in train too"
-
-
-def _fingerprints(shards: Sequence[Shard]) -> npt.NDArray[np.uint64]:
-    """Return a number for each image: its CRC-32 and its size in bytes."""
-    index = np.concatenate([np.empty(0, INDEX), *(shard.index for shard in shards)])
-    crcs, sizes = index["crc32"].astype(np.uint64), index["size"]
-    numbers: npt.NDArray[np.uint64] = crcs << np.uint64(32) | sizes
-    return numbers
+    indexes = {
+        name: np.concatenate([np.empty(0, INDEX), *(shard.index for shard in own)])
+        for name, own in shards.items()
+    }
+    return "\n".join((packed, *doubtful(indexes), *source.notes, *_unscored(source)))
 
 
 def _unscored(source: Source) -> tuple[str, ...]:
