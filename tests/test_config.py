@@ -141,6 +141,8 @@ def test_a_folder_in_place_of_a_config_is_told_by_what_it_holds(
         ("schedule.factor=0", r"must be more than 0"),
         ("train.epochs=inf", r"train\.epochs=inf: must be finite"),
         ("train.epochs=.nan", r"must be"),
+        ("train.epochs=nan", r"train\.epochs=nan: must be finite"),
+        ("train.epochs=1e308", r"train\.epochs=1e\+308: must be at most 1e\+09"),
         ("layout.kind=colums", r"one of one, columns, replicas, .*; did you mean columns\?"),
         ("layout.device=gpu", r"one of auto, cpu, cuda.*; did you mean cuda\?"),
         ("model.conv=96", r"must be a list, as in \[96\] \("),

@@ -58,5 +58,5 @@ def nearest_key(name: str, known: Collection[str]) -> str:
     if len(last) == 1:  # the right word in the wrong section
         return last[0]
     sections = {key.rpartition(".")[0] for key in known} - {"", name.rpartition(".")[0]}
-    near = difflib.get_close_matches(name, [*known, *sections], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, [*known, *sections], n=1)
     return near[0] if near else ""

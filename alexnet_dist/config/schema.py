@@ -277,8 +277,8 @@ class TrainConfig:
     """The training steps. `micro_batches` × replicas must divide `batch`; `init_new` must be empty
     where `init_from=none`."""
 
-    batch: int = key("samples in a step, all ranks together", ge=1)
-    epochs: float = key("passes over the training split", gt=0)
+    batch: int = key("samples in a step, all ranks together", ge=1, le=1e9)
+    epochs: float = key("passes over the training split", gt=0, le=1e9)
     init_from: str = key(
         "run or checkpoint whose weights to start from, or none; part of the fingerprint by their "
         "hash", mutable=True, path=True,

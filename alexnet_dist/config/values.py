@@ -117,6 +117,8 @@ def check_value(dotted: str, value: Any, kind: Any, key: Key, source: str) -> An
 
 def _broken_bound(value: float | str, key: Key) -> str:
     """Return the bound that a number or text violates, or an empty string."""
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return "finite"
     for word, bound, holds in (
         ("at least", key.ge, operator.ge),
         ("more than", key.gt, operator.gt),
@@ -125,8 +127,6 @@ def _broken_bound(value: float | str, key: Key) -> str:
     ):
         if bound is not None and not holds(value, bound):
             return f"{word} {bound:g}"
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return "finite"
     if isinstance(value, int) and not abs(value) < 2**63:
         return "less than 2⁶³"
     if isinstance(value, str) and not value.isprintable():
