@@ -110,9 +110,10 @@ class Member:
 
 def members_of(run: Sequence[str], over: Sequence[str], cluster: Cluster | None) -> list[Member]:
     """Return a member for each combination of values, each checked; raises ConfigError."""
-    axes = dict(found := [values_of(text) for text in over])
+    found = [values_of(text) for text in over]
+    axes = dict(found)
     if len(axes) < len(found):
-        raise ConfigError(f"--over: {', '.join((key for key, _ in found))}: name each key once")
+        raise ConfigError(f"--over: {', '.join(key for key, _ in found)}: name each key once")
     base, members = load_config(run), []
     for values in itertools.product(*axes.values()):
         keys = dict(zip(axes, values, strict=True))

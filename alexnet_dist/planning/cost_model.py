@@ -17,6 +17,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from alexnet_dist.errors import ConfigError
 from alexnet_dist.network.precision import DTYPES
 from alexnet_dist.parallel.layouts import ZERO_STAGES
@@ -46,7 +48,7 @@ _BASIS = {
 }  # fmt: skip
 # A process's threads hold Python's lock between images: 4 threads decoded 4,750 images/s of 224
 # pixels, 14 threads 4,000 (docs/scaling.md); here of 256 pixels.
-_LOCKED, _LOCKED_BY_MORE = 4750 * (224 / 256) ** 2, 4000 * (224 / 256) ** 2
+_LOCKED_OF_4, _LOCKED_OF_14 = 4750 * (224 / 256) ** 2, 4000 * (224 / 256) ** 2
 
 
 def quantities(planned: Plan, kind: str, cores: float) -> dict[str, float]:
@@ -266,9 +268,8 @@ def decoding(planned: Plan, cluster: Cluster, pipeline: str = "") -> Decoding:
 
 def threads(machine: Machine) -> float:
     """Return the images/s of 256 × 256 pixels that the torch pipeline decodes for one GPU."""
-    slower = (machine.cores - 4) / (14 - 4) * (_LOCKED - _LOCKED_BY_MORE)
-    locked = min(_LOCKED, max(_LOCKED_BY_MORE, _LOCKED - slower))
-    return min(machine.cores * CORE_DECODES, locked)
+    locked = np.interp(machine.cores, (4, 14), (_LOCKED_OF_4, _LOCKED_OF_14))
+    return min(machine.cores * CORE_DECODES, float(locked))
 
 
 def _exposed(

@@ -2,6 +2,7 @@
 torch's fake process group, and a count of the bytes that a step reads and writes."""
 
 import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -123,7 +124,7 @@ class PlannedShards(PlannedEngine, ShardedFcEngine):
 
 
 @contextlib.contextmanager
-def pretended(ranks: int) -> Any:
+def pretended(ranks: int) -> Iterator[None]:
     """Pretend that this process is the first of so many ranks; nothing is sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:

@@ -9,6 +9,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from alexnet_dist.config.load import load_config
 from alexnet_dist.config.schema import flat
 from alexnet_dist.planning.cost_model import predict
@@ -69,8 +71,7 @@ def correction(
     below = max((b for b in taken if b <= batch), default=min(taken))
     above = min((b for b in taken if b >= batch), default=max(taken))
     ends = [math.log(_ratio(taken[b])) for b in (below, above)]
-    share = math.log(batch / below) / math.log(above / below) if above > below else 0.0
-    factor = math.exp(ends[0] + share * (ends[1] - ends[0]))
+    factor = math.exp(np.interp(math.log(batch), np.log([below, above]), ends))
     if not own:
         return factor, f"not run; by a step on {comparable[-1].card}"
     same = ranks == 1 and below == above == batch and _is_papers(planned)

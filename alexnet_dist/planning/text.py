@@ -30,7 +30,7 @@ def plan_lines(planned: Plan) -> list[str]:
         text.append(
             f"{kind:20}{rank.batch_per_replica:6}{rank.parameters:12,}"
             f"{rank.memory['peak'] / 1e6:11,.0f} MB"
-            f"{rank.bytes.get('total', 0):17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
+            f"{rank.bytes['total']:17,}  ({', '.join(sent[:-1]) or 'nothing'}; MB)"
         )
     own = planned.layouts[planned.layout]
     if isinstance(own, Misfit):
@@ -70,7 +70,7 @@ def _speeds(outlook: Forecast, epochs: str) -> list[str]:
             f"({machine['source']}):",
             f"{'':20}{'images/s':>10}{'× one':>8}{epochs:>12}{'step, ms':>10}  of it, ms",
             ]  # fmt: skip
-    base, bases = predicted.get("one"), dict[str, list[str]]()
+    bases = dict[str, list[str]]()
     for kind, one in predicted.items():
         parts = sorted(one.parts_s.items(), key=lambda part: -part[1])
         beside = " (beside the rest)" * (one.step_s < 0.999 * sum(one.parts_s.values()))
@@ -79,7 +79,7 @@ def _speeds(outlook: Forecast, epochs: str) -> list[str]:
             for name, s in parts
             if s > 0.01 * one.step_s
         )
-        times = one.images_per_s / base.images_per_s if base else 1.0
+        times = one.images_per_s / predicted["one"].images_per_s
         text.append(
             f"{kind:20}{one.images_per_s:10,.0f}{times:8.2f}"
             f"{_hours(one.hours):>12}{1e3 * one.step_s:10.4g}  {listed}"

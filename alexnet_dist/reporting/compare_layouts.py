@@ -173,14 +173,13 @@ def _row(
     """Start a layout's ranks, and compare what they computed with the oracle's tensors."""
     zero = config.layout.kind in layouts.ZERO_STAGES
     fp32 = overridden(config, "train.precision=fp32")
-    runs = {"bounded": (_bounded(config), steps), "fp32": (fp32, steps)}
+    runs = {} if zero else {"bounded": (_bounded(config), steps)}
+    runs["fp32"] = (fp32, steps)
     own = config.train.micro_batches
     parts = next((p for p in (4, 3, 2, 1) if config.train.batch % p == 0 and p != own), own)
     if path == oracle and parts != own:
         runs["parts"] = (overridden(fp32, f"train.micro_batches={parts}"), steps)
     runs["own"] = (config, min(steps, _SPEED_STEPS))
-    if zero:
-        del runs["bounded"]
     results, update = spawn.call(measure, config.layout.ranks, runs, path, zero)[0]
     difference, where = (update, "") if zero else _difference(path / "bounded", oracle / "bounded")
     only = ("parameters",)

@@ -97,7 +97,8 @@ def nearest(queries: Tensor, rows: Iterable[Tensor], count: int) -> tuple[Tensor
     for part in rows:
         exact = "donot_use_mm_for_euclid_dist"
         distances = torch.cdist(queries, part, compute_mode=exact)
-        own = torch.arange(first, first := first + len(part)).expand(len(queries), -1)
+        own = torch.arange(first, first + len(part)).expand(len(queries), -1)
+        first += len(part)
         best, places = torch.cat([best, distances], 1), torch.cat([places, own], 1)
         order = best.argsort(dim=1, stable=True)[:, :count]
         best, places = best.gather(1, order), places.gather(1, order)

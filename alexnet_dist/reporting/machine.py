@@ -128,11 +128,12 @@ def graphics(config: Config) -> Iterator[Finding]:
     for index in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(index)
         major, minor = torch.cuda.get_device_capability(index)
+        problem = precision_problem(precision, torch.device("cuda", index)) if used else ""
         yield Finding(
             f"gpu {index}",
             f"{torch.cuda.get_device_name(index)}, {free / 1e9:.0f} of {total / 1e9:.0f} GB free, "
             f"capability {major}.{minor}, CUDA {torch.version.cuda}",
-            problem := precision_problem(precision, torch.device("cuda", index)) if used else "",
+            problem,
             broken=bool(problem),
         )
     if torch.cuda.device_count():

@@ -244,7 +244,7 @@ def _fig1(groups: Mapping[str, Sequence[RunResults]], aside: Path) -> Iterable[s
             curves = [figures.training_curve(run.folder) for run in runs]
             epochs = figures.epochs_to(0.25, curves)
             rows.append([group, str(len(runs)), f"{epochs:.2f}" if epochs < math.inf else "never"])
-            if epochs < chosen.get(preset, (math.inf,))[0] or preset not in chosen:
+            if preset not in chosen or epochs < chosen[preset][0]:
                 chosen[preset] = epochs, group, curves
     if chosen:
         best = {group: curves for _, group, curves in chosen.values()}
