@@ -162,7 +162,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
     def line(row: Mapping[str, Any]) -> tuple[str, ...]:
         eta = "?" if row["eta_s"] is None else in_hours(row["eta_s"])
-        job, why = row["job"] or "-", row["why"][:80]
+        job, why = str(row["job"] or "-"), row["why"][:80]
         step = f"{row['step']}/{row['last_step'] or '?'}"
         return (row["run"], row["state"], job, step, eta, str(row["restarts"]),
                 f"{row['goodput']:.0%}", why)  # fmt: skip

@@ -22,8 +22,8 @@ from alexnet_dist.evaluation.results import Score
 from alexnet_dist.plotting import chroma, confusion_picture, distinct, kernel_picture
 from alexnet_dist.reporting import figures
 from alexnet_dist.reporting.compare_runs import compare_runs
-from alexnet_dist.reporting.report import PUBLISHED, _groups, report
-from alexnet_dist.reporting.runs import _best_and_last, read_run_folder
+from alexnet_dist.reporting.report import PUBLISHED, _classes, _groups, report
+from alexnet_dist.reporting.runs import Scored, _best_and_last, read_run_folder
 from alexnet_dist.training.loop import train
 from alexnet_dist.training.metrics_file import TIMES, read_metrics
 from alexnet_dist.training.state import Progress
@@ -207,25 +207,52 @@ def test_runs_are_averaged_if_they_differ_in_their_seed_alone(
                       "batch-8": 1}  # fmt: skip
 
 
-def test_a_run_with_an_odd_name_and_an_impossible_date_hides_no_other(
+def test_a_run_with_an_odd_name_or_impossible_numbers_hides_no_other(
     tiny: Callable[..., Config], tmp_path: Path
 ) -> None:
     """matplotlib took what is between two $ for a formula; no calendar has such a year."""
+    train_point = {"kind": "train", "step": 1, "epoch": None, "loss": 1.0, "top1": 0.5, "top5": 1.0}
     point = {"kind": "eval", "step": 8, "epoch": 1, "loss": 1.0, "top1": 0.5, "top5": 0.75,
              "samples": 24, "correct1": 12, "correct5": 18}  # fmt: skip
-    folders = [tmp_path / "odd$_$", tmp_path / "plain"]
+    folders = [tmp_path / "odd$_$", tmp_path / "tiny-fig1-relu", tmp_path / "wrong"]
     for folder in folders:
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(flat(tiny())))
-        (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+        made = point | ({"correct1": -1} if folder.name == "wrong" else {})
+        (folder / "metrics.jsonl").write_text(f"{json.dumps(train_point)}\n{json.dumps(made)}\n")
     (folders[0] / "run.json").write_text(json.dumps({"state": "finished", "updated": 1e18}))
-    assert report(folders, tmp_path / "report.html").endswith("report.html: 2 runs")
+    (folders[0] / "evaluations").mkdir()
+    average = point | {"views": 1, "date": "", "split": "test", "of": [1, 2], "changed": {},
+                       "machine": {}, "classes": [], "confusion": []}  # fmt: skip
+    (folders[0] / "evaluations" / "average.json").write_text(json.dumps(average))
+    said = report(folders, tmp_path / "report.html")
+    assert said.endswith("report.html: 2 runs; no evaluated run in 1: wrong")
     page = (tmp_path / "report.html").read_text()
     assert "<td>?, in training on ?</td>" in page
-    assert "<h2>Variants on " in page
-    compare_runs(folders, tmp_path / "both.png")
+    assert "<h2>Averages of networks</h2>" in page
+    compare_runs(folders[:2], tmp_path / "both.png")
+    figures.draw_ablations({"odd$_$": [0.5]}, tmp_path / "ablations.png")
     figures._curves(folders[0], 10, tmp_path / "curves.png")
     figures.draw_fig1({"odd$_$": [[(1, 0.5)]]}, tmp_path / "fig1.png")
+
+
+def test_mistakes_among_many_classes_are_listed_without_a_matrix(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has the square of the classes in cells: of 100,000, which a small file can name, 80 GB."""
+    monkeypatch.setattr("alexnet_dist.reporting.report.MOST_CLASSES", 2)
+    monkeypatch.setattr("alexnet_dist.reporting.report.confusion_of", None)
+    right = {"ant": 4, "bee": 3, "cat": 2}
+    kept = {
+        "classes": [{"name": name, "samples": 4, "right": n} for name, n in right.items()],
+        "confusion": [[0, 0, 4], [1, 0, 1], [1, 1, 3], [2, 0, 2], [2, 2, 2]],
+    }
+    one = Scored("best", 8, "test", "data", 1, Score(12, 9, 12, 1.0), "", {}, kept)
+    page = "".join(_classes(one, kept))
+    cat, bee = (f"<tr><td>{name}</td><td>ant</td><td>{n}</td></tr>" for name, n in
+                (("cat", 2), ("bee", 1)))  # fmt: skip
+    assert cat + bee in page
+    assert "<tr><td>cat</td><td>50.0</td><td>2 of 4</td></tr><tr><td>bee</td>" in page
 
 
 def test_curves_of_a_run_without_evaluations_name_none(

@@ -158,6 +158,7 @@ def test_no_name_of_a_class_steers_a_terminal(
         {"state": "running"}, {"state": 3}, {}, {"state": "failed", "reason": 7, "pid": "x"},
         {"state": "running", "host": os.uname().nodename}, {"state": "stopped", "last_step": "x"},
         {"state": "running", "last_step": 10, "newest_step": 3, "kept_s": "x", "attempt": None},
+        {"state": "finished", "job": True},
     ],
 )  # fmt: skip
 def test_status_goes_on_past_a_damaged_run(

@@ -241,7 +241,7 @@ def _is_score(found: Mapping[str, Any]) -> bool:
         all(files.is_count(found.get(key)) for key in _NUMBERS)
         and all(isinstance(found.get(key), kind) for key, kind in _OTHERS.items())
         and max(found["top1"], found["top5"]) <= 1
-        and found["correct1"] <= found["samples"]
+        and max(found["correct1"], found["correct5"]) <= found["samples"]
         and 0 < found["samples"] < 2**53
         and all(map(is_class, found["classes"]))
         and all(map(is_cell, found["confusion"]))

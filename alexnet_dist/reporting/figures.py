@@ -120,7 +120,8 @@ def draw_fig1(curves: Mapping[str, Sequence[Curve]], path: Path) -> None:
 
 def training_curve(run: Path) -> Curve:
     """Return the training errors that a run logged, each of the steps since the one before."""
-    return [(p["epoch"], 1 - p["top1"]) for p in read_metrics(run) if p["kind"] == "train"]
+    points = [point for point in read_metrics(run) if point["kind"] == "train"]
+    return [(p["epoch"], 1 - p["top1"]) for p in points if math.isfinite(p["epoch"])]
 
 
 def by_epoch(curve: Curve) -> Curve:

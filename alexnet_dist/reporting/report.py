@@ -37,7 +37,7 @@ _NAMED = 3  # folders without an evaluated run
 
 
 def _stem(run: RunResults) -> str:
-    """Return a run's name without the number of its seed."""
+    """Return a run's name without the number of its seed; a preset's own, as 2012, is none."""
     name = run.folder.name
     return name if preset_of(name) else re.sub(r"[-_]\d+$", "", name)
 
@@ -98,7 +98,7 @@ def _ensembles(averaged: Sequence[Average], runs: Sequence[RunResults]) -> str:
     """Return a table of averages of several networks, beside the mean of their own errors."""
     rows = []
     for name, average in averaged:
-        folders = {str(Path(path).parent.parent) for path in average["of"]}
+        folders = {str(Path(path).parent.parent) for path in map(str, average["of"])}
         alike = [
             run for run in runs
             if str(run.folder) in folders and not average.get("changed")
@@ -194,9 +194,9 @@ def _one_run(run: RunResults, aside: Path) -> Iterable[str]:
 
 def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
     """Yield the accuracy by class, the worst first, and the confusion, from a saved score."""
-    confusion, names = confusion_of(kept)
-    counts, right = confusion.sum(1).tolist(), confusion.diag().tolist()
-    shares = [(r / n, n, r, name) for n, r, name in zip(counts, right, names, strict=True) if n]
+    names = [str(row.get("name")) for row in kept["classes"]]
+    counts = [(row["samples"], row["right"]) for row in kept["classes"]]
+    shares = [(r / n, n, r, name) for (n, r), name in zip(counts, names, strict=True) if n]
     rows = [[name, f"{100 * share:.1f}", f"{r:,} of {n:,}"] for share, n, r, name in sorted(shares)]
     views = counted(one.views, "view")
     yield (
@@ -209,11 +209,9 @@ def _classes(one: Scored, kept: Mapping[str, Any]) -> Iterable[str]:
         yield f"<details><summary>all {len(rows)}</summary>{page.table(heading, rows)}</details>"
     if len(names) <= MOST_CLASSES:
         yield "<p>A row a class, a column an answer, dark: often.</p>"
-        yield page.inline(png(confusion_picture(confusion, names)), "confusion")
-    wrong = confusion - confusion.diag().diag()
-    worst = [divmod(place, len(names)) for place in wrong.flatten().topk(
-        min(_MISTAKES, wrong.numel())).indices.tolist()]  # fmt: skip
-    mistakes = [[names[a], names[b], f"{int(wrong[a, b]):,}"] for a, b in worst if wrong[a, b]]
+        yield page.inline(png(confusion_picture(confusion_of(kept), names)), "confusion")
+    wrong = sorted((-count, a, b) for a, b, count in kept["confusion"] if a != b and count)
+    mistakes = [[names[a], names[b], f"{-count:,}"] for count, a, b in wrong[:_MISTAKES]]
     if mistakes:
         yield page.table(["of", "taken for", "samples"], mistakes)
 

@@ -183,8 +183,8 @@ def _of_a_file(path: Path, split: str, data: str) -> Scored:
 def _score(values: Mapping[str, Any]) -> Score:
     """Return a score from JSON; raises KeyError, TypeError or ValueError if it is not one."""
     samples, right, among = (int(values[key]) for key in ("samples", "correct1", "correct5"))
-    if samples < 1:
-        raise ValueError("no samples")
+    if not 0 < samples < 2**53 or not (0 <= right <= samples and 0 <= among <= samples):
+        raise ValueError(f"a score of {right} and {among} of {samples} samples")
     return Score(samples, right, among, float(values["loss"]))
 
 
@@ -208,13 +208,13 @@ def _date(seconds: Any) -> str:
     return "?"
 
 
-def confusion_of(kept: Mapping[str, Any]) -> tuple[Tensor, list[str]]:
-    """Return a saved score's confusion, (classes, classes) int64 counts, and the class names."""
-    names = [str(row.get("name")) for row in kept["classes"]]
-    counts = torch.zeros(len(names), len(names), dtype=torch.int64)
+def confusion_of(kept: Mapping[str, Any]) -> Tensor:
+    """Return a saved score's confusion, (classes, classes) int64 counts."""
+    classes = len(kept["classes"])
+    counts = torch.zeros(classes, classes, dtype=torch.int64)
     for row, column, count in kept["confusion"]:
         counts[row, column] = count
-    return counts, names
+    return counts
 
 
 def differing(configs: Sequence[Config]) -> dict[str, list[Any]]:
