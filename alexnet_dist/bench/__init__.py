@@ -95,5 +95,6 @@ def table(result: Result) -> str:
         lines += ["", "torch and dali, grey levels apart"]
         lines += [f"{name:44}{value:10,.3f}" for name, value in result["differences"].items()]
     lines += ["", ", ".join(f"{key} {value}" for key, value in result["machine"].items())]
-    lines += [result["unseen"]] if result.get("unseen") else []
+    if result.get("unseen"):
+        lines.append(result["unseen"])
     return "\n".join(lines)

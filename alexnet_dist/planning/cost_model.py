@@ -121,12 +121,13 @@ def transfer_s(one: Collective, cluster: Cluster) -> float:
     A ring crosses each node's border once, so that the group's share of all of the node's links
     carries it; an all-to-all leaves by each device's own link.
     """
-    machine, here = cluster.machine, max(1, cluster.devices // one.stride)
     if one.group <= 1:
         return 0.0
-    if one.group <= here or cluster.nodes == 1:
+    machine = cluster.machine
+    on_node = max(1, cluster.devices // one.stride)  # ranks of the group
+    if one.group <= on_node or cluster.nodes == 1:
         return one.size / machine.link + one.calls * one.hops * machine.latency_s
-    share = machine.node_link * (1 if one.name == "all-to-all" else here) / cluster.devices
+    share = machine.node_link * (1 if one.name == "all-to-all" else on_node) / cluster.devices
     slowest = min(machine.link, share)
     return one.size / slowest + one.calls * one.hops * machine.node_latency_s
 

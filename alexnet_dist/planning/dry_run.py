@@ -165,6 +165,7 @@ def _stepped(laid_out: Config, ranks: int, gpu: bool, narrows: bool) -> Rank:
     peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
     parts = {_PARTS[name]: size for name, size in peak.items() if name in _PARTS}
     parts["windows"] = size_of(batch)
+    # What was tracked besides the model and its optimiser counts as Other: here, as buckets.
     parts["buckets"] -= parts["windows"] + size_of(narrow)
     if gpu:
         parts |= {"narrow copies": size_of(narrow), "workspace": _LIBRARIES}
