@@ -250,8 +250,10 @@ def drawable(name: str) -> str:
 
 
 def as_label(name: str) -> str:
-    """Return a name for matplotlib, which would draw what is between two $ as a formula."""
-    return printable(name).replace("$", r"\$")
+    """Return a name for matplotlib, which would draw what is between two $ as a formula, and leave
+    a name that begins with _ out of a legend."""
+    text = printable(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _fitted(name: str, width: int) -> str:

@@ -11,6 +11,7 @@
 """
 
 import dataclasses
+import math
 from typing import Any
 
 from alexnet_dist.config.rules import check_combinations
@@ -134,7 +135,8 @@ def check_columns_meet(nodes: list[int], columns: int) -> None:
 
 def divisors(number: int) -> list[int]:
     """Return the divisors of a number, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 def _some(numbers: list[int]) -> str:
