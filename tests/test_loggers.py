@@ -172,6 +172,9 @@ def test_a_logger_that_fails_is_said_once_and_ends_nothing(
     outcome = train(tiny(*SHORT, "log.to=[csv]"))
     said = [line for line in capfd.readouterr().err.splitlines() if "log.to=csv" in line]
     ended.set()
+    for thread in threading.enumerate():
+        if thread.name == "csv":
+            thread.join()
     assert (outcome.exit, outcome.step) == (0, 8)
     expected = {"made": "ValueError: refused", "called": "ConnectionError: no route to host",
                 "hangs": "could not take everything within"}  # fmt: skip
