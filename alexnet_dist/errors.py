@@ -279,6 +279,11 @@ def _owner(path: Path) -> tuple[str, str]:
     return "unknown", "unknown"
 
 
+def is_full(error: Exception) -> bool:
+    """Whether an error, of Python's or of torch's allocator, says that memory is full."""
+    return re.match(_FULL, f"{error!r}") is not None
+
+
 @contextmanager
 def filled_by(name: str) -> Iterator[None]:
     """Turn a failed allocation inside into a MachineError that names this input, rather than one
@@ -286,7 +291,7 @@ def filled_by(name: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, AlexNetDistError) or not re.match(_FULL, f"{error!r}"):
+        if isinstance(error, AlexNetDistError) or not is_full(error):
             raise
         raise MachineError(
             f"{name!r}: this machine ran out of memory while reading it ({one_line(error)}): free "

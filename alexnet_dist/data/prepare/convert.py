@@ -21,7 +21,7 @@ from alexnet_dist.data.dataset import Dataset
 from alexnet_dist.data.header import PNG, check_png, size_of
 from alexnet_dist.data.prepare import MODULES
 from alexnet_dist.data.prepare.sources import Pixels
-from alexnet_dist.errors import one_line
+from alexnet_dist.errors import is_full, one_line
 from alexnet_dist.files import LONGEST_SIDE, MOST_MEMORY, MOST_PIXELS, within_memory
 
 SIDE = 256  # side of stored images, pixels (paper §2)
@@ -85,14 +85,14 @@ def convert(content: bytes, keep: bool, enlarge: bool = False) -> Stored:
             remedy = ": convert it to JPEG" if made else ""
             raise RefusedImage(f"{made}not one of {', '.join(_FORMATS)}{remedy}") from error
         except MemoryError as error:
-            if _is_full():
+            if _memory_is_full():
                 raise
             raise RefusedImage(f"it takes more than {MOST_MEMORY:,} bytes to read") from error
         except Exception as error:  # a hostile image can fail in any way; the reason is reported
             raise RefusedImage(_in_words(error)) from error
 
 
-def _is_full() -> bool:
+def _memory_is_full() -> bool:
     """Whether this process cannot have the memory that one image may take, as under a limit
     (ulimit -v): then the image is not at fault."""
     try:
@@ -168,7 +168,7 @@ def _stored(kind: str, encoded: bytes) -> Stored:
         buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
         return Stored(kind, encoded, decode_image(buffer))
     except RuntimeError as error:
-        if "DefaultCPUAllocator" in f"{error}":
+        if is_full(error):
             raise MemoryError(f"{error}") from error
         raise RefusedImage(
             f"decoded by Pillow but not by torchvision: {one_line(error)}"
